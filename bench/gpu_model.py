@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from tgi_asgi import ops
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
 from tgi_asgi.models.family import record
 from tgi_asgi.ops.cuda import CudaProgram
+from tgi_asgi.ops.cuda_attention import PromptAttention
 from tgi_asgi.ops.cuda_batch import CudaBatch
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix
@@ -190,8 +191,11 @@ def make_step(kind: StepKind, config: ModelConfig = SHAPE) -> Step:
     program = CudaProgram(
         record(model, kv), max_tokens=batch + prompt, max_sequences=sequences, max_rows=sequences,
         max_blocks=longest // BLOCK, dtype=torch.bfloat16, device=device,
+        prompt_attention=PromptAttention.AUTO,
     )  # fmt: skip
     inputs, rows = _inputs(kind, block_table(sequences, longest))
+    if program.gathering is not None and program.gathering.takes(prompt, prompt):
+        inputs = replace(inputs, prompt_lens=((prompt, prompt),))
     sampler = make_sampler(sequences, config.vocab_size, _SAMPLINGS[kind.sampling]) if kind.sampling else None
 
     def call() -> Tensor:

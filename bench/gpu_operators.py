@@ -15,12 +15,15 @@ from torch import Tensor
 from bench import gpu_experts, gpu_timing
 from bench.gpu_model import BLOCK, CODES, TOP_P, make_sampler, random_codes
 from bench.gpu_timing import Call, copies_past_l2, in_turn, random
-from tgi_asgi.ops.cuda_attention import GatheredAttention
+from tgi_asgi.ops import cuda_sdpa
+from tgi_asgi.ops.cuda_attention import GatheredAttention, Gathering
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
+from tgi_asgi.ops.cuda_sdpa import Library, Workspace
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 4096, 32, 8, 128, 14336, 128256
 DECODES = ((1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 1024))  # sequences, context
 PREFILLS, ROWS, SAMPLES = (2048, 8192), (64, 4096), (1, 64)
+CHUNK = (512, 7680)  # of a prompt: tokens, and tokens before them
 PRODUCTS, QUANT_PRODUCTS = (1, 8, 16, 32, 64), (1, 8, 16)  # tokens; shows where cuBLAS takes over
 LORAS = (1, 64, 2048)  # tokens, which several adapters share evenly
 ADAPTERS, RANK, MAX_RANK = 8, 16, 64
@@ -40,6 +43,8 @@ def makers() -> Iterator[functools.partial[Measurement]]:
     for tokens in PREFILLS:
         yield functools.partial(_prefill, tokens)
         yield functools.partial(_prefill_gathered, tokens)
+    yield functools.partial(_prefill, *CHUNK)
+    yield functools.partial(_prefill_gathered, *CHUNK)
     for rows in ROWS:
         for make in (_norm, _gate, _rope):
             yield functools.partial(make, rows)
@@ -158,39 +163,77 @@ def _sdpa(q: Tensor, sets: list[tuple[Tensor, Tensor]], *, is_causal: bool) -> d
     }
 
 
-def _prefill(tokens: int) -> Measurement:
-    sets = [_pool(1, tokens) for _ in range(copies_past_l2(4 * tokens * KV_HEADS * HEAD_DIM))]
+def _prefill(tokens: int, prefix: int = 0) -> Measurement:
+    context = prefix + tokens
+    sets = [_pool(1, context) for _ in range(copies_past_l2(4 * context * KV_HEADS * HEAD_DIM))]
     q = random(tokens, HEADS, HEAD_DIM)
-    starts = torch.tensor([0, tokens], dtype=torch.int32, device=gpu_timing.DEVICE)
-    out, lengths = torch.empty_like(q), starts[1:].clone()
-    turned = q.transpose(0, 1)[None].contiguous()
+    out, paged = torch.empty_like(q), _paged(tokens, context)
+    calls: list[Call] = [functools.partial(paged, q, table, kv, out) for table, kv in sets]
+    peers: dict[str, Call] = {}
+    if prefix == 0:
+        turned = q.transpose(0, 1)[None].contiguous()
+        peers = _sdpa(turned, _plain_sets(len(sets), 1, tokens), is_causal=True)
+        peers["FlashInfer"] = _flashinfer_prefill(q, sets)
+    return "attention_prefill", _prompt(tokens, prefix), _flops(tokens, prefix), "bf16", calls, peers
 
-    def call(table: Tensor, kv: Tensor) -> None:
+
+def _paged(tokens: int, context: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+    """Return the native kernel's attention of one prompt's last tokens."""
+    starts = torch.tensor([0, tokens], dtype=torch.int32, device=gpu_timing.DEVICE)
+    lengths = torch.tensor([context], dtype=torch.int32, device=gpu_timing.DEVICE)
+
+    def attend(q: Tensor, table: Tensor, kv: Tensor, out: Tensor) -> None:
         _kernels.attention_prefill(
             q, kv, starts, lengths, table, tokens, 0, HEAD_DIM**-0.5, 0.0, None, None, 1.0, 1.0, out
         )  # fmt: skip
 
-    flops = 2 * tokens * tokens * HEADS * HEAD_DIM  # of the lower triangle, both products
-    peers = _sdpa(turned, _plain_sets(len(sets), 1, tokens), is_causal=True)
-    peers["FlashInfer"] = _flashinfer_prefill(q, sets)
-    calls: list[Call] = [functools.partial(call, *one) for one in sets]
-    return "attention_prefill", f"{tokens} causal", flops, "bf16", calls, peers
+    return attend
 
 
-def _prefill_gathered(tokens: int) -> Measurement:
-    """Measure `--prompt-attention sdpa`, copies included, for comparison with the kernel's time."""
-    sets = [_pool(1, tokens) for _ in range(copies_past_l2(4 * tokens * KV_HEADS * HEAD_DIM))]
+def _prompt(tokens: int, prefix: int) -> str:
+    return f"{tokens} after {prefix}" if prefix else f"{tokens} causal"
+
+
+def _flops(tokens: int, prefix: int) -> int:
+    """Return the operations of both products, of the triangle and the keys before it."""
+    return 2 * tokens * (tokens + 2 * prefix) * HEADS * HEAD_DIM
+
+
+def _prefill_gathered(tokens: int, prefix: int = 0) -> Measurement:
+    """Measure what `--prompt-attention auto` does with a long prompt, copies included."""
+    context = prefix + tokens
+    sets = [_pool(1, context) for _ in range(copies_past_l2(4 * context * KV_HEADS * HEAD_DIM))]
     q = random(tokens, HEADS, HEAD_DIM)
-    out, room = torch.empty_like(q), torch.empty_like(sets[0][1]).flatten()
-    calls: list[Call] = [
-        functools.partial(
-            GatheredAttention(CudaKvLayer(kv), HEAD_DIM**-0.5, room, room).attend,
-            q, table, 0, ((tokens, tokens),), out,
+    out, library = torch.empty_like(q), _library()
+    if library is None:  # its name in the result shows what was measured
+        paged = _paged(tokens, context)
+        calls: list[Call] = [functools.partial(paged, q, table, kv, out) for table, kv in sets]
+    else:
+        rows = cuda_sdpa.staging_rows(tokens)
+        space = Workspace(
+            random(2, KV_HEADS, cuda_sdpa.padded(context), HEAD_DIM), random(rows, HEADS, HEAD_DIM)
         )
-        for table, kv in sets
-    ]  # fmt: skip
-    flops = 2 * tokens * tokens * HEADS * HEAD_DIM
-    return "attention_prefill", f"{tokens} causal, gathered", flops, "bf16", calls, {}
+        lengths = ((tokens, context),)
+        calls = [
+            functools.partial(
+                GatheredAttention(
+                    Gathering(library, 1, 1), CudaKvLayer(kv), HEAD_DIM**-0.5, space, _never
+                ).attend,
+                q, table, table[0], table[0], 0, lengths, out,
+            )
+            for table, kv in sets
+        ]  # fmt: skip
+    shape = f"{_prompt(tokens, prefix)}, {library or 'native'}"
+    return "attention_prefill", shape, _flops(tokens, prefix), "bf16", calls, {}
+
+
+@functools.cache
+def _library() -> Library | None:
+    return cuda_sdpa.choose_library(HEADS, KV_HEADS, HEAD_DIM, torch.bfloat16, gpu_timing.DEVICE)
+
+
+def _never(*given: object) -> None:
+    raise AssertionError("every prompt is gathered")
 
 
 def _norm(rows: int) -> Measurement:

@@ -29,12 +29,15 @@ SHAPE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1,
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28]  # more than a block
 
 
+ON_GPU = os.environ.get("TGI_TEST_GPU") == "1"  # these tests use a real GPU
+
+
 def make_device() -> EmulatedDevice:
     """Return a device with its operators registered; skip the test if they cannot be built.
 
     With TGI_TEST_GPU=1 it is a real GPU.
     """
-    if is_real():
+    if ON_GPU:
         register_kernels()
         return cast(EmulatedDevice, CountedGpu())
     library.require()
@@ -42,14 +45,9 @@ def make_device() -> EmulatedDevice:
     return EmulatedDevice()
 
 
-def is_real() -> bool:
-    """Return whether tests run on a real GPU."""
-    return os.environ.get("TGI_TEST_GPU") == "1"
-
-
 def require_emulation(reason: str) -> None:
     """Skip the test on a real GPU."""
-    if is_real():
+    if ON_GPU:
         pytest.skip(f"only on the emulated device: {reason}")
 
 

@@ -1,10 +1,16 @@
-"""`--prompt-attention sdpa`: torch over gathered keys and values, and which layers keep the native kernel."""
+"""`--prompt-attention auto` and `sdpa`: torch over gathered keys and values, and what stays with our kernel.
+
+On a GPU (TGI_TEST_GPU=1) torch's own operators run; elsewhere stand-ins. Launches of our kernels are counted
+in the emulation only.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,22 +21,27 @@ import transformers
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.emulated_runner import (
     FP16,
+    ON_GPU,
     PROMPT,
     SHAPE,
     assert_matches_reference,
     make_device,
     save_with_tokenizer,
 )
+from tests.cuda.gpu_device import CountedGpu
 from tests.cuda.paged_cache import PagedCase, Shape, assert_attended
+from tests.cuda.sdpa_stand_in import SdpaStandIn
 from tests.emulation import bindings
 from tests.emulation.device import Device
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.runner_driver import Job, generate
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.ops import cuda_attention, cuda_sdpa
 from tgi_asgi.ops.attention_spec import AttentionSpec
-from tgi_asgi.ops.cuda_attention import GatheredAttention, can_gather
+from tgi_asgi.ops.cuda_attention import GatheredAttention, Gathering, can_gather
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_quant import Repacking
+from tgi_asgi.ops.cuda_sdpa import Library, Workspace
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.load import load
@@ -41,31 +52,53 @@ FP8 = torch.float8_e4m3fn
 WANTED = SamplingParams(temperature=0.0, logprobs=0)
 
 
+Gpu = EmulatedDevice | CountedGpu
+emulated_only = pytest.mark.skipif(
+    ON_GPU, reason="it changes what torch's operators do, or that there are none"
+)
+
+
 @pytest.fixture
-def calls(gpu: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def gpu() -> Gpu:
+    return make_device()
+
+
+@pytest.fixture
+def torch_s() -> Iterator[SdpaStandIn | None]:
+    """Stand in for torch's operators; None: a GPU has them."""
+    if ON_GPU:
+        yield None
+        return
+    stand_in = SdpaStandIn()
+    yield stand_in
+    stand_in.close()
+
+
+@pytest.fixture
+def calls(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """Count launches of native kernels by name, and sequences whose attention torch computes as "sdpa"."""
     counts: Counter[str] = Counter()
-    attend = GatheredAttention.attend
+    attend = GatheredAttention._attend_gathered
 
     def count(name: str) -> None:
         counts[name] += 1
 
-    def count_attend(self: GatheredAttention, q: Any, table: Any, first: int, lengths: Any, out: Any) -> None:
-        counts["sdpa"] += len(lengths)
-        attend(self, q, table, first, lengths, out)
+    def count_attend(self: GatheredAttention, *given: Any) -> None:
+        counts["sdpa"] += 1
+        attend(self, *given)
 
-    monkeypatch.setattr(GatheredAttention, "attend", count_attend)
-    with bindings.observed(count):
+    monkeypatch.setattr(GatheredAttention, "_attend_gathered", count_attend)
+    with contextlib.nullcontext() if ON_GPU else bindings.observed(count):
         yield counts
 
 
-@pytest.fixture
-def gpu() -> EmulatedDevice:
-    return make_device()
+def assert_native(calls: Counter[str], name: str, wanted: Callable[[int], bool]) -> None:
+    """Check the number of launches of a native kernel, which a GPU does not count."""
+    assert ON_GPU or wanted(calls[name]), f"{calls[name]} launches of {name}"
 
 
 def make_runner(
-    reference: transformers.PreTrainedModel, directory: Path, gpu: EmulatedDevice, **changes: Any
+    reference: transformers.PreTrainedModel, directory: Path, gpu: Gpu, **changes: Any
 ) -> CudaRunner:
     model = load_model(save(reference, directory, FP16), Repacking(FP16), max_positions=256)
     given: dict[str, Any] = {"prompt_attention": "sdpa", "max_batch_size": 4, "max_batch_prefill_tokens": 60}
@@ -74,32 +107,96 @@ def make_runner(
     return runner
 
 
+@pytest.mark.parametrize("library", Library)
 @pytest.mark.parametrize(
     "shape",
     [
         Shape([1], [1]),
         Shape([17, 3, 64], [17, 3, 64]),
-        Shape([129, 40], [20, 40], dtype=torch.float16, block_size=32),  # after a prefix, and whole
+        Shape([300, 40], [300, 40]),  # the second is beside the end of the queries
+        Shape([129, 900], [20, 300], dtype=torch.float16, block_size=32),  # after prefixes, one of a tile
+        Shape([1800], [1100], num_heads=2, num_kv_heads=1),  # two blocks of queries
         Shape([65, 130], [1, 33], num_heads=3, num_kv_heads=1, head_dim=80),
-        Shape([75, 16], [30, 16], kv_dtype=FP8, num_heads=6, head_dim=80),
-        Shape([40], [13], kv_dtype=FP8, head_dim=128, dtype=torch.float16),
+        Shape([75, 812], [30, 44], kv_dtype=FP8, num_heads=6, head_dim=80),
+        Shape([768], [256], kv_dtype=FP8, head_dim=128, dtype=torch.float16),  # no lead
     ],
     ids=str,
 )
-def test_rows_equal_the_reference(device: Device, shape: Shape) -> None:
+def test_rows_equal_the_reference(
+    device: Device, gpu: Gpu, torch_s: SdpaStandIn | None, shape: Shape, library: Library
+) -> None:
+    where, head_dim = gpu.device, shape.head_dim
+    if ON_GPU:
+        given = (shape.num_heads, shape.num_kv_heads, head_dim, shape.dtype, where)
+        if why_not := cuda_sdpa._try(library, *given):
+            pytest.skip(f"{library} is not for this shape: {why_not}")
     case = PagedCase(device, shape)
-    size = max(case.counts) * case.kv[0].numel()
-    gathered = torch.zeros(size, dtype=case.kv.dtype)
-    converted = gathered if case.kv.dtype is shape.dtype else torch.zeros(size, dtype=shape.dtype)
-    layer = CudaKvLayer(case.kv, *case.kv_scales)
+    query, table, pool = (each.to(where, copy=True) for each in (case.q, case.block_table, case.kv))
+    rows = cuda_sdpa.padded(max(case.counts) * shape.block_size)
+    staged = (cuda_sdpa.staging_rows(max(shape.queries)), *query.shape[1:])
+    space = Workspace(
+        torch.full((2, shape.num_kv_heads, rows, head_dim), torch.nan, dtype=shape.dtype, device=where),
+        torch.full(staged, torch.nan, dtype=shape.dtype, device=where),
+    )
     lengths = list(zip(shape.queries, shape.contexts, strict=True))
-    attention = GatheredAttention(layer, shape.head_dim**-0.5, gathered, converted)
-    attention.attend(case.q, case.block_table, 0, lengths, case.out)
+    layer, out = CudaKvLayer(pool, *case.kv_scales), torch.empty_like(query)
+    attention = GatheredAttention(Gathering(library, 1, 1), layer, head_dim**-0.5, space, never)
+    attention.attend(query, table, table[0], table[0], 0, lengths, out)
+    case.out.copy_(out)
     assert_attended(case)
 
 
+def never(*given: object) -> None:
+    raise AssertionError("every prompt is gathered")
+
+
+def test_a_split_covers_the_keys_in_pieces_of_few_sizes() -> None:
+    for num_tokens in (1, 3, 255, 256, 257, 1000, 2049, 8192):
+        for prefix in (0, 1, 255, 256, 300, 7680, 8000, 131072, 100_001):
+            found = cuda_sdpa.split(num_tokens, prefix + num_tokens)
+            sizes = [size for _, size in found.pieces]
+            assert [first for first, _ in found.pieces] == [sum(sizes[:i]) for i in range(len(sizes))]
+            assert all(size.bit_count() == 1 and size >= cuda_sdpa.TILE for size in sizes)
+            assert found.first == sum(sizes) and found.first + found.lead == prefix
+            assert found.lead < max(cuda_sdpa.TILE, num_tokens / 4 + 1) and len(sizes) < 16
+            assert found.rows % cuda_sdpa.TILE == 0
+            assert 0 <= found.first + found.rows - prefix - num_tokens < cuda_sdpa.TILE
+
+
+def test_cudnn_makes_few_plans_whatever_the_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: set[tuple[int, ...]] = set()
+
+    def attend(
+        query: torch.Tensor,
+        kv: torch.Tensor,
+        keys: tuple[int, int],
+        scale: float,
+        is_causal: bool,
+        has_sums: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        first, count = keys
+        assert len(query) % cuda_sdpa.TILE == count % cuda_sdpa.TILE == 0 and first + count <= kv.shape[2]
+        plans.add((len(query), count, is_causal, has_sums))
+        return query, torch.zeros(1, len(query))
+
+    def merge(parts: list[torch.Tensor], sums: list[torch.Tensor], scale: float, out: torch.Tensor) -> None:
+        assert {len(each) for each in parts} == {each.shape[1] for each in sums} == {len(out)}
+
+    monkeypatch.setattr(cuda_sdpa, "_cudnn", attend)
+    monkeypatch.setattr(cuda_sdpa, "_kernels", SimpleNamespace(attention_merge=merge))
+    most, longest = 4096, 131072
+    query, out = torch.zeros(most, 1, 8), torch.zeros(most, 1, 8)
+    space = Workspace(torch.zeros(2, 1, longest, 8), torch.zeros(cuda_sdpa.staging_rows(most), 1, 8))
+    for _ in range(2000):
+        num_tokens = int(torch.randint(1, most + 1, ()))
+        context = num_tokens + int(torch.randint(0, longest - num_tokens + 1, ()) * torch.rand(()) ** 3)
+        first = int(torch.randint(0, most - num_tokens + 1, ()))
+        cuda_sdpa.attend(Library.CUDNN, query, (num_tokens, context), space, 1.0, 1.0, first, out)
+    assert 50 < len(plans) <= 72
+
+
 async def test_prompts_in_chunks_beside_others_follow_the_reference(
-    tmp_path: Path, gpu: EmulatedDevice, calls: Counter[str]
+    tmp_path: Path, gpu: Gpu, torch_s: SdpaStandIn | None, calls: Counter[str]
 ) -> None:
     reference = make_model(**SHAPE)
     runner = make_runner(reference, tmp_path, gpu)
@@ -112,23 +209,25 @@ async def test_prompts_in_chunks_beside_others_follow_the_reference(
     for job in jobs:
         assert_matches_reference(job, reference)
     # Two layers; 20, 20, 9 + 1 + 10 and 7 prompt tokens, with decodes alongside at the end.
-    assert (calls["sdpa"], calls["attention_prefill"]) == (2 * 6, 0)
-    assert calls["attention_decode"] > 0
+    assert calls["sdpa"] == 2 * 6
+    assert_native(calls, "attention_prefill", lambda count: count == 0)
+    assert_native(calls, "attention_decode", lambda count: count > 0)
 
 
 @pytest.mark.parametrize("kept", ["auto", "fp8_e4m3fn"])
 async def test_a_step_of_the_largest_size_is_tried_before_the_cache_is_made(
-    tmp_path: Path, gpu: EmulatedDevice, calls: Counter[str], kept: str
+    tmp_path: Path, gpu: Gpu, torch_s: SdpaStandIn | None, calls: Counter[str], kept: str
 ) -> None:
     runner = make_runner(make_model(**SHAPE), tmp_path, gpu, kv_cache_dtype=kept)
     try:
-        assert (calls["sdpa"], calls["attention_prefill"]) == (2, 0)
+        assert calls["sdpa"] == 2
+        assert_native(calls, "attention_prefill", lambda count: count == 0)
     finally:
         runner.close()
 
 
 async def test_layers_with_a_window_keep_our_kernel(
-    tmp_path: Path, gpu: EmulatedDevice, calls: Counter[str]
+    tmp_path: Path, gpu: Gpu, torch_s: SdpaStandIn | None, calls: Counter[str]
 ) -> None:
     reference = transformers.Gemma2ForCausalLM(
         transformers.Gemma2Config(
@@ -146,7 +245,8 @@ async def test_layers_with_a_window_keep_our_kernel(
     finally:
         runner.close()
     assert_matches_reference(job, reference)
-    assert (calls["sdpa"], calls["attention_prefill"]) == (2, 2), "a layer of either kind, two chunks"
+    assert calls["sdpa"] == 2, "one layer of two, two chunks"
+    assert_native(calls, "attention_prefill", lambda count: count == 2)
 
 
 def test_what_torch_s_kernels_do_not_have_keeps_ours() -> None:
@@ -159,17 +259,91 @@ def test_what_torch_s_kernels_do_not_have_keeps_ours() -> None:
 
 
 async def test_batch_invariance_keeps_our_kernel_and_says_so(
-    tmp_path: Path, gpu: EmulatedDevice, calls: Counter[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    gpu: Gpu,
+    torch_s: SdpaStandIn | None,
+    calls: Counter[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     runner = make_runner(make_model(**SHAPE), tmp_path, gpu, batch_invariant=True)
     try:
         await generate(runner, [Job(PROMPT, 2, WANTED)])
     finally:
         runner.close()
-    assert calls["sdpa"] == 0 and calls["attention_prefill"] > 0
+    assert calls["sdpa"] == 0
+    assert_native(calls, "attention_prefill", lambda count: count > 0)
     assert "--prompt-attention sdpa is ignored" in caplog.text
 
 
+async def test_only_long_prompts_leave_our_kernel_and_the_graphs(
+    tmp_path: Path,
+    gpu: Gpu,
+    torch_s: SdpaStandIn | None,
+    calls: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reference = make_model(**SHAPE)
+    monkeypatch.setattr(cuda_attention, "Gathering", lambda library: Gathering(library, 10, 150))
+    runner = make_runner(reference, tmp_path, gpu, prompt_attention="auto")
+    try:
+        assert runner.prompts_by in list(Library)
+        calls.clear()
+        short = [Job(PROMPT[:9], 2, WANTED), Job(PROMPT[2:7], 2, WANTED)]
+        before = gpu.replayed
+        await generate(runner, short)
+        assert calls["sdpa"] == 0 and gpu.replayed > before, "a step of short prompts is a graph"
+        jobs = [Job((PROMPT * 2)[:n], 2, WANTED) for n in (5, 3, 30, 6, 11)]
+        await generate(runner, jobs[:4], chunk=40)
+        await generate(runner, [jobs[4]], chunk=40)
+    finally:
+        runner.close()
+    for job in (*short, *jobs):
+        assert_matches_reference(job, reference)
+    assert calls["sdpa"] == 2, "of 30 tokens, in two layers; 11 have 66 pairs"
+
+
+def test_a_prompt_is_long_if_it_has_tokens_and_pairs_enough() -> None:
+    default = Gathering(Library.CUDNN)
+    assert default.takes(2048, 2048) and default.takes(512, 8192) and default.takes(128, 8320)
+    assert not default.takes(1024, 1024) and not default.takes(127, 100_000)
+    assert Gathering(Library.FLASH, 1, 1).takes(1, 1)
+
+
+@emulated_only
+@pytest.mark.parametrize(
+    ("refuses", "is_wrong", "chosen"),
+    [
+        (set(), False, Library.CUDNN),
+        ({"cudnn"}, False, Library.FLASH),
+        (set(), True, Library.FLASH),
+        ({"cudnn", "flash"}, False, None),
+    ],
+    ids=str,
+)
+async def test_the_first_library_that_computes_rightly_is_chosen_at_load(
+    tmp_path: Path, gpu: Gpu, torch_s: SdpaStandIn, caplog: pytest.LogCaptureFixture, refuses: set[str],
+    is_wrong: bool, chosen: Library | None,
+) -> None:  # fmt: skip
+    torch_s.refuses, torch_s.is_wrong = refuses, is_wrong
+    caplog.set_level("INFO")
+    reference = make_model(**SHAPE)
+    runner = make_runner(reference, tmp_path, gpu, prompt_attention="auto")
+    try:
+        job = Job(PROMPT, 2, WANTED)
+        await generate(runner, [job])
+        assert runner.prompts_by == chosen
+    finally:
+        runner.close()
+    assert_matches_reference(job, reference)
+    for name in refuses:
+        assert f"{name} is not for these" in caplog.text and "of course" not in caplog.text
+    assert ("its results are wrong by" in caplog.text) is is_wrong
+    if chosen is None:
+        with pytest.raises(ModelLoadError, match="--prompt-attention sdpa: no attention of this torch"):
+            make_runner(reference, tmp_path, gpu)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible, and computes")
 @pytest.mark.parametrize(
     ("settings", "flag"),
     [
@@ -186,9 +360,10 @@ def test_what_is_for_gpus_is_refused_on_a_cpu(tmp_path: Path, settings: Settings
 
 @pytest.mark.parametrize("is_on", [False, True])
 def test_dependent_launches_are_switched_by_the_setting(
-    tmp_path: Path, gpu: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, is_on: bool
+    tmp_path: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, is_on: bool
 ) -> None:
     switched: list[bool] = []
     monkeypatch.setattr(torch.ops.tgi_cuda, "set_dependent_launches", switched.append)
-    make_runner(make_model(**SHAPE), tmp_path, gpu, dependent_launches=is_on).close()
+    changes = {"prompt_attention": "paged", "dependent_launches": is_on}
+    make_runner(make_model(**SHAPE), tmp_path, gpu, **changes).close()
     assert switched == [is_on]

@@ -17,16 +17,15 @@ from torch import Tensor
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.adapters import AdaptableWeight
 from tgi_asgi.ops.arrays import Floats
-from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.buffers import Buffers, Liveness
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
-from tgi_asgi.ops.cuda_attention import GatheredAttention, PromptAttention, can_gather
+from tgi_asgi.ops.cuda_attention import Gathering, PromptAttention
 from tgi_asgi.ops.cuda_batch import INPUTS, SIZES, CudaBatch
 from tgi_asgi.ops.cuda_experts import CudaExperts, Routing
-from tgi_asgi.ops.cuda_flashinfer import FlashInfer, PlannedAttention, can_plan
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear, Scratch
 from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Rows, Size
+from tgi_asgi.ops.cuda_prompts import PromptLibraries, prompts_of
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix, joined_halves
 from tgi_asgi.ops.cuda_shards import CudaShard, WholeLogits
 from tgi_asgi.ops.cuda_weights import DeviceWeights
@@ -77,13 +76,12 @@ class CudaProgram:
         self._max_tokens, self._max_sequences, self._max_rows = max_tokens, max_sequences, max_rows
         self._max_blocks = max_blocks
         self._dtype, self._device = dtype, device
-        self._is_batch_invariant, self._prompt_attention = is_batch_invariant, prompt_attention
-        self._flashinfer: FlashInfer | None = None  # created by the first layer that uses it
-        self._planned: dict[tuple[object, ...], PlannedAttention] = {}  # by what layers with one plan share
+        self._is_batch_invariant = is_batch_invariant
         self._launches = LaunchList(SIZES, INPUTS)
         self._head = LaunchList((Size.ROWS,), (Input.ROWS,))
         self._logits = torch.empty(0)
         self._scratch = Scratch(dtype, device, 0 if is_batch_invariant else _max_codes(recorder.calls))
+        self._libraries = PromptLibraries(prompt_attention, self._launches, self._scratch, max_blocks)
         self._values = Buffers()
         self._weights = DeviceWeights(dtype, device)
         self._experts = CudaExperts(
@@ -102,6 +100,11 @@ class CudaProgram:
     def logits(self) -> Tensor:
         """The buffer [max_rows, vocab] float32 that `head` writes."""
         return self._logits
+
+    @property
+    def gathering(self) -> Gathering | None:
+        """Which prompts torch's attention computes; None: none."""
+        return self._libraries.gathering
 
     def num_launches(self, batch: CudaBatch, num_rows: int) -> int:
         """Return how many operators compute a batch and the logits of `num_rows` rows."""
@@ -228,50 +231,13 @@ class CudaProgram:
             _decodes(Input.BLOCK_TABLE), *kind, plan, workspace, _decodes(out),
             when=Condition(Size.DECODES, 1),
         )  # fmt: skip
-        is_by_library = self._attend_by_library(layer, spec, query, out)
+        is_by_library = self._libraries.add(layer, spec, query, kind, out)
         self._launches.add(
-            "tgi_cuda::attention_prefill", _tokens(query), layer.pool, _prompts(Input.QUERY_START),
-            _prompts(Input.CONTEXT_LEN), _prompts(Input.BLOCK_TABLE), Size.MAX_QUERY_LEN, *kind, _tokens(out),
+            "tgi_cuda::attention_prefill", _tokens(query), layer.pool, prompts_of(Input.QUERY_START),
+            prompts_of(Input.CONTEXT_LEN), prompts_of(Input.BLOCK_TABLE), Size.MAX_QUERY_LEN, *kind,
+            _tokens(out),
             when=Condition(Size.UNKNOWN_PROMPTS if is_by_library else Size.PROMPTS, 1),
         )  # fmt: skip
-
-    def _attend_by_library(self, layer: CudaKvLayer, spec: AttentionSpec, query: Tensor, out: Tensor) -> bool:
-        """Add the launches of another library for prompts of known lengths; return whether there are any."""
-        when = Condition(Size.KNOWN_PROMPTS, 1)
-        if self._prompt_attention is PromptAttention.SDPA and can_gather(spec):
-            self._launches.add(
-                functools.partial(_attend_gathered, self._gathered(layer, spec)), query,
-                _prompts(Input.BLOCK_TABLE), Size.DECODES, Input.PROMPT_LENS, out, when=when,
-            )  # fmt: skip
-            return True
-        if self._prompt_attention is PromptAttention.FLASHINFER and can_plan(spec, layer.head_dim):
-            planned = self._planned_for(layer, spec, query, when)
-            self._launches.add(
-                functools.partial(planned.attend, layer), query, Size.DECODES, out, when=when
-            )  # fmt: skip
-            return True
-        return False
-
-    def _gathered(self, layer: CudaKvLayer, spec: AttentionSpec) -> GatheredAttention:
-        size = self._max_blocks * layer.pool[0].numel()
-        gathered = self._scratch.buffer("gathered", (size,), layer.pool.dtype)
-        is_plain = layer.pool.dtype is self._dtype
-        converted = gathered if is_plain else self._scratch.buffer("gathered", (size,))
-        return GatheredAttention(layer, spec.scale, gathered, converted)
-
-    def _planned_for(
-        self, layer: CudaKvLayer, spec: AttentionSpec, query: Tensor, when: Condition
-    ) -> PlannedAttention:
-        """Return FlashInfer's plan for a layer; the first layer of its kind launches the planning."""
-        self._flashinfer = self._flashinfer or FlashInfer(self._device)
-        kind = (spec.scale, spec.window, spec.soft_cap, *layer.pool.shape[1:], *query.shape[1:])
-        if kind not in self._planned:
-            planned = self._planned[kind] = PlannedAttention(self._flashinfer, spec, layer.pool, query)
-            self._launches.add(
-                functools.partial(_plan_prompts, planned), _prompts(Input.BLOCK_TABLE), Input.PROMPT_LENS,
-                when=when,
-            )  # fmt: skip
-        return self._planned[kind]
 
     def _plan(self, block_size: int, window: int) -> Tensor:
         """Return the plan [max_sequences + 1] of layers with this window; the first of them computes it."""
@@ -300,7 +266,7 @@ class CudaProgram:
         else:
             linear.multiply(self._launches, source, product, Size.TOKENS)
             self._add_up(call.weight, product)
-            self._launches.add("aten::add_.Tensor", _tokens(x), _tokens(product), call.factor)
+            self._launches.add("tgi_cuda::residual_add", _tokens(product), call.factor, _tokens(x))
         self._adapt(call.weight, call.a, x, call.factor)
 
     def _is_part(self, weight: LinearWeight) -> bool:
@@ -459,21 +425,6 @@ def _tokens(rows: Tensor) -> Rows:
 def _decodes(rows: Tensor | Input) -> Rows:
     """Return the rows of decoding sequences."""
     return Rows(rows, Size.DECODES)
-
-
-def _prompts(rows: Input) -> Rows:
-    """Return the rows of the other sequences."""
-    return Rows(rows, None, first=Size.DECODES)
-
-
-def _attend_gathered(
-    gathered: GatheredAttention, query: Tensor, block_table: Tensor, first: int, lengths: Tensor, out: Tensor
-) -> None:
-    gathered.attend(query, block_table, first, lengths.tolist(), out)
-
-
-def _plan_prompts(planned: PlannedAttention, block_table: Tensor, lengths: Tensor) -> None:
-    planned.plan(block_table, lengths.tolist())
 
 
 def _max_codes(recorded: Sequence[calls.Call]) -> int:

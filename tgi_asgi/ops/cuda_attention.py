@@ -1,25 +1,36 @@
-"""Prompt attention by torch's `scaled_dot_product_attention`, instead of the native kernel.
+"""Prompt attention by torch's fused kernels (`cuda_sdpa.py`), instead of the native kernel.
 
 A sequence's keys and values are first gathered from its blocks into contiguous memory, which costs one read
-and one write of them. torch then uses FlashAttention-2 (Dao, 2023). Lengths come from the host, so graphs
-cannot contain these calls.
+and one write of them. Lengths come from the host, so graphs cannot contain these calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.ops import cuda_sdpa
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
+from tgi_asgi.ops.cuda_sdpa import Library, Workspace
+
+_kernels: Any = torch.ops.tgi_cuda
+
+# `attention_prefill` of consecutive sequences, which writes rows of `out`:
+# paged(query, query_start, context_len, block_table, max_query_len, out)
+Paged = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor], None]
 
 
 class PromptAttention(StrEnum):
     """Implementation of prompt attention on a GPU; the values are those of `--prompt-attention`."""
 
+    AUTO = "auto"  # torch for prompts that are long enough, the native kernel for others
     PAGED = "paged"  # the native kernel
     SDPA = "sdpa"  # torch, over gathered keys and values: this module
     FLASHINFER = "flashinfer"  # `cuda_flashinfer.py`
@@ -31,73 +42,123 @@ def can_gather(spec: AttentionSpec) -> bool:
     return all(each is None for each in others)
 
 
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """The library that computes prompts, and which prompts those are.
+
+    Attributes:
+        min_tokens: Fewest tokens of a step. Fewer leave tiles of the library empty, and gathering costs as
+            much as is gained: on an H200 2 ns a key, against 44 ps a query and key.
+        min_pairs: Fewest pairs of a query and a key that it sees. The native kernel needs 70 us of an H200
+            for 2^20, cuDNN 27 us; copies take 20 us, and without a graph a step's layer 12 us.
+    """
+
+    library: Library
+    min_tokens: int = 128
+    min_pairs: int = 1 << 20
+
+    def takes(self, num_tokens: int, context_len: int) -> bool:
+        """Return whether the library computes a prompt's last tokens, not the native kernel."""
+        num_pairs = num_tokens * (2 * context_len - num_tokens + 1) // 2
+        return num_tokens >= self.min_tokens and num_pairs >= self.min_pairs
+
+
+def choose_gathering(query: Tensor, num_kv_heads: int, *, is_wanted: bool) -> Gathering | None:
+    """Choose a library by a trial; None: none computes these shapes here.
+
+    Args:
+        query: Queries of any step, [n_tokens, num_heads, head_dim].
+        is_wanted: Whether the library computes every prompt, also short ones.
+
+    Raises:
+        ModelLoadError: if it is wanted and there is none.
+    """
+    _, num_heads, head_dim = query.shape
+    library = cuda_sdpa.choose_library(num_heads, num_kv_heads, head_dim, query.dtype, query.device)
+    if library is not None:
+        return Gathering(library, 1, 1) if is_wanted else Gathering(library)
+    if is_wanted:
+        raise ModelLoadError(
+            "--prompt-attention sdpa: no attention of this torch computes this model's shapes on this GPU "
+            "(the log says why): use auto or paged"
+        )
+    return None
+
+
+def workspace_shapes(
+    layer: CudaKvLayer, max_blocks: int, queries: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of a `Workspace`'s tensors.
+
+    Args:
+        max_blocks: Blocks of the longest context.
+        queries: Shape of the queries of the largest step.
+    """
+    max_tokens, num_heads, head_dim = queries
+    _, _, num_kv_heads, block_size, _ = layer.pool.shape
+    rows = cuda_sdpa.padded(max_blocks * block_size)
+    return (2, num_kv_heads, rows, head_dim), (cuda_sdpa.staging_rows(max_tokens), num_heads, head_dim)
+
+
 class GatheredAttention:
     """One layer's attention of prompts.
 
-        attention = GatheredAttention(layer, spec.scale, gathered, converted)
-        attention.attend(query, block_table, first, lengths, out)
+        attention = GatheredAttention(gathering, layer, spec.scale, space, paged)
+        attention.attend(query, block_table, query_start, context_len, first, lengths, out)
 
     Args:
-        gathered: Buffer [max_blocks * elements of a block] of the pool's dtype; layers may share it.
-        converted: The same buffer in the queries' dtype; `gathered` itself if the dtypes are equal.
+        space: Memory for the longest context and the longest step.
+        paged: The native kernel, for prompts that the library does not take.
     """
 
-    def __init__(self, layer: CudaKvLayer, scale: float, gathered: Tensor, converted: Tensor) -> None:
-        from torch.nn.attention.bias import causal_lower_right  # takes 1.5 s: it imports torch's compiler
-
-        self._bias = causal_lower_right
-        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN would make a plan for each new prompt length
-        self._layer, self._scale = layer, scale
-        self._gathered, self._converted = gathered, converted
+    def __init__(
+        self, gathering: Gathering, layer: CudaKvLayer, scale: float, space: Workspace, paged: Paged
+    ) -> None:
+        self._gathering, self._layer, self._scale, self._space = gathering, layer, scale, space
+        self._paged = paged
 
     def attend(
-        self,
-        query: Tensor,
-        block_table: Tensor,
-        first: int,
-        lengths: Sequence[tuple[int, int]],
-        out: Tensor,
-    ) -> None:
-        """Attend one sequence at a time.
+        self, query: Tensor, block_table: Tensor, query_start: Tensor, context_len: Tensor, first: int,
+        lengths: Sequence[tuple[int, int]], out: Tensor,
+    ) -> None:  # fmt: skip
+        """Attend one sequence at a time, except neighbours that the native kernel computes.
 
         Args:
             query, out: [n_tokens, num_heads, head_dim].
-            block_table: [n_sequences or more, n_columns] int32.
+            block_table: [n_sequences, n_columns] int32.
+            query_start, context_len: [n_sequences + 1] and [n_sequences] int32, as the native kernel reads
+                them.
             first: Index of the first sequence's first token.
             lengths: (tokens in `query`, tokens in total) of each sequence; both at least 1.
         """
-        for index, (num_tokens, context_len) in enumerate(lengths):
-            keys, values = self._gather(block_table[index], context_len)
-            # torch allocates a tensor [num_tokens, context_len] for this bias, but never writes or reads it.
-            bias = None if num_tokens == context_len else self._bias(num_tokens, context_len)
-            # Scales of an FP8 cache: the keys' scale is applied to the scores, the values' scale to the
-            # result.
-            attended = torch.nn.functional.scaled_dot_product_attention(
-                query[first : first + num_tokens].transpose(0, 1)[None],
-                keys[None],
-                values[None],
-                attn_mask=bias,
-                is_causal=bias is None,
-                scale=self._scale * self._layer.key_scale,
-                enable_gqa=True,
-            )  # [1, num_heads, num_tokens, head_dim]
-            rows = attended[0].transpose(0, 1)
-            torch.mul(rows, self._layer.value_scale, out=out[first : first + num_tokens])
+        waiting = 0  # sequences from here on are the native kernel's
+        for index, (num_tokens, in_total) in enumerate(lengths):
+            if self._gathering.takes(num_tokens, in_total):
+                self._attend_paged(query, block_table, query_start, context_len, lengths, waiting, index, out)
+                self._attend_gathered(query, block_table[index], first, (num_tokens, in_total), out)
+                waiting = index + 1
             first += num_tokens
+        last = len(lengths)
+        self._attend_paged(query, block_table, query_start, context_len, lengths, waiting, last, out)
 
-    def _gather(self, row: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values [num_kv_heads, context_len, head_dim] of a sequence, until the next call."""
-        pool = self._layer.pool
-        _, _, num_kv_heads, block_size, head_dim = pool.shape
-        num_blocks = -(-context_len // block_size)
-        shape = (2, num_kv_heads, num_blocks, block_size, head_dim)
-        size = num_blocks * pool[0].numel()
-        # Moves eight bytes at a time: index_select's cost per element does not depend on the element's size.
-        words = pool.view(torch.int64).permute(1, 2, 0, 3, 4)
-        gathered = self._gathered[:size].view(shape)
-        torch.index_select(words, 2, row[:num_blocks], out=gathered.view(torch.int64))
-        converted = self._converted[:size].view(shape)
-        if self._converted is not self._gathered:
-            converted.copy_(gathered)
-        keys, values = converted.view(2, num_kv_heads, num_blocks * block_size, head_dim)[:, :, :context_len]
-        return keys, values
+    def _attend_paged(
+        self, query: Tensor, block_table: Tensor, query_start: Tensor, context_len: Tensor,
+        lengths: Sequence[tuple[int, int]], first: int, stop: int, out: Tensor,
+    ) -> None:  # fmt: skip
+        """Attend some of the sequences by the native kernel."""
+        if first < stop:
+            longest = max(num_tokens for num_tokens, _ in lengths[first:stop])
+            starts, tables = query_start[first : stop + 1], block_table[first:stop]
+            self._paged(query, starts, context_len[first:stop], tables, longest, out)
+
+    def _attend_gathered(
+        self, query: Tensor, row: Tensor, first: int, lengths: tuple[int, int], out: Tensor
+    ) -> None:
+        layer, space = self._layer, self._space
+        context_len = lengths[1]
+        _kernels.attention_gather(layer.pool, row, context_len, cuda_sdpa.padded(context_len), space.kv)
+        # Scales of an FP8 cache: the keys' scale is applied to the scores, the values' to the result.
+        cuda_sdpa.attend(
+            self._gathering.library, query, lengths, space, self._scale * layer.key_scale, layer.value_scale,
+            first, out,
+        )  # fmt: skip

@@ -189,7 +189,7 @@ def _check_settings(settings: Settings) -> None:
         logger.warning("%s; %s kernels serve", refused, ops.kernel_set().name)
     if settings.dependent_launches:
         raise ModelLoadError("--dependent-launches is for GPUs: a CPU launches no kernels")
-    if settings.prompt_attention != "paged":
+    if settings.prompt_attention not in ("auto", "paged"):
         raise ModelLoadError(
             f"--prompt-attention {settings.prompt_attention} is for GPUs: on a CPU native kernels compute "
             "the attention of prompts"

@@ -154,6 +154,11 @@ class CudaRunner:
         )
         self._waiter.start()
 
+    @property
+    def prompts_by(self) -> str | None:
+        """The library that computes the attention of prompts; None: only the native kernel does."""
+        return self._steps.prompts_by
+
     def _prepare(self) -> KvSize:
         """Choose the cache's size, make it, and capture the graphs; the launcher's first task."""
         self._device.enter_thread()
@@ -290,7 +295,7 @@ class CudaRunner:
     ) -> StepLayout:
         """Lay a step out for a graph that fits it, unless its prompts are scored: these need more logits."""
         is_scored = any(row.prompt_logprobs is not None for row in rows)
-        prompts = [row.num_tokens for row in rows[num_decodes:]]
+        prompts = [(row.num_tokens, row.start + row.num_tokens) for row in rows[num_decodes:]]
         shape = None if is_scored else self._steps.padded(num_decodes, prompts)
         if shape is None:
             return plain_layout(rows, sampling, num_decodes, ends)

@@ -111,6 +111,7 @@ class OnCuda:
         self._opened, self._device = opened, device
         device.limit_memory(settings.cuda_memory_fraction)
         self._kv_scales: list[tuple[float, float]] | None = None
+        self._prompts = ""  # what computes them, if not the native kernel
         self.shards: CudaShards | None = None
         if cuts:
             opened.use_cut(cuts[0])
@@ -137,13 +138,15 @@ class OnCuda:
             model, self.settings, self._device, self._dtype, self.longest, self._kv_scales, self.shards,
             None if adapters is None else adapters.layout,
         )  # fmt: skip
+        if runner.prompts_by is not None:
+            self._prompts = f" prompts by {runner.prompts_by}"
         return Placed(runner, cache, adapters)
 
     @property
     def bits(self) -> str:
         """What decides output bits, as described in `Placement`."""
         scales = f" kv {self._kv_scales}" if self._kv_scales else ""
-        return f"{self.arithmetic}{scales}"
+        return f"{self.arithmetic}{scales}{self._prompts}"
 
     def is_batch_invariant(self, model: ServedModel) -> bool:
         """Return whether a sequence's bits depend on it alone, as described in `Placement`."""
@@ -244,8 +247,11 @@ def types_of(settings: Settings, dtype: torch.dtype) -> CudaTypes:
 
 def _choose_prompt_attention(settings: Settings) -> PromptAttention:
     wanted = PromptAttention(settings.prompt_attention)
-    if wanted is not PromptAttention.PAGED and settings.batch_invariant:
-        logger.warning("--prompt-attention %s is ignored: --batch-invariant needs the native kernel", wanted)
+    if settings.batch_invariant:
+        if wanted not in (PromptAttention.AUTO, PromptAttention.PAGED):
+            logger.warning(
+                "--prompt-attention %s is ignored: --batch-invariant needs the native kernel", wanted
+            )
         return PromptAttention.PAGED
     if wanted is PromptAttention.FLASHINFER:
         try:

@@ -151,8 +151,8 @@ class CudaSteps:
             limits.max_batch_size, limits.max_blocks, dtype=torch.int32, device=device.device
         )
         self._shape: StepShape | None = None  # of the last step
-        # Other libraries' attention needs the prompts' lengths on the host, which a graph does not have.
-        has_mixed = types.prompt_attention is PromptAttention.PAGED
+        self._prompt_attention = types.prompt_attention
+        has_mixed = types.prompt_attention in (PromptAttention.PAGED, PromptAttention.AUTO)
         self._shapes = graph_shapes(limits, has_mixed=has_mixed)
         self._graphs: dict[tuple[int, ...], Graphs] = {}
         self._has_adapters = adapters is not None
@@ -193,17 +193,37 @@ class CudaSteps:
         """Release the graphs."""
         self._graphs.clear()
 
-    def padded(self, num_decodes: int, prompts: Sequence[int]) -> StepShape | None:
-        """Return the smallest graph shape that fits these decodes and prompt lengths; None if none does.
+    def padded(self, num_decodes: int, prompts: Sequence[tuple[int, int]]) -> StepShape | None:
+        """Return the smallest graph shape that fits these decodes and prompts; None if none does.
 
         Its block tables have no columns yet, and no token has an adapter.
+
+        Args:
+            prompts: Tokens in the step, and in total, of each prompt.
         """
-        tokens = sum(prompts)
+        if self._needs_lengths(prompts):
+            return None
+        tokens = sum(length for length, _ in prompts)
         for shape in self._shapes:
             has_room = shape.num_decodes >= num_decodes and shape.num_prompts >= len(prompts)
             if has_room and shape.num_tokens - shape.num_decodes >= tokens:
                 return shape
         return None
+
+    @property
+    def prompts_by(self) -> str | None:
+        """The library that computes the attention of prompts; None: only the native kernel does."""
+        if self._prompt_attention is PromptAttention.FLASHINFER:
+            return str(self._prompt_attention)
+        gathering = self.program.gathering
+        return None if gathering is None else str(gathering.library)
+
+    def _needs_lengths(self, prompts: Sequence[tuple[int, int]]) -> bool:
+        """Return whether another library computes a prompt: it needs lengths, which no graph has."""
+        if self._prompt_attention is PromptAttention.FLASHINFER:
+            return bool(prompts)
+        gathering = self.program.gathering
+        return gathering is not None and any(gathering.takes(*lengths) for lengths in prompts)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (from, to) of the cache as if simultaneously; no block is both source and target."""
@@ -245,6 +265,9 @@ class CudaSteps:
                 ids.copy_(torch.where(buffers.from_slot >= 0, last, ids))
             if self._shard is not None:
                 self._shard.group.broadcast(ids)
-        self.program.forward(buffers.batch(self._tables))
+        batch = buffers.batch(self._tables)
+        if not self._needs_lengths(batch.prompt_lens):
+            batch = replace(batch, prompt_lens=())  # one launch of the native kernel, by C++
+        self.program.forward(batch)
         if buffers.shape.num_rows > 0:
             self.program.head(buffers.rows)

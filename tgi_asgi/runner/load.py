@@ -191,7 +191,6 @@ def _bits(place: Placement, cache: KvSize, config: ServedConfig) -> str:
         None if settings.given_rope is None else f"{settings.given_rope}",
         f"for {place.longest}" if is_stretched else None,
         f"by {settings.num_shard}" if settings.num_shard > 1 else None,
-        None if settings.prompt_attention == "paged" else f"prompts by {settings.prompt_attention}",
         tgi_asgi.__version__,
     ]
     return " ".join(part for part in parts if part is not None)

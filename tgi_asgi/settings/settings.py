@@ -100,11 +100,12 @@ class Settings:
     )
     prompt_attention: str = _model(
         "What computes the attention of prompts on a GPU: paged is the native kernel, on the paged cache; "
-        "sdpa is torch's fused kernels, on contiguous copies; flashinfer is the package flashinfer-python, "
-        "on the paged cache. Layers that the choice cannot compute (sdpa: windows and soft caps; both: "
-        "sinks, ALiBi) and --batch-invariant use paged.",
-        "paged",
-        kinds.one_of("paged sdpa flashinfer"),
+        "sdpa is torch's fused kernels (cuDNN's, or FlashAttention-2), on contiguous copies; flashinfer is "
+        "the package flashinfer-python, on the paged cache. auto is sdpa for long prompts and paged for "
+        "short ones. Layers that the choice cannot compute (sdpa: windows and soft caps; both: sinks, "
+        "ALiBi) and --batch-invariant use paged.",
+        "auto",
+        kinds.one_of("auto paged sdpa flashinfer"),
     )
     dependent_launches: bool = _model(
         "On GPUs of compute capability 9.0 or later, let a kernel start before the previous one has ended. "
