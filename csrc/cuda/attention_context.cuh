@@ -6,15 +6,19 @@
 
 namespace tgi::cuda {
 
+// Longer chunks write fewer results, shorter ones occupy more of the device if the batch is small:
+// a prompt of 1,024 tokens with eight KV heads has 64 items. All are multiples of the kernels'
+// tiles.
 __host__ __device__ constexpr int64_t chunk_length(int64_t context) {
-  return context <= 8192 ? 256 : context <= 32768 ? 512 : 1024;
+  return context <= 2048 ? 128 : context <= 8192 ? 256 : context <= 32768 ? 512 : 1024;
 }
 
-// The maximum number of chunks in a context of up to `longest`.
-constexpr int64_t max_chunks(int64_t longest) {
-  if (longest <= 8192) return ceil_divide<int64_t>(longest, 256);
-  if (longest <= 32768) return max(int64_t{32}, ceil_divide<int64_t>(longest, 512));
-  return max(int64_t{64}, ceil_divide<int64_t>(longest, 1024));
+// The maximum number of chunks in a context of up to `longest`: a longer context has fewer than a
+// shorter one just after its chunks have doubled.
+__host__ __device__ constexpr int64_t max_chunks(int64_t longest) {
+  const int64_t least = longest <= 2048 ? 0 : longest <= 8192 ? 16 : longest <= 32768 ? 32 : 64;
+  const int64_t own = divide_narrow(longest + chunk_length(longest) - 1, chunk_length(longest));
+  return least < own ? own : least;  // nvcc's `max` is not constexpr
 }
 
 // A sequence's context as the kernels see it: positions [begin, end) in chunks [first_chunk,
@@ -24,9 +28,9 @@ struct Context {
   int64_t end;
   int64_t length;  // of a chunk
 
-  __device__ __forceinline__ Context(const AttentionParams& p, int64_t sequence) {
+  __device__ __forceinline__ Context(const AttentionParams& p, int32_t context_len) {
     const int64_t longest = p.block_table_stride * p.block_size;
-    end = min(max(int64_t{p.context_len[sequence]}, int64_t{0}), longest);
+    end = min(max(int64_t{context_len}, int64_t{0}), longest);
     begin = p.window > 0 ? max(end - p.window, int64_t{0}) : 0;
     length = chunk_length(end);
   }
@@ -44,13 +48,8 @@ struct Workspace {
 
   __device__ __forceinline__ explicit Workspace(const AttentionParams& p) {
     out = static_cast<float*>(p.workspace);
-    const int64_t chunks = p.num_sequences * max_chunks_on_device(p);
+    const int64_t chunks = p.num_sequences * max_chunks(p.block_table_stride * p.block_size);
     stats = reinterpret_cast<float2*>(out + chunks * p.num_heads * p.head_dim);
-  }
-  static __device__ __forceinline__ int64_t max_chunks_on_device(const AttentionParams& p) {
-    const int64_t longest = p.block_table_stride * p.block_size;
-    const int64_t least = longest <= 8192 ? 0 : longest <= 32768 ? 32 : 64;
-    return max(least, divide_narrow(longest + chunk_length(longest) - 1, chunk_length(longest)));
   }
 };
 

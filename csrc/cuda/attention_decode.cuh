@@ -2,207 +2,198 @@
 //
 // The work is a list of items (sequence, chunk of its context, KV head). A chunk's length depends
 // only on its own sequence's length, so a row's bits do not depend on the batch. A persistent grid
-// processes the items in turn. The query heads of a KV head share an item as the rows of mma, and
-// each of four warps (two with a head size of 256) processes every fourth (second) tile of sixteen
-// tokens by itself, without barriers. A second kernel merges the chunks of each sequence in order.
+// processes the items in turn, and a block copies its next tile while it attends to the present
+// one, also where an item ends: what the next item needs to know is looked up an item ahead. A
+// second kernel merges the chunks of each sequence in order.
+//
+//   copies       item 1, tile 0 | item 1, tile 1 | item 2, tile 0 | item 2, tile 1 | ...
+//   arithmetic                  | item 1, tile 0 | item 1, tile 1 | item 2, tile 0 | ...
 #pragma once
 
-#include "attention_context.cuh"
-#include "attention_tile.cuh"
+#include <climits>
+
+#include "attention_decode_tile.cuh"
+#include "attention_merge.cuh"
 
 namespace tgi::cuda {
 
-constexpr int kMergeThreads = 64;
-
-template <typename Element, typename KvElement, int HeadDim>
+template <typename Element, typename KvElement, int HeadDim, int Rows>
 struct Decode {
-  static constexpr int kWarps = HeadDim <= 128 ? 4 : 2;
-  static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kStages = HeadDim <= 64 ? 3 : 2;  // within 99 KB: sm_86, 89 and 120
-  static constexpr int kTile = 16;                       // tokens
-  // A tile's keys or values, in chunks of 16 bytes.
-  static constexpr int kTileChunks = kTile * Row<HeadDim>::kStride;
-  static constexpr int kSharedChunks =
-      kRows * Row<HeadDim>::kStride + kWarps * kStages * 2 * kTileChunks;
-  static constexpr int kSharedBytes = kSharedChunks * 16;
-  static_assert(kSharedBytes <= 99 << 10);
-  // The merge of the warps reuses the tiles' memory.
-  static_assert(kWarps * kRows * (HeadDim + 2) * 4 <= kWarps * kStages * 2 * kTileChunks * 16);
-  using KvCache = Cache<Element, KvElement, HeadDim>;
+  using Tile = DecodeTile<Element, KvElement, HeadDim, Rows>;
+  using Shared = typename Tile::Shared;
+  static constexpr int kThreads = Tile::kThreads;
+  // Blocks that a multiprocessor of sm_90 shall hold: one tile of each is in flight, and 30 KB hide
+  // the latency of memory.
+  static constexpr int kBlocks = sizeof(Shared) <= 55 << 10 && (Rows == 8 || HeadDim <= 64) ? 4 : 3;
 
-  // Query rows beyond the group are zero.
-  static __device__ __forceinline__ void load_queries(const AttentionParams& p, int64_t sequence,
-                                                      int64_t kv_head, int group, uint4* queries) {
-    const Element* q =
-        static_cast<const Element*>(p.q) + (sequence * p.num_heads + kv_head * group) * HeadDim;
-    for (int i = int(threadIdx.x); i < kRows * Row<HeadDim>::kChunks; i += kThreads) {
-      const int row = i / Row<HeadDim>::kChunks, chunk = i % Row<HeadDim>::kChunks;
-      queries[Row<HeadDim>::at(row, chunk)] =
-          row < group ? *reinterpret_cast<const uint4*>(q + row * HeadDim + chunk * 8)
-                      : uint4{0, 0, 0, 0};
+  // An item, and where the warp's tokens of its tiles are in the cache.
+  struct Item {
+    int sequence = 0;
+    int chunk, kv_head;
+    int begin, end;   // tokens of the chunk
+    int context_end;  // the query is the last of so many tokens
+    int block;        // lane i: id of the block of the i-th tile, if the warp has tokens there
+    int offset;       // lane i: first token within the block
+
+    // Moves on to a later item.
+    __device__ __forceinline__ void find(const AttentionParams& p, int index) {
+      const int lane = Tile::lane();
+      chunk = int(divide_narrow(index, p.num_kv_heads));
+      kv_head = index - chunk * int(p.num_kv_heads);
+      // Finds the last sequence that begins at or before the chunk, among 32 at a time.
+      int first_chunk, context;
+      for (int last = kWarpSize - 1; last == kWarpSize - 1;) {
+        const int64_t other = int64_t{sequence} + lane;
+        const bool exists = other < p.num_sequences;
+        const int start = exists ? p.plan[other] : INT_MAX;
+        const int length = exists ? p.context_len[other] : 0;
+        last = __popc(__ballot_sync(0xffffffffu, start <= chunk)) - 1;
+        sequence += last;
+        first_chunk = __shfl_sync(0xffffffffu, start, last);
+        context = __shfl_sync(0xffffffffu, length, last);
+      }
+      const Context seen(p, context);
+      const int64_t start = (seen.first_chunk() + chunk - first_chunk) * seen.length;
+      begin = int(max(seen.begin, start));
+      end = int(min(seen.end, start + seen.length));
+      context_end = int(seen.end);
+      // All ids at once; they are not used before the first tile is copied.
+      const int token = first_token(lane), block_size = int(p.block_size);
+      block = 0;
+      if (token + 16 > begin && token < end)
+        block = p.block_table[sequence * p.block_table_stride + token / block_size];
+      offset = token % block_size;
+    }
+    __device__ __forceinline__ int num_tiles() const {
+      return (end + Tile::kTokens - 1) / Tile::kTokens - begin / Tile::kTokens;
+    }
+    // The warp's first token of a tile.
+    __device__ __forceinline__ int first_token(int tile) const {
+      return (begin / Tile::kTokens + tile) * Tile::kTokens + 16 * Tile::warp();
+    }
+  };
+
+  // Starts copying the warp's tokens of a tile; zeros replace those outside of the item.
+  static __device__ __forceinline__ void load_tile(const AttentionParams& p, const Item& item,
+                                                   int tile, uint4* tiles, int stage) {
+    constexpr int kCopies = Tile::KvRow::kChunks;
+    const int token = item.first_token(tile);
+    const int64_t block =
+        min(max(__shfl_sync(0xffffffffu, item.block, tile), 0), int(p.num_blocks) - 1);
+    const int offset = __shfl_sync(0xffffffffu, item.offset, tile);
+    const Cache<Element, KvElement, HeadDim> cache(p, item.kv_head);
+    const auto* keys = reinterpret_cast<const uint4*>(cache.head + cache.row_at(block, offset));
+    const auto* values = reinterpret_cast<const uint4*>(cache.head + cache.row_at(block, offset) +
+                                                        cache.value_offset);
+    const int first = stage * Tile::kStageChunks + 16 * Tile::warp() * Tile::KvRow::kStride;
+    const int own = first + Tile::KvRow::at(Tile::lane() / kCopies, Tile::lane() % kCopies);
+#pragma unroll
+    for (int i = 0; i < 16 * kCopies; i += kWarpSize) {
+      const int k = i + Tile::lane(), row = k / kCopies;
+      if (16 * kCopies % kWarpSize != 0 && k >= 16 * kCopies) break;
+      const bool is_valid = token + row >= item.begin && token + row < item.end;
+      int to = first + Tile::KvRow::at(row, k % kCopies);
+      if constexpr (kWarpSize % kCopies == 0)  // the same in fewer instructions
+        to = (own ^ (i / kCopies & 7)) + i / kCopies * Tile::KvRow::kStride;
+      async_copy16(&tiles[to], keys + k, is_valid);
+      async_copy16(&tiles[to + Tile::kKeyChunks], values + k, is_valid);
     }
   }
 
-  // Processes this warp's part of the tokens [begin, end): tiles warp, warp + kWarps and so on. The
-  // query is the last of `context_end` tokens.
-  static __device__ __forceinline__ void process_tiles(const AttentionParams& p, int64_t sequence,
-                                                       int64_t kv_head, int64_t begin, int64_t end,
-                                                       int64_t context_end, const uint4* queries,
-                                                       uint4* tiles, RowState<HeadDim>& state) {
-    const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
-    const int64_t first_tile = begin / kTile;
-    const int num_tiles =
-        int((ceil_divide<int64_t>(end, kTile) - first_tile - warp + kWarps - 1) / kWarps);
-    const auto token_of = [&](int i) { return (first_tile + warp + int64_t{i} * kWarps) * kTile; };
-    // Lane i holds the i-th tile's block id. Every address depends on an id, so all ids are fetched
-    // at once.
-    int32_t own_block = 0;
-    if (lane < num_tiles) {
-      own_block =
-          p.block_table[sequence * p.block_table_stride + int(token_of(lane)) / int(p.block_size)];
-    }
-    own_block = min(max(own_block, 0), int32_t(p.num_blocks - 1));
-    const KvCache cache(p, kv_head);
-    const int64_t head = kv_head * divide_narrow(p.num_heads, p.num_kv_heads) + lane / 4;
-    const Scores scores(p, head, head + 8);
-    const auto load_tile = [&](int i) {
-      const int64_t token = token_of(i);
-      const int32_t block = __shfl_sync(0xffffffffu, own_block, i % kWarpSize);
-      const int64_t place = cache.row_at(block, int(token) % int(p.block_size));
-      uint4* stage = tiles + i % kStages * 2 * kTileChunks;
-#pragma unroll 4
-      for (int k = lane; k < 2 * kTile * KvCache::kCopies; k += kWarpSize) {
-        const bool is_value = k >= kTile * KvCache::kCopies;
-        const int row = k / KvCache::kCopies % kTile;
-        const bool is_valid = token + row >= begin && token + row < end;
-        const int64_t at = place + row * HeadDim + (is_value ? cache.value_offset : 0);
-        cache.start_copy(stage + (is_value ? kTileChunks : 0), row, k % KvCache::kCopies,
-                         is_valid ? at : 0, is_valid);
-      }
-    };
+  // Starts copying an item's queries; rows beyond the group are zero.
+  static __device__ __forceinline__ void load_queries(const AttentionParams& p, const Item& item,
+                                                      int group, uint4* queries) {
+    using QueryRow = typename Tile::QueryRow;
+    const Element* q = static_cast<const Element*>(p.q) +
+                       (item.sequence * p.num_heads + int64_t{item.kv_head} * group) * HeadDim;
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) {
-      if (i < num_tiles) load_tile(i);
-      async_commit();
+    for (int first = 0; first < Rows * QueryRow::kChunks; first += kThreads) {
+      const int i = first + int(threadIdx.x);
+      if (i >= Rows * QueryRow::kChunks) break;
+      const int row = i / QueryRow::kChunks, chunk = i % QueryRow::kChunks;
+      async_copy16(&queries[QueryRow::at(row, chunk)], q + row * HeadDim + chunk * 8, row < group);
     }
-    for (int i = 0; i < num_tiles; ++i) {
-      async_wait<kStages - 2>();
-      __syncwarp();  // all lanes see tile i and have finished with tile i - 1
-      if (i + kStages - 1 < num_tiles) load_tile(i + kStages - 1);
-      async_commit();
-      const uint4* keys = tiles + i % kStages * 2 * kTileChunks;
-      const int first = int(max(begin - token_of(i), int64_t{0}));
-      const int stop = int(context_end - token_of(i));  // chunks end at tile borders
-      attend<Element, HeadDim, kTile>(state, queries, keys, keys + kTileChunks, scores,
-                                      first == 0 && stop >= kTile,
-                                      Visible{{first, first}, {stop, stop}});
-    }
-    finish_sums(state);
   }
 
-  // Writes the warp's rows to shared memory: [warp][row] sums, then each row's maximum and total.
-  static __device__ __forceinline__ void store_rows(const RowState<HeadDim>& state, float* sums,
-                                                    float* stats) {
-    const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
+  // Writes an item's results to the workspace.
+  static __device__ __forceinline__ void store(const AttentionParams& p, const Item& item,
+                                               int group, const Tile& state, const Shared& shared) {
+    const Workspace workspace(p);
+    const int64_t place = int64_t{item.chunk} * p.num_heads + int64_t{item.kv_head} * group;
+    float* out = workspace.out + place * HeadDim;
+    state.for_each_sum([&](int row, int d, float sum) {
+      if (row < group) out[row * HeadDim + d] = sum;
+    });
+    if (Tile::warp() > 0 || Tile::lane() % 4 > 0) return;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp * kRows + lane / 4 + 8 * half;
+    for (int half = 0; half < Tile::kHalves; ++half) {
+      const int row = Tile::lane() / 4 + 8 * half;
+      float sum = 0;
 #pragma unroll
-      for (int j = 0; j < HeadDim / 8; ++j) {
-        *reinterpret_cast<float2*>(sums + row * HeadDim + j * 8 + lane % 4 * 2) =
-            float2{state.out[j][2 * half], state.out[j][2 * half + 1]};
-      }
-      if (lane % 4 == 0)
-        *reinterpret_cast<float2*>(stats + row * 2) = float2{state.max[half], state.sum[half]};
+      for (int i = 0; i < Tile::kWarps; ++i) sum += shared.sums[i][row];
+      if (row < group) workspace.stats[place + row] = float2{state.max[half], sum};
     }
   }
 };
 
-// Combines the partial results of a softmax over parts of the keys, in order.
-struct Merged {
-  float out, max, sum;
-
-  __device__ __forceinline__ void add(float part_out, float2 part) {
-    const float larger = fmaxf(max, part.x);
-    if (larger == -INFINITY) return;
-    const float own = exp2f(max - larger), other = exp2f(part.x - larger);
-    out = out * own + part_out * other;
-    sum = sum * own + part.y * other;
-    max = larger;
-  }
-};
-
-template <typename Element, typename KvElement, int HeadDim>
-__global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim>::kThreads, 2)
+template <typename Element, typename KvElement, int HeadDim, int Rows>
+__global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim, Rows>::kThreads,
+                                  Decode<Element, KvElement, HeadDim, Rows>::kBlocks)
     decode_kernel(AttentionParams p) {
   wait_for_previous_kernel();
   allow_next_kernel();
-  using Kernel = Decode<Element, KvElement, HeadDim>;
-  DYNAMIC_SHARED(uint4, queries);  // [16 rows], then the warps' tiles
-  uint4* tiles = queries + kRows * Row<HeadDim>::kStride;
-  auto* sums = reinterpret_cast<float*>(tiles);  // reuses the tiles' memory after them
-  float* stats = sums + Kernel::kWarps * kRows * HeadDim;
+  using Kernel = Decode<Element, KvElement, HeadDim, Rows>;
+  using Tile = typename Kernel::Tile;
+  DYNAMIC_SHARED(typename Kernel::Shared, shared);
   const int group = int(divide_narrow(p.num_heads, p.num_kv_heads));
-  const Workspace workspace(p);
-  const int64_t num_items = int64_t{p.plan[p.num_sequences]} * p.num_kv_heads;
-  for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
-    const int64_t chunk = divide_narrow(item, p.num_kv_heads),
-                  kv_head = item - chunk * p.num_kv_heads;
-    int64_t sequence = 0;  // the last that begins at or before this chunk
-    for (int64_t stop = p.num_sequences; stop - sequence > 1;) {
-      const int64_t middle = (sequence + stop) / 2;
-      (p.plan[middle] <= chunk ? sequence : stop) = middle;
+  const int num_items = p.plan[p.num_sequences] * int(p.num_kv_heads);
+  int index = int(blockIdx.x);
+  if (index >= num_items) return;
+  typename Kernel::Item item;
+  item.find(p, index);
+  Kernel::load_queries(p, item, group, shared->queries[0]);
+  Kernel::load_tile(p, item, 0, shared->tiles, 0);
+  async_commit();
+  typename Kernel::Item next = item;
+  index += int(gridDim.x);
+  if (index < num_items) next.find(p, index);
+  Scores scores(p, 0, 0);
+  Tile state;
+  bool is_first = true;
+  for (int tile = 0, stage = 0, parity = 0;; stage ^= 1, is_first = false) {
+    if (!is_first) {
+      async_wait<0>();
+      __syncthreads();  // the tile is there for all, and all have finished with the one before
     }
-    const Context context(p, sequence);
-    const int64_t start = (context.first_chunk() + chunk - p.plan[sequence]) * context.length;
-    const int64_t begin = max(context.begin, start), end = min(context.end, start + context.length);
-    Kernel::load_queries(p, sequence, kv_head, group, queries);
-    __syncthreads();  // also: all threads have finished merging the previous item, so its tiles are
-                      // free
-    RowState<HeadDim> state;
-    state.clear();
-    Kernel::process_tiles(
-        p, sequence, kv_head, begin, end, context.end, queries,
-        tiles + threadIdx.x / kWarpSize * Kernel::kStages * 2 * Kernel::kTileChunks, state);
-    __syncthreads();  // the tiles are no longer needed
-    Kernel::store_rows(state, sums, stats);
-    __syncthreads();
-    for (int i = int(threadIdx.x); i < group * HeadDim; i += Kernel::kThreads) {
-      const int row = i / HeadDim, d = i % HeadDim;
-      Merged merged = {0, -INFINITY, 0};
-#pragma unroll
-      for (int warp = 0; warp < Kernel::kWarps; ++warp) {
-        const int from = warp * kRows + row;
-        merged.add(sums[from * HeadDim + d], *reinterpret_cast<const float2*>(stats + from * 2));
-      }
-      const int64_t head = kv_head * group + row, place = chunk * p.num_heads + head;
-      workspace.out[place * HeadDim + d] = merged.out;
-      if (d == 0) workspace.stats[place] = float2{merged.max, merged.sum};
+    const bool is_last = tile + 1 >= item.num_tiles();
+    if (!is_last) {
+      Kernel::load_tile(p, item, tile + 1, shared->tiles, stage ^ 1);
+    } else if (index < num_items) {
+      Kernel::load_queries(p, next, group, shared->queries[parity ^ 1]);
+      Kernel::load_tile(p, next, 0, shared->tiles, stage ^ 1);
     }
-  }
-}
-
-// One block per (sequence, head): merges its chunks and divides.
-template <typename Element, int HeadDim>
-__global__ void __launch_bounds__(kMergeThreads, 8) merge_kernel(AttentionParams p) {
-  wait_for_previous_kernel();
-  allow_next_kernel();
-  const Workspace workspace(p);
-  const int64_t sequence = divide_narrow(blockIdx.x, p.num_heads),
-                head = blockIdx.x - sequence * p.num_heads;
-  const int64_t first = p.plan[sequence], stop = p.plan[sequence + 1];
-  for (int d = 2 * int(threadIdx.x); d < HeadDim; d += 2 * kMergeThreads) {
-    Merged merged[2] = {{0, -INFINITY, 0}, {0, -INFINITY, 0}};
-    for (int64_t chunk = first; chunk < stop; ++chunk) {
-      const int64_t place = chunk * p.num_heads + head;
-      const float2 out = *reinterpret_cast<const float2*>(workspace.out + place * HeadDim + d);
-      merged[0].add(out.x, workspace.stats[place]);
-      merged[1].add(out.y, workspace.stats[place]);
+    async_commit();
+    if (is_first) {  // two tiles at once: a small batch has not many more
+      async_wait<1>();
+      __syncthreads();  // the first tile is there
     }
-    const float factor = first == stop ? 0.0f : inverse_sum(p, head, merged[0].max, merged[0].sum);
-    Element* out = static_cast<Element*>(p.out) + (sequence * p.num_heads + head) * HeadDim + d;
-    *reinterpret_cast<uint32_t*>(out) =
-        Pair<Element>::pack(merged[0].out * factor, merged[1].out * factor);
+    if (tile == 0) {
+      state.begin(shared->queries[parity]);
+      const int64_t head = int64_t{item.kv_head} * group + Tile::lane() / 4;
+      scores = Scores(p, head, head + 8);
+    }
+    const int token = item.first_token(tile);
+    // chunks end at tiles' borders
+    state.attend(*shared, stage, scores, item.begin - token, item.context_end - token, is_last);
+    ++tile;
+    if (!is_last) continue;
+    Kernel::store(p, item, group, state, *shared);
+    if (index >= num_items) break;
+    item = next;
+    tile = 0;
+    parity ^= 1;
+    index += int(gridDim.x);
+    if (index < num_items) next.find(p, index);
   }
 }
 
@@ -210,17 +201,25 @@ template <typename Element, typename KvElement>
 cudaError_t launch_decode(const AttentionParams& p, cudaStream_t stream) {
   return for_head_dim(p.head_dim, [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
-    using Kernel = Decode<Element, KvElement, kHeadDim>;
     const int64_t items =
         p.num_sequences * max_chunks(p.block_table_stride * p.block_size) * p.num_kv_heads;
-    const auto blocks = unsigned(min(items, int64_t{2} * num_multiprocessors()));
-    const cudaError_t error =
-        launch_dependent(decode_kernel<Element, KvElement, kHeadDim>, dim3(blocks),
-                         dim3(Kernel::kThreads), Kernel::kSharedBytes, stream, p);
+    const auto launch_rows = [&](auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      using Kernel = Decode<Element, KvElement, kHeadDim, kRows>;
+      constexpr size_t kSharedBytes = sizeof(typename Kernel::Shared);
+      const int64_t blocks = num_resident_blocks(kSharedBytes, Kernel::kBlocks);
+      return launch_dependent(decode_kernel<Element, KvElement, kHeadDim, kRows>,
+                              dim3(unsigned(min(items, blocks))), dim3(Kernel::kThreads),
+                              kSharedBytes, stream, p);
+    };
+    // eight rows halve the registers of the sums, and are enough for most models
+    const cudaError_t error = p.num_heads <= 8 * p.num_kv_heads
+                                  ? launch_rows(std::integral_constant<int, 8>())
+                                  : launch_rows(std::integral_constant<int, 16>());
     if (error != cudaSuccess) return error;
     return launch_dependent(merge_kernel<Element, kHeadDim>,
-                            dim3(unsigned(p.num_sequences * p.num_heads)), dim3(kMergeThreads), 0,
-                            stream, p);
+                            dim3(unsigned(p.num_sequences * p.num_heads)),
+                            dim3(Merge<kHeadDim>::kThreads), 0, stream, p);
   });
 }
 

@@ -57,6 +57,15 @@ int num_multiprocessors() {
   return count;
 }
 
+int num_resident_blocks(size_t shared_bytes, int most) {
+  int device = 0, available = 0, reserved = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+  const int fitting = available / (int(shared_bytes) + reserved);
+  return num_multiprocessors() * (fitting < 1 ? 1 : fitting < most ? fitting : most);
+}
+
 #endif
 
 }  // namespace tgi::cuda

@@ -44,6 +44,10 @@ bool takes_dependent_launch();
 // Returns the count for the current device; persistent kernels fill it a fixed number of times.
 int num_multiprocessors();
 
+// Returns how many blocks of a persistent kernel the current device holds, if registers allow
+// `most` per multiprocessor.
+int num_resident_blocks(size_t shared_bytes, int most);
+
 // Starts a kernel and returns the launch's own error.
 template <typename... Parameters>
 cudaError_t launch_as(bool is_dependent, void (*kernel)(Parameters...), dim3 grid, dim3 block,
@@ -120,6 +124,7 @@ __forceinline__ void wait_for_previous_kernel() { emu::wait_for_previous_kernel(
 __forceinline__ void allow_next_kernel() {}
 
 inline int num_multiprocessors() { return 3; }
+inline int num_resident_blocks(size_t, int) { return 3; }  // few, so that each has many items
 
 }  // namespace tgi::cuda
 

@@ -52,7 +52,13 @@ def one_each(*contexts: int, **kinds: object) -> Shape:
         one_each(20, num_heads=2, num_kv_heads=2, head_dim=96, block_size=64),
         one_each(100, 35, num_heads=6, num_kv_heads=2, head_dim=128),
         one_each(50, num_heads=16, num_kv_heads=1, head_dim=256),
+        one_each(130, 40, num_heads=8, num_kv_heads=1, head_dim=256),
+        one_each(300, 20, num_heads=12, num_kv_heads=1, head_dim=128),
+        one_each(5, *[0] * 40, 20, *[0] * 31, 300, 0),  # looked for among more than 32
         one_each(70, 300, kv_dtype=FP8),
+        one_each(70, 9, kv_dtype=FP8, head_dim=80, num_heads=12, num_kv_heads=1),
+        one_each(70, 9, kv_dtype=FP8, head_dim=96),
+        one_each(50, 130, kv_dtype=FP8, head_dim=256, num_heads=9, num_kv_heads=1),
         one_each(47, kv_dtype=FP8, head_dim=128, dtype=FP16),
         one_each(300, 40, 7, window=33),
         one_each(600, window=100, block_size=32),
@@ -94,7 +100,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(device: Device) -> No
 
 
 def test_chunks_grow_with_the_context_and_the_workspace_holds_them_all(device: Device) -> None:
-    lengths = [1, 256, 8192, 8193, 8448, 32768, 32769, 40000]
+    lengths = [1, 128, 129, 2048, 2049, 8192, 8193, 8448, 32768, 32769, 40000]
     stride = 40000 // 16
     num_bytes = device.attention_workspace_bytes(len(lengths), stride, 16, 1, 64)
     case = PagedCase(device, one_each(*[1] * len(lengths)))
@@ -103,7 +109,7 @@ def test_chunks_grow_with_the_context_and_the_workspace_holds_them_all(device: D
     params = case.params(context_len=contexts, block_table_stride=stride, plan=plan)
     device.launch("attention_plan", **params)
     counts = [stop - start for start, stop in pairwise(plan.tolist())]
-    assert counts == [1, 1, 32, 17, 17, 64, 33, 40]
+    assert counts == [1, 1, 2, 16, 9, 32, 17, 17, 64, 33, 40]
     assert num_bytes >= len(lengths) * max(counts) * 66 * 4
 
 
@@ -111,8 +117,8 @@ FAULTS = [
     Fault(
         "the block table is read one entry late",
         "attention_decode.cuh",
-        "int(token_of(lane)) / int(p.block_size)];",
-        "int(token_of(lane)) / int(p.block_size) + 1];",
+        "token / block_size];",
+        "token / block_size + 1];",
         "bounds",
     ),
     Fault(
@@ -125,72 +131,151 @@ FAULTS = [
     Fault(
         "a token past the context is brought",
         "attention_decode.cuh",
-        "token + row < end;",
-        "token + row < end + 1;",
+        "token + row < item.end;",
+        "token + row < item.end + 1;",
         "bounds",
     ),
     Fault(
-        "a copy is waited for too little",
+        "the first tile is waited for too little",
         "attention_decode.cuh",
-        "async_wait<kStages - 2>()",
-        "async_wait<kStages - 1>()",
+        "async_wait<1>()",
+        "async_wait<2>()",
         "async",
     ),
     Fault(
-        "the last tile's group is not committed",
+        "later tiles are waited for too little",
         "attention_decode.cuh",
-        "load_tile(i + kStages - 1);\n      async_commit();",
-        "{ load_tile(i + kStages - 1);\n      async_commit(); }",
+        "async_wait<0>()",
+        "async_wait<1>()",
         "async",
     ),
     Fault(
-        "lanes do not wait for each other's copies",
+        "the first tile's group is not committed",
         "attention_decode.cuh",
-        "      __syncwarp();  // all lanes see tile i",
-        "      // all lanes see tile i",
-        "race|async",
+        "shared->tiles, 0);\n  async_commit();",
+        "shared->tiles, 0);",
+        "async",
     ),
     Fault(
-        "queries are read before they are there",
+        "warps do not wait for each other's copies of the first tile",
         "attention_decode.cuh",
-        "    __syncthreads();  // also",
-        "    // also",
+        "      __syncthreads();  // the first tile is there",
+        "      __syncwarp();  // the first tile is there",
+        "race|async|uninit",
+    ),
+    Fault(
+        "warps do not wait for each other's copies of later tiles",
+        "attention_decode.cuh",
+        "      __syncthreads();  // the tile is there for all",
+        "      __syncwarp();  // the tile is there for all",
+        "race|async|uninit",
+    ),
+    Fault(
+        "the next item's queries replace the present ones",
+        "attention_decode.cuh",
+        "shared->queries[parity ^ 1]",
+        "shared->queries[parity]",
+        "async|race|result|uninit",
+    ),
+    Fault(
+        "the stage in use is refilled",
+        "attention_decode.cuh",
+        "tile + 1, shared->tiles, stage ^ 1)",
+        "tile + 1, shared->tiles, stage)",
+        "async",
+    ),
+    Fault(
+        "the stage in use is refilled with the next item",
+        "attention_decode.cuh",
+        "next, 0, shared->tiles, stage ^ 1)",
+        "next, 0, shared->tiles, stage)",
+        "async",
+    ),
+    Fault(
+        "an item is looked for among 31 sequences",
+        "attention_decode.cuh",
+        "last == kWarpSize - 1;",
+        "last == kWarpSize;",
+        "bounds|uninit|result|wild|ub",
+    ),
+    Fault(
+        "a rest beyond the group is stored",
+        "attention_decode.cuh",
+        "if (row < group) out[",
+        "if (row <= group) out[",
+        "result|race|bounds|uninit|blocks",
+    ),
+    Fault(
+        "weights are computed before all maxima are there",
+        "attention_decode_tile.cuh",
+        "    __syncthreads();  // the maxima",
+        "    __syncwarp();  // the maxima",
         "uninit|race",
     ),
     Fault(
-        "the merge begins while tiles are in use",
-        "attention_decode.cuh",
-        "    __syncthreads();  // the tiles are no longer needed",
-        "    // the tiles are no longer needed",
-        "race",
-    ),
-    Fault(
-        "a stage is refilled while it is read",
-        "attention_decode.cuh",
-        "tiles + i % kStages * 2 * kTileChunks;\n#pragma",
-        "tiles + i % 2 * 2 * kTileChunks;\n#pragma",
-        "async",
+        "values are multiplied before all weights are there",
+        "attention_decode_tile.cuh",
+        "    __syncthreads();  // the weights",
+        "    __syncwarp();  // the weights",
+        "uninit|race",
     ),
     Fault(
         "the running maximum is dropped",
-        "attention_tile.cuh",
-        "fmaxf(state.max[half], largest * scores.scale)",
-        "largest * scores.scale",
+        "attention_decode_tile.cuh",
+        "float largest = max[half];",
+        "float largest = -INFINITY;",
         "result",
     ),
     Fault(
         "one key too many is seen",
-        "attention_tile.cuh",
-        "key >= visible.stop[i / 2]",
-        "key > visible.stop[i / 2]",
+        "attention_decode_tile.cuh",
+        "key >= stop)",
+        "key > stop)",
         "result",
     ),
     Fault(
         "values are not transposed",
-        "attention_tile.cuh",
-        "load_matrix_x4_transposed(\n          b,",
-        "load_matrix_x4(\n          b,",
+        "attention_decode_tile.cuh",
+        "load_matrix_x4_transposed(a[1], at +",
+        "load_matrix_x4(a[1], at +",
         "result",
+    ),
+    Fault(
+        "sums are corrected by another row's factor",
+        "attention_decode_tile.cuh",
+        "lane() % 4 * 8 + 4)",
+        "lane() % 4 * 8)",
+        "result",
+    ),
+    Fault(
+        "8-bit values of two head dimensions are mixed up",
+        "attention_decode_tile.cuh",
+        "0x3120",
+        "0x3210",
+        "result",
+        "attention_decode_bf16_fp8.cu",
+    ),
+    Fault(
+        "queries of 8-bit keys are in the order of 16-bit ones",
+        "attention_decode_tile.cuh",
+        "const uint2 four = chunk[column % 2];",
+        "const uint2 four = chunk[1 - column % 2];",
+        "result",
+        "attention_decode_bf16_fp8.cu",
+    ),
+    Fault(
+        "the merge reads the next sequence's chunk",
+        "attention_merge.cuh",
+        "const bool exists = chunk + i * kParts < stop;",
+        "const bool exists = chunk + i * kParts <= stop;",
+        "result|uninit|bounds",
+    ),
+    Fault(
+        "parts are merged before they are there",
+        "attention_merge.cuh",
+        "  __syncthreads();  // the parts",
+        "  __syncwarp();  // the parts",
+        "uninit|race",
     ),
     Fault(
         "the window begins one late",
@@ -215,7 +300,7 @@ FAULTS = [
     ),
     Fault(
         "scores are not capped",
-        "attention_tile.cuh",
+        "attention_decode_tile.cuh",
         "if (scores.bound != 0)",
         "if (scores.bound < 0)",
         "result",
@@ -239,8 +324,8 @@ FAULTS = [
     Fault(
         "distances begin at the chunk's end",
         "attention_decode.cuh",
-        "int(context_end - token_of(i))",
-        "int(end - token_of(i))",
+        "item.context_end - token,",
+        "item.end - token,",
         "result",
     ),
     Fault(
@@ -262,7 +347,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_planted_fault_is_caught(fault: Fault) -> None:
-    if fault.file.endswith(".cuh"):
+    if fault.file.endswith(".cuh") and not fault.kernel:
         fault = replace(fault, kernel="attention_decode_bf16.cu")
 
     def all_kinds(device: Device) -> None:
@@ -273,5 +358,7 @@ def test_a_planted_fault_is_caught(fault: Fault) -> None:
         check(device, one_each(40, 300, soft_cap=5.0, magnitude=20))
         check(device, one_each(40, 300, sinks=3.0))
         check(device, one_each(300, num_heads=12, num_kv_heads=1, has_slopes=True))
+        check(device, one_each(40, 300, kv_dtype=FP8, num_heads=16))
+        check(device, one_each(5, *[0] * 40, 300))
 
     assert_caught(fault, all_kinds)

@@ -177,6 +177,27 @@ FAULTS = [
         "bounds",
     ),
     Fault(
+        "the running maximum is dropped",
+        "attention_tile.cuh",
+        "fmaxf(state.max[half], largest * scores.scale)",
+        "largest * scores.scale",
+        "result",
+    ),
+    Fault(
+        "one key too many is seen",
+        "attention_tile.cuh",
+        "key >= visible.stop[i / 2]",
+        "key > visible.stop[i / 2]",
+        "result",
+    ),
+    Fault(
+        "values are not transposed",
+        "attention_tile.cuh",
+        "load_matrix_x4_transposed(\n          b,",
+        "load_matrix_x4(\n          b,",
+        "result",
+    ),
+    Fault(
         "scores are not capped",
         "attention_tile.cuh",
         "if (scores.bound != 0)",
