@@ -148,9 +148,9 @@ __global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim, Rows>::kTh
   const int group = int(divide_narrow(p.num_heads, p.num_kv_heads));
   const int num_items = p.plan[p.num_sequences] * int(p.num_kv_heads);
   int index = int(blockIdx.x);
-  if (index >= num_items) return;
   typename Kernel::Item item;
-  item.find(p, index);
+  item.find(p, index);  // also if there is none: it need not wait for their number
+  if (index >= num_items) return;
   Kernel::load_queries(p, item, group, shared->queries[0]);
   Kernel::load_tile(p, item, 0, shared->tiles, 0);
   async_commit();

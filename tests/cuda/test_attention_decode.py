@@ -54,6 +54,8 @@ def one_each(*contexts: int, **kinds: object) -> Shape:
         one_each(50, num_heads=16, num_kv_heads=1, head_dim=256),
         one_each(130, 40, num_heads=8, num_kv_heads=1, head_dim=256),
         one_each(300, 20, num_heads=12, num_kv_heads=1, head_dim=128),
+        one_each(1200, 300, num_heads=1, num_kv_heads=1),  # several chunks per thread of the merge
+        one_each(4400, num_heads=1, num_kv_heads=1, head_dim=256),  # more than are loaded at once
         one_each(5, *[0] * 40, 20, *[0] * 31, 300, 0),  # looked for among more than 32
         one_each(70, 300, kv_dtype=FP8),
         one_each(70, 9, kv_dtype=FP8, head_dim=80, num_heads=12, num_kv_heads=1),
@@ -189,14 +191,14 @@ FAULTS = [
         "attention_decode.cuh",
         "next, 0, shared->tiles, stage ^ 1)",
         "next, 0, shared->tiles, stage)",
-        "async",
+        "async|race",
     ),
     Fault(
-        "an item is looked for among 31 sequences",
+        "an item is looked for among 32 sequences only",
         "attention_decode.cuh",
-        "last == kWarpSize - 1;",
-        "last == kWarpSize;",
-        "bounds|uninit|result|wild|ub",
+        "last == kWarpSize - 1;)",
+        "last == kWarpSize - 1; --last)",
+        "bounds|uninit|result",
     ),
     Fault(
         "a rest beyond the group is stored",
@@ -360,5 +362,6 @@ def test_a_planted_fault_is_caught(fault: Fault) -> None:
         check(device, one_each(300, num_heads=12, num_kv_heads=1, has_slopes=True))
         check(device, one_each(40, 300, kv_dtype=FP8, num_heads=16))
         check(device, one_each(5, *[0] * 40, 300))
+        check(device, one_each(1200, 300, num_heads=1, num_kv_heads=1))
 
     assert_caught(fault, all_kinds)

@@ -226,6 +226,7 @@ def test_a_planted_fault_is_caught(fault: Fault) -> None:
     def all_kinds(device: Device) -> None:
         check(device, Shape([144], [70], num_heads=3, num_kv_heads=1, window=75))
         check(device, Shape([144], [40], window=20))
+        check(device, Shape([144], [3], magnitude=200))  # a maximum that falls by more than floats can hold
         check(device, Shape([40], [30], soft_cap=5.0, magnitude=20))
         check(device, Shape([40], [30], sinks=3.0, num_heads=3, num_kv_heads=1))
         check(device, Shape([40], [30], has_slopes=True, num_heads=3, num_kv_heads=1))
