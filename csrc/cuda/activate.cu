@@ -9,8 +9,8 @@ constexpr int kThreads = 256;
 
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, 4) activate_kernel(ActivateParams p) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   const int64_t token = blockIdx.x;
   const int64_t column = int64_t{(blockIdx.y * kThreads + threadIdx.x) * 8};
   if (column >= p.intermediate) return;

@@ -11,13 +11,14 @@ constexpr int64_t kMaxGroup = 16;  // query heads per KV head: the rows of mma
 
 // One warp computes the running count of chunks before each sequence.
 __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(AttentionParams p) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   const int lane = int(threadIdx.x);
   int32_t total = 0;
   for (int64_t first = 0; first < p.num_sequences; first += kWarpSize) {
     const int64_t sequence = first + lane;
-    const auto own = int32_t(sequence < p.num_sequences ? Context(p, p.context_len[sequence]).num_chunks() : 0);
+    const auto own =
+        int32_t(sequence < p.num_sequences ? Context(p, p.context_len[sequence]).num_chunks() : 0);
     int32_t before = own;  // including own, within this round
 #pragma unroll
     for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {

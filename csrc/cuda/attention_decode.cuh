@@ -140,8 +140,8 @@ template <typename Element, typename KvElement, int HeadDim, int Rows>
 __global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim, Rows>::kThreads,
                                   Decode<Element, KvElement, HeadDim, Rows>::kBlocks)
     decode_kernel(AttentionParams p) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   using Kernel = Decode<Element, KvElement, HeadDim, Rows>;
   using Tile = typename Kernel::Tile;
   DYNAMIC_SHARED(typename Kernel::Shared, shared);

@@ -38,8 +38,8 @@ __device__ __forceinline__ uint4 load_as(const fp8* p) {
 // A block copies consecutive vectors of one head's keys or values.
 template <typename Element, typename Kv>
 __global__ void __launch_bounds__(kThreads, 6) gather_kernel(AttentionGatherParams p) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   const int64_t vectors = p.head_dim / 8;  // per row
   const int64_t head = blockIdx.y;         // of keys, then of values
   const auto* kv = static_cast<const Kv*>(p.kv);

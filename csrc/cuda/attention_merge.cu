@@ -10,8 +10,8 @@ constexpr int kThreads = 256;
 
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, 4) merge_parts_kernel(AttentionMergeParams p) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   const int64_t vectors = p.head_dim / 8;
   const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t row = divide_narrow(at, vectors), token = divide_narrow(row, p.num_heads);

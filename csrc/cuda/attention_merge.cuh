@@ -36,8 +36,8 @@ struct Merge {
 template <typename Element, int HeadDim>
 __global__ void __launch_bounds__(Merge<HeadDim>::kThreads) merge_kernel(AttentionParams p) {
   constexpr int kColumns = Merge<HeadDim>::kColumns, kParts = Merge<HeadDim>::kParts;
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   SHARED_ARRAY(float4, outs, kParts * kColumns);
   SHARED_ARRAY(float2, stats, kParts);
   const Workspace workspace(p);

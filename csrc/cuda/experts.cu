@@ -11,8 +11,8 @@ constexpr int kThreads = 128;
 // whatever the order in which they were computed.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, 8) experts_sum_kernel(ExpertsSumParams p) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   const int64_t token = blockIdx.x, column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * 8;
   if (column >= p.hidden) return;
   const auto* row = static_cast<const Element*>(p.rows) + token * p.top_k * p.hidden + column;
@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(kThreads, 8) experts_sum_kernel(ExpertsSumPara
 }
 
 __global__ void __launch_bounds__(kThreads, 8) gated_add_kernel(GatedAddParams p) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   const int64_t token = blockIdx.x, column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * 4;
   if (column >= p.hidden) return;
   const float factor = p.factor * __fdividef(1.0f, 1.0f + expf(-p.gate[token]));

@@ -140,8 +140,8 @@ __device__ __forceinline__ void store_sums(const Sums<Pairs>& sums, float* share
 template <typename Element, typename W, int Pairs>
 __global__ void __launch_bounds__(kThreads, W::kHasGroups&& Pairs == 64 ? 2 : 3)
     experts_tile_kernel(ExpertsProductParams p, int64_t max_tiles) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   DYNAMIC_SHARED(uint4, queue);  // stages; then the sums
   // Blocks that share rows of weights are adjacent, so all but the first find them in L2.
   const int64_t row_tile = divide_narrow(blockIdx.x, max_tiles);

@@ -4,7 +4,9 @@
 // A kernel started by `launch_dependent` may begin while the previous one still runs ("programmatic
 // dependent launch", sm_90 and later; off until `set_dependent_launches`). Each of its threads must
 // call `wait_for_previous_kernel` before it ends or accesses any memory except weights, which no
-// kernel writes. `allow_next_kernel` then lets the next kernel begin.
+// kernel writes. It calls `allow_next_kernel` first of all, so that a product two kernels on
+// fetches its first weights while this one waits: the next kernel begins as soon as all blocks of
+// this one have begun.
 //
 // This is as safe as running one kernel after another. The wait returns when all blocks of the
 // previous kernel have ended and their writes are visible. Each thread of that kernel has itself

@@ -107,13 +107,13 @@ __device__ __forceinline__ void multiply_columns(const LinearParams& p, int64_t 
                    is_inside(i) && token + k * 8 < p.num_tokens);
     }
   };
+  allow_next_kernel();
   // Weights are never written, so their first copies start before the previous kernel has ended.
 #pragma unroll
   for (int i = 0; i < T::kStages - 1; ++i) {
     if (i < num_steps) load_weights(i);
   }
   wait_for_previous_kernel();
-  allow_next_kernel();
 #pragma unroll
   for (int i = 0; i < T::kStages - 1; ++i) {
     if (i < num_steps) load_values(i);

@@ -82,8 +82,8 @@ __device__ __forceinline__ uint4 load_eight(const void* row, int64_t column, boo
 //     k of mma 0 1 | 8 9 | 0 1 | 8 9   of its first two columns; then the second mma
 template <typename Element, int Tiles>
 __global__ void __launch_bounds__(kDownThreads, 1) lora_down_kernel(LoraDownParams p) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   constexpr int kSums = Tiles * kDownTokens * kInner, kPartials = kDownWarps * kSums;
   SHARED_ARRAY(float, partial, kPartials);
   const LoraProduct& product = p.product;
@@ -162,8 +162,8 @@ constexpr int kUpThreads = 64;  // few, so that a product of few rows has blocks
 // A thread computes two rows of each token of the tile.
 template <typename Element, typename Out>
 __global__ void __launch_bounds__(kUpThreads, 6) lora_up_kernel(LoraUpParams p) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   const LoraProduct& product = p.product;
   const int64_t first = int64_t{blockIdx.x} * kTokens;
   const int64_t own_row = (int64_t{blockIdx.y} * kUpThreads + threadIdx.x) * 2;

@@ -15,8 +15,8 @@ constexpr int kVectors = 2;  // of eight elements, per thread
 
 template <typename Element>
 __global__ void __launch_bounds__(kMaxThreads, 1) norm_kernel(NormParams p) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   SHARED_ARRAY(float, scratch, kMaxThreads / kWarpSize);
   const int64_t row = blockIdx.x;
   const int64_t from =

@@ -10,8 +10,8 @@ constexpr int kThreads = 256;
 
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, 4) residual_add_kernel(ResidualAddParams p) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   const int64_t place = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 8;
   if (place >= p.num_elements) return;
   float added[8], x[8];

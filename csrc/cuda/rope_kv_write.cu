@@ -193,8 +193,8 @@ __device__ __forceinline__ void store(Element* head, const Runs<Width>& runs,
 // `lanes` have a head: a power of two.
 template <typename Element, typename KvElement, int Width>
 __global__ void __launch_bounds__(kThreads, 4) rope_kernel(RopeParams p, int lanes) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   constexpr int kPairs = Runs<Width>::kPairs;
   using In = Run<Element, Width>;
   const int head_dim = int(p.head_dim), all_heads = int(p.num_heads + 2 * p.num_kv_heads);

@@ -148,8 +148,8 @@ __device__ __forceinline__ void select_sparse(const RouteParams& p, const float*
 
 // A warp routes a token.
 __global__ void __launch_bounds__(kRouteWarps* kWarpSize, 4) route_kernel(RouteParams p) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   DYNAMIC_SHARED(float, shared);  // [warp][logits, scores, keys][num_experts]
   const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
   const int size = int(p.num_experts);
@@ -196,8 +196,8 @@ constexpr int kPlanWarps = kPlanThreads / kWarpSize;
 // another: 128 blocks read the ids of 4,096 tokens, 128 KB each, from the L2 cache at once.
 __global__ void __launch_bounds__(kPlanThreads, 2)
     experts_plan_kernel(ExpertsPlanParams p, int tile_pairs) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   SHARED_ARRAY(int, counts, kMaxExperts);
   SHARED_ARRAY(int, own, kPlanWarps);  // pairs of this expert in each warp's part of the ids
   SHARED_ARRAY(int, scratch, kPlanWarps);

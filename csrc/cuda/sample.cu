@@ -26,8 +26,8 @@ __device__ __forceinline__ Weight sum_of(const Elements& e, const Value& value, 
 }
 
 __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all, Split split) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   SHARED_ARRAY(RowShared, shared_rows, 1);
   SHARED_ARRAY(Candidates, shared_candidates, 1);
   RowShared& shared = shared_rows[0];

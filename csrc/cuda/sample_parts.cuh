@@ -165,8 +165,8 @@ __device__ __forceinline__ void store_groups(float largest, const Split& split, 
 }
 
 __global__ void __launch_bounds__(kRowThreads, 2) part_stats_kernel(SampleParams all, Split split) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   SHARED_ARRAY(RowShared, shared_rows, 1);
   RowShared& shared = shared_rows[0];
   const SampledRow row(all, blockIdx.y);
@@ -215,8 +215,8 @@ __device__ __forceinline__ void fill(const Elements& e, float floor, const Score
 
 __global__ void __launch_bounds__(kRowThreads, 2)
     part_scores_kernel(SampleParams all, Split split) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   SHARED_ARRAY(RowShared, shared_rows, 1);
   RowShared& shared = shared_rows[0];
   const SampledRow row(all, blockIdx.y);
