@@ -24,7 +24,6 @@ from tests.cuda.emulated_runner import (
 )  # fmt: skip
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
 from tests.support.kv import plain_size
-from tests.support.pooling_models import files_of, save_classifier
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import GREEDY, Job, generate, sample_over_a_shared_block
 from tgi_asgi.errors import ModelLoadError
@@ -131,9 +130,9 @@ async def test_of_block_tables_only_the_columns_that_a_step_has_go_up(
     fill = runner._fill
 
     def note(*given: Any) -> Any:
-        shape, sample_rows = fill(*given)
+        shape, layout = fill(*given)
         sizes.append((shape.num_columns, shape.num_bytes))
-        return shape, sample_rows
+        return shape, layout
 
     monkeypatch.setattr(runner, "_fill", note)
     try:
@@ -187,9 +186,9 @@ async def test_a_step_that_never_came_to_the_device_takes_no_memory_of_those_in_
     taken: list[int] = []
     fill = runner._fill
 
-    def note(rows: Any, sampling: Any, staging: Any) -> Any:
+    def note(rows: Any, staging: Any) -> Any:
         taken.append(id(staging))
-        return fill(rows, sampling, staging)
+        return fill(rows, staging)
 
     monkeypatch.setattr(runner, "_fill", note)
     chunk = StepRow(0, [5, 6], 0, [[0]], samples=False)
@@ -357,16 +356,6 @@ def test_what_the_kernels_do_not_have_is_refused_with_a_way_out(
     monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
     with pytest.raises(ModelLoadError, match=f"{message}.*CUDA_VISIBLE_DEVICES="):
         load(Settings(thread_nice=0, num_threads=1, dtype=dtype), files, lambda stage, done, total: None)
-
-
-def test_a_model_without_a_head_is_refused_with_a_way_out(
-    tmp_path: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_classifier(tmp_path, 2)
-    monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
-    message = "Qwen3ForSequenceClassification embeds or scores.*CUDA_VISIBLE_DEVICES="
-    with pytest.raises(ModelLoadError, match=message):
-        load(Settings(thread_nice=0, num_threads=1), files_of(tmp_path), lambda stage, done, total: None)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])

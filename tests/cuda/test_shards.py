@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 from torch import Tensor
@@ -26,7 +27,7 @@ from tgi_asgi.runner.cuda_shards import CudaShards
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import DeviceLost, SlotStart, StepPlan, StepRow
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import SamplingParams
+from tgi_asgi.types import Pooling, PoolingKind, SamplingParams
 
 SCORED = SamplingParams(temperature=0.0, logprobs=2)
 # Of a log-probability, in float16: 0.003 is measured; with one device or two, the difference from
@@ -105,6 +106,24 @@ async def test_two_devices_write_what_one_does(
     for job in found:
         assert_matches_reference(job, reference)
     assert [process.returncode for process in processes] == [0]  # ended by itself
+
+
+async def test_two_devices_pool_what_one_does(serving: Serve, tiny: ModelFiles) -> None:
+    """Every shard has the states of all tokens, and shard 0 the logits of the whole vocabulary."""
+    kinds = [Pooling(kind) for kind in (PoolingKind.LAST, PoolingKind.MEAN)]
+    kinds.append(Pooling(PoolingKind.LOGITS, (7, 159)))  # of the first shard and of the second
+    runs = []
+    for count in (1, 2):
+        async with serving(tiny, count, pooling="last") as loaded:
+            assert loaded.info.generates and loaded.info.embedding is not None
+            starts = [SlotStart(slot, SCORED, 0, PROMPT[:9]) for slot in range(3)]
+            rows = [
+                StepRow(slot, PROMPT[:9], 0, [[slot]], samples=True, pooling=kind)
+                for slot, kind in enumerate(kinds)
+            ]
+            runs.append((await loaded.runner.submit(StepPlan(0, rows, starts))).pooled)
+    for at in range(3):
+        np.testing.assert_allclose(runs[1][at], runs[0][at], atol=0.02)
 
 
 @pytest.mark.models

@@ -127,8 +127,9 @@ def classification_of(info: ModelInfo) -> Classification:
         ModelNotSupported: if it does not.
     """
     if info.classification is None:
-        why = f"{info.architecture} has no labels" if info.device == "cpu" else info.why_no_pooling
-        raise ModelNotSupported(f"The model does not classify: {why}", param="model")
+        raise ModelNotSupported(
+            f"The model does not classify: {info.architecture} has no labels", param="model"
+        )
     return info.classification
 
 

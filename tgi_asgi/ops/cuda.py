@@ -80,6 +80,7 @@ class CudaProgram:
         self._launches = LaunchList(SIZES, INPUTS)
         self._head = LaunchList((Size.ROWS,), (Input.ROWS,))
         self._logits = torch.empty(0)
+        self._last_norm: tuple[Tensor, tuple[Tensor, Tensor | None, float]] | None = None
         self._scratch = Scratch(dtype, device, 0 if is_batch_invariant else _max_codes(recorder.calls))
         self._libraries = PromptLibraries(prompt_attention, self._launches, self._scratch, max_blocks)
         self._values = Buffers()
@@ -117,6 +118,19 @@ class CudaProgram:
     def head(self, rows: Tensor) -> None:
         """Compute the logits of rows [n_rows] int32 of the last batch into the first rows of `logits`."""
         self._head.run((rows.shape[0],), (rows,))
+
+    def hidden(self, tokens: Sequence[int]) -> Tensor:
+        """Return the states [n_tokens, hidden] float32 after the last norm, of tokens of the last batch.
+
+        A token's bits do not depend on the other tokens: the norm's kernel computes each in a block of its
+        own.
+        """
+        assert self._last_norm is not None, "the model has a head"
+        x, (weight, bias, eps) = self._last_norm
+        rows = torch.tensor(tokens, dtype=torch.int32, device=self._device)
+        out = torch.empty(len(tokens), x.shape[1], dtype=torch.float32, device=self._device)
+        _kernels.norm(x, weight, bias, eps, rows, out)
+        return out
 
     # Lowering of each operator.
 
@@ -317,7 +331,7 @@ class CudaProgram:
         raise TypeError(f"{type(call).__name__} is computed on CPUs only, not on CUDA")
 
     def _make_head(self, call: calls.Head) -> None:
-        x, norm = self._in(call.x), self._norm_of(call.norm)
+        x, norm = self._last_norm = self._in(call.x), self._norm_of(call.norm)
         linear = self._product_of(call.weight.made)
         normed = self._scratch.buffer("head", (self._max_rows, call.weight.columns))
         shape = (self._max_rows, call.weight.rows)

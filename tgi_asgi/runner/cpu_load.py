@@ -14,7 +14,7 @@ from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
-from tgi_asgi.models.pooling import Dense
+from tgi_asgi.models.pooling import Dense, PoolingFiles
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner import prompt_precision
 from tgi_asgi.runner.drafts import max_drafts_per_row
@@ -93,10 +93,10 @@ class OnCpu:
         self.has_float_prompts = packing.has_float_prompts and bool(packing.by_kind)
         return model
 
-    def place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:
+    def place(self, model: ServedModel, pooling: PoolingFiles) -> Placed:
         """Create the model's cache and runner, as described in `Placement`."""
         try:
-            return self._place(model, dense)
+            return self._place(model, pooling.dense)
         except MemoryError as error:  # the cache's own is reported by `make_pool`
             rows, tokens = self.settings.max_batch_size, self.settings.max_batch_prefill_tokens
             raise ModelLoadError(

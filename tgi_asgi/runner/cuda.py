@@ -1,8 +1,9 @@
 """Runs steps on a CUDA device: plan -> one buffer up -> graphs or launches -> one buffer down.
 
-One thread launches steps in the order submitted; it waits for the device only for grammars and prompt
-log-probabilities. Another thread waits for each step's end and delivers its tokens. Sampled tokens stay on
-the device, where the next step reads them, so that it can be launched before the host knows them.
+One thread launches steps in the order submitted; it waits for the device only for grammars, prompt
+log-probabilities and poolings over all tokens. Another thread waits for each step's end and delivers its
+tokens. Sampled tokens stay on the device, where the next step reads them, so that it can be launched before
+the host knows them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.family import Model
+from tgi_asgi.models.pooling import Dense
 from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.ops.sample import SampleResult
@@ -30,6 +32,7 @@ from tgi_asgi.runner.cuda_buffers import HostInputs, StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Device, Event, is_out_of_memory
 from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
+from tgi_asgi.runner.cuda_pooling import CudaPooler, StepVectors
 from tgi_asgi.runner.cuda_sampler import CudaSampler, SampleStaging
 from tgi_asgi.runner.cuda_shards import CudaShards
 from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
@@ -39,6 +42,7 @@ from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import DeviceLost, RunnerTraits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
+from tgi_asgi.types import PoolingKind
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +56,13 @@ MAX_TOP = 20  # most probable tokens listed per sampled one: the limit of OpenAI
 class _Launched:
     """A step in flight on the device."""
 
-    result: StepResult  # complete except for the sampled tokens
+    result: StepResult  # complete except for the sampled tokens and the vectors
     event: Event
     samples: SampleResult | None  # the host's copy, valid once `event` has passed
     sampling: list[int]  # plan rows that sample
     sample_rows: list[int]  # for each of these, its row in `samples`
     slots: list[int]  # their slots
+    vectors: StepVectors | None = None  # of rows that pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,8 @@ class CudaRunner:
         max_top: Maximum number of log-probabilities that a sequence can request besides its token's.
         shards: The other shards, if the model is split.
         adapters: The adapters that rows may have, with their slots on the device.
+        dense: Dense layers applied to pooled vectors.
+        has_logits: Whether steps compute logits; a model that only embeds needs none.
 
     Attributes:
         traits: As in `Runner.traits`.
@@ -99,6 +106,8 @@ class CudaRunner:
         max_top: int = MAX_TOP,
         shards: CudaShards | None = None,
         adapters: CudaAdapterLayout | None = None,
+        dense: Sequence[Dense] = (),
+        has_logits: bool = True,
     ) -> None:
         types = CudaTypes() if types is None else types
         self.max_context = limits.max_context
@@ -109,10 +118,14 @@ class CudaRunner:
         self._choose = choose
         self._prompt_lens = [0] * limits.max_batch_size  # by slot
         self._sampler = CudaSampler(limits.max_batch_size, model.config.vocab_size, max_top, device)
+        self._has_logits, self._generates = has_logits, has_logits and model.config.generates
         self._steps = CudaSteps(
-            model, device, limits, types, last_ids=self._sampler.state.last_ids, sample=self._sample,
+            model, device, limits, types, last_ids=self._sampler.state.last_ids,
+            sample=self._sample if self._generates else None,
             shard=None if shards is None else shards.join(device.device), adapters=adapters,
+            has_logits=has_logits,
         )  # fmt: skip
+        self._vectors = CudaPooler(self._steps.program, device, dense)
         self._scorer = PromptScorer(
             self._logits_of, token_logprobs, torch.clone, max_rows=limits.max_batch_size
         )
@@ -233,28 +246,40 @@ class CudaRunner:
         for start in plan.starts:
             self._sampler.start(start)
             self._scorer.forget(start.slot)
+            self._vectors.forget(start.slot)
             self._prompt_lens[start.slot] = len(start.prompt_ids)
         result = StepResult(plan.step_id, [None] * len(plan.rows))
         if not plan.rows:
             self._start_grammars(plan, had_grammars)
             return _Launched(result, self._device.record(), None, [], [], [])
         staging = self._staging[self._num_launched % MAX_IN_FLIGHT]
-        sampling = [index for index, row in enumerate(plan.rows) if row.samples]
+        sampling = self._sampling(plan.rows, result)
         slots = [plan.rows[index].slot for index in sampling]
-        shape, sample_rows = self._fill(plan.rows, sampling, staging)
+        shape, layout = self._fill(plan.rows, staging)
         with self._together(shape, staging.inputs[: shape.num_bytes]):
             self._steps.upload(shape, staging.inputs)
             graphs = self._steps.graphs_of(shape)
             self._num_launched += 1  # the device reads this staging even if the step fails below
             graphs.forward()
-        self._score(plan, result)
+        vectors = self._vectors.take(plan.rows, layout)
+        self._score(plan, layout, result)
         self._start_grammars(plan, had_grammars)
         samples = None
         if slots:
             self._sampler.upload_masks(slots, staging.sampling)
             graphs.sample()
             samples = self._sampler.fetch(slots, shape.num_rows, staging.sampling)
-        return _Launched(result, self._device.record(), samples, sampling, sample_rows, slots)
+        sample_rows = [layout.logits_rows[index] for index in sampling]
+        return _Launched(result, self._device.record(), samples, sampling, sample_rows, slots, vectors)
+
+    def _sampling(self, rows: list[StepRow], result: StepResult) -> list[int]:
+        """Return the rows that sample; if the model generates nothing, answer the engine's probe at once."""
+        sampling = [index for index, row in enumerate(rows) if row.samples and row.pooling is None]
+        if self._generates:
+            return sampling
+        for index in sampling:
+            result.sampled[index] = Sampled(0)
+        return []
 
     def _start_grammars(self, plan: StepPlan, had_grammars: bool) -> None:
         """Set slots' grammars, after waiting for earlier steps, whose sampled tokens advance them."""
@@ -264,10 +289,8 @@ class CudaRunner:
         for start in plan.starts:
             self._sampler.start_grammar(start)
 
-    def _fill(
-        self, rows: list[StepRow], sampling: list[int], staging: _Staging
-    ) -> tuple[StepShape, list[int]]:
-        """Write a step's inputs; return their shape, and the row of logits of each plan row that samples."""
+    def _fill(self, rows: list[StepRow], staging: _Staging) -> tuple[StepShape, StepLayout]:
+        """Write a step's inputs; return their shape and their layout."""
         num_decodes = next((i for i, row in enumerate(rows) if not self._is_decode(row)), len(rows))
         if any(row.token_ids is None for row in rows[num_decodes:]):
             raise PlanError("a row that decodes comes after a chunk of a prompt")
@@ -277,7 +300,7 @@ class CudaRunner:
             # The extension takes a CPU's adapters only; these rows are just for the other inputs.
             plain = [row if row.adapter is None else replace(row, adapter=None) for row in rows]
         batch = self._inputs.fill(plain, self._no_ids)
-        layout = self._layout(rows, sampling, num_decodes, batch.query_start[1:].tolist())
+        layout = self._layout(rows, num_decodes, batch.query_start[1:].tolist())
         shape = replace(
             layout.shape,
             num_columns=batch.block_tables[0].shape[1],
@@ -288,18 +311,29 @@ class CudaRunner:
         HostInputs.view(staging.inputs.numpy(), shape).fill(
             batch, from_slot, layout.logits_tokens, layout.logits_slots, mask_rows, adapters
         )
-        return shape, layout.sample_rows
+        return shape, layout
 
-    def _layout(
-        self, rows: list[StepRow], sampling: list[int], num_decodes: int, ends: list[int]
-    ) -> StepLayout:
-        """Lay a step out for a graph that fits it, unless its prompts are scored: these need more logits."""
+    def _layout(self, rows: list[StepRow], num_decodes: int, ends: list[int]) -> StepLayout:
+        """Lay a step out for a graph that fits it, unless its prompts are scored: these need more logits.
+
+        Raises:
+            PlanError: if a row's vector is of logits, which steps do not compute.
+        """
+        needing = [
+            index
+            for index, row in enumerate(rows)
+            if row.samples and (row.pooling is None or row.pooling.kind is PoolingKind.LOGITS)
+        ]
+        if not self._has_logits:
+            if any(rows[index].pooling is not None for index in needing):
+                raise PlanError("a vector of logits, from a runner without logits")
+            needing = []
         is_scored = any(row.prompt_logprobs is not None for row in rows)
         prompts = [(row.num_tokens, row.start + row.num_tokens) for row in rows[num_decodes:]]
         shape = None if is_scored else self._steps.padded(num_decodes, prompts)
         if shape is None:
-            return plain_layout(rows, sampling, num_decodes, ends)
-        return graph_layout(shape, rows, sampling, num_decodes, ends)
+            return plain_layout(rows, needing, num_decodes, ends)
+        return graph_layout(shape, rows, needing, num_decodes, ends)
 
     def _place_adapters(self, rows: list[StepRow]) -> npt.NDArray[np.int32]:
         """Bring the rows' adapters to the device; return the slot of each token's, -1 for none."""
@@ -323,15 +357,14 @@ class CudaRunner:
         is_prompt = row.start < self._prompt_lens[row.slot]
         return row.num_tokens == 1 and not (self._is_batch_invariant and is_prompt)
 
-    def _score(self, plan: StepPlan, result: StepResult) -> None:
+    def _score(self, plan: StepPlan, layout: StepLayout, result: StepResult) -> None:
         """Score the prompts of the rows that request it; then recompute the logits to sample from."""
         if all(row.prompt_logprobs is None for row in plan.rows):
             return
-        first = 0
         for index, row in enumerate(plan.rows):
             if row.prompt_logprobs is not None:
+                first = layout.end(index) - row.num_tokens
                 result.prompt_logprobs[index] = self._scorer.score(first, row)
-            first += row.num_tokens
         with self._together(Logits(None)):
             self._steps.head()
 
@@ -368,6 +401,8 @@ class CudaRunner:
                 self._sampler.accept(launched.slots, sampled)
                 for index, each in zip(launched.sampling, sampled, strict=True):
                     launched.result.sampled[index] = each
+            if launched.vectors is not None:
+                launched.result.pooled = launched.vectors.collect()
         except BaseException as error:
             logger.exception("step %s failed", step.plan.step_id)
             return self._classify(error)

@@ -18,7 +18,7 @@ from tgi_asgi.models.family import Model
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
 from tgi_asgi.models.needs import Need, needs_of
-from tgi_asgi.models.pooling import Dense
+from tgi_asgi.models.pooling import Dense, PoolingFiles
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import PromptAttention
@@ -28,6 +28,7 @@ from tgi_asgi.runner.cuda_device import CudaDevice, Device, must_fit, register_k
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
 from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.kv import KvSize, choose_size, gpu_groups_of, kv_scales_of, step_tokens
+from tgi_asgi.runner.load_pooling import uses_logits
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.shards import cuts_of
 from tgi_asgi.settings import Settings
@@ -126,8 +127,8 @@ class OnCuda:
         self._kv_scales = kv_scales_of(self._opened, self.settings)
         return model
 
-    def place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:
-        """Create the model's cache and runner, as described in `Placement`; GPUs do not pool."""
+    def place(self, model: ServedModel, pooling: PoolingFiles) -> Placed:
+        """Create the model's cache and runner, as described in `Placement`."""
         assert model.kind == "native"  # refused by `_check_served`
         if self.settings.speculation is not None:
             logger.warning("speculation is not yet supported on a GPU: --speculate is ignored")
@@ -136,7 +137,9 @@ class OnCuda:
             adapters = AdapterLoader(make_adapter_layout(model, self.settings, self._device, self._dtype))
         runner, cache = make_runner(
             model, self.settings, self._device, self._dtype, self.longest, self._kv_scales, self.shards,
-            None if adapters is None else adapters.layout,
+            None if adapters is None else adapters.layout, pooling.dense,
+            # All shards capture the same graphs, and the others do not know how the model pools.
+            has_logits=self.shards is not None or uses_logits(model.config, pooling, self.settings),
         )  # fmt: skip
         if runner.prompts_by is not None:
             self._prompts = f" prompts by {runner.prompts_by}"
@@ -166,11 +169,6 @@ def _check_served(opened: OpenModel, settings: Settings) -> ModelConfig:
         raise ModelLoadError(
             f"{config.architecture} is computed by transformers' code{reason}, which is served on a CPU "
             'only: set CUDA_VISIBLE_DEVICES="" to serve it there'
-        )
-    if not config.generates:
-        raise ModelLoadError(
-            f"{config.architecture} embeds or scores, which is done on CPUs only as yet: set "
-            'CUDA_VISIBLE_DEVICES="" to serve it there'
         )
     wanted = settings.prompt_precision
     if wanted != "auto":
@@ -287,6 +285,9 @@ def make_runner(
     kv_scales: Sequence[tuple[float, float]] | None = None,
     shards: CudaShards | None = None,
     adapters: CudaAdapterLayout | None = None,
+    dense: Sequence[Dense] = (),
+    *,
+    has_logits: bool = True,
 ) -> tuple[CudaRunner, KvSize]:
     """Record a model whose weights are on the device, and give the remaining memory to the cache.
 
@@ -294,6 +295,8 @@ def make_runner(
         kv_scales: Scales of keys and of values per layer, for an FP8 cache.
         shards: The other shards, if the model is split.
         adapters: The adapters that requests may name, with their slots on the device.
+        dense: Dense layers applied to pooled vectors.
+        has_logits: As for `CudaRunner`.
 
     Raises:
         ModelLoadError: if it does not fit, or the GPU does not support what --kv-cache-dtype asks for; the
@@ -322,6 +325,8 @@ def make_runner(
             max_top=max(MAX_TOP, settings.max_top_n_tokens or 0),
             shards=shards,
             adapters=adapters,
+            dense=dense,
+            has_logits=has_logits,
         )
     return runner, sizes[-1]
 

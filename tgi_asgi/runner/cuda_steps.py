@@ -71,11 +71,11 @@ class CudaTypes:
     has_dependent_launches: bool = False
 
 
-def graph_shapes(limits: StepLimits, *, has_mixed: bool) -> list[StepShape]:
+def graph_shapes(limits: StepLimits, *, has_mixed: bool, has_logits: bool = True) -> list[StepShape]:
     """Return the shapes of steps that are replayed as graphs, those with the fewest tokens first.
 
-    Each has one logits row per sequence. Up to 16 are for decode-only batches and, with `has_mixed`, up to 18
-    for batches that also have short prompts.
+    Each has one logits row per sequence, or none without `has_logits`. Up to 16 are for decode-only batches
+    and, with `has_mixed`, up to 18 for batches that also have short prompts.
     """
     max_size = limits.max_batch_size
     decode_only = {size for size in BUCKETS if size < max_size} | {max_size}
@@ -87,6 +87,8 @@ def graph_shapes(limits: StepLimits, *, has_mixed: bool) -> list[StepShape]:
             if size + tokens <= limits.max_step_tokens:
                 rows = size + prompts
                 shapes.append(StepShape(size + tokens, rows, rows, size, tokens, 0))
+    if not has_logits:
+        shapes = [replace(shape, num_rows=0) for shape in shapes]
     return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_sequences))
 
 
@@ -119,12 +121,14 @@ class CudaSteps:
             that gets them from shard 0's.
         sample: Body of a shape's second graph; None on a device that does not sample.
         adapters: Adapters that rows may have. Every shape then has graphs with and without them.
+        has_logits: Whether graphs compute logits; without, they do not read the head, which may be a third of
+            a small model's weights.
     """
 
     def __init__(
         self, model: Model, device: Device, limits: StepLimits, types: CudaTypes, *,
         last_ids: Tensor | None = None, sample: Callable[[StepBuffers], None] | None = None,
-        shard: CudaShard | None = None, adapters: CudaAdapterLayout | None = None,
+        shard: CudaShard | None = None, adapters: CudaAdapterLayout | None = None, has_logits: bool = True,
     ) -> None:  # fmt: skip
         config, largest = model.config, limits.largest
         torch.ops.tgi_cuda.set_dependent_launches(types.has_dependent_launches)
@@ -153,7 +157,7 @@ class CudaSteps:
         self._shape: StepShape | None = None  # of the last step
         self._prompt_attention = types.prompt_attention
         has_mixed = types.prompt_attention in (PromptAttention.PAGED, PromptAttention.AUTO)
-        self._shapes = graph_shapes(limits, has_mixed=has_mixed)
+        self._shapes = graph_shapes(limits, has_mixed=has_mixed, has_logits=has_logits)
         self._graphs: dict[tuple[int, ...], Graphs] = {}
         self._has_adapters = adapters is not None
 

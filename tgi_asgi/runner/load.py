@@ -104,7 +104,7 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
             _announce(model, opened.why_generic)
         tokenizer, chat_template = reading.result()
         pooling, generation = opened.companions.pooling(), opened.companions.generation_config()
-    placed = place.place(model, pooling.dense)
+    placed = place.place(model, pooling)
     info = _describe(place, placed, opened, model, files, weights, tokenizer, num_threads)
     info = with_pooling(info, opened, pooling, place.settings, LoadedText(tokenizer, chat_template))
     info = _with_sampling(info, generation, place.settings)

@@ -61,9 +61,6 @@ def with_pooling(
             does not fit.
     """
     config = opened.config
-    if info.device != "cpu":
-        reason = "embeddings and scores are computed on CPUs only, and this server runs on a GPU"
-        return replace(info, generates=config.generates, why_no_pooling=reason)
     if config.encoder_decoder is not None:
         reason = "an encoder-decoder gives no vectors and no scores here"
         if settings.pooling is not None or settings.score_tokens is not None:
@@ -96,9 +93,17 @@ def with_pooling(
         )
     if config.num_labels > 2:
         reason = f"it has {config.num_labels} labels, and a score is of one or two"
-    return replace(
-        info, generates=config.generates and not files.is_specified, why_no_pooling=reason, **given
-    )
+    return replace(info, generates=_generates(config, files), why_no_pooling=reason, **given)
+
+
+def uses_logits(config: ServedConfig, files: PoolingFiles, settings: Settings) -> bool:
+    """Return whether requests use the model's logits: it generates, scores or classifies."""
+    scores = config.num_labels > 0 or settings.score_tokens is not None or bool(files.score_tokens)
+    return scores or _generates(config, files)
+
+
+def _generates(config: ServedConfig, files: PoolingFiles) -> bool:
+    return config.generates and not files.is_specified
 
 
 def _dimensions(config: ServedConfig, files: PoolingFiles) -> int:

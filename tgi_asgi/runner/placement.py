@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -10,7 +9,7 @@ from tgi_asgi import ops
 from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import ServedModel
-from tgi_asgi.models.pooling import Dense
+from tgi_asgi.models.pooling import PoolingFiles
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.runner.shards import Shards
@@ -83,8 +82,8 @@ class Placement(Protocol):
             ModelLoadError: if a tensor is missing or does not fit, or memory does not suffice.
         """
 
-    def place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:
-        """Create the model's cache and runner; `dense` are the layers after pooling.
+    def place(self, model: ServedModel, pooling: PoolingFiles) -> Placed:
+        """Create the model's cache and runner; `pooling` is how its files say that it pools.
 
         Raises:
             ModelLoadError: if memory does not suffice.
