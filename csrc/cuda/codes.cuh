@@ -9,14 +9,123 @@
 
 namespace tgi::cuda {
 
+#ifdef __CUDACC__
+
+// Returns the four bytes of a and b, numbered 0 to 7, that the selector's nibbles name.
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
+template <typename Element>
+using Two = std::conditional_t<std::is_same_v<Element, bf16>, __nv_bfloat162, __half2>;
+
+// Multiplies two pairs of elements, rounding each product once.
+template <typename Element>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  const auto product = __hmul2(*reinterpret_cast<const Two<Element>*>(&a),
+                               *reinterpret_cast<const Two<Element>*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&product);
+}
+
+// Subtracts the elements of b from those of a, rounding each difference once.
+template <typename Element>
+__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+  const auto difference = __hsub2(*reinterpret_cast<const Two<Element>*>(&a),
+                                  *reinterpret_cast<const Two<Element>*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&difference);
+}
+
+// Returns (x & kMask) | kOthers, for which the compiler takes two instructions.
+template <uint32_t kMask, uint32_t kOthers>
+__device__ __forceinline__ uint32_t mask_and_set(uint32_t x) {
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;\n" : "=r"(out) : "r"(x), "n"(kMask), "n"(kOthers));
+  return out;
+}
+
+#else
+
+inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t out = 0;
+  for (int i = 0; i < 32; i += 8) {
+    const uint32_t place = selector >> (i / 2) & 7;
+    out |= ((place < 4 ? a : b) >> (place % 4 * 8) & 0xffu) << i;
+  }
+  return out;
+}
+
+template <uint32_t kMask, uint32_t kOthers>
+uint32_t mask_and_set(uint32_t x) {
+  return (x & kMask) | kOthers;
+}
+
+template <typename Element>
+uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  const float2 first = Pair<Element>::unpack(a), second = Pair<Element>::unpack(b);
+  return Pair<Element>::pack(first.x * second.x, first.y * second.y);
+}
+
+template <typename Element>
+uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+  const float2 first = Pair<Element>::unpack(a), second = Pair<Element>::unpack(b);
+  return Pair<Element>::pack(first.x - second.x, first.y - second.y);
+}
+
+#endif
+
 // Converts an integer below 2^23 to float by making it the mantissa of 2^23. A conversion
 // instruction takes four times as long.
 constexpr uint32_t kMagicBits = 0x4B000000u;
 constexpr float kMagic = 8388608.0f;
 
+// Each type of codes has `unpack`, of 16 bytes to floats, and `operands`, of a word to exact
+// elements for mma. A word's codes 0 to 7 of 4 bits become the pairs (i, i + 4), which lie 16 bits
+// apart, for i from 0 to 3; its four codes of 8 bits become (0, 1) and (2, 3).
+
 template <int Bits>
 struct Integers {
   static constexpr int kBits = Bits;
+  static constexpr int kPairs = 16 / Bits;   // of a word
+  static constexpr bool kHasOffsets = true;  // their groups may have
+  static constexpr int kLongRun = Bits == 4 ? 4 : 2;
+
+  // Whether codes become the mantissas of elements: 7 bits hold 4, and 10 bits hold 8.
+  template <typename Element>
+  static constexpr bool kIsMantissa = Bits == 4 || std::is_same_v<Element, fp16>;
+  template <typename Element>
+  static constexpr uint32_t kOneBits = std::is_same_v<Element, bf16> ? 0x43004300u : 0x64006400u;
+
+  // What `operands` subtracts: the element with an empty mantissa whose last bit is 1 (128 or
+  // 1024), or kMagic, and the zero point.
+  template <typename Element>
+  static __device__ __forceinline__ uint32_t shift(int zero) {
+    if constexpr (!kIsMantissa<Element>) return __float_as_uint(kMagic + float(zero));
+    const float one = (std::is_same_v<Element, bf16> ? 128.0f : 1024.0f) + float(zero);
+    return Pair<Element>::pack(one, one);
+  }
+
+  template <typename Element>
+  static __device__ __forceinline__ void operands(uint32_t word, uint32_t shift,
+                                                  uint32_t (&out)[kPairs]) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      if constexpr (Bits == 4) {
+        const uint32_t codes = mask_and_set<0x000f000fu, kOneBits<Element>>(word >> 4 * i);
+        out[i] = subtract_pairs<Element>(codes, shift);
+      } else if constexpr (kIsMantissa<Element>) {
+        const uint32_t codes = pick_bytes(word, kOneBits<Element>, i == 0 ? 0x5150u : 0x5352u);
+        out[i] = subtract_pairs<Element>(codes, shift);
+      } else {  // of a float with at most 8 significant bits, the upper half is the bfloat16
+        uint32_t halves[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const uint32_t code = pick_bytes(word, kMagicBits, 0x7440u + 2 * i + k);
+          halves[k] = __float_as_uint(__uint_as_float(code) - __uint_as_float(shift));
+        }
+        out[i] = pick_bytes(halves[0], halves[1], 0x7632u);
+      }
+    }
+  }
 
   // Unpacks codes 8 i to 8 i + 7 of 16 bytes, minus `shift` (kMagic and the zero point).
   static __device__ __forceinline__ void unpack(const uint4& bytes, int i, float shift,
@@ -33,6 +142,27 @@ struct Integers {
 
 struct Floats {
   static constexpr int kBits = 8;
+  static constexpr int kPairs = 2;
+  static constexpr bool kHasOffsets = false;
+  static constexpr int kLongRun = 4;
+
+  template <typename Element>
+  static __device__ __forceinline__ uint32_t shift(int) {
+    return 0;
+  }
+
+  template <typename Element>
+  static __device__ __forceinline__ void operands(uint32_t word, uint32_t, uint32_t (&out)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 pair = Pair<fp8>::unpack(uint16_t(word >> 16 * i));
+      if constexpr (std::is_same_v<Element, bf16>) {
+        out[i] = pick_bytes(__float_as_uint(pair.x), __float_as_uint(pair.y), 0x7632u);
+      } else {
+        out[i] = Pair<fp16>::pack(pair.x, pair.y);
+      }
+    }
+  }
 
   static __device__ __forceinline__ void unpack(const uint4& bytes, int i, float, float (&out)[8]) {
     const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
@@ -45,40 +175,6 @@ struct Floats {
     }
   }
 };
-
-#ifdef __CUDACC__
-
-// Returns the four bytes of a and b, numbered 0 to 7, that the selector's nibbles name.
-__device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
-  return __byte_perm(a, b, selector);
-}
-
-// Multiplies two pairs of elements, rounding each product once.
-template <typename Element>
-__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-  using Two = std::conditional_t<std::is_same_v<Element, bf16>, __nv_bfloat162, __half2>;
-  const Two product = __hmul2(*reinterpret_cast<const Two*>(&a), *reinterpret_cast<const Two*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&product);
-}
-
-#else
-
-inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
-  uint32_t out = 0;
-  for (int i = 0; i < 32; i += 8) {
-    const uint32_t place = selector >> (i / 2) & 7;
-    out |= ((place < 4 ? a : b) >> (place % 4 * 8) & 0xffu) << i;
-  }
-  return out;
-}
-
-template <typename Element>
-uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-  const float2 first = Pair<Element>::unpack(a), second = Pair<Element>::unpack(b);
-  return Pair<Element>::pack(first.x * second.x, first.y * second.y);
-}
-
-#endif
 
 // The scale of E2M1 codes: an exponent, of 2^(bits - 127).
 struct e8m0 {
@@ -96,6 +192,9 @@ __device__ __forceinline__ float to_float(e8m0 x) {
 // also if it is the denormal 0.5. They are read as twice their value, since scales are halved.
 struct E2M1 {
   static constexpr int kBits = 4;
+  static constexpr int kPairs = 4;
+  static constexpr bool kHasOffsets = false;
+  static constexpr int kLongRun = 1;
 
   // Where a type has the bits, and what makes twice their value of them.
   template <typename Element>
@@ -115,6 +214,23 @@ struct E2M1 {
     return (top & 0x80008000u) | (top >> L::kShift & L::kMask);
   }
 
+  template <typename Element>
+  static __device__ __forceinline__ uint32_t shift(int) {
+    return 0;
+  }
+
+  template <typename Element>
+  static __device__ __forceinline__ void operands(uint32_t word, uint32_t, uint32_t (&out)[4]) {
+    using L = Layout<Element>;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int up = 12 - 4 * i - L::kShift;  // to the places of the mask
+      const uint32_t magnitudes = (up >= 0 ? word << (up & 31) : word >> (-up & 31)) & L::kMask;
+      const uint32_t signs = word << (12 - 4 * i) & 0x80008000u;
+      out[i] = multiply_pairs<Element>(signs | magnitudes, L::kFactor);
+    }
+  }
+
   static __device__ __forceinline__ void unpack(const uint4& bytes, int i, float, float (&out)[8]) {
     const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
@@ -126,19 +242,19 @@ struct E2M1 {
   }
 };
 
-// Columns that a lane processes at a time: 16 bytes of codes.
+// Columns of 16 bytes of codes.
 template <typename Code>
 constexpr int kStep = 128 / Code::kBits;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(fp16 x) { return Pair<fp16>::unpack(x.bits).x; }
 
-// Returns whether the kernels can read a matrix: a lane's 16 bytes of codes are in one group.
+// Returns whether the kernels can read a matrix: 16 bytes of codes are in one group.
 inline bool are_codes_valid(const QuantMatrix& m) {
   const int64_t step = m.bits == 4 ? 32 : 16;
-  const bool is_e2m1 = m.bits == 4 && !m.has_wide_scales && m.offsets == nullptr;
-  const bool is_e4m3 = m.bits == 8 && m.has_wide_scales;
-  if (m.has_float_codes && !is_e2m1 && !is_e4m3) return false;
+  const bool is_float = m.offsets == nullptr && (m.bits == 4) == (m.has_wide_scales == 0);
+  if (m.has_float_codes && !is_float) return false;
+  if (m.zero < 0 || m.zero > 128) return false;  // `operands` would round
   return (m.bits == 4 || m.bits == 8) && m.group > 0 && m.group % step == 0 &&
          m.num_columns % m.group == 0;
 }

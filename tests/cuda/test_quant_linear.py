@@ -68,8 +68,8 @@ def every_mxfp4(rows: int, columns: int, most: int) -> tuple[WeightSource, Tenso
 
 
 def weight_params(device: Device, matrix: CudaQuantMatrix) -> dict[str, Any]:
-    codes, scales = device.tensor(matrix.codes), device.tensor(matrix.scales)
-    offsets = None if matrix.offsets is None else device.tensor(matrix.offsets)
+    codes, scales = device.constant(matrix.codes), device.constant(matrix.scales)
+    offsets = None if matrix.offsets is None else device.constant(matrix.offsets)
     bits, num_columns = matrix.bits, codes.shape[1] * 8 // matrix.bits
     return {
         "codes": codes, "scales": scales, "offsets": offsets, "num_rows": codes.shape[0],
@@ -105,6 +105,10 @@ def check_product(
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_weight_equals_the_reference_exactly(device: Device, name: str) -> None:
+    check_decoded(device, name)
+
+
+def check_decoded(device: Device, name: str) -> None:
     source, values = random_source(name, 5, 512)
     for dtype in (torch.float16, torch.bfloat16):
         out = device.empty((5, 512), dtype)
@@ -155,19 +159,28 @@ def test_products_come_in_float32_and_float16_and_with_a_bias(device: Device) ->
     check_product(device, "Q4_K", 5, 10, 256, dtype=torch.float16, has_bias=True)
 
 
-def test_a_row_has_the_same_bits_in_any_batch(device: Device) -> None:
-    source, _ = random_source("Q4_1", 8, 320)
-    a = device.tensor(torch.randn(19, 320).bfloat16())
+@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "INT4_128", "F8_128", "MXFP4"])
+def test_tall_blocks_and_tiles_of_more_tokens_equal_the_reference(device: Device, name: str) -> None:
+    """Matrices of 8,192 rows and more have blocks of another shape."""
+    for tokens, rows in ((12, 40), (8, 8200), (11, 8192), (35, 8201)):
+        check_product(device, name, tokens, rows, 256)
+        device.reset()
+
+
+@pytest.mark.parametrize(("name", "rows"), [("Q4_1", 8), ("INT4_128", 40), ("Q6_K", 8193)])
+def test_a_row_has_the_same_bits_in_any_batch(device: Device, name: str, rows: int) -> None:
+    columns = {"Q4_1": 352, "INT4_128": 1408, "Q6_K": 256}[name]
+    matrix = weight_params(device, repack([random_source(name, rows, columns)[0]]))
+    a = device.tensor(torch.randn(35, columns).bfloat16())
     results = []
-    for tokens in (1, 3, 8, 19):
-        out = device.empty((tokens, 8), torch.float32)
+    for tokens in (1, 3, 8, 11, 35):
+        out = device.empty((tokens, rows), torch.float32)
         device.run(
-            "quant_linear", [out], **weight_params(device, repack([source])), a=a, bias=None, out=out,
-            num_tokens=tokens, is_wide=True, type=0,
-        )  # fmt: skip
+            "quant_linear", [out], **matrix, a=a, bias=None, out=out, num_tokens=tokens, is_wide=True, type=0
+        )
         results.append(out.clone())
-    for tokens, result in zip((1, 3, 8), results, strict=False):
-        assert torch.equal(result, results[-1][:tokens])
+    for result in results:
+        assert torch.equal(result, results[-1][: len(result)])
 
 
 def test_sources_are_stacked_by_rows() -> None:
@@ -262,44 +275,87 @@ def test_groups_of_different_sizes_are_not_put_side_by_side() -> None:
     assert matrix.by_group() is None
 
 
+def fault(what: str, old: str, new: str, kind: str, file: str = "quant_linear.cuh") -> Fault:
+    return Fault(what, file, old, new, kind, "quant_linear_bf16.cu")
+
+
 FAULTS = [
-    Fault(
-        "the last row's neighbour is read",
-        "quant_linear.cu",
-        "const int64_t from = min(first_row + row, p.weight.num_rows - 1);",
-        "const int64_t from = first_row + row;",
+    fault(
+        "a row past the last is read",
+        "byte_ < end_byte_ && k * 8 < rows_left_",
+        "byte_ < end_byte_",
         "bounds",
     ),
-    Fault(
+    fault(
         "a token past the last is read",
-        "quant_linear.cu",
-        "min(first_token + token, p.num_tokens - 1) * columns",
-        "(first_token + token) * columns",
+        "first_token + token < p.num_tokens ? int(m_.num_columns) - column : 0",
+        "int(m_.num_columns) - column",
         "bounds",
     ),
-    Fault(
+    fault(
+        "codes past the end of the columns are read",
+        "byte_ < end_byte_ && k * 8 < rows_left_",
+        "k * 8 < rows_left_",
+        "bounds",
+    ),
+    fault(
+        "activations past the end of the columns are read",
+        "k * kColumns < columns_left_",
+        "columns_left_ != 0",
+        "bounds|result",
+    ),
+    fault(
+        "the queue is read before it is filled",
+        "async_wait<T::kStages - 2>()",
+        "async_wait<T::kStages - 1>()",
+        "async",
+    ),
+    fault(
+        "the last steps commit no group",
+        "      source.copy_values(free_stage);\n    }\n    async_commit();",
+        "      source.copy_values(free_stage);\n    async_commit();\n    }",
+        "async",
+    ),
+    fault(
+        "a stage is read before others have copied it",
+        "    __syncthreads();  // all see the stage, and none reads the one that is overwritten\n",
+        "",
+        "race|async",
+    ),
+    fault("the order of the slots is forgotten", "ahead ^ row / 2 ^ piece", "ahead ^ piece", "result"),
+    fault(
+        "the next group's scale", "min(group, num_groups_ - 1);", "min(group, num_groups_ - 1) + 1;", "bounds"
+    ),
+    fault(
+        "the offset is taken off",
+        "sum[0] = fmaf(offset[k], two.x",
+        "sum[0] = fmaf(-offset[k], two.x",
+        "result",
+    ),
+    fault("sums of activations are overwritten", "step % 2 * T::kPlainSums", "0 * step", "race"),
+    fault(
+        "the last offsets do not wait for the sums",
+        "  async_wait<0>();\n  __syncthreads();\n",
+        "  async_wait<0>();\n",
+        "race",
+    ),
+    fault(
         "rows past the last are written",
-        "quant_linear.cu",
-        " && first_row + row < p.weight.num_rows;",
-        ";",
+        " || row >= p.weight.num_rows) continue",
+        ") continue",
         "bounds|blocks|race",
     ),
-    Fault(
-        "nibbles are swapped",
-        "codes.cuh",
-        "(8 * i + k) * Bits",
-        "(8 * i + (k ^ 1)) * Bits",
-        "result",
-        "quant_linear.cu",
+    fault(
+        "one part is left out", "int part = 0; part < T::kParts", "int part = 1; part < T::kParts", "result"
     ),
-    Fault("the offset is taken off", "quant_linear.cu", ", offset * plain", ", -offset * plain", "result"),
-    Fault(
-        "the next group's scale",
-        "quant_linear.cu",
-        "const float scale = to_float(scales[place]);",
-        "const float scale = to_float(scales[place + 1]);",
-        "bounds",
+    fault(
+        "activations are read before the wait",
+        "if (i < num_steps) source.copy_codes(i);",
+        "if (i < num_steps) source.copy_codes(i), source.copy_values(i);",
+        "dependent",
     ),
+    fault("threads do not wait for the kernel before", "  wait_for_previous_kernel();\n", "", "dependent"),
+    fault("pairs are swapped", "(word >> 4 * i)", "(word >> 4 * (i ^ 1))", "result", file="codes.cuh"),
 ]
 
 
@@ -321,8 +377,24 @@ def test_a_fault_in_reading_mxfp4_is_caught(fault: Fault) -> None:
     assert_caught(fault, lambda device: check_every_mxfp4(device, torch.bfloat16))
 
 
-def test_floats_of_a_word_in_the_wrong_order_are_caught() -> None:
-    fault = Fault(
+@pytest.mark.parametrize(
+    ("name", "swapped"),
+    [
+        ("F8_64", ("uint16_t(word >> 16 * i)", "uint16_t(word >> (16 - 16 * i))")),
+        ("Q6_K", ("0x7440u + 2 * i + k", "0x7441u + 2 * i - k")),
+        ("MXFP4", ("word << (12 - 4 * i) & 0x80008000u", "word << 4 * i & 0x80008000u")),
+    ],
+    ids=str,
+)
+def test_codes_of_a_word_in_the_wrong_order_are_caught(name: str, swapped: tuple[str, str]) -> None:
+    assert_caught(
+        fault("swapped", *swapped, "result", "codes.cuh"),
+        lambda device: check_product(device, name, 3, 11, 1280),
+    )
+
+
+def test_floats_of_a_decoded_word_in_the_wrong_order_are_caught() -> None:
+    swapped = Fault(
         "swapped halves", "codes.cuh", "(k % 2 * 16)", "((k + 1) % 2 * 16)", "result", "quant_linear.cu"
     )
-    assert_caught(fault, lambda device: check_product(device, "F8_64", 3, 11, 1280))
+    assert_caught(swapped, lambda device: check_decoded(device, "F8_64"))
