@@ -24,7 +24,7 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 4096, 32, 8, 128, 14336
 DECODES = ((1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 1024))  # sequences, context
 PREFILLS, ROWS, SAMPLES = (2048, 8192), (64, 4096), (1, 64)
 CHUNK = (512, 7680)  # of a prompt: tokens, and tokens before them
-PRODUCTS, QUANT_PRODUCTS = (1, 8, 16, 32, 64), (1, 8, 16)  # tokens; shows where cuBLAS takes over
+PRODUCTS = QUANT_PRODUCTS = (1, 8, 16, 32, 64)  # tokens; shows where cuBLAS takes over
 LORAS = (1, 64, 2048)  # tokens, which several adapters share evenly
 ADAPTERS, RANK, MAX_RANK = 8, 16, 64
 _kernels: Any = torch.ops.tgi_cuda

@@ -207,7 +207,7 @@ struct QuantLinearParams {
   const void* a;       // [num_tokens, num_columns] of type
   const float* bias;   // [num_rows], or null
   void* out;           // [num_tokens, num_rows] of type, or float32
-  int64_t num_tokens;  // the codes are read again for every eight tokens
+  int64_t num_tokens;  // the codes are read again, from L2, for every 32 tokens
   int32_t is_wide;     // out is float32
   Type type;
 };

@@ -90,7 +90,7 @@ _LOOPS = {
     "prefill_kernel": 1260,  # a tile of keys
     "prefill_kernel fp8": 1500,
     "linear_kernel": 305,
-    "quant_linear_kernel": 1630,
+    "quant_linear_kernel": 1950,
     "dequantise_kernel": 8,
     "lora_down_kernel": 565,
     "lora_up_kernel": 520,

@@ -159,6 +159,11 @@ def test_products_come_in_float32_and_float16_and_with_a_bias(device: Device) ->
     check_product(device, "Q4_K", 5, 10, 256, dtype=torch.float16, has_bias=True)
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "Q8_0", "INT4_128", "F8_128", "MXFP4"])
+def test_products_in_float16_equal_the_reference(device: Device, name: str) -> None:
+    check_product(device, name, 5, 19, 768, dtype=torch.float16)
+
+
 @pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "INT4_128", "F8_128", "MXFP4"])
 def test_tall_blocks_and_tiles_of_more_tokens_equal_the_reference(device: Device, name: str) -> None:
     """Matrices of 8,192 rows and more have blocks of another shape."""
@@ -230,7 +235,7 @@ def test_columns_of_one_matrix_must_lie_in_one_order() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("tokens", [1, 3, 50])
+@pytest.mark.parametrize("tokens", [1, 3, 100])
 def test_groups_that_lie_apart_are_multiplied_by_their_codes(bits: int, tokens: int) -> None:
     """GPTQ's act-order: few tokens use the codes, many use the decoded matrix."""
     library.require()
@@ -262,7 +267,7 @@ def test_groups_that_lie_apart_are_multiplied_by_their_codes(bits: int, tokens: 
     linear.multiply(launches, a, out, Size.TOKENS)
     launches.finish()
     launches.run((tokens,), ())
-    length, dtype = (columns, torch.float32) if tokens < 50 else (2, torch.float16)
+    length, dtype = (columns, torch.float32) if tokens < 100 else (2, torch.float16)
     assert_close(out, a.double() @ values.T, length=length, dtype=dtype)
     packed = linear_weight(source, Packing(is_exact=True)).made.matrix.unpack()[:rows]
     assert np.array_equal(packed, values.half().float()), "without codes the columns are in order"
@@ -320,7 +325,7 @@ FAULTS = [
         "a stage is read before others have copied it",
         "    __syncthreads();  // all see the stage, and none reads the one that is overwritten\n",
         "",
-        "race|async",
+        "race|async|uninit",
     ),
     fault("the order of the slots is forgotten", "ahead ^ row / 2 ^ piece", "ahead ^ piece", "result"),
     fault(
@@ -352,7 +357,7 @@ FAULTS = [
         "activations are read before the wait",
         "if (i < num_steps) source.copy_codes(i);",
         "if (i < num_steps) source.copy_codes(i), source.copy_values(i);",
-        "dependent",
+        "dependent|async",
     ),
     fault("threads do not wait for the kernel before", "  wait_for_previous_kernel();\n", "", "dependent"),
     fault("pairs are swapped", "(word >> 4 * i)", "(word >> 4 * (i ^ 1))", "result", file="codes.cuh"),

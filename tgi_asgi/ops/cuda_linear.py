@@ -15,8 +15,9 @@ from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
 # H200 with Llama-3-8B's shapes: cuBLAS's time is 0.95 and 1.23 times the kernel's for 16 tokens, 0.79 and
 # 0.94 times for 32.
 MAX_SKINNY_TOKENS = 16
-# The same for quantised products; above it, the matrix is decoded for cuBLAS. Not measured either.
-MAX_CODED_TOKENS = 32
+# The same for quantised products; above it, the matrix is decoded for cuBLAS. Predicted for an H200, not
+# measured: to write a decoded weight and read it again takes as long as the kernel does for about 96 tokens.
+MAX_CODED_TOKENS = 96
 
 
 class CudaLinear(Protocol):
@@ -100,7 +101,7 @@ class QuantLinear:
         bias: [rows] float32.
         scratch: Buffers, with space for the decoded matrix unless `is_batch_invariant`.
         is_batch_invariant: Whether codes are used for any number of tokens; they are then read again for
-            every eight tokens.
+            every 32 tokens.
     """
 
     def __init__(
