@@ -46,6 +46,10 @@ cudaError_t for_types(Type type, const QuantMatrix& m, const Body& body) {
 cudaError_t quant_linear(const QuantLinearParams& p, cudaStream_t stream) {
   if (!are_codes_valid(p.weight)) return cudaErrorInvalidValue;
   if (p.num_tokens == 0 || p.weight.num_rows == 0) return cudaSuccess;
+  // The kernel counts groups in 32 bits, and finds a column's group by a multiplication.
+  const int64_t num_groups = p.weight.num_rows * (p.weight.num_columns / p.weight.group);
+  if (num_groups >= int64_t{1} << 31 || p.weight.num_columns > 1 << 20)
+    return cudaErrorInvalidValue;
   return p.type == Type::kBfloat16 ? quant_linear_of<bf16>(p, stream)
                                    : quant_linear_of<fp16>(p, stream);
 }

@@ -11,7 +11,7 @@ inline QuantMatrix make_matrix(const at::Tensor& codes, const at::Tensor& scales
                                const std::optional<at::Tensor>& offsets, int64_t bits,
                                int64_t zero) {
   TORCH_CHECK(bits == 4 || bits == 8, "`bits` must be 4 or 8, got ", bits);
-  TORCH_CHECK(zero >= 0 && zero < 256, "`zero` must be in [0, 256), got ", zero);
+  TORCH_CHECK(zero >= 0 && zero <= 128, "`zero` must be in [0, 128], got ", zero);
   const bool is_exponent = scales.scalar_type() == at::kByte;
   TORCH_CHECK(
       is_exponent || scales.scalar_type() == at::kFloat || scales.scalar_type() == at::kHalf,
