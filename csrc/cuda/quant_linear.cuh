@@ -337,6 +337,7 @@ __device__ __forceinline__ void multiply_columns(const QuantLinearParams& p, int
       reinterpret_cast<float*>(queue + T::kStages * T::kSlots) + part * (kPieces * T::kTokens);
   const auto plain_of = [&](int step) { return plain + step % 2 * T::kPlainSums; };
   Groups<T> next, offsets = {};
+  allow_next_kernel();
   // Weights are never written, so their first copies start before the previous kernel has ended.
 #pragma unroll
   for (int i = 0; i < T::kStages - 1; ++i) {
@@ -344,7 +345,6 @@ __device__ __forceinline__ void multiply_columns(const QuantLinearParams& p, int
   }
   source.load_scales(next);
   wait_for_previous_kernel();
-  allow_next_kernel();
 #pragma unroll
   for (int i = 0; i < T::kStages - 1; ++i) {
     if (i < num_steps) source.copy_values(i);
