@@ -36,7 +36,7 @@ SHAPE = ModelConfig(
 BLOCK = 16
 GREEDY = SamplingParams(temperature=0.0)
 TOP_P = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, seed=1)
-_KV_TYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+KV_TYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 _SAMPLINGS = {"greedy": GREEDY, "top-p": TOP_P}
 # Codes: bits, columns per scale, zero point, whether there are offsets.
 CODES = {
@@ -187,7 +187,7 @@ def make_step(kind: StepKind, config: ModelConfig = SHAPE) -> Step:
     sequences = batch + (1 if prompt else 0)
     model = RandomLlama(config, longest, kind.weights)
     shape = (sequences * longest // BLOCK, 2, config.num_kv_heads, BLOCK, config.head_dim)
-    kv = [CudaKvLayer(random(*shape).to(_KV_TYPES[kind.kv])) for _ in range(config.num_layers)]
+    kv = [CudaKvLayer(random(*shape).to(KV_TYPES[kind.kv])) for _ in range(config.num_layers)]
     program = CudaProgram(
         record(model, kv), max_tokens=batch + prompt, max_sequences=sequences, max_rows=sequences,
         max_blocks=longest // BLOCK, dtype=torch.bfloat16, device=device,
@@ -204,7 +204,7 @@ def make_step(kind: StepKind, config: ModelConfig = SHAPE) -> Step:
         logits = program.logits[:sequences]
         return logits if sampler is None else sampler(logits)
 
-    of_token = 2 * config.num_kv_heads * config.head_dim * config.num_layers * _KV_TYPES[kind.kv].itemsize
+    of_token = 2 * config.num_kv_heads * config.head_dim * config.num_layers * KV_TYPES[kind.kv].itemsize
     head = config.vocab_size * config.hidden_size
     flops = 2 * (model.num_weights * (batch + prompt) + head * sequences)
     flops += 2 * config.num_layers * config.num_heads * config.head_dim * prompt * prompt

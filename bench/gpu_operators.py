@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench import gpu_experts, gpu_timing
-from bench.gpu_model import BLOCK, CODES, TOP_P, make_sampler, random_codes
+from bench.gpu_model import BLOCK, CODES, KV_TYPES, TOP_P, make_sampler, random_codes
 from bench.gpu_timing import Call, copies_past_l2, in_turn, random
 from tgi_asgi.ops import cuda_sdpa
 from tgi_asgi.ops.cuda_attention import GatheredAttention, Gathering
@@ -21,7 +21,10 @@ from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_sdpa import Library, Workspace
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 4096, 32, 8, 128, 14336, 128256
-DECODES = ((1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 1024))  # sequences, context
+DECODES = (  # sequences, context, type of the cache
+    (1, 1024, "bf16"), (1, 8192, "bf16"), (1, 32768, "bf16"), (16, 1024, "bf16"), (16, 8192, "bf16"),
+    (64, 1024, "bf16"), (16, 8192, "fp8"), (64, 1024, "fp8"),
+)  # fmt: skip
 PREFILLS, ROWS, SAMPLES = (2048, 8192), (64, 4096), (1, 64)
 CHUNK = (512, 7680)  # of a prompt: tokens, and tokens before them
 PRODUCTS = QUANT_PRODUCTS = (1, 8, 16, 32, 64)  # tokens; shows where cuBLAS takes over
@@ -38,8 +41,8 @@ def makers() -> Iterator[functools.partial[Measurement]]:
     A measurement has the operator, shape, bytes (or FLOP), the ceiling that applies, calls on rotating data,
     and peers.
     """
-    for batch, context in DECODES:
-        yield functools.partial(_decode, batch, context)
+    for batch, context, kv in DECODES:
+        yield functools.partial(_decode, batch, context, kv)
     for tokens in PREFILLS:
         yield functools.partial(_prefill, tokens)
         yield functools.partial(_prefill_gathered, tokens)
@@ -71,10 +74,12 @@ def _pool(batch: int, context: int) -> tuple[Tensor, Tensor]:
     return table, random(num_blocks, 2, KV_HEADS, BLOCK, HEAD_DIM)
 
 
-def _decode(batch: int, context: int) -> Measurement:
-    num_bytes = 4 * batch * context * KV_HEADS * HEAD_DIM
+def _decode(batch: int, context: int, kv_type: str) -> Measurement:
+    dtype = KV_TYPES[kv_type]
+    num_bytes = 2 * dtype.itemsize * batch * context * KV_HEADS * HEAD_DIM
     lengths = torch.full((batch,), context, dtype=torch.int32, device=gpu_timing.DEVICE)
-    sets = [_pool(batch, context) for _ in range(copies_past_l2(num_bytes))]
+    pools = (_pool(batch, context) for _ in range(copies_past_l2(num_bytes)))
+    sets = [(table, kv.to(dtype)) for table, kv in pools]
     q = random(batch, HEADS, HEAD_DIM)
     out = torch.empty_like(q)
     sizes = (batch, context // BLOCK, BLOCK, HEADS, HEAD_DIM)
@@ -90,9 +95,10 @@ def _decode(batch: int, context: int) -> Measurement:
         )
 
     calls: list[Call] = [functools.partial(call, *one) for one in sets]
-    peers = _sdpa(q[:, :, None], _plain_sets(len(sets), batch, context), is_causal=False)
-    peers["FlashInfer"] = _flashinfer(q, sets, context)
-    return "attention_decode", f"B{batch} x {context}", num_bytes, "read", calls, peers
+    peers = {"FlashInfer": _flashinfer(q, sets, context)}
+    if dtype == q.dtype:
+        peers |= _sdpa(q[:, :, None], _plain_sets(len(sets), batch, context), is_causal=False)
+    return "attention_decode", f"B{batch} x {context} {kv_type}", num_bytes, "read", calls, peers
 
 
 def _plain_sets(count: int, batch: int, context: int) -> list[tuple[Tensor, Tensor]]:

@@ -109,7 +109,7 @@ def test_peers_find_nothing_in_the_cache_either(emulation: None, monkeypatch: py
 
 SMALL: dict[str, Any] = {
     "HIDDEN": 64, "HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 64, "INTERMEDIATE": 64, "VOCAB": 300,
-    "DECODES": ((3, 48),), "PREFILLS": (32,), "CHUNK": (16, 32), "ROWS": (5,), "SAMPLES": (2,),
+    "DECODES": ((3, 48, "bf16"), (2, 48, "fp8")), "PREFILLS": (32,), "CHUNK": (16, 32), "ROWS": (5,), "SAMPLES": (2,),
     "PRODUCTS": (3,), "QUANT_PRODUCTS": (3,), "LORAS": (3,),
 }  # fmt: skip
 SMALL_EXPERTS: dict[str, Any] = {"HIDDEN": 64, "INNER": 64, "EXPERTS": 6, "TOP_K": 2, "TOKENS": (1, 65)}
@@ -334,11 +334,11 @@ def test_what_is_timed_runs_on_the_emulated_kernels(
     with pytest.raises(AssertionError, match="1 could not be measured"):
         gpu_stages.operators(lambda name, row: rows.append(row))
     assert [row["op"] for row in rows] == [
-        "attention_decode", *["attention_prefill"] * 4, "norm", "_broken", "rope_kv_write", "sample",
+        *["attention_decode"] * 2, *["attention_prefill"] * 4, "norm", "_broken", "rope_kv_write", "sample",
         *["linear"] * 2, *["quant_linear"] * len(gpu_model.CODES), *["lora"] * 2,
         *["experts"] * (2 + 2 * len(gpu_experts.CODED)), "route",
     ]  # fmt: skip
-    assert rows[6]["why"] == "out of memory"
+    assert rows[7]["why"] == "out of memory"
     measured = [row for row in rows if "why" not in row]
     assert all(row["us"] > 0 and row["of_floor"] > 0 and row["bytes"] > 0 for row in measured)
 
