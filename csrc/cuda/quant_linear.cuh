@@ -87,16 +87,19 @@ struct Sums {
   float at[T::kRowTiles][T::kTokenTiles][4];
 };
 
-// The scales or the offsets that a lane has of a step, those of piece lane % 4 and rows l / 4 + 8
-// i, as stored: a conversion next to the load would wait for it.
-template <typename T>
+// The scales or the offsets of the next four groups of a row: as many steps as pieces have the same
+// group (Run). A lane has those of group lane % 4 and rows l / 4 + 8 i, as stored: a conversion
+// next to the load would wait for it. One load per step would reach as many cache lines for a
+// quarter of the use, and a step would be too short for its latency.
+template <typename T, int Run>
 struct Groups {
   uint32_t at[2 * T::kRowTiles];
 
-  // Returns those of a piece.
+  // Returns those of a piece of a step.
   template <typename Code>
-  __device__ __forceinline__ float get(const QuantMatrix& m, int i, int piece) const {
-    const int from = (int(threadIdx.x) % kWarpSize & ~3) | piece;
+  __device__ __forceinline__ float get(const QuantMatrix& m, int i, int step, int piece) const {
+    const int from =
+        (int(threadIdx.x) % kWarpSize & ~3) | (step % Run * (kPieces / Run) + piece / Run);
     const uint32_t bits = __shfl_sync(0xffffffffu, at[i], from);
     if constexpr (std::is_same_v<Code, E2M1>) return to_float(e8m0{uint8_t(bits)});
     return m.has_wide_scales ? __uint_as_float(bits) : to_float(fp16{uint16_t(bits)});
@@ -104,7 +107,7 @@ struct Groups {
 };
 
 // A thread's copies of a block's operands, step by step.
-template <typename Element, typename Code, typename T>
+template <typename Element, typename Code, typename T, int Run>
 class Source {
  public:
   __device__ __forceinline__ Source(const QuantLinearParams& p, int64_t first_row,
@@ -129,7 +132,8 @@ class Source {
     reciprocal_ = pieces == 1 ? 0 : 0xffffffffu / pieces + 1;
     num_groups_ = int(divide_narrow(m_.num_columns, m_.group));
     first_place_ = int(row) * num_groups_;
-    piece_ = byte_ / 16;
+    constexpr int kStepGroups = kPieces / Run;
+    piece_ = (lane % 4 / kStepGroups * T::kParts + part) * kPieces + lane % kStepGroups * Run;
   }
 
   __device__ __forceinline__ int num_steps() const {
@@ -161,21 +165,21 @@ class Source {
     columns_left_ -= T::kParts * T::kStepColumns;
   }
 
-  // Loads the scales of the next step. Past the end they are those of the last group.
-  __device__ __forceinline__ void load_scales(Groups<T>& out) {
+  // Loads the scales of the next Run steps. Past the end they are those of the last group.
+  __device__ __forceinline__ void load_scales(Groups<T, Run>& out) {
     const int group = reciprocal_ == 0 ? piece_ : int(__umulhi(uint32_t(piece_), reciprocal_));
     place_ = first_place_ + min(group, num_groups_ - 1);
-    piece_ += T::kParts * kPieces;
+    piece_ += Run * T::kParts * kPieces;
     load_groups(m_.scales, out);
   }
 
-  // Loads the offsets of the step whose scales were loaded last.
-  __device__ __forceinline__ void load_offsets(Groups<T>& out) const {
+  // Loads the offsets of the steps whose scales were loaded last.
+  __device__ __forceinline__ void load_offsets(Groups<T, Run>& out) const {
     load_groups(m_.offsets, out);
   }
 
  private:
-  __device__ __forceinline__ void load_groups(const void* from, Groups<T>& out) const {
+  __device__ __forceinline__ void load_groups(const void* from, Groups<T, Run>& out) const {
     if constexpr (std::is_same_v<Code, E2M1>) {
       load_groups_of(static_cast<const uint8_t*>(from), out);
     } else if (m_.has_wide_scales) {
@@ -186,7 +190,7 @@ class Source {
   }
 
   template <typename Bits>
-  __device__ __forceinline__ void load_groups_of(const Bits* from, Groups<T>& out) const {
+  __device__ __forceinline__ void load_groups_of(const Bits* from, Groups<T, Run>& out) const {
 #pragma unroll
     for (int k = 0; k < 2 * T::kRowTiles; ++k) {
       out.at[k] = k * 8 < rows_left_ ? from[int64_t{place_} + k * 8 * num_groups_] : 0;
@@ -253,7 +257,7 @@ __device__ __forceinline__ void sum_values(const uint4* values, float* out) {
 template <typename Element, typename Code, typename T, int Run>
 __device__ __forceinline__ void multiply(const uint4* stage, const uint4* values,
                                          const QuantMatrix& m, uint32_t shift,
-                                         const Groups<T>& scales, Sums<T>& sums) {
+                                         const Groups<T, Run>& scales, int step, Sums<T>& sums) {
   constexpr int kHalves = 2 * T::kRowTiles;  // of 8 rows
   constexpr int kLoaded = 4 / kHalves;       // pieces per ldmatrix
   const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
@@ -286,7 +290,7 @@ __device__ __forceinline__ void multiply(const uint4* stage, const uint4* values
     if ((piece + 1) % Run != 0) continue;
 #pragma unroll
     for (int k = 0; k < kHalves; ++k) {
-      const float scale = scales.template get<Code>(m, k, piece);
+      const float scale = scales.template get<Code>(m, k, step, piece);
 #pragma unroll
       for (int j = 0; j < T::kTokenTiles; ++j) {
 #pragma unroll
@@ -303,13 +307,15 @@ __device__ __forceinline__ void multiply(const uint4* stage, const uint4* values
 // Adds offsets times the sums of a step's activations.
 template <typename Code, typename T, int Run>
 __device__ __forceinline__ void add_offsets(const float* plain, const QuantMatrix& m,
-                                            const Groups<T>& offsets, Sums<T>& sums) {
+                                            const Groups<T, Run>& offsets, int step,
+                                            Sums<T>& sums) {
   const int lane = int(threadIdx.x) % kWarpSize;
 #pragma unroll
   for (int piece = Run - 1; piece < kPieces; piece += Run) {
     float offset[2 * T::kRowTiles];
 #pragma unroll
-    for (int k = 0; k < 2 * T::kRowTiles; ++k) offset[k] = offsets.template get<Code>(m, k, piece);
+    for (int k = 0; k < 2 * T::kRowTiles; ++k)
+      offset[k] = offsets.template get<Code>(m, k, step, piece);
 #pragma unroll
     for (int j = 0; j < T::kTokenTiles; ++j) {
       const float2 two =
@@ -328,7 +334,7 @@ __device__ __forceinline__ void add_offsets(const float* plain, const QuantMatri
 template <typename Element, typename Code, typename T, int Run>
 __device__ __forceinline__ void multiply_columns(const QuantLinearParams& p, int64_t first_row,
                                                  int64_t first_token, uint4* queue, Sums<T>& sums) {
-  Source<Element, Code, T> source(p, first_row, first_token, queue);
+  Source<Element, Code, T, Run> source(p, first_row, first_token, queue);
   const int num_steps = source.num_steps();
   const uint32_t shift = Code::template shift<Element>(p.weight.zero);
   const bool has_offsets = Code::kHasOffsets && p.weight.offsets != nullptr;
@@ -336,14 +342,15 @@ __device__ __forceinline__ void multiply_columns(const QuantLinearParams& p, int
   auto* plain =
       reinterpret_cast<float*>(queue + T::kStages * T::kSlots) + part * (kPieces * T::kTokens);
   const auto plain_of = [&](int step) { return plain + step % 2 * T::kPlainSums; };
-  Groups<T> next, offsets = {};
+  Groups<T, Run> scales, offsets = {}, next_scales, next_offsets = {};
   allow_next_kernel();
   // Weights are never written, so their first copies start before the previous kernel has ended.
 #pragma unroll
   for (int i = 0; i < T::kStages - 1; ++i) {
     if (i < num_steps) source.copy_codes(i);
   }
-  source.load_scales(next);
+  source.load_scales(next_scales);
+  if (has_offsets) source.load_offsets(next_offsets);
   wait_for_previous_kernel();
 #pragma unroll
   for (int i = 0; i < T::kStages - 1; ++i) {
@@ -352,7 +359,6 @@ __device__ __forceinline__ void multiply_columns(const QuantLinearParams& p, int
   }
   int stage = 0, free_stage = T::kStages - 1;
   for (int i = 0; i < num_steps; ++i) {
-    const Groups<T> scales = next, last_offsets = offsets;
     async_wait<T::kStages - 2>();
     __syncthreads();  // all see the stage, and none reads the one that is overwritten
     if (i + T::kStages - 1 < num_steps) {
@@ -360,20 +366,24 @@ __device__ __forceinline__ void multiply_columns(const QuantLinearParams& p, int
       source.copy_values(free_stage);
     }
     async_commit();
-    if (has_offsets) source.load_offsets(offsets);
-    if (i + 1 < num_steps) source.load_scales(next);
     if (has_offsets && i > 0)
-      add_offsets<Code, T, Run>(plain_of(i - 1), p.weight, last_offsets, sums);
+      add_offsets<Code, T, Run>(plain_of(i - 1), p.weight, offsets, i - 1, sums);
+    if (i % Run == 0) {
+      scales = next_scales, offsets = next_offsets;
+      source.load_scales(next_scales);
+      if (has_offsets) source.load_offsets(next_offsets);
+    }
     const uint4* values = queue + stage * T::kSlots + T::kCodeSlots + part * T::kPartSlots;
     if (has_offsets) sum_values<Element, T, Run>(values, plain_of(i));
-    multiply<Element, Code, T, Run>(queue + stage * T::kSlots, values, p.weight, shift, scales,
+    multiply<Element, Code, T, Run>(queue + stage * T::kSlots, values, p.weight, shift, scales, i,
                                     sums);
     free_stage = stage;
     stage = stage + 1 == T::kStages ? 0 : stage + 1;
   }
   async_wait<0>();
   __syncthreads();
-  if (has_offsets) add_offsets<Code, T, Run>(plain_of(num_steps - 1), p.weight, offsets, sums);
+  if (has_offsets)
+    add_offsets<Code, T, Run>(plain_of(num_steps - 1), p.weight, offsets, num_steps - 1, sums);
 }
 
 // Writes the warp's sums to shared memory: [part][token][row].
