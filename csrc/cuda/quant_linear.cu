@@ -11,25 +11,41 @@ namespace {
 
 constexpr int kThreads = 128;
 
+constexpr int kRuns = 4;  // of 8 codes, per thread
+
+// A warp writes consecutive runs of 16 bytes, and requests the codes of all its runs first.
 template <typename Element, typename Scale, typename Code>
 __global__ void __launch_bounds__(kThreads, 8) dequantise_kernel(QuantMatrix m, Element* out) {
-  const int64_t step = int64_t{blockIdx.x} * kThreads + threadIdx.x, first = step * kStep<Code>;
-  if (first >= m.num_rows * m.num_columns) return;
-  const uint4 bytes = *reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(m.codes) +
-                                                      first * Code::kBits / 8);
-  // Groups are contiguous within a row, and rows are contiguous; a group is a whole number of
-  // steps.
-  const int64_t place = divide_narrow(step, m.group / kStep<Code>);
-  const float scale = to_float(static_cast<const Scale*>(m.scales)[place]);
-  const float offset =
-      m.offsets == nullptr ? 0.0f : to_float(static_cast<const Scale*>(m.offsets)[place]);
+  using Word = std::conditional_t<Code::kBits == 4, uint32_t, uint2>;
+  const int64_t first = int64_t{blockIdx.x} * (kThreads * kRuns) + threadIdx.x;
+  const int64_t num_runs = m.num_rows * m.num_columns / 8;
+  Word codes[kRuns] = {};
 #pragma unroll
-  for (int i = 0; i < kStep<Code> / 8; ++i) {
+  for (int i = 0; i < kRuns; ++i) {
+    const int64_t run = first + i * kThreads;
+    if (run < num_runs) codes[i] = static_cast<const Word*>(m.codes)[run];
+  }
+#pragma unroll
+  for (int i = 0; i < kRuns; ++i) {
+    const int64_t run = first + i * kThreads;
+    if (run >= num_runs) break;
+    // Groups are contiguous within a row, and rows are contiguous; a group is a whole number of
+    // runs.
+    const int64_t place = divide_narrow(run, m.group / 8);
+    const float scale = to_float(static_cast<const Scale*>(m.scales)[place]);
+    const float offset =
+        m.offsets == nullptr ? 0.0f : to_float(static_cast<const Scale*>(m.offsets)[place]);
+    uint4 bytes = {};
+    if constexpr (Code::kBits == 4) {
+      bytes.x = codes[i];
+    } else {
+      bytes.x = codes[i].x, bytes.y = codes[i].y;
+    }
     float values[8];
-    Code::unpack(bytes, i, kMagic + float(m.zero), values);
+    Code::unpack(bytes, 0, kMagic + float(m.zero), values);
 #pragma unroll
     for (int k = 0; k < 8; ++k) values[k] = scale * values[k] + offset;
-    store8(out + first + 8 * i, values);
+    store8(out + run * 8, values);
   }
 }
 
@@ -61,7 +77,7 @@ cudaError_t dequantise(const DequantiseParams& p, cudaStream_t stream) {
   return for_types(p.type, p.weight, [&](auto element, auto scale, auto code) {
     using Element = decltype(element);
     using Code = decltype(code);
-    const dim3 grid(unsigned(ceil_divide<int64_t>(size, kThreads * kStep<Code>)));
+    const dim3 grid(unsigned(ceil_divide<int64_t>(size, kThreads * kRuns * 8)));
     return launch(dequantise_kernel<Element, decltype(scale), Code>, grid, dim3(kThreads), 0,
                   stream, p.weight, static_cast<Element*>(p.out));
   });

@@ -302,10 +302,12 @@ async def test_only_long_prompts_leave_our_kernel_and_the_graphs(
     assert calls["sdpa"] == 2, "of 30 tokens, in two layers; 11 have 66 pairs"
 
 
-def test_a_prompt_is_long_if_it_has_tokens_and_pairs_enough() -> None:
+def test_a_prompt_is_long_if_it_has_tokens_and_pairs_enough_for_its_calls() -> None:
     default = Gathering(Library.CUDNN)
-    assert default.takes(2048, 2048) and default.takes(512, 8192) and default.takes(128, 8320)
-    assert not default.takes(1024, 1024) and not default.takes(127, 100_000)
+    assert default.takes(2048, 2048) and default.takes(2048, 8192) and default.takes(4096, 12288)
+    assert not default.takes(1024, 1024) and not default.takes(512, 8192)
+    flash = Gathering(Library.FLASH)  # a single call
+    assert flash.takes(512, 8192) and not flash.takes(127, 100_000)
     assert Gathering(Library.FLASH, 1, 1).takes(1, 1)
 
 

@@ -70,6 +70,13 @@ def split(num_tokens: int, context_len: int) -> Split:
     return Split(tuple(pieces), whole, context_len - num_tokens - whole, padded(context_len - whole))
 
 
+def num_calls(library: Library, num_tokens: int, context_len: int) -> int:
+    """Return the number of the library's calls for a prompt."""
+    if library is Library.FLASH:
+        return 1
+    return 1 + len(split(num_tokens, context_len).pieces) * -(-num_tokens // _MAX_QUERIES)
+
+
 def padded(num_rows: int) -> int:
     """Return the number of rows, rounded up to whole tiles."""
     return -(-num_rows // TILE) * TILE
