@@ -109,7 +109,8 @@ def test_peers_find_nothing_in_the_cache_either(emulation: None, monkeypatch: py
 
 SMALL: dict[str, Any] = {
     "HIDDEN": 64, "HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 64, "INTERMEDIATE": 64, "VOCAB": 300,
-    "DECODES": ((3, 48, "bf16"), (2, 48, "fp8")), "PREFILLS": (32,), "CHUNK": (16, 32), "ROWS": (5,), "SAMPLES": (2,),
+    "DECODES": ((3, 48, "bf16"), (2, 48, "fp8")), "PREFILLS": (32,), "CHUNK": (16, 32),
+    "ROWS": (5,), "SAMPLES": (2,),
     "PRODUCTS": (3,), "QUANT_PRODUCTS": (3,), "LORAS": (3,),
 }  # fmt: skip
 SMALL_EXPERTS: dict[str, Any] = {"HIDDEN": 64, "INNER": 64, "EXPERTS": 6, "TOP_K": 2, "TOKENS": (1, 65)}
