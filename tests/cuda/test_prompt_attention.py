@@ -305,7 +305,7 @@ async def test_only_long_prompts_leave_our_kernel_and_the_graphs(
 def test_a_prompt_is_long_if_it_has_tokens_and_pairs_enough_for_its_calls() -> None:
     default = Gathering(Library.CUDNN)
     assert default.takes(2048, 2048) and default.takes(2048, 8192) and default.takes(4096, 12288)
-    assert not default.takes(1024, 1024) and not default.takes(512, 8192)
+    assert not default.takes(0, 8192) and not default.takes(1024, 1024) and not default.takes(512, 8192)
     flash = Gathering(Library.FLASH)  # a single call
     assert flash.takes(512, 8192) and not flash.takes(127, 100_000)
     assert Gathering(Library.FLASH, 1, 1).takes(1, 1)
@@ -361,11 +361,14 @@ def test_what_is_for_gpus_is_refused_on_a_cpu(tmp_path: Path, settings: Settings
 
 
 @pytest.mark.parametrize("is_on", [False, True])
-def test_dependent_launches_are_switched_by_the_setting(
+def test_dependent_launches_are_switched_on_by_the_setting_for_small_steps(
     tmp_path: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, is_on: bool
 ) -> None:
+    """On an H200 they save 3 % of a step of one sequence, and cost 1 % of one of 64 (cuBLAS's products)."""
     switched: list[bool] = []
     monkeypatch.setattr(torch.ops.tgi_cuda, "set_dependent_launches", switched.append)
     changes = {"prompt_attention": "paged", "dependent_launches": is_on}
     make_runner(make_model(**SHAPE), tmp_path, gpu, **changes).close()
-    assert switched == [is_on]
+    assert switched[0] is False
+    assert switched[1:2] == ([False] if is_on else []), "the largest step is profiled first"
+    assert (True in switched) is is_on

@@ -62,8 +62,9 @@ class Gathering:
     def takes(self, num_tokens: int, context_len: int) -> bool:
         """Return whether the library computes a prompt's last tokens, not the native kernel."""
         num_pairs = num_tokens * (2 * context_len - num_tokens + 1) // 2
-        num_calls = cuda_sdpa.num_calls(self.library, num_tokens, context_len)
-        return num_tokens >= self.min_tokens and num_pairs >= self.min_pairs * num_calls
+        if num_tokens < self.min_tokens:
+            return False
+        return num_pairs >= self.min_pairs * cuda_sdpa.num_calls(self.library, num_tokens, context_len)
 
 
 def choose_gathering(query: Tensor, num_kv_heads: int, *, is_wanted: bool) -> Gathering | None:

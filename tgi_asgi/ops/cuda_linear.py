@@ -15,9 +15,9 @@ from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
 # H200 with Llama-3-8B's shapes: cuBLAS's time is 0.95 and 1.23 times the kernel's for 16 tokens, 0.79 and
 # 0.94 times for 32.
 MAX_SKINNY_TOKENS = 16
-# The same for quantised products; above it, the matrix is decoded for cuBLAS. Predicted for an H200, not
-# measured: to write a decoded weight and read it again takes as long as the kernel does for about 96 tokens.
-MAX_CODED_TOKENS = 96
+# The same for quantised products; above it, the matrix is decoded for cuBLAS. Decoding and cuBLAS take 1.2 to
+# 1.3 times the kernel's time for 64 tokens and 4 bits, 1.0 to 1.1 for 8 bits; 0.6 to 0.9 times for 96.
+MAX_CODED_TOKENS = 64
 
 
 class CudaLinear(Protocol):

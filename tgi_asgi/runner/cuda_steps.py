@@ -17,6 +17,7 @@ from tgi_asgi.ops.cuda import CudaProgram
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import PromptAttention
 from tgi_asgi.ops.cuda_kv import CudaKvLayer, copy_cuda_blocks, make_cuda_pools
+from tgi_asgi.ops.cuda_linear import MAX_SKINNY_TOKENS
 from tgi_asgi.ops.cuda_shards import CudaShard
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Device
@@ -59,8 +60,7 @@ class CudaTypes:
         kv: Type of the cache; None: `dtype`.
         kv_scales: Scales of keys and of values per layer; None: all 1.
         prompt_attention: What computes the attention of prompts (`ops/cuda_attention.py`).
-        has_dependent_launches: Whether a kernel may begin before the previous one has ended, in the whole
-            process.
+        has_dependent_launches: Whether a kernel of a small step may begin before the previous one has ended.
     """
 
     dtype: torch.dtype = torch.bfloat16
@@ -131,7 +131,8 @@ class CudaSteps:
         shard: CudaShard | None = None, adapters: CudaAdapterLayout | None = None, has_logits: bool = True,
     ) -> None:  # fmt: skip
         config, largest = model.config, limits.largest
-        torch.ops.tgi_cuda.set_dependent_launches(types.has_dependent_launches)
+        torch.ops.tgi_cuda.set_dependent_launches(False)
+        self._has_dependent_launches = types.has_dependent_launches
         self.limits = limits
         self._device, self._shard, self._last_ids = device, shard, last_ids
         self._sample = sample
@@ -262,6 +263,9 @@ class CudaSteps:
     def _forward(self, buffers: StepBuffers) -> None:
         """Compute a step up to its logits; capturable, as it uses fixed buffers and never waits."""
         decodes = buffers.shape.num_decodes
+        if self._has_dependent_launches:  # cuBLAS's products, which larger steps have, gain nothing
+            is_small = buffers.shape.num_tokens <= MAX_SKINNY_TOKENS
+            torch.ops.tgi_cuda.set_dependent_launches(is_small)
         if decodes > 0:
             ids = buffers.ids[:decodes]
             if self._last_ids is not None:
