@@ -59,6 +59,9 @@ struct Tile {
   static constexpr int kTokenTiles = Tokens / 8;
   static constexpr int kPieceColumns = kStep<Code>;
   static constexpr int kStepColumns = kPieces * kPieceColumns;
+  // Its sums leave no registers for offsets ahead of their steps, which are long enough to wait
+  // for.
+  static constexpr bool kIsLarge = kRowTiles * kTokenTiles == 8;
   static constexpr int kChunks = kPieceColumns / 8;  // of 16 bytes of a piece's activations
   static constexpr int kWarpSlots = 64 * kRowTiles;  // of 16 bytes
   static constexpr int kCodeSlots = kWarps * kWarpSlots;
@@ -132,8 +135,6 @@ class Source {
     reciprocal_ = pieces == 1 ? 0 : 0xffffffffu / pieces + 1;
     num_groups_ = int(divide_narrow(m_.num_columns, m_.group));
     first_place_ = int(row) * num_groups_;
-    constexpr int kStepGroups = kPieces / Run;
-    piece_ = (lane % 4 / kStepGroups * T::kParts + part) * kPieces + lane % kStepGroups * Run;
   }
 
   __device__ __forceinline__ int num_steps() const {
@@ -165,35 +166,44 @@ class Source {
     columns_left_ -= T::kParts * T::kStepColumns;
   }
 
-  // Loads the scales of the next Run steps. Past the end they are those of the last group.
-  __device__ __forceinline__ void load_scales(Groups<T, Run>& out) {
-    const int group = reciprocal_ == 0 ? piece_ : int(__umulhi(uint32_t(piece_), reciprocal_));
-    place_ = first_place_ + min(group, num_groups_ - 1);
-    piece_ += Run * T::kParts * kPieces;
-    load_groups(m_.scales, out);
+  // Loads the scales of Run steps from this one on. Past the end they are those of the last group.
+  __device__ __forceinline__ void load_scales(int step, Groups<T, Run>& out) const {
+    load_groups(m_.scales, place_of(step), out);
   }
 
-  // Loads the offsets of the steps whose scales were loaded last.
-  __device__ __forceinline__ void load_offsets(Groups<T, Run>& out) const {
-    load_groups(m_.offsets, out);
+  // The same for offsets.
+  __device__ __forceinline__ void load_offsets(int step, Groups<T, Run>& out) const {
+    load_groups(m_.offsets, place_of(step), out);
   }
 
  private:
-  __device__ __forceinline__ void load_groups(const void* from, Groups<T, Run>& out) const {
+  // Returns the place of the group that a lane loads of Run steps.
+  __device__ __forceinline__ int place_of(int step) const {
+    constexpr int kStepGroups = kPieces / Run;
+    const int lane = int(threadIdx.x) % kWarpSize, part = int(threadIdx.x) / kWarpSize % T::kParts;
+    const int own_step = step + lane % 4 / kStepGroups;
+    const int piece = (own_step * T::kParts + part) * kPieces + lane % kStepGroups * Run;
+    const int group = reciprocal_ == 0 ? piece : int(__umulhi(uint32_t(piece), reciprocal_));
+    return first_place_ + min(group, num_groups_ - 1);
+  }
+
+  __device__ __forceinline__ void load_groups(const void* from, int place,
+                                              Groups<T, Run>& out) const {
     if constexpr (std::is_same_v<Code, E2M1>) {
-      load_groups_of(static_cast<const uint8_t*>(from), out);
+      load_groups_of(static_cast<const uint8_t*>(from), place, out);
     } else if (m_.has_wide_scales) {
-      load_groups_of(static_cast<const uint32_t*>(from), out);
+      load_groups_of(static_cast<const uint32_t*>(from), place, out);
     } else {
-      load_groups_of(static_cast<const uint16_t*>(from), out);
+      load_groups_of(static_cast<const uint16_t*>(from), place, out);
     }
   }
 
   template <typename Bits>
-  __device__ __forceinline__ void load_groups_of(const Bits* from, Groups<T, Run>& out) const {
+  __device__ __forceinline__ void load_groups_of(const Bits* from, int place,
+                                                 Groups<T, Run>& out) const {
 #pragma unroll
     for (int k = 0; k < 2 * T::kRowTiles; ++k) {
-      out.at[k] = k * 8 < rows_left_ ? from[int64_t{place_} + k * 8 * num_groups_] : 0;
+      out.at[k] = k * 8 < rows_left_ ? from[int64_t{place} + k * 8 * num_groups_] : 0;
     }
   }
 
@@ -203,7 +213,7 @@ class Source {
   uint4 *code_out_, *value_out_;
   int end_byte_, byte_;  // of a row's codes
   int columns_left_, rows_left_;
-  int num_groups_, first_place_, place_, piece_;
+  int num_groups_, first_place_;
   uint32_t reciprocal_;
 };
 
@@ -349,19 +359,20 @@ __device__ __forceinline__ void multiply_columns(const QuantLinearParams& p, int
   for (int i = 0; i < T::kStages - 1; ++i) {
     if (i < num_steps) source.copy_codes(i);
   }
-  source.load_scales(next_scales);
-  if (has_offsets) source.load_offsets(next_offsets);
+  source.load_scales(0, next_scales);
+  if (has_offsets && !T::kIsLarge) source.load_offsets(0, next_offsets);
   wait_for_previous_kernel();
 #pragma unroll
   for (int i = 0; i < T::kStages - 1; ++i) {
     if (i < num_steps) source.copy_values(i);
     async_commit();
   }
-  int stage = 0, free_stage = T::kStages - 1;
+  int stage = 0;
   for (int i = 0; i < num_steps; ++i) {
     async_wait<T::kStages - 2>();
     __syncthreads();  // all see the stage, and none reads the one that is overwritten
     if (i + T::kStages - 1 < num_steps) {
+      const int free_stage = stage == 0 ? T::kStages - 1 : stage - 1;
       source.copy_codes(free_stage);
       source.copy_values(free_stage);
     }
@@ -369,15 +380,19 @@ __device__ __forceinline__ void multiply_columns(const QuantLinearParams& p, int
     if (has_offsets && i > 0)
       add_offsets<Code, T, Run>(plain_of(i - 1), p.weight, offsets, i - 1, sums);
     if (i % Run == 0) {
-      scales = next_scales, offsets = next_offsets;
-      source.load_scales(next_scales);
-      if (has_offsets) source.load_offsets(next_offsets);
+      scales = next_scales;
+      source.load_scales(i + Run, next_scales);
+      if (has_offsets && T::kIsLarge) {
+        source.load_offsets(i, offsets);
+      } else if (has_offsets) {
+        offsets = next_offsets;
+        source.load_offsets(i + Run, next_offsets);
+      }
     }
     const uint4* values = queue + stage * T::kSlots + T::kCodeSlots + part * T::kPartSlots;
     if (has_offsets) sum_values<Element, T, Run>(values, plain_of(i));
     multiply<Element, Code, T, Run>(queue + stage * T::kSlots, values, p.weight, shift, scales, i,
                                     sums);
-    free_stage = stage;
     stage = stage + 1 == T::kStages ? 0 : stage + 1;
   }
   async_wait<0>();
