@@ -3,7 +3,7 @@
     python -m bench.gpu --only build,ceilings,checks,step [--out FOLDER]  # first: some four minutes
     python -m bench.gpu --only operators,engine,peers                     # builds first if nothing is built
     python -m bench.gpu --only memcheck                                   # a sanitizer's tool a call
-    python -m bench.gpu --wheels wheels --only served                     # what the server imports, as wheels
+    python -m bench.gpu --wheels wheels --only served,models              # what these import, as wheels
     pip download --only-binary=:all: --dest wheels $(python -m bench.gpu --requirements)   # the same Python
 
 Each stage is a process with a deadline: one that fails, hangs or crashes is reported, and the others
@@ -41,7 +41,9 @@ _ROOT = Path(__file__).parents[1]
 _LISTS = ("checks", "ops", "step", "runs", "profile", "skipped")
 _OBJECTS = ("device", "ceilings", "build", "sanitizer")
 _TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-_PACKAGES = _ROOT / "build" / "gpu-packages"  # the contents of --wheels, only for `served`
+_PACKAGES = _ROOT / "build" / "gpu-packages"  # the contents of --wheels, only for these stages
+_WITH_PACKAGES = {"served", "models"}
+_FOR_TESTS = "pytest|pytest-asyncio|pytest-xdist|hypothesis|transformers|httpx|gguf|compressed-tensors|peft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ STAGES = (  # ordered by value, except where later stages depend on earlier ones
     Stage("engine", 120, group=2),
     Stage("peers", 60, is_needed=False, group=2),
     Stage("served", 90, is_needed=False, group=3),
+    Stage("models", 120, is_needed=False, group=3),
     *(Stage(tool, 300, group=4 + index) for index, tool in enumerate(_TOOLS)),
     Stage("profiler", 60, is_needed=False, group=3),
 )
@@ -78,13 +81,13 @@ def requirements() -> list[str]:
     found = [
         *needs,
         *for_build,
-        *(need for need in for_tests if re.match("(pytest|transformers|httpx)>", need)),
+        *(need for need in for_tests if re.match(f"({_FOR_TESTS})>", need)),
     ]
     return [*found, "setuptools<82"]  # required by torch 2.11
 
 
 def install(wheels: Path) -> str | None:
-    """Unpack the wheels into a folder that only `served` uses; return why that failed, or None."""
+    """Unpack the wheels into a folder that only those stages use; return why that failed, or None."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-compile", "--upgrade"]
     command += ["--find-links", str(wheels), "--target", str(_PACKAGES)]
     return _run_group([*command, *requirements()], INSTALL_S)[0] or None
@@ -230,8 +233,8 @@ def _run_group(
 
 
 def _environment(command: Sequence[str]) -> dict[str, str]:
-    """Return extra environment variables of a stage: for `served`, the wheels come first in the path."""
-    packages = [str(_PACKAGES)] if "served" in command else []
+    """Return extra environment variables of a stage: if it has packages, these come first in the path."""
+    packages = [str(_PACKAGES)] if _WITH_PACKAGES & set(command) else []
     return {"PYTHONPATH": os.pathsep.join([*packages, str(_ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
@@ -318,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=_ROOT / "bench" / "results", help="folder of the result")
-    parser.add_argument("--wheels", type=Path, help="a folder of wheels to install for `served`")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels to install for served and models")
     parser.add_argument(
         "--requirements", action="store_true", help="print the requirements of the wheels and exit"
     )

@@ -240,12 +240,13 @@ STAGES = (build, ceilings, checks, operators, memcheck, racecheck, synccheck, in
 
 
 def main(name: str, path: str) -> None:
-    """Run a stage of this module, gpu_runs or gpu_served; its reports are written to the file immediately."""
+    """Run a stage of this module or another; its reports are written to the file immediately."""
     stages = {stage.__name__: stage for stage in (*STAGES, small_cases)}
     if name not in stages:  # imported only now: they need the extension, which the first stage builds
-        from bench import gpu_runs, gpu_served
+        from bench import gpu_runs, gpu_served, gpu_tests
 
-        stages = {stage.__name__: stage for stage in (*gpu_runs.STAGES, *gpu_served.STAGES)}
+        others = (*gpu_runs.STAGES, *gpu_served.STAGES, *gpu_tests.STAGES)
+        stages = {stage.__name__: stage for stage in others}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("it was ended"))  # so that child processes end, too
     if name != "build":
         importlib.import_module("tgi_asgi._cuda")  # registers the operators with torch

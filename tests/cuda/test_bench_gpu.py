@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu, gpu_runs, gpu_served, gpu_stages
+from bench import gpu, gpu_runs, gpu_served, gpu_stages, gpu_tests
 
 
 def test_a_dry_run_names_every_stage_and_writes_the_schema(
@@ -33,7 +33,7 @@ def test_stages_come_by_what_they_are_worth_and_each_call_s_fit_into_ten_minutes
     names = [stage.name for stage in gpu.STAGES]
     assert names[:6] == ["build", "ceilings", "checks", "step", "operators", "engine"]
     assert names.index("peers") < names.index("served") < names.index("memcheck") < names.index("profiler")
-    functions = [*gpu_stages.STAGES, *gpu_runs.STAGES, *gpu_served.STAGES]
+    functions = [*gpu_stages.STAGES, *gpu_runs.STAGES, *gpu_served.STAGES, *gpu_tests.STAGES]
     assert sorted(stage.__name__ for stage in functions) == sorted(names)
     build = gpu.STAGES[0].deadline_s
     for group in {stage.group for stage in gpu.STAGES} - {0}:
@@ -148,6 +148,24 @@ assert decoded_values(random_weight("Q4_K", 2, 512, 1)).isfinite().all()
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=280)
 
 
+def test_whole_models_are_reported_as_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_tests, "FILES", ("test_device",))
+    monkeypatch.setattr(gpu_tests, "_OPTIONS", ("-q", "-p", "no:cacheprovider"))
+    rows: list[tuple[str, dict[str, object]]] = []
+    gpu_tests.models(lambda key, row: rows.append((key, row)))
+    [(key, row)] = rows
+    assert key == "checks" and row["op"] == "models" and row["ok"]
+    assert isinstance(row["cases"], int) and row["cases"] > 3
+
+
+def test_a_model_that_fails_is_named(tmp_path: Path) -> None:
+    tests = "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip()\n"
+    (tmp_path / "test_few.py").write_text(tests)
+    command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), "--junitxml=found.xml"]
+    subprocess.run([*command, "test_few.py"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    assert gpu_tests.read_results(tmp_path / "found.xml") == (1, ["test_b"])
+
+
 def test_gpus_are_held_open_between_the_stages(tmp_path: Path) -> None:
     for name in ("nvidia0", "nvidia1", "nvidiactl"):
         (tmp_path / name).touch()
@@ -186,7 +204,7 @@ def test_a_build_is_for_the_gpu_that_is_there_alone() -> None:
 def test_what_the_machine_needs_is_named_without_torch() -> None:
     found = gpu.requirements()
     assert any(need.startswith("tokenizers") for need in found)
-    assert any(need.startswith("pytest>") for need in found)
+    assert {"pytest", "pytest-asyncio", "gguf"} <= {need.partition(">")[0] for need in found}
     assert not any(need.startswith(("torch", "openai")) for need in found)
 
 

@@ -18,7 +18,17 @@ import torch
 import transformers
 from torch import Tensor
 
-from bench import gpu, gpu_experts, gpu_model, gpu_operators, gpu_runs, gpu_served, gpu_stages, gpu_timing
+from bench import (
+    gpu,
+    gpu_experts,
+    gpu_model,
+    gpu_operators,
+    gpu_runs,
+    gpu_served,
+    gpu_stages,
+    gpu_tests,
+    gpu_timing,
+)  # fmt: skip
 from bench.gpu_model import StepKind
 from bench.gpu_timing import Timing
 from tests.cuda import cases
@@ -226,7 +236,7 @@ def test_every_stage_but_the_first_begins_with_the_operators(
         began.append(name)
 
     stage.__name__ = name
-    for module in (gpu_stages, gpu_runs, gpu_served):
+    for module in (gpu_stages, gpu_runs, gpu_served, gpu_tests):
         monkeypatch.setattr(module, "STAGES", (stage,))
     monkeypatch.setattr(gpu_stages, "small_cases", stage)
     monkeypatch.setattr(gpu_stages, "signal", Mock())  # the test's process keeps its own handlers

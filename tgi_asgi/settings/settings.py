@@ -108,8 +108,8 @@ class Settings:
         kinds.one_of("auto paged sdpa flashinfer"),
     )
     dependent_launches: bool = _model(
-        "On GPUs of compute capability 9.0 or later, let kernels of steps of up to 16 tokens start before the "
-        "previous one has ended: on an H200 3 % faster for a single sequence, with the same bits.",
+        "On GPUs of compute capability 9.0 or later, let kernels of steps of up to 16 tokens start before "
+        "the previous one has ended: on an H200 3 % faster for a single sequence, with the same bits.",
         False,
     )
     batch_invariant: bool = _model(
