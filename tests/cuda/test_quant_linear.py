@@ -369,6 +369,44 @@ def test_a_planted_fault_is_caught(fault: Fault) -> None:
     assert_caught(fault, lambda device: check_product(device, "Q4_1", 3, 11, 1280))
 
 
+# Groups of 128 columns and more than two windows of scales and offsets, the last of them with one step.
+WINDOWS = [
+    fault(
+        "a window's scales are those of its first step",
+        "(step % Run * (kPieces / Run) + piece / Run)",
+        "(0 * step + piece / Run)",
+        "result",
+    ),
+    fault(
+        "every window is the first",
+        "piece_ += Run * T::kParts * kPieces;",
+        "piece_ += 0;",
+        "result",
+    ),
+    fault(
+        "the last step of a window has the next one's offsets",
+        "p.weight, offsets, i - 1, sums);",
+        "p.weight, i % Run == 0 ? next_offsets : offsets, i - 1, sums);",
+        "result",
+    ),
+    fault(
+        "groups past the end are read",
+        "min(group, num_groups_ - 1);",
+        "group;",
+        "bounds",
+    ),
+]
+
+
+def test_scales_are_loaded_for_several_steps_at_a_time(device: Device) -> None:
+    check_product(device, "INT4_128", 3, 11, 4224)
+
+
+@pytest.mark.parametrize("fault", WINDOWS, ids=str)
+def test_a_fault_in_a_window_of_scales_is_caught(fault: Fault) -> None:
+    assert_caught(fault, lambda device: check_product(device, "INT4_128", 3, 11, 4224))
+
+
 @pytest.mark.parametrize(
     "fault",
     [
