@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.emulated_runner import FP16, SHAPE, make_device
@@ -33,6 +34,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.cuda import CudaRunner
+from tgi_asgi.runner.cuda_layout import plain_layout
 from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.inputs import PlanError
 from tgi_asgi.runner.load import LoadedModel, load
@@ -195,6 +197,38 @@ async def test_states_and_logits_of_a_step_are_two_copies(
     monkeypatch.setattr(device, "pinned", note)
     await vectors(runner, [(IDS[:7], LAST), (IDS[:9], LOGITS), (IDS[:20], LAST), (IDS[2:25], LOGITS)], 64)
     assert copies == [2 * 128 * 4, 2 * len(CHOSEN) * 4]
+
+
+class Waiting(TorchFunctionMode):
+    """Notes the calls for which torch waits until a GPU has done all that was launched before.
+
+    Attributes:
+        calls: Their functions.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        copies = func in (Tensor.to, Tensor.copy_) and not given.get("non_blocking")
+        makes_there = func is torch.tensor and "device" in given
+        if copies or makes_there or func in (Tensor.cpu, Tensor.item, Tensor.tolist):
+            self.calls.append(func)
+        return func(*args, **given)
+
+
+async def test_only_a_vector_of_all_tokens_waits_for_the_step(model: Model, make: Make) -> None:
+    runner = make(model)
+    kinds = [LAST, LOGITS, MEAN]
+    rows = [StepRow(at, IDS[:9], 0, [[at]], samples=True, pooling=kind) for at, kind in enumerate(kinds)]
+    await runner.submit(StepPlan(0, rows, [SlotStart(at, GREEDY, 0, IDS[:9]) for at in range(3)]))
+    with Waiting() as waiting:
+        for row, waits in zip(rows, (False, False, True), strict=True):
+            layout = plain_layout([row], [0], 0, [9])
+            assert runner._vectors.take([row], layout) is not None
+            assert bool(waiting.calls) is waits, f"{row.pooling}: {waiting.calls}"
 
 
 async def test_log_probabilities_of_a_prompt_beside_change_no_score(

@@ -127,7 +127,8 @@ class CudaProgram:
         """
         assert self._last_norm is not None, "the model has a head"
         x, (weight, bias, eps) = self._last_norm
-        rows = torch.tensor(tokens, dtype=torch.int32, device=self._device)
+        # Not made there: torch would wait for the step that computes `x`.
+        rows = torch.tensor(tokens, dtype=torch.int32).to(self._device, non_blocking=True)
         out = torch.empty(len(tokens), x.shape[1], dtype=torch.float32, device=self._device)
         _kernels.norm(x, weight, bias, eps, rows, out)
         return out

@@ -111,7 +111,7 @@ class CudaPooler:
         """Begin to copy the chosen logits of rows, all at once."""
         of_rows = [layout.logits_rows[index] for index, ids in chosen.items() for _ in ids]
         ids = [token for each in chosen.values() for token in each]
-        at = torch.tensor([of_rows, ids], device=self._device.device)
+        at = torch.tensor([of_rows, ids]).to(self._device.device, non_blocking=True)
         return self._fetch(self._program.logits[at[0], at[1]])
 
     def _fetch(self, values: Tensor) -> Floats:
