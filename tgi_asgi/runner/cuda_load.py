@@ -142,7 +142,8 @@ class OnCuda:
             has_logits=self.shards is not None or uses_logits(model.config, pooling, self.settings),
         )  # fmt: skip
         if runner.prompts_by is not None:
-            self._prompts = f" prompts by {runner.prompts_by}"
+            which = "long prompts" if self.settings.prompt_attention == "auto" else "prompts"
+            self._prompts = f" {which} by {runner.prompts_by}"
         return Placed(runner, cache, adapters)
 
     @property
