@@ -379,8 +379,8 @@ WINDOWS = [
     ),
     fault(
         "every window is the first",
-        "piece_ += Run * T::kParts * kPieces;",
-        "piece_ += 0;",
+        "source.load_scales(i + Run, next_scales);",
+        "source.load_scales(0, next_scales);",
         "result",
     ),
     fault(
@@ -398,8 +398,12 @@ WINDOWS = [
 ]
 
 
-def test_scales_are_loaded_for_several_steps_at_a_time(device: Device) -> None:
-    check_product(device, "INT4_128", 3, 11, 4224)
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(3, 11, 4224), (17, 8192, 2176)])
+def test_scales_are_loaded_for_several_steps_at_a_time(
+    device: Device, tokens: int, rows: int, columns: int
+) -> None:
+    """Flat blocks, and the largest tiles of tall ones, which load their offsets late."""
+    check_product(device, "INT4_128", tokens, rows, columns)
 
 
 @pytest.mark.parametrize("fault", WINDOWS, ids=str)
