@@ -1,8 +1,7 @@
 // Samples one token per row of logits with its slot's parameters: two kernels over parts of rows
 // (sample_parts.cuh), then one block per row, among few candidates if it has a top-k or top-p
-// (sample_candidates.cuh). tgi_asgi/ops/sample.py documents
-// the order of the filters; csrc/cpu/sample.cpp samples the same tokens, except for ties in the
-// last bit.
+// (sample_candidates.cuh). tgi_asgi/ops/sample.py documents the order of the filters;
+// csrc/cpu/sample.cpp samples the same tokens, except for ties in the last bit.
 #include "kernels.h"
 #include "sample_candidates.cuh"
 

@@ -2,8 +2,7 @@
 // part of it and write these results:
 //
 //     part_stats   the part's maximum, whether all of it is finite, its logits after penalties,
-//     bias
-//                  and masks, and the maximum of each group of elements
+//                  bias and masks, and the maximum of each group of elements
 //     part_scores  only if needed: the winner of the race if nothing is cut off; a histogram of the
 //                  part's scores, added to the row's, if the sum of all is needed
 //
