@@ -150,7 +150,8 @@ class OnCuda:
     def bits(self) -> str:
         """What decides output bits, as described in `Placement`."""
         scales = f" kv {self._kv_scales}" if self._kv_scales else ""
-        return f"{self.arithmetic}{scales}{self._prompts}"
+        order = " batch-invariant" if self.settings.batch_invariant else ""
+        return f"{self.arithmetic}{scales}{self._prompts}{order}"
 
     def is_batch_invariant(self, model: ServedModel) -> bool:
         """Return whether a sequence's bits depend on it alone, as described in `Placement`."""
