@@ -1,6 +1,7 @@
-// Shared by decode and prefill attention: tiles of keys and values in shared memory, and the
-// attention of a warp's sixteen query rows to one tile. Dao, FlashAttention-2, algorithm 1; mma.cuh
-// describes the layout of fragments.
+// Rows of keys and values in shared memory and what is done to scores, shared by decode and prefill
+// attention; and prefill's attention of a warp's sixteen query rows to one tile (decode's is in
+// attention_decode_tile.cuh). Dao, FlashAttention-2, algorithm 1; mma.cuh describes the layout of
+// fragments.
 #pragma once
 
 #include <cfloat>
