@@ -58,8 +58,8 @@ def test_long_calls_are_timed_one_by_one_and_short_ones_inside_a_graph_of_twenty
 
         return call
 
-    long = gpu_timing.time_calls([on(0, 30.0), on(1, 30.0)])
-    assert (long.us, long.in_graph, clock.captures) == (30.5, False, 0)
+    long = gpu_timing.time_calls([on(0, 60.0), on(1, 60.0)])
+    assert (long.us, long.in_graph, clock.captures) == (60.5, False, 0)
     assert made[:5] == [0, 1, 0, 1, 0], "inputs are taken in turn"
     assert len(made) == 2 + 21
 
@@ -365,7 +365,7 @@ def _broken(rows: int) -> None:
         (StepKind(3, 48, "int4"), 4.5, 11),  # two more sums
         (StepKind(3, 48, prompt=32), 16, 12),  # and attention of prompts
         (StepKind(3, 48, sampling="top-p"), 16, 9),
-        (StepKind(2, 16, "q8_0", "fp8", 48, "greedy"), 8.5, 16),  # and four matrices decoded
+        (StepKind(2, 16, "q8_0", "fp8", 64, "greedy"), 8.5, 16),  # and four matrices decoded
     ],
     ids=str,
 )

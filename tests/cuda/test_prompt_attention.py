@@ -150,6 +150,37 @@ def never(*given: object) -> None:
     raise AssertionError("every prompt is gathered")
 
 
+@emulated_only
+def test_prompts_that_the_library_refuses_later_are_the_native_kernel_s(
+    device: Device, gpu: Gpu, torch_s: SdpaStandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The trial at load has other lengths: the step goes on, and so do later ones."""
+    case = PagedCase(device, Shape([70, 90, 40], [70, 90, 40], head_dim=64, num_heads=2, num_kv_heads=1))
+    rows = cuda_sdpa.padded(90)
+    kv, queries = case.kv.new_zeros(2, 1, rows, 64), case.q.new_zeros(cuda_sdpa.staging_rows(90), 2, 64)
+    taken: list[tuple[int, int]] = []  # longest prompt, and number of prompts
+
+    def paged(query: Any, starts: Any, context_len: Any, tables: Any, longest: int, out: Any) -> None:
+        taken.append((longest, len(tables)))
+
+    gathering = Gathering(Library.CUDNN, min_tokens=50, min_pairs=1)
+    layer = CudaKvLayer(case.kv, *case.kv_scales)
+    attention = GatheredAttention(gathering, layer, 0.125, Workspace(kv, queries), paged)
+    starts = torch.tensor([0, 70, 160, 200], dtype=torch.int32)
+    given = (case.q, case.block_table, starts, case.context_len, 0, [(70, 70), (90, 90), (40, 40)], case.out)
+    attention.attend(*given)
+    assert taken == [(40, 1)] and len(torch_s.calls) == 2
+    taken.clear()
+    torch_s.refuses = {"cudnn"}
+    attention.attend(*given)
+    assert taken == [(90, 3)], "none is lost, and all are one launch"
+    torch_s.refuses = set()
+    attention.attend(*given)
+    assert taken == [(90, 3)] * 2 and len(torch_s.calls) == 2
+    [record] = [record for record in caplog.records if "refused" in record.message]
+    assert "cuDNN refused 70 tokens of 70: cudnn is not for these" in record.message
+
+
 def test_a_split_covers_the_keys_in_pieces_of_few_sizes() -> None:
     for num_tokens in (1, 3, 255, 256, 257, 1000, 2049, 8192):
         for prefix in (0, 1, 255, 256, 300, 7680, 8000, 131072, 100_001):

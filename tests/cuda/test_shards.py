@@ -30,9 +30,9 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.types import Pooling, PoolingKind, SamplingParams
 
 SCORED = SamplingParams(temperature=0.0, logprobs=2)
-# Of a log-probability, in float16: 0.003 is measured; with one device or two, the difference from
-# `transformers` is within 0.016.
-TOLERANCE = 0.005
+# Of a log-probability, in float16, between two devices and one: 0.008 is measured, because the parts of a
+# product are rounded before they are added. From `transformers` two are 0.020 away, one is 0.013.
+TOLERANCE, FROM_REFERENCE = 0.01, 0.03
 Serve = Callable[..., Any]
 
 
@@ -104,7 +104,7 @@ async def test_two_devices_write_what_one_does(
         processes = list(loaded.shards.processes)
     compare(found, expected, TOLERANCE)
     for job in found:
-        assert_matches_reference(job, reference)
+        assert_matches_reference(job, reference, tolerance=FROM_REFERENCE)
     assert [process.returncode for process in processes] == [0]  # ended by itself
 
 

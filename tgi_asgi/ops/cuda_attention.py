@@ -6,6 +6,8 @@ and one write of them. Lengths come from the host, so graphs cannot contain thes
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,6 +21,8 @@ from tgi_asgi.ops import cuda_sdpa
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_sdpa import Library, Workspace
+
+logger = logging.getLogger(__name__)
 
 _kernels: Any = torch.ops.tgi_cuda
 
@@ -120,6 +124,7 @@ class GatheredAttention:
     ) -> None:
         self._gathering, self._layer, self._scale, self._space = gathering, layer, scale, space
         self._paged = paged
+        self._is_refused = False
 
     def attend(
         self, query: Tensor, block_table: Tensor, query_start: Tensor, context_len: Tensor, first: int,
@@ -137,10 +142,10 @@ class GatheredAttention:
         """
         waiting = 0  # sequences from here on are the native kernel's
         for index, (num_tokens, in_total) in enumerate(lengths):
-            if self._gathering.takes(num_tokens, in_total):
+            if not self._is_refused and self._gathering.takes(num_tokens, in_total):
                 self._attend_paged(query, block_table, query_start, context_len, lengths, waiting, index, out)
-                self._attend_gathered(query, block_table[index], first, (num_tokens, in_total), out)
-                waiting = index + 1
+                found = self._try_gathered(query, block_table[index], first, (num_tokens, in_total), out)
+                waiting = index + found
             first += num_tokens
         last = len(lengths)
         self._attend_paged(query, block_table, query_start, context_len, lengths, waiting, last, out)
@@ -155,6 +160,19 @@ class GatheredAttention:
             starts, tables = query_start[first : stop + 1], block_table[first:stop]
             self._paged(query, starts, context_len[first:stop], tables, longest, out)
 
+    def _try_gathered(
+        self, query: Tensor, row: Tensor, first: int, lengths: tuple[int, int], out: Tensor
+    ) -> bool:
+        """Attend one sequence; return False, now and for all later prompts, if the library refuses it."""
+        try:
+            self._attend_gathered(query, row, first, lengths, out)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as refusal:  # the trial at load had other lengths
+            self._is_refused = True
+            _warn_of(self._gathering.library, lengths, str(refusal).partition("\n")[0])
+        return not self._is_refused
+
     def _attend_gathered(
         self, query: Tensor, row: Tensor, first: int, lengths: tuple[int, int], out: Tensor
     ) -> None:
@@ -166,3 +184,12 @@ class GatheredAttention:
             self._gathering.library, query, lengths, space, self._scale * layer.key_scale, layer.value_scale,
             first, out,
         )  # fmt: skip
+
+
+@functools.cache  # once, not for every layer
+def _warn_of(library: Library, lengths: tuple[int, int], refusal: str) -> None:
+    num_tokens, in_total = lengths
+    logger.warning(
+        "prompts use the native kernel from now on: %s refused %d tokens of %d: %s",
+        library, num_tokens, in_total, refusal,
+    )  # fmt: skip
