@@ -12,8 +12,8 @@
 
 #include <climits>
 
+#include "attention_decode_merge.cuh"
 #include "attention_decode_tile.cuh"
-#include "attention_merge.cuh"
 
 namespace tgi::cuda {
 

@@ -267,14 +267,14 @@ FAULTS = [
     ),
     Fault(
         "the merge reads the next sequence's chunk",
-        "attention_merge.cuh",
+        "attention_decode_merge.cuh",
         "const bool exists = chunk + i * kParts < stop;",
         "const bool exists = chunk + i * kParts <= stop;",
         "result|uninit|bounds",
     ),
     Fault(
         "parts are merged before they are there",
-        "attention_merge.cuh",
+        "attention_decode_merge.cuh",
         "  __syncthreads();  // the parts",
         "  __syncwarp();  // the parts",
         "uninit|race",
