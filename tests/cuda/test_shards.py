@@ -31,8 +31,9 @@ from tgi_asgi.types import Pooling, PoolingKind, SamplingParams
 
 SCORED = SamplingParams(temperature=0.0, logprobs=2)
 # Of a log-probability, in float16, between two devices and one: 0.008 is measured, because the parts of a
-# product are rounded before they are added. From `transformers` two are 0.020 away, one is 0.013.
-TOLERANCE, FROM_REFERENCE = 0.01, 0.03
+# product are rounded before they are added. From `transformers` two are 0.020 away, one is 0.013. torch's
+# products in float16 differ between CPUs.
+TOLERANCE, FROM_REFERENCE = 0.02, 0.04
 Serve = Callable[..., Any]
 
 
