@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from bench import billion, export_w8a8
 from tests.support.checkpoints import make_model, save, save_tokenizer
+from tgi_asgi.formats.sources import ModelFiles
 
 
 def test_the_billion_is_what_transformers_makes_of_its_configuration() -> None:
@@ -23,7 +24,7 @@ def test_the_billion_is_what_transformers_makes_of_its_configuration() -> None:
     assert 1.0e9 < model.num_parameters() < 1.1e9
 
 
-def test_a_small_one_of_its_kind_is_served(tmp_path: Path) -> None:
+def test_a_small_one_of_its_kind_is_served(tmp_path: Path, demo_files: ModelFiles) -> None:
     small = {**billion.CONFIG, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
     billion.make(tmp_path, {**small, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32})
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
