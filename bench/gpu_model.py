@@ -51,7 +51,7 @@ class StepKind:
 
     batch: int  # sequences that decode
     context: int  # tokens per sequence
-    weights: str = "bf16"  # or a name in `CODES`
+    weights: str = "bf16"  # or a name in `CODES`, or w8a8: FP8, and many tokens' activations, too
     kv: str = "bf16"  # or fp8
     prompt: int = 0  # tokens of an additional prompt chunk, a multiple of a block
     sampling: str = ""  # greedy or top-p; empty: the step ends with logits
@@ -71,7 +71,7 @@ class RandomLlama:
     """A model of this shape, for `CudaProgram` and `CudaRunner`.
 
     Args:
-        weights: Format of the weights, bf16 or a name in `CODES`; embedding and head stay bf16.
+        weights: Format of the weights, as `StepKind.weights`; embedding and head stay bf16.
     """
 
     kind: ClassVar[Literal["native"]] = "native"
@@ -84,7 +84,7 @@ class RandomLlama:
             (2 * config.intermediate_size, hidden), (hidden, config.intermediate_size),
         )  # fmt: skip
         self.head = ops.LinearWeight(config.vocab_size, hidden, dense(config.vocab_size, hidden))
-        make = dense if weights == "bf16" else functools.partial(quantised, weights)
+        make = {"bf16": dense, "w8a8": float8}.get(weights) or functools.partial(quantised, weights)
         self.layers = [[make(*shape) for shape in shapes] for _ in range(config.num_layers)]
         norm = np.random.default_rng(0).standard_normal(hidden, np.float32)
         self.norm = ops.NormWeight(norm, config.norm_eps)
@@ -136,6 +136,13 @@ def dense(rows: int, columns: int) -> DeviceMatrix:
 def quantised(name: str, rows: int, columns: int) -> DeviceMatrix:
     """Make a random matrix of codes."""
     return DeviceMatrix(random_codes(name, rows, columns), None)
+
+
+def float8(rows: int, columns: int) -> DeviceMatrix:
+    """Make a random matrix in FP8 with a scale per row, which products in FP8 can use."""
+    codes = random_codes("fp8", rows, columns)
+    codes.scales.copy_(codes.scales[:, :1].clone())
+    return DeviceMatrix(codes, None)
 
 
 def random_codes(name: str, rows: int, columns: int) -> CudaQuantMatrix:
@@ -191,7 +198,7 @@ def make_step(kind: StepKind, config: ModelConfig = SHAPE) -> Step:
     program = CudaProgram(
         record(model, kv), max_tokens=batch + prompt, max_sequences=sequences, max_rows=sequences,
         max_blocks=longest // BLOCK, dtype=torch.bfloat16, device=device,
-        prompt_attention=PromptAttention.AUTO,
+        prompt_attention=PromptAttention.AUTO, has_float8_products=kind.weights == "w8a8",
     )  # fmt: skip
     inputs, rows = _inputs(kind, block_table(sequences, longest))
     if program.gathering is not None and program.gathering.takes(prompt, prompt):

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from bench import gpu_experts, gpu_timing
-from bench.gpu_model import BLOCK, CODES, KV_TYPES, TOP_P, make_sampler, random_codes
+from bench.gpu_model import BLOCK, CODES, KV_TYPES, TOP_P, float8, make_sampler, random_codes
 from bench.gpu_timing import Call, copies_past_l2, in_turn, random
 from tgi_asgi.ops import cuda_sdpa
 from tgi_asgi.ops.cuda_attention import GatheredAttention, Gathering
+from tgi_asgi.ops.cuda_float8 import Float8Matrix, float8_matrix
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
+from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
 from tgi_asgi.ops.cuda_sdpa import Library, Workspace
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 4096, 32, 8, 128, 14336, 128256
@@ -28,6 +30,7 @@ DECODES = (  # sequences, context, type of the cache
 PREFILLS, ROWS, SAMPLES = (2048, 8192), (64, 4096), (1, 64)
 CHUNK = (512, 7680)  # of a prompt: tokens, and tokens before them
 PRODUCTS = QUANT_PRODUCTS = (1, 8, 16, 32, 64)  # tokens; shows where cuBLAS takes over
+FLOAT8_PRODUCTS = (32, 64, 512, 2048)
 LORAS = (1, 64, 2048)  # tokens, which several adapters share evenly
 ADAPTERS, RANK, MAX_RANK = 8, 16, 64
 _kernels: Any = torch.ops.tgi_cuda
@@ -59,6 +62,8 @@ def makers() -> Iterator[functools.partial[Measurement]]:
     for tokens in QUANT_PRODUCTS:
         for name in CODES:
             yield functools.partial(_quant_product, tokens, name)
+    for tokens in FLOAT8_PRODUCTS:
+        yield functools.partial(_float8_product, tokens)
     for tokens in LORAS:
         query = HEADS * HEAD_DIM
         ends = (query, query + KV_HEADS * HEAD_DIM, query + 2 * KV_HEADS * HEAD_DIM)
@@ -333,6 +338,35 @@ def _quant_product(tokens: int, name: str) -> Measurement:
     }
     num_bytes = sets[0].nbytes + 2 * tokens * (rows + columns)
     return "quant_linear", f"{tokens} x {rows} x {columns} {name}", num_bytes, "read", calls, peers
+
+
+def _float8_product(tokens: int) -> Measurement:
+    """Measure a product in FP8 and its rounding of activations, next to bfloat16, also after decoding."""
+    rows, columns = 2 * INTERMEDIATE, HIDDEN
+    sets = [float8(rows, columns).matrix for _ in range(copies_past_l2(rows * columns))]
+    a, out = random(tokens, columns), random(tokens, rows)
+    codes = torch.empty(tokens, columns, dtype=torch.float8_e4m3fn, device=a.device)
+    scales = torch.empty(tokens, device=a.device)
+    plain = [random(rows, columns) for _ in range(copies_past_l2(2 * rows * columns))]
+
+    def call(weight: Float8Matrix) -> None:
+        _kernels.quantise(a, False, codes, scales)
+        _kernels.multiply_codes(codes, scales, weight.codes, weight.scales, out)
+
+    def decode(weight: CudaQuantMatrix) -> None:
+        weight.decode(plain[0])
+        torch.mm(a, plain[0].t(), out=out)
+
+    matrices = [each for each in sets if isinstance(each, CudaQuantMatrix)]
+    calls: list[Call] = [
+        functools.partial(call, found) for each in matrices if (found := float8_matrix(each))
+    ]
+    peers: dict[str, Call] = {
+        "torch.mm bf16": in_turn([functools.partial(torch.mm, a, w.t(), out=out) for w in plain]),
+        "dequantise and torch.mm": in_turn([functools.partial(decode, each) for each in matrices]),
+    }
+    num_bytes = rows * columns + 2 * tokens * (rows + columns)
+    return "float8_product", f"{tokens} x {rows} x {columns}", num_bytes, "read", calls, peers
 
 
 def _lora(tokens: int, ends: tuple[int, ...], columns: int) -> Measurement:

@@ -38,7 +38,8 @@ KINDS = (  # in order of importance
     StepKind(64, 1024, kv="fp8"), StepKind(1, 1024, "int4"), StepKind(16, 1024, "int4"),
     StepKind(16, 1024, "q8_0"), StepKind(64, 1024, sampling="greedy"),
     StepKind(16, 1024), StepKind(16, 8192, kv="fp8"), StepKind(16, 1024, "fp8"), StepKind(1, 8192),
-    StepKind(1, 1024, prompt=2048),
+    StepKind(1, 1024, prompt=2048), StepKind(1, 1024, "fp8", prompt=2048),
+    StepKind(1, 1024, "w8a8", prompt=2048), StepKind(64, 1024, "w8a8"),
 )  # fmt: skip
 DEPENDENT = KINDS[:2]  # also with kernels that begin while the previous one still runs
 CONTEXT, STEPS = 1024, 64

@@ -220,6 +220,20 @@ struct DequantiseParams {
 };
 cudaError_t dequantise(const DequantiseParams& p, cudaStream_t stream);
 
+// x as codes times scales, in the layout of torch's products of FP8: one scale per token, or per
+// 128 columns of each token.
+struct QuantiseParams {
+  const void* x;   // [num_tokens, num_columns] of type
+  uint8_t* codes;  // [num_tokens, num_columns] E4M3, at multiples of 8 bytes
+  float* scales;   // [num_tokens], or [num_columns / 128, num_tokens]
+  int64_t num_tokens;
+  int64_t num_columns;  // multiple of 8, at most kMaxQuantised; or a multiple of 128
+  int32_t has_groups;
+  Type type;
+};
+constexpr int64_t kMaxQuantised = 32768;
+cudaError_t quantise(const QuantiseParams& p, cudaStream_t stream);
+
 // Routed experts: `route` selects each token's experts, `experts_plan` sorts the (token, expert)
 // pairs by expert, two `experts_product`s compute each pair's gates and ups, then downs, and
 // `experts_sum` adds a token's results. A pair is token * top_k + place, and the row of its

@@ -137,6 +137,9 @@ class GpuDevice:
     def _dequantise(self, p: Any) -> None:
         _ops.dequantise(p.codes, p.scales, p.offsets, p.bits, p.zero, p.out)
 
+    def _quantise(self, p: Any) -> None:
+        _ops.quantise(p.x, bool(p.has_groups), p.codes.view(torch.float8_e4m3fn), p.scales.flatten())
+
     def _lora_down(self, p: Any) -> None:
         _ops.lora_down(p.x, p.adapters, p.places, p.pool, p.product, p.rank, p.inner)
 

@@ -114,14 +114,16 @@ def test_peers_find_nothing_in_the_cache_either(emulation: None, monkeypatch: py
             rotated += len(seen) == len(set(seen)) == 3
         is_counted_in_flops = make.func.__name__ in ("_prefill", "_prefill_gathered", "_experts")
         assert is_counted_in_flops or len(calls) == gpu_timing.copies_past_l2(num_bytes)
-    assert rotated == 2 + 2 + 2 + len(gpu_model.CODES), "of two attentions by two ways each, of all products"
+    assert rotated == 2 + 2 + 2 + len(gpu_model.CODES) + 1, (
+        "of two attentions by two ways each, of all products"
+    )
 
 
 SMALL: dict[str, Any] = {
     "HIDDEN": 64, "HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 64, "INTERMEDIATE": 64, "VOCAB": 300,
     "DECODES": ((3, 48, "bf16"), (2, 48, "fp8")), "PREFILLS": (32,), "CHUNK": (16, 32),
     "ROWS": (5,), "SAMPLES": (2,),
-    "PRODUCTS": (3,), "QUANT_PRODUCTS": (3,), "LORAS": (3,),
+    "PRODUCTS": (3,), "QUANT_PRODUCTS": (3,), "FLOAT8_PRODUCTS": (3,), "LORAS": (3,),
 }  # fmt: skip
 SMALL_EXPERTS: dict[str, Any] = {"HIDDEN": 64, "INNER": 64, "EXPERTS": 6, "TOP_K": 2, "TOKENS": (1, 65)}
 
@@ -346,7 +348,8 @@ def test_what_is_timed_runs_on_the_emulated_kernels(
         gpu_stages.operators(lambda name, row: rows.append(row))
     assert [row["op"] for row in rows] == [
         *["attention_decode"] * 2, *["attention_prefill"] * 4, "norm", "_broken", "rope_kv_write", "sample",
-        *["linear"] * 2, *["quant_linear"] * len(gpu_model.CODES), *["lora"] * 2,
+        *["linear"] * 2, *["quant_linear"] * len(gpu_model.CODES), "float8_product",
+        *["lora"] * 2,
         *["experts"] * (2 + 2 * len(gpu_experts.CODED)), "route",
     ]  # fmt: skip
     assert rows[7]["why"] == "out of memory"
@@ -366,6 +369,7 @@ def _broken(rows: int) -> None:
         (StepKind(3, 48, prompt=32), 16, 12),  # and attention of prompts
         (StepKind(3, 48, sampling="top-p"), 16, 9),
         (StepKind(2, 16, "q8_0", "fp8", 64, "greedy"), 8.5, 16),  # and four matrices decoded
+        (StepKind(2, 16, "w8a8", prompt=64), 8.25, 16),  # or four activations rounded
     ],
     ids=str,
 )

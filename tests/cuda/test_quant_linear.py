@@ -16,9 +16,10 @@ from tests.emulation.device import TYPES, Device
 from tests.reference.compare import assert_close, assert_equal
 from tests.support.random_weights import E2M1, QUANTISED, decoded_values, random_weight
 from tgi_asgi.formats.codes import IntegerMatrix
-from tgi_asgi.ops.cuda_linear import QuantLinear, Scratch
+from tgi_asgi.ops.cuda_linear import QuantLinear
 from tgi_asgi.ops.cuda_list import LaunchList, Size
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, Repacking, can_repack, repack
+from tgi_asgi.ops.cuda_scratch import Scratch
 from tgi_asgi.ops.formats import FORMATS as TABLE
 from tgi_asgi.ops.packing import Packing
 from tgi_asgi.ops.sources import WeightSource, float8_source, integer_source

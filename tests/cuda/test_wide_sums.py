@@ -12,8 +12,9 @@ from torch import Tensor
 from tests.cuda.emulated_runner import make_device
 from tests.reference.compare import assert_close
 from tgi_asgi.ops import cuda_linear
-from tgi_asgi.ops.cuda_linear import MAX_SKINNY_TOKENS, PlainLinear, Scratch
+from tgi_asgi.ops.cuda_linear import MAX_SKINNY_TOKENS, PlainLinear
 from tgi_asgi.ops.cuda_list import Input, LaunchList, Size
+from tgi_asgi.ops.cuda_scratch import Scratch
 
 BF16 = torch.bfloat16
 

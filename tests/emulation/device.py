@@ -26,6 +26,7 @@ _STRUCTS = {
     "linear": "LinearParams",
     "quant_linear": "QuantLinearParams",
     "dequantise": "DequantiseParams",
+    "quantise": "QuantiseParams",
     "lora_down": "LoraDownParams",
     "lora_up": "LoraUpParams",
     "route": "RouteParams",

@@ -28,6 +28,7 @@ emu_attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride,
 OPERATOR(linear, LinearParams)
 OPERATOR(quant_linear, QuantLinearParams)
 OPERATOR(dequantise, DequantiseParams)
+OPERATOR(quantise, QuantiseParams)
 OPERATOR(lora_down, LoraDownParams)
 OPERATOR(lora_up, LoraUpParams)
 OPERATOR(route, RouteParams)

@@ -22,11 +22,13 @@ from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import Gathering, PromptAttention
 from tgi_asgi.ops.cuda_batch import INPUTS, SIZES, CudaBatch
 from tgi_asgi.ops.cuda_experts import CudaExperts, Routing
+from tgi_asgi.ops.cuda_float8 import Float8Product, can_multiply, float8_matrix
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
-from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear, Scratch
+from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear
 from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Rows, Size
 from tgi_asgi.ops.cuda_prompts import PromptLibraries, prompts_of
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix, joined_halves
+from tgi_asgi.ops.cuda_scratch import Scratch
 from tgi_asgi.ops.cuda_shards import CudaShard, WholeLogits
 from tgi_asgi.ops.cuda_weights import DeviceWeights
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
@@ -53,6 +55,7 @@ class CudaProgram:
         dtype: Dtype of activations and weights, bfloat16 or float16; the residual and logits are float32.
         is_batch_invariant: Whether a token's results have the same bits whatever else is in the step.
         prompt_attention: Implementation of prompt attention, for the layers that it supports.
+        has_float8_products: Whether steps of many tokens are multiplied in FP8 where weights are FP8.
         shard: The shard that it computes, if the model is split.
         adapters: Adapters that tokens of a step may have.
     """
@@ -69,6 +72,7 @@ class CudaProgram:
         device: torch.device,
         is_batch_invariant: bool = False,
         prompt_attention: PromptAttention = PromptAttention.PAGED,
+        has_float8_products: bool = False,
         shard: CudaShard | None = None,
         adapters: CudaAdapterLayout | None = None,
     ) -> None:
@@ -77,6 +81,7 @@ class CudaProgram:
         self._max_blocks = max_blocks
         self._dtype, self._device = dtype, device
         self._is_batch_invariant = is_batch_invariant
+        self._has_float8_products, self._num_float8 = has_float8_products, 0
         self._launches = LaunchList(SIZES, INPUTS)
         self._head = LaunchList((Size.ROWS,), (Input.ROWS,))
         self._logits = torch.empty(0)
@@ -101,6 +106,11 @@ class CudaProgram:
     def logits(self) -> Tensor:
         """The buffer [max_rows, vocab] float32 that `head` writes."""
         return self._logits
+
+    @property
+    def num_float8_products(self) -> int:
+        """Number of products that are in FP8 in steps of many tokens."""
+        return self._num_float8
 
     @property
     def gathering(self) -> Gathering | None:
@@ -387,8 +397,19 @@ class CudaProgram:
         bias = self._weights.floats(made.bias)
         matrix = self._weights.matrix(made)
         if isinstance(matrix, CudaQuantMatrix):
-            return QuantLinear(matrix, bias, self._scratch, is_batch_invariant=self._is_batch_invariant)
+            return QuantLinear(
+                matrix, bias, self._scratch, is_batch_invariant=self._is_batch_invariant,
+                float8=self._float8_product(matrix) if self._has_float8_products else None,
+            )  # fmt: skip
         return PlainLinear(matrix, bias, self._scratch, is_batch_invariant=self._is_batch_invariant)
+
+    def _float8_product(self, matrix: CudaQuantMatrix) -> Float8Product | None:
+        """Return the product in FP8 for many tokens; None: the scales are not those of such a product."""
+        found = float8_matrix(matrix)
+        if found is None or not can_multiply(self._device, self._dtype, has_groups=found.has_groups):
+            return None
+        self._num_float8 += 1
+        return Float8Product(found, self._scratch)
 
     def _make(self, value: Value, dtype: torch.dtype) -> Tensor:
         """Assign a value its buffer [max_tokens, columns]."""

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops import calls
-from tgi_asgi.ops.cuda_linear import Scratch
 from tgi_asgi.ops.cuda_list import Input, LaunchList, Rows, Size
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceExperts, DeviceMatrix
+from tgi_asgi.ops.cuda_scratch import Scratch
 from tgi_asgi.ops.cuda_weights import DeviceWeights
 from tgi_asgi.ops.experts import RouteSpec
 

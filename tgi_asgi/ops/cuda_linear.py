@@ -8,8 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.cuda_float8 import Float8Product
 from tgi_asgi.ops.cuda_list import Condition, LaunchList, Rows, Size
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
+from tgi_asgi.ops.cuda_scratch import Scratch
 
 # Maximum number of tokens for which the native kernel, not cuBLAS, computes a plain product. Measured on an
 # H200 with Llama-3-8B's shapes: cuBLAS's time is 0.95 and 1.23 times the kernel's for 16 tokens, 0.79 and
@@ -18,6 +20,8 @@ MAX_SKINNY_TOKENS = 16
 # The same for quantised products; above it, the matrix is decoded for cuBLAS. Decoding and cuBLAS take 1.2 to
 # 1.3 times the kernel's time for 64 tokens and 4 bits, 1.0 to 1.1 for 8 bits; 0.6 to 0.9 times for 96.
 MAX_CODED_TOKENS = 64
+# The same if larger steps are multiplied in FP8: 0.9 of the kernel's time for 32 tokens, 0.5 for 64.
+MAX_EXACT_TOKENS = 32
 
 
 class CudaLinear(Protocol):
@@ -28,31 +32,6 @@ class CudaLinear(Protocol):
 
     def add(self, launches: LaunchList, a: Tensor, x: Tensor, product: Tensor, count: Size) -> None:
         """Add the product to x [max_rows, rows] float32; `product` is scratch, of x's shape and a's dtype."""
-
-
-class Scratch:
-    """Buffers that launches share: each finishes with a buffer before the next writes it.
-
-    Args:
-        dtype: Dtype of activations.
-        num_decoded: Number of weights in the largest matrix that is decoded.
-    """
-
-    def __init__(self, dtype: torch.dtype, device: torch.device, num_decoded: int = 0) -> None:
-        self._dtype, self._device = dtype, device
-        self._decoded = torch.empty(num_decoded, dtype=dtype, device=device)
-        self._buffers: dict[tuple[object, ...], Tensor] = {}
-
-    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """Return the buffer of that name, shape and dtype (None: the activations'), initially zero."""
-        key = (name, shape, dtype or self._dtype)
-        if key not in self._buffers:
-            self._buffers[key] = torch.zeros(shape, dtype=key[2], device=self._device)
-        return self._buffers[key]
-
-    def matrix(self, shape: tuple[int, int]) -> Tensor:
-        """Return the buffer for a decoded matrix, which all matrices share."""
-        return self._decoded[: shape[0] * shape[1]].view(shape)
 
 
 class PlainLinear:
@@ -95,26 +74,37 @@ class PlainLinear:
 
 
 class QuantLinear:
-    """A product with a quantised matrix, computed from its codes or after decoding it.
+    """A product with a quantised matrix: from its codes, or for many tokens in FP8 or after decoding it.
 
     Args:
         bias: [rows] float32.
         scratch: Buffers, with space for the decoded matrix unless `is_batch_invariant`.
         is_batch_invariant: Whether codes are used for any number of tokens; they are then read again for
             every 32 tokens.
+        float8: The product of more than `MAX_EXACT_TOKENS` tokens in FP8; None: the matrix is decoded.
     """
 
     def __init__(
-        self, matrix: CudaQuantMatrix, bias: Tensor | None, scratch: Scratch, *, is_batch_invariant: bool
+        self,
+        matrix: CudaQuantMatrix,
+        bias: Tensor | None,
+        scratch: Scratch,
+        *,
+        is_batch_invariant: bool,
+        float8: Float8Product | None = None,
     ) -> None:
         self._matrix, self._bias, self._scratch = matrix, bias, scratch
-        self._is_batch_invariant = is_batch_invariant
+        self._is_batch_invariant, self._float8 = is_batch_invariant, float8
 
     def multiply(self, launches: LaunchList, a: Tensor, out: Tensor, count: Size) -> None:
         """Write the product; see `CudaLinear.multiply`."""
         a, few, many = self._ordered(launches, a, count), *self._split(count)
         self._multiply_codes(launches, a, out, count, few)
-        if many is not None:
+        if many is None:
+            return
+        if self._float8 is not None:
+            self._multiply_float8(launches, self._float8, a, out, many)
+        else:
             plain = self._decode(launches, many)
             _multiply(launches, a, plain, self._bias, out, self._scratch, many)
 
@@ -123,9 +113,27 @@ class QuantLinear:
         a, few, many = self._ordered(launches, a, count), *self._split(count)
         self._multiply_codes(launches, a, product, count, few)
         launches.add("tgi_cuda::residual_add", Rows(product, count), 1.0, Rows(x, count), when=few)
-        if many is not None:
+        if many is None:
+            return
+        if self._float8 is not None:
+            self._multiply_float8(launches, self._float8, a, product, many)
+            launches.add("tgi_cuda::residual_add", Rows(product, count), 1.0, Rows(x, count), when=many)
+        else:
             plain = self._decode(launches, many)
             _multiply_add(launches, a, plain, self._bias, x, product, self._scratch, many)
+
+    def _multiply_float8(
+        self, launches: LaunchList, float8: Float8Product, a: Tensor, out: Tensor, when: Condition
+    ) -> None:
+        """Write the product in FP8, rounded to a's dtype before the bias is added."""
+        narrow = out
+        if out.dtype is not a.dtype:
+            narrow = self._scratch.buffer("narrow", (out.shape[0], out.shape[1]), a.dtype)
+        float8.multiply(launches, a, narrow, when)
+        if narrow is not out:
+            launches.add("aten::copy_", Rows(out, when.size), Rows(narrow, when.size), when=when)
+        if self._bias is not None:
+            launches.add("aten::add_.Tensor", Rows(out, when.size), self._bias, when=when)
 
     def _ordered(self, launches: LaunchList, a: Tensor, count: Size) -> Tensor:
         """Return the activations with their columns in the matrix's order."""
@@ -156,7 +164,8 @@ class QuantLinear:
 
     def _split(self, count: Size) -> tuple[Condition | None, Condition | None]:
         """Return when codes are multiplied (None: always), and when decoded (None: never)."""
-        return _split(count, MAX_CODED_TOKENS, self._is_batch_invariant)
+        most = MAX_CODED_TOKENS if self._float8 is None else MAX_EXACT_TOKENS
+        return _split(count, most, self._is_batch_invariant)
 
 
 def _split(

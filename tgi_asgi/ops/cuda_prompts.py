@@ -22,8 +22,8 @@ from tgi_asgi.ops.cuda_attention import (
 )
 from tgi_asgi.ops.cuda_flashinfer import FlashInfer, PlannedAttention, can_plan
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
-from tgi_asgi.ops.cuda_linear import Scratch
 from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Rows, Size
+from tgi_asgi.ops.cuda_scratch import Scratch
 from tgi_asgi.ops.cuda_sdpa import Workspace
 
 _kernels: Any = torch.ops.tgi_cuda

@@ -73,7 +73,7 @@ class OnCpu:
         self.settings = replace(settings, max_batch_size=budget.batch, max_kept_states=budget.num_kept_states)
         self.longest = budget.cache.longest_fitting(longest)
         self.kernels = ops.kernel_set()
-        self.has_float_prompts = False  # known once the weights are packed
+        self.prompt_precision: str | None = None
         self.shards: Shards | None = None
         if cuts:
             opened.use_cut(cuts[0])
@@ -90,7 +90,7 @@ class OnCpu:
         packing = self.arithmetic
         if self.settings.prompt_precision == "bfloat16":
             prompt_precision.log_effect(packing)
-        self.has_float_prompts = packing.has_float_prompts and bool(packing.by_kind)
+        self.prompt_precision = "bfloat16" if packing.has_float_prompts and packing.by_kind else None
         return model
 
     def place(self, model: ServedModel, pooling: PoolingFiles) -> Placed:
@@ -133,7 +133,7 @@ class OnCpu:
             max_context=self.longest,
             image_cache=settings.image_cache,
             dense=dense,
-            has_prompt_arithmetic=self.has_float_prompts,
+            has_prompt_arithmetic=self.prompt_precision is not None,
             speculation=speculation_of(model, settings),
             num_kept_states=budget.num_kept_states,
             adapters=None if adapters is None else adapters.layout,
@@ -144,7 +144,7 @@ class OnCpu:
     @property
     def bits(self) -> str:
         """What decides output bits, as described in `Placement`."""
-        prompts = " prompts bfloat16" if self.has_float_prompts else ""
+        prompts = f" prompts {self.prompt_precision}" if self.prompt_precision else ""
         return f"{self.arithmetic} {self.kernels.arithmetic}{prompts}"
 
     def is_batch_invariant(self, model: ServedModel) -> bool:

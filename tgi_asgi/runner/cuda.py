@@ -172,6 +172,11 @@ class CudaRunner:
         """The library that computes the attention of prompts; None: only the native kernel does."""
         return self._steps.prompts_by
 
+    @property
+    def num_float8_products(self) -> int:
+        """Number of matrices that steps of many tokens are multiplied with in FP8."""
+        return self._steps.program.num_float8_products
+
     def _prepare(self) -> KvSize:
         """Choose the cache's size, make it, and capture the graphs; the launcher's first task."""
         self._device.enter_thread()

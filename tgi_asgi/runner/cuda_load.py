@@ -98,7 +98,6 @@ class OnCuda:
 
     device = "cuda"
     kernels = None
-    has_float_prompts = False
 
     def __init__(
         self, opened: OpenModel, files: ModelFiles, settings: Settings, device: Device, longest: int
@@ -112,7 +111,8 @@ class OnCuda:
         self._opened, self._device = opened, device
         device.limit_memory(settings.cuda_memory_fraction)
         self._kv_scales: list[tuple[float, float]] | None = None
-        self._prompts = ""  # what computes them, if not the native kernel
+        self._prompts = ""  # what computes their attention, if not the native kernel
+        self.prompt_precision: str | None = None
         self.shards: CudaShards | None = None
         if cuts:
             opened.use_cut(cuts[0])
@@ -144,14 +144,26 @@ class OnCuda:
         if runner.prompts_by is not None:
             which = "long prompts" if self.settings.prompt_attention == "auto" else "prompts"
             self._prompts = f" {which} by {runner.prompts_by}"
+        self._note_float8_products(runner.num_float8_products)
         return Placed(runner, cache, adapters)
+
+    def _note_float8_products(self, count: int) -> None:
+        if count > 0:
+            logger.info("prompts are multiplied in FP8 by %d matrices", count)
+            self.prompt_precision = "fp8"
+        elif self.settings.prompt_precision == "fp8" and not self.settings.batch_invariant:
+            logger.warning(
+                "--prompt-precision fp8 changes nothing: no matrix has FP8 weights with scales per row or "
+                "per 128 x 128, or torch does not multiply them on this GPU"
+            )
 
     @property
     def bits(self) -> str:
         """What decides output bits, as described in `Placement`."""
         scales = f" kv {self._kv_scales}" if self._kv_scales else ""
         order = " batch-invariant" if self.settings.batch_invariant else ""
-        return f"{self.arithmetic}{scales}{self._prompts}{order}"
+        precision = f" prompts {self.prompt_precision}" if self.prompt_precision else ""
+        return f"{self.arithmetic}{scales}{self._prompts}{precision}{order}"
 
     def is_batch_invariant(self, model: ServedModel) -> bool:
         """Return whether a sequence's bits depend on it alone, as described in `Placement`."""
@@ -173,10 +185,8 @@ def _check_served(opened: OpenModel, settings: Settings) -> ModelConfig:
             'only: set CUDA_VISIBLE_DEVICES="" to serve it there'
         )
     wanted = settings.prompt_precision
-    if wanted != "auto":
-        raise ModelLoadError(
-            f"--prompt-precision {wanted} is for CPUs: on a GPU prompts always use decoded weights"
-        )
+    if wanted not in ("auto", "fp8"):
+        raise ModelLoadError(f"--prompt-precision {wanted} is for CPUs: on a GPU it may be auto or fp8")
     assert isinstance(config, ModelConfig)  # other models are computed by transformers' code
     return config
 
@@ -241,8 +251,16 @@ def types_of(settings: Settings, dtype: torch.dtype) -> CudaTypes:
         _choose_kv_dtype(settings.kv_cache_dtype, dtype),
         is_batch_invariant=settings.batch_invariant,
         prompt_attention=_choose_prompt_attention(settings),
+        has_float8_products=_wants_float8_products(settings),
         has_dependent_launches=settings.dependent_launches,
     )
+
+
+def _wants_float8_products(settings: Settings) -> bool:
+    is_wanted = settings.prompt_precision == "fp8"
+    if is_wanted and settings.batch_invariant:
+        logger.warning("--prompt-precision fp8 is ignored: --batch-invariant needs the native kernels")
+    return is_wanted and not settings.batch_invariant
 
 
 def _choose_prompt_attention(settings: Settings) -> PromptAttention:

@@ -60,6 +60,7 @@ class CudaTypes:
         kv: Type of the cache; None: `dtype`.
         kv_scales: Scales of keys and of values per layer; None: all 1.
         prompt_attention: What computes the attention of prompts (`ops/cuda_attention.py`).
+        has_float8_products: Whether steps of many tokens are multiplied in FP8 where weights are FP8.
         has_dependent_launches: Whether a kernel of a small step may begin before the previous one has ended.
     """
 
@@ -68,6 +69,7 @@ class CudaTypes:
     kv_scales: Sequence[tuple[float, float]] | None = None
     is_batch_invariant: bool = False
     prompt_attention: PromptAttention = PromptAttention.PAGED
+    has_float8_products: bool = False
     has_dependent_launches: bool = False
 
 
@@ -147,7 +149,8 @@ class CudaSteps:
             record(model, self._kv), max_tokens=limits.max_step_tokens, max_sequences=limits.max_batch_size,
             max_rows=limits.max_batch_size, max_blocks=limits.max_blocks, dtype=types.dtype,
             device=device.device, is_batch_invariant=types.is_batch_invariant,
-            prompt_attention=types.prompt_attention, shard=shard, adapters=adapters,
+            prompt_attention=types.prompt_attention,
+            has_float8_products=types.has_float8_products, shard=shard, adapters=adapters,
         )  # fmt: skip
         self._inputs = torch.zeros(largest.num_bytes, dtype=torch.uint8, device=device.device)
         # Fixed tables that graphs read. A step uploads only the columns that it has and copies them here;

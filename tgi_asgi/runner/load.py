@@ -159,7 +159,7 @@ def _describe(
         num_threads=num_threads,
         num_shards=settings.num_shard,
         kernel_set=None if kernels is None else kernels.name,
-        prompt_precision="bfloat16" if place.has_float_prompts else None,
+        prompt_precision=place.prompt_precision,
         created=int(time.time()),
         fingerprint=weights.fingerprint(_bits(place, placed.cache, opened.config)),
         implementation="transformers" if opened.is_generic else "native",

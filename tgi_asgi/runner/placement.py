@@ -64,8 +64,8 @@ class Placement(Protocol):
         """The CPU's kernel set; None on a GPU."""
 
     @property
-    def has_float_prompts(self) -> bool:
-        """Whether prompts have an arithmetic of their own; known once the weights are loaded."""
+    def prompt_precision(self) -> str | None:
+        """The arithmetic of prompts if they have one of their own; known once the model is placed."""
 
     @property
     def shards(self) -> Shards | CudaShards | None:

@@ -21,6 +21,8 @@ def is_bfloat16(opened: OpenModel, wanted: str) -> bool:
     Raises:
         ModelLoadError: if it is wanted of a model whose prompts cannot have an arithmetic of their own.
     """
+    if wanted == "fp8":
+        raise ModelLoadError("--prompt-precision fp8 is for GPUs: a CPU has no FP8 arithmetic")
     if wanted == "bfloat16" and opened.is_generic:
         raise ModelLoadError(
             "--prompt-precision bfloat16 needs a model that native code computes: "

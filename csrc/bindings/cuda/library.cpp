@@ -45,6 +45,10 @@ TORCH_LIBRARY(tgi_cuda, m) {
       "dequantise(Tensor codes, Tensor scales, Tensor? offsets, int bits, int zero, Tensor(a!) "
       "out) -> "
       "()");
+  m.def("quantise(Tensor x, bool has_groups, Tensor(a!) codes, Tensor(b!) scales) -> ()");
+  m.def(
+      "multiply_codes(Tensor codes, Tensor scales, Tensor weight, Tensor weight_scales, Tensor(a!) "
+      "out) -> ()");
   m.def(
       "lora_down(Tensor x, Tensor adapters, Tensor places, Tensor pool, int product, int rank, "
       "Tensor(a!) inner) -> ()");

@@ -1,0 +1,82 @@
+// torch bindings of products of FP8 activations with FP8 weights.
+#include <ATen/ops/_scaled_mm.h>
+#include <torch/library.h>
+
+#include "bindings/cuda/checks.h"
+#include "cuda/dependent_launch.h"
+
+namespace {
+
+using at::kFloat;
+using at::kFloat8_e4m3fn;
+using at::Tensor;
+using tgi::cuda::check_tensor;
+using tgi::cuda::check_type;
+using tgi::cuda::kMaxQuantised;
+using tgi::cuda::QuantiseParams;
+using tgi::cuda::run;
+
+constexpr int64_t kGroup = 128;  // columns, and rows of weights, that share a scale
+
+// Checks codes and their scales, whose first numbers are used: one per token, or [groups, tokens].
+void check_codes(const Tensor& codes, const Tensor& scales, bool has_groups) {
+  check_tensor(codes, "codes", kFloat8_e4m3fn, {-1, -1});
+  const int64_t num_columns = codes.size(1);
+  TORCH_CHECK(!has_groups || num_columns % kGroup == 0, "groups need a multiple of ", kGroup,
+              " columns, got ", num_columns);
+  check_tensor(scales, "scales", kFloat, {-1});
+  const int64_t num_scales = codes.size(0) * (has_groups ? num_columns / kGroup : 1);
+  TORCH_CHECK(scales.size(0) >= num_scales, "`scales` must have ", num_scales, " numbers, got ",
+              scales.size(0));
+}
+
+void quantise(const Tensor& x, bool has_groups, const Tensor& codes, const Tensor& scales) {
+  const auto type = check_type(x, "x");
+  check_codes(codes, scales, has_groups);
+  check_tensor(x, "x", x.scalar_type(), {codes.size(0), codes.size(1)});
+  TORCH_CHECK(has_groups || (x.size(1) % 8 == 0 && x.size(1) <= kMaxQuantised),
+              "`x` must have a multiple of 8 columns, at most ", kMaxQuantised, ", got ",
+              x.size(1));
+  const QuantiseParams params = {
+      .x = x.const_data_ptr(),
+      .codes = static_cast<uint8_t*>(codes.mutable_data_ptr()),
+      .scales = scales.mutable_data_ptr<float>(),
+      .num_tokens = x.size(0),
+      .num_columns = x.size(1),
+      .has_groups = has_groups,
+      .type = type,
+  };
+  run(tgi::cuda::quantise, params, codes);
+}
+
+void multiply_codes(const Tensor& codes, const Tensor& scales, const Tensor& weight,
+                    const Tensor& weight_scales, const Tensor& out) {
+  const bool has_groups = weight_scales.dim() == 2;
+  check_codes(codes, scales, has_groups);
+  const int64_t num_tokens = codes.size(0), num_rows = weight.size(0);
+  check_tensor(weight, "weight", kFloat8_e4m3fn, {-1, codes.size(1)});
+  if (has_groups) {
+    check_tensor(weight_scales, "weight_scales", kFloat,
+                 {num_rows / kGroup, codes.size(1) / kGroup});
+  } else {
+    check_tensor(weight_scales, "weight_scales", kFloat, {num_rows});
+  }
+  check_type(out, "out");
+  check_tensor(out, "out", out.scalar_type(), {num_tokens, num_rows});
+  if (num_tokens == 0) return;
+  Tensor target = out;
+  at::_scaled_mm_out(target, codes, weight.t(),
+                     has_groups
+                         ? scales.as_strided({num_tokens, codes.size(1) / kGroup}, {1, num_tokens})
+                         : scales.narrow(0, 0, num_tokens).unsqueeze(1),
+                     has_groups ? weight_scales.t() : weight_scales.unsqueeze(0), std::nullopt,
+                     std::nullopt, out.scalar_type(), !has_groups);
+  tgi::cuda::follow_library();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tgi_cuda, CUDA, m) {
+  m.impl("quantise", quantise);
+  m.impl("multiply_codes", multiply_codes);
+}

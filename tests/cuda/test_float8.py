@@ -1,0 +1,308 @@
+"""Products in FP8: the kernel that rounds activations, which weights are for it, and the launches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda.emulated_runner import ON_GPU, make_device
+from tests.cuda.faults import Fault, assert_caught
+from tests.cuda.scaled_mm_stand_in import ScaledMmStandIn
+from tests.emulation.device import TYPES, Device
+from tests.reference.compare import assert_close, note
+from tgi_asgi.ops.cuda_float8 import MAX_COLUMNS, Float8Product, can_multiply, float8_matrix
+from tgi_asgi.ops.cuda_linear import MAX_EXACT_TOKENS, QuantLinear
+from tgi_asgi.ops.cuda_list import Input, LaunchList, Size
+from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
+from tgi_asgi.ops.cuda_scratch import Scratch
+
+BF16, FP16, FLOAT8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+_ops = torch.ops.tgi_cuda
+
+
+def check(device: Device, tokens: int, columns: int, dtype: torch.dtype, *, has_groups: bool) -> None:
+    """Quantise rows of very different sizes, some with values that are not numbers."""
+    values = torch.randn(tokens, columns) * torch.logspace(-6, 3, tokens)[:, None]
+    if tokens > 4:
+        values[1], values[2] = 0, 1e-40
+        values[3, columns // 2], values[4, 0] = torch.nan, torch.inf
+    x = device.tensor(values.to(dtype))
+    codes = device.empty((tokens, columns), torch.uint8)
+    scales = device.empty((columns // 128, tokens) if has_groups else (tokens,), torch.float32)
+    device.run(
+        "quantise", [codes, scales], x=x, codes=codes, scales=scales, num_tokens=tokens, num_columns=columns,
+        has_groups=has_groups, type=TYPES[dtype],
+    )  # fmt: skip
+    groups = x.double().view(tokens, columns // 128, 128) if has_groups else x.double()[:, None]
+    found = scales.double().t() if has_groups else scales.double()[:, None]
+    largest = groups.abs().amax(2)
+    assert torch.equal(found.isfinite(), largest.isfinite()), "what is not a number is lost, or spreads"
+    is_there = largest.isfinite()
+    expected = (largest / 448).clamp(min=2.0**-120)
+    assert ((found - expected)[is_there].abs() <= 2e-7 * expected[is_there]).all()
+    decoded = codes.view(FLOAT8).double().view(groups.shape) * found[..., None]
+    assert decoded[~is_there].isnan().flatten(1).any(1).all()
+    # Half the distance of two codes: of 4 significant bits, or of denormal ones.
+    bound = torch.maximum(groups.abs() / 16, found[..., None] * 2.0**-10) * (1 + 1e-5)
+    share = ((decoded - groups).abs() / bound)[is_there]
+    note(float(share.max()) if share.numel() else 0.0, 1.0)
+    assert (share <= 1).all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(
+    ("tokens", "columns", "has_groups"),
+    [
+        (0, 128, False), (1, 8, False), (6, 264, False), (3, 576, False), (2, 14336, False),
+        (1, 32768, False),
+        (0, 128, True), (7, 128, True), (6, 640, True), (3, 2176, True),
+    ],
+)  # fmt: skip
+def test_activations_are_rounded_to_the_nearest_codes(
+    device: Device, tokens: int, columns: int, dtype: torch.dtype, has_groups: bool
+) -> None:
+    check(device, tokens, columns, dtype, has_groups=has_groups)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_columns": 12}, {"num_columns": 32776}, {"has_groups": True}], ids=str
+)
+def test_shapes_without_a_kernel_are_refused(device: Device, changes: dict[str, int]) -> None:
+    given = {"num_tokens": 1, "num_columns": 64, "has_groups": False, "type": 0} | changes
+    x, codes = device.empty((1, 64), BF16), device.empty((1, 64), torch.uint8)
+    with pytest.raises(AssertionError, match="refused"):
+        device.launch("quantise", x=x, codes=codes, scales=device.empty((1,), torch.float32), **given)
+
+
+FAULTS = [
+    Fault(what, "quantise.cu", old, new, kind)
+    for what, old, new, kind in (
+        (
+            "a column past the last is read",
+            "if (column < p.num_columns) values[k].load", "values[k].load", "bounds",
+        ),
+        ("NaN is not larger", "a >= b || a != a ? a : b", "a >= b ? a : b", "result"),
+        (
+            "only the first values count",
+            "Larger()(largest, values[k].largest())", "values[0].largest()", "result",
+        ),
+        (
+            "half a group's lanes are left out",
+            "int lanes = kGroupLanes / 2", "int lanes = kGroupLanes / 4", "result",
+        ),
+        (
+            "scales are of another token",
+            "* p.num_tokens + token] = scale", "* p.num_tokens] = scale", "race|blocks|result",
+        ),
+        (
+            "zeros have an infinite inverse",
+            "Larger()(kMinScale, __fdividef(largest, kMaxCode));\n  if (threadIdx.x == 0)",
+            "__fdividef(largest, kMaxCode);\n  if (threadIdx.x == 0)", "result",
+        ),
+        (
+            "lanes leave before they are asked",
+            "  float largest = values.largest();\n#pragma",
+            "  if (!exists) return;\n  float largest = values.largest();\n#pragma", "mask",
+        ),
+        (
+            "the kernel before is not waited for",
+            "  wait_for_previous_kernel();\n  SHARED", "  SHARED", "dependent",
+        ),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_planted_fault_is_caught(fault: Fault) -> None:
+    def both(device: Device) -> None:
+        check(device, 6, 1096, BF16, has_groups=False)
+        check(device, 6, 640, BF16, has_groups=True)
+
+    assert_caught(fault, both)
+
+
+# Weights.
+
+
+def random_matrix(rows: int, columns: int, kind: str) -> CudaQuantMatrix:
+    """Make FP8 weights with scales per row, per block of 128 x 128, or per 128 columns of each row."""
+    codes, groups = torch.randn(rows, columns).to(FLOAT8), columns // 128
+    scales = torch.rand(rows, groups) + 0.5
+    if kind == "row":
+        scales = scales[:, :1].expand(-1, groups).contiguous()
+    elif kind == "block":
+        scales = scales[::128].repeat_interleave(128, 0)[:rows].contiguous()
+    return CudaQuantMatrix(codes, scales, None, (rows, columns), 8, 0)
+
+
+def values_of(matrix: CudaQuantMatrix) -> Tensor:
+    """Return the weights in float64."""
+    repeats = matrix.shape[1] // matrix.scales.shape[1]
+    return matrix.codes.double() * matrix.scales.double().repeat_interleave(repeats, 1)
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("row", 48), ("row", 256), ("block", 256)])
+def test_scales_per_row_or_block_are_found(kind: str, rows: int) -> None:
+    matrix = random_matrix(rows, 384, kind)
+    found = float8_matrix(matrix)
+    assert found is not None and found.has_groups == (kind == "block")
+    scales = found.scales[:, None]
+    if found.has_groups:
+        scales = found.scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    assert torch.equal(found.codes.double() * scales.double(), values_of(matrix))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "columns"), [("group", 256, 256), ("block", 144, 256), ("row", 40, 256)]
+)
+def test_other_scales_and_sizes_have_no_such_product(kind: str, rows: int, columns: int) -> None:
+    matrix = random_matrix(rows, columns, kind)
+    if kind == "block":
+        matrix.scales[130:] += 1  # the second block has fewer rows
+    assert float8_matrix(matrix) is None
+    codes = torch.zeros(16, 128, dtype=torch.uint8)
+    assert float8_matrix(CudaQuantMatrix(codes, torch.ones(16, 1), None, (16, 128), 8, 128)) is None
+
+
+# Launches.
+
+
+@pytest.fixture
+def stand_in() -> Iterator[ScaledMmStandIn]:
+    if ON_GPU:
+        pytest.skip("only on the emulated device: a GPU has the product itself")
+    made = ScaledMmStandIn()
+    can_multiply.cache_clear()
+    yield made
+    made.close()
+    can_multiply.cache_clear()
+
+
+def multiply(
+    matrix: CudaQuantMatrix, tokens: int, *, adds: bool, bias: Tensor | None = None, is_wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the product of random activations, or what it adds to a residual, and the exact result."""
+    device = make_device().device
+    rows, columns = matrix.shape
+    a = torch.randn(80, columns).to(device, BF16)
+    x = torch.randn(80, rows).to(device)
+    scratch = Scratch(BF16, device, rows * columns)
+    moved, bias = matrix.to(device), None if bias is None else bias.to(device)
+    float8 = float8_matrix(moved)
+    assert float8 is not None
+    linear = QuantLinear(
+        moved, bias, scratch, is_batch_invariant=False, float8=Float8Product(float8, scratch)
+    )
+    launches = LaunchList((Size.TOKENS,), (Input.IDS,))
+    out = torch.full((80, rows), torch.nan, dtype=torch.float32 if is_wide else BF16, device=device)
+    before = x.double()
+    if adds:
+        linear.add(launches, a, x, out, Size.TOKENS)
+    else:
+        linear.multiply(launches, a, out, Size.TOKENS)
+    launches.finish()
+    launches.run((tokens,), (x[:1],))
+    exact = a[:tokens].double().cpu() @ values_of(matrix).T + (0 if bias is None else bias.double().cpu())
+    if not adds:
+        return out[:tokens].double().cpu(), exact
+    assert torch.equal(x[tokens:].double(), before[tokens:])
+    return (x.double() - before)[:tokens].cpu(), exact
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(("kind", "rows"), [("row", 48), ("block", 256)])
+def test_only_steps_of_many_tokens_are_in_float8(
+    stand_in: ScaledMmStandIn, kind: str, rows: int, adds: bool
+) -> None:
+    matrix = random_matrix(rows, 384, kind)
+    for tokens in (1, MAX_EXACT_TOKENS):
+        out, exact = multiply(matrix, tokens, adds=adds)
+        assert_close(out, exact, length=384, dtype=BF16)
+    assert not stand_in.calls
+    for tokens in (MAX_EXACT_TOKENS + 1, 80):
+        out, exact = multiply(matrix, tokens, adds=adds)
+        assert stand_in.calls.pop() == (tokens, rows, 384)
+        error = float((out - exact).norm() / exact.norm())
+        assert 0.015 < error < 0.035, "activations have 4 significant bits"
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_a_bias_is_added_and_results_may_be_float32(stand_in: ScaledMmStandIn, is_wide: bool) -> None:
+    matrix, bias = random_matrix(48, 256, "row"), torch.randn(48) * 100
+    out, exact = multiply(matrix, 70, adds=False, bias=bias, is_wide=is_wide)
+    assert (out - exact).norm() < 0.035 * (exact - bias.double()).norm() + 0.004 * exact.norm()
+    out, exact = multiply(matrix, 70, adds=True, bias=bias)
+    assert (out - exact).norm() < 0.035 * (exact - bias.double()).norm() + 0.004 * exact.norm()
+
+
+@pytest.mark.parametrize("has_groups", [False, True])
+def test_a_trial_decides_what_torch_multiplies(
+    stand_in: ScaledMmStandIn, caplog: pytest.LogCaptureFixture, has_groups: bool
+) -> None:
+    device = make_device().device
+
+    def tries() -> bool:
+        can_multiply.cache_clear()
+        return can_multiply(device, BF16, has_groups=has_groups)
+
+    assert tries() and not caplog.records
+    stand_in.is_wrong = True
+    assert not tries()
+    stand_in.refuses = True
+    assert not tries()
+    texts = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "wrongly" in texts[0] and texts[1].endswith("this GPU has no FP8")
+
+
+def test_the_real_product_passes_the_trial() -> None:
+    """torch has scales per row for CPUs, too."""
+    device = make_device().device
+    can_multiply.cache_clear()
+    assert can_multiply(device, BF16, has_groups=False)
+    if ON_GPU:
+        assert can_multiply(device, BF16, has_groups=True) and can_multiply(device, FP16, has_groups=False)
+
+
+@pytest.mark.parametrize(
+    ("message", "tokens", "has_groups", "num_scales"),
+    [
+        ("3 numbers, got 2", 3, False, 2),
+        ("6 numbers, got 5", 3, True, 5),
+        ("`x` must have shape", 4, False, 4),
+    ],
+)
+def test_activations_that_do_not_fit_their_codes_are_refused(
+    message: str, tokens: int, has_groups: bool, num_scales: int
+) -> None:
+    device = make_device().device
+    x, codes = torch.zeros(tokens, 256).to(device, BF16), torch.zeros(3, 256).to(device, FLOAT8)
+    with pytest.raises(RuntimeError, match=message):
+        _ops.quantise(x, has_groups, codes, torch.zeros(num_scales, device=device))
+
+
+@pytest.mark.parametrize(
+    ("message", "of_weight", "dtype"),
+    [
+        ("`weight_scales` must have shape", (255,), BF16),
+        ("`weight_scales` must have shape", (2, 1), BF16),
+        ("`out` must be bfloat16", (256,), torch.float32),
+    ],
+)
+def test_products_that_do_not_fit_are_refused(
+    message: str, of_weight: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    device = make_device().device
+    codes, weight = (torch.zeros(count, 256).to(device, FLOAT8) for count in (3, 256))
+    scales, of_rows = torch.zeros(6, device=device), torch.zeros(of_weight, device=device)
+    with pytest.raises(RuntimeError, match=message):
+        _ops.multiply_codes(codes, scales, weight, of_rows, torch.zeros(3, 256, device=device, dtype=dtype))
+
+
+def test_the_module_and_the_kernel_have_the_same_limit() -> None:
+    text = (Path(__file__).parents[2] / "csrc/cuda/kernels.h").read_text()
+    assert f"kMaxQuantised = {MAX_COLUMNS};" in text
