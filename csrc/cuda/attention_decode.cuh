@@ -217,8 +217,9 @@ cudaError_t launch_decode(const AttentionParams& p, cudaStream_t stream) {
                                   ? launch_rows(std::integral_constant<int, 8>())
                                   : launch_rows(std::integral_constant<int, 16>());
     if (error != cudaSuccess) return error;
+    const int64_t heads = p.num_sequences * p.num_heads;
     return launch_dependent(merge_kernel<Element, kHeadDim>,
-                            dim3(unsigned(p.num_sequences * p.num_heads)),
+                            dim3(unsigned(ceil_divide<int64_t>(heads, Merge<kHeadDim>::kWarps))),
                             dim3(Merge<kHeadDim>::kThreads), 0, stream, p);
   });
 }

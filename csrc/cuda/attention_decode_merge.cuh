@@ -1,77 +1,84 @@
-// The second kernel of decode attention: merges the chunks of each sequence's context.
+// The second kernel of decode attention: merges the chunks of each sequence's context, in order.
 #pragma once
 
 #include "attention_context.cuh"
 #include "attention_tile.cuh"
+#include "reduce.cuh"
 
 namespace tgi::cuda {
 
-// Combines the partial results of a softmax over parts of the keys, in order.
-struct Merged {
-  float4 out = {0, 0, 0, 0};
-  float max = -INFINITY, sum = 0;
-
-  __device__ __forceinline__ void add(float4 part, float2 stats) {
-    const float larger = fmaxf(max, stats.x);
-    if (larger == -INFINITY) return;
-    const float own = exp2_flushed(max - larger), other = exp2_flushed(stats.x - larger);
-    out.x = out.x * own + part.x * other, out.y = out.y * own + part.y * other;
-    out.z = out.z * own + part.z * other, out.w = out.w * own + part.w * other;
-    sum = sum * own + stats.y * other;
-    max = larger;
-  }
-};
-
-constexpr int kMergeLoads = 8;  // in flight per thread: 32 chunks of 128 dimensions are one latency
-
-// One block per (sequence, head): its parts merge every kParts-th chunk, then the first part merges
-// those and divides. Threads have four head dimensions each.
+// A warp has a head of a sequence, and a lane four of its dimensions, or of every 128. With a block
+// per head, whose warps shared the chunks, 64 sequences of eight chunks took three times the
+// instructions.
 template <int HeadDim>
 struct Merge {
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kColumns = HeadDim / 4;
-  static constexpr int kParts = 128 / kColumns;
-  static constexpr int kThreads = kParts * kColumns;
+  static constexpr int kRuns = (kColumns + kWarpSize - 1) / kWarpSize;
+  // Chunks that are loaded at once: those of 2,048 tokens are one latency.
+  static constexpr int kLoads = 16;
 };
 
 template <typename Element, int HeadDim>
 __global__ void __launch_bounds__(Merge<HeadDim>::kThreads) merge_kernel(AttentionParams p) {
-  constexpr int kColumns = Merge<HeadDim>::kColumns, kParts = Merge<HeadDim>::kParts;
+  using M = Merge<HeadDim>;
   allow_next_kernel();
   wait_for_previous_kernel();
-  SHARED_ARRAY(float4, outs, kParts * kColumns);
-  SHARED_ARRAY(float2, stats, kParts);
+  const int lane = int(threadIdx.x) % kWarpSize;
+  const int64_t place = int64_t{blockIdx.x} * M::kWarps + threadIdx.x / kWarpSize;
+  if (place >= p.num_sequences * p.num_heads) return;
+  const int64_t sequence = divide_narrow(place, p.num_heads), head = place - sequence * p.num_heads;
   const Workspace workspace(p);
-  const int64_t sequence = divide_narrow(blockIdx.x, p.num_heads),
-                head = blockIdx.x - sequence * p.num_heads;
-  const int64_t first = p.plan[sequence], stop = p.plan[sequence + 1];
-  const int part = int(threadIdx.x) / kColumns, column = int(threadIdx.x) % kColumns;
-  Merged merged;
-  for (int64_t chunk = first + part; chunk < stop; chunk += kMergeLoads * kParts) {
-    float4 chunk_out[kMergeLoads];
-    float2 chunk_stats[kMergeLoads];
+  const int first = p.plan[sequence], stop = p.plan[sequence + 1];
+  float4 out[M::kRuns] = {};
+  float max = -INFINITY, sum = 0;
+#pragma unroll 1
+  for (int chunk = first; chunk < stop; chunk += M::kLoads) {
+    const int64_t from = int64_t{chunk} * p.num_heads + head;
+    const int count = stop - chunk;
+    float2 stats = {-INFINITY, 0};  // lane i: of the i-th chunk
+    if (lane < min(count, M::kLoads)) stats = workspace.stats[from + lane * p.num_heads];
+    float4 parts[M::kRuns][M::kLoads];
 #pragma unroll
-    for (int i = 0; i < kMergeLoads; ++i) {
-      const int64_t place = (chunk + i * kParts) * p.num_heads + head;
-      const bool exists = chunk + i * kParts < stop;
-      chunk_stats[i] = exists ? workspace.stats[place] : float2{-INFINITY, 0};
-      chunk_out[i] =
-          exists ? *reinterpret_cast<const float4*>(workspace.out + place * HeadDim + 4 * column)
-                 : float4{0, 0, 0, 0};
+    for (int run = 0; run < M::kRuns; ++run) {
+      const int column = run * kWarpSize + lane;
+#pragma unroll
+      for (int i = 0; i < M::kLoads; ++i) {
+        parts[run][i] = float4{0, 0, 0, 0};
+        if (i >= count || column >= M::kColumns) continue;
+        parts[run][i] = *reinterpret_cast<const float4*>(
+            workspace.out + (from + i * p.num_heads) * HeadDim + 4 * column);
+      }
     }
+    const float largest = fmaxf(max, warp_reduce(stats.x, Max()));
+    const float shift = largest == -INFINITY ? 0.0f : largest;  // nothing is visible yet
+    const float own = exp2_flushed(max - shift), weight = exp2_flushed(stats.x - shift);
+    sum = sum * own + warp_reduce(stats.y * weight, Add());
+    max = largest;
 #pragma unroll
-    for (int i = 0; i < kMergeLoads; ++i) merged.add(chunk_out[i], chunk_stats[i]);
+    for (int run = 0; run < M::kRuns; ++run) {
+      float4& total = out[run];
+      total.x *= own, total.y *= own, total.z *= own, total.w *= own;
+#pragma unroll
+      for (int i = 0; i < M::kLoads; ++i) {
+        const float4& part = parts[run][i];
+        const float factor = __shfl_sync(0xffffffffu, weight, i);
+        total.x += part.x * factor, total.y += part.y * factor;
+        total.z += part.z * factor, total.w += part.w * factor;
+      }
+    }
   }
-  outs[part * kColumns + column] = merged.out;
-  if (column == 0) stats[part] = float2{merged.max, merged.sum};
-  __syncthreads();  // the parts are there
-  if (part > 0) return;
-  for (int i = 1; i < kParts; ++i) merged.add(outs[i * kColumns + column], stats[i]);
-  const float factor = first == stop ? 0.0f : inverse_sum(p, head, merged.max, merged.sum);
-  Element* out =
-      static_cast<Element*>(p.out) + (sequence * p.num_heads + head) * HeadDim + 4 * column;
-  *reinterpret_cast<uint2*>(out) =
-      uint2{Pair<Element>::pack(merged.out.x * factor, merged.out.y * factor),
-            Pair<Element>::pack(merged.out.z * factor, merged.out.w * factor)};
+  const float factor = first == stop ? 0.0f : inverse_sum(p, head, max, sum);
+#pragma unroll
+  for (int run = 0; run < M::kRuns; ++run) {
+    const int column = run * kWarpSize + lane;
+    if (column >= M::kColumns) continue;
+    Element* to = static_cast<Element*>(p.out) + place * HeadDim + 4 * column;
+    *reinterpret_cast<uint2*>(to) =
+        uint2{Pair<Element>::pack(out[run].x * factor, out[run].y * factor),
+              Pair<Element>::pack(out[run].z * factor, out[run].w * factor)};
+  }
 }
 
 }  // namespace tgi::cuda

@@ -47,7 +47,7 @@ _REGISTERS = {
     "decode_kernel": 160,  # launch bounds: three blocks, or four
     "decode_kernel 256": 255,
     "decode_kernel fp8": 152,
-    "merge_kernel": 88,
+    "merge_kernel": 176,
     "gather_kernel": 40,
     "merge_parts_kernel": 60,
     "residual_add_kernel": 32,

@@ -54,7 +54,7 @@ def one_each(*contexts: int, **kinds: object) -> Shape:
         one_each(50, num_heads=16, num_kv_heads=1, head_dim=256),
         one_each(130, 40, num_heads=8, num_kv_heads=1, head_dim=256),
         one_each(300, 20, num_heads=12, num_kv_heads=1, head_dim=128),
-        one_each(1200, 300, num_heads=1, num_kv_heads=1),  # several chunks per thread of the merge
+        one_each(1200, 300, num_heads=1, num_kv_heads=1),  # many chunks
         one_each(4400, num_heads=1, num_kv_heads=1, head_dim=256),  # more than are loaded at once
         one_each(5, *[0] * 40, 20, *[0] * 31, 300, 0),  # looked for among more than 32
         one_each(70, 300, kv_dtype=FP8),
@@ -268,16 +268,30 @@ FAULTS = [
     Fault(
         "the merge reads the next sequence's chunk",
         "attention_decode_merge.cuh",
-        "const bool exists = chunk + i * kParts < stop;",
-        "const bool exists = chunk + i * kParts <= stop;",
+        "i >= count || column",
+        "i > count || column",
         "result|uninit|bounds",
     ),
     Fault(
-        "parts are merged before they are there",
+        "the merge weighs with the next sequence's sum",
         "attention_decode_merge.cuh",
-        "  __syncthreads();  // the parts",
-        "  __syncwarp();  // the parts",
-        "uninit|race",
+        "lane < min(count, M::kLoads)",
+        "lane <= min(count, M::kLoads)",
+        "result|uninit|bounds",
+    ),
+    Fault(
+        "only the last sixteen chunks count",
+        "attention_decode_merge.cuh",
+        "sum = sum * own + warp",
+        "sum = warp",
+        "result",
+    ),
+    Fault(
+        "dimensions past the last are merged",
+        "attention_decode_merge.cuh",
+        "if (column >= M::kColumns) continue;",
+        "if (column > M::kColumns) continue;",
+        "result|blocks|bounds|race",
     ),
     Fault(
         "the window begins one late",
@@ -362,6 +376,6 @@ def test_a_planted_fault_is_caught(fault: Fault) -> None:
         check(device, one_each(300, num_heads=12, num_kv_heads=1, has_slopes=True))
         check(device, one_each(40, 300, kv_dtype=FP8, num_heads=16))
         check(device, one_each(5, *[0] * 40, 300))
-        check(device, one_each(1200, 300, num_heads=1, num_kv_heads=1))
+        check(device, one_each(4400, 300, num_heads=1, num_kv_heads=1))
 
     assert_caught(fault, all_kinds)
