@@ -95,7 +95,7 @@ class Settings:
         "decodes the weights, which is more accurate, about twice as fast on processors with AMX, and slower "
         "on others. auto is bfloat16 with AMX and int8 without. With bfloat16, generated tokens keep int8 "
         "and are not found in the prefix cache. On a GPU: auto decodes the weights; fp8 rounds activations, "
-        "too, in steps of more than 32 tokens where weights are FP8, which halves the time of prompts.",
+        "too, in steps of more than 16 tokens where weights are FP8, which halves the time of prompts.",
         "auto",
         kinds.one_of("auto int8 bfloat16 fp8"),
     )
