@@ -37,7 +37,7 @@ class Sequence:
 
     slot: int
     prompt: list[int]
-    tables: list[range]
+    tables: list[list[int]]
     num_computed: int = 0
     adapter: Any = None  # the adapter's weights
 
@@ -67,7 +67,7 @@ class Engine:
                 slot,
                 [self._random.randrange(self._vocab) for _ in range(prompt_tokens)],
                 [
-                    range(at * size, (at + 1) * size)
+                    list(range(at * size, (at + 1) * size))
                     for at in range(slot * num_groups, (slot + 1) * num_groups)
                 ],
             )

@@ -1,25 +1,43 @@
-"""Host time of a GPU step: the time to launch Llama-3-8B's operators when these do nothing.
+"""Host time of a GPU's steps: the time to launch operators that do nothing, and the parts of decode steps.
 
     python -m bench.gpu_host [--layers 32] [--batch 32] [--prompt 512] [--weights int4]
+    python -m bench.gpu_host --gpu          # the parts of decode steps, with a GPU and its driver
 
-Needs no GPU, only g++: the program of csrc/bindings/cuda is compiled together with operators that compute
-nothing, on torch's meta device. Prints one JSON object: the number of operators in a mixed step, and the
-median microseconds to launch them all.
+The first needs no GPU, only g++: csrc/bindings/cuda is compiled together with operators, copies and graphs
+that cost nothing. Prints one JSON object: the number of operators in a mixed step of Llama-3-8B's shape and
+the median microseconds to launch them all; and for decode steps of 1 to 256 sequences the medians, with
+quartiles, of writing the inputs (`fill`), of submitting copies and graphs (`submit`), of the launch as a
+whole, and of reading the results (`fetch`).
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import ctypes
 import dataclasses
+import functools
+import importlib
 import json
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import torch
+from torch import Tensor
 
 from bench import gpu_model, gpu_timing
+from bench.engine import Engine
 from bench.gpu_model import SHAPE, StepKind
 from tests.emulation import program
+from tgi_asgi.runner.cuda import CudaRunner
+from tgi_asgi.runner.cuda_device import Command, CudaDevice, Device, Event
+from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
+from tgi_asgi.runner.groups import BlockNeeds
+from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.load import LoadedModel
 
 # An operator returns the tensor that it has written, if any.
 _NOTHING = """
@@ -42,49 +60,166 @@ void do_nothing(const c10::OperatorHandle& op, c10::Stack* stack) {
 }  // namespace
 """
 _TORCH_S = ("mm.out", "mm.dtype_out", "addmm.dtype_out", "add_.Tensor", "copy_")
+_SIZED = ("attention_workspace_bytes", "sample_workspace_bytes", "experts_max_tiles")
+_BATCHES = (1, 16, 64, 256)
+_CONTEXT = 1024
+# A decode step's time on the host depends only on the number of kernels in its graphs.
+_NARROW = dataclasses.replace(SHAPE, hidden_size=256, intermediate_size=256, num_heads=4, num_kv_heads=1)
+
+
+class NoDevice:
+    """A `Device` whose copies are the host's, and whose graphs are empty."""
+
+    backend: ClassVar[str] = "gloo"
+
+    def __init__(self, index: int = 0) -> None:
+        self.device = torch.device("cpu")
+        self._extension: Any = importlib.import_module("tgi_asgi._cuda")
+        self._nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value
+
+    @staticmethod
+    def count() -> int:
+        return 1
+
+    def pinned(self, num_bytes: int) -> Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def event(self) -> Event:
+        event: Event = self._extension.Event()
+        return event
+
+    def submit(self, commands: Sequence[Command]) -> None:
+        self._extension.submit(commands)
+
+    def capture(self, call: Callable[[], None]) -> Callable[[], None]:
+        graph: Callable[[], None] = self._extension.Graph(None, self._nothing)
+        return graph
+
+    def enter_thread(self) -> None:
+        torch.set_num_threads(1)
+
+    def is_lost(self, error: Exception) -> bool:
+        return False
+
+    def limit_memory(self, share: float) -> None:
+        pass
+
+    def free_bytes(self) -> int:
+        return 1 << 30
 
 
 def _module(names: list[str]) -> str:
-    def registered(library: str, operators: list[str]) -> str:
+    def registered(library: str, operators: Sequence[str], backend: str) -> str:
         implement = "torch::CppFunction::makeFromBoxedFunction<&do_nothing>()"
         lines = [f'  m.impl("{name}", {implement});' for name in operators]
-        return "\n".join([f"TORCH_LIBRARY_IMPL({library}, Meta, m) {{", *lines, "}"])
+        return "\n".join([f"TORCH_LIBRARY_IMPL({library}, {backend}, m) {{", *lines, "}"])
 
-    return "\n".join(
-        [program.MODULE, _NOTHING, registered("tgi_cuda", names), registered("aten", [*_TORCH_S])]
+    of_ours = [registered("tgi_cuda", names, backend) for backend in ("Meta", "CPU")]
+    return "\n".join([program.MODULE, _NOTHING, *of_ours, registered("aten", _TORCH_S, "Meta")])
+
+
+def install() -> torch.library.Library:
+    """Register operators that do nothing; they are there as long as the returned library."""
+    definitions = torch.library.Library("tgi_cuda", "DEF")
+    schemas = program.schemas()
+    for schema in schemas:
+        definitions.define(schema)
+    for sized in _SIZED:
+        definitions.impl(sized, lambda *sizes: 1024, "CompositeExplicitAutograd")
+    switch = "set_dependent_launches"
+    definitions.impl(switch, lambda is_on: None, "CompositeExplicitAutograd")
+    names = [schema.partition("(")[0] for schema in schemas]
+    program.install(_module([name for name in names if name not in (*_SIZED, switch)]))
+    return definitions
+
+
+def time_operators(options: argparse.Namespace) -> dict[str, Any]:
+    """Time the launches of a mixed step."""
+    gpu_timing.DEVICE = torch.device("meta")
+    config = dataclasses.replace(SHAPE, layers=SHAPE.layers[:1] * options.layers)
+    step = gpu_model.make_step(StepKind(options.batch, 1024, options.weights, prompt=options.prompt), config)
+    for _ in range(20):
+        step.call()
+    times: list[float] = []
+    for _ in range(options.steps):
+        _timed(times, step.call)
+    row = {"layers": options.layers, "batch": options.batch, "prompt": options.prompt}
+    return row | {"weights": options.weights, "operators": step.num_calls, "us": _median(times)[1]}
+
+
+def time_decodes(device: Device, layers: int, steps: int) -> list[dict[str, Any]]:
+    """Time the parts of decode steps, one step in flight."""
+    config = dataclasses.replace(_NARROW, layers=SHAPE.layers[:1] * layers)
+    gpu_timing.DEVICE = device.device
+    batch, longest = max(_BATCHES), _CONTEXT + steps + 64
+    needs = BlockNeeds((None,), gpu_model.BLOCK, longest)
+    size = KvSize((batch + 1) * -(-longest // gpu_model.BLOCK), needs, 1, "bfloat16")
+    limits = StepLimits(gpu_model.BLOCK, batch, _CONTEXT, longest)
+    runner = CudaRunner(
+        gpu_model.RandomLlama(config, longest), device, lambda free: size, limits, CudaTypes()
     )
+    times: dict[str, list[float]] = {"fill": [], "submit": [], "launch": [], "fetch": []}
+    finish = functools.partial(_timed, times["fetch"], runner._finish)
+
+    def fetch(step: Any, launched: Any) -> Any:
+        launched.event.synchronize()
+        return finish(step, launched)
+
+    runner._finish = fetch  # type: ignore[method-assign]
+    for part, owner, name in (
+        ("fill", runner, "_fill"), ("launch", runner, "_launch"), ("submit", device, "submit"),
+    ):  # fmt: skip
+        setattr(owner, name, functools.partial(_timed, times[part], getattr(owner, name)))
+    try:
+        return asyncio.run(_decode(runner, steps, times))
+    finally:
+        runner.close()
+
+
+async def _decode(runner: CudaRunner, steps: int, times: dict[str, list[float]]) -> list[dict[str, Any]]:
+    info = SimpleNamespace(vocab_size=SHAPE.vocab_size)
+    engine, rows = Engine(cast(LoadedModel, SimpleNamespace(runner=runner, info=info))), []
+    for batch in _BATCHES:
+        sequences = engine.sequences(batch, _CONTEXT, steps + 20)
+        await engine.prefill(sequences, _CONTEXT)
+        await engine.decode(sequences, 20)
+        for part in times.values():
+            part.clear()
+        for _ in range(steps):
+            await engine.submit(engine.decode_rows(sequences), [])
+        rows.append({"batch": batch, "context": _CONTEXT} | {part: _median(us) for part, us in times.items()})
+    return rows
+
+
+def _timed(times: list[float], call: Callable[..., Any], *given: Any) -> Any:
+    """Make a call, and append its microseconds."""
+    start = time.perf_counter()
+    result = call(*given)
+    times.append((time.perf_counter() - start) * 1e6)
+    return result
+
+
+def _median(times: list[float]) -> list[float]:
+    """Return the quartiles; the second is the median."""
+    return [round(quartile, 1) for quartile in statistics.quantiles(times, n=4)]
 
 
 def main() -> None:
-    """Time a mixed step and print the result."""
+    """Time a mixed step and decode steps, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", type=int, default=SHAPE.num_layers)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--weights", default="bf16")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--gpu", action="store_true", help="decode steps, with a GPU")
     options = parser.parse_args()
-    definitions = torch.library.Library("tgi_cuda", "DEF")
-    schemas = program.schemas()
-    for schema in schemas:
-        definitions.define(schema)
-    sized = "attention_workspace_bytes"
-    definitions.impl(sized, lambda *sizes: 1024, "CompositeExplicitAutograd")
-    names = [schema.partition("(")[0] for schema in schemas]
-    program.install(_module([name for name in names if name not in (sized, "set_dependent_launches")]))
-    gpu_timing.DEVICE = torch.device("meta")
-    config = dataclasses.replace(SHAPE, layers=SHAPE.layers[:1] * options.layers)
-    step = gpu_model.make_step(StepKind(options.batch, 1024, options.weights, prompt=options.prompt), config)
-    for _ in range(20):
-        step.call()
-    times = []
-    for _ in range(options.steps):
-        start = time.perf_counter()
-        step.call()
-        times.append((time.perf_counter() - start) * 1e6)
-    row = {"layers": options.layers, "batch": options.batch, "prompt": options.prompt}
-    row |= {"weights": options.weights, "operators": step.num_calls, "us": round(statistics.median(times), 1)}
-    print(json.dumps(row))
+    if options.gpu:
+        print(json.dumps({"decode": time_decodes(CudaDevice(), options.layers, options.steps)}))
+        return
+    kept = install()
+    print(json.dumps(time_operators(options) | {"decode": time_decodes(NoDevice(), 1, options.steps)}))
+    del kept
 
 
 if __name__ == "__main__":

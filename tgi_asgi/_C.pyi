@@ -310,6 +310,85 @@ def flatten_rows(
         PlanError: if a row refers to something that does not exist, or two rows have the same slot.
     """
 
+class DeviceRows:
+    """The rows of a CUDA runner's steps, each integer checked; keeps what slots have from step to step.
+
+        rows.start(slot, len(prompt_ids))        # for each slot that starts
+        rows.read(plan.rows)                     # then the sizes are chosen
+        rows.write(memory, firsts, sizes, ...)
+
+    Attributes describe the rows read last. Rows that decode attention computes come first.
+
+    Args:
+        row_type: Class of the rows; its attributes must be slots.
+        is_batch_invariant: Whether decode attention must not compute tokens of prompts.
+    """
+
+    def __init__(self, row_type: type, limits: RowLimits, is_batch_invariant: bool) -> None: ...
+    def start(self, slot: int, prompt_len: int) -> None:
+        """Assign a slot to a sequence with a prompt of this length."""
+
+    def read(self, rows: Sequence[Any]) -> None:
+        """Read the rows of a step.
+
+        Raises:
+            PlanError: if a row refers to something that does not exist, two rows have the same slot, or a row
+                that decodes comes after one that does not.
+        """
+
+    def write(
+        self,
+        memory: npt.NDArray[np.uint8],
+        firsts: npt.NDArray[np.int64],
+        sizes: Sequence[int],
+        needing: Sequence[int] | None,
+        masked: Sequence[int],
+        adapters: Sequence[int],
+    ) -> None:
+        """Write the inputs of the rows read last; what is larger than they need becomes padding.
+
+        Args:
+            firsts: First bytes of the inputs (`StepShape.sections`), then of the block tables.
+            sizes: `StepShape.sizes`.
+            needing: Rows that have a row of logits; None: every sequence has one.
+            masked: Slots whose samples are masked, in the order of their masks.
+            adapters: Place of each row's adapter, -1 for none; or empty.
+
+        Raises:
+            ValueError: if the rows are more than the sizes, or the memory is less.
+        """
+
+    def end(self, row: int) -> int:
+        """Return the end of a row's tokens, without padding."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_decodes(self) -> int: ...
+    @property
+    def num_columns(self) -> int:
+        """Number of blocks of the longest sequence."""
+
+    @property
+    def has_adapters(self) -> bool: ...
+    @property
+    def has_vectors(self) -> bool:
+        """Whether a row has a `pooling`."""
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether a row requests log-probabilities of its prompt."""
+
+    @property
+    def sampling(self) -> list[int]:
+        """The rows that sample a token."""
+
+    @property
+    def sampling_slots(self) -> list[int]: ...
+    @property
+    def prompt_lens(self) -> list[tuple[int, int]]:
+        """Of the rows that do not decode: tokens in the step, and in total."""
+
 # Recorded steps.
 
 class Rows:

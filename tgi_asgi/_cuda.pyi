@@ -1,12 +1,14 @@
-"""The CUDA kernels as torch.ops.tgi_cuda, registered on import, and the recorder that replays their calls.
+"""The CUDA kernels as torch.ops.tgi_cuda, registered on import, and what runs them without Python.
 
-Built when torch has CUDA. Callers use `tgi_asgi.ops.cuda_list`.
+Built when torch has CUDA. Callers use `tgi_asgi.ops.cuda_list` and `tgi_asgi.runner.cuda_device`.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from tgi_asgi.runner.cuda_device import Command
 
 class Operand:
     """A step's size, or a tensor that differs in every step, as a `Program`'s entries name it."""
@@ -54,3 +56,24 @@ class Program:
         """
 
     def __len__(self) -> int: ...
+
+class Event:
+    """An event without timing, whose waiters sleep; created on the device when it is first submitted."""
+
+    def __init__(self) -> None: ...
+    def synchronize(self) -> None:
+        """Wait, without the GIL, until the device has reached it; return at once if it is nowhere."""
+
+class Graph:
+    """An instantiated CUDA graph; `owner` keeps it. Calling it launches it."""
+
+    def __init__(self, owner: object, graph: int) -> None: ...
+    def __call__(self) -> None: ...
+
+def submit(commands: Sequence[Command]) -> None:
+    """Submit commands in order to the thread's current stream, without the GIL except for Python calls.
+
+    Raises:
+        TypeError, RuntimeError: if one is no command, or a copy leaves its tensors; nothing is submitted.
+        Exception: an error of the device or of a call, after which nothing more is submitted.
+    """

@@ -12,6 +12,7 @@
 
 #include "bindings/adapter.h"
 #include "bindings/attention_spec.h"
+#include "bindings/device_rows.h"
 #include "bindings/direct.h"
 #include "bindings/drafting.h"
 #include "bindings/experts.h"
@@ -176,6 +177,7 @@ PYBIND11_MODULE(_C, module) {
   tgi::bind_sampling(module);
   tgi::bind_adapters(module);
   tgi::bind_rows(module);
+  tgi::bind_device_rows(module);
   tgi::bind_shards(module);
   tgi::bind_attention_spec(module);
   tgi::bind_experts(module);

@@ -31,45 +31,6 @@ struct Names {
   PyObject* keeps = PyUnicode_InternFromString("keeps");
 };
 
-py::object attribute(PyObject* object, PyObject* name) {
-  PyObject* const value = PyObject_GetAttr(object, name);
-  if (value == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
-}
-
-std::string bounds(const char* name, int64_t stop) {
-  return std::string("a ") + name + " must be in [0, " + std::to_string(stop) + ")";
-}
-
-int64_t integer(PyObject* value, const char* name, int64_t stop) {
-  const int64_t found = PyLong_AsLongLong(value);
-  if (found == -1 && PyErr_Occurred() != nullptr) {
-    if (PyErr_ExceptionMatches(PyExc_OverflowError) == 0) throw py::error_already_set();
-    PyErr_Clear();
-    throw PlanError(bounds(name, stop));
-  }
-  if (found < 0 || found >= stop)
-    throw PlanError(bounds(name, stop) + ", got " + std::to_string(found));
-  return found;
-}
-
-// Uses a list or tuple as is and converts any other sequence to a list.
-class Items {
- public:
-  explicit Items(py::handle sequence)
-      : items_(py::reinterpret_steal<py::object>(
-            PySequence_Fast(sequence.ptr(), "a plan's rows, ids and blocks are sequences"))) {
-    if (!items_) throw py::error_already_set();
-  }
-  int64_t size() const { return PySequence_Fast_GET_SIZE(items_.ptr()); }
-  PyObject* operator[](int64_t index) const {
-    return PySequence_Fast_GET_ITEM(items_.ptr(), index);
-  }
-
- private:
-  py::object items_;
-};
-
 bool is_true(const py::object& value) {
   const int found = PyObject_IsTrue(value.ptr());
   if (found < 0) throw py::error_already_set();

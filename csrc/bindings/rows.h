@@ -5,20 +5,13 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <stdexcept>
 #include <vector>
 
 #include "bindings/adapter.h"
+#include "bindings/plan_values.h"
 #include "cpu/step/step.h"
 
 namespace tgi {
-
-// Thrown if a plan names something that does not exist: a bug in the engine, never a client's
-// error.
-class PlanError : public std::invalid_argument {
- public:
-  using std::invalid_argument::invalid_argument;
-};
 
 constexpr int64_t kNoWindow = INT64_MAX;
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tgi_asgi.runner.cuda_device import Command, Copy
 
 _aten: Any = torch.ops.aten
 # Operators that wait for the device, or copy from memory that is not pinned: CUDA cannot capture them.
@@ -49,8 +51,15 @@ class EmulatedDevice:
     def pinned(self, num_bytes: int) -> Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8)
 
-    def record(self) -> Event:
+    def event(self) -> Event:
         return Event()
+
+    def submit(self, commands: Sequence[Command]) -> None:
+        for command in commands:
+            if isinstance(command, Copy):
+                _make(command)
+            elif not isinstance(command, Event):
+                command()  # type: ignore[operator]
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
         call()
@@ -77,6 +86,15 @@ class EmulatedDevice:
 
     def free_bytes(self) -> int:
         return 1 << 30
+
+
+def _make(copy: Copy) -> None:
+    shape = (copy.num_rows, copy.num_bytes)
+    rows = copy.source.view(torch.uint8).flatten()[copy.first : copy.first + shape[0] * shape[1]]
+    target = copy.target.view(torch.uint8)
+    target = target.flatten()[None] if copy.num_rows == 1 else target
+    assert target.data_ptr() == copy.target.data_ptr(), "a target without gaps"
+    target[: copy.num_rows, : copy.num_bytes].copy_(rows.view(shape))
 
 
 class Graph(TorchDispatchMode):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from tests.cuda.emulated_device import EmulatedDevice, Graph
+from tests.cuda.emulated_device import EmulatedDevice, Event, Graph
 from tests.emulation import bindings, library
 from tests.runner.test_grammar import EOS, Letters
 from tests.support.checkpoints import load_model, make_model, save
@@ -19,7 +19,7 @@ from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.cuda_sample_state import MAX_IDS
 from tgi_asgi.runner import cuda_steps
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
-from tgi_asgi.runner.cuda_buffers import HostInputs
+from tgi_asgi.runner.cuda_device import Command, Copy
 from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
 from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepRow
 from tgi_asgi.text.constrain import source as sources
@@ -121,6 +121,29 @@ async def test_graphs_sample_what_calls_sample_whatever_has_changed_since_they_w
     assert len({tuple(row[:4]) for row in ids[:8]}) == 8
 
 
+async def test_a_step_is_submitted_at_once_unless_masks_are_computed_meanwhile(
+    make_runner: Callable[[EmulatedDevice], CudaRunner], grammar: Grammar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = EmulatedDevice()
+    runner = make_runner(device)
+    submitted: list[str] = []
+    submit = device.submit
+
+    def note(commands: Sequence[Command]) -> None:
+        kinds = {Copy: "copy", Event: "event"}
+        submitted.append(" ".join(kinds.get(type(command), "graph") for command in commands))
+        submit(commands)
+
+    monkeypatch.setattr(device, "submit", note)
+    await generate(runner, [Job([7, 8, 9], 2)], chunk=2)
+    whole = "copy copy graph graph copy event"
+    assert submitted == ["copy copy graph event", whole, whole], "inputs, tables; the results"
+    submitted.clear()
+    start = {"grammar": grammar, "masked_ids": (EOS,)}
+    await generate(runner, [Job([7, 8, 9], 1, start=start), Job([7], 1)])
+    assert submitted == ["copy copy graph", "copy graph copy event"], "the mask after the forward pass"
+
+
 def short() -> list[Job]:
     """Make sequences of which some decode while others are still in prefill, four tokens at a time."""
     lengths = ((3, 9), (14, 6), (9, 7), (2, 11), (11, 5))
@@ -144,18 +167,20 @@ async def test_padding_that_is_none_would_be_felt(
 ) -> None:
     expected, found = short(), short()
     await generate(make_runner(EmulatedDevice()), expected, chunk=4)
-    fill = HostInputs.fill
+    runner = make_runner(EmulatedDevice())
+    fill = runner._fill
 
-    def fill_all(inputs: HostInputs, *given: Any) -> None:
-        fill(inputs, *given)
-        values = getattr(inputs, section)
+    def fill_all(rows: list[StepRow], staging: Any) -> Any:
+        shape, layout = fill(rows, staging)
+        values = shape.sections.arrays(staging.array)[section]
         # Written where the first sequence's newest token is, or sampled for the first slot.
         values[values < 0] = values[0] if section == "slots" else 0
         if section == "query_start":  # as if the decodes had no padding
-            values -= inputs.shape.num_decodes - len(given[1])
+            values -= shape.num_decodes - layout.rows.num_decodes
+        return shape, layout
 
-    monkeypatch.setattr(HostInputs, "fill", fill_all)
-    await generate(make_runner(EmulatedDevice()), found, chunk=4)
+    monkeypatch.setattr(runner, "_fill", fill_all)
+    await generate(runner, found, chunk=4)
     assert [job.sampled for job in found] != [job.sampled for job in expected]
 
 

@@ -226,7 +226,8 @@ async def test_only_a_vector_of_all_tokens_waits_for_the_step(model: Model, make
     await runner.submit(StepPlan(0, rows, [SlotStart(at, GREEDY, 0, IDS[:9]) for at in range(3)]))
     with Waiting() as waiting:
         for row, waits in zip(rows, (False, False, True), strict=True):
-            layout = plain_layout([row], [0], 0, [9])
+            runner._rows.read([row])
+            layout = plain_layout(runner._rows, [0])
             assert runner._vectors.take([row], layout) is not None
             assert bool(waiting.calls) is waits, f"{row.pooling}: {waiting.calls}"
 

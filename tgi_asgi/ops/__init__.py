@@ -8,7 +8,7 @@ Vectors and tables are numpy arrays. Only what computes in torch imports it, whi
 the modules `cuda_*`, and `direct`, `paged` and `tensors`, which run models by the code of `transformers`.
 """
 
-from tgi_asgi._C import Drafter, FlatRows, PlanError, RowLimits, StepQueue, flatten_rows
+from tgi_asgi._C import DeviceRows, Drafter, FlatRows, PlanError, RowLimits, StepQueue, flatten_rows
 from tgi_asgi._C import Program as NativeProgram
 from tgi_asgi.ops.activation import activation
 from tgi_asgi.ops.activations import ACTIVATIONS, GATED_ACTIVATIONS
@@ -95,6 +95,7 @@ __all__ = [
     "CpuProgram",
     "Delta",
     "DeltaRuleWeight",
+    "DeviceRows",
     "Drafter",
     "ExpertsWeight",
     "FlatRows",

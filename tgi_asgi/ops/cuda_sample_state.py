@@ -6,7 +6,6 @@ the previous step that is not already on the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,10 +88,6 @@ class CudaSampleState:
         ids = np.flatnonzero(row)
         up = torch.from_numpy(np.stack([ids, row[ids]])).to(self._counts.device, non_blocking=True)
         self._counts[slot].zero_().scatter_(0, up[0], up[1].int())
-
-    def max_top(self, slots: Sequence[int]) -> int:
-        """Return the largest number of top log-probabilities that any of these slots wants."""
-        return int(self._host.records["num_top"][list(slots)].max(initial=0))
 
     def sample(
         self,

@@ -9,13 +9,14 @@ the host knows them.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +26,15 @@ from torch import Tensor
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.pooling import Dense
+from tgi_asgi.ops import DeviceRows
 from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
-from tgi_asgi.ops.sample import SampleResult
-from tgi_asgi.runner.cuda_buffers import HostInputs, StepBuffers, StepShape
-from tgi_asgi.runner.cuda_device import Device, Event, is_out_of_memory
+from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
+from tgi_asgi.runner.cuda_device import Command, Device, Event, is_out_of_memory
 from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_pooling import CudaPooler, StepVectors
-from tgi_asgi.runner.cuda_sampler import CudaSampler, SampleStaging
+from tgi_asgi.runner.cuda_sampler import CudaSampler, FetchedSamples, SampleStaging
 from tgi_asgi.runner.cuda_shards import CudaShards
 from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
 from tgi_asgi.runner.handoff import MAX_IN_FLIGHT, PendingStep, StepHandoff
@@ -57,19 +58,20 @@ class _Launched:
     """A step in flight on the device."""
 
     result: StepResult  # complete except for the sampled tokens and the vectors
-    event: Event
-    samples: SampleResult | None  # the host's copy, valid once `event` has passed
-    sampling: list[int]  # plan rows that sample
-    sample_rows: list[int]  # for each of these, its row in `samples`
-    slots: list[int]  # their slots
+    event: Event  # once it has passed, samples and vectors can be collected
     vectors: StepVectors | None = None  # of rows that pool
+    samples: FetchedSamples | None = None
+    sampling: Sequence[int] = ()  # plan rows that sample
+    sample_rows: Sequence[int] = ()  # for each of these, its row in `samples`
+    slots: Sequence[int] = ()  # their slots
 
 
 @dataclass(frozen=True, slots=True)
 class _Staging:
     """Pinned memory for one step in flight."""
 
-    inputs: Tensor
+    inputs: Tensor  # [n_bytes] uint8
+    array: npt.NDArray[np.uint8]  # the same memory
     sampling: SampleStaging
 
 
@@ -114,9 +116,7 @@ class CudaRunner:
         self.num_threads = 0
         self.progress: int | None = None
         self._device, self._shards, self._adapters = device, shards, adapters
-        self._is_batch_invariant = types.is_batch_invariant
         self._choose = choose
-        self._prompt_lens = [0] * limits.max_batch_size  # by slot
         self._sampler = CudaSampler(limits.max_batch_size, model.config.vocab_size, max_top, device)
         self._has_logits, self._generates = has_logits, has_logits and model.config.generates
         self._steps = CudaSteps(
@@ -129,12 +129,13 @@ class CudaRunner:
         self._scorer = PromptScorer(
             self._logits_of, token_logprobs, torch.clone, max_rows=limits.max_batch_size
         )
-        self._no_ids = np.zeros(limits.max_batch_size, np.int32)
         self._staging = [
-            _Staging(device.pinned(limits.largest.num_bytes), self._sampler.staging())
-            for _ in range(MAX_IN_FLIGHT)
+            _Staging(inputs, inputs.numpy(), self._sampler.staging())
+            for inputs in (device.pinned(limits.largest.num_bytes) for _ in range(MAX_IN_FLIGHT))
         ]
         self._num_launched = 0
+        # With at most two steps in flight, the step before the last has passed its event.
+        self._events = itertools.cycle([device.event() for _ in range(MAX_IN_FLIGHT)])
         self._handoff = StepHandoff()
         self._launched: queue.SimpleQueue[tuple[PendingStep, _Launched | Exception] | None] = (
             queue.SimpleQueue()
@@ -165,6 +166,7 @@ class CudaRunner:
             max_rows=limits.max_batch_size,
             max_tokens=limits.max_step_tokens,
         )
+        self._rows = DeviceRows(StepRow, self._inputs.limits, types.is_batch_invariant)
         self._waiter.start()
 
     @property
@@ -243,7 +245,8 @@ class CudaRunner:
         """Launch a step. A step that raises has sampled nothing: its rows can be run again."""
         if self._lost is not None:
             raise self._lost
-        self._inputs.check(plan)
+        if plan.starts or plan.copies:
+            self._inputs.check(plan)
         if plan.copies:
             with self._together(Copies(plan.copies)):
                 self._steps.copy_blocks(plan.copies)
@@ -252,115 +255,97 @@ class CudaRunner:
             self._sampler.start(start)
             self._scorer.forget(start.slot)
             self._vectors.forget(start.slot)
-            self._prompt_lens[start.slot] = len(start.prompt_ids)
+            self._rows.start(start.slot, len(start.prompt_ids))
+        waits = had_grammars or self._sampler.has_grammars  # for the tokens that earlier steps sample
         result = StepResult(plan.step_id, [None] * len(plan.rows))
+        event = next(self._events)
         if not plan.rows:
-            self._start_grammars(plan, had_grammars)
-            return _Launched(result, self._device.record(), None, [], [], [])
+            self._start_grammars(plan, waits)
+            self._device.submit([event])
+            return _Launched(result, event)
         staging = self._staging[self._num_launched % MAX_IN_FLIGHT]
-        sampling = self._sampling(plan.rows, result)
-        slots = [plan.rows[index].slot for index in sampling]
         shape, layout = self._fill(plan.rows, staging)
-        with self._together(shape, staging.inputs[: shape.num_bytes]):
-            self._steps.upload(shape, staging.inputs)
-            graphs = self._steps.graphs_of(shape)
-            self._num_launched += 1  # the device reads this staging even if the step fails below
-            graphs.forward()
-        vectors = self._vectors.take(plan.rows, layout)
-        self._score(plan, layout, result)
-        self._start_grammars(plan, had_grammars)
-        samples = None
-        if slots:
-            self._sampler.upload_masks(slots, staging.sampling)
-            graphs.sample()
-            samples = self._sampler.fetch(slots, shape.num_rows, staging.sampling)
-        sample_rows = [layout.logits_rows[index] for index in sampling]
-        return _Launched(result, self._device.record(), samples, sampling, sample_rows, slots, vectors)
+        self._num_launched += 1  # the device reads this staging even if the step fails below
+        graphs, read, vectors = self._steps.graphs_of(shape), self._rows, None
+        commands: list[Command] = [*self._steps.upload(shape, staging.inputs), graphs.forward]
+        # Usually all is submitted at once. Here the host needs the forward pass first, or works meanwhile.
+        if waits or read.has_vectors or read.is_scored or self._shards is not None:
+            with self._together(shape, staging.inputs[: shape.num_bytes]):
+                self._device.submit(commands)
+            commands = []
+            vectors = self._vectors.take(plan.rows, layout)
+            self._score(plan, layout, result)
+        self._start_grammars(plan, waits)
+        sampling, samples = self._sampling(result), None
+        slots = read.sampling_slots if sampling else []
+        if sampling:
+            samples = self._sampler.samples(slots, shape.num_rows, staging.sampling)
+            commands += [*self._sampler.masks(slots, staging.sampling), graphs.sample, samples.copy]
+        self._device.submit([*commands, event])
+        return _Launched(result, event, vectors, samples, sampling, layout.logits_rows(sampling), slots)
 
-    def _sampling(self, rows: list[StepRow], result: StepResult) -> list[int]:
+    def _sampling(self, result: StepResult) -> list[int]:
         """Return the rows that sample; if the model generates nothing, answer the engine's probe at once."""
-        sampling = [index for index, row in enumerate(rows) if row.samples and row.pooling is None]
+        sampling = self._rows.sampling
         if self._generates:
             return sampling
         for index in sampling:
             result.sampled[index] = Sampled(0)
         return []
 
-    def _start_grammars(self, plan: StepPlan, had_grammars: bool) -> None:
-        """Set slots' grammars, after waiting for earlier steps, whose sampled tokens advance them."""
-        if had_grammars or self._sampler.has_grammars:
+    def _start_grammars(self, plan: StepPlan, waits: bool) -> None:
+        """Set slots' grammars; `waits`: after earlier steps, whose sampled tokens advance the grammars."""
+        if waits:
             with self._delivered:
                 self._delivered.wait_for(lambda: self._num_undelivered == 0)
         for start in plan.starts:
             self._sampler.start_grammar(start)
 
     def _fill(self, rows: list[StepRow], staging: _Staging) -> tuple[StepShape, StepLayout]:
-        """Write a step's inputs; return their shape and their layout."""
-        num_decodes = next((i for i, row in enumerate(rows) if not self._is_decode(row)), len(rows))
-        if any(row.token_ids is None for row in rows[num_decodes:]):
-            raise PlanError("a row that decodes comes after a chunk of a prompt")
-        adapters, plain = None, rows
-        if any(row.adapter is not None for row in rows):
-            adapters = self._place_adapters(rows)
-            # The extension takes a CPU's adapters only; these rows are just for the other inputs.
-            plain = [row if row.adapter is None else replace(row, adapter=None) for row in rows]
-        batch = self._inputs.fill(plain, self._no_ids)
-        layout = self._layout(rows, num_decodes, batch.query_start[1:].tolist())
-        shape = replace(
-            layout.shape,
-            num_columns=batch.block_tables[0].shape[1],
-            has_adapters=adapters is not None,
-        )
-        from_slot = [row.slot if row.token_ids is None else -1 for row in rows[:num_decodes]]
-        mask_rows = self._sampler.mask_rows(layout.logits_slots)
-        HostInputs.view(staging.inputs.numpy(), shape).fill(
-            batch, from_slot, layout.logits_tokens, layout.logits_slots, mask_rows, adapters
-        )
+        """Write a step's inputs; return their shape and their layout.
+
+        Raises:
+            PlanError: if a row names something that does not exist, or a row that decodes comes after a chunk
+                of a prompt.
+        """
+        self._rows.read(rows)
+        adapters = self._place_adapters(rows) if self._rows.has_adapters else []
+        layout = self._layout(rows)
+        shape = layout.shape
+        masked = self._sampler.masked(self._rows.sampling_slots) if self._sampler.has_grammars else []
+        self._rows.write(staging.array, shape.sections.firsts, shape.sizes, layout.needing, masked, adapters)
         return shape, layout
 
-    def _layout(self, rows: list[StepRow], num_decodes: int, ends: list[int]) -> StepLayout:
+    def _layout(self, rows: list[StepRow]) -> StepLayout:
         """Lay a step out for a graph that fits it, unless its prompts are scored: these need more logits.
 
         Raises:
             PlanError: if a row's vector is of logits, which steps do not compute.
         """
-        needing = [
-            index
-            for index, row in enumerate(rows)
-            if row.samples and (row.pooling is None or row.pooling.kind is PoolingKind.LOGITS)
-        ]
-        if not self._has_logits:
-            if any(rows[index].pooling is not None for index in needing):
+        read = self._rows
+        needing = read.sampling
+        if read.has_vectors:
+            of_logits = [
+                index
+                for index, row in enumerate(rows)
+                if row.samples and row.pooling is not None and row.pooling.kind is PoolingKind.LOGITS
+            ]
+            if of_logits and not self._has_logits:
                 raise PlanError("a vector of logits, from a runner without logits")
-            needing = []
-        is_scored = any(row.prompt_logprobs is not None for row in rows)
-        prompts = [(row.num_tokens, row.start + row.num_tokens) for row in rows[num_decodes:]]
-        shape = None if is_scored else self._steps.padded(num_decodes, prompts)
+            needing = sorted((*needing, *of_logits))
+        shape = None if read.is_scored else self._steps.padded(read.num_decodes, read.prompt_lens)
         if shape is None:
-            return plain_layout(rows, needing, num_decodes, ends)
-        return graph_layout(shape, rows, needing, num_decodes, ends)
+            return plain_layout(read, needing if self._has_logits else [])
+        return graph_layout(shape, read)
 
-    def _place_adapters(self, rows: list[StepRow]) -> npt.NDArray[np.int32]:
-        """Bring the rows' adapters to the device; return the slot of each token's, -1 for none."""
-        slots: dict[CudaAdapter | None, int] = dict.fromkeys((row.adapter for row in rows), -1)
-        wanted = [adapter for adapter in slots if adapter is not None]
+    def _place_adapters(self, rows: list[StepRow]) -> list[int]:
+        """Bring the rows' adapters to the device; return the place of each row's, -1 for none."""
+        places: dict[CudaAdapter | None, int] = dict.fromkeys((row.adapter for row in rows), -1)
+        wanted = [adapter for adapter in places if adapter is not None]
         if self._adapters is None:
             raise PlanError("a row has an adapter, but the runner none")
-        slots.update(zip(wanted, self._adapters.place(wanted), strict=True))
-        return np.repeat(
-            np.array([slots[row.adapter] for row in rows], np.int32), [row.num_tokens for row in rows]
-        )
-
-    def _is_decode(self, row: StepRow) -> bool:
-        """Return whether decode attention may compute the row.
-
-        Decode and prefill attention add in different orders. For batch invariance, prompt tokens must not use
-        decode attention, since chunking decides whether a single one is left for a step of its own.
-        """
-        if row.token_ids is None:
-            return True
-        is_prompt = row.start < self._prompt_lens[row.slot]
-        return row.num_tokens == 1 and not (self._is_batch_invariant and is_prompt)
+        places.update(zip(wanted, self._adapters.place(wanted), strict=True))
+        return [places[row.adapter] for row in rows]
 
     def _score(self, plan: StepPlan, layout: StepLayout, result: StepResult) -> None:
         """Score the prompts of the rows that request it; then recompute the logits to sample from."""
@@ -401,7 +386,7 @@ class CudaRunner:
             if self._shards is not None:
                 self._shards.check()
             if launched.samples is not None:
-                rows: list[Sampled] = unpack(launched.samples)
+                rows: list[Sampled] = unpack(launched.samples.collect())
                 sampled = [rows[index] for index in launched.sample_rows]
                 self._sampler.accept(launched.slots, sampled)
                 for index, each in zip(launched.sampling, sampled, strict=True):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tgi_asgi.ops import FlatRows
 from tgi_asgi.ops.cuda_batch import CudaBatch
 from tgi_asgi.ops.cuda_sample_state import DeviceSamples
 from tgi_asgi.ops.sample import SampleResult
@@ -42,23 +41,28 @@ class _Sections:
 
     all: tuple[_Section, ...]
     num_bytes: int
+    firsts: npt.NDArray[np.int64]  # of all, and the byte behind the last
 
     @classmethod
     def of(cls, arrays: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> _Sections:
         """Lay out arrays, given as names, shapes and types."""
-        placed, first = [], 0
+        placed, first, firsts = [], 0, [0]
         for name, shape, dtype in arrays:
             count = torch.Size(shape).numel() * dtype.itemsize
             placed.append(_Section(name, shape, dtype, first, count))
             first += -(-count // _ALIGNMENT) * _ALIGNMENT
-        return cls(tuple(placed), first)
+            firsts.append(first)
+        return cls(tuple(placed), first, np.array(firsts))
 
     def tensors(self, memory: Tensor) -> dict[str, Tensor]:
         """Return the arrays in memory [num_bytes or more] uint8."""
-        return {
-            part.name: memory[part.first : part.first + part.num_bytes].view(part.dtype).view(part.shape)
-            for part in self.all
-        }
+        views = {dtype: memory[: self.num_bytes].view(dtype) for dtype in {part.dtype for part in self.all}}
+        found = {}
+        for part in self.all:
+            first, size = part.first // part.dtype.itemsize, part.num_bytes // part.dtype.itemsize
+            flat = views[part.dtype][first : first + size]
+            found[part.name] = flat if len(part.shape) == 1 else flat.view(part.shape)
+        return found
 
     def arrays(self, memory: _Array) -> dict[str, _Array]:
         """Return the arrays in the host's memory; numpy's take a tenth of the time of torch's tensors."""
@@ -67,8 +71,7 @@ class _Sections:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class StepShape:
+class StepShape(NamedTuple):
     """Sizes of a step's inputs."""
 
     num_tokens: int
@@ -82,17 +85,34 @@ class StepShape:
 
     @property
     def sections(self) -> _Sections:
-        return _step_sections(
-            self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes, self.num_columns
-        )
+        """The inputs, without the block tables, which are uploaded behind them."""
+        return _step_sections(self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes)
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row of the uploaded block tables."""
+        return self.num_columns * torch.int32.itemsize
 
     @property
     def num_bytes(self) -> int:
-        return self.sections.num_bytes
+        """Size of what is uploaded."""
+        return self.sections.num_bytes + self.num_sequences * self.row_bytes
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """The sizes of the inputs, as `DeviceRows.write` takes them."""
+        return self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes, self.num_columns
 
     @property
     def num_prompts(self) -> int:
         return self.num_sequences - self.num_decodes
+
+    def of_rows(self, num_columns: int, has_adapters: bool) -> StepShape:
+        """Return the shape of a step in this graph's shape."""
+        return StepShape(
+            self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes, self.max_query_len,
+            num_columns, has_adapters=has_adapters,
+        )  # fmt: skip
 
     @property
     def graph(self) -> tuple[int, ...]:
@@ -104,7 +124,8 @@ class StepShape:
 
 
 @functools.lru_cache(4096)  # steps of the same shape follow each other
-def _step_sections(t: int, s: int, r: int, decodes: int, columns: int) -> _Sections:
+def _step_sections(t: int, s: int, r: int, decodes: int) -> _Sections:
+    """Lay out the inputs, in the order of `DeviceInput` in csrc/bindings/device_rows.h."""
     return _Sections.of(
         [
             ("slots", (t,), torch.int64),
@@ -117,7 +138,6 @@ def _step_sections(t: int, s: int, r: int, decodes: int, columns: int) -> _Secti
             ("rows", (r,), torch.int32),
             ("row_slots", (r,), torch.int32),
             ("mask_rows", (r,), torch.int32),
-            ("block_table", (s, columns), torch.int32),
         ]
     )
 
@@ -137,7 +157,6 @@ class StepBuffers:
     rows: Tensor  # [n_rows] int32: tokens whose logits are computed
     row_slots: Tensor  # [n_rows] int32: sampling slots; -1: none
     mask_rows: Tensor  # [n_rows] int32: rows of the grammar masks; -1: none
-    block_table: Tensor  # [n_sequences, n_columns] int32
 
     @classmethod
     def view(cls, memory: Tensor, shape: StepShape) -> StepBuffers:
@@ -158,69 +177,6 @@ class StepBuffers:
             block_tables[: self.shape.num_sequences], self.shape.num_decodes, self.shape.max_query_len,
             self.shape.prompt_lens, self.adapters if self.shape.has_adapters else None,
         )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class HostInputs:
-    """A step's inputs in pinned memory; the arrays are those of `StepBuffers`."""
-
-    shape: StepShape
-    slots: _Array
-    ids: _Array
-    positions: _Array
-    adapters: _Array
-    query_start: _Array
-    context_len: _Array
-    from_slot: _Array
-    rows: _Array
-    row_slots: _Array
-    mask_rows: _Array
-    block_table: _Array
-
-    @classmethod
-    def view(cls, memory: _Array, shape: StepShape) -> HostInputs:
-        """Lay the inputs out in memory [num_bytes] uint8."""
-        return cls(shape, **shape.sections.arrays(memory))
-
-    def fill(
-        self,
-        batch: FlatRows,
-        from_slot: Sequence[int],
-        rows: Sequence[int],
-        row_slots: Sequence[int],
-        mask_rows: Sequence[int],
-        adapters: npt.NDArray[np.int32] | None,
-    ) -> None:
-        """Write a batch of at most this shape; the rest becomes padding. No `adapters`: no token has one.
-
-        The first `len(from_slot)` sequences decode; the others are placed where the shape's other sequences
-        begin.
-        """
-        decodes, first, r = len(from_slot), self.shape.num_decodes, len(rows)
-        (table,) = batch.block_tables  # one table for all layers
-        for target, values, padding in (
-            (self.slots, batch.slots, -1),
-            (self.ids, batch.ids, 0),
-            (self.positions, batch.positions, 0),
-            (self.context_len, batch.context_len, 0),
-            (self.block_table[:, : table.shape[1]], table, 0),
-        ):
-            behind = first + len(values) - decodes
-            target[:decodes], target[decodes:first] = values[:decodes], padding
-            target[first:behind], target[behind:] = values[decodes:], padding
-        self.adapters.fill(-1)
-        if adapters is not None:
-            self.adapters[:decodes] = adapters[:decodes]
-            self.adapters[first : first + len(adapters) - decodes] = adapters[decodes:]
-        # No kernel reads the entries of decoding sequences.
-        starts = batch.query_start[decodes:] + (first - decodes)
-        self.query_start[:first] = 0
-        self.query_start[first : first + len(starts)] = starts
-        self.query_start[first + len(starts) :] = starts[-1]
-        self.from_slot[:decodes], self.from_slot[decodes:] = from_slot, -1
-        self.rows[:r], self.rows[r:] = rows, 0
-        self.row_slots[:r], self.row_slots[r:] = row_slots, -1
-        self.mask_rows[:r], self.mask_rows[r:] = mask_rows, -1
 
 
 def result_bytes(num_rows: int, max_top: int) -> int:

@@ -1,4 +1,4 @@
-"""The device interface of the CUDA runner: kernels, pinned memory, events, graphs and free memory.
+"""The device interface of the CUDA runner: kernels, pinned memory, copies, events, graphs and free memory.
 
 Tests substitute an emulated device here.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +24,28 @@ _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Event(Protocol):
-    """A point in the device's work."""
+    """A point in the device's work; submitting it again moves it."""
 
     def synchronize(self) -> None:
-        """Wait, without the GIL, until the device has reached the event."""
+        """Wait, without the GIL, until the device has reached the event; return at once if it is nowhere."""
+
+
+class Copy(NamedTuple):
+    """A copy between pinned memory and the device.
+
+    The source's rows of `num_bytes` lie one behind the other, from its byte `first` on. They are copied to
+    the beginnings of the target's rows; a single row may be longer than these.
+    """
+
+    target: Tensor
+    source: Tensor
+    num_bytes: int
+    num_rows: int = 1
+    first: int = 0
+
+
+# What a device does: a copy, an event that it reaches, a graph, or the launches of a Python call.
+Command = Copy | Event | Callable[[], None]
 
 
 class Device(Protocol):
@@ -50,11 +68,18 @@ class Device(Protocol):
     def pinned(self, num_bytes: int) -> Tensor:
         """Return host memory [num_bytes] uint8 that is copied to and from the device asynchronously."""
 
-    def record(self) -> Event:
-        """Record an event after everything called so far."""
+    def event(self) -> Event:
+        """Return a new event."""
+
+    def submit(self, commands: Sequence[Command]) -> None:
+        """Begin to do these in order, after everything called so far; does not wait for the device.
+
+        Raises:
+            Exception: what a call raises, or an error of the device; later commands are not submitted.
+        """
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Return a callable that does everything `call` does, at the cost of one launch.
+        """Return a command that does everything `call` does, at the cost of one launch.
 
         `call` uses fixed buffers and never waits for the device.
         """
@@ -80,6 +105,7 @@ class CudaDevice:
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
         self._stream = _cuda.Stream(self.device)
+        self._extension: Any = importlib.import_module("tgi_asgi._cuda")
         self._graph_memory: Any = None  # one pool: graphs run one at a time and share their temporary memory
         self._memory_share = 1.0
 
@@ -92,11 +118,17 @@ class CudaDevice:
         """Return pinned memory, as described in `Device.pinned`."""
         return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def record(self) -> Event:
-        """Record an event on the runner's stream."""
-        event: Event = _cuda.Event(blocking=True)
-        _cuda.current_stream().record_event(event)
+    def event(self) -> Event:
+        """Return an event of the extension."""
+        event: Event = self._extension.Event()
         return event
+
+    def submit(self, commands: Sequence[Command]) -> None:
+        """Submit to the thread's current stream, in one call without the GIL.
+
+        Each time that a thread releases the GIL it may have to wait 5 ms for it.
+        """
+        self._extension.submit(commands)
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
         """Capture a CUDA graph; a call before the capture lets libraries allocate what they need."""
@@ -109,7 +141,8 @@ class CudaDevice:
         ):
             call()
         self._graph_memory = self._graph_memory or graph.pool()
-        return graph.replay
+        replay: Callable[[], None] = self._extension.Graph(graph, graph.raw_cuda_graph_exec())
+        return replay
 
     def enter_thread(self) -> None:
         """Make the runner's stream current, after synchronising with work already on the device."""

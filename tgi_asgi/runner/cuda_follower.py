@@ -116,7 +116,7 @@ class Follower:
         steps.profile()
         shard.group.all_reduce_min(device.free_bytes())
         staging = [device.pinned(job.limits.largest.num_bytes) for _ in range(MAX_IN_FLIGHT)]
-        taken: list[Event] = [device.record() for _ in staging]
+        taken: list[Event] = [device.event() for _ in staging]
         num_steps = 0
         while (message := connection.recv()) is not None:
             match message:
@@ -125,9 +125,8 @@ class Follower:
                     num_steps += 1
                     taken[at].synchronize()  # the step before the last has read its inputs
                     connection.recv_bytes_into(staging[at].numpy())
-                    steps.upload(message, staging[at])
-                    taken[at] = device.record()
-                    steps.graphs_of(message).forward()
+                    upload = steps.upload(message, staging[at])
+                    device.submit([*upload, taken[at], steps.graphs_of(message).forward])
                 case Logits():
                     steps.head(message.rows)
                 case Copies():

@@ -109,7 +109,8 @@ class CudaPooler:
 
     def _logits_of(self, chosen: dict[int, tuple[int, ...]], layout: StepLayout) -> Floats:
         """Begin to copy the chosen logits of rows, all at once."""
-        of_rows = [layout.logits_rows[index] for index, ids in chosen.items() for _ in ids]
+        rows = dict(zip(chosen, layout.logits_rows(list(chosen)), strict=True))
+        of_rows = [rows[index] for index, ids in chosen.items() for _ in ids]
         ids = [token for each in chosen.values() for token in each]
         at = torch.tensor([of_rows, ids]).to(self._device.device, non_blocking=True)
         return self._fetch(self._program.logits[at[0], at[1]])

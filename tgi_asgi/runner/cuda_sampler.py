@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from tgi_asgi.ops.cuda_sample_state import CudaSampleState
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.runner.cuda_buffers import StepBuffers, host_result, result_bytes, view_result
-from tgi_asgi.runner.cuda_device import Device
+from tgi_asgi.runner.cuda_device import Copy, Device
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import Sampled, SlotStart
 from tgi_asgi.runner.sampling import start_slot
@@ -30,16 +31,33 @@ class SampleStaging:
     results: Tensor  # [n_bytes] uint8
 
 
+class FetchedSamples(NamedTuple):
+    """The samples of a step on the way to the host.
+
+    Attributes:
+        copy: The copy to the host, which comes after the sampling.
+    """
+
+    copy: Copy
+    num_rows: int
+    max_top: int
+
+    def collect(self) -> SampleResult:
+        """Return the samples; valid once the device has made the copy, until the next but one step."""
+        return host_result(self.copy.target.numpy(), self.num_rows, self.max_top)
+
+
 class CudaSampler:
     """The sampling state, grammars and buffers of all slots.
 
-        sampler.start(start)                               # for each slot start of a step
-        rows = sampler.mask_rows(row_slots)                # goes up with the step's inputs
-        sampler.start_grammar(start)                       # once the steps before are done
-        sampler.upload_masks(slots, staging)
-        sampler.sample(logits, buffers)                    # or its graph
-        samples = sampler.fetch(slots, num_rows, staging)  # valid once the device has got so far
-        sampler.accept(slots, unpack(samples))             # on the thread that waited for it
+        sampler.start(start)                             # for each slot start of a step
+        masked = sampler.masked(slots)                   # goes up with the step's inputs
+        sampler.start_grammar(start)                     # once the steps before are done
+        copies = sampler.masks(slots, staging)           # before sampling
+        sampler.sample(logits, buffers)                  # or its graph
+        samples = sampler.samples(slots, num_rows, staging)
+        samples.copy                                     # after sampling
+        sampler.accept(slots, unpack(samples.collect())) # on the thread that waited for it
 
     Args:
         max_top: Maximum number of log-probabilities that a slot can request besides its token's.
@@ -49,6 +67,7 @@ class CudaSampler:
         self.state = CudaSampleState(num_slots, vocab_size, device.device)
         self._grammars = SlotMasks(vocab_size)
         self._constrained: set[int] = set()  # slots with a grammar
+        self._listing: set[int] = set()  # slots that request top log-probabilities
         self._max_top = max_top
         self._device = device
         self._masks = torch.zeros(
@@ -77,27 +96,25 @@ class CudaSampler:
                 f"at most {self._max_top} top log-probabilities are kept, not {start.sampling.logprobs}"
             )
         start_slot(self.state, start)
-        if start.grammar is None:
-            self._constrained.discard(start.slot)
-        else:
-            self._constrained.add(start.slot)
+        _put_in(self._constrained, start.slot, start.grammar is not None)
+        _put_in(self._listing, start.slot, bool(start.sampling.logprobs))
 
     def start_grammar(self, start: SlotStart) -> None:
         """Set the slot's grammar, or none. All tokens sampled by earlier steps must have been accepted."""
         self._grammars.start(start)
 
-    def mask_rows(self, row_slots: Sequence[int]) -> list[int]:
-        """Return the mask row of each row of logits; -1: none."""
-        rows = {slot: row for row, slot in enumerate(self._bound(row_slots))}
-        return [rows.get(slot, -1) for slot in row_slots]
+    def masked(self, slots: Sequence[int]) -> list[int]:
+        """Return those slots that have a grammar, in the order of their masks."""
+        return [slot for slot in slots if slot in self._constrained] if self._constrained else []
 
-    def upload_masks(self, slots: Sequence[int], staging: SampleStaging) -> None:
-        """Compute the masks of those slots that have a grammar, and begin to copy them to the device."""
-        bound = self._bound(slots)
-        if bound:
-            masks = staging.masks[: len(bound)]
-            self._grammars.fill(bound, masks.numpy())
-            self._masks[: len(bound)].copy_(masks, non_blocking=True)
+    def masks(self, slots: Sequence[int], staging: SampleStaging) -> list[Copy]:
+        """Compute the masks of those slots that have a grammar; return the copies of them to the device."""
+        masked = self.masked(slots)
+        if not masked:
+            return []
+        masks = staging.masks[: len(masked)]
+        self._grammars.fill(masked, masks.numpy())
+        return [Copy(self._masks, masks, masks.nbytes)]
 
     def sample(self, logits: Tensor, buffers: StepBuffers) -> None:
         """Sample a token for each row of logits; capturable, as it uses fixed buffers and never waits."""
@@ -105,16 +122,19 @@ class CudaSampler:
         results = view_result(self._results, num_rows, self._max_top)
         self.state.sample(logits[:num_rows], buffers.row_slots, self._masks, buffers.mask_rows, results)
 
-    def fetch(self, slots: Sequence[int], num_rows: int, staging: SampleStaging) -> SampleResult:
-        """Begin to copy the last results to the host, without the top entries if no slot wants them."""
-        max_top = self._max_top if self.state.max_top(slots) > 0 else 0
-        count = result_bytes(num_rows, max_top)
-        staging.results[:count].copy_(self._results[:count], non_blocking=True)
-        return host_result(staging.results.numpy(), num_rows, max_top)
+    def samples(self, slots: Sequence[int], num_rows: int, staging: SampleStaging) -> FetchedSamples:
+        """Return the samples of a step, without the top entries if no slot requests them."""
+        max_top = self._max_top if self._listing and not self._listing.isdisjoint(slots) else 0
+        copy = Copy(staging.results, self._results, result_bytes(num_rows, max_top))
+        return FetchedSamples(copy, num_rows, max_top)
 
     def accept(self, slots: Iterable[int], sampled: Iterable[Sampled]) -> None:
         """Advance grammars by the sampled tokens, and mark samples that end or fail their sequences."""
         self._grammars.accept(slots, sampled)
 
-    def _bound(self, slots: Sequence[int]) -> list[int]:
-        return [slot for slot in slots if slot in self._constrained]
+
+def _put_in(slots: set[int], slot: int, is_in: bool) -> None:
+    if is_in:
+        slots.add(slot)
+    else:
+        slots.discard(slot)

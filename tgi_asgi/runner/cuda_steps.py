@@ -20,7 +20,7 @@ from tgi_asgi.ops.cuda_kv import CudaKvLayer, copy_cuda_blocks, make_cuda_pools
 from tgi_asgi.ops.cuda_linear import MAX_SKINNY_TOKENS
 from tgi_asgi.ops.cuda_shards import CudaShard
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
-from tgi_asgi.runner.cuda_device import Device
+from tgi_asgi.runner.cuda_device import Copy, Device
 
 # Decode-only batches are padded to one of these sizes; each size has graphs.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -90,7 +90,7 @@ def graph_shapes(limits: StepLimits, *, has_mixed: bool, has_logits: bool = True
                 rows = size + prompts
                 shapes.append(StepShape(size + tokens, rows, rows, size, tokens, 0))
     if not has_logits:
-        shapes = [replace(shape, num_rows=0) for shape in shapes]
+        shapes = [shape._replace(num_rows=0) for shape in shapes]
     return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_sequences))
 
 
@@ -113,9 +113,8 @@ class CudaSteps:
         steps.profile()
         steps.make_cache(num_blocks)
         steps.capture()
-        steps.upload(shape, pinned)
         graphs = steps.graphs_of(shape)
-        graphs.forward()
+        device.submit([*steps.upload(shape, pinned), graphs.forward])
         steps.program.logits
 
     Args:
@@ -152,9 +151,9 @@ class CudaSteps:
             prompt_attention=types.prompt_attention,
             has_float8_products=types.has_float8_products, shard=shard, adapters=adapters,
         )  # fmt: skip
-        self._inputs = torch.zeros(largest.num_bytes, dtype=torch.uint8, device=device.device)
-        # Fixed tables that graphs read. A step uploads only the columns that it has and copies them here;
-        # later columns are left from earlier steps and are past every sequence's end.
+        self._inputs = torch.zeros(largest.sections.num_bytes, dtype=torch.uint8, device=device.device)
+        # A step uploads only the columns that it has; later ones are left from earlier steps and are past
+        # every sequence's end.
         self._tables = torch.zeros(
             limits.max_batch_size, limits.max_blocks, dtype=torch.int32, device=device.device
         )
@@ -162,6 +161,7 @@ class CudaSteps:
         self._prompt_attention = types.prompt_attention
         has_mixed = types.prompt_attention in (PromptAttention.PAGED, PromptAttention.AUTO)
         self._shapes = graph_shapes(limits, has_mixed=has_mixed, has_logits=has_logits)
+        self._for_decodes = [self._smallest(size) for size in range(limits.max_batch_size + 1)]
         self._graphs: dict[tuple[int, ...], Graphs] = {}
         self._has_adapters = adapters is not None
 
@@ -174,7 +174,9 @@ class CudaSteps:
         buffers = StepBuffers.view(self._inputs, shape)
         buffers.clear()
         self._forward(buffers)
-        self._device.record().synchronize()
+        end = self._device.event()
+        self._device.submit([end])
+        end.synchronize()
 
     def make_cache(self, num_blocks: int) -> None:
         """Allocate the cache; must precede every capture."""
@@ -193,7 +195,7 @@ class CudaSteps:
             sample = calls.sample if self._sample is None else self._device.capture(calls.sample)
             self._graphs[shape.graph] = Graphs(forward, sample)
             if self._has_adapters:
-                adapted = replace(shape, has_adapters=True)
+                adapted = shape._replace(has_adapters=True)
                 forward = self._calls(StepBuffers.view(self._inputs, adapted)).forward
                 self._graphs[adapted.graph] = Graphs(self._device.capture(forward), sample)
 
@@ -209,12 +211,17 @@ class CudaSteps:
         Args:
             prompts: Tokens in the step, and in total, of each prompt.
         """
+        if not prompts:
+            return self._for_decodes[num_decodes]
         if self._needs_lengths(prompts):
             return None
-        tokens = sum(length for length, _ in prompts)
+        return self._smallest(num_decodes, len(prompts), sum(length for length, _ in prompts))
+
+    def _smallest(self, num_decodes: int, num_prompts: int = 0, num_tokens: int = 0) -> StepShape | None:
+        """Return the smallest graph shape for these decodes, and prompts with this many tokens in total."""
         for shape in self._shapes:
-            has_room = shape.num_decodes >= num_decodes and shape.num_prompts >= len(prompts)
-            if has_room and shape.num_tokens - shape.num_decodes >= tokens:
+            has_room = shape.num_decodes >= num_decodes and shape.num_prompts >= num_prompts
+            if has_room and shape.num_tokens - shape.num_decodes >= num_tokens:
                 return shape
         return None
 
@@ -237,13 +244,14 @@ class CudaSteps:
         """Copy blocks (from, to) of the cache as if simultaneously; no block is both source and target."""
         copy_cuda_blocks(self._kv, pairs)
 
-    def upload(self, shape: StepShape, staged: Tensor) -> None:
-        """Begin to copy a step's inputs to the device; `staged` is pinned and at least of their size."""
-        count, tables = shape.num_bytes, shape.sections.all[-1]
-        self._inputs[:count].copy_(staged[:count], non_blocking=True)
-        uploaded = self._inputs[tables.first : tables.first + tables.num_bytes].view(tables.dtype)
-        self._tables[: shape.num_sequences, : shape.num_columns].copy_(uploaded.view(tables.shape))
+    def upload(self, shape: StepShape, staged: Tensor) -> tuple[Copy, Copy]:
+        """Return the copies of a step's inputs to the device; `staged` is pinned and large enough."""
         self._shape = shape
+        num_bytes = shape.sections.num_bytes
+        return (
+            Copy(self._inputs, staged, num_bytes),
+            Copy(self._tables, staged, shape.row_bytes, shape.num_sequences, first=num_bytes),
+        )
 
     def graphs_of(self, shape: StepShape) -> Graphs:
         """Return the graphs of a step of this shape, or the plain calls if there are none."""

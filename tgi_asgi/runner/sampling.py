@@ -96,7 +96,9 @@ def unpack(result: SampleResult) -> list[Sampled]:
     ids: list[int] = result.token_ids.tolist()
     are_finite: list[bool] = result.is_finite.tolist()
     logprobs: list[float] = result.logprobs.tolist()
-    tops = unpack_top(result.top_ids.tolist(), result.top_logprobs.tolist(), result.num_top.tolist())
+    tops: list[list[tuple[int, float]]] = [[] for _ in ids]
+    if result.top_ids.shape[1] > 0:
+        tops = unpack_top(result.top_ids.tolist(), result.top_logprobs.tolist(), result.num_top.tolist())
     return [
         # NaN, the only value unequal to itself: the slot wants no log-probabilities, or the row has none.
         Sampled(token_id, logprob, top, is_finite)

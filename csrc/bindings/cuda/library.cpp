@@ -1,9 +1,11 @@
-// The module tgi_asgi._cuda. It contains `Program`, and importing it registers torch.ops.tgi_cuda.
-// This file declares the operator schemas, one per CUDA launcher in csrc/cuda/kernels.h. Outputs
-// are passed in and marked as mutated; such an operator returns nothing.
+// The module tgi_asgi._cuda. It contains `Program` and `submit`, and importing it registers
+// torch.ops.tgi_cuda. This file declares the operator schemas, one per CUDA launcher in
+// csrc/cuda/kernels.h. Outputs are passed in and marked as mutated; such an operator returns
+// nothing.
 #include <torch/library.h>
 
 #include "bindings/cuda/program.h"
+#include "bindings/cuda/submit.h"
 #include "cuda/dependent_launch.h"
 #include "cuda/kernels.h"
 
@@ -95,4 +97,7 @@ TORCH_LIBRARY(tgi_cuda, m) {
       &tgi::cuda::attention_workspace_bytes);
 }
 
-PYBIND11_MODULE(_cuda, module) { tgi::cuda::bind_program(module); }
+PYBIND11_MODULE(_cuda, module) {
+  tgi::cuda::bind_program(module);
+  tgi::cuda::bind_submit(module);
+}

@@ -7,9 +7,9 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
-#include <exception>
 #include <utility>
 
+#include "bindings/cuda/without_gil.h"
 #include "cuda/dependent_launch.h"
 
 namespace tgi::cuda {
@@ -294,17 +294,10 @@ std::vector<Tensor> unpack(const py::sequence& tensors) {
   return found;
 }
 
-// Re-raises an operator's exception as torch does, be it torch's own or a Python exception.
 void run(Program& program, const std::vector<int64_t>& sizes, const py::sequence& given) {
   const std::vector<Tensor> tensors = unpack(given);
   program.start(sizes, tensors);
-  try {
-    const py::gil_scoped_release release;
-    program.run(sizes, tensors);
-  } catch (...) {
-    torch::translate_exception_to_python(std::current_exception());
-    throw py::error_already_set();
-  }
+  without_gil([&] { program.run(sizes, tensors); });
 }
 
 }  // namespace

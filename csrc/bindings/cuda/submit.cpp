@@ -1,0 +1,156 @@
+#include "bindings/cuda/submit.h"
+
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cstdint>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "bindings/cuda/without_gil.h"
+
+namespace tgi::cuda {
+
+namespace py = pybind11;
+using at::Tensor;
+
+namespace {
+
+// An event without timing, whose waiters sleep. It is created when it is first recorded, on that
+// thread's device.
+class Event {
+ public:
+  Event() = default;
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  ~Event() {
+    if (event_ != nullptr) cudaEventDestroy(event_);
+  }
+
+  void record(cudaStream_t stream) {
+    if (event_ == nullptr) {
+      C10_CUDA_CHECK(
+          cudaEventCreateWithFlags(&event_, cudaEventBlockingSync | cudaEventDisableTiming));
+    }
+    C10_CUDA_CHECK(cudaEventRecord(event_, stream));
+  }
+
+  void synchronize() const {
+    if (event_ != nullptr) C10_CUDA_CHECK(cudaEventSynchronize(event_));
+  }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+struct Graph {
+  py::object owner;  // keeps `graph` alive
+  cudaGraphExec_t graph;
+};
+
+// Rows of `num_bytes`; a single one may be longer than the target's rows are apart.
+struct Copy {
+  void* target;
+  const void* source;
+  size_t num_bytes, num_rows, pitch;
+};
+
+struct Call {
+  PyObject* function;
+};
+
+using Command = std::variant<Copy, cudaGraphExec_t, Event*, Call>;
+
+const Tensor& tensor(PyObject* value) {
+  if (!THPVariable_Check(value)) throw py::type_error("a copy is between tensors");
+  return THPVariable_Unpack(value);
+}
+
+// Reads (target, source, num_bytes, num_rows, first), the `Copy` of runner/cuda_device.py.
+Copy read_copy(const py::tuple& values) {
+  if (values.size() != 5) throw py::type_error("a copy has five values");
+  const Tensor& target = tensor(values[0].ptr());
+  const Tensor& source = tensor(values[1].ptr());
+  const auto num_bytes = values[2].cast<int64_t>(), num_rows = values[3].cast<int64_t>(),
+             first = values[4].cast<int64_t>();
+  TORCH_CHECK(target.is_contiguous() && source.is_contiguous(), "copies are of contiguous tensors");
+  TORCH_CHECK(num_bytes >= 0 && num_rows >= 0 && first >= 0, "a copy has no negative sizes");
+  const auto available = static_cast<int64_t>(source.nbytes());
+  TORCH_CHECK(first + num_bytes * num_rows <= available, "bytes ", first, " to ",
+              first + num_bytes * num_rows, " are copied from ", available);
+  const auto room = static_cast<int64_t>(target.nbytes());
+  const int64_t pitch = target.dim() == 0 || target.size(0) == 0 ? 0 : room / target.size(0);
+  TORCH_CHECK(num_rows == 1 ? num_bytes <= room : num_bytes <= pitch && num_rows * pitch <= room,
+              num_rows, " rows of ", num_bytes, " bytes are copied to ", room, " bytes in rows of ",
+              pitch);
+  return {target.mutable_data_ptr(), static_cast<const uint8_t*>(source.const_data_ptr()) + first,
+          static_cast<size_t>(num_bytes), static_cast<size_t>(num_rows),
+          static_cast<size_t>(pitch)};
+}
+
+Command read(const py::handle& value) {
+  if (PyTuple_Check(value.ptr())) return read_copy(py::reinterpret_borrow<py::tuple>(value));
+  if (py::isinstance<Graph>(value)) return value.cast<const Graph&>().graph;
+  if (py::isinstance<Event>(value)) return value.cast<Event*>();
+  if (PyCallable_Check(value.ptr()) == 0) {
+    throw py::type_error("a command is a copy, a graph, an event or a function");
+  }
+  return Call{value.ptr()};
+}
+
+struct Submit {
+  cudaStream_t stream;
+
+  void operator()(const Copy& copy) const {
+    if (copy.num_rows == 1) {
+      C10_CUDA_CHECK(
+          cudaMemcpyAsync(copy.target, copy.source, copy.num_bytes, cudaMemcpyDefault, stream));
+    } else if (copy.num_bytes > 0 && copy.num_rows > 0) {
+      C10_CUDA_CHECK(cudaMemcpy2DAsync(copy.target, copy.pitch, copy.source, copy.num_bytes,
+                                       copy.num_bytes, copy.num_rows, cudaMemcpyDefault, stream));
+    }
+  }
+  void operator()(cudaGraphExec_t graph) const { C10_CUDA_CHECK(cudaGraphLaunch(graph, stream)); }
+  void operator()(Event* event) const { event->record(stream); }
+  void operator()(Call call) const {
+    const py::gil_scoped_acquire gil;
+    if (!py::reinterpret_steal<py::object>(PyObject_CallNoArgs(call.function))) {
+      throw python_error();
+    }
+  }
+};
+
+void submit(const py::sequence& commands) {
+  const py::tuple held(commands);  // whatever becomes of the sequence meanwhile
+  std::vector<Command> all;
+  all.reserve(held.size());
+  for (const py::handle& command : held) all.push_back(read(command));
+  without_gil([&] {
+    const Submit visitor = {c10::cuda::getCurrentCUDAStream().stream()};
+    for (const Command& command : all) std::visit(visitor, command);
+  });
+}
+
+}  // namespace
+
+void bind_submit(py::module_& module) {
+  py::class_<Event>(module, "Event").def(py::init<>()).def("synchronize", [](const Event& event) {
+    without_gil([&] { event.synchronize(); });
+  });
+  py::class_<Graph>(module, "Graph")
+      .def(py::init([](py::object owner, uintptr_t graph) {
+             return Graph{std::move(owner), reinterpret_cast<cudaGraphExec_t>(graph)};
+           }),
+           py::arg("owner"), py::arg("graph"))
+      .def("__call__", [](const Graph& graph) {
+        without_gil([&] { Submit{c10::cuda::getCurrentCUDAStream().stream()}(graph.graph); });
+      });
+  module.def("submit", submit, py::arg("commands"));
+}
+
+}  // namespace tgi::cuda

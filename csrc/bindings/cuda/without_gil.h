@@ -1,0 +1,23 @@
+// Calls without the GIL, whose exceptions are re-raised as torch does: be they torch's own,
+// Python's or C++'s.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
+
+#include <exception>
+
+namespace tgi::cuda {
+
+template <class Function>
+void without_gil(const Function& function) {
+  try {
+    const pybind11::gil_scoped_release release;
+    function();
+  } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
+    throw pybind11::error_already_set();
+  }
+}
+
+}  // namespace tgi::cuda

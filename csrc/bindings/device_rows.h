@@ -1,0 +1,134 @@
+// The rows of a CUDA runner's steps: read from a plan, each integer checked, and written to the
+// step's inputs in pinned memory (tgi_asgi/runner/cuda_buffers.py).
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "bindings/checks.h"
+#include "bindings/rows.h"
+
+namespace tgi {
+
+// The step's inputs, in the order in which they lie in its buffer.
+enum DeviceInput {
+  kInputSlots,
+  kInputIds,
+  kInputPositions,
+  kInputAdapters,
+  kInputQueryStart,
+  kInputContextLen,
+  kInputFromSlot,
+  kInputRows,
+  kInputRowSlots,
+  kInputMaskRows,
+  kInputBlockTable,
+  kNumInputs,
+};
+
+// Sizes of a step's inputs, which may be more than the rows need; the rest is padding.
+struct DeviceSizes {
+  int64_t num_tokens, num_sequences, num_logits, num_decodes, num_columns;
+};
+
+// The rows of the step that is being launched, and what stays the same from step to step: the
+// length of each slot's prompt, and its block table. A table's entries are Python integers; the
+// same objects as in the slot's last step are not converted again. Of 64 tables for 1,024 tokens
+// each, one step in 16 changes one entry.
+//
+// A step first reads its rows; then it chooses the sizes of its inputs and writes them.
+class DeviceRows {
+ public:
+  // `row_type`: the class of rows, whose attributes must be slots.
+  DeviceRows(const pybind11::type& row_type, const RowLimits& limits, bool is_batch_invariant);
+  ~DeviceRows();
+  DeviceRows(const DeviceRows&) = delete;
+  DeviceRows& operator=(const DeviceRows&) = delete;
+
+  // Assigns a slot to a sequence with a prompt of this length.
+  void start(int64_t slot, int64_t prompt_len);
+
+  // Reads a sequence of rows. Throws PlanError if one names something that does not exist, if two
+  // have the same slot, or if a row that decodes comes after one that does not.
+  void read(pybind11::handle rows);
+
+  // Writes the rows read last to `memory`.
+  //
+  // firsts: each input's first byte, [kNumInputs].
+  // needing: plan rows that have a row of logits; none: each sequence has one.
+  // masked: slots whose samples are masked, in the order of their masks.
+  // adapters: the place of each plan row's adapter, -1 for none; or empty.
+  void write(Array<uint8_t>& memory, const int64_t* firsts, const DeviceSizes& sizes,
+             const std::optional<std::vector<int64_t>>& needing, const std::vector<int32_t>& masked,
+             const std::vector<int32_t>& adapters) const;
+
+  // Of the rows read last:
+  int64_t num_tokens = 0;
+  int64_t num_decodes = 0;  // rows that decode attention computes; they come first
+  int64_t num_columns = 0;  // blocks of the longest sequence
+  bool has_adapters = false, has_vectors = false, is_scored = false;  // a row asks for it
+  std::vector<int64_t> sampling;                                      // rows that sample a token
+  std::vector<int64_t> sampling_slots;                                // their slots
+  // Of the rows that do not decode: tokens in the step, and in total.
+  std::vector<std::pair<int64_t, int64_t>> prompt_lens() const;
+  // The end of a row's tokens, without padding.
+  int64_t end(int64_t row) const { return rows_.at(static_cast<size_t>(row)).end; }
+
+ private:
+  enum Field {
+    kSlot,
+    kTokenIds,
+    kStart,
+    kBlockTables,
+    kSamples,
+    kPromptLogprobs,
+    kPooling,
+    kStop,
+    kAdapter,
+    kStates,
+    kNumFields,
+  };
+
+  struct Slot {
+    int64_t prompt_len = 0;
+    std::vector<PyObject*> entries;  // of the block table, as far as it was read; owned
+    std::vector<int32_t> blocks;     // their values
+  };
+
+  struct Row {
+    int32_t slot, start, num_tokens;
+    int64_t end;        // of its tokens, among those of all rows
+    size_t first_id;    // in ids_
+    bool is_from_slot;  // its token is the one that its slot sampled last
+    bool samples;       // a token
+  };
+
+  struct Inputs;
+
+  PyObject* field(PyObject* row, Field name) const;
+  void read_row(PyObject* item);
+  // Reads a row's tokens; returns the position after the last.
+  int64_t read_tokens(PyObject* token_ids, Row& row);
+  void read_table(PyObject* tables, Slot& slot, int64_t num_blocks);
+  void write_padding(const Inputs& inputs, const DeviceSizes& sizes) const;
+  void write_tokens(const Inputs& inputs, int64_t first, const Row& row,
+                    const std::vector<int32_t>& blocks, int32_t adapter) const;
+
+  PyTypeObject* row_type_;
+  std::array<Py_ssize_t, kNumFields> offsets_;  // of the fields in a row
+  RowLimits limits_;
+  bool is_batch_invariant_;
+  std::vector<Slot> slots_;
+  std::vector<bool> is_taken_;  // slots of the rows
+  std::vector<Row> rows_;
+  std::vector<int32_t> ids_;  // of rows that have them
+};
+
+void bind_device_rows(pybind11::module_& module);
+
+}  // namespace tgi

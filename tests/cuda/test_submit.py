@@ -1,0 +1,125 @@
+"""A step's copies, graphs and events: what is submitted in which order, and what is refused.
+
+CUDA's calls are those of tests/emulation/host: copies are made at once, a graph is a function.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.emulation import bindings, library
+from tgi_asgi.runner.cuda_device import Command, Copy
+
+
+@pytest.fixture(scope="module")
+def cuda() -> Any:
+    library.require()
+    bindings.install()
+    from tgi_asgi import _cuda
+
+    if not Path(str(_cuda.__file__)).is_relative_to(library.CACHE):
+        pytest.skip("the extension was built: its copies are a GPU's")
+    return _cuda
+
+
+def graph_of(cuda: Any, call: Any) -> Any:
+    """Return a graph that makes a call."""
+    function = ctypes.CFUNCTYPE(None)(call)
+    return cuda.Graph(function, ctypes.cast(function, ctypes.c_void_p).value)
+
+
+def test_commands_are_submitted_in_their_order(cuda: Any) -> None:
+    source, target = torch.arange(6, dtype=torch.uint8), torch.zeros(6, dtype=torch.uint8)
+    seen: list[tuple[str, list[int]]] = []
+
+    def note(name: str) -> Any:
+        return lambda: seen.append((name, target.tolist()))
+
+    event = cuda.Event()
+    event.synchronize()  # which is nowhere yet
+    commands: list[Command] = [
+        Copy(target, source, 2), note("call"), Copy(target, source, 4, first=2), event,
+        graph_of(cuda, note("graph")), Copy(target, source, 6), event,
+    ]  # fmt: skip
+    cuda.submit(commands)
+    event.synchronize()
+    assert seen == [("call", [0, 1, 0, 0, 0, 0]), ("graph", [2, 3, 4, 5, 0, 0])]
+    assert target.tolist() == [0, 1, 2, 3, 4, 5]
+    graph_of(cuda, note("alone"))()
+    assert seen[-1][0] == "alone"
+
+
+def test_rows_are_copied_to_the_beginnings_of_the_target_s(cuda: Any) -> None:
+    source, target = torch.arange(20, dtype=torch.int32), torch.full((4, 3), -1, dtype=torch.int32)
+    cuda.submit((Copy(target, source.view(torch.uint8), 8, num_rows=3, first=16),))
+    assert target.tolist() == [[4, 5, -1], [6, 7, -1], [8, 9, -1], [-1, -1, -1]]
+    cuda.submit([Copy(target, source, 20)])
+    assert target.flatten().tolist()[:6] == [0, 1, 2, 3, 4, -1], "a single row may be longer"
+    cuda.submit([Copy(target, source, 0, num_rows=4), Copy(target, source, 4, num_rows=0)])
+    assert target.flatten().tolist()[:6] == [0, 1, 2, 3, 4, -1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((9,), "to 8 bytes"),
+        ((5, 2), "rows of 4"),
+        ((2, 3), "3 rows of 2 bytes are copied to 8"),
+        ((8, 1, 9), "9 to 17 are copied from 16"),
+        ((-1,), "no negative"),
+        ((2, 2, -1), "no negative"),
+    ],
+)
+def test_a_copy_stays_within_both_tensors(cuda: Any, values: tuple[int, ...], message: str) -> None:
+    source, target = torch.ones(16, dtype=torch.uint8), torch.zeros(2, 4, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=message):
+        cuda.submit([Copy(target, source, 8), Copy(target, source, *values)])
+    assert not target.any(), "commands are checked before the first is submitted"
+
+
+def test_a_copy_is_of_whole_tensors(cuda: Any) -> None:
+    whole = torch.zeros(4, 4, dtype=torch.uint8)
+    for copy in (Copy(whole[:, :2], whole, 2, 2), Copy(whole, whole.T, 2, 2)):
+        with pytest.raises(RuntimeError, match="contiguous"):
+            cuda.submit([copy])
+
+
+@pytest.mark.parametrize("command", [3, (1, 2), (None, None, 1, 1, 0), "copy"])
+def test_anything_else_is_no_command(cuda: Any, command: Any) -> None:
+    with pytest.raises(TypeError):
+        cuda.submit([command])
+
+
+def test_what_fails_ends_the_submission(cuda: Any) -> None:
+    source, target = torch.ones(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
+
+    def fail() -> None:
+        raise KeyError("a call's own error")
+
+    with pytest.raises(KeyError, match="own error"):
+        cuda.submit([Copy(target, source, 1), fail, Copy(target, source, 4)])
+    assert target.tolist() == [1, 0, 0, 0]
+    with pytest.raises(RuntimeError, match="refused"):
+        cuda.submit([cuda.Graph(None, 0), Copy(target, source, 4)])
+    assert target.tolist() == [1, 0, 0, 0]
+
+
+def test_other_threads_run_meanwhile(cuda: Any) -> None:
+    """The graph waits for a thread that needs the GIL."""
+    begin, done = threading.Event(), threading.Event()
+
+    def answer() -> None:
+        begin.wait(60)
+        done.set()
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    cuda.submit([begin.set, graph_of(cuda, lambda: done.wait(60))])
+    thread.join()
+    assert done.is_set()
