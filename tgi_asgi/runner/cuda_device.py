@@ -141,7 +141,9 @@ class CudaDevice:
         ):
             call()
         self._graph_memory = self._graph_memory or graph.pool()
-        replay: Callable[[], None] = self._extension.Graph(graph, graph.raw_cuda_graph_exec())
+        replay: Callable[[], None] = graph.replay
+        if hasattr(graph, "raw_cuda_graph_exec"):  # later torch: submitted without the GIL
+            replay = self._extension.Graph(graph, graph.raw_cuda_graph_exec())
         return replay
 
     def enter_thread(self) -> None:
