@@ -141,7 +141,7 @@ def quantised(name: str, rows: int, columns: int) -> DeviceMatrix:
 def float8(rows: int, columns: int) -> DeviceMatrix:
     """Make a random matrix in FP8 with a scale per row, which products in FP8 can use."""
     codes = random_codes("fp8", rows, columns)
-    codes.scales.copy_(codes.scales[:, :1].clone())
+    codes.scales.copy_(codes.scales[:1].clone())
     return DeviceMatrix(codes, None)
 
 
@@ -151,7 +151,11 @@ def random_codes(name: str, rows: int, columns: int) -> CudaQuantMatrix:
     group, device = min(group, columns), gpu_timing.DEVICE
     most = 256 if bits == 4 else 120  # as FP8, larger codes would not be numbers
     codes = torch.randint(most, (rows, columns * bits // 8), dtype=torch.uint8, device=device)
-    scales = torch.rand(rows, columns // group, device=device) * (0.2 if bits == 4 else 0.02) * columns**-0.5
+    scales = (
+        torch.rand(columns // group, -(-rows // 16) * 16, device=device)
+        * (0.2 if bits == 4 else 0.02)
+        * columns**-0.5
+    )
     offsets = -8 * scales if has_offsets else None
     if name == "fp8":
         codes = codes.view(torch.float8_e4m3fn)

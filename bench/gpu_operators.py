@@ -329,7 +329,9 @@ def _quant_product(tokens: int, name: str) -> Measurement:
     sets += [random_codes(name, rows, columns) for _ in range(copies_past_l2(sets[0].nbytes) - 1)]
     a, out = random(tokens, columns), random(tokens, rows)
     calls: list[Call] = [
-        functools.partial(_kernels.quant_linear, a, w.codes, w.scales, w.offsets, None, w.bits, w.zero, out)
+        functools.partial(
+            _kernels.quant_linear, a, w.codes, w.scales, w.offsets, None, w.bits, w.zero, False, out
+        )
         for w in sets
     ]
     plain = [random(rows, columns) for _ in range(copies_past_l2(2 * rows * columns))]

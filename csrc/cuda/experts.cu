@@ -58,7 +58,7 @@ cudaError_t experts_product(const ExpertsProductParams& p, cudaStream_t stream) 
   // LaneRows has offsets of 32 bits.
   const int64_t size_of_expert = p.weight.num_rows / p.num_experts * p.weight.num_columns;
   const int64_t num_groups =
-      is_plain ? 0 : p.weight.num_rows * p.weight.num_columns / p.weight.group;
+      is_plain ? 0 : p.weight.scale_stride * (p.weight.num_columns / p.weight.group);
   if (size_of_expert >= 1 << 29 || num_groups >= int64_t{1} << 31) return cudaErrorInvalidValue;
   if (p.num_pairs == 0 || p.weight.num_rows == 0) return cudaSuccess;
   const int64_t tile = tile_pairs_of(p.num_pairs, p.num_experts, p.is_streamed != 0);

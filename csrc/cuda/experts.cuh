@@ -194,8 +194,8 @@ class LaneRows {
       exists_[k] = row + k % 2 * 8 + (rows.is_gated ? 0 : k / 2 * 16) < rows.columns;
     }
     const int64_t whole_row = expert * rows.count + row;
-    per_row_ = W::kHasGroups ? int(divide_narrow(stride_, p.weight.group)) : 0;
-    place_ = int(whole_row * per_row_);
+    row_ = int(whole_row);
+    scale_stride_ = int(p.weight.scale_stride);
     codes_ =
         static_cast<const uint8_t*>(p.weight.codes) + W::bytes_of(whole_row * stride_ + column_);
   }
@@ -215,10 +215,10 @@ class LaneRows {
   __device__ __forceinline__ void load_groups(const QuantMatrix& m, int column,
                                               typename W::Loaded (&out)[4]) const {
     const int from = column_ + column;
-    const int place = W::kHasGroups ? place_ + int(divide_narrow(from, m.group)) : 0;
+    const int place = W::kHasGroups ? int(divide_narrow(from, m.group)) * scale_stride_ + row_ : 0;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      out[k] = W::load(m, place + row_of(k) * per_row_, from < stride_ && exists_[k]);
+      out[k] = W::load(m, place + row_of(k), from < stride_ && exists_[k]);
     }
   }
 
@@ -226,7 +226,7 @@ class LaneRows {
   __device__ __forceinline__ int row_of(int k) const { return k % 2 * 8 + k / 2 * second_; }
 
   int stride_, second_, column_;
-  int per_row_, place_;  // groups of a row, and before the first row
+  int row_, scale_stride_;
   const uint8_t* codes_;
   bool exists_[4];
 };

@@ -190,13 +190,15 @@ cudaError_t linear(const LinearParams& p, cudaStream_t stream);
 // E2M1 with exponents as scales (E8M0). Codes are in column order, the first in the low bits.
 struct QuantMatrix {
   const void* codes;    // [num_rows, num_columns] of `bits` bits, 16-byte aligned
-  const void* scales;   // [num_rows, num_columns / group] float16, float32 or E8M0
+  const void* scales;   // [num_columns / group, scale_stride] float16, float32 or E8M0, 16-byte
+                        // aligned
   const void* offsets;  // the same, or null: none
   int64_t num_rows;
   int64_t num_columns;
-  int64_t group;  // columns per group; a multiple of 32 (4 bits) or 16 (8 bits) that divides
-                  // num_columns
-  int32_t bits;   // 4 or 8
+  int64_t group;         // columns per group; a multiple of 32 (4 bits) or 16 (8 bits) that divides
+                         // num_columns
+  int64_t scale_stride;  // num_rows or more, a multiple of 16
+  int32_t bits;          // 4 or 8
   int32_t zero;
   int32_t has_wide_scales;
   int32_t has_float_codes;  // 8 bits: E4M3, wide scales, no zero; 4 bits: E2M1, no zero, no offsets
@@ -209,6 +211,7 @@ struct QuantLinearParams {
   void* out;           // [num_tokens, num_rows] of type, or float32
   int64_t num_tokens;  // the codes are read again, from L2, for every 32 tokens
   int32_t is_wide;     // out is float32
+  int32_t is_added;    // add to out, which is float32
   Type type;
 };
 cudaError_t quant_linear(const QuantLinearParams& p, cudaStream_t stream);
@@ -221,17 +224,18 @@ struct DequantiseParams {
 cudaError_t dequantise(const DequantiseParams& p, cudaStream_t stream);
 
 // x as codes times scales, in the layout of torch's products of FP8: one scale per token, or per
-// 128 columns of each token.
+// 128 columns of each token, for a number of tokens that is a multiple of kTokenMultiple.
 struct QuantiseParams {
   const void* x;   // [num_tokens, num_columns] of type
   uint8_t* codes;  // [num_tokens, num_columns] E4M3, at multiples of 8 bytes
-  float* scales;   // [num_tokens], or [num_columns / 128, num_tokens]
+  float* scales;   // [num_tokens], or [num_columns / 128, num_tokens rounded up]
   int64_t num_tokens;
   int64_t num_columns;  // multiple of 8, at most kMaxQuantised; or a multiple of 128
   int32_t has_groups;
   Type type;
 };
 constexpr int64_t kMaxQuantised = 32768;
+constexpr int64_t kTokenMultiple = 4;
 cudaError_t quantise(const QuantiseParams& p, cudaStream_t stream);
 
 // Routed experts: `route` selects each token's experts, `experts_plan` sorts the (token, expert)

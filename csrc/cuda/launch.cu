@@ -66,6 +66,18 @@ int num_resident_blocks(size_t shared_bytes, int most) {
   return num_multiprocessors() * (fitting < 1 ? 1 : fitting < most ? fitting : most);
 }
 
+int shared_bytes_of_block(int blocks) {
+  thread_local int available = 0, reserved = 0, most = 0;
+  int device = 0;
+  if (available == 0 && cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  const int share = available / blocks - reserved;
+  return share < most ? share : most;
+}
+
 #endif
 
 }  // namespace tgi::cuda

@@ -50,6 +50,9 @@ int num_multiprocessors();
 // `most` per multiprocessor.
 int num_resident_blocks(size_t shared_bytes, int most);
 
+// Returns the dynamic shared memory that each of `blocks` blocks of a multiprocessor can have.
+int shared_bytes_of_block(int blocks);
+
 // Starts a kernel and returns the launch's own error.
 template <typename... Parameters>
 cudaError_t launch_as(bool is_dependent, void (*kernel)(Parameters...), dim3 grid, dim3 block,
@@ -126,7 +129,8 @@ __forceinline__ void wait_for_previous_kernel() { emu::wait_for_previous_kernel(
 __forceinline__ void allow_next_kernel() {}
 
 inline int num_multiprocessors() { return 3; }
-inline int num_resident_blocks(size_t, int) { return 3; }  // few, so that each has many items
+inline int num_resident_blocks(size_t, int) { return 3; }   // few, so that each has many items
+inline int shared_bytes_of_block(int) { return 72 << 10; }  // little, for many passes
 
 }  // namespace tgi::cuda
 

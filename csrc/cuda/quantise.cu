@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(kGroupThreads) quantise_groups_kernel(Quantise
   const int64_t token = blockIdx.x;
   const int64_t column = (int64_t{blockIdx.y} * kGroupThreads + threadIdx.x) * 8;
   const int64_t place = token * p.num_columns + column;
+  const int64_t padded = ceil_divide(p.num_tokens, kTokenMultiple) * kTokenMultiple;
   const bool exists = column < p.num_columns;
   Eight values = {};
   if (exists) values.load(static_cast<const Element*>(p.x) + place);
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kGroupThreads) quantise_groups_kernel(Quantise
   const float scale = Larger()(kMinScale, __fdividef(largest, kMaxCode));
   if (!exists) return;
   if (threadIdx.x % kGroupLanes == 0)
-    p.scales[divide_narrow(column, kGroup) * p.num_tokens + token] = scale;
+    p.scales[divide_narrow(column, kGroup) * padded + token] = scale;
   values.store(__fdividef(1.0f, scale), p.codes + place);
 }
 

@@ -132,7 +132,7 @@ class GpuDevice:
         _ops.linear(p.a, p.weight, p.bias, bool(p.is_added), p.out)
 
     def _quant_linear(self, p: Any) -> None:
-        _ops.quant_linear(p.a, p.codes, p.scales, p.offsets, p.bias, p.bits, p.zero, p.out)
+        _ops.quant_linear(p.a, p.codes, p.scales, p.offsets, p.bias, p.bits, p.zero, bool(p.is_added), p.out)
 
     def _dequantise(self, p: Any) -> None:
         _ops.dequantise(p.codes, p.scales, p.offsets, p.bits, p.zero, p.out)

@@ -47,6 +47,7 @@ class ScaledMmStandIn:
             assert scale_b.shape == (1, rows) and scale_a.is_contiguous() and scale_b.is_contiguous()
             assert use_fast_accum
         else:
+            assert tokens % 4 == 0 and columns % 512 == 0
             assert scale_a.shape == (tokens, columns // 128) and scale_a.t().is_contiguous()
             assert scale_b.shape == (columns // 128, rows // 128) and scale_b.t().is_contiguous()
             assert not use_fast_accum

@@ -365,7 +365,7 @@ def _broken(rows: int) -> None:
     ("kind", "bits", "of_layer"),
     [
         (StepKind(3, 48), 16, 9),
-        (StepKind(3, 48, "int4"), 4.5, 11),  # two more sums
+        (StepKind(3, 48, "int4"), 4.5, 9),
         (StepKind(3, 48, prompt=32), 16, 12),  # and attention of prompts
         (StepKind(3, 48, sampling="top-p"), 16, 9),
         (StepKind(2, 16, "q8_0", "fp8", 64, "greedy"), 8.5, 16),  # and four matrices decoded

@@ -170,7 +170,8 @@ class Stack:
         if name == "plain":
             values = torch.randn(num_experts * rows, columns).to(dtype)
             params: dict[str, Any] = {
-                "codes": device.tensor(values), "scales": None, "offsets": None, "group": 0, "bits": 16,
+                "codes": device.tensor(values), "scales": None, "offsets": None, "group": 0,
+                "scale_stride": 0, "bits": 16,
                 "zero": 0, "has_wide_scales": False, "has_float_codes": False,
                 "num_rows": num_experts * rows, "num_columns": columns,
             }  # fmt: skip

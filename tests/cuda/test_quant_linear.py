@@ -74,7 +74,8 @@ def weight_params(device: Device, matrix: CudaQuantMatrix) -> dict[str, Any]:
     bits, num_columns = matrix.bits, codes.shape[1] * 8 // matrix.bits
     return {
         "codes": codes, "scales": scales, "offsets": offsets, "num_rows": codes.shape[0],
-        "num_columns": num_columns, "group": num_columns // scales.shape[1], "bits": bits,
+        "num_columns": num_columns, "group": num_columns // scales.shape[0],
+        "scale_stride": scales.shape[1], "bits": bits,
         "zero": matrix.zero, "has_wide_scales": scales.dtype is torch.float32,
         "has_float_codes": codes.dtype is not torch.uint8 or scales.dtype is torch.uint8,
     }  # fmt: skip
@@ -89,6 +90,7 @@ def check_product(
     *,
     dtype: torch.dtype = torch.bfloat16,
     is_wide: bool = False,
+    is_added: bool = False,
     has_bias: bool = False,
 ) -> None:
     source, values = random_source(name, rows, columns)
@@ -96,11 +98,14 @@ def check_product(
     bias = device.tensor(torch.randn(rows)) if has_bias else None
     out_dtype = torch.float32 if is_wide else dtype
     out = device.empty((tokens, rows), out_dtype)
+    expected = a.double() @ values.double().T + (0 if bias is None else bias.double())
+    if is_added:
+        out.copy_(torch.randn(tokens, rows))
+        expected += out.double()
     device.run(
         "quant_linear", [out], **weight_params(device, repack([source])), a=a, bias=bias, out=out,
-        num_tokens=tokens, is_wide=is_wide, type=TYPES[dtype],
+        num_tokens=tokens, is_wide=is_wide, is_added=is_added, type=TYPES[dtype],
     )  # fmt: skip
-    expected = a.double() @ values.double().T + (0 if bias is None else bias.double())
     assert_close(out.float(), expected, length=columns if is_wide else 2, dtype=out_dtype)
 
 
@@ -131,9 +136,9 @@ def check_every_mxfp4(device: Device, dtype: torch.dtype) -> None:
 
 
 def test_mxfp4_stays_at_four_bits_and_a_byte_per_block() -> None:
-    source, _ = random_source("MXFP4", 24, 512)
+    source, _ = random_source("MXFP4", 32, 512)
     matrix = repack([source])
-    assert (matrix.bits, matrix.nbytes) == (4, 24 * 512 // 32 * 17)
+    assert (matrix.bits, matrix.nbytes) == (4, 32 * 512 // 32 * 17)
     assert matrix.nbytes == source.data.nbytes
 
 
@@ -160,20 +165,25 @@ def test_products_come_in_float32_and_float16_and_with_a_bias(device: Device) ->
     check_product(device, "Q4_K", 5, 10, 256, dtype=torch.float16, has_bias=True)
 
 
+@pytest.mark.parametrize("name", ["Q8_0", "INT4_128"])
+def test_products_are_added_to_float32(device: Device, name: str) -> None:
+    check_product(device, name, 3, 19, 384, is_wide=True, is_added=True, has_bias=True)
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "Q8_0", "INT4_128", "F8_128", "MXFP4"])
 def test_products_in_float16_equal_the_reference(device: Device, name: str) -> None:
     check_product(device, name, 5, 19, 768, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "INT4_128", "F8_128", "MXFP4"])
-def test_tall_blocks_and_tiles_of_more_tokens_equal_the_reference(device: Device, name: str) -> None:
-    """Matrices of 8,192 rows and more have blocks of another shape."""
-    for tokens, rows in ((12, 40), (8, 8200), (11, 8192), (35, 8201)):
+def test_tiles_of_more_tokens_equal_the_reference(device: Device, name: str) -> None:
+    """Blocks have one tile of rows or several; for 35 tokens, several passes over them."""
+    for tokens, rows in ((12, 40), (16, 200), (35, 201)):
         check_product(device, name, tokens, rows, 256)
         device.reset()
 
 
-@pytest.mark.parametrize(("name", "rows"), [("Q4_1", 8), ("INT4_128", 40), ("Q6_K", 8193)])
+@pytest.mark.parametrize(("name", "rows"), [("Q4_1", 8), ("INT4_128", 201), ("Q6_K", 129)])
 def test_a_row_has_the_same_bits_in_any_batch(device: Device, name: str, rows: int) -> None:
     columns = {"Q4_1": 352, "INT4_128": 1408, "Q6_K": 256}[name]
     matrix = weight_params(device, repack([random_source(name, rows, columns)[0]]))
@@ -182,8 +192,9 @@ def test_a_row_has_the_same_bits_in_any_batch(device: Device, name: str, rows: i
     for tokens in (1, 3, 8, 11, 35):
         out = device.empty((tokens, rows), torch.float32)
         device.run(
-            "quant_linear", [out], **matrix, a=a, bias=None, out=out, num_tokens=tokens, is_wide=True, type=0
-        )
+            "quant_linear", [out], **matrix, a=a, bias=None, out=out, num_tokens=tokens, is_wide=True,
+            is_added=False, type=0,
+        )  # fmt: skip
         results.append(out.clone())
     for result in results:
         assert torch.equal(result, results[-1][: len(result)])
@@ -194,7 +205,9 @@ def test_sources_are_stacked_by_rows() -> None:
     both = repack([first, second])
     assert both.shape == (5, 256)
     assert torch.equal(both.codes[:3], repack([first]).codes)
-    assert torch.equal(both.scales[3:], repack([second]).scales)
+    assert torch.equal(both.scales[:, 3:5], repack([second]).scales[:, :2])
+    assert both.scales.shape == (16, 16)
+    assert not both.scales[:, 5:].any()
 
 
 @pytest.mark.parametrize(
@@ -285,131 +298,162 @@ def fault(what: str, old: str, new: str, kind: str, file: str = "quant_linear.cu
     return Fault(what, file, old, new, kind, "quant_linear_bf16.cu")
 
 
+BEFORE_ACTIVATIONS = """  wait_for_previous_kernel();
+  const int num_chunks = Source<S>::num_chunks(p.weight, part);
+  Values<Element, S> values(p);
+  if (num_chunks > 0) values.load(0);
+"""
+QUEUE = "quant_linear_queue.cuh"
 FAULTS = [
-    fault(
-        "a row past the last is read",
-        "byte_ < end_byte_ && k * 8 < rows_left_",
-        "byte_ < end_byte_",
-        "bounds",
-    ),
+    fault("a row past the last is read", "is_inside && rows_left_ > 1", "is_inside", "bounds", QUEUE),
     fault(
         "a token past the last is read",
-        "first_token + token < p.num_tokens ? int(m_.num_columns) - column : 0",
-        "int(m_.num_columns) - column",
+        "token + j * 8 < p_.num_tokens",
+        "token + j * 8 < p_.num_tokens + 8",
         "bounds",
     ),
     fault(
         "codes past the end of the columns are read",
-        "byte_ < end_byte_ && k * 8 < rows_left_",
-        "k * 8 < rows_left_",
+        "!S::kHasTail || is_inside_;",
+        "S::kHasTail;",
         "bounds",
+        QUEUE,
     ),
     fault(
         "activations past the end of the columns are read",
-        "k * kColumns < columns_left_",
-        "columns_left_ != 0",
-        "bounds|result",
+        "!S::kHasTail || column",
+        "true || column",
+        "bounds",
+    ),
+    fault(
+        "activations past the end are not zeros",
+        ": uint4{};",
+        ": uint4{0x3f803f80u};",
+        "result",
     ),
     fault(
         "the queue is read before it is filled",
-        "async_wait<T::kStages - 2>()",
-        "async_wait<T::kStages - 1>()",
+        "async_wait<S::kStages - 2>()",
+        "async_wait<S::kStages - 1>()",
         "async",
     ),
     fault(
-        "the last steps commit no group",
-        "      source.copy_values(free_stage);\n    }\n    async_commit();",
-        "      source.copy_values(free_stage);\n    async_commit();\n    }",
+        "the last visits commit no group",
+        "        start_chunk();\n      }\n    }\n    async_commit();",
+        "        start_chunk();\n      }\n    async_commit();\n    }",
         "async",
+        QUEUE,
     ),
     fault(
-        "a stage is read before others have copied it",
-        "    __syncthreads();  // all see the stage, and none reads the one that is overwritten\n",
+        "a stage is read before other lanes have copied it",
+        "        __syncwarp();  // all see the stage, and none reads the one that is overwritten\n",
         "",
         "race|async|uninit",
     ),
     fault("the order of the slots is forgotten", "ahead ^ row / 2 ^ piece", "ahead ^ piece", "result"),
+    fault("the next group's scale", "min(group, last)", "min(group + 1, last)", "result", QUEUE),
+    fault("groups past the end are read", "min(group, last)", "min(group, last + 9)", "bounds", QUEUE),
+    fault("rows share a scale", "k < 2 ? scale.x : scale.y", "scale.x", "result"),
+    fault("the offset is taken off", "fmaf(k < 2 ? offset.x", "fmaf(k < 2 ? -offset.x", "result"),
     fault(
-        "the next group's scale", "min(group, num_groups_ - 1);", "min(group, num_groups_ - 1) + 1;", "bounds"
-    ),
-    fault(
-        "the offset is taken off",
-        "sum[0] = fmaf(offset[k], two.x",
-        "sum[0] = fmaf(-offset[k], two.x",
-        "result",
-    ),
-    fault("sums of activations are overwritten", "step % 2 * T::kPlainSums", "0 * step", "race"),
-    fault(
-        "the last offsets do not wait for the sums",
-        "  async_wait<0>();\n  __syncthreads();\n",
-        "  async_wait<0>();\n",
+        "sums of activations are overwritten",
+        "  __syncwarp();  // none reads those of the chunk before\n",
+        "",
         "race",
     ),
+    fault("parts are added too early", "    __syncthreads();\n    store", "    store", "race|uninit"),
     fault(
         "rows past the last are written",
         " || row >= p.weight.num_rows) continue",
         ") continue",
         "bounds|blocks|race",
     ),
-    fault(
-        "one part is left out", "int part = 0; part < T::kParts", "int part = 1; part < T::kParts", "result"
-    ),
+    fault("one part is left out", "int part = 0; part < kParts", "int part = 1; part < kParts", "result"),
     fault(
         "activations are read before the wait",
-        "if (i < num_steps) source.copy_codes(i);",
-        "if (i < num_steps) source.copy_codes(i), source.copy_values(i);",
-        "dependent|async",
+        BEFORE_ACTIVATIONS,
+        BEFORE_ACTIVATIONS.partition("\n")[2] + "  wait_for_previous_kernel();\n",
+        "dependent",
     ),
     fault("threads do not wait for the kernel before", "  wait_for_previous_kernel();\n", "", "dependent"),
     fault("pairs are swapped", "(word >> 4 * i)", "(word >> 4 * (i ^ 1))", "result", file="codes.cuh"),
+    fault(
+        "activations are not in their order",
+        "out[2] = pick_bytes(x[0], x[2], 0x7632u)",
+        "out[2] = pick_bytes(x[0], x[2], 0x5410u)",
+        "result",
+    ),
 ]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_planted_fault_is_caught(fault: Fault) -> None:
-    assert_caught(fault, lambda device: check_product(device, "Q4_1", 3, 11, 1280))
+    """Rows and columns end within a visit; the first parts have two chunks."""
+    assert_caught(fault, lambda device: check_product(device, "Q4_1", 3, 11, 1312))
 
 
-# Groups of 128 columns and more than two windows of scales and offsets, the last of them with one step.
-WINDOWS = [
+def check_passes(device: Device) -> None:
+    """Multiply by 44 tiles of rows: six blocks with seven or eight, whose sums take two passes."""
+    check_product(device, "INT4_128", 3, 700, 1152)
+
+
+PASSES = [
     fault(
-        "a window's scales are those of its first step",
-        "(step % Run * (kPieces / Run) + piece / Run)",
-        "(0 * step + piece / Run)",
+        "sums are cleared before they are read",
+        "    if (first + per_pass < tiles.count) __syncthreads();  // the sums are read\n",
+        "",
+        "race",
+    ),
+    fault(
+        "a pass begins with the activations past the last",
+        "values.load(ends_pass ? 0 : chunk + 1);",
+        "values.load(chunk + 1);",
+        "bounds|result",
+    ),
+    fault(
+        "a pass has the activations of the last chunk",
+        "if (!ends_pass || first + per_pass < tiles.count)",
+        "if (!ends_pass)",
         "result",
     ),
     fault(
-        "every window is the first",
-        "source.load_scales(i + Run, next_scales);",
-        "source.load_scales(0, next_scales);",
+        "a chunk has the activations of the one before",
+        "values.load(ends_pass ? 0 : chunk + 1);",
+        "values.load(chunk);",
         "result",
     ),
     fault(
-        "the last step of a window has the next one's offsets",
-        "p.weight, offsets, i - 1, sums);",
-        "p.weight, i % Run == 0 ? next_offsets : offsets, i - 1, sums);",
+        "tiles share scales",
+        "scales_ += tiles_.stride * (kTileRows * S::kGroupSlots);",
+        "scales_ += 0;",
         "result",
+        QUEUE,
     ),
     fault(
-        "groups past the end are read",
-        "min(group, num_groups_ - 1);",
-        "group;",
-        "bounds",
+        "a pass has the codes of the one before",
+        "chunk_ = 0, first_ += tiles_.per_pass;",
+        "chunk_ = 0;",
+        "result|async",
+        QUEUE,
     ),
+    fault("tiles share sums", "tile_sums += S::kTileSums", "tile_sums += 0", "result"),
 ]
 
 
-@pytest.mark.parametrize(("tokens", "rows", "columns"), [(3, 11, 4224), (17, 8192, 2176)])
-def test_scales_are_loaded_for_several_steps_at_a_time(
-    device: Device, tokens: int, rows: int, columns: int
-) -> None:
-    """Flat blocks, and the largest tiles of tall ones, which load their offsets late."""
-    check_product(device, "INT4_128", tokens, rows, columns)
+def test_blocks_pass_over_more_tiles_than_they_have_room_for(device: Device) -> None:
+    check_passes(device)
 
 
-@pytest.mark.parametrize("fault", WINDOWS, ids=str)
-def test_a_fault_in_a_window_of_scales_is_caught(fault: Fault) -> None:
-    assert_caught(fault, lambda device: check_product(device, "INT4_128", 3, 11, 4224))
+@pytest.mark.parametrize("fault", PASSES, ids=str)
+def test_a_fault_in_passes_is_caught(fault: Fault) -> None:
+    assert_caught(fault, check_passes)
+
+
+def test_a_sum_that_is_not_added_is_caught() -> None:
+    assert_caught(
+        fault("overwritten", "p.is_added ? *out + sum : sum", "sum", "result"),
+        lambda device: check_product(device, "Q8_0", 3, 19, 384, is_wide=True, is_added=True),
+    )
 
 
 @pytest.mark.parametrize(

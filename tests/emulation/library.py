@@ -92,13 +92,9 @@ class Variant:
         # One type of elements, too.
         types = "p.type == Type::kBfloat16 ? with_element(bf16()) : with_element(fp16())"
         changed["experts.cuh"] = changed["experts.cuh"].replace(types, f"with_element({self.element}())")
-        # One shape of blocks and one tile of tokens.
-        quant = changed["quant_linear.cuh"].replace(
-            "launch_shape<Element, Code, Tall>(p, stream)", "cudaSuccess"
-        )
-        changed["quant_linear.cuh"] = re.sub(r".*(launch_tile<.*, (?:16|32)>).*", "", quant).replace(
-            "if (p.num_tokens <= 8) return", "return"
-        )
+        # One tile of tokens.
+        quant = re.sub(r".*(launch_kernel<.*, (?:16|32), Run>).*", "", changed["quant_linear.cuh"])
+        changed["quant_linear.cuh"] = quant.replace("if (p.num_tokens <= 8) return", "return")
         return changed
 
 

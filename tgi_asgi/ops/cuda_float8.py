@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _kernels: Any = torch.ops.tgi_cuda
 GROUP = 128  # columns, and rows of weights, that share a scale
+_COLUMNS = 4 * GROUP  # cuBLAS reads the scales of blocks wrongly unless columns are a multiple of this
+_TOKENS = 4  # and multiplies only a multiple of them
 MAX_COLUMNS = 32768  # of activations with one scale per token
 _MULTIPLE = 16  # of rows and columns
 
@@ -52,15 +54,15 @@ def float8_matrix(matrix: CudaQuantMatrix) -> Float8Matrix | None:
         return None
     if rows % _MULTIPLE or columns % _MULTIPLE:
         return None
-    scales = matrix.scales
-    if columns <= MAX_COLUMNS and bool((scales == scales[:, :1]).all()):
-        return Float8Matrix(matrix.codes, scales[:, 0].contiguous())
-    if columns // scales.shape[1] != GROUP or rows % GROUP:
+    scales = matrix.scales  # [groups, rows]
+    if columns <= MAX_COLUMNS and bool((scales == scales[:1]).all()):
+        return Float8Matrix(matrix.codes, scales[0].contiguous())
+    if columns // scales.shape[0] != GROUP or rows % GROUP or columns % _COLUMNS:
         return None
-    blocks = scales.view(rows // GROUP, GROUP, -1)
-    if not bool((blocks == blocks[:, :1]).all()):
+    blocks = scales.view(scales.shape[0], rows // GROUP, GROUP)
+    if not bool((blocks == blocks[..., :1]).all()):
         return None
-    return Float8Matrix(matrix.codes, blocks[:, 0].contiguous())
+    return Float8Matrix(matrix.codes, blocks[..., 0].t().contiguous())
 
 
 class Float8Product:
@@ -77,8 +79,9 @@ class Float8Product:
     def multiply(self, launches: LaunchList, a: Tensor, out: Tensor, when: Condition) -> None:
         """Append the product of a's rows [max_rows, columns] to out [max_rows, rows], of a's dtype."""
         matrix, (max_rows, columns) = self._matrix, a.shape
-        count = max_rows * (columns // GROUP if matrix.has_groups else 1)
-        codes = Rows(self._scratch.buffer("codes", (max_rows, columns), torch.float8_e4m3fn), when.size)
+        padded = -(-max_rows // _TOKENS) * _TOKENS
+        count = padded * (columns // GROUP if matrix.has_groups else 1)
+        codes = Rows(self._scratch.buffer("codes", (padded, columns), torch.float8_e4m3fn), when.size)
         scales = self._scratch.buffer("scales of codes", (count,), torch.float32)
         launches.add("tgi_cuda::quantise", Rows(a, when.size), matrix.has_groups, codes, scales, when=when)
         launches.add(
@@ -90,16 +93,18 @@ class Float8Product:
 @functools.cache
 def can_multiply(device: torch.device, dtype: torch.dtype, *, has_groups: bool) -> bool:
     """Return whether torch multiplies FP8 with these scales here, by a trial with an odd number of tokens."""
-    tokens, size = 2 * GROUP + 5, 2 * GROUP
+    tokens, rows, columns = 2 * GROUP + 5, 2 * GROUP, _COLUMNS
+    padded = -(-tokens // _TOKENS) * _TOKENS
     generator = torch.Generator().manual_seed(0)
     a, weight = (
-        torch.randn(count, size, generator=generator).to(device, torch.float8_e4m3fn)
-        for count in (tokens, size)
+        torch.randn(count, columns, generator=generator).to(device, torch.float8_e4m3fn)
+        for count in (padded, rows)
     )
-    shape = (size // GROUP, tokens) if has_groups else (tokens,)
+    shape = (columns // GROUP, padded) if has_groups else (tokens,)
     scales = torch.rand(shape, generator=generator).to(device)
-    of_weight = torch.rand((2, 2) if has_groups else (size,), generator=generator).to(device)
-    out = torch.empty(tokens, size, dtype=dtype, device=device)
+    blocks = (rows // GROUP, columns // GROUP)
+    of_weight = torch.rand(blocks if has_groups else (rows,), generator=generator).to(device)
+    a, out = a[:tokens], torch.empty(tokens, rows, dtype=dtype, device=device)
     kind = "per 128 columns" if has_groups else "per row"
     try:
         _kernels.multiply_codes(a, scales.flatten(), weight, of_weight, out)
@@ -109,7 +114,7 @@ def can_multiply(device: torch.device, dtype: torch.dtype, *, has_groups: bool) 
         )
         return False
     if has_groups:
-        scales = scales.t().repeat_interleave(GROUP, 1)
+        scales = scales[:, :tokens].t().repeat_interleave(GROUP, 1)
         of_weight = of_weight.repeat_interleave(GROUP, 0).repeat_interleave(GROUP, 1)
     else:
         scales, of_weight = scales[:, None], of_weight[:, None]

@@ -20,8 +20,8 @@ MAX_SKINNY_TOKENS = 16
 # The same for quantised products; above it, the matrix is decoded for cuBLAS. Decoding and cuBLAS take 1.2 to
 # 1.3 times the kernel's time for 64 tokens and 4 bits, 1.0 to 1.1 for 8 bits; 0.6 to 0.9 times for 96.
 MAX_CODED_TOKENS = 64
-# The same if larger steps are multiplied in FP8: 41 us instead of the kernel's 69 for 32 tokens by 28,672 x 4,096,
-# 39 instead of 122 for 64; the kernel takes 38 for 16.
+# The same if larger steps are multiplied in FP8. That takes 41 us for 32 tokens by 28,672 x 4,096 and 39 for
+# 64; the kernel takes 36 for 16, 60 for 32 and 107 for 64.
 MAX_EXACT_TOKENS = 16
 
 
@@ -100,7 +100,7 @@ class QuantLinear:
     def multiply(self, launches: LaunchList, a: Tensor, out: Tensor, count: Size) -> None:
         """Write the product; see `CudaLinear.multiply`."""
         a, few, many = self._ordered(launches, a, count), *self._split(count)
-        self._multiply_codes(launches, a, out, count, few)
+        self._multiply_codes(launches, a, out, count, few, is_added=False)
         if many is None:
             return
         if self._float8 is not None:
@@ -110,10 +110,9 @@ class QuantLinear:
             _multiply(launches, a, plain, self._bias, out, self._scratch, many)
 
     def add(self, launches: LaunchList, a: Tensor, x: Tensor, product: Tensor, count: Size) -> None:
-        """Add the product; see `CudaLinear.add`."""
+        """Add the product; see `CudaLinear.add`. Codes use one kernel, which does not round it first."""
         a, few, many = self._ordered(launches, a, count), *self._split(count)
-        self._multiply_codes(launches, a, product, count, few)
-        launches.add("tgi_cuda::residual_add", Rows(product, count), 1.0, Rows(x, count), when=few)
+        self._multiply_codes(launches, a, x, count, few, is_added=True)
         if many is None:
             return
         if self._float8 is not None:
@@ -145,12 +144,13 @@ class QuantLinear:
         return ordered
 
     def _multiply_codes(
-        self, launches: LaunchList, a: Tensor, out: Tensor, count: Size, when: Condition | None
-    ) -> None:
+        self, launches: LaunchList, a: Tensor, out: Tensor, count: Size, when: Condition | None, *,
+        is_added: bool,
+    ) -> None:  # fmt: skip
         matrix = self._matrix
         launches.add(
             "tgi_cuda::quant_linear", Rows(a, count), matrix.codes, matrix.scales, matrix.offsets, self._bias,
-            matrix.bits, matrix.zero, Rows(out, count), when=when,
+            matrix.bits, matrix.zero, is_added, Rows(out, count), when=when,
         )  # fmt: skip
 
     def _decode(self, launches: LaunchList, when: Condition) -> Tensor:

@@ -24,6 +24,7 @@ from tgi_asgi.ops.tensors import plain_tensor
 from tgi_asgi.ops.weights import QkvWeight
 
 _kernels: Any = torch.ops.tgi_cuda
+SCALE_ROWS = 16  # the number of rows of scales is a multiple of it
 PIECE_BYTES = 8 << 20  # of a matrix, moved to the device at a time
 # Values of E2M1 codes, doubled, so that they are integers, and plus 12, so that none is negative.
 _E2M1 = torch.tensor([12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0], dtype=torch.uint8)
@@ -143,11 +144,12 @@ class CudaQuantMatrix:
     """A matrix with weights scale * (code - zero) + offset, one scale and offset per group of columns.
 
     Codes are integers, or floats without zero point and offsets: E4M3 if they are float8_e4m3fn, E2M1 if
-    scales are uint8. Such a scale is 2^(byte - 127), E8M0.
+    scales are uint8. Such a scale is 2^(byte - 127), E8M0. Kernels read a group's scales for 16 rows at once,
+    so their rows are padded with zeros to a multiple of 16.
     """
 
     codes: Tensor  # [rows, columns * bits / 8] uint8, or float8_e4m3fn
-    scales: Tensor  # [rows, columns / group] float16, or float32 if float16 would round, or uint8
+    scales: Tensor  # [columns / group, padded rows] float16, or float32 if float16 would round, or uint8
     offsets: Tensor | None  # the same shape and dtype
     shape: tuple[int, int]  # rows, columns
     bits: int  # 4 or 8
@@ -157,7 +159,7 @@ class CudaQuantMatrix:
     @property
     def kind(self) -> tuple[object, ...]:
         """What matrices must have in common to be rows of one."""
-        layout = (self.codes.dtype, self.scales.dtype, self.offsets is None, self.scales.shape[1])
+        layout = (self.codes.dtype, self.scales.dtype, self.offsets is None, self.scales.shape[0])
         return (*layout, self.shape[1], self.bits, self.zero)
 
     @property
@@ -210,7 +212,7 @@ def repack(sources: Sequence[WeightSource], device: torch.device | None = None) 
     target = device or torch.device("cpu")
     parts = [_repack_one(piece).to(target) for source in sources for piece in _pieces(source)]
     if len({source.format for source in sources}) > 1:
-        group = min(part.shape[1] // part.scales.shape[1] for part in parts)
+        group = min(part.shape[1] // part.scales.shape[0] for part in parts)
         parts = [_widened(part, group) for part in parts]
     order = None if sources[0].order is None else torch.from_numpy(sources[0].order).to(target)
     return _cat(parts, order)
@@ -234,13 +236,22 @@ def _cat(parts: Sequence[CudaQuantMatrix], order: Tensor | None = None) -> CudaQ
     first = parts[0]
     return CudaQuantMatrix(
         torch.cat([part.codes.view(torch.uint8) for part in parts]).view(first.codes.dtype),
-        torch.cat([part.scales for part in parts]),
-        None if first.offsets is None else torch.cat([cast(Tensor, part.offsets) for part in parts]),
+        _cat_rows([part.scales[:, : part.shape[0]] for part in parts]),
+        None
+        if first.offsets is None
+        else _cat_rows([cast(Tensor, part.offsets)[:, : part.shape[0]] for part in parts]),
         (sum(part.shape[0] for part in parts), first.shape[1]),
         first.bits,
         first.zero,
         order,
     )
+
+
+def _cat_rows(planes: Sequence[Tensor]) -> Tensor:
+    """Join scales or offsets [groups, rows] and pad their rows."""
+    num_rows = sum(plane.shape[1] for plane in planes)
+    padding = planes[0].new_zeros(planes[0].shape[0], -num_rows % SCALE_ROWS)
+    return torch.cat([*planes, padding], 1)
 
 
 def _pieces(source: WeightSource) -> Iterator[WeightSource]:
@@ -254,6 +265,7 @@ def _pieces(source: WeightSource) -> Iterator[WeightSource]:
 
 
 def _repack_one(source: WeightSource) -> CudaQuantMatrix:
+    """Convert a piece, without padding."""
     row = FORMATS[source.format]
     found = _C.repack_rows(source.data.reshape(-1), source.format, source.shape[1])
     codes, scales, offsets = (None if part is None else torch.from_numpy(part) for part in found)
@@ -261,8 +273,8 @@ def _repack_one(source: WeightSource) -> CudaQuantMatrix:
     dtype = torch.uint8 if row.is_float4 else torch.float16 if row.has_half_scales else torch.float32
     return CudaQuantMatrix(
         codes.view(torch.float8_e4m3fn) if row.is_float8 else codes,
-        scales.to(dtype),
-        None if offsets is None else offsets.to(dtype),
+        scales.T.to(dtype).contiguous(),
+        None if offsets is None else offsets.T.to(dtype).contiguous(),
         (source.shape[0], source.shape[1]),
         row.repacked_bits,
         row.repacked_zero,
@@ -272,8 +284,8 @@ def _repack_one(source: WeightSource) -> CudaQuantMatrix:
 def _widened(matrix: CudaQuantMatrix, group: int) -> CudaQuantMatrix:
     """Convert a matrix to 8-bit codes without zero point, with float32 scales and offsets of this group.
 
-    This is exact: scales have at most 18 bits of mantissa, codes at most eight, and a zero point is a power
-    of two.
+    Neither has padding. This is exact: scales have at most 18 bits of mantissa, codes at most eight, and a
+    zero point is a power of two.
     """
     rows, columns = matrix.shape
     codes = matrix.codes
@@ -288,6 +300,6 @@ def _widened(matrix: CudaQuantMatrix, group: int) -> CudaQuantMatrix:
     else:
         scales = matrix.scales.float()
         offsets = -matrix.zero * scales if matrix.offsets is None else matrix.offsets.float()
-    repeats = columns // scales.shape[1] // group
-    scales, offsets = (plane.repeat_interleave(repeats, dim=1) for plane in (scales, offsets))
+    repeats = columns // scales.shape[0] // group
+    scales, offsets = (plane.repeat_interleave(repeats, dim=0) for plane in (scales, offsets))
     return CudaQuantMatrix(codes, scales, offsets, matrix.shape, 8, 0)

@@ -116,7 +116,7 @@ QuantMatrix make_weight(const Tensor& weight, const std::optional<Tensor>& scale
   TORCH_CHECK(weight.size(1) % 8 == 0, "`weight` must have a multiple of 8 columns, got ",
               weight.size(1));
   return {
-      weight.const_data_ptr(), nullptr, nullptr, weight.size(0), weight.size(1), 0, 16, 0, 0, 0};
+      weight.const_data_ptr(), nullptr, nullptr, weight.size(0), weight.size(1), 0, 0, 16, 0, 0, 0};
 }
 
 ExpertsProductParams make_product(const Tensor& a, int64_t num_rows, int64_t pairs_per_row,

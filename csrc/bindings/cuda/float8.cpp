@@ -1,5 +1,6 @@
 // torch bindings of products of FP8 activations with FP8 weights.
 #include <ATen/ops/_scaled_mm.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "bindings/cuda/checks.h"
@@ -13,19 +14,26 @@ using at::Tensor;
 using tgi::cuda::check_tensor;
 using tgi::cuda::check_type;
 using tgi::cuda::kMaxQuantised;
+using tgi::cuda::kTokenMultiple;
 using tgi::cuda::QuantiseParams;
 using tgi::cuda::run;
 
 constexpr int64_t kGroup = 128;  // columns, and rows of weights, that share a scale
 
-// Checks codes and their scales, whose first numbers are used: one per token, or [groups, tokens].
+// Returns the number of tokens that a product with scales of groups has: cuBLAS refuses others.
+int64_t padded(int64_t num_tokens) {
+  return (num_tokens + kTokenMultiple - 1) / kTokenMultiple * kTokenMultiple;
+}
+
+// Checks codes and their scales, whose first numbers are used: one per token, or [groups, padded
+// tokens].
 void check_codes(const Tensor& codes, const Tensor& scales, bool has_groups) {
   check_tensor(codes, "codes", kFloat8_e4m3fn, {-1, -1});
-  const int64_t num_columns = codes.size(1);
+  const int64_t num_tokens = codes.size(0), num_columns = codes.size(1);
   TORCH_CHECK(!has_groups || num_columns % kGroup == 0, "groups need a multiple of ", kGroup,
               " columns, got ", num_columns);
   check_tensor(scales, "scales", kFloat, {-1});
-  const int64_t num_scales = codes.size(0) * (has_groups ? num_columns / kGroup : 1);
+  const int64_t num_scales = has_groups ? num_columns / kGroup * padded(num_tokens) : num_tokens;
   TORCH_CHECK(scales.size(0) >= num_scales, "`scales` must have ", num_scales, " numbers, got ",
               scales.size(0));
 }
@@ -49,28 +57,43 @@ void quantise(const Tensor& x, bool has_groups, const Tensor& codes, const Tenso
   run(tgi::cuda::quantise, params, codes);
 }
 
+// out = a W^T, with a scale per token and row.
+void multiply_rows(const Tensor& codes, const Tensor& scales, const Tensor& weight,
+                   const Tensor& weight_scales, const Tensor& out) {
+  check_tensor(weight_scales, "weight_scales", kFloat, {weight.size(0)});
+  Tensor target = out;
+  at::_scaled_mm_out(target, codes, weight.t(), scales.narrow(0, 0, codes.size(0)).unsqueeze(1),
+                     weight_scales.unsqueeze(0), std::nullopt, std::nullopt, out.scalar_type(),
+                     /*use_fast_accum=*/true);
+}
+
+// The same with a scale per 128 columns of a token, and per 128 x 128 weights. Tokens that pad the
+// product have whatever codes lie behind the others.
+void multiply_groups(const Tensor& codes, const Tensor& scales, const Tensor& weight,
+                     const Tensor& weight_scales, const Tensor& out) {
+  const int64_t num_tokens = codes.size(0), num_rows = weight.size(0), num_columns = codes.size(1);
+  check_tensor(weight_scales, "weight_scales", kFloat, {num_rows / kGroup, num_columns / kGroup});
+  const int64_t count = padded(num_tokens);
+  TORCH_CHECK(codes.storage_offset() + count * num_columns <=
+                  static_cast<int64_t>(codes.storage().nbytes()),
+              "`codes` must have memory for ", count, " tokens");
+  Tensor target = count == num_tokens ? out : at::empty({count, num_rows}, out.options());
+  at::_scaled_mm_out(target, codes.as_strided({count, num_columns}, {num_columns, 1}), weight.t(),
+                     scales.as_strided({count, num_columns / kGroup}, {1, count}),
+                     weight_scales.t(), std::nullopt, std::nullopt, out.scalar_type(),
+                     /*use_fast_accum=*/false);
+  if (count != num_tokens) out.copy_(target.narrow(0, 0, num_tokens));
+}
+
 void multiply_codes(const Tensor& codes, const Tensor& scales, const Tensor& weight,
                     const Tensor& weight_scales, const Tensor& out) {
   const bool has_groups = weight_scales.dim() == 2;
   check_codes(codes, scales, has_groups);
-  const int64_t num_tokens = codes.size(0), num_rows = weight.size(0);
   check_tensor(weight, "weight", kFloat8_e4m3fn, {-1, codes.size(1)});
-  if (has_groups) {
-    check_tensor(weight_scales, "weight_scales", kFloat,
-                 {num_rows / kGroup, codes.size(1) / kGroup});
-  } else {
-    check_tensor(weight_scales, "weight_scales", kFloat, {num_rows});
-  }
   check_type(out, "out");
-  check_tensor(out, "out", out.scalar_type(), {num_tokens, num_rows});
-  if (num_tokens == 0) return;
-  Tensor target = out;
-  at::_scaled_mm_out(target, codes, weight.t(),
-                     has_groups
-                         ? scales.as_strided({num_tokens, codes.size(1) / kGroup}, {1, num_tokens})
-                         : scales.narrow(0, 0, num_tokens).unsqueeze(1),
-                     has_groups ? weight_scales.t() : weight_scales.unsqueeze(0), std::nullopt,
-                     std::nullopt, out.scalar_type(), !has_groups);
+  check_tensor(out, "out", out.scalar_type(), {codes.size(0), weight.size(0)});
+  if (codes.size(0) == 0) return;
+  (has_groups ? multiply_groups : multiply_rows)(codes, scales, weight, weight_scales, out);
   tgi::cuda::follow_library();
 }
 

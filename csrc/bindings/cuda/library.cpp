@@ -41,8 +41,7 @@ TORCH_LIBRARY(tgi_cuda, m) {
   m.def("linear(Tensor a, Tensor weight, Tensor? bias, bool is_added, Tensor(a!) out) -> ()");
   m.def(
       "quant_linear(Tensor a, Tensor codes, Tensor scales, Tensor? offsets, Tensor? bias, int "
-      "bits, "
-      "int zero, Tensor(a!) out) -> ()");
+      "bits, int zero, bool is_added, Tensor(a!) out) -> ()");
   m.def(
       "dequantise(Tensor codes, Tensor scales, Tensor? offsets, int bits, int zero, Tensor(a!) "
       "out) -> "

@@ -18,11 +18,13 @@ using tgi::cuda::run;
 
 void quant_linear(const Tensor& a, const Tensor& codes, const Tensor& scales,
                   const std::optional<Tensor>& offsets, const std::optional<Tensor>& bias,
-                  int64_t bits, int64_t zero, const Tensor& out) {
+                  int64_t bits, int64_t zero, bool is_added, const Tensor& out) {
   const QuantMatrix weight = make_matrix(codes, scales, offsets, bits, zero);
   const bool is_wide = out.scalar_type() == kFloat;
   const auto type = check_type(a, "a");
   check_tensor(a, "a", a.scalar_type(), {-1, weight.num_columns});
+  TORCH_CHECK(is_wide || !is_added, "`out` must be float32 to be added to, got ",
+              out.scalar_type());
   check_tensor(out, "out", is_wide ? kFloat : a.scalar_type(), {a.size(0), weight.num_rows});
   if (bias) check_tensor(*bias, "bias", kFloat, {weight.num_rows});
   const QuantLinearParams params = {
@@ -32,6 +34,7 @@ void quant_linear(const Tensor& a, const Tensor& codes, const Tensor& scales,
       .out = out.mutable_data_ptr(),
       .num_tokens = a.size(0),
       .is_wide = is_wide,
+      .is_added = is_added,
       .type = type,
   };
   run(tgi::cuda::quant_linear, params, out);
