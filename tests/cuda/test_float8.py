@@ -262,16 +262,6 @@ def test_a_trial_decides_what_torch_multiplies(
     assert "wrongly" in texts[0] and texts[1].endswith("this GPU has no FP8")
 
 
-def test_the_real_product_passes_the_trial() -> None:
-    """torch has scales per row for CPUs, too."""
-    device = make_device().device
-    can_multiply.cache_clear()
-    assert can_multiply(device, BF16, has_groups=False)
-    if ON_GPU:
-        assert can_multiply(device, BF16, has_groups=True)
-        assert can_multiply(device, FP16, has_groups=False)
-
-
 @pytest.mark.parametrize(
     ("message", "tokens", "has_groups", "num_scales"),
     [

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from tests.cuda.emulated_device import EmulatedDevice
-from tests.cuda.emulated_runner import SHAPE, assert_matches_reference, make_device, save_with_tokenizer
+from tests.cuda.emulated_runner import (
+    ON_GPU,
+    SHAPE,
+    assert_matches_reference,
+    make_device,
+    save_with_tokenizer,
+)
 from tests.support.checkpoints import make_model, save_tokenizer
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import Job, generate
@@ -115,3 +121,11 @@ def test_a_cpu_has_no_fp8_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: None)
     with pytest.raises(ModelLoadError, match="--prompt-precision fp8 is for GPUs"):
         open_model(tmp_path, None)
+
+
+def test_the_real_product_passes_the_trial(device: EmulatedDevice) -> None:
+    """torch has scales per row for CPUs, too."""
+    assert can_multiply(device.device, torch.bfloat16, has_groups=False)
+    if ON_GPU:
+        assert can_multiply(device.device, torch.bfloat16, has_groups=True)
+        assert can_multiply(device.device, torch.float16, has_groups=False)

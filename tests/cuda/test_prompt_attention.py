@@ -411,7 +411,6 @@ def test_what_is_for_gpus_is_refused_on_a_cpu(tmp_path: Path, settings: Settings
 def test_dependent_launches_are_switched_on_by_the_setting_for_small_steps(
     tmp_path: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, is_on: bool
 ) -> None:
-    """On an H200 they save 3 % of a step of one sequence, and cost 1 % of one of 64 (cuBLAS's products)."""
     switched: list[bool] = []
     monkeypatch.setattr(torch.ops.tgi_cuda, "set_dependent_launches", switched.append)
     changes = {"prompt_attention": "paged", "dependent_launches": is_on}

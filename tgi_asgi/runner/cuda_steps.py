@@ -17,7 +17,6 @@ from tgi_asgi.ops.cuda import CudaProgram
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import PromptAttention
 from tgi_asgi.ops.cuda_kv import CudaKvLayer, copy_cuda_blocks, make_cuda_pools
-from tgi_asgi.ops.cuda_linear import MAX_SKINNY_TOKENS
 from tgi_asgi.ops.cuda_shards import CudaShard
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Copy, Device
@@ -29,6 +28,9 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 MIXED_DECODES = (0, 8, 32, 64, 128, 256)
 MIXED_TOKENS = (64, 256, 512)
 MIXED_PROMPTS = 4
+# Maximum number of tokens of a step whose kernels may begin early. On an H200 (Llama-3-8B's shape) such a step
+# takes 0.97 to 0.99 of its time for 1 to 8 sequences in bfloat16, 1.03 for 16; with 4-bit weights 0.89 to 0.91.
+MAX_DEPENDENT_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,8 +276,8 @@ class CudaSteps:
     def _forward(self, buffers: StepBuffers) -> None:
         """Compute a step up to its logits; capturable, as it uses fixed buffers and never waits."""
         decodes = buffers.shape.num_decodes
-        if self._has_dependent_launches:  # cuBLAS's products, which larger steps have, gain nothing
-            is_small = buffers.shape.num_tokens <= MAX_SKINNY_TOKENS
+        if self._has_dependent_launches:
+            is_small = buffers.shape.num_tokens <= MAX_DEPENDENT_TOKENS
             torch.ops.tgi_cuda.set_dependent_launches(is_small)
         if decodes > 0:
             ids = buffers.ids[:decodes]
