@@ -13,11 +13,11 @@ from tests.cuda import (
     test_attention_prefill,
     test_embed_and_activate,
     test_experts,
-    test_float8,
     test_linear,
     test_lora,
     test_norm,
     test_quant_linear,
+    test_quantise,
     test_residual_add,
     test_rope_kv_write,
     test_sample,
@@ -49,7 +49,7 @@ def small() -> Iterator[Case]:
         yield from experts(9, 64, 24, dtype)
         yield "dequantise", dtype, _of(test_quant_linear.check_every_mxfp4, dtype)
         for has_groups in (False, True):
-            yield "quantise", dtype, _of(test_float8.check, 6, 640, dtype, has_groups=has_groups)
+            yield "quantise", dtype, _of(test_quantise.check, 6, 640, dtype, has_groups=has_groups)
         for is_streamed in (False, True):
             exact = _of(test_experts.check_every_mxfp4, dtype, is_streamed=is_streamed)
             yield "experts_product", dtype, exact
@@ -69,7 +69,7 @@ def large() -> Iterator[Case]:
                 yield from attention([1, 513, 2049, 8200], head_dim, dtype, prefix=1000, kv_dtype=kv_dtype)
         yield from parts(8200, 248, 128, dtype)
         for has_groups in (False, True):
-            yield "quantise", dtype, _of(test_float8.check, 300, 14336, dtype, has_groups=has_groups)
+            yield "quantise", dtype, _of(test_quantise.check, 300, 14336, dtype, has_groups=has_groups)
         yield "residual_add", dtype, _of(test_residual_add.check, 300, 4096, dtype)
         for tokens in (1, 8, 16, 32, 64, 200):
             yield "linear", dtype, _of(test_linear.check, tokens, 4096, 4096, dtype=dtype)

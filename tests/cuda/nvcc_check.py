@@ -47,7 +47,8 @@ _REGISTERS = {
     "decode_kernel": 160,  # launch bounds: three blocks, or four
     "decode_kernel 256": 255,
     "decode_kernel fp8": 152,
-    "merge_kernel": 176,
+    "merge_kernel": 104,
+    "merge_kernel 256": 176,
     "gather_kernel": 40,
     "merge_parts_kernel": 60,
     "residual_add_kernel": 32,
@@ -85,7 +86,8 @@ _LOOPS = {
     "plan_kernel": 215,
     "decode_kernel": 1760,  # an item
     "decode_kernel fp8": 2280,
-    "merge_kernel": 385,
+    "merge_kernel": 455,  # sixteen chunks
+    "merge_kernel 256": 750,
     "gather_kernel": 8,
     "merge_parts_kernel": 195,
     "residual_add_kernel": 8,
@@ -185,21 +187,15 @@ class Kernel:
         who = f"{self.name} for {self.architecture}"
         if code.num_retries:
             yield f"{who} retries {code.num_retries} additions in shared memory, which has none of 64 bits"
-        if code.num_calls > _CALLS.get(self._kind, 0):
+        if code.num_calls > (self._noted(_CALLS) or 0):
             yield f"{who} calls {code.num_calls} functions: a division, or one in double"
         if code.num_local:
             yield f"{who} has {code.num_local} loads and stores of local memory"
-        bound = _LOOPS.get(self._kind)
+        bound = self._noted(_LOOPS)
         if bound is None:
             yield f"{self.name} has no bound of a loop in {Path(__file__).name}"
         elif code.longest_loop > bound:
             yield f"{who} has a loop of {code.longest_loop} instructions, more than the {bound} noted"
-
-    @property
-    def _kind(self) -> str:
-        base = self.name.partition("<")[0]
-        is_converting = base in ("decode_kernel", "prefill_kernel") and "fp8" in self.name
-        return f"{base} fp8" if is_converting else base
 
     def _noted(self, bounds: Mapping[str, int]) -> int | None:
         base = self.name.partition("<")[0]

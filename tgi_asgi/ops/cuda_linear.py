@@ -17,8 +17,8 @@ from tgi_asgi.ops.cuda_scratch import Scratch
 # H200 with Llama-3-8B's shapes: cuBLAS's time is 0.95 and 1.23 times the kernel's for 16 tokens, 0.79 and
 # 0.94 times for 32.
 MAX_SKINNY_TOKENS = 16
-# The same for quantised products; above it, the matrix is decoded for cuBLAS. Decoding and cuBLAS take 1.2 to
-# 1.3 times the kernel's time for 64 tokens and 4 bits, 1.0 to 1.1 for 8 bits; 0.6 to 0.9 times for 96.
+# The same for quantised products; above it, the matrix is decoded for cuBLAS. For 64 tokens that takes 1.4 to
+# 1.5 times the kernel's time with 4 bits, 1.2 to 1.3 with 8 bits.
 MAX_CODED_TOKENS = 64
 # The same if larger steps are multiplied in FP8. That takes 41 us for 32 tokens by 28,672 x 4,096 and 39 for
 # 64; the kernel takes 36 for 16, 60 for 32 and 107 for 64.

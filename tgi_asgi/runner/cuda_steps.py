@@ -28,8 +28,8 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 MIXED_DECODES = (0, 8, 32, 64, 128, 256)
 MIXED_TOKENS = (64, 256, 512)
 MIXED_PROMPTS = 4
-# Maximum number of tokens of a step whose kernels may begin early. On an H200 (Llama-3-8B's shape) such a step
-# takes 0.97 to 0.99 of its time for 1 to 8 sequences in bfloat16, 1.03 for 16; with 4-bit weights 0.89 to 0.91.
+# Maximum number of tokens of a step whose kernels may begin early. On an H200 (Llama-3-8B's shape) that takes
+# 0.97 to 0.99 of the time for 1 to 8 sequences in bfloat16, 1.03 for 16; with 4-bit weights 0.89 to 0.91.
 MAX_DEPENDENT_TOKENS = 8
 
 
