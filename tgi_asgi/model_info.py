@@ -99,7 +99,7 @@ class ModelInfo:
     num_threads: int = 0
     num_shards: int = 1  # each with `num_threads` threads
     kernel_set: str | None = None  # instruction set of the CPU kernels
-    prompt_precision: str | None = None  # arithmetic of prompts, if it differs from that of generated tokens
+    prompt_precision: str | None = None  # arithmetic of prompts, if they have one of their own
     implementation: str = "native"  # or "transformers"
     is_batch_invariant: bool = True  # same bits whatever else is in the batch
     created: int = 0  # seconds since the epoch, constant for the process

@@ -137,7 +137,7 @@ void DeviceRows::read_row(PyObject* item) {
   is_taken_[at] = true;
   row.start = static_cast<int32_t>(integer(field(item, kStart), "position", limits_.max_context));
   if (field(item, kStop) != Py_None || field(item, kStates) != Py_None)
-    throw PlanError("a row has drafts or states, which the device has not");
+    throw PlanError("a row has drafts or states, which a device does not have");
   const int64_t stop = read_tokens(field(item, kTokenIds), row);
   const int64_t num_blocks = (stop + limits_.block_size - 1) / limits_.block_size;
   read_table(field(item, kBlockTables), slots_[at], num_blocks);

@@ -29,8 +29,8 @@ KernelTraits traits_of(const void* kernel, size_t shared_bytes) {
     size_t shared_bytes;
     KernelTraits traits;
   };
-  // A thread uses one device. Asking takes the driver a microsecond, for each of hundreds of
-  // launches in a step.
+  // A thread uses one device, which no other thread of the process uses: another limit would lower
+  // this one's. Asking takes the driver a microsecond, for each of hundreds of launches in a step.
   thread_local std::unordered_map<const void*, Known> known;
   const auto [found, is_new] = known.try_emplace(kernel, Known{48 << 10, {cudaSuccess, false}});
   Known& of = found->second;
@@ -75,7 +75,7 @@ int shared_bytes_of_block(int blocks) {
     cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   const int share = available / blocks - reserved;
-  return share < most ? share : most;
+  return share < 0 ? 0 : share < most ? share : most;
 }
 
 #endif

@@ -299,6 +299,7 @@ cudaError_t launch_kernel(const QuantLinearParams& p, cudaStream_t stream) {
   using S = Shape<Code, Scale, Tokens, Run>;
   const int blocks = shared_bytes_of_block(2) >= S::kFixedBytes + S::kTileBytes ? 2 : 1;
   const int room = (shared_bytes_of_block(blocks) - S::kFixedBytes) / S::kTileBytes;
+  if (room < 1) return cudaErrorInvalidValue;
   const int64_t token_tiles = ceil_divide<int64_t>(p.num_tokens, Tokens);
   const int64_t num_tiles = ceil_divide<int64_t>(p.weight.num_rows, kTileRows);
   // With many tiles of tokens, blocks that wait for a place leave fewer of them empty at the end.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from tests.cuda.emulated_runner import ON_GPU, make_device
 from tests.cuda.scaled_mm_stand_in import ScaledMmStandIn
 from tests.reference.compare import assert_close
+from tgi_asgi.ops import cuda_float8
 from tgi_asgi.ops.cuda_float8 import Float8Product, can_multiply, float8_matrix
-from tgi_asgi.ops.cuda_linear import MAX_EXACT_TOKENS, QuantLinear
+from tgi_asgi.ops.cuda_linear import QuantLinear
 from tgi_asgi.ops.cuda_list import Input, LaunchList, Size
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
 from tgi_asgi.ops.cuda_scratch import Scratch
@@ -103,22 +105,23 @@ def multiply(
     launches.run((tokens,), (x[:1],))
     exact = a[:tokens].double().cpu() @ values_of(matrix).T + (0 if bias is None else bias.double().cpu())
     if not adds:
+        assert out[-(-tokens // 4) * 4 :].isnan().all(), "only rows that pad the product are overwritten"
         return out[:tokens].double().cpu(), exact
     assert torch.equal(x[tokens:].double(), before[tokens:])
     return (x.double() - before)[:tokens].cpu(), exact
 
 
 @pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.parametrize(("kind", "rows"), [("row", 48), ("block", 256)])
+@pytest.mark.parametrize(("kind", "rows", "most"), [("row", 48, 16), ("block", 256, 32)])
 def test_only_steps_of_many_tokens_are_in_float8(
-    stand_in: ScaledMmStandIn, kind: str, rows: int, adds: bool
+    stand_in: ScaledMmStandIn, kind: str, rows: int, most: int, adds: bool
 ) -> None:
     matrix = random_matrix(rows, 512, kind)
-    for tokens in (1, MAX_EXACT_TOKENS):
+    for tokens in (1, most):
         out, exact = multiply(matrix, tokens, adds=adds)
         assert_close(out, exact, length=512, dtype=BF16)
     assert not stand_in.calls
-    for tokens in (MAX_EXACT_TOKENS + 1, 80):
+    for tokens in (most + 1, 80):
         out, exact = multiply(matrix, tokens, adds=adds)
         padded = -(-tokens // 4) * 4 if kind == "block" else tokens
         assert stand_in.calls.pop() == (padded, rows, 512)
@@ -126,13 +129,19 @@ def test_only_steps_of_many_tokens_are_in_float8(
         assert 0.015 < error < 0.035, "activations have 4 significant bits"
 
 
-@pytest.mark.parametrize("is_wide", [False, True])
-def test_a_bias_is_added_and_results_may_be_float32(stand_in: ScaledMmStandIn, is_wide: bool) -> None:
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_bias_is_added(stand_in: ScaledMmStandIn, adds: bool) -> None:
     matrix, bias = random_matrix(48, 256, "row"), torch.randn(48) * 100
-    out, exact = multiply(matrix, 70, adds=False, bias=bias, is_wide=is_wide)
+    out, exact = multiply(matrix, 70, adds=adds, bias=bias)
+    assert stand_in.calls
     assert (out - exact).norm() < 0.035 * (exact - bias.double()).norm() + 0.004 * exact.norm()
-    out, exact = multiply(matrix, 70, adds=True, bias=bias)
-    assert (out - exact).norm() < 0.035 * (exact - bias.double()).norm() + 0.004 * exact.norm()
+
+
+def test_results_in_float32_are_not_rounded(stand_in: ScaledMmStandIn) -> None:
+    """Logits are float32: a head's product is not in FP8."""
+    out, exact = multiply(random_matrix(48, 256, "row"), 70, adds=False, is_wide=True)
+    assert_close(out, exact, length=2, dtype=BF16)
+    assert not stand_in.calls
 
 
 @pytest.mark.parametrize("has_groups", [False, True])
@@ -187,3 +196,22 @@ def test_products_that_do_not_fit_are_refused(
     scales, of_rows = torch.zeros(8, device=device), torch.zeros(of_weight, device=device)
     with pytest.raises(RuntimeError, match=message):
         _ops.multiply_codes(codes, scales, weight, of_rows, torch.zeros(3, 256, device=device, dtype=dtype))
+
+
+@pytest.mark.parametrize(("num_codes", "num_results", "name"), [(3, 4, "codes"), (4, 3, "out")])
+def test_a_product_by_block_needs_memory_for_padding(num_codes: int, num_results: int, name: str) -> None:
+    device = make_device().device
+    codes, weight = (torch.zeros(count, 256).to(device, FLOAT8) for count in (num_codes, 256))
+    scales, blocks = torch.zeros(8, device=device), torch.zeros(2, 2, device=device)
+    out = torch.zeros(num_results, 256, device=device, dtype=BF16)
+    with pytest.raises(RuntimeError, match=f"`{name}` must have memory for 4 tokens"):
+        _ops.multiply_codes(codes[:3], scales, weight, blocks, out[:3])
+
+
+def test_python_and_cpp_have_the_same_limits() -> None:
+    root = Path(__file__).parents[2] / "csrc"
+    kernels, bindings = (root / "cuda/kernels.h").read_text(), (root / "bindings/cuda/float8.cpp").read_text()
+    assert f"kMaxQuantised = {cuda_float8.MAX_COLUMNS};" in kernels
+    assert f"kTokenMultiple = {cuda_float8.TOKENS};" in kernels
+    assert f"kGroup = {cuda_float8.GROUP};" in bindings
+    assert f"kGroup = {cuda_float8.GROUP};" in (root / "cuda/quantise.cu").read_text()

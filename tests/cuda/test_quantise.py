@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.cuda.faults import Fault, assert_caught
 from tests.emulation.device import TYPES, Device
 from tests.reference.compare import note
-from tgi_asgi.ops.cuda_float8 import MAX_COLUMNS
 
 BF16, FP16, FLOAT8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 
@@ -115,8 +112,3 @@ def test_a_planted_fault_is_caught(fault: Fault) -> None:
         check(device, 6, 640, BF16, has_groups=True)
 
     assert_caught(fault, both)
-
-
-def test_the_module_and_the_kernel_have_the_same_limit() -> None:
-    text = (Path(__file__).parents[2] / "csrc/cuda/kernels.h").read_text()
-    assert f"kMaxQuantised = {MAX_COLUMNS};" in text

@@ -97,13 +97,13 @@ def compressed_tensors(matrix: Codes, *, is_centred: bool) -> dict[str, Tensor]:
     return tensors if is_centred else tensors | {"weight_zero_point": pack(matrix.zeros.T, 4).T.contiguous()}
 
 
-def float8_tensors(weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Round a matrix to E4M3, scaled by `kind` ("tensor", "row" or 32 x 32 "block"); return it, decoded."""
+def float8_tensors(weight: Tensor, kind: str, block: int = 32) -> tuple[dict[str, Tensor], Tensor]:
+    """Round a matrix to E4M3, scaled by `kind` ("tensor", "row" or a square "block"); return it, decoded."""
     rows, columns = weight.shape
     if kind == "block":
-        size = (-(-rows // 32), -(-columns // 32))
+        size = (-(-rows // block), -(-columns // block))
         scales = torch.rand(size) * 0.01 + 0.001
-        spread = scales.repeat_interleave(32, 0)[:rows].repeat_interleave(32, 1)[:, :columns]
+        spread = scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
     else:
         scales = torch.rand(rows, 1) * 0.01 + 0.001 if kind == "row" else torch.tensor([0.004])
         spread = scales.expand(rows, columns)
@@ -145,7 +145,7 @@ def _quantise(
     weight: Tensor, recipe: str, options: dict[str, Any], order_seed: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     if recipe == "fp8":
-        return float8_tensors(weight, options["kind"])
+        return float8_tensors(weight, options["kind"], options.get("block", 32))
     bits, is_centred = options.get("bits", 4), options.get("is_centred", False)
     rows, columns = weight.shape
     matrix = random_codes(
@@ -177,5 +177,5 @@ def _config(recipe: str, options: dict[str, Any]) -> dict[str, Any]:
         return {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
     if recipe == "compressed":
         return {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    block = {"weight_block_size": [32, 32]} if options["kind"] == "block" else {}
+    block = {"weight_block_size": [options.get("block", 32)] * 2} if options["kind"] == "block" else {}
     return {"quant_method": "fp8", "activation_scheme": "dynamic", **block}

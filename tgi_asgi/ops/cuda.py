@@ -22,7 +22,7 @@ from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import Gathering, PromptAttention
 from tgi_asgi.ops.cuda_batch import INPUTS, SIZES, CudaBatch
 from tgi_asgi.ops.cuda_experts import CudaExperts, Routing
-from tgi_asgi.ops.cuda_float8 import Float8Product, can_multiply, float8_matrix
+from tgi_asgi.ops.cuda_float8 import TOKENS, Float8Product, can_multiply, float8_matrix
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear
 from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Rows, Size
@@ -77,7 +77,8 @@ class CudaProgram:
         adapters: CudaAdapterLayout | None = None,
     ) -> None:
         self._shard, self._adapters = shard, adapters
-        self._max_tokens, self._max_sequences, self._max_rows = max_tokens, max_sequences, max_rows
+        self._max_tokens = -(-max_tokens // TOKENS) * TOKENS  # rows of buffers
+        self._max_sequences, self._max_rows = max_sequences, max_rows
         self._max_blocks = max_blocks
         self._dtype, self._device = dtype, device
         self._is_batch_invariant = is_batch_invariant

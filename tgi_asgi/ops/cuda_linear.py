@@ -17,12 +17,9 @@ from tgi_asgi.ops.cuda_scratch import Scratch
 # H200 with Llama-3-8B's shapes: cuBLAS's time is 0.95 and 1.23 times the kernel's for 16 tokens, 0.79 and
 # 0.94 times for 32.
 MAX_SKINNY_TOKENS = 16
-# The same for quantised products; above it, the matrix is decoded for cuBLAS. For 64 tokens that takes 1.4 to
-# 1.5 times the kernel's time with 4 bits, 1.2 to 1.3 with 8 bits.
+# The same for quantised products; above it, the matrix is decoded for cuBLAS. For 64 tokens that takes 1.2 to
+# 1.5 times the kernel's time with int4, Q8_0 and FP8, and about as long with MXFP4 and codes like Q6_K's.
 MAX_CODED_TOKENS = 64
-# The same if larger steps are multiplied in FP8. That takes 41 us for 32 tokens by 28,672 x 4,096 and 39 for
-# 64; the kernel takes 36 for 16, 60 for 32 and 107 for 64.
-MAX_EXACT_TOKENS = 16
 
 
 class CudaLinear(Protocol):
@@ -82,7 +79,7 @@ class QuantLinear:
         scratch: Buffers, with space for the decoded matrix unless `is_batch_invariant`.
         is_batch_invariant: Whether codes are used for any number of tokens; they are then read again for
             every 32 tokens.
-        float8: The product of more than `MAX_EXACT_TOKENS` tokens in FP8; None: the matrix is decoded.
+        float8: The product of many tokens in FP8, unless results are float32; None: the matrix is decoded.
     """
 
     def __init__(
@@ -99,19 +96,20 @@ class QuantLinear:
 
     def multiply(self, launches: LaunchList, a: Tensor, out: Tensor, count: Size) -> None:
         """Write the product; see `CudaLinear.multiply`."""
-        a, few, many = self._ordered(launches, a, count), *self._split(count)
+        float8 = self._float8 if out.dtype is a.dtype else None
+        a, few, many = self._ordered(launches, a, count), *self._split(count, float8)
         self._multiply_codes(launches, a, out, count, few, is_added=False)
         if many is None:
             return
-        if self._float8 is not None:
-            self._multiply_float8(launches, self._float8, a, out, many)
+        if float8 is not None:
+            self._multiply_float8(launches, float8, a, out, many)
         else:
             plain = self._decode(launches, many)
             _multiply(launches, a, plain, self._bias, out, self._scratch, many)
 
     def add(self, launches: LaunchList, a: Tensor, x: Tensor, product: Tensor, count: Size) -> None:
         """Add the product; see `CudaLinear.add`. Codes use one kernel, which does not round it first."""
-        a, few, many = self._ordered(launches, a, count), *self._split(count)
+        a, few, many = self._ordered(launches, a, count), *self._split(count, self._float8)
         self._multiply_codes(launches, a, x, count, few, is_added=True)
         if many is None:
             return
@@ -125,13 +123,7 @@ class QuantLinear:
     def _multiply_float8(
         self, launches: LaunchList, float8: Float8Product, a: Tensor, out: Tensor, when: Condition
     ) -> None:
-        """Write the product in FP8, rounded to a's dtype before the bias is added."""
-        narrow = out
-        if out.dtype is not a.dtype:
-            narrow = self._scratch.buffer("narrow", (out.shape[0], out.shape[1]), a.dtype)
-        float8.multiply(launches, a, narrow, when)
-        if narrow is not out:
-            launches.add("aten::copy_", Rows(out, when.size), Rows(narrow, when.size), when=when)
+        float8.multiply(launches, a, out, when)
         if self._bias is not None:
             launches.add("aten::add_.Tensor", Rows(out, when.size), self._bias, when=when)
 
@@ -163,9 +155,9 @@ class QuantLinear:
         )  # fmt: skip
         return plain
 
-    def _split(self, count: Size) -> tuple[Condition | None, Condition | None]:
-        """Return when codes are multiplied (None: always), and when decoded (None: never)."""
-        most = MAX_CODED_TOKENS if self._float8 is None else MAX_EXACT_TOKENS
+    def _split(self, count: Size, float8: Float8Product | None) -> tuple[Condition | None, Condition | None]:
+        """Return when codes are multiplied as they are (None: always), and when not (None: never)."""
+        most = MAX_CODED_TOKENS if float8 is None else float8.max_exact_tokens
         return _split(count, most, self._is_batch_invariant)
 
 

@@ -149,12 +149,12 @@ class OnCuda:
 
     def _note_float8_products(self, count: int) -> None:
         if count > 0:
-            logger.info("prompts are multiplied in FP8 by %d matrices", count)
+            logger.info("%d matrices multiply long steps in FP8", count)
             self.prompt_precision = "fp8"
         elif self.settings.prompt_precision == "fp8" and not self.settings.batch_invariant:
             logger.warning(
                 "--prompt-precision fp8 changes nothing: no matrix has FP8 weights with scales per row or "
-                "per 128 x 128, or torch does not multiply them on this GPU"
+                "per 128 x 128 and the sizes such products need, or torch does not compute them on this GPU"
             )
 
     @property

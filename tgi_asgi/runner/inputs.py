@@ -52,7 +52,7 @@ class StepInputs:
         )
 
     def check(self, plan: StepPlan) -> None:
-        """Check what `fill` does not: the slots that start, and the blocks to copy.
+        """Check the slots that start, and the blocks to copy.
 
         Raises:
             PlanError: if one is out of bounds, or copies depend on each other.

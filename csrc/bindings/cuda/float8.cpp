@@ -1,6 +1,5 @@
 // torch bindings of products of FP8 activations with FP8 weights.
 #include <ATen/ops/_scaled_mm.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "bindings/cuda/checks.h"
@@ -67,22 +66,27 @@ void multiply_rows(const Tensor& codes, const Tensor& scales, const Tensor& weig
                      /*use_fast_accum=*/true);
 }
 
+// Returns a matrix with further rows, which its memory must have.
+Tensor with_rows(const Tensor& matrix, int64_t count, const char* name) {
+  const int64_t width = matrix.size(1);
+  const int64_t end = (matrix.storage_offset() + count * width) * matrix.element_size();
+  TORCH_CHECK(end <= static_cast<int64_t>(matrix.storage().nbytes()), "`", name,
+              "` must have memory for ", count, " tokens");
+  return matrix.as_strided({count, width}, {width, 1});
+}
+
 // The same with a scale per 128 columns of a token, and per 128 x 128 weights. Tokens that pad the
-// product have whatever codes lie behind the others.
+// product are whatever lies behind the others, and so are their results.
 void multiply_groups(const Tensor& codes, const Tensor& scales, const Tensor& weight,
                      const Tensor& weight_scales, const Tensor& out) {
-  const int64_t num_tokens = codes.size(0), num_rows = weight.size(0), num_columns = codes.size(1);
+  const int64_t num_rows = weight.size(0), num_columns = codes.size(1);
   check_tensor(weight_scales, "weight_scales", kFloat, {num_rows / kGroup, num_columns / kGroup});
-  const int64_t count = padded(num_tokens);
-  TORCH_CHECK(codes.storage_offset() + count * num_columns <=
-                  static_cast<int64_t>(codes.storage().nbytes()),
-              "`codes` must have memory for ", count, " tokens");
-  Tensor target = count == num_tokens ? out : at::empty({count, num_rows}, out.options());
-  at::_scaled_mm_out(target, codes.as_strided({count, num_columns}, {num_columns, 1}), weight.t(),
+  const int64_t count = padded(codes.size(0));
+  Tensor target = with_rows(out, count, "out");
+  at::_scaled_mm_out(target, with_rows(codes, count, "codes"), weight.t(),
                      scales.as_strided({count, num_columns / kGroup}, {1, count}),
                      weight_scales.t(), std::nullopt, std::nullopt, out.scalar_type(),
                      /*use_fast_accum=*/false);
-  if (count != num_tokens) out.copy_(target.narrow(0, 0, num_tokens));
 }
 
 void multiply_codes(const Tensor& codes, const Tensor& scales, const Tensor& weight,

@@ -1,5 +1,4 @@
-// Calls without the GIL, whose exceptions are re-raised as torch does: be they torch's own,
-// Python's or C++'s.
+// Calls without the GIL; exceptions of torch, Python and C++ are re-raised as torch does.
 #pragma once
 
 #include <pybind11/pybind11.h>
