@@ -212,6 +212,6 @@ def test_python_and_cpp_have_the_same_limits() -> None:
     root = Path(__file__).parents[2] / "csrc"
     kernels, bindings = (root / "cuda/kernels.h").read_text(), (root / "bindings/cuda/float8.cpp").read_text()
     assert f"kMaxQuantised = {cuda_float8.MAX_COLUMNS};" in kernels
-    assert f"kTokenMultiple = {cuda_float8.TOKENS};" in kernels
+    assert f"kTokenMultiple = {cuda_float8.TOKEN_MULTIPLE};" in kernels
     assert f"kGroup = {cuda_float8.GROUP};" in bindings
     assert f"kGroup = {cuda_float8.GROUP};" in (root / "cuda/quantise.cu").read_text()

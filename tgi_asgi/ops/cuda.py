@@ -22,7 +22,7 @@ from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import Gathering, PromptAttention
 from tgi_asgi.ops.cuda_batch import INPUTS, SIZES, CudaBatch
 from tgi_asgi.ops.cuda_experts import CudaExperts, Routing
-from tgi_asgi.ops.cuda_float8 import TOKENS, Float8Product, can_multiply, float8_matrix
+from tgi_asgi.ops.cuda_float8 import TOKEN_MULTIPLE, Float8Product, can_multiply, float8_matrix
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear
 from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Rows, Size
@@ -77,12 +77,13 @@ class CudaProgram:
         adapters: CudaAdapterLayout | None = None,
     ) -> None:
         self._shard, self._adapters = shard, adapters
-        self._max_tokens = -(-max_tokens // TOKENS) * TOKENS  # rows of buffers
+        self._max_tokens = -(-max_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE  # rows of buffers
         self._max_sequences, self._max_rows = max_sequences, max_rows
         self._max_blocks = max_blocks
         self._dtype, self._device = dtype, device
         self._is_batch_invariant = is_batch_invariant
-        self._has_float8_products, self._num_float8 = has_float8_products, 0
+        self._has_float8_products = has_float8_products
+        self._float8_products: list[Float8Product] = []
         self._launches = LaunchList(SIZES, INPUTS)
         self._head = LaunchList((Size.ROWS,), (Input.ROWS,))
         self._logits = torch.empty(0)
@@ -111,7 +112,7 @@ class CudaProgram:
     @property
     def num_float8_products(self) -> int:
         """Number of products that are in FP8 in steps of many tokens."""
-        return self._num_float8
+        return sum(product.is_used for product in self._float8_products)
 
     @property
     def gathering(self) -> Gathering | None:
@@ -409,8 +410,8 @@ class CudaProgram:
         found = float8_matrix(matrix)
         if found is None or not can_multiply(self._device, self._dtype, has_groups=found.has_groups):
             return None
-        self._num_float8 += 1
-        return Float8Product(found, self._scratch)
+        self._float8_products.append(Float8Product(found, self._scratch))
+        return self._float8_products[-1]
 
     def _make(self, value: Value, dtype: torch.dtype) -> Tensor:
         """Assign a value its buffer [max_tokens, columns]."""

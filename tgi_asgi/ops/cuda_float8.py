@@ -23,8 +23,10 @@ logger = logging.getLogger(__name__)
 
 _kernels: Any = torch.ops.tgi_cuda
 GROUP = 128  # columns, and rows of weights, that share a scale
-_COLUMNS = 4 * GROUP  # cuBLAS reads the scales of blocks wrongly unless columns are a multiple of this
-TOKENS = 4  # and multiplies only a multiple of them; matrices of activations and results have so many rows
+# Of products by block: unless columns are a multiple of this, cuBLAS reads the scales wrongly.
+_COLUMN_MULTIPLE = 4 * GROUP
+# It refuses other numbers of tokens than multiples of this, so buffers have rows for padding.
+TOKEN_MULTIPLE = 4
 MAX_COLUMNS = 32768  # of activations with one scale per token
 _MULTIPLE = 16  # of rows and columns
 # Maximum number of tokens whose activations are not rounded. On an H200 a product of 28,672 x 4,096 with
@@ -61,7 +63,7 @@ def float8_matrix(matrix: CudaQuantMatrix) -> Float8Matrix | None:
     scales = matrix.scales  # [groups, rows]
     if columns <= MAX_COLUMNS and bool((scales == scales[:1]).all()):
         return Float8Matrix(matrix.codes, scales[0].contiguous())
-    if columns // scales.shape[0] != GROUP or rows % GROUP or columns % _COLUMNS:
+    if columns // scales.shape[0] != GROUP or rows % GROUP or columns % _COLUMN_MULTIPLE:
         return None
     blocks = scales.view(scales.shape[0], rows // GROUP, GROUP)
     if not bool((blocks == blocks[..., :1]).all()):
@@ -75,10 +77,14 @@ class Float8Product:
     Args:
         matrix: The weights.
         scratch: Buffers; those of activations' codes are shared by all products.
+
+    Attributes:
+        is_used: Whether a list has its launches.
     """
 
     def __init__(self, matrix: Float8Matrix, scratch: Scratch) -> None:
         self._matrix, self._scratch = matrix, scratch
+        self.is_used = False
 
     @property
     def max_exact_tokens(self) -> int:
@@ -91,7 +97,8 @@ class Float8Product:
         Up to three rows of `out` behind the step's tokens are overwritten.
         """
         matrix, (max_rows, columns) = self._matrix, a.shape
-        assert max_rows % TOKENS == 0
+        assert max_rows % TOKEN_MULTIPLE == 0
+        self.is_used = True
         count = max_rows * (columns // GROUP if matrix.has_groups else 1)
         codes = Rows(self._scratch.buffer("codes", (max_rows, columns), torch.float8_e4m3fn), when.size)
         scales = self._scratch.buffer("scales of codes", (count,), torch.float32)
@@ -105,8 +112,8 @@ class Float8Product:
 @functools.cache
 def can_multiply(device: torch.device, dtype: torch.dtype, *, has_groups: bool) -> bool:
     """Return whether torch multiplies FP8 with these scales here, by a trial with an odd number of tokens."""
-    tokens, rows, columns = 2 * GROUP + 5, 2 * GROUP, _COLUMNS
-    padded = -(-tokens // TOKENS) * TOKENS
+    tokens, rows, columns = 2 * GROUP + 5, 2 * GROUP, _COLUMN_MULTIPLE
+    padded = -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     generator = torch.Generator().manual_seed(0)
     a, weight = (
         torch.randn(count, columns, generator=generator).to(device, torch.float8_e4m3fn)
@@ -122,7 +129,7 @@ def can_multiply(device: torch.device, dtype: torch.dtype, *, has_groups: bool) 
         _kernels.multiply_codes(a, scales.flatten(), weight, of_weight, out)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError) as error:
         logger.warning(
             "torch does not multiply FP8 with scales %s here: %s", kind, str(error).partition("\n")[0]
         )
