@@ -42,7 +42,7 @@ _LISTS = ("checks", "ops", "step", "runs", "profile", "skipped")
 _OBJECTS = ("device", "ceilings", "build", "sanitizer")
 _TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _PACKAGES = _ROOT / "build" / "gpu-packages"  # the contents of --wheels, only for these stages
-_WITH_PACKAGES = {"served", "models"}
+_WITH_PACKAGES = {"served", "models", "modules"}
 _FOR_TESTS = "pytest|pytest-asyncio|pytest-xdist|hypothesis|transformers|httpx|gguf|compressed-tensors|peft"
 
 
@@ -66,6 +66,7 @@ STAGES = (  # ordered by value, except where later stages depend on earlier ones
     Stage("peers", 60, is_needed=False, group=2),
     Stage("served", 90, is_needed=False, group=3),
     Stage("models", 120, is_needed=False, group=3),
+    Stage("modules", 200, is_needed=False, group=8),
     *(Stage(tool, 300, group=4 + index) for index, tool in enumerate(_TOOLS)),
     Stage("profiler", 60, is_needed=False, group=3),
 )
@@ -321,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=_ROOT / "bench" / "results", help="folder of the result")
-    parser.add_argument("--wheels", type=Path, help="a folder of wheels to install for served and models")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels for served, models and modules")
     parser.add_argument(
         "--requirements", action="store_true", help="print the requirements of the wheels and exit"
     )

@@ -107,6 +107,9 @@ class NoDevice:
     def free_bytes(self) -> int:
         return 1 << 30
 
+    def peak_bytes(self, call: Callable[[], object]) -> int:
+        return 0
+
 
 def _module(names: list[str]) -> str:
     def registered(library: str, operators: Sequence[str], backend: str) -> str:

@@ -104,7 +104,7 @@ async def time_steps(config: ModelConfig, contexts: list[int], repeats: int) -> 
     needs = BlockNeeds(groups.windows, BLOCK, max_step_tokens=64)
     size = KvSize(num_blocks, needs, groups.bytes_per_token, "bfloat16")
     runner = CpuRunner(model, size, max_batch_size=len(contexts), max_step_tokens=64, max_context=longest)
-    assert runner._kv_pool is not None
+    assert isinstance(runner._kv_pool, ops.KvPool)
     runner._kv_pool.native.memory()[:] = 12  # small as bfloat16; memory that was never written is slower
     streams: list[Stream] = []
     for slot, context in enumerate(contexts):

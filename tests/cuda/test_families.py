@@ -109,7 +109,8 @@ def test_what_the_kernels_do_not_have_is_refused_by_name(
     with pytest.raises(
         ModelLoadError, match=f"{lacking} the GPU kernels do not have yet.*CUDA_VISIBLE_DEVICES="
     ):
-        load(Settings(thread_nice=0, num_threads=1), checkpoint(case), lambda stage, done, total: None)
+        settings = Settings(thread_nice=0, num_threads=1, model_impl="native")
+        load(settings, checkpoint(case), lambda stage, done, total: None)
 
 
 def test_a_rotary_size_that_the_kernels_refuse_is_refused_at_once(
@@ -119,4 +120,5 @@ def test_a_rotary_size_that_the_kernels_refuse_is_refused_at_once(
     model = make_model("StableLm", **sizes, partial_rotary_factor=30 / 64)
     files = save_with_tokenizer(model, tmp_path)
     with pytest.raises(ModelLoadError, match=r"head size 64 with 1 queries .* rotary sizes \[30\]"):
-        load(Settings(thread_nice=0, num_threads=1), files, lambda stage, done, total: None)
+        settings = Settings(thread_nice=0, num_threads=1, model_impl="native")
+        load(settings, files, lambda stage, done, total: None)

@@ -355,7 +355,8 @@ def test_what_the_kernels_do_not_have_is_refused_with_a_way_out(
     files = save_with_tokenizer(make_model(**shape | changes), tmp_path)
     monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
     with pytest.raises(ModelLoadError, match=f"{message}.*CUDA_VISIBLE_DEVICES="):
-        load(Settings(thread_nice=0, num_threads=1, dtype=dtype), files, lambda stage, done, total: None)
+        settings = Settings(thread_nice=0, num_threads=1, dtype=dtype, model_impl="native")
+        load(settings, files, lambda stage, done, total: None)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])

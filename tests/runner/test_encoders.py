@@ -16,6 +16,7 @@ from tests.support.encoders import logits_of, random_ids, save_encoder, states_o
 from tests.support.pooling_models import edit, files_of, pooled, save_embedder, states
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic import encoder_check
+from tgi_asgi.models.generic.backend import CpuBackend
 from tgi_asgi.models.generic.reach import Reach, reach_of
 from tgi_asgi.models.generic.whole import WholeLayers, _Probe
 from tgi_asgi.ops import PlanError
@@ -206,7 +207,7 @@ def test_a_mask_of_the_model_s_own_is_a_reason_to_leave_it_to_its_code() -> None
 
 
 def test_the_layers_of_a_step_must_be_those_that_were_found() -> None:
-    layers = WholeLayers([], max_tokens=32, max_rows=2, max_context=16)
+    layers = WholeLayers([], CpuBackend(), max_tokens=32, max_rows=2, max_context=16)
     layers.begin([3])
     layers.end()
     layers._next = 1
@@ -250,13 +251,6 @@ def test_code_that_attends_by_itself_gets_no_more_than_it_has_room_for(tmp_path:
     with loaded(tmp_path) as (found, runner):
         assert found.info.embedding is not None
         assert found.info.embedding.max_tokens == runner.max_context == 8192  # four heads then take 1 GiB
-
-
-def test_a_gpu_is_no_place_for_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_encoder(tmp_path, "Bert")
-    monkeypatch.setattr("tgi_asgi.runner.load.find_device", object)
-    with pytest.raises(ModelLoadError, match="served on a CPU only"), loaded(tmp_path):
-        pass
 
 
 def test_three_labels_are_no_score(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ async def test_a_row_that_is_not_finite_is_flagged_alone(runner: CpuRunner) -> N
     ]
     expected = await runner.submit(StepPlan(1, rows[1:]))
     await runner.submit(start_plan(1))
-    assert runner._kv_pool is not None
+    assert isinstance(runner._kv_pool, ops.KvPool)
     runner._kv_pool.native.memory()[:2] = 0xFF  # NaN
     result = await runner.submit(StepPlan(2, rows))
     [ill, healthy] = result.sampled

@@ -9,7 +9,7 @@ import pytest
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
 from tgi_asgi.runner import kv
-from tgi_asgi.runner.programs import make_pool
+from tgi_asgi.runner.programs import make_cpu_pool
 from tgi_asgi.settings import Settings
 
 GIB = 1 << 30
@@ -63,7 +63,7 @@ def test_a_cache_that_the_system_refuses_names_the_option(block_size: int) -> No
     size = choose(settings, config=config, is_exact=True)
     assert size.num_tokens > 1 << 30
     with pytest.raises(ModelLoadError, match=r"GiB for a KV cache .* set --max-batch-total-tokens to less"):
-        make_pool(config, size, kv.groups_of(config, size.dtype))
+        make_cpu_pool(config, size, kv.groups_of(config, size.dtype))
 
 
 def test_float32_arithmetic_has_a_float32_cache() -> None:

@@ -108,7 +108,7 @@ async def serving(
     settings = Settings(max_batch_prefill_tokens=48, max_batch_size=8)
     engine = Engine(runner, Letters(vocab_size), settings, info)
     pool, memory = engine.scheduler.pool, runner._kv_pool
-    assert memory is not None
+    assert isinstance(memory, ops.KvPool)
     _MEMORY[pool] = memory.native.memory()
     engine.start()
     yield engine

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from tests.support import architectures
 from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.family import Model, record
+from tgi_asgi.models.generic.backend import CpuBackend
 from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading.open import OpenModel
@@ -88,9 +89,12 @@ def run_steps(
     max_context: int = MAX_CONTEXT,
     layout: ops.AdapterLayout | None = None,
     adapters: Sequence[ops.NativeAdapter | None] = (),
+    kv_dtype: ops.KvDtype = "float32",
 ) -> float:
     """Run sequences in these steps, each with its adapter; return `Outcome.difference`, NaN made infinite."""
-    with program_of(model, num_sequences=len(ids), max_context=max_context, layout=layout) as program:
+    with program_of(
+        model, num_sequences=len(ids), max_context=max_context, layout=layout, kv_dtype=kv_dtype
+    ) as program:
         worst = 0.0
         for step in steps:
             batch = batch_of(step, ids, max_context, adapters)
@@ -110,13 +114,15 @@ def program_of(
     num_sequences: int,
     max_context: int = MAX_CONTEXT,
     layout: ops.AdapterLayout | None = None,
+    kv_dtype: ops.KvDtype = "float32",
 ) -> Iterator[Program]:
-    """Make a model's program over float32 pools that hold `max_context` tokens of each sequence."""
+    """Make a model's program over pools that hold `max_context` tokens of each sequence."""
     shapes, num_blocks = model.config.caches, num_sequences * _width(max_context)
-    pool = (
-        ops.KvPool(shapes, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype="float32") if shapes else None
-    )
-    caches = [] if pool is None else pool.layers
+    backend = model.backend if isinstance(model, GenericModel) else CpuBackend()
+    caches: Sequence[Any] = []
+    if shapes:
+        pool = backend.pool(shapes, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=kv_dtype)
+        caches = pool.layers
     if isinstance(model, GenericModel):
         yield cast(Program, model.program(caches, max_context, adapters=layout))
         return

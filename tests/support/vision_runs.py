@@ -31,12 +31,15 @@ BLOCK = 16
 _MIB = 1 << 20
 
 
-def load(folder: Path, quantised: str | None = None, *, is_exact: bool = True) -> GenericModel:
-    """Load a checkpoint, in float32 by default."""
+def load(
+    folder: Path, quantised: str | None = None, *, is_exact: bool = True,
+    arithmetic: ops.Arithmetic | None = None,
+) -> GenericModel:  # fmt: skip
+    """Load a checkpoint, by default on the CPU and in float32."""
     config = json.loads((folder / "config.json").read_text())
     weights = SafetensorsWeights(folder, Quantisation.from_json(config))
     opened = OpenGeneric(folder, config, trusts_code=False)
-    model = opened.load(weights, ops.Packing(is_exact, quantised), 2048)
+    model = opened.load(weights, arithmetic or ops.Packing(is_exact, quantised), 2048)
     assert isinstance(model, GenericModel)
     return model
 
@@ -51,7 +54,7 @@ def run(
     """
     longest = max(len(prompt.ids) + len(answer) for prompt, answer in sequences)
     width = -(-longest // BLOCK)
-    pool = ops.KvPool(
+    pool = model.backend.pool(
         model.config.caches, num_blocks=width * len(sequences), block_size=BLOCK, dtype="float32"
     )
     program = model.program(pool.layers, longest, _MIB)

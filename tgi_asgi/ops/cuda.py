@@ -328,7 +328,7 @@ class CudaProgram:
         spec = call.spec
         routing = self._values.assign(
             call.out, "routing", (spec.num_experts, spec.top_k),
-            lambda: Routing.make(self._max_tokens, spec, self._device),
+            lambda: Routing.make(self._max_tokens, spec.top_k, spec.num_experts, self._device),
         )  # fmt: skip
         self._experts.route(self._in(call.logits), spec, routing)
 

@@ -36,10 +36,10 @@ class Routing:
     tiles: Tensor  # [max_tiles + 1, 4] int32
 
     @classmethod
-    def make(cls, max_tokens: int, spec: RouteSpec, device: torch.device) -> Routing:
+    def make(cls, max_tokens: int, top_k: int, num_experts: int, device: torch.device) -> Routing:
         """Allocate buffers for steps of at most `max_tokens`."""
-        shape = (max_tokens, spec.top_k)
-        max_tiles = max_tokens * spec.top_k // _MIN_TILE + spec.num_experts
+        shape = (max_tokens, top_k)
+        max_tiles = max_tokens * top_k // _MIN_TILE + num_experts
         return cls(
             torch.zeros(shape, dtype=torch.int32, device=device),
             torch.zeros(shape, dtype=torch.float32, device=device),

@@ -187,7 +187,7 @@ def _multiply(
             narrow = bias.to(matrix.dtype)
             launches.add("aten::addmm.out", narrow, source, matrix.t(), 1, 1, target, when=when)
         return
-    if _has_wide_products(matrix.device, matrix.dtype):
+    if has_wide_products(matrix.device, matrix.dtype):
         launches.add("aten::mm.dtype_out", source, matrix.t(), torch.float32, target, when=when)
     else:
         narrow_out = Rows(scratch.buffer("narrow", (out.shape[0], out.shape[1]), a.dtype), when.size)
@@ -217,7 +217,7 @@ def _multiply_add(
 
 
 @functools.cache
-def _has_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
+def has_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether torch multiplies 16-bit matrices into float32 here, so that logits keep all bits."""
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     try:

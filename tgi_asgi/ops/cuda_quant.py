@@ -8,7 +8,7 @@ kernel). Only routed experts in float16 treat scales of MXFP4 above 2^16 as 2^16
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -59,7 +59,7 @@ class Repacking:
 
     def linear(self, source: WeightSource, bias: Floats | None, *, is_vocabulary: bool) -> DeviceMatrix:
         """Make a matrix; see `Arithmetic.linear`."""
-        return DeviceMatrix(self._stack([source]), _joined_biases([bias]))
+        return DeviceMatrix(self._stack([source]), _joined_biases([bias], self.device))
 
     def qkv(
         self, sources: Sequence[WeightSource], biases: Sequence[Floats] | None, shape: QkvWeight
@@ -73,15 +73,15 @@ class Repacking:
             ]
             if biases is not None:
                 biases = [*(part[order] for part, order in zip(biases, orders, strict=False)), biases[2]]
-        return DeviceMatrix(self._stack(sources), _joined_biases(biases))
+        return DeviceMatrix(self._stack(sources), _joined_biases(biases, self.device))
 
     def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Floats] | None) -> DeviceMatrix:
         """Stack gate and up; see `Arithmetic.gate_up`."""
-        return DeviceMatrix(self._stack(sources), _joined_biases(biases))
+        return DeviceMatrix(self._stack(sources), _joined_biases(biases, self.device))
 
     def router(self, source: WeightSource, bias: Floats | None) -> DeviceMatrix:
         """Make a router's matrix, without codes; see `Arithmetic.router`."""
-        return DeviceMatrix(self._plain([source]), _joined_biases([bias]))
+        return DeviceMatrix(self._plain([source]), _joined_biases([bias], self.device))
 
     def heads(self, source: WeightSource, num_heads: int, *, is_transposed: bool) -> DeviceMatrix:
         """Refuse per-head products, which have no CUDA kernels."""
@@ -113,9 +113,9 @@ class Repacking:
         return matrix
 
 
-def _joined_biases(biases: Sequence[Floats | None] | None) -> Tensor | None:
+def _joined_biases(biases: Sequence[Floats | None] | None, device: torch.device) -> Tensor | None:
     found = [bias for bias in biases or () if bias is not None]
-    return torch.from_numpy(np.concatenate(found)) if found else None
+    return torch.from_numpy(np.concatenate(found)).to(device) if found else None
 
 
 def joined_halves(shape: QkvWeight, num_heads: int) -> npt.NDArray[np.int64]:
@@ -184,6 +184,24 @@ class CudaQuantMatrix:
             self.zero,
             None if self.order is None else self.order.to(device),
         )
+
+    def sliced(self, first: int, last: int) -> CudaQuantMatrix:
+        """Return rows [first, last); they share the matrix's codes unless these would not be aligned."""
+        codes = self.codes[first:last]
+        is_aligned = first * self.codes.shape[1] % 16 == 0
+        return self._with_rows(codes if is_aligned else codes.clone(), slice(first, last))
+
+    def picked(self, rows: Tensor) -> CudaQuantMatrix:
+        """Return a copy of some rows, int64 [n] on the matrix's device."""
+        codes = self.codes.view(torch.uint8)[rows].view(self.codes.dtype)  # torch cannot index 8-bit floats
+        return self._with_rows(codes, rows)
+
+    def _with_rows(self, codes: Tensor, rows: slice | Tensor) -> CudaQuantMatrix:
+        return replace(
+            self, codes=codes, scales=_cat_rows([self.scales[:, rows]]),
+            offsets=None if self.offsets is None else _cat_rows([self.offsets[:, rows]]),
+            shape=(codes.shape[0], self.shape[1]),
+        )  # fmt: skip
 
     def decode(self, out: Tensor) -> None:
         """Write the matrix to out [rows, columns], bfloat16 or float16, its columns in the codes' order."""

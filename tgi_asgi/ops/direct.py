@@ -133,6 +133,11 @@ class LinearStack:
         return out if out.shape[1] == self.rows else out[:, : self.rows]
 
 
+def stack(weights: Sequence[LinearWeight]) -> LinearStack:
+    """Return a product per expert; see `LinearStack`."""
+    return LinearStack(weights)
+
+
 def _product(
     made: PackedLinear,
     num_rows: int,

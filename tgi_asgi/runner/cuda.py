@@ -30,7 +30,7 @@ from tgi_asgi.ops import DeviceRows
 from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
-from tgi_asgi.runner.cuda_device import Command, Device, Event, is_out_of_memory
+from tgi_asgi.runner.cuda_device import Command, Device, Event, translated
 from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_pooling import CudaPooler, StepVectors
@@ -400,11 +400,7 @@ class CudaRunner:
 
     def _classify(self, error: BaseException) -> Exception:
         """Translate an error to the engine's exceptions; remember whether the device is lost."""
-        if not isinstance(error, Exception):
-            return RuntimeError(repr(error))
-        if is_out_of_memory(error):
-            return MemoryError(str(error))
-        if isinstance(error, DeviceLost) or self._device.is_lost(error):
-            self._lost = DeviceLost(str(error))  # without the traceback, whose frames hold graphs
-            return self._lost
-        return error
+        made = translated(error, self._device)
+        if isinstance(made, DeviceLost):
+            self._lost = made
+        return made

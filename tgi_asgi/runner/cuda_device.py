@@ -96,6 +96,9 @@ class Device(Protocol):
     def free_bytes(self) -> int:
         """Return the free memory in bytes, as far as this process may use it."""
 
+    def peak_bytes(self, call: Callable[[], object]) -> int:
+        """Return the most bytes of tensors that a call adds to those that exist."""
+
 
 class CudaDevice:
     """A CUDA device through torch; the runner's work has its own stream."""
@@ -179,6 +182,13 @@ class CudaDevice:
         left = int(total * self._memory_share) - torch.cuda.memory_reserved(self.device)
         return max(min(int(free), left), 0)
 
+    def peak_bytes(self, call: Callable[[], object]) -> int:
+        """Ask torch's allocator, in whose memory all tensors are."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        call()
+        return int(torch.cuda.max_memory_allocated(self.device) - before)
+
 
 def register_kernels() -> None:
     """Register `torch.ops.tgi_cuda`, if the extension was built with CUDA."""
@@ -196,6 +206,17 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         return True
     text = str(error) if isinstance(error, RuntimeError) else ""
     return "NCCL" not in text and any(words in text for words in _NO_MEMORY)
+
+
+def translated(error: BaseException, device: Device) -> Exception:
+    """Return the engine's exception for what a step raised: it says whether the device is lost."""
+    if not isinstance(error, Exception):
+        return RuntimeError(repr(error))
+    if is_out_of_memory(error):
+        return MemoryError(str(error))
+    if isinstance(error, DeviceLost) or device.is_lost(error):
+        return DeviceLost(str(error))  # without the traceback, whose frames hold graphs
+    return error
 
 
 @contextlib.contextmanager

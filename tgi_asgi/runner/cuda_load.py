@@ -22,9 +22,11 @@ from tgi_asgi.models.pooling import Dense, PoolingFiles
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import PromptAttention
+from tgi_asgi.ops.cuda_paged import HEAD_DIMS, MAX_GROUP
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device, must_fit, register_kernels
+from tgi_asgi.runner.cuda_modules import check_settings, place_module
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
 from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.kv import KvSize, choose_size, gpu_groups_of, kv_scales_of, step_tokens
@@ -36,7 +38,6 @@ from tgi_asgi.settings import Settings
 logger = logging.getLogger(__name__)
 
 MIN_CAPABILITY = (8, 0)  # Ampere: asynchronous copies, and bfloat16 on tensor cores
-HEAD_DIMS = (64, 80, 96, 128, 256)  # head sizes that the attention kernels are compiled for
 # What models may need beyond a plain decoder, as far as the GPU kernels support it.
 SUPPORTED_NEEDS = frozenset(
     {
@@ -55,7 +56,6 @@ SUPPORTED_NEEDS = frozenset(
         Need.EXPERTS,
     }
 )
-_MAX_GROUP = 16  # query heads per KV head
 _MAX_HIDDEN = 16384
 _MAX_EXPERT_WEIGHTS = 1 << 29  # of an expert's gate and up: offsets in it have 32 bits
 # Of the memory free after the largest step, the cache gets this share of all but the reserve, which graphs,
@@ -102,9 +102,13 @@ class OnCuda:
     def __init__(
         self, opened: OpenModel, files: ModelFiles, settings: Settings, device: Device, longest: int
     ) -> None:
-        config = _check_served(opened, settings)
+        self._dtype = choose_dtype(settings.dtype)
+        _check_prompt_precision(settings)
+        if isinstance(opened.config, ModelConfig) and (reason := why_no_kernels(opened.config)):
+            opened.leave_to_module(reason, "to use the CPU, hide the GPU with CUDA_VISIBLE_DEVICES=")
+        if opened.is_generic:
+            check_settings(settings, opened.config.architecture)
         cuts = cuts_of(opened, settings, num_gpus=device.count())
-        self._dtype = choose_dtype(settings.dtype, config)
         self.dtype = dtype_name(self._dtype)
         self.arithmetic = Repacking(self._dtype, device.device)
         self.longest, self.settings = longest, settings
@@ -121,7 +125,7 @@ class OnCuda:
     def load(self, weights: Weights) -> ServedModel:
         """Load the model, as described in `Placement`."""
         with must_fit():
-            model = self._opened.load(self.arithmetic, self.longest, weights)
+            model = self._opened.load(self.arithmetic, self.longest, weights, _has_kernels)
         if self.shards is not None:
             self.shards.wait_ready()
         self._kv_scales = kv_scales_of(self._opened, self.settings)
@@ -129,7 +133,11 @@ class OnCuda:
 
     def place(self, model: ServedModel, pooling: PoolingFiles) -> Placed:
         """Create the model's cache and runner, as described in `Placement`."""
-        assert model.kind == "native"  # refused by `_check_served`
+        if model.kind != "native":
+            with must_fit():
+                return place_module(
+                    model, self.settings, self._device, self._dtype, self.longest, pooling.dense
+                )
         if self.settings.speculation is not None:
             logger.warning("speculation is not yet supported on a GPU: --speculate is ignored")
         adapters = None
@@ -175,20 +183,10 @@ class OnCuda:
             self.shards.abandon()
 
 
-def _check_served(opened: OpenModel, settings: Settings) -> ModelConfig:
-    """Refuse what only CPUs compute; return the model's config."""
-    config = opened.config
-    if opened.is_generic:
-        reason = f" ({opened.why_generic})" if opened.why_generic else ""
-        raise ModelLoadError(
-            f"{config.architecture} is computed by transformers' code{reason}, which is served on a CPU "
-            'only: set CUDA_VISIBLE_DEVICES="" to serve it there'
-        )
+def _check_prompt_precision(settings: Settings) -> None:
     wanted = settings.prompt_precision
     if wanted not in ("auto", "fp8"):
         raise ModelLoadError(f"--prompt-precision {wanted} is for CPUs: on a GPU it may be auto or fp8")
-    assert isinstance(config, ModelConfig)  # other models are computed by transformers' code
-    return config
 
 
 def _warn_of_old_driver() -> None:
@@ -200,11 +198,11 @@ def _warn_of_old_driver() -> None:
             logger.warning("the CPU computes: %s", str(error).partition(". ")[0])
 
 
-def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
+def choose_dtype(name: str) -> torch.dtype:
     """Return the type that products compute in, for --dtype.
 
     Raises:
-        ModelLoadError: if the kernels lack this dtype, the model's shapes or one of its needs.
+        ModelLoadError: if the kernels lack this dtype.
     """
     dtype = _DTYPES.get(name)
     if dtype is None:
@@ -212,12 +210,18 @@ def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
             f"--dtype {name} is not supported on a GPU: use {' or '.join(_DTYPES)}, or hide the GPU with "
             "CUDA_VISIBLE_DEVICES="
         )
+    return dtype
+
+
+def _has_kernels(config: ModelConfig) -> bool:
+    return not why_no_kernels(config)
+
+
+def why_no_kernels(config: ModelConfig) -> str:
+    """Return why native kernels do not compute a model on a GPU; empty if they do."""
     lacking = sorted(needs_of(config) - SUPPORTED_NEEDS)
     if lacking:
-        raise ModelLoadError(
-            f"{config.architecture} needs {', '.join(lacking)}, which the GPU kernels do not have yet: to "
-            "compute on the CPU, hide the GPU with CUDA_VISIBLE_DEVICES="
-        )
+        return f"{config.architecture} needs {', '.join(lacking)}, which the GPU kernels do not have yet"
     group = config.num_heads // config.num_kv_heads
     experts = [layer.experts for layer in config.layers if layer.experts is not None]
     largest = max((spec.intermediate_size for spec in experts), default=0)
@@ -226,18 +230,17 @@ def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
     rotary = sorted({layer.rope.dim for layer in config.layers if layer.rope is not None})
     if (
         config.head_dim not in HEAD_DIMS
-        or group > _MAX_GROUP
+        or group > MAX_GROUP
         or any(size % 8 for size in sizes)
         or any(size % 4 for size in rotary)
         or config.hidden_size > _MAX_HIDDEN
         or 2 * largest * config.hidden_size >= _MAX_EXPERT_WEIGHTS
     ):
-        raise ModelLoadError(
+        return (
             f"the GPU kernels do not support head size {config.head_dim} with {group} queries per KV head, "
-            f"rotary sizes {rotary} and hidden sizes {sizes}: to use the CPU, hide the GPU with "
-            "CUDA_VISIBLE_DEVICES="
+            f"rotary sizes {rotary} and hidden sizes {sizes}"
         )
-    return dtype
+    return ""
 
 
 def types_of(settings: Settings, dtype: torch.dtype) -> CudaTypes:

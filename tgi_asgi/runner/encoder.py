@@ -1,4 +1,4 @@
-"""Runs steps of embedding models on the CPU: whole prompts in, pooled vectors out, no state kept.
+"""Runs steps of embedding models: whole prompts in, pooled vectors out, no state kept.
 
 The counterpart of `CpuRunner` for encoder models. It reports blocks only for the scheduler's accounting; they
 have no memory.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from tgi_asgi import ops
 from tgi_asgi.models.generic.encoder import EncoderModel
@@ -19,6 +21,9 @@ from tgi_asgi.runner.handoff import StepHandoff
 from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.pooling import pool
 from tgi_asgi.types import PoolingKind
+
+if TYPE_CHECKING:
+    from tgi_asgi.runner.module_device import ModuleDevice
 
 
 class EncoderRunner:
@@ -32,6 +37,7 @@ class EncoderRunner:
         max_step_tokens: Maximum number of tokens per step; raised to `max_context` so that the longest prompt
             fits one step.
         dense: Dense layers applied to pooled vectors.
+        device: The GPU that computes, if it is not the CPU.
 
     Attributes:
         traits: As in `Runner.traits`.
@@ -48,7 +54,9 @@ class EncoderRunner:
         max_step_tokens: int,
         max_context: int,
         dense: Sequence[Dense] = (),
+        device: ModuleDevice | None = None,
     ) -> None:
+        self._device = device
         self.traits = RunnerTraits(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -72,13 +80,13 @@ class EncoderRunner:
 
     @property
     def num_threads(self) -> int:
-        """The number of threads that computed last."""
-        return ops.num_running_threads()
+        """The number of threads that computed last; 0 on a GPU."""
+        return ops.num_running_threads() if self._device is None else 0
 
     @property
     def progress(self) -> int | None:
-        """The number of times that the threads have met."""
-        return ops.team_progress()
+        """The number of times that the threads have met; None on a GPU."""
+        return ops.team_progress() if self._device is None else None
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step, as `CpuRunner.submit` does."""
@@ -95,7 +103,12 @@ class EncoderRunner:
 
         Raises:
             PlanError: if the plan is inconsistent or out of bounds.
+            MemoryError, DeviceLost: as in `ModuleDevice.computing`.
         """
+        with nullcontext() if self._device is None else self._device.computing():
+            return self._run(plan)
+
+    def _run(self, plan: StepPlan) -> StepResult:
         result = StepResult(plan.step_id, [None] * len(plan.rows))
         if not plan.rows:
             return result

@@ -61,6 +61,11 @@ def groups_of(config: ServedConfig, kv_dtype: ops.KvDtype) -> CacheGroups:
     return CacheGroups.of([cache.window for cache in config.caches], sizes)
 
 
+def one_group(config: ServedConfig, size: KvSize) -> CacheGroups:
+    """Return the groups of a GPU's cache of this size: all layers in one."""
+    return CacheGroups((None,), (0,) * len(config.caches), size.bytes_per_token)
+
+
 def gpu_groups_of(config: ServedConfig, item_bytes: int) -> CacheGroups:
     """Return a GPU's groups: plain values of `item_bytes`, all layers in one."""
     sizes = [(each.head_dim + each.value_dim) * each.num_kv_heads for each in config.caches]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import DraftLimits
 
 if TYPE_CHECKING:
+    from tgi_asgi.models.generic.backend import Pool
     from tgi_asgi.models.generic.model import GenericModel
     from tgi_asgi.models.generic.program import ModuleProgram
     from tgi_asgi.models.generic.vision.program import VisionProgram
@@ -54,14 +55,27 @@ class Program(Protocol):
     ) -> ops.SampleResult: ...
 
 
-def make_pool(config: ServedConfig, size: KvSize, groups: CacheGroups) -> ops.KvPool | None:
-    """Create the KV block pool; None for a model without a KV cache.
+def make_pool(model: Model | GenericModel, size: KvSize, groups: CacheGroups) -> Pool | None:
+    """Create the KV block pool, where the model computes; None for a model without a KV cache.
 
     Raises:
         ModelLoadError: if the system does not provide that much address space.
     """
-    if not config.caches:
+    if not model.config.caches:
         return None
+    if model.kind == "generic" and model.backend.device.type != "cpu":
+        return model.backend.pool(
+            model.config.caches, num_blocks=size.num_blocks, block_size=size.block_size, dtype=size.dtype,
+        )  # fmt: skip
+    return make_cpu_pool(model.config, size, groups)
+
+
+def make_cpu_pool(config: ServedConfig, size: KvSize, groups: CacheGroups) -> ops.KvPool:
+    """Create a KV block pool in this machine's memory.
+
+    Raises:
+        ModelLoadError: if the system does not provide that much address space.
+    """
     try:
         pool = ops.KvPool(
             config.caches, groups=groups.of_layers, num_blocks=size.num_blocks, block_size=size.block_size,
@@ -87,7 +101,7 @@ def make_states(
 
 
 def make_program(
-    model: Model | GenericModel, caches: Sequence[ops.KvLayer], *, max_batch_size: int, max_step_tokens: int,
+    model: Model | GenericModel, caches: Sequence[Any], *, max_batch_size: int, max_step_tokens: int,
     max_context: int, image_cache: int = 0, drafts: DraftLimits | None = None, num_kept_states: int = 0,
     adapters: ops.AdapterLayout | None = None, shard: ops.Shard | None = None,
 ) -> Program:  # fmt: skip

@@ -1,4 +1,4 @@
-"""Runs steps on the CPU, in its own thread: plan -> buffers -> model -> sampled tokens.
+"""Runs steps in a thread of the host: plan -> buffers -> model -> sampled tokens.
 
 The engine submits from its event loop and gets a future; steps run in FIFO order. Everything that one step
 leaves for the next (KV blocks, sampling state, the last sampled token) stays here.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +21,7 @@ from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner.drafts import SlotDrafts
 from tgi_asgi.runner.handoff import StepHandoff
 from tgi_asgi.runner.inputs import StepInputs
-from tgi_asgi.runner.kv import KvSize, groups_of
+from tgi_asgi.runner.kv import KvSize, groups_of, one_group
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult
 from tgi_asgi.runner.pooling import Pooler
@@ -33,10 +34,11 @@ from tgi_asgi.types import PoolingKind
 
 if TYPE_CHECKING:
     from tgi_asgi.models.generic.model import GenericModel
+    from tgi_asgi.runner.module_device import ModuleDevice
 
 
 class CpuRunner:
-    """A `Runner` that computes on the CPU thread team.
+    """A `Runner` that lays out and samples on the host, and computes on the CPU's team or as a GPU's module.
 
         runner = CpuRunner(model, kv_size, max_batch_size=128, max_step_tokens=4096, max_context=8192)
         result = await runner.submit(StepPlan(0, rows))
@@ -48,6 +50,7 @@ class CpuRunner:
         num_kept_states: Number of recurrent states to keep, for models with recurrent layers.
         adapters: Layout of the adapters that rows may have.
         shards: The other shards, if the model is split.
+        device: The GPU that computes, if it is not the CPU.
 
     Attributes:
         traits: As in `Runner.traits`.
@@ -69,11 +72,13 @@ class CpuRunner:
         num_kept_states: int = 0,
         adapters: ops.AdapterLayout | None = None,
         shards: Shards | None = None,
+        device: ModuleDevice | None = None,
     ) -> None:
         config = model.config
         self.max_context = max_context
-        groups = groups_of(config, kv_size.dtype)
-        self._kv_pool = make_pool(config, kv_size, groups)
+        self._device = device
+        groups = groups_of(config, kv_size.dtype) if device is None else one_group(config, kv_size)
+        self._kv_pool = make_pool(model, kv_size, groups)
         self._inputs = StepInputs(
             vocab_size=config.vocab_size,
             num_blocks=kv_size.num_blocks,
@@ -136,13 +141,13 @@ class CpuRunner:
 
     @property
     def num_threads(self) -> int:
-        """The number of threads that computed last."""
-        return ops.num_running_threads()
+        """The number of threads that computed last; 0 on a GPU."""
+        return ops.num_running_threads() if self._device is None else 0
 
     @property
     def progress(self) -> int | None:
-        """The number of times that the threads have met."""
-        return ops.team_progress()
+        """The number of times that the threads have met; None on a GPU."""
+        return ops.team_progress() if self._device is None else None
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step, from the event loop; the future fails if this step raises.
@@ -186,7 +191,12 @@ class CpuRunner:
 
         Raises:
             PlanError: if the plan is inconsistent or out of bounds.
+            MemoryError, DeviceLost: as in `ModuleDevice.computing`.
         """
+        with nullcontext() if self._device is None else self._device.computing():
+            return self._run(plan)
+
+    def _run(self, plan: StepPlan) -> StepResult:
         self._inputs.check(plan)
         if plan.copies and self._copy_blocks is not None:
             self._copy_blocks(plan.copies)

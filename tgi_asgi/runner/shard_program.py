@@ -16,7 +16,7 @@ from tgi_asgi.runner.drafts import MAX_DRAFTS_PER_STEP, max_drafts_per_row
 from tgi_asgi.runner.kv import KvSize, groups_of
 from tgi_asgi.runner.load_by_team import load_by_team
 from tgi_asgi.runner.plan import DraftLimits
-from tgi_asgi.runner.programs import make_pool, make_program
+from tgi_asgi.runner.programs import make_cpu_pool, make_program
 from tgi_asgi.settings import Settings
 
 
@@ -76,7 +76,7 @@ def load_program(job: CpuShardJob) -> ops.NativeProgram:
     with OpenModel(job.files, model_impl=settings.model_impl, rope=settings.given_rope) as opened:
         opened.use_cut(cut)
         model = load_by_team(opened, job.packing, job.longest, opened.weights)
-    pool = make_pool(opened.config, job.kv_size, groups_of(opened.config, job.kv_size.dtype))
+    pool = make_cpu_pool(opened.config, job.kv_size, groups_of(opened.config, job.kv_size.dtype))
     assert pool is not None and isinstance(model, Decoder)
     program = make_program(
         model,

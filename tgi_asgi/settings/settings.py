@@ -149,7 +149,7 @@ class Settings:
     )
     model_impl: str = _model(
         "Implementation: native is this server's own code, transformers runs any architecture of that "
-        "library (CPU only); auto uses native if it has the architecture.",
+        "library; auto uses native if it has the architecture and kernels for the device.",
         "auto",
         kinds.one_of("auto native transformers"),
     )

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.cuda.emulated_device import EmulatedDevice
 from tests.support import architectures
 from tests.support.checkpoints import make_model, reference_logits, save_gguf
 from tests.support.compressed import save_compressed
@@ -313,19 +312,6 @@ def test_a_gguf_file_has_no_code_of_transformers(tmp_path: Path) -> None:
     files = save_gguf(make_model(), tmp_path / "tiny.gguf", "F32")
     with pytest.raises(ModelLoadError, match="needs a checkpoint directory, not a GGUF file"):
         OpenModel(files, model_impl="transformers")
-
-
-def test_a_gpu_refuses_before_weights_are_read(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tgi_asgi.runner.load.find_device", EmulatedDevice)
-    folder = with_config(checkpoint("gptj"), tmp_path)
-    (folder / "tokenizer.json").write_bytes((checkpoint("gptj") / "tokenizer.json").read_bytes())
-    settings = Settings(thread_nice=0, num_threads=1, max_batch_size=2)
-    with pytest.raises(
-        ModelLoadError, match=r"GPTJForCausalLM is computed by transformers' code, .* on a CPU only"
-    ):
-        load(settings, ModelFiles("tiny", None, "directory", folder), lambda *_: None)
 
 
 @pytest.mark.parametrize(("impl", "expected"), [("auto", "native"), ("transformers", "transformers")])

@@ -21,7 +21,7 @@ def test_a_model_with_the_head_in_it_is_no_decoder() -> None:
     assert [type(each).__name__ for each in decoders_of(model)] == ["Kosmos2_5TextTransformer"]
     head = Head(model.get_output_embeddings())
     model.set_output_embeddings(head)
-    caller = Caller(model, head, 99)
+    caller = Caller(model, head, 99, torch.device("cpu"))
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.inference_mode():
         wanted = model(input_ids=ids).logits[0]

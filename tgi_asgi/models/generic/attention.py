@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tgi_asgi import ops
+from tgi_asgi.models.generic.backend import Backend, Paged
 from tgi_asgi.models.generic.discover import AttentionLayer
-from tgi_asgi.ops.paged import PagedAttention
 
 NAME = "tgi"
 _running = threading.local()
@@ -28,18 +28,18 @@ class PagedLayers:
 
     Args:
         layers: Layers in the order in which a step calls them.
-        caches: Cache of each layer.
+        caches: Cache of each layer, of a pool of the backend's.
     """
 
     def __init__(
-        self, layers: Sequence[AttentionLayer], caches: Sequence[ops.KvLayer], max_context: int
+        self, layers: Sequence[AttentionLayer], caches: Sequence[Any], max_context: int, backend: Backend
     ) -> None:
         self._layers, self._caches = layers, caches
         self._specs: list[ops.AttentionSpec | None] = [None] * len(layers)
-        self._paged = PagedAttention(max_context=max_context)
-        self._paged_ahead: PagedAttention | None = None  # created when first needed
-        self._ahead: PagedAttention | None = None  # for this step's layers with windows
-        self._max_context = max_context
+        self._backend, self._max_context = backend, max_context
+        self._paged = backend.paged(max_context)
+        self._paged_ahead: Paged | None = None  # created when first needed
+        self._ahead: Paged | None = None  # for this step's layers with windows
         self._positions = torch.empty(0)
         self._next = 0
 
@@ -47,7 +47,7 @@ class PagedLayers:
         """Begin a step."""
         self._paged.begin(batch)
         self._ahead = None
-        self._positions = torch.from_numpy(batch.positions)
+        self._positions = torch.from_numpy(batch.positions).to(self._backend.device)
         self._next = 0
 
     def look_ahead(self, batch: ops.FlatRows, visible_until: Tensor, *, in_windows: bool) -> None:
@@ -60,7 +60,7 @@ class PagedLayers:
             self._paged.begin(batch, visible_until)
             return
         if self._paged_ahead is None:
-            self._paged_ahead = PagedAttention(max_context=self._max_context)
+            self._paged_ahead = self._backend.paged(self._max_context)
         self._ahead = self._paged_ahead
         self._ahead.begin(batch, visible_until)
 
@@ -102,7 +102,7 @@ def _temperature_correction(module: Any, positions: Tensor) -> Tensor:
         logs = torch.log1p(torch.floor((at.float() + 1.0) / float(module.floor_scale)))
         return logs * float(module.attn_scale) + 1.0
 
-    return factor(positions) / factor(torch.arange(len(positions)))
+    return factor(positions) / factor(torch.arange(len(positions), device=positions.device))
 
 
 def spec_of(
@@ -115,8 +115,8 @@ def spec_of(
         window=window,
         chunk=chunk,
         soft_cap=kwargs.get("softcap"),
-        sinks=None if sinks is None else sinks.detach().float().reshape(-1).numpy(),
-        slopes=None if slopes is None else slopes.detach().float().contiguous().numpy(),
+        sinks=None if sinks is None else sinks.detach().float().reshape(-1).cpu().numpy(),
+        slopes=None if slopes is None else slopes.detach().float().contiguous().cpu().numpy(),
     )
 
 

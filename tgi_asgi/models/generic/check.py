@@ -9,7 +9,7 @@ weight.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.backend import Pool
 from tgi_asgi.models.generic.discover import arguments, configurations
 
 if TYPE_CHECKING:
@@ -79,14 +80,14 @@ def _difference(model: GenericModel, seed: int) -> tuple[float, str]:
     if model.config.vision is not None:  # text only: no image belongs to such placeholders
         for ids in sequences:
             ids[ids == model.config.vision.image_token_id] = model.config.vision.pad_token_id
-    precision = model.replaced.precision
-    precision.is_exact = True
+    mode = model.replaced.mode
+    mode.is_exact = True
     try:
         with _first_of_equals():
             expected = [_eager(model, ids) for ids in sequences]
             found = _flat(model, sequences)
     finally:
-        precision.is_exact = False
+        mode.is_exact = False
     worst, where = 0.0, ""
     for name, index, start, logits in found:
         wanted = expected[index][start : start + len(logits)]
@@ -129,11 +130,14 @@ def _longest(model: GenericModel) -> int:
 def _eager(model: GenericModel, ids: Any) -> Tensor:
     """Return the logits of one sequence, computed with the model's own attention."""
     # Positions are not passed: the model's own are the reference.
-    return whole_logits(model, input_ids=torch.from_numpy(ids)[None])
+    return whole_logits(model, input_ids=torch.from_numpy(ids)[None].to(model.backend.device))
 
 
 def whole_logits(model: GenericModel, **inputs: Any) -> Tensor:
-    """Return the logits [n_tokens, vocab] of one sequence, by one call with the model's own attention."""
+    """Return the logits [n_tokens, vocab] of one sequence, by one call with the model's own attention.
+
+    Inputs are on the model's device; the logits are not.
+    """
     configs = configurations(model.module)
     before = [config._attn_implementation for config in configs]
     try:
@@ -142,7 +146,7 @@ def whole_logits(model: GenericModel, **inputs: Any) -> Tensor:
         given = arguments(model.module, **inputs, use_cache=False)
         with torch.inference_mode():
             logits: Tensor = model.module(**given).logits
-            return logits[0, :, : model.config.vocab_size].float()
+            return logits[0, :, : model.config.vocab_size].float().cpu()
     finally:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation_internal = implementation
@@ -177,20 +181,36 @@ def _flat(model: GenericModel, sequences: list[Any]) -> list[tuple[str, int, int
     return found
 
 
-def run_step(model: GenericModel, num_tokens: int) -> None:
-    """Compute a step of two sequences of random tokens, with the logits of the first token only."""
-    pool = _pool(model, 2)
+def step_of(
+    model: GenericModel, num_tokens: int, *, num_rows: int = 1, dtype: ops.KvDtype = "float32"
+) -> Callable[[], None]:
+    """Return a call that computes a step of random tokens, of at least two sequences that begin.
+
+    Args:
+        num_rows: Number of tokens with logits.
+        dtype: Type of keys and values.
+    """
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, size=num_tokens)
     if model.config.vision is not None:
         ids[ids == model.config.vision.image_token_id] = model.config.vision.pad_token_id
-    model.program([] if pool is None else pool.layers, BLOCK).run(
-        flat_rows([(0, ids[:-1], 0), (1, ids[-1:], 0)], 1), [0]
-    )
+    longest = max(min(model.config.context_length, num_tokens - 1), 1)
+    parts = [ids[first : first + longest] for first in range(0, num_tokens, longest)]
+    width = -(-longest // BLOCK)
+    pool = _pool(model, len(parts) * width, dtype)
+    program = model.program([] if pool is None else pool.layers, width * BLOCK)
+    batch = flat_rows([(slot, part, 0) for slot, part in enumerate(parts)], width)
+
+    def run() -> None:
+        program.run(batch, range(min(num_rows, num_tokens)))
+
+    return run
 
 
-def _pool(model: GenericModel, num_blocks: int) -> ops.KvPool | None:
+def _pool(model: GenericModel, num_blocks: int, dtype: ops.KvDtype = "float32") -> Pool | None:
     shapes = model.config.caches
-    return ops.KvPool(shapes, num_blocks=num_blocks, block_size=BLOCK, dtype="float32") if shapes else None
+    if not shapes:
+        return None
+    return model.backend.pool(shapes, num_blocks=num_blocks, block_size=BLOCK, dtype=dtype)
 
 
 def _has_same_bits(program: Any, first: Any, second: Any, width: int) -> bool:

@@ -170,6 +170,7 @@ class OpenEncoder:
         replaced.finish_rows()
         fix_rotary_tables(model, max_positions)
         tabulate(model, max_positions)
+        replaced.mode.backend.take(model)
         attention.register()
         for config in configurations(model):
             config._experts_implementation_internal = attention.NAME
@@ -205,9 +206,10 @@ class EncoderModel:
 
     def __init__(self, module: Any, config: EncoderConfig, replaced: Replaced) -> None:
         self.module, self.config, self.replaced = module, config, replaced
+        self.backend = replaced.mode.backend
         base = module.base_model
         self.is_batch_invariant = bool(config.sequential_reason) or (
-            all_products_are_native(base) and not applies_sines(base)
+            self.backend.has_row_kernels and all_products_are_native(base) and not applies_sines(base)
         )
 
     def program(self, *, max_tokens: int, max_rows: int, max_context: int) -> EncoderProgram:
@@ -215,10 +217,14 @@ class EncoderModel:
         layers = None
         if not self.config.sequential_reason:
             layers = WholeLayers(
-                self.config.layers, max_tokens=max_tokens, max_rows=max_rows, max_context=max_context
+                self.config.layers,
+                self.backend,
+                max_tokens=max_tokens,
+                max_rows=max_rows,
+                max_context=max_context,
             )
         return EncoderProgram(
-            self.module, layers, first_position=self.config.first_position,
+            self.module, layers, device=self.backend.device, first_position=self.config.first_position,
             num_token_types=self.config.num_token_types, is_classifier=self.config.num_labels > 0,
         )  # fmt: skip
 

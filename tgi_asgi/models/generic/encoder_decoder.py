@@ -26,6 +26,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.kinds import ENCODER_DECODERS
 from tgi_asgi.model_info import EncoderDecoder
+from tgi_asgi.models.generic.backend import Backend
 from tgi_asgi.models.generic.encoder_decoder_cache import Answer, Batch, RowPositions, empty_pair
 from tgi_asgi.models.generic.modules import Head
 from tgi_asgi.models.generic.own_cache import cache_name
@@ -129,15 +130,18 @@ class EncoderDecoderProgram(ModuleProgram):
         head: Head that computes only the requested rows.
         starts: Tokens that the decoder begins with.
         is_batched: Whether answers are computed together; some models have no positions for that.
+        backend: The device that computes them.
     """
 
     native = None
 
     def __init__(
-        self, model: Any, head: Head, starts: Sequence[int], *, vocab_size: int, is_batched: bool
-    ) -> None:
+        self, model: Any, head: Head, starts: Sequence[int], *, vocab_size: int, is_batched: bool,
+        backend: Backend,
+    ) -> None:  # fmt: skip
         self._model, self._head, self._vocab_size = model, head, vocab_size
-        self._starts = torch.tensor(starts)
+        self._backend, self._device = backend, backend.device
+        self._starts = torch.tensor(starts, device=self._device)
         self._cache_name = str(cache_name(model))
         self._num_prompt: dict[int, int] = {}  # by slot
         self._states: SlotStates[Answer] = SlotStates(Answer, Answer.copy)
@@ -158,17 +162,18 @@ class EncoderDecoderProgram(ModuleProgram):
         """
         wanted = np.array(list(rows), dtype=np.int64)
         out = torch.empty(len(wanted), self._vocab_size)
-        with torch.inference_mode(), ops.keep_threads_awake():
+        with torch.inference_mode(), self._backend.computing():
             together = []
             for row in self._rows(batch, wanted):
                 if self._is_batched and row.is_next:
                     together.append(row)
                 elif len(part := self._take_prompt(row)):
-                    out[row.places] = self._decode(row.answer, part, row.wanted + len(part) - len(row.ids))
+                    wanted_of = row.wanted + len(part) - len(row.ids)
+                    out[row.places] = self._decode(row.answer, part, wanted_of).cpu()
             if together:
                 logits = self._decode_together(
                     [row.answer for row in together], torch.cat([row.ids for row in together])
-                )
+                ).cpu()
                 for index, row in enumerate(together):
                     out[row.places] = logits[index]
             self._states.commit()
@@ -176,7 +181,7 @@ class EncoderDecoderProgram(ModuleProgram):
 
     def _rows(self, batch: ops.FlatRows, wanted: _Ints) -> list[_Row]:
         """Return the rows of a step, whose states may go on."""
-        ids = torch.from_numpy(batch.ids.astype(np.int64))
+        ids = torch.from_numpy(batch.ids.astype(np.int64)).to(self._device)
         slots, (starts, lengths) = batch.row_slots.tolist(), spans(batch)
         states = self._states.begin(slots, starts, lengths)
         for answer in self._states.of_others():
@@ -214,25 +219,26 @@ class EncoderDecoderProgram(ModuleProgram):
         """Return the logits [n_rows, vocab] after some of an answer's next tokens; there may be none."""
         answer.leave()
         given = {"encoder_outputs": answer.encoded, self._cache_name: answer.cache}
-        return self._logits(torch.from_numpy(rows), decoder_input_ids=ids[None], **given)[0]
+        return self._logits(torch.from_numpy(rows).to(self._device), decoder_input_ids=ids[None], **given)[0]
 
     def _decode_together(self, answers: Sequence[Answer], ids: Tensor) -> Tensor:
         """Return the logits [n_answers, vocab] after the next token of each answer."""
         if len(answers) == 1:
             return self._decode(answers[0], ids, np.zeros(1, np.int64))
         batch = Batch.of(answers)
-        prompts, seen = batch.masks()
+        prompts, seen = (each.to(self._device) for each in batch.masks())
         hidden = answers[0].encoded.last_hidden_state
         # The decoder has their keys and values already, and asks only for their shape.
         encoded = hidden.new_zeros(1).expand(*prompts.shape, hidden.shape[-1])
         given: dict[str, Any] = {self._cache_name: batch.cache}
         if self._takes_positions:
-            given["decoder_position_ids"] = torch.tensor(batch.num_answer)[:, None]
+            given["decoder_position_ids"] = torch.tensor(batch.num_answer, device=self._device)[:, None]
         if self._positions is not None:
             self._positions.begin(batch.num_answer)
         try:
             logits = self._logits(
-                torch.zeros(1, dtype=torch.long), decoder_input_ids=ids[:, None], attention_mask=prompts,
+                torch.zeros(1, dtype=torch.long, device=self._device), decoder_input_ids=ids[:, None],
+                attention_mask=prompts,
                 decoder_attention_mask=seen, encoder_outputs=type(answers[0].encoded)(encoded), **given,
             )  # fmt: skip
         finally:

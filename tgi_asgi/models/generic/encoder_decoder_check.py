@@ -41,14 +41,14 @@ def check(model: GenericModel) -> None:
 
 def _tried(model: GenericModel) -> str:
     """Return what is wrong with the model; empty if nothing is."""
-    precision = model.replaced.precision
-    precision.is_exact = True
+    mode = model.replaced.mode
+    mode.is_exact = True
     try:
         difference = _difference(model)
     except Exception as error:  # whatever the model's code raises
         return f"does not run here: {type(error).__name__}: {str(error)[:300]}"
     finally:
-        precision.is_exact = False
+        mode.is_exact = False
     if difference <= LARGEST:
         return ""
     return (
@@ -79,16 +79,17 @@ def _whole(model: GenericModel, prompt: _Ids, answer: _Ids) -> Tensor:
     """Return the logits after the prompt, and after each token of the answer but the last."""
     assert model.config.encoder_decoder is not None
     starts = model.config.encoder_decoder.starts
-    ids = torch.tensor([[*starts, *answer[:-1].tolist()]])
+    device = model.backend.device
+    ids = torch.tensor([[*starts, *answer[:-1].tolist()]], device=device)
     with torch.inference_mode():
         logits: Tensor = model.module(
-            input_ids=torch.from_numpy(prompt)[None],
-            attention_mask=torch.ones(1, len(prompt)),
+            input_ids=torch.from_numpy(prompt)[None].to(device),
+            attention_mask=torch.ones(1, len(prompt), device=device),
             decoder_input_ids=ids,
             decoder_attention_mask=torch.ones_like(ids),
             use_cache=False,
         ).logits
-    return logits[0, len(starts) - 1 :, : model.config.vocab_size].float()
+    return logits[0, len(starts) - 1 :, : model.config.vocab_size].float().cpu()
 
 
 def _in_steps(model: GenericModel, pairs: list[tuple[_Ids, _Ids]]) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tgi_asgi import ops
-from tgi_asgi.models.generic.modules import Precision
+from tgi_asgi.models.generic.modules import Mode
 from tgi_asgi.ops import direct
 from tgi_asgi.ops.tensors import from_tensor, plain_tensor
 
@@ -68,7 +68,7 @@ class GatedExperts:
     def __init__(
         self, gate: Gate, gate_up: list[ops.GateUpWeight], down: list[ops.LinearWeight], how: _How
     ) -> None:
-        self._gate, self._precision = gate, how.precision
+        self._gate, self._mode = gate, how.mode
         self._weight = ops.experts_weight(zip(gate_up, down, strict=True), how.arithmetic)
 
     @property
@@ -80,8 +80,8 @@ class GatedExperts:
     def forward(self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Return the experts' sum; see `Experts.forward`."""
         gate = self._gate
-        return direct.experts(
-            self._weight, hidden, index, weights, gate.activation, gate.clamped, self._precision.is_exact
+        return self._mode.backend.kernels.experts(
+            self._weight, hidden, index, weights, gate.activation, gate.clamped, self._mode.is_exact
         )
 
 
@@ -89,8 +89,9 @@ class OtherExperts:
     """Experts whose own code runs between the products."""
 
     def __init__(self, up: list[ops.LinearWeight], down: list[ops.LinearWeight], how: _How) -> None:
-        self._up, self._down = direct.LinearStack(up), direct.LinearStack(down)
-        self._num_experts, self._precision = len(up), how.precision
+        self._num_experts, self._mode = len(up), how.mode
+        kernels = how.mode.backend.kernels
+        self._up, self._down = kernels.stack(up), kernels.stack(down)
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +104,7 @@ class OtherExperts:
         order = order[index.flatten()[order] < self._num_experts]  # other ids select no expert
         tokens = order // index.shape[1]
         sizes = index.flatten()[order].bincount(minlength=self._num_experts)
-        is_exact = self._precision.is_exact
+        is_exact = self._mode.is_exact
         rows = self._up.multiply(hidden[tokens], sizes, is_exact)
         rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
         rows = self._down.multiply(rows, sizes, is_exact)
@@ -117,14 +118,14 @@ class _How:
     """How experts are packed and computed."""
 
     arithmetic: ops.Arithmetic
-    precision: Precision
+    mode: Mode
 
 
 class ExpertsLoader:
     """Packs a module's experts as their tensors arrive; they become the module's `tgi_experts`."""
 
-    def __init__(self, module: Any, arithmetic: ops.Arithmetic, precision: Precision) -> None:
-        self._module, self._how = module, _How(arithmetic, precision)
+    def __init__(self, module: Any, arithmetic: ops.Arithmetic, mode: Mode) -> None:
+        self._module, self._how = module, _How(arithmetic, mode)
         self._gate = gate_of(module)
         self._waiting: dict[str, dict[str, Any]] = {}  # by product: the weight and bias received so far
         self._packed: dict[str, list[Any]] = {}

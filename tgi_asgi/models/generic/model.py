@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.model_info import EncoderDecoder
-from tgi_asgi.models.config import MAX_CONTEXT, CacheShape
+from tgi_asgi.models.config import MAX_CONTEXT, CacheShape, ModelConfig
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generation_config import read_generation_config
 from tgi_asgi.models.generic import attention, encoder_decoder, encoder_decoder_check
@@ -231,24 +231,30 @@ class OpenGeneric:
         fix_rotary_tables(self._model, max_positions)
         return CommonDecoder.find(self._model, self.config.layers, max_positions)
 
-    def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> GenericModel | Model:
+    def load(
+        self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int,
+        has_kernels: Callable[[ModelConfig], bool] = lambda config: True,
+    ) -> GenericModel | Model:  # fmt: skip
         """Fill the module with its packed weights, and check that it computes the same as its own code.
 
-        A decoder of the common shape becomes a native model.
+        A decoder of the common shape becomes a native model, if the device `has_kernels` for it.
 
         Raises:
             ModelLoadError: if a tensor is missing, does not fit or is unknown, or the check fails.
         """
         model = self._model
         common = self._common(max_positions)
-        if common is not None and (config := common.verified(cast(NamedWeights, weights))) is not None:
-            return common.load(config, cast(NamedWeights, weights), arithmetic)
+        if common is not None and has_kernels(common.config):
+            config = common.verified(cast(NamedWeights, weights))
+            if config is not None:
+                return common.load(config, cast(NamedWeights, weights), arithmetic)
         filler = Filler(model, cast(NamedWeights, weights))
         replaced = Replaced(model, arithmetic)
         filler.fill(replaced.place)
         replaced.finish()
         fix_rotary_tables(model, max_positions)
         tabulate(self._text, max_positions)
+        replaced.mode.backend.take(model)
         attention.register()
         for config in configurations(self._text):
             config._experts_implementation_internal = attention.NAME
@@ -272,6 +278,7 @@ class GenericModel:
 
     Attributes:
         config: The model's configuration.
+        backend: The device that computes it.
         tower: The vision tower that encodes images, if the model accepts any.
         is_batch_invariant: Whether a token has the same bits whatever else is in the batch. torch's products
             may round differently with the number of rows, torch's sines with an element's position, and
@@ -287,18 +294,22 @@ class GenericModel:
     ) -> None:  # fmt: skip
         self.module, self.config, self.replaced, self.recurrent = module, config, replaced, recurrent
         self._max_positions = max_positions
+        self.backend = replaced.mode.backend
         self.is_batched = True
-        self.tower = None if config.vision is None else Tower(module)
+        self.tower = None if config.vision is None else Tower(module, self.backend.device)
         self.is_batch_invariant = (
-            not config.has_states and all_products_are_native(module) and not applies_sines(module)
+            self.backend.has_row_kernels
+            and not config.has_states
+            and all_products_are_native(module)
+            and not applies_sines(module)
         )
 
     def adapter_targets(self) -> dict[str, ops.Target]:
         """Return the products that adapters may change, by path; runs a few tokens to find them."""
-        return adaptable(self.module, lambda count: self_check.run_step(self, count))
+        return adaptable(self.module, lambda count: self_check.step_of(self, count)())
 
     def program(
-        self, caches: Sequence[ops.KvLayer], max_context: int, image_cache: int = 0,
+        self, caches: Sequence[Any], max_context: int, image_cache: int = 0,
         adapters: ops.AdapterLayout | None = None,
     ) -> GenericProgram | SequentialProgram | EncoderDecoderProgram:  # fmt: skip
         """Return a program that runs steps over these caches, one for each of the configuration's.
@@ -312,20 +323,22 @@ class GenericModel:
         if self.config.encoder_decoder is not None:
             return EncoderDecoderProgram(
                 self.module, self.replaced.head, self.config.encoder_decoder.starts,
-                vocab_size=self.config.vocab_size, is_batched=self.is_batched,
+                vocab_size=self.config.vocab_size, is_batched=self.is_batched, backend=self.backend,
             )  # fmt: skip
         if self.config.sequential_reason:
-            return SequentialProgram(self.module, self.replaced.head, vocab_size=self.config.vocab_size)
-        layers = PagedLayers(self.config.layers, caches, max_context)
+            return SequentialProgram(
+                self.module, self.replaced.head, vocab_size=self.config.vocab_size, device=self.backend.device
+            )
+        layers = PagedLayers(self.config.layers, caches, max_context, self.backend)
         if self.tower is not None and self.config.vision is not None:
             return VisionProgram(
                 self.module, self.replaced.head, layers, self.recurrent, self.config.vision,
                 EncodingCache(self.tower, image_cache), vocab_size=self.config.vocab_size,
-                precision=self.replaced.precision,
+                mode=self.replaced.mode,
             )  # fmt: skip
         return GenericProgram(
             self.module, self.replaced.head, layers, self.recurrent, vocab_size=self.config.vocab_size,
-            first_position=self.config.first_position, precision=self.replaced.precision,
+            first_position=self.config.first_position, mode=self.replaced.mode,
         )  # fmt: skip
 
 

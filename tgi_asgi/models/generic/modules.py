@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tgi_asgi.models.generic.backend import Backend
 from tgi_asgi.ops import AdapterLayout, FlatRows, GateUpWeight, LinearWeight, NormWeight, direct
 
 
 @dataclass(slots=True)
-class Precision:
+class Mode:
     """How a model's products currently compute; all its modules share one instance.
 
     Attributes:
+        backend: The device that computes them.
         is_exact: Whether activations stay float32, as in the self-check at load.
         step: The step whose tokens are computed, for its adapters; None outside a step.
     """
 
+    backend: Backend
     is_exact: bool = False
     step: FlatRows | None = None
 
@@ -37,11 +40,11 @@ class PackedModule(nn.Module):
         made: The packed weight, once loaded.
     """
 
-    def __init__(self, rows: int, columns: int, *, has_bias: bool, precision: Precision) -> None:
+    def __init__(self, rows: int, columns: int, *, has_bias: bool, mode: Mode) -> None:
         super().__init__()
-        self.precision = precision
+        self.mode = mode
         self.made: LinearWeight | None = None
-        nothing = torch.full((1,), torch.nan)
+        nothing = torch.full((1,), torch.nan, device=mode.backend.device)
         self.weight = nn.Parameter(nothing.expand(rows, columns), requires_grad=False)
         self.bias = nn.Parameter(nothing.expand(rows), requires_grad=False) if has_bias else None
 
@@ -60,24 +63,25 @@ class PackedModule(nn.Module):
 class Linear(PackedModule):
     """Replaces `nn.Linear` and GPT-2's `Conv1D`."""
 
-    def __init__(self, rows: int, columns: int, *, has_bias: bool, precision: Precision) -> None:
-        super().__init__(rows, columns, has_bias=has_bias, precision=precision)
+    def __init__(self, rows: int, columns: int, *, has_bias: bool, mode: Mode) -> None:
+        super().__init__(rows, columns, has_bias=has_bias, mode=mode)
         self.in_features, self.out_features = columns, rows
         self.adapters: AdapterLayout | None = None  # adapters that may change it
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ W.T (+ bias)`."""
         rows = x.reshape(-1, self.in_features)
-        rows = direct.linear(self.packed, rows, self.precision.is_exact, self.precision.step, self.adapters)
+        kernels, mode = self.mode.backend.kernels, self.mode
+        rows = kernels.linear(self.packed, rows, mode.is_exact, mode.step, self.adapters)
         return rows.reshape(*x.shape[:-1], self.out_features)
 
 
 class GatedMlp(nn.Module):
     """`down(f(gate(x)) * up(x))`, with gate and up as one product."""
 
-    def __init__(self, activation: str, precision: Precision) -> None:
+    def __init__(self, activation: str, mode: Mode) -> None:
         super().__init__()
-        self.activation, self.precision = activation, precision
+        self.activation, self.mode = activation, mode
         self.gate_up: GateUpWeight | None = None
         self.down: LinearWeight | None = None
         self.adapters: AdapterLayout | None = None  # adapters that may change it
@@ -85,21 +89,21 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP's output."""
         assert self.gate_up is not None and self.down is not None
-        how, rows = self.precision, x.reshape(-1, x.shape[-1])
-        rows = direct.gate_up(self.gate_up, rows, self.activation, how.is_exact, how.step, self.adapters)
-        return direct.linear(self.down, rows, how.is_exact, how.step, self.adapters).reshape(x.shape)
+        mode, kernels, rows = self.mode, self.mode.backend.kernels, x.reshape(-1, x.shape[-1])
+        rows = kernels.gate_up(self.gate_up, rows, self.activation, mode.is_exact, mode.step, self.adapters)
+        return kernels.linear(self.down, rows, mode.is_exact, mode.step, self.adapters).reshape(x.shape)
 
 
 class Embedding(PackedModule):
     """Replaces `nn.Embedding` and subclasses that multiply its rows by a constant."""
 
-    def __init__(self, rows: int, columns: int, *, factor: float, precision: Precision) -> None:
-        super().__init__(rows, columns, has_bias=False, precision=precision)
+    def __init__(self, rows: int, columns: int, *, factor: float, mode: Mode) -> None:
+        super().__init__(rows, columns, has_bias=False, mode=mode)
         self.num_embeddings, self.embedding_dim, self.factor = rows, columns, factor
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of these ids."""
-        rows = direct.embed(self.packed, ids.reshape(-1), self.factor)
+        rows = self.mode.backend.kernels.embed(self.packed, ids.reshape(-1), self.factor)
         return rows.reshape(*ids.shape, self.embedding_dim)
 
 

@@ -81,7 +81,7 @@ class WholeText:
 
     def inputs(self, kept: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Return all tokens, to keep and to compute."""
-        kept = torch.cat([kept, ids])
+        kept = torch.cat([kept.to(ids.device), ids])
         return kept, {"input_ids": kept[None], "use_cache": False}
 
     def after(self, kept: Tensor, output: Any) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tgi_asgi import ops
 from tgi_asgi.models.generic.attention import PagedLayers, running
 from tgi_asgi.models.generic.discover import arguments
-from tgi_asgi.models.generic.modules import Head, Precision
+from tgi_asgi.models.generic.modules import Head, Mode
 from tgi_asgi.models.generic.own_cache import own_cache
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
 from tgi_asgi.models.generic.states import SlotStates, empty_cache
@@ -34,13 +34,16 @@ class Caller:
     Args:
         model: Model with its weights.
         head: The model's head, which computes only the requested rows.
+        device: Where the model is.
         decode: Function that replaces the decoder and everything before it.
     """
 
     def __init__(
-        self, model: Any, head: Head, vocab_size: int, decode: Callable[..., Any] | None = None
-    ) -> None:
+        self, model: Any, head: Head, vocab_size: int, device: torch.device,
+        decode: Callable[..., Any] | None = None,
+    ) -> None:  # fmt: skip
         self._model, self._head, self._vocab_size = model, head, vocab_size
+        self._device = device
         self._instead = decode
         self._known: Any = None
         self._is_calling = False
@@ -65,12 +68,12 @@ class Caller:
             raise RuntimeError("the last step has no decoder output, only logits")
         self._known, self._is_calling = known, True
         try:
-            return self._call(rows, input_ids=torch.zeros(1, 1, dtype=torch.long))
+            return self._call(rows, input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._device))
         finally:
             self._known, self._is_calling = None, False
 
     def _call(self, rows: Iterable[int], **inputs: Any) -> Tensor:
-        self._head.rows = torch.tensor(list(rows), dtype=torch.long)
+        self._head.rows = torch.tensor(list(rows), dtype=torch.long, device=self._device)
         try:
             logits: Tensor = self._model(**arguments(self._model, **inputs)).logits
         finally:
@@ -153,7 +156,7 @@ class GenericProgram(ModuleProgram):
         layers: The model's attention layers.
         recurrent: The model's recurrent layers, if any.
         first_position: Position of a sequence's first token.
-        precision: Shared settings of its products, including the step.
+        mode: Shared settings of its products, including the step.
         decode: See `Caller`.
     """
 
@@ -161,33 +164,35 @@ class GenericProgram(ModuleProgram):
 
     def __init__(
         self, model: Any, head: Head, layers: PagedLayers, recurrent: RecurrentLayers | None, *,
-        vocab_size: int, first_position: int, precision: Precision,
+        vocab_size: int, first_position: int, mode: Mode,
         decode: Callable[..., Any] | None = None,
     ) -> None:  # fmt: skip
-        self._precision = precision
+        self._mode = mode
         self._batch: ops.FlatRows | None = None
-        self._caller = Caller(model, head, vocab_size, decode)
+        self._device = mode.backend.device
+        self._caller = Caller(model, head, vocab_size, self._device, decode)
         self._layers, self._recurrent, self._first_position = layers, recurrent, first_position
         self._states = SlotStates(lambda: empty_cache(model))
         self._known: Any = None
 
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats:
         """Compute a step; return the logits [n_rows, vocab] of `rows`, indices of tokens."""
-        ids = torch.from_numpy(batch.ids.astype(np.int64))[None]
-        positions = torch.from_numpy(batch.positions.astype(np.int64))[None] + self._first_position
+        ids = torch.from_numpy(batch.ids.astype(np.int64))[None].to(self._device)
+        positions = torch.from_numpy(batch.positions.astype(np.int64) + self._first_position)[None]
         self._known, self._batch = None, batch
-        with torch.inference_mode(), ops.keep_threads_awake(), running(self._layers), self._adapting():
+        computing = self._mode.backend.computing()
+        with torch.inference_mode(), computing, running(self._layers), self._adapting():
             self._begin(batch)
             try:
                 logits, self._known = self._caller.compute(
-                    rows, input_ids=ids, position_ids=positions, use_cache=False
+                    rows, input_ids=ids, position_ids=positions.to(self._device), use_cache=False
                 )
                 self._layers.end()
                 self._states.commit()
             finally:
                 if self._recurrent is not None:
                     self._recurrent.end()
-        return logits.numpy()
+        return logits.cpu().numpy()
 
     def _begin(self, batch: ops.FlatRows) -> None:
         self._layers.begin(batch)
@@ -205,20 +210,20 @@ class GenericProgram(ModuleProgram):
         if self._known is None:
             raise RuntimeError("no step has been computed")
         with torch.inference_mode(), self._adapting():
-            return self._caller.compute_more(rows, self._known).numpy()
+            return self._caller.compute_more(rows, self._known).cpu().numpy()
 
     @contextlib.contextmanager
     def _adapting(self) -> Iterator[None]:
         """Give the products access to the step, for its adapters."""
-        self._precision.step = self._batch
+        self._mode.step = self._batch
         try:
             yield
         finally:
-            self._precision.step = None
+            self._mode.step = None
 
     def hidden(self, start: int, stop: int) -> Floats:
         """Return the states [n_tokens, hidden] after the last norm, for tokens of the last step."""
-        states: Floats = self._known.last_hidden_state[0, start:stop].numpy()
+        states: Floats = self._known.last_hidden_state[0, start:stop].cpu().numpy()
         return states
 
 
@@ -227,12 +232,14 @@ class SequentialProgram(ModuleProgram):
 
     Args:
         model: Model with its weights and its own attention.
+        device: Where it is.
     """
 
     native = None
 
-    def __init__(self, model: Any, head: Head, *, vocab_size: int) -> None:
-        self._caller = Caller(model, head, vocab_size)
+    def __init__(self, model: Any, head: Head, *, vocab_size: int, device: torch.device) -> None:
+        self._device = device
+        self._caller = Caller(model, head, vocab_size, device)
         self._cache = own_cache(model)
         self._states: SlotStates[Any] = SlotStates(self._cache.make, self._cache.copy)
         self._vocab_size = vocab_size
@@ -241,7 +248,7 @@ class SequentialProgram(ModuleProgram):
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats:
         """Compute a step; see `GenericProgram.run`."""
         wanted = list(rows)
-        ids = torch.from_numpy(batch.ids.astype(np.int64))
+        ids = torch.from_numpy(batch.ids.astype(np.int64)).to(self._device)
         starts, lengths = spans(batch)
         self._known = []
         out = torch.empty(len(wanted), self._vocab_size)
@@ -252,7 +259,8 @@ class SequentialProgram(ModuleProgram):
                 kept, inputs = self._cache.inputs(state.cache, ids[first : first + length])
                 known = _Known(first, first + length, first + length - inputs["input_ids"].shape[1])
                 places, mine = known.among(wanted)
-                out[places], known.output = self._caller.compute(mine, **inputs)
+                logits, known.output = self._caller.compute(mine, **inputs)
+                out[places] = logits.cpu()
                 state.cache = self._cache.after(kept, known.output)
                 self._known.append(known)
                 first += length
@@ -266,7 +274,7 @@ class SequentialProgram(ModuleProgram):
             for known in self._known:
                 places, mine = known.among(rows)
                 if places:
-                    out[places] = self._caller.compute_more(mine, known.output)
+                    out[places] = self._caller.compute_more(mine, known.output).cpu()
         return out.numpy()
 
     def hidden(self, start: int, stop: int) -> Floats:
@@ -276,7 +284,7 @@ class SequentialProgram(ModuleProgram):
             for known in self._known
             if start < known.stop and known.first < stop
         ]
-        states: Floats = torch.cat(parts).numpy()
+        states: Floats = torch.cat(parts).cpu().numpy()
         return states
 
 

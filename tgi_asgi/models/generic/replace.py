@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tgi_asgi import ops
 from tgi_asgi.models.generic import experts
+from tgi_asgi.models.generic.backend import backend_of
 from tgi_asgi.models.generic.experts import ExpertsLoader
 from tgi_asgi.models.generic.modules import (
     Activation,
@@ -22,9 +23,9 @@ from tgi_asgi.models.generic.modules import (
     GatedMlp,
     Head,
     Linear,
+    Mode,
     Norm,
     PackedModule,
-    Precision,
 )
 from tgi_asgi.models.generic.probes import (
     activation_of,
@@ -51,11 +52,11 @@ class Replaced:
 
     Attributes:
         head: The module's head, which computes only the requested rows; set by `finish`.
-        precision: How all of the modules compute.
+        mode: How all of the modules compute.
     """
 
     def __init__(self, model: Any, arithmetic: ops.Arithmetic) -> None:
-        self.precision = Precision()
+        self.mode = Mode(backend_of(arithmetic))
         self._model, self._arithmetic = model, arithmetic
         self._waiting: dict[str, dict[str, Any]] = {}  # tensors so far, by path and leaf
         self._modules: dict[str, PackedModule] = {}
@@ -74,7 +75,7 @@ class Replaced:
     def _replace_mlp(self, path: str, module: nn.Module) -> None:
         activation = gated_activation(module)
         if activation is not None:
-            self._mlps[path] = GatedMlp(activation, self.precision)
+            self._mlps[path] = GatedMlp(activation, self.mode)
             owner, leaf = owner_of(self._model, path)
             setattr(owner, leaf, self._mlps[path])
 
@@ -91,21 +92,21 @@ class Replaced:
         """Return the native module for a product or an embedding; None for any other module."""
         match _part_of(self._model, path, module, self._vocabulary):
             case _Part.EXPERTS:
-                self._experts[path] = ExpertsLoader(module, self._arithmetic, self.precision)
+                self._experts[path] = ExpertsLoader(module, self._arithmetic, self.mode)
             case _Part.LINEAR:
                 return Linear(
                     module.out_features, module.in_features, has_bias=module.bias is not None,
-                    precision=self.precision,
+                    mode=self.mode,
                 )  # fmt: skip
             case _Part.CONV1D:
                 columns, rows = module.weight.shape
                 self._transposed.add(path)
-                return Linear(rows, columns, has_bias=True, precision=self.precision)
+                return Linear(rows, columns, has_bias=True, mode=self.mode)
             case _Part.EMBEDDING:
                 rows, columns = module.weight.shape
                 factor = factor_of(module)
                 assert factor is not None
-                return Embedding(rows, columns, factor=factor, precision=self.precision)
+                return Embedding(rows, columns, factor=factor, mode=self.mode)
         return None
 
     def _wrap_head(self) -> Head:
@@ -162,6 +163,8 @@ class Replaced:
 
     def finish_rows(self) -> None:
         """Replace the norms and activations that compute the same as native ones; requires weights."""
+        if not self.mode.backend.has_row_kernels:
+            return
         for path, module in list(self._model.named_modules()):
             norm = _norm_of(module) if "norm" in type(module).__name__.lower() else None
             activation = activation_of(module) if norm is None else None

@@ -158,6 +158,12 @@ class RotaryLookup:
     def __init__(self, own: Callable[..., Any], tables: Mapping[Any, tuple[Tensor, ...]]) -> None:
         self._own, self._tables = own, tables
 
+    def move(self, device: torch.device) -> None:
+        """Move the tables to a device."""
+        self._tables = {
+            each: tuple(table.to(device) for table in tables) for each, tables in self._tables.items()
+        }
+
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: Any = None) -> Any:
         tables = self._tables.get(layer_type)
         if tables is None or position_ids.dim() != 2 or int(position_ids.max()) >= len(tables[0]):

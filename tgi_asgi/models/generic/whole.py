@@ -19,6 +19,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import CacheShape
 from tgi_asgi.models.generic.attention import by_token, spec_of
+from tgi_asgi.models.generic.backend import Backend
 from tgi_asgi.models.generic.discover import (
     IGNORED,
     installed,
@@ -28,7 +29,6 @@ from tgi_asgi.models.generic.discover import (
 )
 from tgi_asgi.models.generic.reach import Reach, reach_of
 from tgi_asgi.models.generic.rules import LONGEST
-from tgi_asgi.ops.paged import PagedAttention
 
 # The number that encodes the first reach: exact in float32, and no value with which a model's code fills
 # masks.
@@ -114,7 +114,7 @@ class _Probe:
 class WholeLayers:
     """The attention layers of a model over the prompts of one step.
 
-        layers = WholeLayers(found, max_tokens=4096, max_rows=128, max_context=512)
+        layers = WholeLayers(found, backend, max_tokens=4096, max_rows=128, max_context=512)
         layers.begin([17, 200])                # prompts' lengths
         with running(layers):
             ...                                # the model calls each layer once
@@ -122,23 +122,23 @@ class WholeLayers:
 
     Args:
         layers: Layers in the order in which a step calls them.
+        backend: The device that computes them.
         max_tokens, max_rows, max_context: Maximum tokens and prompts of a step, and length of a prompt.
     """
 
     def __init__(
-        self, layers: Sequence[WholeLayer], *, max_tokens: int, max_rows: int, max_context: int
-    ) -> None:
+        self, layers: Sequence[WholeLayer], backend: Backend, *, max_tokens: int, max_rows: int,
+        max_context: int,
+    ) -> None:  # fmt: skip
         self._layers = layers
         self._pools = {
-            shape: ops.KvPool(
+            shape: backend.pool(
                 [CacheShape(*shape)], num_blocks=max_tokens // _BLOCK + max_rows, block_size=_BLOCK,
                 dtype="float32",
             )
             for shape in {layer.shape for layer in layers}
         }  # fmt: skip
-        self._paged = {
-            reach: PagedAttention(max_context=max_context) for reach in {layer.reach for layer in layers}
-        }
+        self._paged = {reach: backend.paged(max_context) for reach in {layer.reach for layer in layers}}
         self._specs: list[ops.AttentionSpec | None] = [None] * len(layers)
         self._next = 0
 

@@ -31,6 +31,11 @@ class CheckpointWeights:
         part = f"{layout.prefix}{layout.part}."
         self._part = part if embedding.replace(layout.prefix, part, 1) in weights else layout.prefix
 
+    @property
+    def files(self) -> SafetensorsWeights:
+        """The weights by the files' names."""
+        return self._weights
+
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.stored_name(name) in self._weights
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
@@ -77,6 +77,7 @@ class OpenModel:
     ) -> None:
         self._rope = rope
         self._vocab_size: int | None = None  # of a merged adapter, if it has its own
+        self._open_module: Callable[[], OpenGeneric | OpenEncoder] | None = None  # instead of a native family
         self._override = Path(chat_template_path) if chat_template_path else None
         if files.kind == "gguf":
             self._open_gguf(files.path, model_impl)
@@ -103,13 +104,33 @@ class OpenModel:
             config, self._vocab_size = merged.fitted_config(), merged.vocab_size
         architecture = architecture_of(config)
         self.weights = SafetensorsWeights(directory, Quantisation.from_json(config), checkpoint)
-        if (found := self._read_native(config, model_impl)) is not None:
-            self._model = self._open_native(*found)
-        elif produces_vectors(architecture):
+
+        def open_module() -> OpenGeneric | OpenEncoder:
+            if not produces_vectors(architecture):
+                return self._open_generic(directory, config, trusts_code)
             check(self._rope is None, f"--rope-scaling: {architecture} gives vectors, and is not scaled")
-            self._model = _open_encoder(directory, config, trusts_code)
+            return _open_encoder(directory, config, trusts_code)
+
+        if (found := self._read_native(config, model_impl)) is not None:
+            self._open_module = open_module if model_impl == "auto" else None
+            self._model = self._open_native(*found)
         else:
-            self._model = self._open_generic(directory, config, trusts_code)
+            self._model = open_module()
+
+    def leave_to_module(self, reason: str, cure: str) -> None:
+        """Let the code of `transformers` compute the model, not its native family, for this reason.
+
+        Raises:
+            ModelLoadError: if it cannot, or must not: for a GGUF file, or with `--model-impl native`. Then
+                `cure` tells what to do instead.
+        """
+        if self._open_module is None:
+            raise ModelLoadError(f"{reason}: {cure}")
+        self.why_generic = reason
+        if isinstance(self.weights, CheckpointWeights):
+            self.weights = self.weights.files
+        self._model = self._open_module()
+        self.config = self._model.config
 
     def _read_native(self, config: Mapping[str, Any], model_impl: str) -> tuple[Family, ModelConfig] | None:
         """Return the native family that computes the model, and its configuration; None if none does."""
@@ -162,15 +183,22 @@ class OpenModel:
         return self.kind != "native"
 
     def load(
-        self, arithmetic: ops.Arithmetic, max_positions: int, weights: NamedWeights | Weights | None = None
-    ) -> ServedModel:
+        self, arithmetic: ops.Arithmetic, max_positions: int, weights: NamedWeights | Weights | None = None,
+        has_kernels: Callable[[ModelConfig], bool] = lambda config: True,
+    ) -> ServedModel:  # fmt: skip
         """Load the model; `weights` may replace the files' own, for example to track reading.
+
+        Args:
+            has_kernels: Whether the device computes this configuration natively; asked before a module
+                becomes a native model.
 
         Raises:
             ModelLoadError: if a tensor is missing, does not fit or is unknown.
         """
         weights = self.weights if weights is None else weights
         try:
+            if self._model.kind == "generic":
+                return self._model.load(weights, arithmetic, max_positions, has_kernels)
             model = self._model.load(weights, arithmetic, max_positions)
         except ValueError as error:  # packing refuses values that no header shows
             raise ModelLoadError(f"a weight of the model cannot be used: {error}") from error

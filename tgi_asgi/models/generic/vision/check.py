@@ -13,7 +13,6 @@ import numpy as np
 import PIL.Image
 import torch
 
-from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.check import BLOCK, LARGEST, flat_rows, whole_logits
 from tgi_asgi.models.generic.vision.processor import VisionProcessor
@@ -92,20 +91,25 @@ def _difference(model: GenericModel, processor: VisionProcessor) -> float:
     ids = given["input_ids"][0].tolist()
     if ids.count(processed.token_id) != processed.num_tokens:
         raise ValueError("its processor writes other tokens for an image than the server computes")
-    precision = model.replaced.precision
-    precision.is_exact = True
+    mode = model.replaced.mode
+    mode.is_exact = True
     try:
-        expected = whole_logits(model, **given)
+        device = model.backend.device
+        moved = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in given.items()
+        }
+        expected = whole_logits(model, **moved)
         found = _steps(model, ids, locate_images(ids, [(image.digest, processed)]))
     finally:
-        precision.is_exact = False
+        mode.is_exact = False
     return float((found - expected).abs().max() / expected.abs().max())
 
 
 def _steps(model: GenericModel, ids: list[int], images: Any) -> torch.Tensor:
     """Return the logits of a prompt from two steps: all tokens but the last, then the last, as in decode."""
     width = -(-len(ids) // BLOCK)
-    pool = ops.KvPool(model.config.caches, num_blocks=width, block_size=BLOCK, dtype="float32")
+    pool = model.backend.pool(model.config.caches, num_blocks=width, block_size=BLOCK, dtype="float32")
     program = model.program(pool.layers, len(ids))
     assert isinstance(program, VisionProgram)
     program.start(0, ids[:-1], images)

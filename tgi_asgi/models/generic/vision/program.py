@@ -13,7 +13,7 @@ from torch import Tensor
 from tgi_asgi import ops
 from tgi_asgi.models.generic.attention import PagedLayers
 from tgi_asgi.models.generic.discover import arguments
-from tgi_asgi.models.generic.modules import Head, Precision
+from tgi_asgi.models.generic.modules import Head, Mode
 from tgi_asgi.models.generic.program import GenericProgram
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
 from tgi_asgi.models.generic.vision.encodings import EncodingCache
@@ -40,11 +40,11 @@ class VisionProgram(GenericProgram):
 
     def __init__(
         self, model: Any, head: Head, layers: PagedLayers, recurrent: RecurrentLayers | None,
-        traits: VisionTraits, encodings: EncodingCache, *, vocab_size: int, precision: Precision,
+        traits: VisionTraits, encodings: EncodingCache, *, vocab_size: int, mode: Mode,
     ) -> None:  # fmt: skip
         super().__init__(
             model, head, layers, recurrent, vocab_size=vocab_size, first_position=traits.first_position,
-            decode=self._decode, precision=precision,
+            decode=self._decode, mode=mode,
         )  # fmt: skip
         self.encodings = encodings
         self.bidirectional = _BIDIRECTIONAL[traits.lookahead]
@@ -93,7 +93,7 @@ class VisionProgram(GenericProgram):
 
     def _decoder_inputs(self, batch: ops.FlatRows) -> dict[str, Any]:
         """Return the decoder's arguments for a step."""
-        ids = torch.from_numpy(batch.ids.astype(np.int64))
+        ids = torch.from_numpy(batch.ids.astype(np.int64)).to(self._device)
         axes: list[Tensor] = []
         places: list[Tensor] = []  # indices in the step of images' rows
         rows: list[Tensor] = []
@@ -113,19 +113,19 @@ class VisionProgram(GenericProgram):
                 rows.append(encoding.rows[low:high])
                 deep.append(tuple(each[low:high] for each in encoding.deep))
             axes.append(_positions(sequence, begin, end))
-        at = torch.cat(places) if places else torch.empty(0, dtype=torch.long)
+        at = (torch.cat(places) if places else torch.empty(0, dtype=torch.long)).to(self._device)
         ids[at] = self._traits.pad_token_id
         embeds = self._embed(ids[None]).clone()
         if rows:
             embeds[0, at] = torch.cat(rows)
-        flat = torch.cat(axes, dim=-1) + self._traits.first_position
+        flat = (torch.cat(axes, dim=-1) + self._traits.first_position).to(self._device)
         given: dict[str, Any] = {"inputs_embeds": embeds, "use_cache": False}
         given["position_ids"] = flat[:, None] if self._traits.has_axes else flat[:1]
         if self._traits.has_layer_inputs:
             given["per_layer_inputs"] = self._decoder.get_per_layer_inputs(ids[None], None)
         given = arguments(self._decoder, **given)
         if deep and deep[0]:
-            mask = torch.zeros(1, len(ids), dtype=torch.bool)
+            mask = torch.zeros(1, len(ids), dtype=torch.bool, device=self._device)
             mask[0, at] = True
             given["visual_pos_masks"] = mask
             given["deepstack_visual_embeds"] = [torch.cat(layer) for layer in zip(*deep, strict=True)]

@@ -64,7 +64,8 @@ class Tower:
         num_pieces: Number of pieces computed so far, over all images.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self._device = device
         self._inner = getattr(model, "model", model)
         self._features = self._inner.get_image_features
         self._inputs: Mapping[str, Any] = {}
@@ -86,7 +87,10 @@ class Tower:
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """Start an image; discards the results of any other."""
         self.forget()
-        self._inputs = inputs
+        self._inputs = {
+            name: value.to(self._device) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
 
     def forget(self) -> None:
         """Discard the current image and its results."""

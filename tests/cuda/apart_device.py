@@ -1,0 +1,102 @@
+"""A device whose tensors are not the host's: mixing them up fails as on a GPU, and kernels are emulated.
+
+For torch it is a device of its own kind. Each of its tensors wraps one of the host's, which computes. An
+operator refuses operands of both sides, except numbers; only a copy brings values from one side to the other.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils import backend_registration
+
+from tests.cuda.emulated_device import EmulatedDevice
+
+NAME = "apart"
+_HOST = torch.device("cpu")
+_COPIES = ("aten::copy_", "aten::_to_copy", "aten::to")
+
+
+class OnDevice(Tensor):
+    """A tensor of the device."""
+
+    host: Tensor
+
+    @staticmethod
+    def __new__(cls, host: Tensor) -> OnDevice:
+        made = Tensor._make_wrapper_subclass(
+            cls, host.shape, strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype,
+            device=torch.device(NAME, 0),
+        )  # fmt: skip
+        return made
+
+    def __init__(self, host: Tensor) -> None:
+        self.host = host
+
+    def tolist(self) -> Any:
+        """Return the values, which a GPU copies, too; a subclass would not."""
+        return self.host.tolist()
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = kwargs or {}
+        tensors = [each for each in pytree.tree_leaves((args, given)) if isinstance(each, Tensor)]
+        name = func._schema.name
+        devices = [each for each in pytree.tree_leaves((args, given)) if isinstance(each, torch.device)]
+        is_apart = all(each.type == NAME for each in devices)
+        if name == "aten::copy_":
+            is_apart = isinstance(args[0], OnDevice)
+        args, given = pytree.tree_map_only(torch.device, lambda _: _HOST, (args, given))
+        if name not in _COPIES:
+            wrong = [each for each in tensors if not isinstance(each, OnDevice) and each.dim() > 0]
+            if wrong:
+                shapes = [list(each.shape) for each in wrong]
+                raise RuntimeError(f"{name}: operands on the device, and on the host of shapes {shapes}")
+        wrappers = {id(each.host): each for each in tensors if isinstance(each, OnDevice)}
+        args, given = pytree.tree_map_only(OnDevice, lambda each: each.host, (args, given))
+
+        def wrapped(made: Tensor) -> Tensor:
+            known = wrappers.get(id(made))
+            return OnDevice(made) if known is None else known
+
+        # Tensors made within `inference_mode` and outside could not be views of each other.
+        with torch.inference_mode(False), torch.no_grad():
+            out = func(*args, **given)
+            return pytree.tree_map_only(Tensor, wrapped, out) if is_apart else out
+
+
+class ApartDevice(EmulatedDevice):
+    """The emulated device, apart from the host."""
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__(index)
+        self.device = torch.device(NAME, 0)
+
+
+@functools.cache
+def register() -> Any:
+    """Register the device with torch, once per process; return what keeps it registered."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME)
+    library = torch.library.Library("aten", "IMPL")
+
+    def empty(size: Any, *, dtype: Any = None, memory_format: Any = None, **_: Any) -> Tensor:
+        kind = {} if memory_format is None else {"memory_format": memory_format}
+        return OnDevice(torch.empty(size, dtype=dtype, device=_HOST, **kind))
+
+    def empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Tensor:
+        return OnDevice(torch.empty_strided(size, stride, dtype=dtype, device=_HOST))
+
+    def copy_from(source: Tensor, target: OnDevice, non_blocking: bool = False) -> Tensor:
+        target.host.copy_(source.host if isinstance(source, OnDevice) else source)
+        return target
+
+    library.impl("_copy_from", copy_from, "PrivateUse1")
+    library.impl("empty.memory_format", empty, "PrivateUse1")
+    library.impl("empty_strided", empty_strided, "PrivateUse1")
+    return library

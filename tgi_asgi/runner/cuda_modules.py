@@ -1,0 +1,140 @@
+"""Places a model on a GPU that the code of `transformers` computes: its cache and its runner.
+
+Nothing is recorded: a step is one call of the module, whose code launches its kernels one by one, and tokens
+are sampled on the host.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.check import step_of
+from tgi_asgi.models.pooling import Dense
+from tgi_asgi.runner.cpu_load import speculation_of
+from tgi_asgi.runner.cuda_device import Device
+from tgi_asgi.runner.encoder import EncoderRunner
+from tgi_asgi.runner.kv import choose_size, gpu_groups_of, step_tokens
+from tgi_asgi.runner.memory import fitting_batch, state_bytes
+from tgi_asgi.runner.module_device import ModuleDevice
+from tgi_asgi.runner.placement import Placed
+from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.settings import Settings
+
+if TYPE_CHECKING:
+    from tgi_asgi.models.generic.encoder import EncoderModel
+    from tgi_asgi.models.generic.model import GenericModel
+
+logger = logging.getLogger(__name__)
+
+# Of the memory that is free after the weights, what steps do not use but libraries may.
+_RESERVE = 1 << 30
+_OWN_CACHE_SHARE = 0.5  # of it for sequences whose cache is the model's own: steps copy it
+
+
+def check_settings(settings: Settings, architecture: str) -> None:
+    """Refuse or report what a GPU does only for native models.
+
+    Raises:
+        ModelLoadError: if the settings ask for something that would change what clients get.
+    """
+    what = f"{architecture} is computed by transformers' code on this GPU"
+    if settings.batch_invariant:
+        raise ModelLoadError(f"--batch-invariant: {what}, with products that depend on the whole batch")
+    if settings.serves_adapters:
+        raise ModelLoadError(
+            f"--lora-adapters: {what}, where requests cannot choose adapters: name one as --model-id, or use "
+            "the CPU with CUDA_VISIBLE_DEVICES="
+        )
+    if settings.kv_cache_dtype != "auto":
+        raise ModelLoadError(f"--kv-cache-dtype {settings.kv_cache_dtype}: {what}: use auto")
+    ignored = {
+        "--prompt-attention": settings.prompt_attention not in ("auto", "paged"),
+        "--prompt-precision": settings.prompt_precision != "auto",
+        "--dependent-launches": settings.dependent_launches,
+        "--quantize": settings.quantize is not None,
+    }
+    for name in (name for name, is_given in ignored.items() if is_given):
+        logger.warning("%s is ignored: %s", name, what)
+
+
+def place_module(
+    model: GenericModel | EncoderModel, settings: Settings, device: Device, dtype: torch.dtype, longest: int,
+    dense: Sequence[Dense],
+) -> Placed:  # fmt: skip
+    """Create the cache and the runner of a module whose weights are on the device.
+
+    Args:
+        dtype: Type of keys and values.
+        longest: Maximum number of tokens in a sequence.
+        dense: Dense layers applied to pooled vectors.
+
+    Raises:
+        ModelLoadError: if the device has too little memory.
+    """
+    config, kv_name = model.config, _name_of(dtype)
+    groups = gpu_groups_of(config, dtype.itemsize)
+    if model.kind == "encoder":
+        cache = choose_size(config, settings, groups, kv_name, longest, device.free_bytes(), share=1.0)
+        encoder = EncoderRunner(
+            model,
+            num_blocks=cache.num_blocks,
+            block_size=cache.block_size,
+            max_batch_size=settings.max_batch_size,
+            max_step_tokens=settings.max_batch_prefill_tokens,
+            max_context=longest,
+            dense=dense,
+            device=ModuleDevice(device),
+        )
+        return Placed(encoder, replace(cache, bytes_per_token=0))
+    free = _free_beside_steps(model, settings, device, kv_name)
+    batch = fitting_batch(config, settings.max_batch_size, free)
+    settings = replace(settings, max_batch_size=batch)
+    free -= batch * state_bytes(config)
+    share = _OWN_CACHE_SHARE if config.sequential_reason else 1.0
+    cache = choose_size(config, settings, groups, kv_name, longest, free, share=share)
+    runner = CpuRunner(
+        model,
+        cache,
+        max_batch_size=batch,
+        max_step_tokens=step_tokens(settings),
+        max_context=longest,
+        image_cache=settings.image_cache,
+        dense=dense,
+        speculation=speculation_of(model, settings),
+        device=ModuleDevice(device),
+    )
+    return Placed(runner, cache)
+
+
+def _free_beside_steps(model: GenericModel, settings: Settings, device: Device, kv_name: ops.KvDtype) -> int:
+    """Return the device's free memory without what the largest step and the images take.
+
+    Raises:
+        ModelLoadError: if that leaves nothing.
+    """
+    peak = 0
+    if not model.config.sequential_reason:
+        call = step_of(model, step_tokens(settings), num_rows=settings.max_batch_size, dtype=kv_name)
+        peak = device.peak_bytes(call)
+        del call
+    free = device.free_bytes()
+    images = settings.image_cache if model.config.vision is not None else 0
+    left = free - peak - images - min(_RESERVE, free // 8)
+    if left <= 0:
+        raise ModelLoadError(
+            f"the largest step takes {peak / (1 << 30):.1f} GiB, {free / (1 << 30):.1f} GiB are free on the "
+            "GPU: lower --max-batch-prefill-tokens or --max-batch-size, or use a smaller model"
+        )
+    return left
+
+
+def _name_of(dtype: torch.dtype) -> ops.KvDtype:
+    name: ops.KvDtype = "bfloat16" if dtype is torch.bfloat16 else "float16"
+    return name
