@@ -5,12 +5,15 @@ Without a GPU, a device apart from the host is used, so that a tensor on the wro
 
 from __future__ import annotations
 
+import base64
 import logging
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -36,6 +39,7 @@ from tests.support.pooling_models import files_of
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import GREEDY, Job, generate
 from tests.support.vision_runs import load as load_vision
+from tests.support.vision_runs import program_of, served
 from tests.support.vision_runs import run as run_vision
 from tests.support.vision_table import FAMILIES
 from tgi_asgi import ops
@@ -215,6 +219,25 @@ def test_a_family_without_kernels_is_served_as_a_module(
     assert apart.max() <= max(0.05, found.rounding.max() / 2)
     assert "which the GPU kernels do not have yet" in caplog.text
     assert "runs by the code of transformers" in caplog.text
+
+
+async def test_a_chat_about_an_image_is_answered_over_http(
+    tmp_path: Path, found_device: EmulatedDevice
+) -> None:
+    vision.make("smolvlm", tmp_path)
+    data = BytesIO()
+    vision.picture(50, 30).save(data, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "hi"}]
+    body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 5, "temperature": 0}
+    async with served(tmp_path, dtype="auto") as (address, app), httpx.AsyncClient(base_url=address) as http:
+        assert program_of(app).encodings._tower._device == found_device.device
+        info = (await http.get("/info")).json()
+        assert (info["model_device_type"], info["model_impl"]) == ("cuda", "transformers")
+        answers = [(await http.post("/v1/chat/completions", json=body, timeout=60)).json() for _ in range(2)]
+    first, second = (answer["choices"][0]["message"]["content"] for answer in answers)
+    assert first == second != ""
+    assert answers[0]["usage"]["completion_tokens"] == 5
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from tgi_asgi.ops import DeviceRows
 from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
-from tgi_asgi.runner.cuda_device import Command, Device, Event, translated
+from tgi_asgi.runner.cuda_device import MIN_CHUNK, Command, Device, Event, translated
 from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_pooling import CudaPooler, StepVectors
@@ -47,9 +47,6 @@ from tgi_asgi.types import PoolingKind
 
 logger = logging.getLogger(__name__)
 
-# Least number of prompt tokens in a step: a GPU computes products of about 200 tokens in the time that it
-# needs to read the weights.
-MIN_CHUNK = 512
 MAX_TOP = 20  # most probable tokens listed per sampled one: the limit of OpenAI's API
 
 

@@ -20,6 +20,9 @@ from tgi_asgi.runner.plan import DeviceLost
 logger = logging.getLogger(__name__)
 
 _cuda: Any = torch.cuda
+# Least number of prompt tokens in a step: a GPU computes products of about 200 tokens in the time that it
+# needs to read the weights.
+MIN_CHUNK = 512
 _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 

@@ -93,6 +93,9 @@ def place_module(
             device=ModuleDevice(device),
         )
         return Placed(encoder, replace(cache, bytes_per_token=0))
+    rows = model.module.get_input_embeddings().weight.shape[0]
+    if config.vocab_size > rows:  # a token without a row would end all work on the device
+        raise ModelLoadError(f"the model has {rows} embeddings for {config.vocab_size} tokens")
     free = _free_beside_steps(model, settings, device, kv_name)
     batch = fitting_batch(config, settings.max_batch_size, free)
     settings = replace(settings, max_batch_size=batch)

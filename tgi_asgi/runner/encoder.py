@@ -116,7 +116,8 @@ class EncoderRunner:
         num_tokens, traits = sum(row.num_tokens for row in plan.rows), self.traits
         if len(prompts) > traits.max_batch_size or num_tokens > traits.max_step_tokens:
             raise ops.PlanError("more prompts or tokens than a step has")
-        ops.wake_threads()
+        if self._device is None:
+            ops.wake_threads()
         for index, (row, found) in enumerate(zip(plan.rows, self._program.run(prompts), strict=True)):
             if row.pooling is None:  # only the engine's probe requests a token
                 result.sampled[index] = Sampled(0)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from tgi_asgi.runner.cuda_device import Device, translated
+from tgi_asgi.runner.cuda_device import MIN_CHUNK, Device, translated
 from tgi_asgi.runner.plan import DeviceLost
 
 
 class ModuleDevice:
-    """Translates errors of steps to the engine's, and refuses steps once the device is lost."""
+    """Translates errors of steps to the engine's, and refuses steps once the device is lost.
+
+    Attributes:
+        min_chunk: As in `RunnerTraits`.
+    """
+
+    min_chunk = MIN_CHUNK
 
     def __init__(self, device: Device) -> None:
         self._device = device

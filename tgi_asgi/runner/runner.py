@@ -115,7 +115,7 @@ class CpuRunner:
             block_size=kv_size.block_size,
             max_batch_size=max_batch_size,
             max_step_tokens=max_step_tokens,
-            min_chunk=kv_size.block_size,
+            min_chunk=kv_size.block_size if device is None else device.min_chunk,
             num_kept_states=num_kept_states if config.has_states else None,
             vision=None if self._vision_program is None else self._vision_program.bidirectional,
             has_prompt_arithmetic=has_prompt_arithmetic,
@@ -231,7 +231,8 @@ class CpuRunner:
 
     def _compute_rows(self, plan: StepPlan) -> StepResult:
         drafts, mask = self._choose_drafts(plan)
-        ops.wake_threads()
+        if self._device is None:
+            ops.wake_threads()
         batch = self._inputs.fill(
             plan.rows, self._sampling.last_ids, self._sampling.records["position"], drafts
         )
