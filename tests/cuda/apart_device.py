@@ -19,6 +19,7 @@ from tests.cuda.emulated_device import EmulatedDevice
 NAME = "apart"
 _HOST = torch.device("cpu")
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::to")
+_INDEXED = ("aten::index", "aten::index_put", "aten::index_put_")  # their indices may be the host's
 
 
 class OnDevice(Tensor):
@@ -54,7 +55,9 @@ class OnDevice(Tensor):
             is_apart = isinstance(args[0], OnDevice)
         args, given = pytree.tree_map_only(torch.device, lambda _: _HOST, (args, given))
         if name not in _COPIES:
-            wrong = [each for each in tensors if not isinstance(each, OnDevice) and each.dim() > 0]
+            operands = pytree.tree_leaves((args[0], *args[2:])) if name in _INDEXED else tensors
+            there = [each for each in operands if isinstance(each, Tensor) and each.dim() > 0]
+            wrong = [each for each in there if not isinstance(each, OnDevice)]
             if wrong:
                 shapes = [list(each.shape) for each in wrong]
                 raise RuntimeError(f"{name}: operands on the device, and on the host of shapes {shapes}")

@@ -84,7 +84,7 @@ class CudaDirect:
         _check(x, weight.columns, None)
         if len(x) == 0:
             return torch.zeros_like(x)
-        if not is_exact and _has_kernels(weight):
+        if not is_exact and self.dtype is not torch.float32 and _has_kernels(weight):
             return self._experts_by_kernels(weight, x, ids, weights, activation, clamped)
         made: DeviceExperts = weight.made
         order, tokens, sizes = _by_expert(ids, weight.num_experts)
@@ -136,7 +136,7 @@ class CudaDirect:
     def _product(self, made: DeviceMatrix, x: Tensor, is_exact: bool) -> Tensor:
         """Return x @ W.T (+ bias), float32."""
         matrix, num_tokens = made.matrix, len(x)
-        if is_exact:
+        if is_exact or self.dtype is torch.float32:  # which no kernel multiplies
             rows = torch.cat([x @ piece.float().T for piece in self._pieces(matrix)], dim=1)
             return _with_bias(rows, made.bias)
         a = x.to(self.dtype)

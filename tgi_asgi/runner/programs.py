@@ -55,15 +55,17 @@ class Program(Protocol):
     ) -> ops.SampleResult: ...
 
 
-def make_pool(model: Model | GenericModel, size: KvSize, groups: CacheGroups) -> Pool | None:
-    """Create the KV block pool, where the model computes; None for a model without a KV cache.
+def make_pool(
+    model: Model | GenericModel, size: KvSize, groups: CacheGroups, *, is_on_gpu: bool = False
+) -> Pool | None:
+    """Create the KV block pool; None for a model without a KV cache.
 
     Raises:
         ModelLoadError: if the system does not provide that much address space.
     """
     if not model.config.caches:
         return None
-    if model.kind == "generic" and model.backend.device.type != "cpu":
+    if model.kind == "generic" and is_on_gpu:
         return model.backend.pool(
             model.config.caches, num_blocks=size.num_blocks, block_size=size.block_size, dtype=size.dtype,
         )  # fmt: skip

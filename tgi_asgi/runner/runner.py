@@ -78,7 +78,7 @@ class CpuRunner:
         self.max_context = max_context
         self._device = device
         groups = groups_of(config, kv_size.dtype) if device is None else one_group(config, kv_size)
-        self._kv_pool = make_pool(model, kv_size, groups)
+        self._kv_pool = make_pool(model, kv_size, groups, is_on_gpu=device is not None)
         self._inputs = StepInputs(
             vocab_size=config.vocab_size,
             num_blocks=kv_size.num_blocks,

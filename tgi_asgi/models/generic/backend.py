@@ -88,10 +88,12 @@ class Backend(Protocol):
     def has_row_kernels(self) -> bool: ...
 
     def pool(
-        self, shapes: Sequence[HeadShape], *, num_blocks: int, block_size: int, dtype: ops.KvDtype,
-        groups: Sequence[int] | None = None,
+        self, shapes: Sequence[HeadShape], *, num_blocks: int, block_size: int, dtype: ops.KvDtype
     ) -> Pool:  # fmt: skip
-        """Return memory for keys and values; float32 serves for self-checks on any device."""
+        """Return memory for keys and values, with one block table for all layers.
+
+        Any device has float32, for self-checks.
+        """
 
     def paged(self, max_context: int) -> Paged:
         """Return attention over such a pool, for sequences of up to `max_context` tokens."""
@@ -111,11 +113,10 @@ class CpuBackend:
     has_row_kernels = True
 
     def pool(
-        self, shapes: Sequence[HeadShape], *, num_blocks: int, block_size: int, dtype: ops.KvDtype,
-        groups: Sequence[int] | None = None,
+        self, shapes: Sequence[HeadShape], *, num_blocks: int, block_size: int, dtype: ops.KvDtype
     ) -> ops.KvPool:  # fmt: skip
         """Return a pool; see `Backend.pool`."""
-        return ops.KvPool(shapes, num_blocks=num_blocks, block_size=block_size, dtype=dtype, groups=groups)
+        return ops.KvPool(shapes, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
 
     def paged(self, max_context: int) -> PagedAttention:
         """Return native attention; see `Backend.paged`."""
@@ -140,12 +141,9 @@ class CudaBackend:
         torch.backends.cudnn.allow_tf32 = False  # convolutions of float32 then keep its precision
 
     def pool(
-        self, shapes: Sequence[HeadShape], *, num_blocks: int, block_size: int, dtype: ops.KvDtype,
-        groups: Sequence[int] | None = None,
+        self, shapes: Sequence[HeadShape], *, num_blocks: int, block_size: int, dtype: ops.KvDtype
     ) -> DeviceKvPool:  # fmt: skip
-        """Return a pool with one group; see `Backend.pool`."""
-        if groups is not None and set(groups) != {0}:
-            raise ValueError("on a GPU all layers share one block table")
+        """Return a pool; see `Backend.pool`."""
         kind: torch.dtype = getattr(torch, dtype)
         return DeviceKvPool(
             shapes, num_blocks=num_blocks, block_size=block_size, dtype=kind, device=self.device
@@ -161,6 +159,7 @@ class CudaBackend:
 
     def take(self, model: nn.Module) -> None:
         """Move parameters, buffers, other tensors and rotary tables; native modules have moved theirs."""
+        moved: dict[Tensor, Tensor] = {}  # tied tensors stay one
         for module in model.modules():
             if isinstance(forward := module.__dict__.get("forward"), RotaryLookup):
                 forward.move(self.device)
@@ -168,7 +167,9 @@ class CudaBackend:
             for held in tensors:
                 for name, value in list(held.items()):
                     if isinstance(value, Tensor) and not value.is_meta and value.device != self.device:
-                        held[name] = _moved(value, self.device)
+                        if value not in moved:
+                            moved[value] = _moved(value, self.device)
+                        held[name] = moved[value]
 
 
 def _moved(value: Tensor, device: torch.device) -> Tensor:
