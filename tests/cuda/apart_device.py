@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 
 from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.emulated_runner import make_device
+from tests.emulation import bindings
 
 NAME = "apart"
 _HOST = torch.device("cpu")
@@ -80,6 +82,16 @@ class ApartDevice(EmulatedDevice):
     def __init__(self, index: int = 0) -> None:
         super().__init__(index)
         self.device = torch.device(NAME, 0)
+
+
+def find_device() -> torch.device:
+    """Return the GPU if tests use one, otherwise this device, with the operators registered."""
+    made = make_device()
+    if made.device.type == "cuda":
+        return made.device
+    bindings.install()
+    register()
+    return torch.device(NAME, 0)
 
 
 @functools.cache

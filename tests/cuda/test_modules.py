@@ -82,13 +82,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture
 def device() -> torch.device:
-    """The GPU, or a device apart from the host, with emulated kernels."""
-    made = make_device()
-    if made.device.type == "cuda":
-        return made.device
-    bindings.install()
-    apart_device.register()
-    return torch.device(apart_device.NAME, 0)
+    return apart_device.find_device()
 
 
 def load(folder: Path, arithmetic: Repacking, *, is_exact: bool = True) -> GenericModel:

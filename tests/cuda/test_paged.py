@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.cuda import apart_device
-from tests.cuda.emulated_runner import ON_GPU, make_device
+from tests.cuda.emulated_runner import ON_GPU
 from tests.emulation import bindings
 from tests.reference.compare import assert_within
 from tests.support.batches import flat_rows
@@ -22,13 +22,7 @@ from tgi_asgi.ops.cuda_paged import CudaPagedAttention, DeviceKvPool
 
 @pytest.fixture(autouse=True)
 def device() -> torch.device:
-    """The GPU, or a device apart from the host, with emulated kernels."""
-    made = make_device()
-    if made.device.type == "cuda":
-        return made.device
-    bindings.install()
-    apart_device.register()
-    return torch.device(apart_device.NAME, 0)
+    return apart_device.find_device()
 
 
 @dataclass

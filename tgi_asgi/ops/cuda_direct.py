@@ -18,7 +18,7 @@ from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.cuda_experts import Routing
 from tgi_asgi.ops.cuda_linear import MAX_CODED_TOKENS, MAX_SKINNY_TOKENS, has_wide_products
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceExperts, DeviceMatrix
-from tgi_asgi.ops.direct import ACTIVATION_FUNCTIONS
+from tgi_asgi.ops.direct import ACTIVATION_FUNCTIONS, by_expert, gated
 from tgi_asgi.ops.experts import ClampedGate
 from tgi_asgi.ops.weights import ExpertsWeight, GateUpWeight, LinearWeight
 
@@ -87,7 +87,7 @@ class CudaDirect:
         if not is_exact and self.dtype is not torch.float32 and _has_kernels(weight):
             return self._experts_by_kernels(weight, x, ids, weights, activation, clamped)
         made: DeviceExperts = weight.made
-        order, tokens, sizes = _by_expert(ids, weight.num_experts)
+        order, tokens, sizes = by_expert(ids, weight.num_experts)
         total, first = torch.zeros_like(x), 0
         for expert, size in enumerate(sizes.tolist()):
             mine = slice(first, first + size)
@@ -97,7 +97,7 @@ class CudaDirect:
             up_rows, down_rows = 2 * weight.intermediate_size, weight.columns
             rows = self._product(_part(made.gate_up, expert, up_rows), x[tokens[mine]], is_exact)
             gate, up = rows.chunk(2, dim=-1)
-            inner = _gated(gate, up, activation, clamped)
+            inner = gated(gate, up, activation, clamped)
             rows = self._product(_part(made.down, expert, down_rows), inner, is_exact)
             total.index_add_(0, tokens[mine], rows * weights.flatten()[order[mine], None])
         return total
@@ -204,24 +204,6 @@ def _multiplied(a: Tensor, matrix: Tensor) -> Tensor:
     if has_wide_products(matrix.device, matrix.dtype):
         return torch.mm(a, matrix.T, out_dtype=torch.float32)
     return (a @ matrix.T).float()
-
-
-def _gated(gate: Tensor, up: Tensor, activation: str, clamped: ClampedGate | None) -> Tensor:
-    if clamped is None:
-        return ACTIVATION_FUNCTIONS[activation](gate) * up
-    gate, up = gate.clamp(max=clamped.limit), up.clamp(-clamped.limit, clamped.limit)
-    return gate * torch.sigmoid(clamped.slope * gate) * (up + clamped.offset)
-
-
-def _by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort pairs of a token and an expert, ids [n, k], by expert.
-
-    Returns the pairs' indices in `ids.flatten()`, the pairs' tokens, and the number of each expert's pairs.
-    """
-    flat = ids.flatten()
-    order = flat.argsort(stable=True)
-    order = order[flat[order] < num_experts]
-    return order, order // ids.shape[1], flat[order].bincount(minlength=num_experts)
 
 
 def _part(stack: DeviceMatrix, index: int, num_rows: int) -> DeviceMatrix:

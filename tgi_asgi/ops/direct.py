@@ -133,6 +133,25 @@ class LinearStack:
         return out if out.shape[1] == self.rows else out[:, : self.rows]
 
 
+def gated(gate: Tensor, up: Tensor, activation: str, clamped: ClampedGate | None) -> Tensor:
+    """Return gates times ups as the kernels combine them, computed by torch."""
+    if clamped is None:
+        return ACTIVATION_FUNCTIONS[activation](gate) * up
+    gate, up = gate.clamp(max=clamped.limit), up.clamp(-clamped.limit, clamped.limit)
+    return gate * torch.sigmoid(clamped.slope * gate) * (up + clamped.offset)
+
+
+def by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort pairs of a token and an expert, ids [n, k], by expert; other ids select no expert.
+
+    Returns the pairs' indices in `ids.flatten()`, the pairs' tokens, and the number of each expert's pairs.
+    """
+    flat = ids.flatten()
+    order = flat.argsort(stable=True)
+    order = order[flat[order] < num_experts]
+    return order, order // ids.shape[1], flat[order].bincount(minlength=num_experts)
+
+
 def stack(weights: Sequence[LinearWeight]) -> LinearStack:
     """Return a product per expert; see `LinearStack`."""
     return LinearStack(weights)

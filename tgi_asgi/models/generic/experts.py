@@ -55,11 +55,7 @@ class Gate:
     def apply(self, rows: Tensor) -> Tensor:
         """Return, computed with torch, the kernels' result for rows [n, 2 * size]."""
         gate, up = self.halves(rows)
-        if self.clamped is None:
-            return direct.ACTIVATION_FUNCTIONS[self.activation](gate) * up
-        limit = self.clamped.limit
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        return gate * torch.sigmoid(self.clamped.slope * gate) * (up + self.clamped.offset)
+        return direct.gated(gate, up, self.activation, self.clamped)
 
 
 class GatedExperts:
@@ -100,10 +96,7 @@ class OtherExperts:
 
     def forward(self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Return the experts' sum; see `Experts.forward`."""
-        order = index.flatten().argsort(stable=True)
-        order = order[index.flatten()[order] < self._num_experts]  # other ids select no expert
-        tokens = order // index.shape[1]
-        sizes = index.flatten()[order].bincount(minlength=self._num_experts)
+        order, tokens, sizes = direct.by_expert(index, self._num_experts)
         is_exact = self._mode.is_exact
         rows = self._up.multiply(hidden[tokens], sizes, is_exact)
         rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
