@@ -18,6 +18,7 @@ from tests.support.selection import Selection
 from tests.support.skips import Skips
 from tests.support.time_limit import TimeLimit
 from tests.support.vllm import vllm_templates
+from tgi_asgi import _C
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles, resolve
 from tgi_asgi.settings import DEMO_MODEL, Settings
@@ -28,6 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The other worker's tests need the cores: with the usual millisecond, teams of two took twice the time.
+    _C.team_yield_after(20)
     nightly = config.getini("nightly_markers")
     config.pluginmanager.register(Selection(nightly))
     config.pluginmanager.register(TimeLimit(nightly))

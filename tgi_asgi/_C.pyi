@@ -58,6 +58,13 @@ def join_team() -> None:
 def team_spin(spin_us: int) -> None:
     """Set how long idle members spin from now on; 0 restores the configured value."""
 
+def team_yield_after(spin_us: int) -> None:
+    """Have members spin for this long at a barrier before they yield their cores; 1000 by default.
+
+    Raises:
+        ValueError: if it is negative or more than a second.
+    """
+
 def wake_team() -> None:
     """Unpark the team ahead of a step."""
 

@@ -139,6 +139,15 @@ void bind_team(py::module_& module) {
       },
       py::arg("spin_us"),
       "Have idle members spin for this long from now on. Set 0 for the configured time.");
+  module.def(
+      "team_yield_after",
+      [](int microseconds) {
+        check_spin(microseconds);
+        cpu::team_yield_after(microseconds);
+      },
+      py::arg("spin_us"),
+      "Have members spin for this long at a barrier before they yield their cores; 1000 by "
+      "default.");
   module.def("wake_team", &cpu::team_wake, release(), "Unpark the team ahead of a step.");
   module.def(
       "arithmetic_peak", &arithmetic_peak, py::arg("precision"), release(),

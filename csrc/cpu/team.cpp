@@ -23,6 +23,8 @@ namespace {
 
 std::atomic<uint64_t> num_meetings{0};  // of the members of any team, see team_progress
 
+std::atomic<int> yield_after_us{static_cast<int>(kYieldAfter.count())};  // see team_yield_after
+
 // A central counter (Mellor-Crummey and Scott, Algorithms for Scalable Synchronization on
 // Shared-Memory Multiprocessors, section 3.1) with a generation instead of a reversed sense. The
 // two are on separate cache lines, so that members spin on the one that is not incremented.
@@ -38,7 +40,8 @@ class Barrier {
       generation_.store(generation + 1, std::memory_order_release);
       return;
     }
-    spin_until([&] { return generation_.load(std::memory_order_acquire) != generation; });
+    spin_until([&] { return generation_.load(std::memory_order_acquire) != generation; },
+               std::chrono::microseconds(yield_after_us.load(std::memory_order_relaxed)));
   }
 
  private:
@@ -333,6 +336,10 @@ void run_on_caller(TeamFunction fn, void* context) {
 }
 
 void team_spin(int spin_us) { other_spin_us.store(spin_us, std::memory_order_relaxed); }
+
+void team_yield_after(int microseconds) {
+  yield_after_us.store(microseconds, std::memory_order_relaxed);
+}
 
 void team_wake() {
   Shared& state = shared();

@@ -241,3 +241,9 @@ def test_the_stub_names_what_the_extension_has() -> None:
         parameters = re.findall(r"(\w+): ", signature.split("(", 1)[1])
         arguments = [*node.args.args, *node.args.kwonlyargs]
         assert [argument.arg for argument in arguments] == parameters, name
+
+
+@pytest.mark.parametrize("spin_us", [-1, 1_000_001])
+def test_a_time_before_yielding_that_is_none_is_refused(spin_us: int) -> None:
+    with pytest.raises(ValueError, match=r"`spin_us` must be in \[0, 1000000\]"):
+        _C.team_yield_after(spin_us)
