@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 # Of the memory that is free after the weights, what steps do not use but libraries may.
 _RESERVE = 1 << 30
 _OWN_CACHE_SHARE = 0.5  # of it for sequences whose cache is the model's own: steps copy it
+_VISION_SHARE = 0.8  # of it for the cache beside a tower, which encodes images of any size
 
 
 def check_settings(settings: Settings, architecture: str) -> None:
@@ -101,6 +102,7 @@ def place_module(
     settings = replace(settings, max_batch_size=batch)
     free -= batch * state_bytes(config)
     share = _OWN_CACHE_SHARE if config.sequential_reason else 1.0
+    share = share if config.vision is None else _VISION_SHARE
     cache = choose_size(config, settings, groups, kv_name, longest, free, share=share)
     runner = CpuRunner(
         model,
