@@ -101,9 +101,7 @@ def place_module(
     batch = fitting_batch(config, settings.max_batch_size, free)
     settings = replace(settings, max_batch_size=batch)
     free -= batch * state_bytes(config)
-    share = _OWN_CACHE_SHARE if config.sequential_reason else 1.0
-    share = share if config.vision is None else _VISION_SHARE
-    cache = choose_size(config, settings, groups, kv_name, longest, free, share=share)
+    cache = choose_size(config, settings, groups, kv_name, longest, free, share=_cache_share(model))
     runner = CpuRunner(
         model,
         cache,
@@ -116,6 +114,12 @@ def place_module(
         device=ModuleDevice(device),
     )
     return Placed(runner, cache)
+
+
+def _cache_share(model: GenericModel) -> float:
+    if model.config.sequential_reason:
+        return _OWN_CACHE_SHARE
+    return 1.0 if model.config.vision is None else _VISION_SHARE
 
 
 def _free_beside_steps(model: GenericModel, settings: Settings, device: Device, kv_name: ops.KvDtype) -> int:
