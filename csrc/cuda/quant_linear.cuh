@@ -26,10 +26,8 @@
 //
 // As in linear.cu, rows of weights are the 16-row operand of mma and tokens the 8-wide one, and
 // both have their columns in the same order in registers, not that of mma's layout. Lane l takes
-// word l % 4 of 16 bytes of a row's codes, which lie in one group:
-//
-//   4 bits: codes 0 to 7 of the word as pairs (0, 4) (2, 6) | (1, 5) (3, 7): two mma
-//   8 bits: codes 0 to 3 as pairs (0, 1) (2, 3): one mma
+// word l % 4 of 16 bytes of a row's codes, which lie in one group, and the activations of the same
+// columns, as they are in memory: two mma for 8 codes of 4 bits, one for 4 codes of 8 bits.
 #pragma once
 
 #include "mma.cuh"
@@ -38,19 +36,17 @@
 namespace tgi::cuda {
 namespace {
 
-// A warp's activations of a chunk as operands, and what was loaded of the next chunk's.
+// A warp's activations of a chunk, and what was loaded of the next chunk's.
 template <typename Element, typename S>
 class Values {
  public:
   // Whether registers suffice for loading a chunk's activations while those of the chunk before
   // are used.
   static constexpr bool kLoadsAhead = S::kTokenTiles == 1;
-  // Whether they suffice for all operands at once.
-  static constexpr bool kHolds = S::kTokenTiles == 1 || (S::kTokenTiles == 2 && !S::kHasTail);
 
   __device__ __forceinline__ explicit Values(const QuantLinearParams& p) : p_(p) {}
 
-  // Loads a chunk's activations, which `order` makes operands; zeros past the last token or column.
+  // Loads a chunk's activations, which `take` makes operands; zeros past the last token or column.
   __device__ __forceinline__ void load(int chunk) {
     const uint32_t thread = late(threadIdx.x);
     const auto lane = int(thread % kWarpSize);
@@ -78,21 +74,12 @@ class Values {
     }
   }
 
-  // Puts what was loaded into the order of the codes' pairs.
-  __device__ __forceinline__ void order() {
+  // Makes the loaded chunk the current one.
+  __device__ __forceinline__ void take() {
 #pragma unroll
-    for (int i = 0; i < kPieces * S::kTokenTiles; ++i) {
-      const uint32_t (&x)[S::kWords] = loaded_[i / S::kTokenTiles][i % S::kTokenTiles];
-      uint32_t (&out)[S::kWords] = at[i / S::kTokenTiles][i % S::kTokenTiles];
-      if constexpr (S::kWords == 4) {
-        out[0] = pick_bytes(x[0], x[2], 0x5410u), out[1] = pick_bytes(x[1], x[3], 0x5410u);
-        out[2] = pick_bytes(x[0], x[2], 0x7632u), out[3] = pick_bytes(x[1], x[3], 0x7632u);
-        // Otherwise the compiler repeats this in every visit.
-#pragma unroll
-        for (uint32_t& word : out) word = kHolds ? late(word) : word;
-      } else {
-        out[0] = x[0], out[1] = x[1];
-      }
+    for (int i = 0; i < kPieces * S::kTokenTiles * S::kWords; ++i) {
+      const int piece = i / (S::kTokenTiles * S::kWords), j = i / S::kWords % S::kTokenTiles;
+      at[piece][j][i % S::kWords] = loaded_[piece][j][i % S::kWords];
     }
   }
 
@@ -155,9 +142,7 @@ __device__ __forceinline__ void visit(const uint4* stage, uint32_t shift, float 
     for (int j = 0; j < S::kTokenTiles; ++j) {
 #pragma unroll
       for (int k = 0; k < S::kWords; k += 2) {
-        const int i = k / 2;  // pairs i and i + kWords / 2: they lie side by side in `values`
-        const uint32_t a[4] = {weights[0][i], weights[1][i], weights[0][i + S::kWords / 2],
-                               weights[1][i + S::kWords / 2]};
+        const uint32_t a[4] = {weights[0][k], weights[1][k], weights[0][k + 1], weights[1][k + 1]};
         mma_m16n8k16<Element>(products[j], a, values.at[piece][j][k], values.at[piece][j][k + 1]);
       }
     }
@@ -271,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
-      values.order();
+      values.take();
       const auto load_next = [&] {
         const bool ends_pass = chunk + 1 == num_chunks;
         if (!ends_pass || first + per_pass < tiles.count) values.load(ends_pass ? 0 : chunk + 1);

@@ -378,9 +378,9 @@ FAULTS = [
     fault("threads do not wait for the kernel before", "  wait_for_previous_kernel();\n", "", "dependent"),
     fault("pairs are swapped", "(word >> 4 * i)", "(word >> 4 * (i ^ 1))", "result", file="codes.cuh"),
     fault(
-        "activations are not in their order",
-        "out[2] = pick_bytes(x[0], x[2], 0x7632u)",
-        "out[2] = pick_bytes(x[0], x[2], 0x5410u)",
+        "the pairs of an operand change places",
+        "values.at[piece][j][k], values.at[piece][j][k + 1]);\n      }\n    }\n    if",
+        "values.at[piece][j][k + 1], values.at[piece][j][k]);\n      }\n    }\n    if",
         "result",
     ),
 ]
@@ -474,7 +474,7 @@ def test_a_fault_in_reading_mxfp4_is_caught(fault: Fault) -> None:
     [
         ("F8_64", ("uint16_t(word >> 16 * i)", "uint16_t(word >> (16 - 16 * i))")),
         ("Q6_K", ("0x7440u + 2 * i + k", "0x7441u + 2 * i - k")),
-        ("MXFP4", ("word << (12 - 4 * i) & 0x80008000u", "word << 4 * i & 0x80008000u")),
+        ("MXFP4", ("codes << (12 - 4 * k) & 0x80008000u", "codes << 4 * k & 0x80008000u")),
     ],
     ids=str,
 )
