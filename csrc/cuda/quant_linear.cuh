@@ -42,7 +42,8 @@ class Values {
  public:
   // Whether registers suffice for loading a chunk's activations while those of the chunk before
   // are used.
-  static constexpr bool kLoadsAhead = S::kTokenTiles == 1;
+  static constexpr bool kLoadsAhead =
+      S::kTokenTiles == 1 || (S::kTokenTiles == 2 && !(S::kWords == 4 && S::kHasTail));
 
   __device__ __forceinline__ explicit Values(const QuantLinearParams& p) : p_(p) {}
 
@@ -241,12 +242,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Weights are never written, so their first copies start before the previous kernel has ended.
   Source<S> source(p.weight, tiles, queue);
 #pragma unroll
-  for (int i = 0; i < S::kStages - 1; ++i) source.copy(i * S::kSlots);
+  for (int i = 0; i < S::kStages - 1; ++i) source.copy(i * S::kStageBytes);
   wait_for_previous_kernel();
   const int num_chunks = Source<S>::num_chunks(p.weight, part);
   Values<Element, S> values(p);
   if (num_chunks > 0) values.load(0);
-  int slot = 0;  // of the stage
+  constexpr int kEnd = S::kStages * S::kStageBytes;
+  int stage = 0;
   for (int first = 0; first < tiles.count; first += per_pass) {
     const int count = min(per_pass, tiles.count - first);
     for (int i = 0; i < count; ++i) {
@@ -267,9 +269,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int left = count; left > 0; --left, tile_sums += S::kTileSums) {
         async_wait<S::kStages - 2>();
         __syncwarp();  // all see the stage, and none reads the one that is overwritten
-        source.copy((slot == 0 ? S::kWarpSlots : slot) - S::kSlots);
-        visit<Element, S>(queue + slot, shift, base, plain, has_offsets, values, tile_sums);
-        slot = slot + S::kSlots == S::kWarpSlots ? 0 : slot + S::kSlots;
+        source.copy((stage == 0 ? kEnd : stage) - S::kStageBytes);
+        const auto* from = reinterpret_cast<const uint8_t*>(queue) + stage;
+        visit<Element, S>(reinterpret_cast<const uint4*>(from), shift, base, plain, has_offsets,
+                          values, tile_sums);
+        stage = stage + S::kStageBytes == kEnd ? 0 : stage + S::kStageBytes;
       }
       if (!values.kLoadsAhead) load_next();
     }
