@@ -1,6 +1,6 @@
 // The codes of quantised weights: integers of 4 or 8 bits, or floats, E4M3 or E2M1. They are read
-// 16 bytes at a time. Codes of 8 bits are in column order. A word has codes 0 to 7 of 4 bits so that
-// two neighbours lie 16 bits apart, and a shift and a mask make a pair of elements of them:
+// 16 bytes at a time. Codes of 8 bits are in column order. A word has codes 0 to 7 of 4 bits so
+// that two neighbours lie 16 bits apart, and a shift and a mask make a pair of elements of them:
 //
 //   bits    31 .. 28  27 .. 24  23 .. 20  19 .. 16  15 .. 12  11 .. 8   7 .. 4    3 .. 0
 //   codes   7         5         3         1         6         4         2         0
@@ -120,11 +120,18 @@ struct Integers {
   template <typename Element>
   static __device__ __forceinline__ void operands(uint32_t word, uint32_t shift,
                                                   uint32_t (&out)[kPairs]) {
+    // Less than `shift` by 1024 - 64: the mantissa of 64 has a one at bit 4.
+    const uint32_t upper_shift = Bits == 4 ? subtract_pairs<Element>(shift, 0x63806380u) : 0;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      if constexpr (Bits == 4) {
-        const uint32_t codes = mask_and_set<0x000f000fu, kOneBits<Element>>(word >> 4 * i);
-        out[i] = kHasBase<Element> ? codes : subtract_pairs<Element>(codes, shift);
+      if constexpr (kHasBase<Element>) {
+        out[i] = mask_and_set<0x000f000fu, kOneBits<Element>>(word >> 4 * i);
+      } else if constexpr (Bits == 4) {  // of 10 bits of mantissa, codes are also the upper ones
+        const uint32_t pairs = word >> i / 2 * 8;
+        const uint32_t lower = mask_and_set<0x000f000fu, kOneBits<Element>>(pairs);
+        const uint32_t upper = mask_and_set<0x00f000f0u, 0x54005400u>(pairs);
+        out[i] = i % 2 == 0 ? subtract_pairs<Element>(lower, shift)
+                            : subtract_pairs<Element>(upper, upper_shift);
       } else if constexpr (kIsMantissa<Element>) {
         const uint32_t codes = pick_bytes(word, kOneBits<Element>, i == 0 ? 0x5150u : 0x5352u);
         out[i] = subtract_pairs<Element>(codes, shift);
