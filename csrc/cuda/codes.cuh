@@ -120,13 +120,13 @@ struct Integers {
   template <typename Element>
   static __device__ __forceinline__ void operands(uint32_t word, uint32_t shift,
                                                   uint32_t (&out)[kPairs]) {
-    // Less than `shift` by 1024 - 64: the mantissa of 64 has a one at bit 4.
+    // A code at bit 4 is a mantissa of 64, whose bit 4 is 1, so that it is `shift` less 1024 - 64.
     const uint32_t upper_shift = Bits == 4 ? subtract_pairs<Element>(shift, 0x63806380u) : 0;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       if constexpr (kHasBase<Element>) {
         out[i] = mask_and_set<0x000f000fu, kOneBits<Element>>(word >> 4 * i);
-      } else if constexpr (Bits == 4) {  // of 10 bits of mantissa, codes are also the upper ones
+      } else if constexpr (Bits == 4) {  // 10 bits of mantissa hold either of two codes
         const uint32_t pairs = word >> i / 2 * 8;
         const uint32_t lower = mask_and_set<0x000f000fu, kOneBits<Element>>(pairs);
         const uint32_t upper = mask_and_set<0x00f000f0u, 0x54005400u>(pairs);
@@ -153,8 +153,8 @@ struct Integers {
     const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-      const int word = (8 * i + k) * Bits / 32,
-                bit = Bits == 4 ? k % 2 * 16 + k / 2 * 4 : k % 4 * 8;
+      const int word = (8 * i + k) * Bits / 32;
+      const int bit = Bits == 4 ? k % 2 * 16 + k / 2 * 4 : k % 4 * 8;
       const uint32_t code = words[word] >> bit & ((1u << Bits) - 1);
       out[k] = __uint_as_float(kMagicBits | code) - shift;
     }

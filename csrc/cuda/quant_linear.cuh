@@ -281,6 +281,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     store<Element, S>(p, tiles, first, count, first_token, sums);
     if (first + per_pass < tiles.count) __syncthreads();  // the sums are read
   }
+  async_wait<0>();  // the last copies have no visit
 }
 
 template <typename Element, typename Code, typename Scale, int Tokens, int Run>

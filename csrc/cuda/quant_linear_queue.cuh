@@ -7,6 +7,8 @@
 // the queue, over the ends of tiles, chunks and passes.
 #pragma once
 
+#include <climits>
+
 #include "async.cuh"
 #include "codes.cuh"
 
@@ -102,34 +104,35 @@ class Source {
 
   // Copies the next visit's operands, if there is one, to this stage and commits them.
   __device__ __forceinline__ void copy(int stage) {
-    if (tiles_left_ > 0) {
-      const bool is_inside = !S::kHasTail || is_inside_;
-      async_copy16(code_out_ + stage, codes_, is_inside && rows_left_ > 0);
-      async_copy16(code_out_ + stage + kWarpSize * 16, codes_ + end_byte_,
-                   is_inside && rows_left_ > 1);
-      if (has_scales_ != 0) async_copy16(scale_out_ + stage, scales_, true);
-      rows_left_ -= tiles_.stride * kTileRows;
-      codes_ += code_step_;
-      scales_ += tiles_.stride * (kTileRows * S::kGroupSlots);
-      if (--tiles_left_ == 0) {
-        if (++chunk_ == num_chunks(m_, int(late(threadIdx.x) / kWarpSize)))
-          chunk_ = 0, first_ += tiles_.per_pass;
-        start_chunk();
-      }
+    const bool is_inside = !S::kHasTail || is_inside_;
+    async_copy16(code_out_ + stage, codes_, is_inside && rows_left_ > 0);
+    async_copy16(code_out_ + stage + kWarpSize * 16, codes_ + end_byte_,
+                 is_inside && rows_left_ > 1);
+    if (has_scales_ != 0) async_copy16(scale_out_ + stage, scales_, true);
+    rows_left_ -= tiles_.stride * kTileRows;
+    codes_ += code_step_;
+    scales_ += tiles_.stride * (kTileRows * S::kGroupSlots);
+    if (--tiles_left_ == 0) {
+      if (++chunk_ == num_chunks(m_, int(late(threadIdx.x) / kWarpSize)))
+        chunk_ = 0, first_ += tiles_.per_pass;
+      start_chunk();
     }
     async_commit();
   }
 
  private:
-  // Moves to the first tile of the pass; there is none after the last pass.
+  // Moves to the first tile of the pass. After the last pass, and without columns, what is copied
+  // has no rows and no scales, so that `copy` need not ask whether there is a visit.
   __device__ __forceinline__ void start_chunk() {
     const uint32_t thread = late(threadIdx.x);
     const int lane = int(thread % kWarpSize), warp = int(thread / kWarpSize);
-    tiles_left_ = num_chunks(m_, warp) > 0 ? min(tiles_.per_pass, tiles_.count - first_) : 0;
+    const bool has_ended = num_chunks(m_, warp) <= 0 || first_ >= tiles_.count;
+    tiles_left_ = has_ended ? INT_MAX : min(tiles_.per_pass, tiles_.count - first_);
+    if (has_ended) has_scales_ = 0;
     const int tile_row = (tiles_.first + first_ * tiles_.stride) * kTileRows;
     // Two rows that are adjacent in memory are rows l / 4 and l / 4 + 8 of mma.
     const int row = tile_row + lane / 4 * 2;
-    rows_left_ = int(m_.num_rows) - row;
+    rows_left_ = has_ended ? 0 : int(m_.num_rows) - row;
     const int part = chunk_ * kParts + warp, byte = (part * kPieces + lane % 4) * 16;
     is_inside_ = byte < end_byte_;
     codes_ = static_cast<const uint8_t*>(m_.codes) + int64_t{row} * end_byte_ + byte;
@@ -150,7 +153,7 @@ class Source {
   int chunk_ = 0, first_ = 0;  // of the visit that is copied next; the pass's first tile
   int tiles_left_, rows_left_;
   bool is_inside_;
-  int has_scales_;
+  int has_scales_;  // a bool takes one instruction more
 };
 
 // Returns the scales or offsets of a group that a lane multiplies: of its two rows.
