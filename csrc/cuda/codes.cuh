@@ -1,5 +1,9 @@
-// The codes of quantised weights: integers of 4 or 8 bits, or floats, E4M3 or E2M1. They are in
-// column order and are read 16 bytes at a time.
+// The codes of quantised weights: integers of 4 or 8 bits, or floats, E4M3 or E2M1. They are read
+// 16 bytes at a time. Codes of 8 bits are in column order. A word has codes 0 to 7 of 4 bits so
+// that two neighbours lie 16 bits apart, and a shift and a mask make a pair of elements of them:
+//
+//   bits    31 .. 28  27 .. 24  23 .. 20  19 .. 16  15 .. 12  11 .. 8   7 .. 4    3 .. 0
+//   codes   7         5         3         1         6         4         2         0
 #pragma once
 
 #include <type_traits>
@@ -79,8 +83,7 @@ constexpr uint32_t kMagicBits = 0x4B000000u;
 constexpr float kMagic = 8388608.0f;
 
 // Each type of codes has `unpack`, of 16 bytes to floats, and `operands`, of a word to exact
-// elements for mma. A word's codes 0 to 7 of 4 bits become the pairs (i, i + 4), which lie 16 bits
-// apart, for i from 0 to 3; its four codes of 8 bits become (0, 1) and (2, 3).
+// elements for mma: its pairs of codes in column order.
 
 template <int Bits>
 struct Integers {
@@ -117,11 +120,18 @@ struct Integers {
   template <typename Element>
   static __device__ __forceinline__ void operands(uint32_t word, uint32_t shift,
                                                   uint32_t (&out)[kPairs]) {
+    // A code at bit 4 is a mantissa of 64, whose bit 4 is 1, so that it is `shift` less 1024 - 64.
+    const uint32_t upper_shift = Bits == 4 ? subtract_pairs<Element>(shift, 0x63806380u) : 0;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      if constexpr (Bits == 4) {
-        const uint32_t codes = mask_and_set<0x000f000fu, kOneBits<Element>>(word >> 4 * i);
-        out[i] = kHasBase<Element> ? codes : subtract_pairs<Element>(codes, shift);
+      if constexpr (kHasBase<Element>) {
+        out[i] = mask_and_set<0x000f000fu, kOneBits<Element>>(word >> 4 * i);
+      } else if constexpr (Bits == 4) {  // 10 bits of mantissa hold either of two codes
+        const uint32_t pairs = word >> i / 2 * 8;
+        const uint32_t lower = mask_and_set<0x000f000fu, kOneBits<Element>>(pairs);
+        const uint32_t upper = mask_and_set<0x00f000f0u, 0x54005400u>(pairs);
+        out[i] = i % 2 == 0 ? subtract_pairs<Element>(lower, shift)
+                            : subtract_pairs<Element>(upper, upper_shift);
       } else if constexpr (kIsMantissa<Element>) {
         const uint32_t codes = pick_bytes(word, kOneBits<Element>, i == 0 ? 0x5150u : 0x5352u);
         out[i] = subtract_pairs<Element>(codes, shift);
@@ -143,8 +153,9 @@ struct Integers {
     const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-      const int bit = (8 * i + k) * Bits;
-      const uint32_t code = words[bit / 32] >> (bit % 32) & ((1u << Bits) - 1);
+      const int word = (8 * i + k) * Bits / 32;
+      const int bit = Bits == 4 ? k % 2 * 16 + k / 2 * 4 : k % 4 * 8;
+      const uint32_t code = words[word] >> bit & ((1u << Bits) - 1);
       out[k] = __uint_as_float(kMagicBits | code) - shift;
     }
   }
@@ -231,9 +242,9 @@ struct E2M1 {
   template <typename Element>
   static __device__ __forceinline__ uint32_t pair(uint32_t codes, int k) {
     using L = Layout<Element>;
-    // Byte k has both. They are moved to the top of the halves; what is below them is masked.
-    const uint32_t top = pick_bytes(codes << 4, codes, 0x4400u + 0x1111u * unsigned(k));
-    return (top & 0x80008000u) | (top >> L::kShift & L::kMask);
+    const int up = 12 - 4 * k - L::kShift;  // to the places of the mask
+    const uint32_t magnitudes = up >= 0 ? codes << (up & 31) : codes >> (-up & 31);
+    return (codes << (12 - 4 * k) & 0x80008000u) | (magnitudes & L::kMask);
   }
 
   template <typename Element>
@@ -243,13 +254,9 @@ struct E2M1 {
 
   template <typename Element>
   static __device__ __forceinline__ void operands(uint32_t word, uint32_t, uint32_t (&out)[4]) {
-    using L = Layout<Element>;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int up = 12 - 4 * i - L::kShift;  // to the places of the mask
-      const uint32_t magnitudes = (up >= 0 ? word << (up & 31) : word >> (-up & 31)) & L::kMask;
-      const uint32_t signs = word << (12 - 4 * i) & 0x80008000u;
-      out[i] = multiply_pairs<Element>(signs | magnitudes, L::kFactor);
+      out[i] = multiply_pairs<Element>(pair<Element>(word, i), Layout<Element>::kFactor);
     }
   }
 

@@ -187,7 +187,7 @@ struct LinearParams {
 cudaError_t linear(const LinearParams& p, cudaStream_t stream);
 
 // A weight is scale * (code - zero) + offset, or scale * code if the codes are floats: E4M3, or
-// E2M1 with exponents as scales (E8M0). Codes are in column order, the first in the low bits.
+// E2M1 with exponents as scales (E8M0). The order of codes is drawn in codes.cuh.
 struct QuantMatrix {
   const void* codes;    // [num_rows, num_columns] of `bits` bits, 16-byte aligned
   const void* scales;   // [num_columns / group, scale_stride] float16, float32 or E8M0, 16-byte

@@ -26,10 +26,8 @@
 //
 // As in linear.cu, rows of weights are the 16-row operand of mma and tokens the 8-wide one, and
 // both have their columns in the same order in registers, not that of mma's layout. Lane l takes
-// word l % 4 of 16 bytes of a row's codes, which lie in one group:
-//
-//   4 bits: codes 0 to 7 of the word as pairs (0, 4) (2, 6) | (1, 5) (3, 7): two mma
-//   8 bits: codes 0 to 3 as pairs (0, 1) (2, 3): one mma
+// word l % 4 of 16 bytes of a row's codes, which lie in one group, and the activations of the same
+// columns, as they are in memory: two mma for 8 codes of 4 bits, one for 4 codes of 8 bits.
 #pragma once
 
 #include "mma.cuh"
@@ -38,19 +36,18 @@
 namespace tgi::cuda {
 namespace {
 
-// A warp's activations of a chunk as operands, and what was loaded of the next chunk's.
+// A warp's activations of a chunk, and what was loaded of the next chunk's.
 template <typename Element, typename S>
 class Values {
  public:
   // Whether registers suffice for loading a chunk's activations while those of the chunk before
   // are used.
-  static constexpr bool kLoadsAhead = S::kTokenTiles == 1;
-  // Whether they suffice for all operands at once.
-  static constexpr bool kHolds = S::kTokenTiles == 1 || (S::kTokenTiles == 2 && !S::kHasTail);
+  static constexpr bool kLoadsAhead =
+      S::kTokenTiles == 1 || (S::kTokenTiles == 2 && !(S::kWords == 4 && S::kHasTail));
 
   __device__ __forceinline__ explicit Values(const QuantLinearParams& p) : p_(p) {}
 
-  // Loads a chunk's activations, which `order` makes operands; zeros past the last token or column.
+  // Loads a chunk's activations, which `take` makes operands; zeros past the last token or column.
   __device__ __forceinline__ void load(int chunk) {
     const uint32_t thread = late(threadIdx.x);
     const auto lane = int(thread % kWarpSize);
@@ -78,21 +75,12 @@ class Values {
     }
   }
 
-  // Puts what was loaded into the order of the codes' pairs.
-  __device__ __forceinline__ void order() {
+  // Makes the loaded chunk the current one.
+  __device__ __forceinline__ void take() {
 #pragma unroll
-    for (int i = 0; i < kPieces * S::kTokenTiles; ++i) {
-      const uint32_t (&x)[S::kWords] = loaded_[i / S::kTokenTiles][i % S::kTokenTiles];
-      uint32_t (&out)[S::kWords] = at[i / S::kTokenTiles][i % S::kTokenTiles];
-      if constexpr (S::kWords == 4) {
-        out[0] = pick_bytes(x[0], x[2], 0x5410u), out[1] = pick_bytes(x[1], x[3], 0x5410u);
-        out[2] = pick_bytes(x[0], x[2], 0x7632u), out[3] = pick_bytes(x[1], x[3], 0x7632u);
-        // Otherwise the compiler repeats this in every visit.
-#pragma unroll
-        for (uint32_t& word : out) word = kHolds ? late(word) : word;
-      } else {
-        out[0] = x[0], out[1] = x[1];
-      }
+    for (int i = 0; i < kPieces * S::kTokenTiles * S::kWords; ++i) {
+      const int piece = i / (S::kTokenTiles * S::kWords), j = i / S::kWords % S::kTokenTiles;
+      at[piece][j][i % S::kWords] = loaded_[piece][j][i % S::kWords];
     }
   }
 
@@ -155,9 +143,7 @@ __device__ __forceinline__ void visit(const uint4* stage, uint32_t shift, float 
     for (int j = 0; j < S::kTokenTiles; ++j) {
 #pragma unroll
       for (int k = 0; k < S::kWords; k += 2) {
-        const int i = k / 2;  // pairs i and i + kWords / 2: they lie side by side in `values`
-        const uint32_t a[4] = {weights[0][i], weights[1][i], weights[0][i + S::kWords / 2],
-                               weights[1][i + S::kWords / 2]};
+        const uint32_t a[4] = {weights[0][k], weights[1][k], weights[0][k + 1], weights[1][k + 1]};
         mma_m16n8k16<Element>(products[j], a, values.at[piece][j][k], values.at[piece][j][k + 1]);
       }
     }
@@ -256,12 +242,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Weights are never written, so their first copies start before the previous kernel has ended.
   Source<S> source(p.weight, tiles, queue);
 #pragma unroll
-  for (int i = 0; i < S::kStages - 1; ++i) source.copy(i * S::kSlots);
+  for (int i = 0; i < S::kStages - 1; ++i) source.copy(i * S::kStageBytes);
   wait_for_previous_kernel();
   const int num_chunks = Source<S>::num_chunks(p.weight, part);
   Values<Element, S> values(p);
   if (num_chunks > 0) values.load(0);
-  int slot = 0;  // of the stage
+  constexpr int kEnd = S::kStages * S::kStageBytes;
+  int stage = 0;
   for (int first = 0; first < tiles.count; first += per_pass) {
     const int count = min(per_pass, tiles.count - first);
     for (int i = 0; i < count; ++i) {
@@ -271,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
-      values.order();
+      values.take();
       const auto load_next = [&] {
         const bool ends_pass = chunk + 1 == num_chunks;
         if (!ends_pass || first + per_pass < tiles.count) values.load(ends_pass ? 0 : chunk + 1);
@@ -282,9 +269,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int left = count; left > 0; --left, tile_sums += S::kTileSums) {
         async_wait<S::kStages - 2>();
         __syncwarp();  // all see the stage, and none reads the one that is overwritten
-        source.copy((slot == 0 ? S::kWarpSlots : slot) - S::kSlots);
-        visit<Element, S>(queue + slot, shift, base, plain, has_offsets, values, tile_sums);
-        slot = slot + S::kSlots == S::kWarpSlots ? 0 : slot + S::kSlots;
+        source.copy((stage == 0 ? kEnd : stage) - S::kStageBytes);
+        const auto* from = reinterpret_cast<const uint8_t*>(queue) + stage;
+        visit<Element, S>(reinterpret_cast<const uint4*>(from), shift, base, plain, has_offsets,
+                          values, tile_sums);
+        stage = stage + S::kStageBytes == kEnd ? 0 : stage + S::kStageBytes;
       }
       if (!values.kLoadsAhead) load_next();
     }
@@ -292,6 +281,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     store<Element, S>(p, tiles, first, count, first_token, sums);
     if (first + per_pass < tiles.count) __syncthreads();  // the sums are read
   }
+  async_wait<0>();  // the last copies have no visit
 }
 
 template <typename Element, typename Code, typename Scale, int Tokens, int Run>

@@ -7,6 +7,8 @@
 // the queue, over the ends of tiles, chunks and passes.
 #pragma once
 
+#include <climits>
+
 #include "async.cuh"
 #include "codes.cuh"
 
@@ -49,6 +51,7 @@ struct Shape {
   static constexpr int kSlots = kCodeSlots + (Code::kHasOffsets ? 2 : 1) * kScaleSlots;
   // Two blocks have 70 KB in flight; 30 KB are the bandwidth times the latency.
   static constexpr int kStages = Tokens <= 16 ? 5 : 4;
+  static constexpr int kStageBytes = kSlots * 16;
   static constexpr int kWarpSlots = kStages * kSlots;
   // Sums of a chunk's activations over each group, [part][group][token].
   static constexpr int kPlainSums = kGroups * Tokens;
@@ -69,7 +72,8 @@ struct Tiles {
 };
 
 // A warp's copies of codes and scales, visit by visit: of each pass, each chunk of the columns; of
-// that, each tile.
+// that, each tile. A stage is given as its first byte in the queue: an index of 16 bytes would be
+// multiplied in every visit.
 template <typename S>
 class Source {
   using Code = typename S::Code;
@@ -84,11 +88,12 @@ class Source {
     const int lane = int(threadIdx.x) % kWarpSize;
     // Within 8 rows, slots are permuted so that both these writes and ldmatrix access each bank
     // once.
-    code_out_ = queue + lane / 4 * 4 + (lane % 4 ^ lane / 8);
+    code_out_ = reinterpret_cast<uint8_t*>(queue + lane / 4 * 4 + (lane % 4 ^ lane / 8));
     const int array = lane / 16, group = lane / 4 % 4, quarter = lane % 4;
     has_scales_ = group < S::kGroups && quarter < S::kGroupSlots &&
                   (array == 0 || (Code::kHasOffsets && m.offsets != nullptr));
-    scale_out_ = queue + S::kCodeSlots + array * S::kScaleSlots + group * S::kGroupSlots + quarter;
+    scale_out_ = reinterpret_cast<uint8_t*>(queue + S::kCodeSlots + array * S::kScaleSlots +
+                                            group * S::kGroupSlots + quarter);
     start_chunk();
   }
 
@@ -97,35 +102,37 @@ class Source {
     return (ceil_divide(int(m.num_columns), S::kColumns) - part + kParts - 1) / kParts;
   }
 
-  // Copies the next visit's operands, if there is one, to the stage at this slot and commits them.
-  __device__ __forceinline__ void copy(int slot) {
-    if (tiles_left_ > 0) {
-      const bool is_inside = !S::kHasTail || is_inside_;
-      async_copy16(code_out_ + slot, codes_, is_inside && rows_left_ > 0);
-      async_copy16(code_out_ + slot + kWarpSize, codes_ + end_byte_, is_inside && rows_left_ > 1);
-      if (has_scales_) async_copy16(scale_out_ + slot, scales_, true);
-      rows_left_ -= tiles_.stride * kTileRows;
-      codes_ += code_step_;
-      scales_ += tiles_.stride * (kTileRows * S::kGroupSlots);
-      if (--tiles_left_ == 0) {
-        if (++chunk_ == num_chunks(m_, int(late(threadIdx.x) / kWarpSize)))
-          chunk_ = 0, first_ += tiles_.per_pass;
-        start_chunk();
-      }
+  // Copies the next visit's operands, if there is one, to this stage and commits them.
+  __device__ __forceinline__ void copy(int stage) {
+    const bool is_inside = !S::kHasTail || is_inside_;
+    async_copy16(code_out_ + stage, codes_, is_inside && rows_left_ > 0);
+    async_copy16(code_out_ + stage + kWarpSize * 16, codes_ + end_byte_,
+                 is_inside && rows_left_ > 1);
+    if (has_scales_ != 0) async_copy16(scale_out_ + stage, scales_, true);
+    rows_left_ -= tiles_.stride * kTileRows;
+    codes_ += code_step_;
+    scales_ += tiles_.stride * (kTileRows * S::kGroupSlots);
+    if (--tiles_left_ == 0) {
+      if (++chunk_ == num_chunks(m_, int(late(threadIdx.x) / kWarpSize)))
+        chunk_ = 0, first_ += tiles_.per_pass;
+      start_chunk();
     }
     async_commit();
   }
 
  private:
-  // Moves to the first tile of the pass; there is none after the last pass.
+  // Moves to the first tile of the pass. After the last pass, and without columns, what is copied
+  // has no rows and no scales, so that `copy` need not ask whether there is a visit.
   __device__ __forceinline__ void start_chunk() {
     const uint32_t thread = late(threadIdx.x);
     const int lane = int(thread % kWarpSize), warp = int(thread / kWarpSize);
-    tiles_left_ = num_chunks(m_, warp) > 0 ? min(tiles_.per_pass, tiles_.count - first_) : 0;
+    const bool has_ended = num_chunks(m_, warp) <= 0 || first_ >= tiles_.count;
+    tiles_left_ = has_ended ? INT_MAX : min(tiles_.per_pass, tiles_.count - first_);
+    if (has_ended) has_scales_ = 0;
     const int tile_row = (tiles_.first + first_ * tiles_.stride) * kTileRows;
     // Two rows that are adjacent in memory are rows l / 4 and l / 4 + 8 of mma.
     const int row = tile_row + lane / 4 * 2;
-    rows_left_ = int(m_.num_rows) - row;
+    rows_left_ = has_ended ? 0 : int(m_.num_rows) - row;
     const int part = chunk_ * kParts + warp, byte = (part * kPieces + lane % 4) * 16;
     is_inside_ = byte < end_byte_;
     codes_ = static_cast<const uint8_t*>(m_.codes) + int64_t{row} * end_byte_ + byte;
@@ -140,12 +147,13 @@ class Source {
   const QuantMatrix& m_;
   const Tiles& tiles_;
   const uint8_t *codes_, *scales_;
-  uint4 *code_out_, *scale_out_;
+  uint8_t *code_out_, *scale_out_;
   int end_byte_;               // of a row's codes
   int code_step_;              // to the block's next tile
   int chunk_ = 0, first_ = 0;  // of the visit that is copied next; the pass's first tile
   int tiles_left_, rows_left_;
-  bool is_inside_, has_scales_;
+  bool is_inside_;
+  int has_scales_;  // a bool takes one instruction more
 };
 
 // Returns the scales or offsets of a group that a lane multiplies: of its two rows.

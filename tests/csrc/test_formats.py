@@ -189,7 +189,10 @@ def test_repacked_codes_and_scales_mean_the_decoded_row(name: str) -> None:
     if row.is_float8:
         values = codes.view(torch.float8_e4m3fn).float()
     elif bits == 4:
-        values = torch.stack([codes & 15, codes >> 4], dim=-1).reshape(rows, columns).float()
+        words = torch.stack([codes & 15, codes >> 4], dim=-1).view(rows, columns // 8, 8).float()
+        values = torch.empty_like(words)
+        values[..., [0, 2, 4, 6, 1, 3, 5, 7]] = words
+        values = values.view(rows, columns)
     else:
         values = codes.float()
     if row.is_float4:

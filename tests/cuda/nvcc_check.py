@@ -94,7 +94,7 @@ _LOOPS = {
     "prefill_kernel": 1260,  # a tile of keys
     "prefill_kernel fp8": 1500,
     "linear_kernel": 305,
-    "quant_linear_kernel": 985,
+    "quant_linear_kernel": 940,
     "dequantise_kernel": 8,
     "quantise_tokens_kernel": 8,
     "quantise_groups_kernel": 8,

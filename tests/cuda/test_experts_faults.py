@@ -186,8 +186,8 @@ FAULTS = (
     + [
         (check_floats, Fault(*fault))
         for fault in [
-            ("codes change places", "codes.cuh", "0x4400u + ", "0x0044u + ", "result", STREAM),
-            ("signs are lost", "codes.cuh", "(top & 0x80008000u) | ", "", "result", STREAM),
+            ("codes change places", "codes.cuh", "up = 12 - 4 * k", "up = 4 * k", "result", STREAM),
+            ("signs are lost", "codes.cuh", "(codes << (12 - 4 * k) & 0x80008000u) | ", "", "result", STREAM),
             ("a scale is denormal", "codes.cuh", "e < 2 ?", "e < 1 ?", "result", STREAM),
             (
                 "scales past the last are read",

@@ -74,7 +74,7 @@ void check_access(const void* address, int size, bool is_write, bool is_atomic, 
 // block.
 void begin_launch(size_t dynamic_bytes);
 void begin_block();
-void end_thread(int thread);  // drops its pending asynchronous copies
+void end_thread(int thread);  // drops its pending asynchronous copies, and reports that there are
 
 // Maps zeroed memory; ends the process if there is none left.
 void* reserve(size_t bytes);

@@ -324,7 +324,9 @@ void async_wait(int num_pending) {
 void end_thread(int thread) {
   CopyQueue& queue = queues[thread];
   queue.groups.push_back(std::move(queue.open));
+  size_t num_pending = 0;
   for (const auto& group : queue.groups) {
+    num_pending += group.size();
     for (const Copy& copy : group) {
       const size_t cell = size_t(reinterpret_cast<uint8_t*>(copy.target) - arena) / 2;
       for (int i = 0; i < 8; ++i) cells[cell + size_t(i)].is_pending = 0;
@@ -332,6 +334,9 @@ void end_thread(int thread) {
   }
   queue.open.clear();
   queue.groups.clear();
+  if (num_pending > 0 && !machine.is_aborted) {
+    report("async", nullptr, "thread %d ended before %zu of its copies", thread, num_pending);
+  }
 }
 
 }  // namespace emu

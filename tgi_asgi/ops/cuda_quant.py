@@ -1,4 +1,4 @@
-"""Quantised weights as the CUDA kernels read them: codes in column order, scales in a separate array.
+"""Quantised weights as the CUDA kernels read them: codes by rows, scales in a separate array.
 
 They are made once, at load, from the files' blocks, whose 18 to 210 bytes fit no vector load. Nothing is
 rounded again: every weight equals the result of `sources.decode`, or of `in_order` (act-order without a
@@ -146,6 +146,9 @@ class CudaQuantMatrix:
     Codes are integers, or floats without zero point and offsets: E4M3 if they are float8_e4m3fn, E2M1 if
     scales are uint8. Such a scale is 2^(byte - 127), E8M0. Kernels read a group's scales for 16 rows at once,
     so their rows are padded with zeros to a multiple of 16.
+
+    Codes of 8 bits are in column order. Eight of 4 bits are a 32-bit word whose nibbles, from the lowest on,
+    are those of columns 0 2 4 6 1 3 5 7: a shift and a mask make a pair of neighbours, 16 bits apart.
     """
 
     codes: Tensor  # [rows, columns * bits / 8] uint8, or float8_e4m3fn
@@ -305,10 +308,7 @@ def _widened(matrix: CudaQuantMatrix, group: int) -> CudaQuantMatrix:
     Neither has padding. This is exact: scales have at most 18 bits of mantissa, codes at most eight, and a
     zero point is a power of two.
     """
-    rows, columns = matrix.shape
-    codes = matrix.codes
-    if matrix.bits == 4:
-        codes = torch.stack([codes & 15, codes >> 4], dim=-1).view(rows, columns)
+    codes = _by_column(matrix)
     if matrix.is_float4:
         codes = _E2M1.to(codes.device)[codes.int()]
         exponents = matrix.scales.int()  # scales of doubled values are 2^(exponent - 128), also if denormal
@@ -318,6 +318,14 @@ def _widened(matrix: CudaQuantMatrix, group: int) -> CudaQuantMatrix:
     else:
         scales = matrix.scales.float()
         offsets = -matrix.zero * scales if matrix.offsets is None else matrix.offsets.float()
-    repeats = columns // scales.shape[0] // group
+    repeats = matrix.shape[1] // scales.shape[0] // group
     scales, offsets = (plane.repeat_interleave(repeats, dim=0) for plane in (scales, offsets))
     return CudaQuantMatrix(codes, scales, offsets, matrix.shape, 8, 0)
+
+
+def _by_column(matrix: CudaQuantMatrix) -> Tensor:
+    """Return integer or E2M1 codes one by one, in column order: [rows, columns] uint8."""
+    if matrix.bits == 8:
+        return matrix.codes
+    nibbles = torch.stack([matrix.codes & 15, matrix.codes >> 4], dim=-1)
+    return nibbles.view(-1, 2, 4).transpose(1, 2).reshape(matrix.shape)

@@ -50,9 +50,11 @@ struct Rows {
       if (kTo.bits == 8) {
         std::memcpy(codes + 32 * b, block.codes, 32);
       } else {
-        for (int i = 0; i < 16; ++i)
+        for (int i = 0; i < 16; ++i) {  // of a word's bytes: codes 0 2, 4 6, 1 3, 5 7
+          const int first = i / 4 * 8 + i % 2 * 4 + i / 2 % 2;
           codes[16 * b + i] =
-              static_cast<uint8_t>(block.codes[2 * i] | block.codes[2 * i + 1] << 4);
+              static_cast<uint8_t>(block.codes[first] | block.codes[first + 2] << 4);
+        }
       }
       if (kTo.is_float4) {  // a block is a group, and its factor the exponent
         static_cast<uint8_t*>(scales)[b] = block.factors[0];

@@ -28,7 +28,8 @@ struct PanelInfo {
 };
 
 // Rows for CUDA: weight = scale * (code - zero) + offset, with one scale and offset per group of
-// columns. Codes are in column order; of two nibbles, the first is in the low half.
+// columns. Codes of 8 bits are in column order. Of 4 bits, each eight are a 32-bit word, from the
+// lowest nibble on those of columns 0 2 4 6 1 3 5 7: neighbours lie 16 bits apart.
 struct RepackedInfo {
   int32_t bits;           // 4 or 8; 0: floats, which are not repacked
   int32_t zero;           // 0 with offsets
