@@ -33,6 +33,7 @@ class EmulatedDevice:
     Attributes:
         captured, replayed: Number of graphs that were captured, and number of replays.
         failure: Exception that replaying a graph raises, if any.
+        peak: What `peak_bytes` says.
     """
 
     backend: ClassVar[str] = "gloo"
@@ -43,6 +44,7 @@ class EmulatedDevice:
         self.replayed = 0
         self.failure: Exception | None = None
         self.memory_share = 0.0
+        self.peak = 0
 
     @staticmethod
     def count() -> int:
@@ -89,7 +91,7 @@ class EmulatedDevice:
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
         call()
-        return 0
+        return self.peak
 
 
 def _make(copy: Copy) -> None:

@@ -222,7 +222,7 @@ async def test_a_chat_about_an_image_is_answered_over_http(
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "hi"}]
     body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 5, "temperature": 0}
     async with served(tmp_path, dtype="auto") as (address, app), httpx.AsyncClient(base_url=address) as http:
-        assert program_of(app).encodings._tower._device == found_device.device
+        assert program_of(app).encodings._tower.backend.device == found_device.device
         info = (await http.get("/info")).json()
         assert (info["model_device_type"], info["model_impl"]) == ("cuda", "transformers")
         answers = [(await http.post("/v1/chat/completions", json=body, timeout=60)).json() for _ in range(2)]
@@ -265,6 +265,8 @@ async def test_errors_of_a_step_say_whether_the_device_is_lost(
     error: Exception, expected: type[Exception], checkpoint: Checkpoint, found_device: EmulatedDevice,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    if expected is DeviceLost:
+        require_emulation("a real device is not lost")
     files = ModelFiles("tiny", None, "directory", checkpoint("gptj"))
     settings = Settings(thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64)
     runner = load_served(settings, files, lambda *_: None).runner

@@ -182,10 +182,12 @@ class CudaLinearStack:
     def multiply(self, x: Tensor, sizes: Tensor, is_exact: bool = False) -> Tensor:
         """Return each row of x times its expert's matrix, [n, rows]; waits for `sizes` [num_experts]."""
         parts = torch.split(x, sizes.tolist())
-        return torch.cat([
+        found = [
             self._kernels.linear(weight, part, is_exact)
             for weight, part in zip(self._weights, parts, strict=True)
-        ])  # fmt: skip
+            if len(part) > 0
+        ]
+        return torch.cat(found) if found else x.new_empty(0, self.rows)
 
 
 def _check(x: Tensor, columns: int, adapters: AdapterLayout | None) -> None:
@@ -210,7 +212,7 @@ def _part(stack: DeviceMatrix, index: int, num_rows: int) -> DeviceMatrix:
     """Return one expert's matrix of a stack."""
     matrix, first, last = stack.matrix, index * num_rows, (index + 1) * num_rows
     part = matrix.sliced(first, last) if isinstance(matrix, CudaQuantMatrix) else matrix[first:last]
-    return DeviceMatrix(part, None if stack.bias is None else stack.bias[index])
+    return DeviceMatrix(part, None if stack.bias is None else stack.bias[index].clone())  # aligned
 
 
 def _has_kernels(weight: ExpertsWeight) -> bool:

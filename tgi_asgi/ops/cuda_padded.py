@@ -19,6 +19,7 @@ from torch import Tensor
 from tgi_asgi.ops.attention_spec import AttentionSpec
 
 _MAX_SCORES = 1 << 26  # of a piece, over all heads: 256 MB in float32
+_MAX_GATHERED = 1 << 27  # numbers of a piece's keys and values; those of one sequence may be more
 
 _Ints = npt.NDArray[np.integer[Any]]
 
@@ -58,7 +59,7 @@ class PaddedSteps:
     ) -> None:  # fmt: skip
         self._device, self._starts, self._contexts = device, query_start, context_len
         self._table, self._until = block_table, visible_until
-        self._pieces: dict[tuple[int, int], list[_Piece]] = {}  # by heads and block size
+        self._pieces: dict[tuple[int, ...], list[_Piece]] = {}  # by what they depend on
         self._masks: dict[tuple[object, ...], Tensor] = {}
 
     def attend(
@@ -73,8 +74,9 @@ class PaddedSteps:
             q: [n_tokens, num_heads, head_dim].
             sinks, slopes: [num_heads] float32, on the device.
         """
-        num_heads, block_size = q.shape[1], keys.shape[2]
-        kind = (num_heads, block_size)
+        num_heads, block_size = q.shape[1], int(keys.shape[2])
+        each = int(keys.shape[1] * (keys.shape[3] + values.shape[3]))
+        kind = (num_heads, block_size, each)
         if kind not in self._pieces:
             self._pieces[kind] = list(self._cut(*kind))
         out = q.new_empty(q.shape[0], num_heads, values.shape[3], dtype=torch.float32)
@@ -98,18 +100,28 @@ class PaddedSteps:
             self._masks[kind] = (at < of.until[..., None]) & (at >= first[..., None])
         return self._masks[kind]
 
-    def _cut(self, num_heads: int, block_size: int) -> Iterator[_Piece]:
-        """Yield pieces of at most `_MAX_SCORES` scores, or of one query."""
+    def _cut(self, num_heads: int, block_size: int, each: int) -> Iterator[_Piece]:
+        """Yield pieces of at most `_MAX_SCORES` scores, or of one query.
+
+        Args:
+            each: Numbers in a token's keys and values.
+        """
         lengths = np.diff(self._starts)
+
+        def is_large(rows: list[int]) -> bool:
+            longest = int(self._contexts[rows].max())
+            num_scores = len(rows) * num_heads * int(lengths[rows].max()) * longest
+            return num_scores > _MAX_SCORES or len(rows) * longest * each > _MAX_GATHERED
+
         waiting: list[int] = []
         for row in np.argsort(self._contexts, kind="stable").tolist():  # similar lengths share a piece
             if not lengths[row]:
                 continue
             together = [*waiting, row]
-            if _scores(together, lengths, self._contexts, num_heads) > _MAX_SCORES and waiting:
+            if waiting and is_large(together):
                 yield self._piece(waiting, block_size)
                 together = [row]
-            if _scores(together, lengths, self._contexts, num_heads) > _MAX_SCORES:
+            if is_large(together):
                 step = max(_MAX_SCORES // (num_heads * int(self._contexts[row])), 1)
                 for first in range(0, int(lengths[row]), step):
                     yield self._piece([row], block_size, first, min(first + step, int(lengths[row])))
@@ -131,14 +143,18 @@ class PaddedSteps:
         until = positions + 1
         if self._until is not None:
             until = np.where(is_query, self._until[tokens], 1).astype(np.int64)
-        at = np.minimum(np.arange(num_keys, dtype=np.int64), self._contexts[rows][:, None] - 1)
-        blocks = np.take_along_axis(self._table[rows], at // block_size, axis=1).astype(np.int64)
-        arrays = (tokens, positions, until, blocks, at % block_size, np.flatnonzero(is_query))
-        return _Piece(*(torch.from_numpy(array).to(self._device) for array in arrays))
+        num_columns = -(-num_keys // block_size)
+        table = self._moved(self._table[rows][:, :num_columns].astype(np.int64))
+        last = self._moved(self._contexts[rows].astype(np.int64) - 1)[:, None]
+        at = torch.minimum(torch.arange(num_keys, device=self._device), last)
+        blocks = table.gather(1, at // block_size)
+        return _Piece(
+            self._moved(tokens), self._moved(positions), self._moved(until), blocks, at % block_size,
+            self._moved(np.flatnonzero(is_query)),
+        )  # fmt: skip
 
-
-def _scores(rows: list[int], lengths: _Ints, contexts: _Ints, num_heads: int) -> int:
-    return len(rows) * num_heads * int(lengths[rows].max()) * int(contexts[rows].max())
+    def _moved(self, array: _Ints) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
 
 def _attend(

@@ -119,8 +119,8 @@ class CudaPagedAttention:
         """Set the step for the following calls of `run`; see `PagedAttention.begin`."""
         (table,) = batch.block_tables  # layers with windows share it, too
         starts, contexts = batch.query_start, batch.context_len
-        slots = self._moved(batch.slots)
-        self._slots, self._num_tokens = slots, int(starts[-1])
+        self._slots, self._num_tokens = self._moved(batch.slots), int(starts[-1])
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}  # blocks and offsets of slots, by block size
         until = None if visible_until is None else visible_until.numpy()
         self._padded = PaddedSteps(self._device, starts, contexts, table, until)
         lengths = np.diff(starts)
@@ -142,9 +142,11 @@ class CudaPagedAttention:
         shape = (self._num_tokens, q.shape[1], layer.head_dim)
         if tuple(q.shape) != shape:
             raise ValueError(f"`q` must be {list(shape)}, got {list(q.shape)}")
-        block_size = layer.keys.shape[2]
+        block_size = int(layer.keys.shape[2])
         if k is not None and v is not None:
-            layer.write(self._slots // block_size, self._slots % block_size, k, v)
+            if block_size not in self._places:
+                self._places[block_size] = (self._slots // block_size, self._slots % block_size)
+            layer.write(*self._places[block_size], k, v)
         num_kv_heads = layer.keys.shape[1]
         if layer.pool is None or not self._have_kernels(spec, q.shape[1] // num_kv_heads):
             return self._padded.attend(

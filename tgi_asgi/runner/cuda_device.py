@@ -100,7 +100,7 @@ class Device(Protocol):
         """Return the free memory in bytes, as far as this process may use it."""
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
-        """Return the most bytes of tensors that a call adds to those that exist."""
+        """Return the most bytes of memory that a call adds to what is in use."""
 
 
 class CudaDevice:
@@ -186,11 +186,12 @@ class CudaDevice:
         return max(min(int(free), left), 0)
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
-        """Ask torch's allocator, in whose memory all tensors are."""
+        """Ask torch's allocator, what it wastes included."""
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
+        before = torch.cuda.memory_reserved(self.device)
         call()
-        return int(torch.cuda.max_memory_allocated(self.device) - before)
+        return int(torch.cuda.max_memory_reserved(self.device) - before)
 
 
 def register_kernels() -> None:

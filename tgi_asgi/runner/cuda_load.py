@@ -26,11 +26,11 @@ from tgi_asgi.ops.cuda_paged import HEAD_DIMS, MAX_GROUP
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device, must_fit, register_kernels
-from tgi_asgi.runner.cuda_modules import check_settings, place_module
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
 from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.kv import KvSize, choose_size, gpu_groups_of, kv_scales_of, step_tokens
 from tgi_asgi.runner.load_pooling import uses_logits
+from tgi_asgi.runner.module_device import check_settings
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.shards import cuts_of
 from tgi_asgi.settings import Settings
@@ -105,8 +105,8 @@ class OnCuda:
         self._dtype = choose_dtype(settings.dtype)
         _check_prompt_precision(settings)
         if isinstance(opened.config, ModelConfig) and (reason := why_no_kernels(opened.config)):
-            opened.leave_to_module(reason, "to use the CPU, hide the GPU with CUDA_VISIBLE_DEVICES=")
-        if opened.is_generic:
+            opened.leave_to_module(reason)
+        if opened.is_generic and not opened.may_become_native(longest, _has_kernels):
             check_settings(settings, opened.config.architecture)
         cuts = cuts_of(opened, settings, num_gpus=device.count())
         self.dtype = dtype_name(self._dtype)
@@ -134,6 +134,9 @@ class OnCuda:
     def place(self, model: ServedModel, pooling: PoolingFiles) -> Placed:
         """Create the model's cache and runner, as described in `Placement`."""
         if model.kind != "native":
+            from tgi_asgi.runner.cuda_modules import place_module  # imports what native models do not need
+
+            check_settings(self.settings, model.config.architecture)
             with must_fit():
                 return place_module(
                     model, self.settings, self._device, self._dtype, self.longest, pooling.dense

@@ -15,7 +15,7 @@ import torch
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.check import step_of
+from tgi_asgi.models.generic.check import decoding_step_of, step_of
 from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner.cpu_load import speculation_of
 from tgi_asgi.runner.cuda_device import Device
@@ -33,36 +33,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Of the memory that is free after the weights, what steps do not use but libraries may.
-_RESERVE = 1 << 30
+# Of the memory that is free after the weights, what steps do not use but libraries may, and the share of the
+# rest that the cache gets: torch's memory is in pieces of other sizes later than in the steps tried here.
+_RESERVE, _SHARE = 1 << 30, 0.92
 _OWN_CACHE_SHARE = 0.5  # of it for sequences whose cache is the model's own: steps copy it
 _VISION_SHARE = 0.8  # of it for the cache beside a tower, which encodes images of any size
-
-
-def check_settings(settings: Settings, architecture: str) -> None:
-    """Refuse or report what a GPU does only for native models.
-
-    Raises:
-        ModelLoadError: if the settings ask for something that would change what clients get.
-    """
-    what = f"{architecture} is computed by transformers' code on this GPU"
-    if settings.batch_invariant:
-        raise ModelLoadError(f"--batch-invariant: {what}, with products that depend on the whole batch")
-    if settings.serves_adapters:
-        raise ModelLoadError(
-            f"--lora-adapters: {what}, where requests cannot choose adapters: name one as --model-id, or use "
-            "the CPU with CUDA_VISIBLE_DEVICES="
-        )
-    if settings.kv_cache_dtype != "auto":
-        raise ModelLoadError(f"--kv-cache-dtype {settings.kv_cache_dtype}: {what}: use auto")
-    ignored = {
-        "--prompt-attention": settings.prompt_attention not in ("auto", "paged"),
-        "--prompt-precision": settings.prompt_precision != "auto",
-        "--dependent-launches": settings.dependent_launches,
-        "--quantize": settings.quantize is not None,
-    }
-    for name in (name for name, is_given in ignored.items() if is_given):
-        logger.warning("%s is ignored: %s", name, what)
 
 
 def place_module(
@@ -97,7 +72,7 @@ def place_module(
     rows = model.module.get_input_embeddings().weight.shape[0]
     if config.vocab_size > rows:  # a token without a row would end all work on the device
         raise ModelLoadError(f"the model has {rows} embeddings for {config.vocab_size} tokens")
-    free = _free_beside_steps(model, settings, device, kv_name)
+    free = _free_beside_steps(model, settings, device, kv_name, longest)
     batch = fitting_batch(config, settings.max_batch_size, free)
     settings = replace(settings, max_batch_size=batch)
     free -= batch * state_bytes(config)
@@ -119,11 +94,13 @@ def place_module(
 def _cache_share(model: GenericModel) -> float:
     if model.config.sequential_reason:
         return _OWN_CACHE_SHARE
-    return 1.0 if model.config.vision is None else _VISION_SHARE
+    return _SHARE if model.config.vision is None else _VISION_SHARE
 
 
-def _free_beside_steps(model: GenericModel, settings: Settings, device: Device, kv_name: ops.KvDtype) -> int:
-    """Return the device's free memory without what the largest step and the images take.
+def _free_beside_steps(
+    model: GenericModel, settings: Settings, device: Device, kv_name: ops.KvDtype, longest: int
+) -> int:
+    """Return the device's free memory without what the largest steps and the images take.
 
     Raises:
         ModelLoadError: if that leaves nothing.
@@ -132,6 +109,10 @@ def _free_beside_steps(model: GenericModel, settings: Settings, device: Device, 
     if not model.config.sequential_reason:
         call = step_of(model, step_tokens(settings), num_rows=settings.max_batch_size, dtype=kv_name)
         peak = device.peak_bytes(call)
+        del call
+    if not model.config.has_states:
+        call = decoding_step_of(model, settings.max_batch_size, longest, kv_name)
+        peak = max(peak, device.peak_bytes(call))
         del call
     free = device.free_bytes()
     images = settings.image_cache if model.config.vision is not None else 0

@@ -201,7 +201,7 @@ def _announce(model: ServedModel, why_generic: str | None) -> None:
     import transformers
 
     if why_generic:
-        logger.warning("no native family computes this model: %s", why_generic)
+        logger.warning("native code does not compute this model: %s", why_generic)
 
     architecture, version = model.config.architecture, transformers.__version__
     if model.kind == "encoder" and model.config.sequential_reason:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 
+from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.runner.cuda_device import MIN_CHUNK, Device, translated
 from tgi_asgi.runner.plan import DeviceLost
+from tgi_asgi.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 class ModuleDevice:
@@ -41,3 +46,29 @@ class ModuleDevice:
             if made is error:
                 raise
             raise made from error
+
+
+def check_settings(settings: Settings, architecture: str) -> None:
+    """Refuse or report what a GPU does only for native models.
+
+    Raises:
+        ModelLoadError: if the settings ask for something that would change what clients get.
+    """
+    what = f"{architecture} is computed by transformers' code on this GPU"
+    if settings.batch_invariant:
+        raise ModelLoadError(f"--batch-invariant: {what}, with products that depend on the whole batch")
+    if settings.serves_adapters:
+        raise ModelLoadError(
+            f"--lora-adapters: {what}, where requests cannot choose adapters: name one as --model-id, or use "
+            "the CPU with CUDA_VISIBLE_DEVICES="
+        )
+    if settings.kv_cache_dtype != "auto":
+        raise ModelLoadError(f"--kv-cache-dtype {settings.kv_cache_dtype}: {what}: use auto")
+    ignored = {
+        "--prompt-attention": settings.prompt_attention not in ("auto", "paged"),
+        "--prompt-precision": settings.prompt_precision != "auto",
+        "--dependent-launches": settings.dependent_launches,
+        "--quantize": settings.quantize is not None,
+    }
+    for name in (name for name, is_given in ignored.items() if is_given):
+        logger.warning("%s is ignored: %s", name, what)

@@ -145,7 +145,7 @@ def test_attention_in_pieces_gives_the_same(
     (image,) = vision.prompt_of(name, folder, [picture(130, 90)]).images
     whole = encoder.encode(image.payload)
     num_whole = encoder.num_pieces
-    monkeypatch.setattr(tower, "ATTENTION_SIZE", 1)
+    monkeypatch.setattr(encoder.backend, "attention_size", 1, raising=False)
     monkeypatch.setattr(tower, "_MIN_QUERIES", 3)
     cut = encoder.encode(image.payload)
     assert encoder.num_pieces - num_whole > num_whole

@@ -34,6 +34,8 @@ def check(model: EncoderModel) -> None:
     try:
         worst, what = _difference(model)
         has_same_bits = model.is_batch_invariant and _has_same_bits(model)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # whatever the model's code raises on such a batch
         raise ModelLoadError(
             f"{name} does not run here: {type(error).__name__}: {str(error)[:300]}"

@@ -45,6 +45,8 @@ def _tried(model: GenericModel) -> str:
     mode.is_exact = True
     try:
         difference = _difference(model)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # whatever the model's code raises
         return f"does not run here: {type(error).__name__}: {str(error)[:300]}"
     finally:

@@ -231,6 +231,11 @@ class OpenGeneric:
         fix_rotary_tables(self._model, max_positions)
         return CommonDecoder.find(self._model, self.config.layers, max_positions)
 
+    def common_config(self, max_positions: int) -> ModelConfig | None:
+        """Return the configuration of a decoder of the common shape, which its code is yet to confirm."""
+        common = self._common(max_positions)
+        return None if common is None else common.config
+
     def load(
         self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int,
         has_kernels: Callable[[ModelConfig], bool] = lambda config: True,
@@ -296,7 +301,7 @@ class GenericModel:
         self._max_positions = max_positions
         self.backend = replaced.mode.backend
         self.is_batched = True
-        self.tower = None if config.vision is None else Tower(module, self.backend.device)
+        self.tower = None if config.vision is None else Tower(module, self.backend)
         self.is_batch_invariant = (
             self.backend.has_row_kernels
             and not config.has_states

@@ -192,7 +192,7 @@ class GenericProgram(ModuleProgram):
             finally:
                 if self._recurrent is not None:
                     self._recurrent.end()
-        return logits.cpu().numpy()
+        return self._mode.backend.fetch(logits).numpy()
 
     def _begin(self, batch: ops.FlatRows) -> None:
         self._layers.begin(batch)

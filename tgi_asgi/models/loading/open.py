@@ -117,15 +117,16 @@ class OpenModel:
         else:
             self._model = open_module()
 
-    def leave_to_module(self, reason: str, cure: str) -> None:
-        """Let the code of `transformers` compute the model, not its native family, for this reason.
+    def leave_to_module(self, reason: str) -> None:
+        """Let the code of `transformers` compute the model on a GPU, not its native family, for this reason.
 
         Raises:
-            ModelLoadError: if it cannot, or must not: for a GGUF file, or with `--model-impl native`. Then
-                `cure` tells what to do instead.
+            ModelLoadError: if it cannot, or must not: for a GGUF file, or with `--model-impl native`.
         """
         if self._open_module is None:
-            raise ModelLoadError(f"{reason}: {cure}")
+            is_file = isinstance(self.companions, GgufCompanions)
+            other = "load a safetensors checkpoint" if is_file else "use --model-impl auto"
+            raise ModelLoadError(f"{reason}: {other}, or hide the GPU with CUDA_VISIBLE_DEVICES=")
         self.why_generic = reason
         if isinstance(self.weights, CheckpointWeights):
             self.weights = self.weights.files
@@ -181,6 +182,13 @@ class OpenModel:
     def is_generic(self) -> bool:
         """Whether the code of `transformers` computes the model."""
         return self.kind != "native"
+
+    def may_become_native(self, max_positions: int, has_kernels: Callable[[ModelConfig], bool]) -> bool:
+        """Return whether a module has the common shape, so that `load` may make a native model of it."""
+        if self._model.kind != "generic":
+            return False
+        config = self._model.common_config(max_positions)
+        return config is not None and has_kernels(config)
 
     def load(
         self, arithmetic: ops.Arithmetic, max_positions: int, weights: NamedWeights | Weights | None = None,

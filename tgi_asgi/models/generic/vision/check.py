@@ -60,6 +60,8 @@ def check_images(model: GenericModel, processor: VisionProcessor) -> None:
         return
     try:
         worst = _difference(model, processor)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # the model's code may raise anything
         raise _refused(name, error) from error
     if not worst <= LARGEST:

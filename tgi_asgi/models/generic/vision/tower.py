@@ -21,13 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tgi_asgi.models.generic.backend import Backend
 from tgi_asgi.models.generic.modules import PackedModule
 
 NAME = "tgi_tower"
-# Queries times keys in a piece of attention. For a tile of 1,024 patches (12 heads of 64), 256 queries take
-# 11 ms and all of them 41 ms. A photo of 12 megapixels has 60,000 patches in Qwen2-VL, which would take
-# minutes per layer in one piece.
-ATTENTION_SIZE = 1 << 18
 _MIN_QUERIES = 128  # with 4,096 keys, pieces of 64 would cost 40% more per query
 _running = threading.local()
 
@@ -64,8 +61,8 @@ class Tower:
         num_pieces: Number of pieces computed so far, over all images.
     """
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, model: Any, backend: Backend) -> None:
+        self.backend = backend
         self._inner = getattr(model, "model", model)
         self._features = self._inner.get_image_features
         self._inputs: Mapping[str, Any] = {}
@@ -88,7 +85,7 @@ class Tower:
         """Start an image; discards the results of any other."""
         self.forget()
         self._inputs = {
-            name: value.to(self._device) if isinstance(value, Tensor) else value
+            name: value.to(self.backend.device) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
 
@@ -164,7 +161,10 @@ class Tower:
 
     def _stop_if_late(self, next_s: float) -> None:
         """Abort after a piece if the next one, of about `next_s` seconds, would exceed the time."""
-        if self._ends_at is not None and time.monotonic() + next_s > self._ends_at:
+        if self._ends_at is None:
+            return
+        self.backend.wait()
+        if time.monotonic() + next_s > self._ends_at:
             raise _TimeIsUp
 
 
@@ -252,7 +252,7 @@ def _attend(
     if tower is None:
         return function(module, query, key, value, attention_mask, **kwargs)
     num_queries, num_keys = query.shape[2], key.shape[2]
-    count = max(ATTENTION_SIZE // num_keys, _MIN_QUERIES)
+    count = max(tower.backend.attention_size // num_keys, _MIN_QUERIES)
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
