@@ -170,8 +170,8 @@ async def test_padding_that_is_none_would_be_felt(
     runner = make_runner(EmulatedDevice())
     fill = runner._fill
 
-    def fill_all(rows: list[StepRow], staging: Any) -> Any:
-        shape, layout = fill(rows, staging)
+    def fill_all(rows: list[StepRow], staging: Any, masked: Any) -> Any:
+        shape, layout = fill(rows, staging, masked)
         values = shape.sections.arrays(staging.array)[section]
         # Written where the first sequence's newest token is, or sampled for the first slot.
         values[values < 0] = values[0] if section == "slots" else 0

@@ -186,9 +186,9 @@ async def test_a_step_that_never_came_to_the_device_takes_no_memory_of_those_in_
     taken: list[int] = []
     fill = runner._fill
 
-    def note(rows: Any, staging: Any) -> Any:
+    def note(rows: Any, staging: Any, masked: Any) -> Any:
         taken.append(id(staging))
-        return fill(rows, staging)
+        return fill(rows, staging, masked)
 
     monkeypatch.setattr(runner, "_fill", note)
     chunk = StepRow(0, [5, 6], 0, [[0]], samples=False)

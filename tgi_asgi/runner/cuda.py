@@ -1,6 +1,6 @@
 """Runs steps on a CUDA device: plan -> one buffer up -> graphs or launches -> one buffer down.
 
-One thread launches steps in the order submitted; it waits for the device only for grammars, prompt
+One thread launches steps in the order submitted; it waits for the device only for grammars, drafts, prompt
 log-probabilities and poolings over all tokens. Another thread waits for each step's end and delivers its
 tokens. Sampled tokens stay on the device, where the next step reads them, so that it can be launched before
 the host knows them.
@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Command, Device, Event, is_out_of_memory
+from tgi_asgi.runner.cuda_drafts import CudaDrafts, DraftedRows, LaidStep
 from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_pooling import CudaPooler, StepVectors
@@ -40,9 +41,10 @@ from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
 from tgi_asgi.runner.handoff import MAX_IN_FLIGHT, PendingStep, StepHandoff
 from tgi_asgi.runner.inputs import PlanError, StepInputs
 from tgi_asgi.runner.kv import KvSize
-from tgi_asgi.runner.plan import DeviceLost, RunnerTraits, Sampled, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.plan import DeviceLost, RunnerTraits, Sampled, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
+from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.types import PoolingKind
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,8 @@ class _Launched:
     sampling: Sequence[int] = ()  # plan rows that sample
     sample_rows: Sequence[int] = ()  # for each of these, its row in `samples`
     slots: Sequence[int] = ()  # their slots
+    starts: Sequence[SlotStart] = ()  # of slots whose tokens the drafter does not know yet
+    drafted: DraftedRows | None = None  # how the plan was laid out, if its rows above are others
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,8 @@ class CudaRunner:
         adapters: The adapters that rows may have, with their slots on the device.
         dense: Dense layers applied to pooled vectors.
         has_logits: Whether steps compute logits; a model that only embeds needs none.
+        speculation: How to draft tokens, for a model that generates and is not split; None: each row samples
+            one.
 
     Attributes:
         traits: As in `Runner.traits`.
@@ -110,6 +116,7 @@ class CudaRunner:
         adapters: CudaAdapterLayout | None = None,
         dense: Sequence[Dense] = (),
         has_logits: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         types = CudaTypes() if types is None else types
         self.max_context = limits.max_context
@@ -117,7 +124,18 @@ class CudaRunner:
         self.progress: int | None = None
         self._device, self._shards, self._adapters = device, shards, adapters
         self._choose = choose
-        self._sampler = CudaSampler(limits.max_batch_size, model.config.vocab_size, max_top, device)
+        max_batch_size, num_spares = limits.max_batch_size, 0
+        self._drafts: CudaDrafts | None = None
+        if speculation is not None:
+            self._drafts = CudaDrafts(
+                speculation, max_batch_size=max_batch_size, max_step_tokens=limits.max_step_tokens
+            )
+            num_spares = self._drafts.num_spares
+            limits = replace(limits, max_batch_size=self._drafts.max_rows)
+        self._sampler = CudaSampler(
+            max_batch_size, model.config.vocab_size, max_top, device,
+            num_spares=num_spares, max_rows=limits.max_batch_size,
+        )  # fmt: skip
         self._has_logits, self._generates = has_logits, has_logits and model.config.generates
         self._steps = CudaSteps(
             model, device, limits, types, last_ids=self._sampler.state.last_ids,
@@ -153,9 +171,10 @@ class CudaRunner:
         self.traits = RunnerTraits(
             num_blocks=num_blocks,
             block_size=limits.block_size,
-            max_batch_size=limits.max_batch_size,
+            max_batch_size=max_batch_size,
             max_step_tokens=limits.max_step_tokens,
             min_chunk=MIN_CHUNK,
+            drafts=None if self._drafts is None else self._drafts.limits,
             windows=(None,),  # one block table serves all layers: blocks outside windows are not freed
         )
         self._inputs = StepInputs(
@@ -163,7 +182,7 @@ class CudaRunner:
             num_blocks=num_blocks,
             block_size=limits.block_size,
             max_context=limits.max_context,
-            max_rows=limits.max_batch_size,
+            max_rows=max_batch_size + num_spares,
             max_tokens=limits.max_step_tokens,
         )
         self._rows = DeviceRows(StepRow, self._inputs.limits, types.is_batch_invariant)
@@ -188,6 +207,8 @@ class CudaRunner:
         with self._together(Cache(size.num_blocks)):
             self._steps.make_cache(size.num_blocks)
             self._steps.capture()
+        if self._drafts is not None:
+            self._sampler.capture_drafts()
         return size
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
@@ -257,14 +278,16 @@ class CudaRunner:
             self._vectors.forget(start.slot)
             self._rows.start(start.slot, len(start.prompt_ids))
         waits = had_grammars or self._sampler.has_grammars  # for the tokens that earlier steps sample
-        result = StepResult(plan.step_id, [None] * len(plan.rows))
         event = next(self._events)
         if not plan.rows:
             self._start_grammars(plan, waits)
             self._device.submit([event])
-            return _Launched(result, event)
+            return _Launched(StepResult(plan.step_id, []), event, starts=plan.starts)
         staging = self._staging[self._num_launched % MAX_IN_FLIGHT]
-        shape, layout = self._fill(plan.rows, staging)
+        laid = self._lay_out(plan, waits, staging)
+        rows = laid.plan.rows
+        result = StepResult(plan.step_id, [None] * len(rows))
+        shape, layout = self._fill(rows, staging, laid.masked)
         self._num_launched += 1  # the device reads this staging even if the step fails below
         graphs, read, vectors = self._steps.graphs_of(shape), self._rows, None
         commands: list[Command] = [*self._steps.upload(shape, staging.inputs), graphs.forward]
@@ -273,16 +296,47 @@ class CudaRunner:
             with self._together(shape, staging.inputs[: shape.num_bytes]):
                 self._device.submit(commands)
             commands = []
-            vectors = self._vectors.take(plan.rows, layout)
-            self._score(plan, layout, result)
-        self._start_grammars(plan, waits)
+            vectors = self._vectors.take(rows, layout)
+            self._score(rows, layout, result)
+        if not laid.has_begun:
+            self._start_grammars(plan, waits)
         sampling, samples = self._sampling(result), None
         slots = read.sampling_slots if sampling else []
         if sampling:
             samples = self._sampler.samples(slots, shape.num_rows, staging.sampling)
-            commands += [*self._sampler.masks(slots, staging.sampling), graphs.sample, samples.copy]
+            before = laid.before
+            if laid.masked is None:
+                before = self._sampler.masks(slots, staging.sampling)
+            commands += [*before, graphs.sample, *laid.after, samples.copy]
         self._device.submit([*commands, event])
-        return _Launched(result, event, vectors, samples, sampling, layout.logits_rows(sampling), slots)
+        if self._drafts is not None:
+            self._drafts.are_in_flight = laid.masked is not None
+        return _Launched(
+            result, event, vectors, samples, sampling, layout.logits_rows(sampling), slots, laid.starts,
+            laid.drafted,
+        )  # fmt: skip
+
+    def _lay_out(self, plan: StepPlan, waits: bool, staging: _Staging) -> LaidStep:
+        """Read a step's rows, after replacing those with a `stop`, and choose their drafts.
+
+        Args:
+            waits: As for `_start_grammars`.
+
+        Raises:
+            PlanError: as `_fill`; or if a row has a `stop`, and the runner makes no drafts.
+        """
+        self._rows.read(plan.rows)
+        if not self._rows.has_stops:
+            return LaidStep(plan, plan.starts)
+        drafts = self._drafts
+        if drafts is None:
+            raise PlanError("a row may have drafts, which this runner does not make")
+        self._start_grammars(plan, waits or drafts.must_wait(plan))
+        with self._delivered:
+            is_idle = self._num_undelivered == 0
+        laid = drafts.lay_out(plan, self._sampler, staging.sampling, is_idle=is_idle)
+        self._rows.read(laid.plan.rows)
+        return laid
 
     def _sampling(self, result: StepResult) -> list[int]:
         """Return the rows that sample; if the model generates nothing, answer the engine's probe at once."""
@@ -301,18 +355,19 @@ class CudaRunner:
         for start in plan.starts:
             self._sampler.start_grammar(start)
 
-    def _fill(self, rows: list[StepRow], staging: _Staging) -> tuple[StepShape, StepLayout]:
-        """Write a step's inputs; return their shape and their layout.
+    def _fill(
+        self, rows: list[StepRow], staging: _Staging, masked: list[int] | None
+    ) -> tuple[StepShape, StepLayout]:
+        """Write the inputs of the rows read last; return their shape and their layout.
 
-        Raises:
-            PlanError: if a row names something that does not exist, or a row that decodes comes after a chunk
-                of a prompt.
+        Args:
+            masked: Slots with masks, in the order of the masks; None: those that have a grammar.
         """
-        self._rows.read(rows)
         adapters = self._place_adapters(rows) if self._rows.has_adapters else []
         layout = self._layout(rows)
         shape = layout.shape
-        masked = self._sampler.masked(self._rows.sampling_slots) if self._sampler.has_grammars else []
+        if masked is None:
+            masked = self._sampler.masked(self._rows.sampling_slots)
         self._rows.write(staging.array, shape.sections.firsts, shape.sizes, layout.needing, masked, adapters)
         return shape, layout
 
@@ -347,11 +402,11 @@ class CudaRunner:
         places.update(zip(wanted, self._adapters.place(wanted), strict=True))
         return [places[row.adapter] for row in rows]
 
-    def _score(self, plan: StepPlan, layout: StepLayout, result: StepResult) -> None:
+    def _score(self, rows: Sequence[StepRow], layout: StepLayout, result: StepResult) -> None:
         """Score the prompts of the rows that request it; then recompute the logits to sample from."""
-        if all(row.prompt_logprobs is None for row in plan.rows):
+        if all(row.prompt_logprobs is None for row in rows):
             return
-        for index, row in enumerate(plan.rows):
+        for index, row in enumerate(rows):
             if row.prompt_logprobs is not None:
                 first = layout.end(index) - row.num_tokens
                 result.prompt_logprobs[index] = self._scorer.score(first, row)
@@ -385,18 +440,23 @@ class CudaRunner:
             launched.event.synchronize()
             if self._shards is not None:
                 self._shards.check()
+            result, slots, sampled = launched.result, launched.slots, list[Sampled]()
+            if launched.vectors is not None:
+                result.pooled = launched.vectors.collect()
             if launched.samples is not None:
                 rows: list[Sampled] = unpack(launched.samples.collect())
                 sampled = [rows[index] for index in launched.sample_rows]
-                self._sampler.accept(launched.slots, sampled)
                 for index, each in zip(launched.sampling, sampled, strict=True):
-                    launched.result.sampled[index] = each
-            if launched.vectors is not None:
-                launched.result.pooled = launched.vectors.collect()
+                    result.sampled[index] = each
+            if launched.drafted is not None:
+                result, slots, sampled = launched.drafted.collect(result, launched.sampling, sampled)
+            self._sampler.accept(slots, sampled)
+            if self._drafts is not None:
+                self._drafts.observe(launched.starts, slots, sampled)
         except BaseException as error:
             logger.exception("step %s failed", step.plan.step_id)
             return self._classify(error)
-        return launched.result
+        return result
 
     def _classify(self, error: BaseException) -> Exception:
         """Translate an error to the engine's exceptions; remember whether the device is lost."""

@@ -32,6 +32,7 @@ from tgi_asgi.runner.load_pooling import uses_logits
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.shards import cuts_of
 from tgi_asgi.settings import Settings
+from tgi_asgi.settings.speculation import Speculation
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +131,10 @@ class OnCuda:
     def place(self, model: ServedModel, pooling: PoolingFiles) -> Placed:
         """Create the model's cache and runner, as described in `Placement`."""
         assert model.kind == "native"  # refused by `_check_served`
-        if self.settings.speculation is not None:
-            logger.warning("speculation is not yet supported on a GPU: --speculate is ignored")
+        speculation = self.settings.speculation if model.config.generates else None
+        if speculation is not None and self.shards is not None:
+            logger.warning("speculation is disabled: a model that is split over GPUs has no drafts yet")
+            speculation = None
         adapters = None
         if self.settings.serves_adapters:
             adapters = AdapterLoader(make_adapter_layout(model, self.settings, self._device, self._dtype))
@@ -140,6 +143,7 @@ class OnCuda:
             None if adapters is None else adapters.layout, pooling.dense,
             # All shards capture the same graphs, and the others do not know how the model pools.
             has_logits=self.shards is not None or uses_logits(model.config, pooling, self.settings),
+            speculation=speculation,
         )  # fmt: skip
         if runner.prompts_by is not None:
             which = "long prompts" if self.settings.prompt_attention == "auto" else "prompts"
@@ -308,6 +312,7 @@ def make_runner(
     dense: Sequence[Dense] = (),
     *,
     has_logits: bool = True,
+    speculation: Speculation | None = None,
 ) -> tuple[CudaRunner, KvSize]:
     """Record a model whose weights are on the device, and give the remaining memory to the cache.
 
@@ -316,7 +321,7 @@ def make_runner(
         shards: The other shards, if the model is split.
         adapters: The adapters that requests may name, with their slots on the device.
         dense: Dense layers applied to pooled vectors.
-        has_logits: As for `CudaRunner`.
+        has_logits, speculation: As for `CudaRunner`.
 
     Raises:
         ModelLoadError: if it does not fit, or the GPU does not support what --kv-cache-dtype asks for; the
@@ -347,6 +352,7 @@ def make_runner(
             adapters=adapters,
             dense=dense,
             has_logits=has_logits,
+            speculation=speculation,
         )
     return runner, sizes[-1]
 

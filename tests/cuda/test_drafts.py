@@ -1,0 +1,109 @@
+"""Drafts on a GPU never change an answer: requests with and without, on emulated kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.emulated_runner import FP16, make_device
+from tests.engine.helpers import collect, submit
+from tests.runner.test_drafts import answers_of, random_request
+from tests.runner.test_grammar import AUTO, EOS, Letters
+from tests.support.checkpoints import load_model, make_model, save
+from tests.support.kv import plain_size
+from tgi_asgi.engine import Engine
+from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.model_info import ModelInfo
+from tgi_asgi.models.family import Model
+from tgi_asgi.ops.cuda_quant import Repacking
+from tgi_asgi.runner.cuda import CudaRunner
+from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
+from tgi_asgi.settings import Settings
+from tgi_asgi.settings.speculation import Speculation
+from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+from tgi_asgi.types import GenerationRequest, SamplingParams, StopConditions
+
+LONGEST = 192
+VOCAB = 160
+NUM_REQUESTS = 12
+LIMIT_S = 120.0  # of an answer; in emulation a step takes 50 ms
+
+
+@pytest.fixture(autouse=True)
+def drafts_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draft as many tokens as possible regardless of their cost."""
+    monkeypatch.setattr(TokenBudget, "cost_s", property(lambda budget: (1.0, 0.0)))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    made = make_model(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
+    return load_model(save(made, tmp_path_factory.mktemp("model"), FP16), Repacking(FP16), max_positions=256)
+
+
+@pytest.fixture(scope="module")
+def grammars() -> list[Grammar]:
+    schema = {"enum": ["alpha beta gamma", "alpha beta delta"]}
+    texts = [sources.regex("[a-z]{5,9}(-ab-ab){2,6}[0-9]"), AUTO, sources.json_schema(schema)]
+    return [GrammarCompiler(Letters(VOCAB), VOCAB).compile(text) for text in texts]
+
+
+@asynccontextmanager
+async def serving(
+    model: Model, speculation: Speculation | None, num_blocks: int, device: EmulatedDevice | None = None
+) -> AsyncIterator[Engine]:
+    size = plain_size(num_blocks, "float16")
+    runner = CudaRunner(
+        model, device or make_device(), lambda free_bytes: size,
+        StepLimits(block_size=16, max_batch_size=8, max_step_tokens=128, max_context=LONGEST),
+        CudaTypes(FP16, is_batch_invariant=True),  # drafts would otherwise change the last bits
+        speculation=speculation,
+    )  # fmt: skip
+    info = ModelInfo("tiny", None, "Llama", "float16", "cuda", VOCAB, LONGEST - 1, LONGEST, frozenset({EOS}))
+    engine = Engine(runner, Letters(VOCAB), Settings(max_batch_prefill_tokens=64), info)
+    engine.start()
+    try:
+        yield engine
+        await engine.stop()
+        assert engine.scheduler.pool.num_used == 0
+        engine.scheduler.pool.check()
+    finally:
+        runner.close()
+
+
+def request_of(rng: random.Random, number: int, grammars: list[Grammar]) -> GenerationRequest:
+    """Return a random request, most without what takes 50 ms a token in emulation."""
+    request = random_request(rng, number, grammars)
+    if number % 4:
+        sampling = dataclasses.replace(request.sampling, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0)
+        request = dataclasses.replace(request, sampling=sampling)
+    return request
+
+
+@pytest.mark.parametrize(
+    ("seed", "num_drafts", "num_blocks", "at_once"),
+    [(1, 8, 40, 1), (2, 8, 40, 4), (3, 3, 30, 8), (4, 16, 12, 8)],
+)
+async def test_answers_are_the_same_with_and_without_drafts(
+    model: Model, grammars: list[Grammar], seed: int, num_drafts: int, num_blocks: int, at_once: int
+) -> None:
+    """Greedy and sampled, with penalties, grammars, several choices, stop strings; under preemption."""
+    rng = random.Random(seed)
+    requests = [request_of(rng, number, grammars) for number in range(NUM_REQUESTS)]
+    async with serving(model, None, 80) as engine:
+        expected = await answers_of(engine, requests, 8, LIMIT_S)
+    async with serving(model, Speculation(num_drafts, shortest=1 + seed % 3), num_blocks) as engine:
+        found = await answers_of(engine, requests, at_once, LIMIT_S)
+        stats = engine.stats
+    print(stats.draft_tokens, stats.accepted_draft_tokens, stats.preemptions, stats.steps)
+    for request, ours, theirs in zip(requests, found, expected, strict=True):
+        assert ours == theirs, request
+    assert NUM_REQUESTS < stats.accepted_draft_tokens < stats.draft_tokens
+    if num_blocks < 20:
+        assert stats.preemptions > 0
