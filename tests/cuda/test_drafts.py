@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import itertools
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.emulated_runner import FP16, make_device
-from tests.engine.helpers import collect, submit
 from tests.runner.test_drafts import answers_of, random_request
 from tests.runner.test_grammar import AUTO, EOS, Letters
 from tests.support.checkpoints import load_model, make_model, save
@@ -21,7 +23,11 @@ from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_quant import Repacking
+from tgi_asgi.ops.cuda_sample_state import CudaSampleState
+from tgi_asgi.runner import cuda_drafts
 from tgi_asgi.runner.cuda import CudaRunner
+from tgi_asgi.runner.cuda_device import Command
+from tgi_asgi.runner.cuda_drafts import CudaDrafts, _decode
 from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
@@ -88,12 +94,12 @@ def request_of(rng: random.Random, number: int, grammars: list[Grammar]) -> Gene
 
 @pytest.mark.parametrize(
     ("seed", "num_drafts", "num_blocks", "at_once"),
-    [(1, 8, 40, 1), (2, 8, 40, 4), (3, 3, 30, 8), (4, 16, 12, 8)],
+    [(1, 8, 40, 3), (2, 3, 30, 8), (3, 16, 16, 6)],
 )
 async def test_answers_are_the_same_with_and_without_drafts(
     model: Model, grammars: list[Grammar], seed: int, num_drafts: int, num_blocks: int, at_once: int
 ) -> None:
-    """Greedy and sampled, with penalties, grammars, several choices, stop strings; under preemption."""
+    """Greedy and sampled, with penalties, grammars, several choices, stop strings, and slots used again."""
     rng = random.Random(seed)
     requests = [request_of(rng, number, grammars) for number in range(NUM_REQUESTS)]
     async with serving(model, None, 80) as engine:
@@ -101,9 +107,107 @@ async def test_answers_are_the_same_with_and_without_drafts(
     async with serving(model, Speculation(num_drafts, shortest=1 + seed % 3), num_blocks) as engine:
         found = await answers_of(engine, requests, at_once, LIMIT_S)
         stats = engine.stats
-    print(stats.draft_tokens, stats.accepted_draft_tokens, stats.preemptions, stats.steps)
     for request, ours, theirs in zip(requests, found, expected, strict=True):
         assert ours == theirs, request
     assert NUM_REQUESTS < stats.accepted_draft_tokens < stats.draft_tokens
-    if num_blocks < 20:
-        assert stats.preemptions > 0
+
+
+def repetitive() -> list[GenerationRequest]:
+    """Make requests whose answers repeat themselves, more or less."""
+    few = tuple((token, 20.0) for token in range(20, 24))
+    ways = [
+        SamplingParams(temperature=0.0, logprobs=2, logit_bias=few),
+        SamplingParams(temperature=0.5, seed=1, logit_bias=few[:2]),
+        SamplingParams(temperature=0.0, repetition_penalty=1.1, frequency_penalty=0.3, logit_bias=few),
+        SamplingParams(temperature=0.3, seed=2, presence_penalty=0.2, logit_bias=few),
+    ]
+    return [
+        GenerationRequest(
+            f"r{number}",
+            [2 + index % (3 + number) for index in range(30)],
+            way,
+            StopConditions(max_tokens=32, min_tokens=20, stop_token_ids=frozenset({20 + number})),
+        )
+        for number, way in enumerate(ways)
+    ]
+
+
+@pytest.fixture(scope="module")
+def undrafted(model: Model) -> list[tuple[object, ...]]:
+    """The answers to `repetitive`, each token computed in a step of its own."""
+
+    async def ask() -> list[tuple[object, ...]]:
+        async with serving(model, None, 80) as engine:
+            return await answers_of(engine, repetitive(), 4, LIMIT_S)
+
+    return asyncio.run(ask())
+
+
+async def test_drafts_save_steps(model: Model) -> None:
+    [request, *_] = repetitive()
+    request = dataclasses.replace(request, stop=StopConditions(max_tokens=64, ignore_eos=True))
+    steps = []
+    for speculation in (None, Speculation(8)):
+        async with serving(model, speculation, 80) as engine:
+            await answers_of(engine, [request], 1, LIMIT_S)
+            steps.append(engine.stats.steps)
+    assert steps[0] >= 64
+    assert steps[1] < 64 / 2
+
+
+async def test_sequences_that_lose_their_blocks_resume_with_drafts(
+    model: Model, undrafted: list[tuple[object, ...]]
+) -> None:
+    async with serving(model, Speculation(8), 9) as engine:  # of 16 tokens each
+        assert await answers_of(engine, repetitive(), 4, LIMIT_S) == undrafted
+        assert engine.stats.preemptions > 0
+        assert engine.stats.accepted_draft_tokens > 10
+
+
+async def test_a_step_that_fails_with_drafts_loses_nothing(
+    model: Model, undrafted: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the device has computed it: its slots start again."""
+    device = make_device()
+    submit, counts = device.submit, itertools.count()
+
+    def fail_at_times(commands: Sequence[Command]) -> None:
+        submit(commands)
+        if next(counts) in (6, 9):  # a row that fails alone would lose its request
+            raise RuntimeError("a step failed")
+
+    async with serving(model, Speculation(8), 80, device) as engine:
+        monkeypatch.setattr(device, "submit", fail_at_times)
+        assert await answers_of(engine, repetitive(), 4, LIMIT_S) == undrafted
+        assert engine.stats.failed_steps == 2
+        assert engine.stats.accepted_draft_tokens > 10
+
+
+def _nothing(*given: Any) -> None:
+    pass
+
+
+FAULTS: dict[str, tuple[Any, str, Any]] = {
+    "slots do not move on": (CudaSampleState, "accept_drafts", _nothing),
+    "copies are not made": (CudaSampleState, "prepare_drafts", _nothing),
+    "a sample after a wrong draft counts": (
+        cuda_drafts,
+        "_are_accepted",
+        lambda drafts, _: [True] * len(drafts),
+    ),
+    "rows begin too early": (CudaDrafts, "_begins", lambda _, plan: [row.start for row in plan.rows]),
+    "drafts are one too far on": (
+        cuda_drafts,
+        "_decode",
+        lambda row, slot, ids, start: _decode(row, slot, ids, start + (ids is not None)),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_fault_would_change_answers(
+    model: Model, undrafted: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(*FAULTS[fault])
+    async with serving(model, Speculation(8), 80) as engine:
+        assert await answers_of(engine, repetitive(), 4, LIMIT_S) != undrafted

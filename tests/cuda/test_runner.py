@@ -184,13 +184,13 @@ async def test_a_step_that_never_came_to_the_device_takes_no_memory_of_those_in_
     runner: CudaRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[int] = []
-    fill = runner._fill
+    lay_out = runner._lay_out
 
-    def note(rows: Any, staging: Any, masked: Any) -> Any:
+    def note(plan: StepPlan, waits: bool, staging: Any) -> Any:
         taken.append(id(staging))
-        return fill(rows, staging, masked)
+        return lay_out(plan, waits, staging)
 
-    monkeypatch.setattr(runner, "_fill", note)
+    monkeypatch.setattr(runner, "_lay_out", note)
     chunk = StepRow(0, [5, 6], 0, [[0]], samples=False)
     misplaced = StepRow(1, None, 2, [[1]], samples=True)  # a decode after a prompt
     starts = [SlotStart(0, GREEDY, 0, [5, 6, 7]), SlotStart(1, GREEDY, 0, [5])]
