@@ -44,13 +44,13 @@ __global__ void __launch_bounds__(kThreads, 4) draft_slots_kernel(DraftSlotsPara
     copy_list(p.masked_ids, p.masked_stride, copy, slot, record.num_masked);
   }
   if (!has_penalties(record)) return;
-  const int64_t length = ceil_divide(p.vocab, int64_t{gridDim.x});
-  const int64_t first = blockIdx.x * length, end = min(first + length, p.vocab);
+  const int vocab = int(p.vocab), length = ceil_divide(vocab, int(gridDim.x));
+  const int first = int(blockIdx.x) * length, end = min(first + length, vocab);
+  const int32_t* const own = p.counts + slot * p.vocab;
   int32_t* const counts = p.counts + copy * p.vocab;
-  for (int64_t i = first + threadIdx.x; i < end; i += kThreads)
-    counts[i] = p.counts[slot * p.vocab + i];
+  for (int i = first + int(threadIdx.x); i < end; i += kThreads) counts[i] = own[i];
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < ahead; i += kThreads) {
+  for (int i = int(threadIdx.x); i < ahead; i += kThreads) {
     const int32_t id = p.drafts[spare - i];
     if (id >= first && id < end) atomicAdd(&counts[id], 2);
   }
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kChainThreads) accept_drafts_kernel(DraftSlots
 }  // namespace
 
 cudaError_t draft_slots(const DraftSlotsParams& p, cudaStream_t stream) {
-  if (p.vocab < 1 || p.num_spares > 65535) return cudaErrorInvalidValue;
+  if (p.vocab < 1 || p.vocab > (1 << 30) || p.num_spares > 65535) return cudaErrorInvalidValue;
   if (p.num_spares == 0) return cudaSuccess;
   const int64_t parts = min(int64_t{kMaxParts}, ceil_divide(p.vocab, int64_t{kMinPart}));
   const dim3 grid(unsigned(parts), unsigned(p.num_spares));

@@ -101,9 +101,9 @@ def check_copies(device: Device, drafts: Sequence[Sequence[int]], num_spares: in
             assert slots.records()[at] == record
             if ALL[slot] is PENALISED:
                 assert slots.arrays["counts"][at].tolist() == expected.counts[slot].tolist()
-            for name, part in zip(("biased_ids", "biased_values"), expected.lists, strict=False):
+            for name, values in zip(("biased_ids", "biased_values"), expected.lists, strict=False):
                 count = int(record["num_biased"])
-                assert slots.arrays[name][at, :count].tolist() == part[slot, :count].tolist()
+                assert slots.arrays[name][at, :count].tolist() == values[slot, :count].tolist()
             assert slots.arrays["masked_ids"][at, :2].tolist() == list(BANNED)
 
 
@@ -214,8 +214,8 @@ FAULTS = [
     Fault(
         "drafts are counted before the counts are copied",
         "draft_slots.cu",
-        "    counts[i] = p.counts[slot * p.vocab + i];\n  __syncthreads();",
-        "    counts[i] = p.counts[slot * p.vocab + i];",
+        "counts[i] = own[i];\n  __syncthreads();",
+        "counts[i] = own[i];",
         "race",
     ),
     Fault(
