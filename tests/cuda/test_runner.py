@@ -130,9 +130,9 @@ async def test_of_block_tables_only_the_columns_that_a_step_has_go_up(
     fill = runner._fill
 
     def note(*given: Any) -> Any:
-        shape, layout = fill(*given)
-        sizes.append((shape.num_columns, shape.num_bytes))
-        return shape, layout
+        found = fill(*given)
+        sizes.append((found[0].num_columns, found[0].num_bytes))
+        return found
 
     monkeypatch.setattr(runner, "_fill", note)
     try:
@@ -184,13 +184,13 @@ async def test_a_step_that_never_came_to_the_device_takes_no_memory_of_those_in_
     runner: CudaRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[int] = []
-    lay_out = runner._lay_out
+    fill = runner._fill
 
     def note(plan: StepPlan, waits: bool, staging: Any) -> Any:
         taken.append(id(staging))
-        return lay_out(plan, waits, staging)
+        return fill(plan, waits, staging)
 
-    monkeypatch.setattr(runner, "_lay_out", note)
+    monkeypatch.setattr(runner, "_fill", note)
     chunk = StepRow(0, [5, 6], 0, [[0]], samples=False)
     misplaced = StepRow(1, None, 2, [[1]], samples=True)  # a decode after a prompt
     starts = [SlotStart(0, GREEDY, 0, [5, 6, 7]), SlotStart(1, GREEDY, 0, [5])]

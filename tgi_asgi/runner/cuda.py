@@ -284,10 +284,9 @@ class CudaRunner:
             self._device.submit([event])
             return _Launched(StepResult(plan.step_id, []), event, starts=plan.starts)
         staging = self._staging[self._num_launched % MAX_IN_FLIGHT]
-        laid = self._lay_out(plan, waits, staging)
-        rows = laid.plan.rows
+        shape, layout, laid = self._fill(plan, waits, staging)
+        rows = plan.rows if laid is None else laid.plan.rows
         result = StepResult(plan.step_id, [None] * len(rows))
-        shape, layout = self._fill(rows, staging, laid.masked)
         self._num_launched += 1  # the device reads this staging even if the step fails below
         graphs, read, vectors = self._steps.graphs_of(shape), self._rows, None
         commands: list[Command] = [*self._steps.upload(shape, staging.inputs), graphs.forward]
@@ -298,45 +297,41 @@ class CudaRunner:
             commands = []
             vectors = self._vectors.take(rows, layout)
             self._score(rows, layout, result)
-        if not laid.has_begun:
+        if laid is None:
             self._start_grammars(plan, waits)
         sampling, samples = self._sampling(result), None
         slots = read.sampling_slots if sampling else []
         if sampling:
             samples = self._sampler.samples(slots, shape.num_rows, staging.sampling)
-            before = laid.before
-            if laid.masked is None:
-                before = self._sampler.masks(slots, staging.sampling)
-            commands += [*before, graphs.sample, *laid.after, samples.copy]
+            if laid is None or laid.masked is None:
+                commands += [*self._sampler.masks(slots, staging.sampling), graphs.sample, samples.copy]
+            else:
+                commands += [*laid.before, graphs.sample, *laid.after, samples.copy]
         self._device.submit([*commands, event])
+        launched = _Launched(
+            result, event, vectors, samples, sampling, layout.logits_rows(sampling), slots, plan.starts
+        )
+        if laid is not None:
+            launched.starts, launched.drafted = laid.starts, laid.drafted
         if self._drafts is not None:
-            self._drafts.are_in_flight = laid.masked is not None
-        return _Launched(
-            result, event, vectors, samples, sampling, layout.logits_rows(sampling), slots, laid.starts,
-            laid.drafted,
-        )  # fmt: skip
+            self._drafts.are_in_flight = laid is not None and laid.masked is not None
+        return launched
 
     def _lay_out(self, plan: StepPlan, waits: bool, staging: _Staging) -> LaidStep:
-        """Read a step's rows, after replacing those with a `stop`, and choose their drafts.
+        """Choose the drafts of a step whose rows have a `stop`, and replace these rows.
 
-        Args:
-            waits: As for `_start_grammars`.
+        The grammars of slots that start are set, since drafts must match them.
 
         Raises:
-            PlanError: as `_fill`; or if a row has a `stop`, and the runner makes no drafts.
+            PlanError: if the runner makes no drafts, a slot is outside of its row, or there is no room.
         """
-        self._rows.read(plan.rows)
-        if not self._rows.has_stops:
-            return LaidStep(plan, plan.starts)
         drafts = self._drafts
         if drafts is None:
             raise PlanError("a row may have drafts, which this runner does not make")
         self._start_grammars(plan, waits or drafts.must_wait(plan))
         with self._delivered:
             is_idle = self._num_undelivered == 0
-        laid = drafts.lay_out(plan, self._sampler, staging.sampling, is_idle=is_idle)
-        self._rows.read(laid.plan.rows)
-        return laid
+        return drafts.lay_out(plan, self._sampler, staging.sampling, is_idle=is_idle)
 
     def _sampling(self, result: StepResult) -> list[int]:
         """Return the rows that sample; if the model generates nothing, answer the engine's probe at once."""
@@ -356,20 +351,30 @@ class CudaRunner:
             self._sampler.start_grammar(start)
 
     def _fill(
-        self, rows: list[StepRow], staging: _Staging, masked: list[int] | None
-    ) -> tuple[StepShape, StepLayout]:
-        """Write the inputs of the rows read last; return their shape and their layout.
+        self, plan: StepPlan, waits: bool, staging: _Staging
+    ) -> tuple[StepShape, StepLayout, LaidStep | None]:
+        """Write a step's inputs; return their shape, their layout, and what replaces a plan with stops.
 
         Args:
-            masked: Slots with masks, in the order of the masks; None: those that have a grammar.
+            waits: As for `_start_grammars`.
+
+        Raises:
+            PlanError: if a row names something that does not exist, or a row that decodes comes after a chunk
+                of a prompt; or as `_lay_out`.
         """
+        rows, laid, masked = plan.rows, None, None
+        self._rows.read(rows)
+        if self._rows.has_stops:
+            laid = self._lay_out(plan, waits, staging)
+            rows, masked = laid.plan.rows, laid.masked
+            self._rows.read(rows)
         adapters = self._place_adapters(rows) if self._rows.has_adapters else []
         layout = self._layout(rows)
         shape = layout.shape
         if masked is None:
-            masked = self._sampler.masked(self._rows.sampling_slots)
+            masked = self._sampler.masked(self._rows.sampling_slots) if self._sampler.has_grammars else []
         self._rows.write(staging.array, shape.sections.firsts, shape.sizes, layout.needing, masked, adapters)
-        return shape, layout
+        return shape, layout, laid
 
     def _layout(self, rows: list[StepRow]) -> StepLayout:
         """Lay a step out for a graph that fits it, unless its prompts are scored: these need more logits.
@@ -440,15 +445,17 @@ class CudaRunner:
             launched.event.synchronize()
             if self._shards is not None:
                 self._shards.check()
-            result, slots, sampled = launched.result, launched.slots, list[Sampled]()
+            result, slots = launched.result, launched.slots
+            sampled: Sequence[Sampled] = ()
             if launched.vectors is not None:
                 result.pooled = launched.vectors.collect()
             if launched.samples is not None:
                 rows: list[Sampled] = unpack(launched.samples.collect())
                 sampled = [rows[index] for index in launched.sample_rows]
+            if launched.drafted is None:
                 for index, each in zip(launched.sampling, sampled, strict=True):
                     result.sampled[index] = each
-            if launched.drafted is not None:
+            else:
                 result, slots, sampled = launched.drafted.collect(result, launched.sampling, sampled)
             self._sampler.accept(slots, sampled)
             if self._drafts is not None:

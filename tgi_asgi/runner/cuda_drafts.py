@@ -67,12 +67,11 @@ class DraftedRows:
 
 @dataclass(slots=True)
 class LaidStep:
-    """A step as the device computes it.
+    """A step with stops as the device computes it.
 
     Attributes:
-        plan: A row of it decodes one token, or has no `stop`.
+        plan: The plan, with rows of one token instead of those with a `stop`.
         starts: Starts of slots whose tokens the drafter does not know yet; `CudaDrafts.observe` takes them.
-        has_begun: Whether the grammars of slots that start are set.
         drafted: What the rows are, if they are not those that the engine planned.
         masked: Slots with masks, in the order of the masks, which `before` uploads; None: the step has no
             drafts, and its masks are computed during the forward pass.
@@ -81,7 +80,6 @@ class LaidStep:
 
     plan: StepPlan
     starts: Sequence[SlotStart]
-    has_begun: bool = False
     drafted: DraftedRows | None = None
     masked: list[int] | None = None
     before: Sequence[Command] = ()
@@ -139,10 +137,10 @@ class CudaDrafts:
             PlanError: if a slot is outside of its row, or there are more rows or drafts than spare slots.
         """
         if not is_idle:
-            return LaidStep(plan, plan.starts, has_begun=True)
+            return LaidStep(plan, plan.starts)
         for start in plan.starts:
             self._slots.start(start)
-        laid = LaidStep(plan, (), has_begun=True)
+        laid = LaidStep(plan, ())
         begins = self._begins(plan)
         drafts = self._slots.choose(plan, begins, sampler.certain)
         if not any(drafts) and begins == _starts(plan):

@@ -131,10 +131,6 @@ class OnCuda:
     def place(self, model: ServedModel, pooling: PoolingFiles) -> Placed:
         """Create the model's cache and runner, as described in `Placement`."""
         assert model.kind == "native"  # refused by `_check_served`
-        speculation = self.settings.speculation if model.config.generates else None
-        if speculation is not None and self.shards is not None:
-            logger.warning("speculation is disabled: a model that is split over GPUs has no drafts yet")
-            speculation = None
         adapters = None
         if self.settings.serves_adapters:
             adapters = AdapterLoader(make_adapter_layout(model, self.settings, self._device, self._dtype))
@@ -143,7 +139,7 @@ class OnCuda:
             None if adapters is None else adapters.layout, pooling.dense,
             # All shards capture the same graphs, and the others do not know how the model pools.
             has_logits=self.shards is not None or uses_logits(model.config, pooling, self.settings),
-            speculation=speculation,
+            speculation=speculation_of(model, self.settings, is_split=self.shards is not None),
         )  # fmt: skip
         if runner.prompts_by is not None:
             which = "long prompts" if self.settings.prompt_attention == "auto" else "prompts"
@@ -177,6 +173,17 @@ class OnCuda:
         """End the other shards, as described in `Placement`."""
         if self.shards is not None:
             self.shards.abandon()
+
+
+def speculation_of(model: Model, settings: Settings, *, is_split: bool) -> Speculation | None:
+    """Return how to draft tokens; None if the model generates none, or, with a warning, if it is split."""
+    speculation = settings.speculation
+    if speculation is None or not model.config.generates:
+        return None
+    if is_split:
+        logger.warning("speculation is disabled: there are no drafts for a model that is split over GPUs")
+        return None
+    return speculation
 
 
 def _check_served(opened: OpenModel, settings: Settings) -> ModelConfig:
