@@ -31,7 +31,7 @@ from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Command, Device, Event, is_out_of_memory
-from tgi_asgi.runner.cuda_drafts import CudaDrafts, DraftedRows, LaidStep
+from tgi_asgi.runner.cuda_drafts import CudaDrafts, LaidStep
 from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_pooling import CudaPooler, StepVectors
@@ -41,7 +41,7 @@ from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
 from tgi_asgi.runner.handoff import MAX_IN_FLIGHT, PendingStep, StepHandoff
 from tgi_asgi.runner.inputs import PlanError, StepInputs
 from tgi_asgi.runner.kv import KvSize
-from tgi_asgi.runner.plan import DeviceLost, RunnerTraits, Sampled, SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.plan import DeviceLost, RunnerTraits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
 from tgi_asgi.settings.speculation import Speculation
@@ -66,8 +66,7 @@ class _Launched:
     sampling: Sequence[int] = ()  # plan rows that sample
     sample_rows: Sequence[int] = ()  # for each of these, its row in `samples`
     slots: Sequence[int] = ()  # their slots
-    starts: Sequence[SlotStart] = ()  # of slots whose tokens the drafter does not know yet
-    drafted: DraftedRows | None = None  # how the plan was laid out, if its rows above are others
+    laid: LaidStep | None = None  # if the runner makes drafts; rows above are those of its plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +281,8 @@ class CudaRunner:
         if not plan.rows:
             self._start_grammars(plan, waits)
             self._device.submit([event])
-            return _Launched(StepResult(plan.step_id, []), event, starts=plan.starts)
+            laid = None if self._drafts is None else LaidStep(plan, plan.starts)
+            return _Launched(StepResult(plan.step_id, []), event, laid=laid)
         staging = self._staging[self._num_launched % MAX_IN_FLIGHT]
         shape, layout, laid = self._fill(plan, waits, staging)
         rows = plan.rows if laid is None else laid.plan.rows
@@ -308,13 +308,10 @@ class CudaRunner:
             else:
                 commands += [*laid.before, graphs.sample, *laid.after, samples.copy]
         self._device.submit([*commands, event])
-        launched = _Launched(
-            result, event, vectors, samples, sampling, layout.logits_rows(sampling), slots, plan.starts
-        )
-        if laid is not None:
-            launched.starts, launched.drafted = laid.starts, laid.drafted
+        launched = _Launched(result, event, vectors, samples, sampling, layout.logits_rows(sampling), slots)
         if self._drafts is not None:
-            self._drafts.are_in_flight = laid is not None and laid.masked is not None
+            launched.laid = laid = laid or LaidStep(plan, plan.starts)
+            self._drafts.are_in_flight = laid.masked is not None
         return launched
 
     def _lay_out(self, plan: StepPlan, waits: bool, staging: _Staging) -> LaidStep:
@@ -445,21 +442,21 @@ class CudaRunner:
             launched.event.synchronize()
             if self._shards is not None:
                 self._shards.check()
-            result, slots = launched.result, launched.slots
+            result, slots, laid = launched.result, launched.slots, launched.laid
             sampled: Sequence[Sampled] = ()
             if launched.vectors is not None:
                 result.pooled = launched.vectors.collect()
             if launched.samples is not None:
                 rows: list[Sampled] = unpack(launched.samples.collect())
                 sampled = [rows[index] for index in launched.sample_rows]
-            if launched.drafted is None:
+            if laid is not None and laid.drafted is not None:
+                result, slots, sampled = laid.drafted.collect(result, launched.sampling, sampled)
+            else:
                 for index, each in zip(launched.sampling, sampled, strict=True):
                     result.sampled[index] = each
-            else:
-                result, slots, sampled = launched.drafted.collect(result, launched.sampling, sampled)
             self._sampler.accept(slots, sampled)
-            if self._drafts is not None:
-                self._drafts.observe(launched.starts, slots, sampled)
+            if self._drafts is not None and laid is not None:
+                self._drafts.observe(laid.starts, slots, sampled)
         except BaseException as error:
             logger.exception("step %s failed", step.plan.step_id)
             return self._classify(error)

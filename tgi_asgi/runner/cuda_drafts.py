@@ -67,7 +67,7 @@ class DraftedRows:
 
 @dataclass(slots=True)
 class LaidStep:
-    """A step with stops as the device computes it.
+    """A step as the device computes it, on a runner that makes drafts.
 
     Attributes:
         plan: The plan, with rows of one token instead of those with a `stop`.
