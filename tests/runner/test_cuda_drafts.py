@@ -34,7 +34,7 @@ class Grammars:
         return set(self.allowed), ["masks"]
 
     def drafted(self, spares: Any, staging: Any) -> tuple[list[Any], list[Any]]:
-        return [spares.tolist(), "prepare"], ["accept"]
+        return [spares, "prepare"], ["accept"]
 
 
 @pytest.fixture

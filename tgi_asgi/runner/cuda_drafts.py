@@ -18,10 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from tgi_asgi.ops import PlanError
-from tgi_asgi.ops.arrays import Ints
 from tgi_asgi.runner.cuda_device import Command, Copy
 from tgi_asgi.runner.cuda_sampler import CudaSampler, SampleStaging
 from tgi_asgi.runner.drafts import SlotDrafts
@@ -149,16 +146,13 @@ class CudaDrafts:
         if any(drafts):
             sampling = [at for at, row in enumerate(plan.rows) if row.samples and begins[at] < row.end]
             masked, masks = sampler.masks_along({plan.rows[at].slot: drafts[at] for at in sampling}, staging)
-        spares = np.full((3, self.num_spares), -1, np.int32)
+        spares = [[-1] * self.num_spares for _ in range(3)]
         laid.plan, laid.drafted = self._replace_rows(plan, begins, drafts, spares)
         if any(drafts):
             before, laid.after = sampler.drafted(spares, staging)
             laid.before = [*before, *masks]
-            laid.masked = [
-                row.slot
-                for row, slot in zip(laid.plan.rows, laid.drafted.slots, strict=True)
-                if slot in masked
-            ]
+            all_slots = zip(laid.plan.rows, laid.drafted.slots, strict=True)
+            laid.masked = [row.slot for row, slot in all_slots if slot in masked] if masked else []
         return laid
 
     def observe(self, starts: Iterable[SlotStart], slots: Iterable[int], samples: Iterable[Sampled]) -> None:
@@ -181,12 +175,16 @@ class CudaDrafts:
         return begins
 
     def _replace_rows(
-        self, plan: StepPlan, begins: Sequence[int], drafts: Sequence[Sequence[int]], spares: Ints
+        self,
+        plan: StepPlan,
+        begins: Sequence[int],
+        drafts: Sequence[Sequence[int]],
+        spares: Sequence[list[int]],
     ) -> tuple[StepPlan, DraftedRows]:
         """Replace rows with a `stop` by rows of one token; those with nothing left to compute are left out.
 
         Args:
-            spares: Filled in, as `CudaSampleState.drafts`.
+            spares: Three lists of `num_spares`, which are filled in as `CudaSampleState.drafts`.
         """
         rows: list[StepRow] = []
         origins: list[tuple[int, int, int]] = []  # row of the plan, slot, draft
@@ -198,17 +196,18 @@ class CudaDrafts:
                 rows.append(row)
                 origins.append((index, row.slot, -1))
                 continue
-            begin, of_row = begins[index], drafts[index] if drafts else ()
-            if first + len(of_row) > self.num_spares:
+            slot, begin, of_row = row.slot, begins[index], drafts[index] if drafts else ()
+            count = len(of_row)
+            if first + count > self.num_spares:
                 raise PlanError(f"a step has at most {self.num_spares} drafts")
             if begin < row.stop:
-                rows.append(_decode(row, row.slot, None, begin))
-                origins.append((index, row.slot, -1))
-            for ahead, token in enumerate(of_row, 1):
-                spare = first + ahead - 1
-                spares[:, spare] = row.slot, ahead, token
-                rows.append(_decode(row, self._first_spare + spare, (token,), begin + ahead))
-                origins.append((index, row.slot, token))
+                rows.append(_decode(row, slot, None, begin))
+                origins.append((index, slot, -1))
+            for spare, token in enumerate(of_row, first):
+                rows.append(_decode(row, self._first_spare + spare, (token,), begin + spare - first + 1))
+                origins.append((index, slot, token))
+            for values, of_drafts in zip(spares, ([slot] * count, range(1, count + 1), of_row), strict=True):
+                values[first : first + count] = of_drafts
             first += row.num_drafts
         if len(rows) > self.max_rows:
             raise PlanError(f"a step has at most {self.max_rows} rows, drafts included, got {len(rows)}")

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tgi_asgi.ops.arrays import Ints
 from tgi_asgi.ops.cuda_sample_state import CudaSampleState
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.runner.cuda_buffers import StepBuffers, host_result, result_bytes, view_result
@@ -106,7 +105,9 @@ class CudaSampler:
             self._device.capture(state.prepare_drafts), self._device.capture(state.accept_drafts)
         )  # fmt: skip
 
-    def drafted(self, spares: Ints, staging: SampleStaging) -> tuple[list[Command], list[Command]]:
+    def drafted(
+        self, spares: Sequence[Sequence[int]], staging: SampleStaging
+    ) -> tuple[list[Command], list[Command]]:
         """Return what comes before and after the sampling of a step with drafts.
 
         Args:
