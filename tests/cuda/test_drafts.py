@@ -6,14 +6,15 @@ import asyncio
 import dataclasses
 import itertools
 import random
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from tests.cuda.emulated_device import EmulatedDevice
-from tests.cuda.emulated_runner import FP16, make_device
+from tests.cuda.emulated_device import EmulatedDevice, Event
+from tests.cuda.emulated_runner import FP16, make_device, require_emulation
 from tests.runner.test_drafts import answers_of, random_request
 from tests.runner.test_grammar import AUTO, EOS, Letters
 from tests.support.checkpoints import load_model, make_model, save
@@ -27,8 +28,9 @@ from tgi_asgi.ops.cuda_sample_state import CudaSampleState
 from tgi_asgi.runner import cuda_drafts
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import Command
-from tgi_asgi.runner.cuda_drafts import CudaDrafts, _decode
+from tgi_asgi.runner.cuda_drafts import CudaDrafts, LaidStep, _decode
 from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
+from tgi_asgi.runner.plan import StepPlan
 from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.text.constrain import source as sources
@@ -37,7 +39,7 @@ from tgi_asgi.types import GenerationRequest, SamplingParams, StopConditions
 
 LONGEST = 192
 VOCAB = 160
-NUM_REQUESTS = 12
+NUM_REQUESTS = 7
 LIMIT_S = 120.0  # of an answer; in emulation a step takes 50 ms
 
 
@@ -120,6 +122,7 @@ def repetitive() -> list[GenerationRequest]:
         SamplingParams(temperature=0.5, seed=1, logit_bias=few[:2]),
         SamplingParams(temperature=0.0, repetition_penalty=1.1, frequency_penalty=0.3, logit_bias=few),
         SamplingParams(temperature=0.3, seed=2, presence_penalty=0.2, logit_bias=few),
+        SamplingParams(temperature=3.0, seed=3),
     ]
     return [
         GenerationRequest(
@@ -130,6 +133,42 @@ def repetitive() -> list[GenerationRequest]:
         )
         for number, way in enumerate(ways)
     ]
+
+
+class LateEvent(Event):
+    """Passes once the device does more, or nothing for a while: the last step has no next one."""
+
+    def __init__(self, device: LateDevice) -> None:
+        self._device, self.at = device, 0
+
+    def synchronize(self) -> None:
+        with self._device.changed:
+            self._device.changed.wait_for(lambda: self._device.num_finished >= self.at, 0.05)
+
+
+class LateDevice(EmulatedDevice):
+    """A device that finishes what was submitted when more is, or when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_submitted = self.num_finished = 0
+        self.changed = threading.Condition()
+
+    def event(self) -> Event:
+        return LateEvent(self)
+
+    def submit(self, commands: Sequence[Command]) -> None:
+        super().submit(commands)
+        self.finish()
+        self.num_submitted += 1
+        for command in commands:
+            if isinstance(command, LateEvent):
+                command.at = self.num_submitted
+
+    def finish(self) -> None:
+        with self.changed:
+            self.num_finished = self.num_submitted
+            self.changed.notify_all()
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +192,34 @@ async def test_drafts_save_steps(model: Model) -> None:
             steps.append(engine.stats.steps)
     assert steps[0] >= 64
     assert steps[1] < 64 / 2
+
+
+async def test_steps_are_launched_before_the_last_one_is_known_unless_drafts_are_likely(
+    model: Model, undrafted: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device whose steps end when the next one has been submitted, or when it waits for them."""
+    require_emulation("a real one is late by itself")
+    make_device()
+    device, were_idle = LateDevice(), list[bool]()
+    must_wait, lay_out = CudaDrafts.must_wait, CudaDrafts.lay_out
+
+    def tell(drafts: CudaDrafts, plan: StepPlan) -> bool:
+        waits = must_wait(drafts, plan)
+        if waits:
+            device.finish()
+        return waits
+
+    def note(drafts: CudaDrafts, plan: StepPlan, *given: Any, is_idle: bool) -> LaidStep:
+        were_idle.append(is_idle)
+        return lay_out(drafts, plan, *given, is_idle=is_idle)
+
+    monkeypatch.setattr(CudaDrafts, "must_wait", tell)
+    monkeypatch.setattr(CudaDrafts, "lay_out", note)
+    async with serving(model, Speculation(8), 80, device) as engine:
+        assert await answers_of(engine, repetitive(), 2, LIMIT_S) == undrafted
+        assert engine.stats.accepted_draft_tokens > 10
+    assert were_idle.count(False) > 3
+    assert were_idle.count(True) > 3
 
 
 async def test_sequences_that_lose_their_blocks_resume_with_drafts(model: Model) -> None:
@@ -215,3 +282,20 @@ async def test_a_fault_would_change_answers(
     monkeypatch.setattr(*FAULTS[fault])
     async with serving(model, Speculation(8), 80) as engine:
         assert await answers_of(engine, repetitive(), 4, LIMIT_S) != undrafted
+
+
+async def test_a_step_that_did_not_wait_for_drafts_in_flight_would_change_answers(
+    model: Model, undrafted: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the step of a prompt that joins, which has no drafts."""
+    require_emulation("a real one may be early")
+    make_device()
+    must_wait = CudaDrafts.must_wait
+
+    def forget(drafts: CudaDrafts, plan: StepPlan) -> bool:
+        drafts.are_in_flight = False
+        return must_wait(drafts, plan)
+
+    monkeypatch.setattr(CudaDrafts, "must_wait", forget)
+    async with serving(model, Speculation(8), 80, LateDevice()) as engine:
+        assert await answers_of(engine, repetitive(), 2, LIMIT_S) != undrafted
