@@ -9,14 +9,16 @@ import random
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cuda.emulated_device import EmulatedDevice, Event
-from tests.cuda.emulated_runner import FP16, make_device, require_emulation
+from tests.cuda.emulated_runner import FP16, make_device, require_emulation, save_with_tokenizer
 from tests.runner.test_drafts import answers_of, random_request
 from tests.runner.test_grammar import AUTO, EOS, Letters
+from tests.support import real_engine
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.kv import plain_size
 from tgi_asgi.engine import Engine
@@ -252,6 +254,29 @@ async def test_a_step_that_fails_with_drafts_loses_nothing(
         assert await answers_of(engine, repetitive(), 4, LIMIT_S) == undrafted
         assert engine.stats.failed_steps == 2
         assert engine.stats.accepted_draft_tokens > 10
+
+
+async def test_rows_with_drafts_have_the_adapters_of_their_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", make_device)
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    files = save_with_tokenizer(make_model(**shape, vocab_size=VOCAB), tmp_path / "model")
+    settings: dict[str, Any] = {
+        "max_batch_size": 4, "max_batch_prefill_tokens": 64, "max_total_tokens": 128, "batch_invariant": True
+    }  # fmt: skip
+    views = []
+    for number, speculate in enumerate((0, 4)):
+        folder = tmp_path / str(number)
+        async with real_engine.serving(files, folder, **settings, speculate=speculate) as (engine, adapters):
+            requests = [
+                dataclasses.replace(request, adapter=adapter)
+                for request, adapter in zip(repetitive(), adapters, strict=False)
+            ]
+            views.append(list(map(real_engine.client_view, await real_engine.all_at_once(engine, requests))))
+    assert views[0] == views[1]
+    assert engine.stats.accepted_draft_tokens > 10
+    assert len({str(view) for view in views[0]}) == 4
 
 
 def _nothing(*given: Any) -> None:
