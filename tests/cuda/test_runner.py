@@ -180,6 +180,13 @@ async def test_a_plan_out_of_bounds_fails_alone(runner: CudaRunner) -> None:
     assert len(job.sampled) == 2
 
 
+async def test_a_row_that_may_have_drafts_is_refused_by_a_runner_that_makes_none(runner: CudaRunner) -> None:
+    assert runner.traits.drafts is None
+    floating = StepRow(0, None, 2, [[0]], samples=True, stop=5, num_drafts=2)
+    with pytest.raises(PlanError, match="drafts"):
+        await runner.submit(StepPlan(0, [floating], [SlotStart(0, GREEDY, 0, [5, 6, 7])]))
+
+
 async def test_a_step_that_never_came_to_the_device_takes_no_memory_of_those_in_flight(
     runner: CudaRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
