@@ -18,7 +18,7 @@ from bench.gpu_stages import Report
 _ROOT = Path(__file__).parents[1]
 FILES = (
     "test_families", "test_expert_models", "test_runner", "test_runner_cache", "test_adapters",
-    "test_prompt_attention", "test_wide_sums", "test_pooling", "test_float8_models",
+    "test_prompt_attention", "test_wide_sums", "test_pooling", "test_float8_models", "test_drafts",
 )  # fmt: skip
 MODULE_FILES = ("test_paged", "test_modules")
 _PROCESSES = 8

@@ -336,7 +336,7 @@ class DeviceRows:
         """Assign a slot to a sequence with a prompt of this length."""
 
     def read(self, rows: Sequence[Any]) -> None:
-        """Read the rows of a step.
+        """Read the rows of a step; those with a `stop` as if they began at their `start`, without drafts.
 
         Raises:
             PlanError: if a row refers to something that does not exist, two rows have the same slot, or a row
@@ -385,6 +385,10 @@ class DeviceRows:
     @property
     def is_scored(self) -> bool:
         """Whether a row requests log-probabilities of its prompt."""
+
+    @property
+    def has_stops(self) -> bool:
+        """Whether a row has a `stop`."""
 
     @property
     def sampling(self) -> list[int]:
@@ -820,7 +824,9 @@ def activate_rows(x: FloatArray, activation: str, out: FloatArray) -> None:
     """Write f(x) to out [n, columns]."""
 
 class Drafter:
-    """Proposes draft tokens for slots, see csrc/cpu/drafter.h. For use by one thread.
+    """Proposes draft tokens for slots, see csrc/cpu/drafter.h.
+
+    For use by one thread at a time; each of these methods holds the GIL.
 
     A match has at least `shortest` tokens; at most `longest` are compared.
     """
@@ -831,6 +837,9 @@ class Drafter:
 
     def append(self, slot: int, id: int) -> None:
         """Append a token that the slot's sequence has sampled."""
+
+    def length(self, slot: int) -> int:
+        """Return the number of tokens of the slot's sequence."""
 
     def choose(
         self,

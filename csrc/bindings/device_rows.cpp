@@ -124,7 +124,7 @@ void DeviceRows::read(py::handle rows) {
   sampling_slots.clear();
   is_taken_.assign(slots_.size(), false);
   num_tokens = num_decodes = num_columns = 0;
-  has_adapters = has_vectors = is_scored = false;
+  has_adapters = has_vectors = is_scored = has_stops = false;
   for (int64_t index = 0; index < items.size(); ++index) read_row(items[index]);
 }
 
@@ -136,8 +136,9 @@ void DeviceRows::read_row(PyObject* item) {
   if (is_taken_[at]) throw PlanError("two rows of a step have one slot");
   is_taken_[at] = true;
   row.start = static_cast<int32_t>(integer(field(item, kStart), "position", limits_.max_context));
-  if (field(item, kStop) != Py_None || field(item, kStates) != Py_None)
-    throw PlanError("a row has drafts or states, which a device does not have");
+  if (field(item, kStates) != Py_None)
+    throw PlanError("a row has states, which a device does not have");
+  has_stops = has_stops || field(item, kStop) != Py_None;
   const int64_t stop = read_tokens(field(item, kTokenIds), row);
   const int64_t num_blocks = (stop + limits_.block_size - 1) / limits_.block_size;
   read_table(field(item, kBlockTables), slots_[at], num_blocks);
@@ -314,6 +315,7 @@ void bind_device_rows(py::module_& module) {
       .def_readonly("has_adapters", &DeviceRows::has_adapters)
       .def_readonly("has_vectors", &DeviceRows::has_vectors)
       .def_readonly("is_scored", &DeviceRows::is_scored)
+      .def_readonly("has_stops", &DeviceRows::has_stops)
       .def_readonly("sampling", &DeviceRows::sampling)
       .def_readonly("sampling_slots", &DeviceRows::sampling_slots)
       .def_property_readonly("prompt_lens", &DeviceRows::prompt_lens)

@@ -54,7 +54,8 @@ class DeviceRows {
   void start(int64_t slot, int64_t prompt_len);
 
   // Reads a sequence of rows. Throws PlanError if one names something that does not exist, if two
-  // have the same slot, or if a row that decodes comes after one that does not.
+  // have the same slot, or if a row that decodes comes after one that does not. Rows with a `stop`
+  // are read as if they began at their `start` and had no drafts.
   void read(pybind11::handle rows);
 
   // Writes the rows read last to `memory`.
@@ -72,6 +73,7 @@ class DeviceRows {
   int64_t num_decodes = 0;  // rows that decode attention computes; they come first
   int64_t num_columns = 0;  // blocks of the longest sequence
   bool has_adapters = false, has_vectors = false, is_scored = false;  // a row asks for it
+  bool has_stops = false;                                             // a row has a `stop`
   std::vector<int64_t> sampling;                                      // rows that sample a token
   std::vector<int64_t> sampling_slots;                                // their slots
   // Of the rows that do not decode: tokens in the step, and in total.

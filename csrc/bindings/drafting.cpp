@@ -89,6 +89,11 @@ void append(cpu::Drafter& drafter, int64_t slot, int32_t id) {
   drafter.append(static_cast<int32_t>(slot), id);
 }
 
+int64_t length(const cpu::Drafter& drafter, int64_t slot) {
+  check_slot(drafter, slot);
+  return drafter.length(static_cast<int32_t>(slot));
+}
+
 }  // namespace
 
 void bind_drafting(py::module_& module) {
@@ -101,6 +106,7 @@ void bind_drafting(py::module_& module) {
       .def("start", &start, py::arg("slot"), py::arg("ids").noconvert(),
            "Assign a slot to a sequence with these tokens.")
       .def("append", &append, py::arg("slot"), py::arg("id"), "Append a sampled token.")
+      .def("length", &length, py::arg("slot"), "Return the number of tokens of a slot's sequence.")
       .def("choose", &choose, py::arg("requests"), py::kw_only(), py::arg("base"), py::arg("token"),
            py::arg("num_tokens"),
            "Return the drafts for each (slot, maximum number, certain tokens), by a step's cost.");

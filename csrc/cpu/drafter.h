@@ -34,6 +34,8 @@ class TokenHistory {
   void start(std::vector<int32_t> ids, const MatchLimits& limits);
   void append(int32_t id, const MatchLimits& limits);
 
+  // Number of tokens in the text.
+  int64_t length() const { return static_cast<int64_t>(ids_.size()); }
   // Number of tokens in the match; 0 if there is none.
   int64_t match() const { return match_; }
   // The token that follows the match. Requires a match.
@@ -91,6 +93,8 @@ class Drafter {
   void start(int32_t slot, std::vector<int32_t> ids);
   // Appends a token that was sampled for the slot's sequence.
   void append(int32_t slot, int32_t id);
+  // Returns the number of tokens of the slot's sequence.
+  int64_t length(int32_t slot) const { return slots_[static_cast<size_t>(slot)].history.length(); }
   // Returns the drafts for each request, in a step with `num_tokens` tokens besides the drafts. The
   // total number of drafts is the one that maximises the expected tokens per second, given the cost
   // and each draft's probability.

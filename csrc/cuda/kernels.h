@@ -396,6 +396,34 @@ constexpr int64_t kMaxSampledRows = 65535;
 cudaError_t sample(const SampleParams& p, cudaStream_t stream);
 int64_t sample_workspace_bytes(int64_t num_rows);
 
+// Slots to sample from after drafts. All arrays have spare slots behind those of the sequences.
+// Before `sample`, draft_slots makes spare slots copies of a sequence's as if it had sampled its
+// drafts up to the spare's; after it, accept_drafts moves the sequence's slot on to the last copy
+// whose drafts have all been sampled:
+//
+//     slot 5, drafts a b     spare 0: slot 5, then a     spare 1: slot 5, then a b
+//     sampled  a                      x                           y
+//     slot 5 has sampled a x, because x is not b; nothing is left of y
+//
+// Spares whose slot is no sequence's are not used.
+struct DraftSlotsParams {
+  ::tgi::SampleSlot* records;  // [num_slots + num_spares]
+  int32_t* counts;             // [num_slots + num_spares, vocab]
+  int32_t* biased_ids;         // [num_slots + num_spares, biased_stride]
+  float* biased_values;        // the same shape
+  int32_t* masked_ids;         // [num_slots + num_spares, masked_stride]
+  const int32_t* slots;   // [num_spares] the sequence's slot; its spares are adjacent, in order
+  const int32_t* ahead;   // [num_spares] 1 for a sequence's first draft, 2 for the next, ...
+  const int32_t* drafts;  // [num_spares] token ids
+  int64_t num_slots;
+  int64_t num_spares;
+  int64_t vocab;
+  int64_t biased_stride;
+  int64_t masked_stride;
+};
+cudaError_t draft_slots(const DraftSlotsParams& p, cudaStream_t stream);
+cudaError_t accept_drafts(const DraftSlotsParams& p, cudaStream_t stream);
+
 struct TokenLogprobsParams {
   ::tgi::TokenLogprobsParams base;
   int64_t num_rows;

@@ -11,6 +11,7 @@ from tests.cuda import (
     test_attention_decode,
     test_attention_parts,
     test_attention_prefill,
+    test_draft_slots,
     test_embed_and_activate,
     test_experts,
     test_linear,
@@ -56,6 +57,7 @@ def small() -> Iterator[Case]:
     yield from products(3, 17, 512)
     yield from routes(3)
     yield "sample", torch.float32, _of(_sample, 300)
+    yield "draft_slots", torch.float32, _of(test_draft_slots.check_all)
 
 
 def large() -> Iterator[Case]:

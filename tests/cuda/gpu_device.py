@@ -182,6 +182,14 @@ class GpuDevice:
             p.top_logprobs, p.num_top,
         )  # fmt: skip
 
+    def _draft_slots(self, p: Any) -> None:
+        _ops.draft_slots(
+            p.records, p.counts, p.biased_ids, p.biased_values, p.masked_ids, p.slots, p.ahead, p.drafts
+        )
+
+    def _accept_drafts(self, p: Any) -> None:
+        _ops.accept_drafts(p.records, p.counts, p.slots, p.ahead, p.drafts)
+
 
 class CountedGpu(CudaDevice):
     """A GPU for the tests of the runner, which otherwise use an `EmulatedDevice`; it has the same attributes.

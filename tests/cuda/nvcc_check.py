@@ -70,6 +70,8 @@ _REGISTERS = {
     "part_stats_kernel": 60,
     "part_scores_kernel": 48,
     "sample_kernel": 64,
+    "draft_slots_kernel": 44,
+    "accept_drafts_kernel": 32,
     "token_logprobs_kernel": 44,
 }
 # For sm_90a, the architecture that the kernels are tuned for. Number of functions that may be called: in
@@ -109,6 +111,8 @@ _LOOPS = {
     "part_stats_kernel": 235,
     "part_scores_kernel": 450,  # the race
     "sample_kernel": 5660,
+    "draft_slots_kernel": 80,
+    "accept_drafts_kernel": 140,  # the drafts of a sequence
     "token_logprobs_kernel": 305,
 }
 # Required contents of the intermediate code, by source: 16-byte copies, asynchronous copies, tensor cores.

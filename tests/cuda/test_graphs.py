@@ -170,14 +170,14 @@ async def test_padding_that_is_none_would_be_felt(
     runner = make_runner(EmulatedDevice())
     fill = runner._fill
 
-    def fill_all(rows: list[StepRow], staging: Any) -> Any:
-        shape, layout = fill(rows, staging)
+    def fill_all(plan: StepPlan, waits: bool, staging: Any) -> Any:
+        shape, layout, laid = fill(plan, waits, staging)
         values = shape.sections.arrays(staging.array)[section]
         # Written where the first sequence's newest token is, or sampled for the first slot.
         values[values < 0] = values[0] if section == "slots" else 0
         if section == "query_start":  # as if the decodes had no padding
             values -= shape.num_decodes - layout.rows.num_decodes
-        return shape, layout
+        return shape, layout, laid
 
     monkeypatch.setattr(runner, "_fill", fill_all)
     await generate(runner, found, chunk=4)

@@ -6,6 +6,7 @@ import dataclasses
 import tracemalloc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,8 +28,11 @@ from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.ops import cuda_quant
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, Repacking, repack
 from tgi_asgi.ops.tensors import from_tensor
+from tgi_asgi.runner.cuda_load import speculation_of
 from tgi_asgi.runner.load import load
+from tgi_asgi.runner.plan import DraftLimits
 from tgi_asgi.settings import Settings
+from tgi_asgi.settings.speculation import Speculation
 
 META = torch.device("meta")  # uses no memory, so that only the host's memory is measured
 BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -154,6 +158,26 @@ def test_progress_comes_to_all_bytes_as_they_are_on_the_device(
     assert done == sorted(done)
     assert len(set(done)) > 2 * 9, "each tensor shows"
     assert 0.9 * file.stat().st_size < done[-1] == total <= file.stat().st_size
+
+
+def test_drafts_are_for_models_that_generate_and_are_not_split(
+    tmp_path: Path, device: EmulatedDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = dataclasses.replace(SMALL, speculate=3)
+    loaded = load(settings, save_with_tokenizer(make_model(**SHAPE), tmp_path), lambda *call: None)
+    loaded.runner.close()
+    assert loaded.runner.traits.drafts == DraftLimits(3, 64)
+    assert "speculation" not in caplog.text
+
+    def of(settings: Settings, *, generates: bool = True, is_split: bool = False) -> Speculation | None:
+        model: Any = SimpleNamespace(config=SimpleNamespace(generates=generates))
+        return speculation_of(model, settings, is_split=is_split)
+
+    assert of(settings) == settings.speculation
+    assert of(SMALL) is of(SMALL, is_split=True) is of(settings, generates=False) is None
+    assert not caplog.records
+    assert of(settings, is_split=True) is None
+    assert "speculation is disabled" in caplog.text
 
 
 def test_a_model_that_does_not_fit_is_refused_while_it_is_loaded(

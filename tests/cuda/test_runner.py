@@ -130,9 +130,9 @@ async def test_of_block_tables_only_the_columns_that_a_step_has_go_up(
     fill = runner._fill
 
     def note(*given: Any) -> Any:
-        shape, layout = fill(*given)
-        sizes.append((shape.num_columns, shape.num_bytes))
-        return shape, layout
+        found = fill(*given)
+        sizes.append((found[0].num_columns, found[0].num_bytes))
+        return found
 
     monkeypatch.setattr(runner, "_fill", note)
     try:
@@ -180,15 +180,22 @@ async def test_a_plan_out_of_bounds_fails_alone(runner: CudaRunner) -> None:
     assert len(job.sampled) == 2
 
 
+async def test_a_row_that_may_have_drafts_is_refused_by_a_runner_that_makes_none(runner: CudaRunner) -> None:
+    assert runner.traits.drafts is None
+    floating = StepRow(0, None, 2, [[0]], samples=True, stop=5, num_drafts=2)
+    with pytest.raises(PlanError, match="drafts"):
+        await runner.submit(StepPlan(0, [floating], [SlotStart(0, GREEDY, 0, [5, 6, 7])]))
+
+
 async def test_a_step_that_never_came_to_the_device_takes_no_memory_of_those_in_flight(
     runner: CudaRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[int] = []
     fill = runner._fill
 
-    def note(rows: Any, staging: Any) -> Any:
+    def note(plan: StepPlan, waits: bool, staging: Any) -> Any:
         taken.append(id(staging))
-        return fill(rows, staging)
+        return fill(plan, waits, staging)
 
     monkeypatch.setattr(runner, "_fill", note)
     chunk = StepRow(0, [5, 6], 0, [[0]], samples=False)

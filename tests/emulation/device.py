@@ -36,6 +36,8 @@ _STRUCTS = {
     "residual_add": "ResidualAddParams",
     "gated_add": "GatedAddParams",
     "sample": "SampleParams",
+    "draft_slots": "DraftSlotsParams",
+    "accept_drafts": "DraftSlotsParams",
     "token_logprobs": "TokenLogprobsParams",
 }
 _SEEDS = (1, 2)

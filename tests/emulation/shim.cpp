@@ -49,4 +49,6 @@ extern "C" __attribute__((visibility("default"))) int64_t
 emu_sample_workspace_bytes(int64_t num_rows) {
   return tgi::cuda::sample_workspace_bytes(num_rows);
 }
+OPERATOR(draft_slots, DraftSlotsParams)
+OPERATOR(accept_drafts, DraftSlotsParams)
 OPERATOR(token_logprobs, TokenLogprobsParams)

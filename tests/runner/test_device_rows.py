@@ -154,6 +154,13 @@ def test_a_prompt_s_last_token_alone_decodes_unless_its_bits_must_not_vary(
     assert rows.num_decodes == 1, "a sampled token"
 
 
+def test_a_row_with_a_stop_is_known_and_read_as_if_it_began_at_its_start(rows: DeviceRows) -> None:
+    rows.read([StepRow(0, None, 4, [[1, 2, 3]], samples=True, stop=9, num_drafts=2)])
+    assert (rows.has_stops, rows.num_tokens, rows.num_columns) == (True, 1, 2)
+    rows.read([StepRow(0, None, 4, [[1, 2]], samples=True)])
+    assert not rows.has_stops
+
+
 def test_what_rows_ask_for_is_known(rows: DeviceRows) -> None:
     def asked(row: StepRow) -> tuple[bool, bool, bool, list[int]]:
         rows.read([row])
@@ -187,7 +194,6 @@ def test_what_rows_ask_for_is_known(rows: DeviceRows) -> None:
         pytest.param(StepRow(8, [1], 0, [[1]], samples=True), id="slot-too-large"),
         pytest.param(StepRow(-1, [1], 0, [[1]], samples=True), id="slot-negative"),
         pytest.param(StepRow(0, [1] * 61, 0, [[1] * 16], samples=True), id="too-many-tokens"),
-        pytest.param(StepRow(0, None, 4, [[1, 2]], samples=True, stop=6), id="may-have-drafts"),
         pytest.param(StepRow(0, [1], 0, [[1]], samples=True, states=StateMoves()), id="states"),
     ],
 )

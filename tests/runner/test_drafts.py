@@ -151,14 +151,14 @@ def client_view(answer: Answer) -> tuple[object, ...]:
 
 
 async def answers_of(
-    engine: Engine, requests: list[GenerationRequest], at_once: int
+    engine: Engine, requests: list[GenerationRequest], at_once: int, limit_s: float = 10
 ) -> list[tuple[object, ...]]:
     """Keep `at_once` requests open; return everything that each client learned."""
     slots = asyncio.Semaphore(at_once)
 
     async def ask(request: GenerationRequest) -> tuple[object, ...]:
         async with slots:
-            return client_view(await collect(submit(engine, request)))
+            return client_view(await collect(submit(engine, request), limit_s))
 
     return await asyncio.gather(*map(ask, requests))
 

@@ -25,15 +25,14 @@ def plan_drafts(
 ) -> None:
     """Give decode rows as many drafts as free blocks allow.
 
-    Nothing is drafted in a step with so many rows that fewer than two drafts remain for each: at that size a
-    draft costs as much as it gains, and only the planning overhead would remain. Blocks that running
-    sequences need soon are not used.
+    Nothing is drafted in a step with too many rows (`DraftLimits.for_rows`). Blocks that running sequences
+    need soon are not used.
 
     Args:
         room: Number of tokens that the step can still hold.
     """
-    count = min(limits.per_row, min(limits.per_step, room) // len(rows))
-    if count < min(limits.per_row, 2):
+    count = limits.for_rows(len(rows), room)
+    if count == 0:
         return
     for row, sequence in zip(rows, sequences, strict=True):
         first_end = min(row.start + sequence.num_ahead + 1, sequence.last_end)

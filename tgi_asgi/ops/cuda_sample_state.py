@@ -43,21 +43,32 @@ class CudaSampleState:
 
     All arrays keep their addresses, so that sampling can be part of a CUDA graph.
 
+    Rows after drafts are sampled in spare slots, the last `num_spares`: see `prepare_drafts`.
+
+    Args:
+        max_rows: Maximum number of rows that are sampled at once; None: one for each slot.
+
     Attributes:
-        last_ids: [num_slots] int32 on the device, the token that each slot sampled last.
+        last_ids: [num_slots + num_spares] int32 on the device, the token that each slot sampled last.
+        drafts: [3, num_spares] int32 on the device, of each spare slot: the slot that it continues (-1 if it
+            is not used), its number among the drafts of that slot, from 1, and its draft. A slot's are
+            adjacent and in order.
     """
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, vocab_size: int, device: torch.device, *,
+        num_spares: int = 0, max_rows: int | None = None,
+    ) -> None:  # fmt: skip
         self._host = SampleState(num_slots, vocab_size)
-        self._records = torch.zeros(num_slots, SLOT.itemsize, dtype=torch.uint8, device=device)
-        self._counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)
+        num_all, rows = num_slots + num_spares, num_slots if max_rows is None else max_rows
+        self._records = torch.zeros(num_all, SLOT.itemsize, dtype=torch.uint8, device=device)
+        self._counts = torch.zeros(num_all, vocab_size, dtype=torch.int32, device=device)
         self._biased_ids, self._biased_values, self._masked_ids = (
-            torch.zeros(num_slots, MAX_IDS, dtype=part.dtype, device=device) for part in self._host_lists()
+            torch.zeros(num_all, MAX_IDS, dtype=part.dtype, device=device) for part in self._host_lists()
         )
-        self._scratch = torch.empty(num_slots, vocab_size, device=device)
-        self._workspace = torch.empty(
-            _kernels.sample_workspace_bytes(num_slots), dtype=torch.uint8, device=device
-        )
+        self._scratch = torch.empty(rows, vocab_size, device=device)
+        self._workspace = torch.empty(_kernels.sample_workspace_bytes(rows), dtype=torch.uint8, device=device)
+        self.drafts = torch.full((3, num_spares), -1, dtype=torch.int32, device=device)
         host_address = self._host.records.__array_interface__["data"][0]
         offset = self._host.last_ids.__array_interface__["data"][0] - host_address
         self.last_ids = self._records.view(torch.int32)[:, offset // 4]
@@ -107,6 +118,22 @@ class CudaSampleState:
             self._masked_ids, mask, mask_rows, self._scratch, self._workspace, result.token_ids,
             result.is_finite, result.logprobs, result.top_ids, result.top_logprobs, result.num_top,
         )  # fmt: skip
+
+    def prepare_drafts(self) -> None:
+        """Make the spare slots that `drafts` uses copies of their slots, as if the drafts had been sampled.
+
+        `sample` then samples in them as it does in any slot. Capturable.
+        """
+        _kernels.draft_slots(
+            self._records, self._counts, self._biased_ids, self._biased_values, self._masked_ids, *self.drafts
+        )
+
+    def accept_drafts(self) -> None:
+        """Move slots on by what their spare slots have sampled, as far as the drafts before are right.
+
+        A slot itself has sampled one token. Nothing is left of tokens after a wrong draft. Capturable.
+        """
+        _kernels.accept_drafts(self._records, self._counts, *self.drafts)
 
     def _host_lists(self) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(map(torch.from_numpy, self._host.lists))  # type: ignore[return-value]

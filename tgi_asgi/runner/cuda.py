@@ -1,6 +1,6 @@
 """Runs steps on a CUDA device: plan -> one buffer up -> graphs or launches -> one buffer down.
 
-One thread launches steps in the order submitted; it waits for the device only for grammars, prompt
+One thread launches steps in the order submitted; it waits for the device only for grammars, drafts, prompt
 log-probabilities and poolings over all tokens. Another thread waits for each step's end and delivers its
 tokens. Sampled tokens stay on the device, where the next step reads them, so that it can be launched before
 the host knows them.
@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import MIN_CHUNK, Command, Device, Event, translated
+from tgi_asgi.runner.cuda_drafts import CudaDrafts, LaidStep
 from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_pooling import CudaPooler, StepVectors
@@ -43,6 +44,7 @@ from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import DeviceLost, RunnerTraits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
+from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.types import PoolingKind
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class _Launched:
     sampling: Sequence[int] = ()  # plan rows that sample
     sample_rows: Sequence[int] = ()  # for each of these, its row in `samples`
     slots: Sequence[int] = ()  # their slots
+    laid: LaidStep | None = None  # if the runner makes drafts; rows above are those of its plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,8 @@ class CudaRunner:
         adapters: The adapters that rows may have, with their slots on the device.
         dense: Dense layers applied to pooled vectors.
         has_logits: Whether steps compute logits; a model that only embeds needs none.
+        speculation: How to draft tokens, for a model that generates and is not split; None: each row samples
+            one.
 
     Attributes:
         traits: As in `Runner.traits`.
@@ -107,6 +112,7 @@ class CudaRunner:
         adapters: CudaAdapterLayout | None = None,
         dense: Sequence[Dense] = (),
         has_logits: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         types = CudaTypes() if types is None else types
         self.max_context = limits.max_context
@@ -114,7 +120,18 @@ class CudaRunner:
         self.progress: int | None = None
         self._device, self._shards, self._adapters = device, shards, adapters
         self._choose = choose
-        self._sampler = CudaSampler(limits.max_batch_size, model.config.vocab_size, max_top, device)
+        max_batch_size, num_spares = limits.max_batch_size, 0
+        self._drafts: CudaDrafts | None = None
+        if speculation is not None:
+            self._drafts = CudaDrafts(
+                speculation, max_batch_size=max_batch_size, max_step_tokens=limits.max_step_tokens
+            )
+            num_spares = self._drafts.num_spares
+            limits = replace(limits, max_batch_size=self._drafts.max_rows)
+        self._sampler = CudaSampler(
+            max_batch_size, model.config.vocab_size, max_top, device,
+            num_spares=num_spares, max_rows=limits.max_batch_size,
+        )  # fmt: skip
         self._has_logits, self._generates = has_logits, has_logits and model.config.generates
         self._steps = CudaSteps(
             model, device, limits, types, last_ids=self._sampler.state.last_ids,
@@ -150,9 +167,10 @@ class CudaRunner:
         self.traits = RunnerTraits(
             num_blocks=num_blocks,
             block_size=limits.block_size,
-            max_batch_size=limits.max_batch_size,
+            max_batch_size=max_batch_size,
             max_step_tokens=limits.max_step_tokens,
             min_chunk=MIN_CHUNK,
+            drafts=None if self._drafts is None else self._drafts.limits,
             windows=(None,),  # one block table serves all layers: blocks outside windows are not freed
         )
         self._inputs = StepInputs(
@@ -160,7 +178,7 @@ class CudaRunner:
             num_blocks=num_blocks,
             block_size=limits.block_size,
             max_context=limits.max_context,
-            max_rows=limits.max_batch_size,
+            max_rows=max_batch_size + num_spares,
             max_tokens=limits.max_step_tokens,
         )
         self._rows = DeviceRows(StepRow, self._inputs.limits, types.is_batch_invariant)
@@ -185,6 +203,8 @@ class CudaRunner:
         with self._together(Cache(size.num_blocks)):
             self._steps.make_cache(size.num_blocks)
             self._steps.capture()
+        if self._drafts is not None:
+            self._sampler.capture_drafts()
         return size
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
@@ -254,14 +274,16 @@ class CudaRunner:
             self._vectors.forget(start.slot)
             self._rows.start(start.slot, len(start.prompt_ids))
         waits = had_grammars or self._sampler.has_grammars  # for the tokens that earlier steps sample
-        result = StepResult(plan.step_id, [None] * len(plan.rows))
         event = next(self._events)
         if not plan.rows:
             self._start_grammars(plan, waits)
             self._device.submit([event])
-            return _Launched(result, event)
+            laid = None if self._drafts is None else LaidStep(plan, plan.starts)
+            return _Launched(StepResult(plan.step_id, []), event, laid=laid)
         staging = self._staging[self._num_launched % MAX_IN_FLIGHT]
-        shape, layout = self._fill(plan.rows, staging)
+        shape, layout, laid = self._fill(plan, waits, staging)
+        rows = plan.rows if laid is None else laid.plan.rows
+        result = StepResult(plan.step_id, [None] * len(rows))
         self._num_launched += 1  # the device reads this staging even if the step fails below
         graphs, read, vectors = self._steps.graphs_of(shape), self._rows, None
         commands: list[Command] = [*self._steps.upload(shape, staging.inputs), graphs.forward]
@@ -270,16 +292,40 @@ class CudaRunner:
             with self._together(shape, staging.inputs[: shape.num_bytes]):
                 self._device.submit(commands)
             commands = []
-            vectors = self._vectors.take(plan.rows, layout)
-            self._score(plan, layout, result)
-        self._start_grammars(plan, waits)
+            vectors = self._vectors.take(rows, layout)
+            self._score(rows, layout, result)
+        if laid is None:
+            self._start_grammars(plan, waits)
         sampling, samples = self._sampling(result), None
         slots = read.sampling_slots if sampling else []
         if sampling:
             samples = self._sampler.samples(slots, shape.num_rows, staging.sampling)
-            commands += [*self._sampler.masks(slots, staging.sampling), graphs.sample, samples.copy]
+            if laid is None or laid.masked is None:
+                commands += [*self._sampler.masks(slots, staging.sampling), graphs.sample, samples.copy]
+            else:
+                commands += [*laid.before, graphs.sample, *laid.after, samples.copy]
         self._device.submit([*commands, event])
-        return _Launched(result, event, vectors, samples, sampling, layout.logits_rows(sampling), slots)
+        launched = _Launched(result, event, vectors, samples, sampling, layout.logits_rows(sampling), slots)
+        if self._drafts is not None:
+            launched.laid = laid = laid or LaidStep(plan, plan.starts)
+            self._drafts.are_in_flight = laid.masked is not None
+        return launched
+
+    def _lay_out(self, plan: StepPlan, waits: bool, staging: _Staging) -> LaidStep:
+        """Choose the drafts of a step whose rows have a `stop`, and replace these rows.
+
+        The grammars of slots that start are set, since drafts must match them.
+
+        Raises:
+            PlanError: if the runner makes no drafts, a slot is outside of its row, or there is no room.
+        """
+        drafts = self._drafts
+        if drafts is None:
+            raise PlanError("a row may have drafts, which this runner does not make")
+        self._start_grammars(plan, waits or drafts.must_wait(plan))
+        with self._delivered:
+            is_idle = self._num_undelivered == 0
+        return drafts.lay_out(plan, self._sampler, staging.sampling, is_idle=is_idle)
 
     def _sampling(self, result: StepResult) -> list[int]:
         """Return the rows that sample; if the model generates nothing, answer the engine's probe at once."""
@@ -298,20 +344,31 @@ class CudaRunner:
         for start in plan.starts:
             self._sampler.start_grammar(start)
 
-    def _fill(self, rows: list[StepRow], staging: _Staging) -> tuple[StepShape, StepLayout]:
-        """Write a step's inputs; return their shape and their layout.
+    def _fill(
+        self, plan: StepPlan, waits: bool, staging: _Staging
+    ) -> tuple[StepShape, StepLayout, LaidStep | None]:
+        """Write a step's inputs; return their shape, their layout, and what replaces a plan with stops.
+
+        Args:
+            waits: As for `_start_grammars`.
 
         Raises:
             PlanError: if a row names something that does not exist, or a row that decodes comes after a chunk
-                of a prompt.
+                of a prompt; or as `_lay_out`.
         """
+        rows, laid, masked = plan.rows, None, None
         self._rows.read(rows)
+        if self._rows.has_stops:
+            laid = self._lay_out(plan, waits, staging)
+            rows, masked = laid.plan.rows, laid.masked
+            self._rows.read(rows)
         adapters = self._place_adapters(rows) if self._rows.has_adapters else []
         layout = self._layout(rows)
         shape = layout.shape
-        masked = self._sampler.masked(self._rows.sampling_slots) if self._sampler.has_grammars else []
+        if masked is None:
+            masked = self._sampler.masked(self._rows.sampling_slots) if self._sampler.has_grammars else []
         self._rows.write(staging.array, shape.sections.firsts, shape.sizes, layout.needing, masked, adapters)
-        return shape, layout
+        return shape, layout, laid
 
     def _layout(self, rows: list[StepRow]) -> StepLayout:
         """Lay a step out for a graph that fits it, unless its prompts are scored: these need more logits.
@@ -344,11 +401,11 @@ class CudaRunner:
         places.update(zip(wanted, self._adapters.place(wanted), strict=True))
         return [places[row.adapter] for row in rows]
 
-    def _score(self, plan: StepPlan, layout: StepLayout, result: StepResult) -> None:
+    def _score(self, rows: Sequence[StepRow], layout: StepLayout, result: StepResult) -> None:
         """Score the prompts of the rows that request it; then recompute the logits to sample from."""
-        if all(row.prompt_logprobs is None for row in plan.rows):
+        if all(row.prompt_logprobs is None for row in rows):
             return
-        for index, row in enumerate(plan.rows):
+        for index, row in enumerate(rows):
             if row.prompt_logprobs is not None:
                 first = layout.end(index) - row.num_tokens
                 result.prompt_logprobs[index] = self._scorer.score(first, row)
@@ -382,18 +439,25 @@ class CudaRunner:
             launched.event.synchronize()
             if self._shards is not None:
                 self._shards.check()
+            result, slots, laid = launched.result, launched.slots, launched.laid
+            sampled: Sequence[Sampled] = ()
+            if launched.vectors is not None:
+                result.pooled = launched.vectors.collect()
             if launched.samples is not None:
                 rows: list[Sampled] = unpack(launched.samples.collect())
                 sampled = [rows[index] for index in launched.sample_rows]
-                self._sampler.accept(launched.slots, sampled)
+            if laid is not None and laid.drafted is not None:
+                result, slots, sampled = laid.drafted.collect(result, launched.sampling, sampled)
+            else:
                 for index, each in zip(launched.sampling, sampled, strict=True):
-                    launched.result.sampled[index] = each
-            if launched.vectors is not None:
-                launched.result.pooled = launched.vectors.collect()
+                    result.sampled[index] = each
+            self._sampler.accept(slots, sampled)
+            if self._drafts is not None and laid is not None:
+                self._drafts.observe(laid.starts, slots, sampled)
         except BaseException as error:
             logger.exception("step %s failed", step.plan.step_id)
             return self._classify(error)
-        return launched.result
+        return result
 
     def _classify(self, error: BaseException) -> Exception:
         """Translate an error to the engine's exceptions; remember whether the device is lost."""

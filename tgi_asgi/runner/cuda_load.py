@@ -34,6 +34,7 @@ from tgi_asgi.runner.module_device import check_settings
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.shards import cuts_of
 from tgi_asgi.settings import Settings
+from tgi_asgi.settings.speculation import Speculation
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +142,6 @@ class OnCuda:
                 return place_module(
                     model, self.settings, self._device, self._dtype, self.longest, pooling.dense
                 )
-        if self.settings.speculation is not None:
-            logger.warning("speculation is not yet supported on a GPU: --speculate is ignored")
         adapters = None
         if self.settings.serves_adapters:
             adapters = AdapterLoader(make_adapter_layout(model, self.settings, self._device, self._dtype))
@@ -151,6 +150,7 @@ class OnCuda:
             None if adapters is None else adapters.layout, pooling.dense,
             # All shards capture the same graphs, and the others do not know how the model pools.
             has_logits=self.shards is not None or uses_logits(model.config, pooling, self.settings),
+            speculation=speculation_of(model, self.settings, is_split=self.shards is not None),
         )  # fmt: skip
         if runner.prompts_by is not None:
             which = "long prompts" if self.settings.prompt_attention == "auto" else "prompts"
@@ -184,6 +184,17 @@ class OnCuda:
         """End the other shards, as described in `Placement`."""
         if self.shards is not None:
             self.shards.abandon()
+
+
+def speculation_of(model: Model, settings: Settings, *, is_split: bool) -> Speculation | None:
+    """Return how to draft tokens; None if the model generates none, or, with a warning, if it is split."""
+    speculation = settings.speculation
+    if speculation is None or not model.config.generates:
+        return None
+    if is_split:
+        logger.warning("speculation is disabled: there are no drafts for a model that is split over GPUs")
+        return None
+    return speculation
 
 
 def _check_prompt_precision(settings: Settings) -> None:
@@ -314,6 +325,7 @@ def make_runner(
     dense: Sequence[Dense] = (),
     *,
     has_logits: bool = True,
+    speculation: Speculation | None = None,
 ) -> tuple[CudaRunner, KvSize]:
     """Record a model whose weights are on the device, and give the remaining memory to the cache.
 
@@ -322,7 +334,7 @@ def make_runner(
         shards: The other shards, if the model is split.
         adapters: The adapters that requests may name, with their slots on the device.
         dense: Dense layers applied to pooled vectors.
-        has_logits: As for `CudaRunner`.
+        has_logits, speculation: As for `CudaRunner`.
 
     Raises:
         ModelLoadError: if it does not fit, or the GPU does not support what --kv-cache-dtype asks for; the
@@ -353,6 +365,7 @@ def make_runner(
             adapters=adapters,
             dense=dense,
             has_logits=has_logits,
+            speculation=speculation,
         )
     return runner, sizes[-1]
 

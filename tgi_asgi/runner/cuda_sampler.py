@@ -7,7 +7,7 @@ are then copied to the step's own pinned memory, which a graph cannot address.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from tgi_asgi.ops.cuda_sample_state import CudaSampleState
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.runner.cuda_buffers import StepBuffers, host_result, result_bytes, view_result
-from tgi_asgi.runner.cuda_device import Copy, Device
+from tgi_asgi.runner.cuda_device import Command, Copy, Device
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import Sampled, SlotStart
 from tgi_asgi.runner.sampling import start_slot
@@ -27,8 +27,9 @@ from tgi_asgi.runner.sampling import start_slot
 class SampleStaging:
     """Pinned memory for one step in flight."""
 
-    masks: Tensor  # [num_slots, n_words] int32
+    masks: Tensor  # [max_rows, n_words] int32
     results: Tensor  # [n_bytes] uint8
+    drafts: Tensor  # [3, num_spares] int32
 
 
 class FetchedSamples(NamedTuple):
@@ -61,19 +62,26 @@ class CudaSampler:
 
     Args:
         max_top: Maximum number of log-probabilities that a slot can request besides its token's.
+        num_spares: Number of spare slots, for rows with drafts.
+        max_rows: Maximum number of rows of a step; None: one for each slot.
     """
 
-    def __init__(self, num_slots: int, vocab_size: int, max_top: int, device: Device) -> None:
-        self.state = CudaSampleState(num_slots, vocab_size, device.device)
+    def __init__(
+        self, num_slots: int, vocab_size: int, max_top: int, device: Device, *,
+        num_spares: int = 0, max_rows: int | None = None,
+    ) -> None:  # fmt: skip
+        rows = num_slots if max_rows is None else max_rows
+        self.state = CudaSampleState(
+            num_slots, vocab_size, device.device, num_spares=num_spares, max_rows=rows
+        )
         self._grammars = SlotMasks(vocab_size)
         self._constrained: set[int] = set()  # slots with a grammar
         self._listing: set[int] = set()  # slots that request top log-probabilities
         self._max_top = max_top
         self._device = device
-        self._masks = torch.zeros(
-            num_slots, self._grammars.num_words, dtype=torch.int32, device=device.device
-        )
-        self._results = torch.zeros(result_bytes(num_slots, max_top), dtype=torch.uint8, device=device.device)
+        self._masks = torch.zeros(rows, self._grammars.num_words, dtype=torch.int32, device=device.device)
+        self._results = torch.zeros(result_bytes(rows, max_top), dtype=torch.uint8, device=device.device)
+        self._draft_graphs: tuple[Command, Command] | None = None
 
     @property
     def has_grammars(self) -> bool:
@@ -83,7 +91,32 @@ class CudaSampler:
     def staging(self) -> SampleStaging:
         """Allocate pinned memory for one step in flight."""
         masks = self._device.pinned(self._masks.nbytes).view(torch.int32).view(self._masks.shape)
-        return SampleStaging(masks, self._device.pinned(self._results.nbytes))
+        drafts = self.state.drafts
+        return SampleStaging(
+            masks,
+            self._device.pinned(self._results.nbytes),
+            self._device.pinned(drafts.nbytes).view(torch.int32).view(drafts.shape),
+        )
+
+    def capture_drafts(self) -> None:
+        """Capture what steps with drafts do before and after the sampling."""
+        state = self.state
+        self._draft_graphs = (
+            self._device.capture(state.prepare_drafts), self._device.capture(state.accept_drafts)
+        )  # fmt: skip
+
+    def drafted(
+        self, spares: Sequence[Sequence[int]], staging: SampleStaging
+    ) -> tuple[list[Command], list[Command]]:
+        """Return what comes before and after the sampling of a step with drafts.
+
+        Args:
+            spares: As `CudaSampleState.drafts`.
+        """
+        assert self._draft_graphs is not None, "`capture_drafts` comes first"
+        prepare, accept = self._draft_graphs
+        staging.drafts.numpy()[...] = spares
+        return [Copy(self.state.drafts, staging.drafts, staging.drafts.nbytes), prepare], [accept]
 
     def start(self, start: SlotStart) -> None:
         """Reset a slot for a new sequence.
@@ -115,6 +148,26 @@ class CudaSampler:
         masks = staging.masks[: len(masked)]
         self._grammars.fill(masked, masks.numpy())
         return [Copy(self._masks, masks, masks.nbytes)]
+
+    def masks_along(
+        self, drafts: Mapping[int, list[int]], staging: SampleStaging
+    ) -> tuple[set[int], list[Copy]]:
+        """Compute masks for slots and for the positions after their drafts.
+
+        Drafts are truncated in place, as in `SlotMasks.compute`. Returns the slots that have masks, as many
+        as drafts and one more, in the order of `drafts`; and their copies to the device.
+        """
+        masked = self.masked(list(drafts))
+        masks = self._grammars.compute(masked, [drafts[slot] for slot in masked])
+        if masks is None:
+            return set(), []
+        staged = staging.masks[: len(masks)]
+        staged.numpy()[...] = masks
+        return set(masked), [Copy(self._masks, staged, staged.nbytes)]
+
+    def certain(self, slot: int) -> Sequence[int]:
+        """Return the tokens that the slot's grammar forces next, as `SlotMasks.certain`."""
+        return self._grammars.certain(slot)
 
     def sample(self, logits: Tensor, buffers: StepBuffers) -> None:
         """Sample a token for each row of logits; capturable, as it uses fixed buffers and never waits."""

@@ -23,7 +23,10 @@ def max_drafts_per_row(how: Speculation | None) -> int:
 
 
 class SlotDrafts:
-    """The draft tokens of all slots' sequences. For use on the runner's thread.
+    """The draft tokens of all slots' sequences.
+
+    For use on the runner's thread; of a CUDA runner, on both of its threads, because Python's calls of the
+    native drafter hold the GIL.
 
     Attributes:
         limits: Maximum numbers of drafts per row and per step.

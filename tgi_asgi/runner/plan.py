@@ -145,6 +145,18 @@ class DraftLimits:
     per_row: int
     per_step: int
 
+    def for_rows(self, num_rows: int, room: int | None = None) -> int:
+        """Return how many drafts each row of a step may have; 0 if fewer than two would be left for each.
+
+        At that size a draft costs as much as it gains, and only the planning overhead would remain.
+
+        Args:
+            room: Number of tokens that the step can still hold; None: enough.
+        """
+        per_step = self.per_step if room is None else min(self.per_step, room)
+        count = min(self.per_row, per_step // num_rows)
+        return count if count >= min(self.per_row, 2) else 0
+
 
 class DeviceLost(Exception):
     """Raised through a step's future when no further step can succeed (a CUDA error); nothing is retried."""

@@ -71,24 +71,39 @@ class StepSamples:
         are_accepted: list[bool] = (
             [True] * len(self.rows) if results.is_accepted is None else results.is_accepted.tolist()
         )
-        slots, kept = [], []
-        for row, slot, draft, sampled, is_accepted in zip(
-            self.rows, self.slots, self.drafts, unpack(results), are_accepted, strict=True
-        ):
-            if draft >= 0:
-                result.num_drafts += 1
-            if not is_accepted:
-                continue
-            slots.append(slot)
-            kept.append(sampled)
-            if draft < 0:
-                result.sampled[row] = sampled
-            else:
-                result.draft_samples.setdefault(row, []).append(sampled)
-        result.num_drafted_rows = len(
-            {row for row, draft in zip(self.rows, self.drafts, strict=True) if draft >= 0}
-        )
-        return slots, kept
+        return collect(self.rows, self.slots, self.drafts, unpack(results), are_accepted, result)
+
+
+def collect(
+    rows: Sequence[int],
+    slots: Sequence[int],
+    drafts: Sequence[int],
+    samples: Sequence[Sampled],
+    are_accepted: Sequence[bool],
+    result: StepResult,
+) -> tuple[list[int], list[Sampled]]:
+    """Store the samples that count in a step's result; return their slots and the samples.
+
+    Args:
+        rows, slots, drafts: As in `StepSamples`.
+        are_accepted: Whether each sample counts.
+    """
+    kept_slots, kept = [], []
+    for row, slot, draft, sampled, is_accepted in zip(
+        rows, slots, drafts, samples, are_accepted, strict=True
+    ):
+        if draft >= 0:
+            result.num_drafts += 1
+        if not is_accepted:
+            continue
+        kept_slots.append(slot)
+        kept.append(sampled)
+        if draft < 0:
+            result.sampled[row] = sampled
+        else:
+            result.draft_samples.setdefault(row, []).append(sampled)
+    result.num_drafted_rows = len({row for row, draft in zip(rows, drafts, strict=True) if draft >= 0})
+    return kept_slots, kept
 
 
 def unpack(result: SampleResult) -> list[Sampled]:

@@ -87,6 +87,13 @@ TORCH_LIBRARY(tgi_cuda, m) {
       "Tensor(j!) num_top) -> ()");
   m.def("sample_workspace_bytes(int num_rows) -> int", &tgi::cuda::sample_workspace_bytes);
   m.def(
+      "draft_slots(Tensor(a!) records, Tensor(b!) counts, Tensor(c!) biased_ids, "
+      "Tensor(d!) biased_values, Tensor(e!) masked_ids, Tensor slots, Tensor ahead, Tensor drafts) "
+      "-> ()");
+  m.def(
+      "accept_drafts(Tensor(a!) records, Tensor(b!) counts, Tensor slots, Tensor ahead, "
+      "Tensor drafts) -> ()");
+  m.def(
       "token_logprobs(Tensor logits, Tensor token_ids, Tensor(a!) logprobs, Tensor(b!) top_ids, "
       "Tensor(c!) top_logprobs) -> ()");
   m.def(

@@ -91,6 +91,52 @@ void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, co
   run(tgi::cuda::sample, params, logits);
 }
 
+// The operands are named as in the schemas; slots behind those of sequences are the spares.
+tgi::cuda::DraftSlotsParams draft_params(const Tensor& records, const Tensor& counts,
+                                         const Tensor& slots, const Tensor& ahead,
+                                         const Tensor& drafts) {
+  check_tensor(records, "records", at::kByte, {-1, static_cast<int64_t>(sizeof(tgi::SampleSlot))});
+  check_tensor(counts, "counts", kInt, {records.size(0), -1});
+  TORCH_CHECK(counts.size(1) > 0, "`counts` must have columns");
+  check_tensor(slots, "slots", kInt, {-1});
+  const int64_t num_spares = slots.size(0);
+  TORCH_CHECK(num_spares <= records.size(0), "`records` must have ", num_spares,
+              " spare slots, got ", records.size(0), " in all");
+  check_tensor(ahead, "ahead", kInt, {num_spares});
+  check_tensor(drafts, "drafts", kInt, {num_spares});
+  return {
+      .records = static_cast<tgi::SampleSlot*>(records.mutable_data_ptr()),
+      .counts = counts.mutable_data_ptr<int32_t>(),
+      .slots = slots.const_data_ptr<int32_t>(),
+      .ahead = ahead.const_data_ptr<int32_t>(),
+      .drafts = drafts.const_data_ptr<int32_t>(),
+      .num_slots = records.size(0) - num_spares,
+      .num_spares = num_spares,
+      .vocab = counts.size(1),
+  };
+}
+
+void draft_slots(const Tensor& records, const Tensor& counts, const Tensor& biased_ids,
+                 const Tensor& biased_values, const Tensor& masked_ids, const Tensor& slots,
+                 const Tensor& ahead, const Tensor& drafts) {
+  tgi::cuda::DraftSlotsParams params = draft_params(records, counts, slots, ahead, drafts);
+  const int64_t all = records.size(0);
+  check_tensor(biased_ids, "biased_ids", kInt, {all, -1});
+  check_tensor(biased_values, "biased_values", kFloat, {all, biased_ids.size(1)});
+  check_tensor(masked_ids, "masked_ids", kInt, {all, -1});
+  params.biased_ids = biased_ids.mutable_data_ptr<int32_t>();
+  params.biased_values = biased_values.mutable_data_ptr<float>();
+  params.masked_ids = masked_ids.mutable_data_ptr<int32_t>();
+  params.biased_stride = biased_ids.size(1);
+  params.masked_stride = masked_ids.size(1);
+  run(tgi::cuda::draft_slots, params, records);
+}
+
+void accept_drafts(const Tensor& records, const Tensor& counts, const Tensor& slots,
+                   const Tensor& ahead, const Tensor& drafts) {
+  run(tgi::cuda::accept_drafts, draft_params(records, counts, slots, ahead, drafts), records);
+}
+
 void token_logprobs(const Tensor& logits, const Tensor& token_ids, const Tensor& logprobs,
                     const Tensor& top_ids, const Tensor& top_logprobs) {
   check_tensor(logits, "logits", kFloat, {-1, -1});
@@ -118,5 +164,7 @@ void token_logprobs(const Tensor& logits, const Tensor& token_ids, const Tensor&
 
 TORCH_LIBRARY_IMPL(tgi_cuda, CUDA, m) {
   m.impl("sample", sample);
+  m.impl("draft_slots", draft_slots);
+  m.impl("accept_drafts", accept_drafts);
   m.impl("token_logprobs", token_logprobs);
 }

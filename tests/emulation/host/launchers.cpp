@@ -74,6 +74,8 @@ LAUNCHER(experts_sum, ExpertsSumParams)
 LAUNCHER(residual_add, ResidualAddParams)
 LAUNCHER(gated_add, GatedAddParams)
 LAUNCHER(sample, SampleParams)
+LAUNCHER(draft_slots, DraftSlotsParams)
+LAUNCHER(accept_drafts, DraftSlotsParams)
 LAUNCHER(token_logprobs, TokenLogprobsParams)
 
 int64_t attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride,
