@@ -162,12 +162,19 @@ def resolve_references(items: Sequence[Item], find: Callable[[str], bytes | None
     """
     found = {}
     for i, item in enumerate(items):
-        if (item.get("type") or ("role" not in item and "item_reference")) == "item_reference":
+        if _is_reference(item):
             stored = find(string_of(item, "id", f"input[{i}]"))
             if stored is None:
                 refuse(f"input[{i}].id", f"`input[{i}].id`: no such item is stored", "item_not_found")
             found[i] = stored
     return found
+
+
+def _is_reference(item: Item) -> bool:
+    """Return whether an item only names another one, by its id; messages have no type either."""
+    if item.get("type") is None:
+        return "id" in item and not item.keys() & {"role", "content"}
+    return bool(item["type"] == "item_reference")
 
 
 def current_settings(
