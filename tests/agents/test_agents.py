@@ -92,6 +92,16 @@ def test_codex_edits_with_its_shell_and_looks_at_an_image(workspace: Workspace) 
 
 
 @pytest.mark.agents
+def test_codex_needs_no_settings_if_it_takes_the_server_for_ollama(workspace: Workspace) -> None:
+    install()
+    steps = [call("exec_command", cmd="sed -i s/apples/pears/ fruit.txt; cat fruit.txt")]
+    prompt = play_of(steps)
+    run = codex(workspace.url, workspace.home, workspace.project, prompt, takes_it_for_ollama=True)
+    workspace.check(run, "pears")
+    assert [seen["request"] for seen in workspace.seen()][-2:] == ["POST /v1/responses"] * 2
+
+
+@pytest.mark.agents
 def test_codex_edits_with_a_custom_tool(workspace: Workspace) -> None:
     install()
     catalog = codex_catalog(workspace.home)
