@@ -46,20 +46,22 @@ def install() -> None:
         shutil.copy(_PACKAGE, stamp)
 
 
-def codex(url: str, home: Path, project: Path, prompt: str, *options: str) -> Run:
+def codex(
+    url: str, home: Path, project: Path, prompt: str, *options: str, takes_it_for_ollama: bool = False
+) -> Run:
     """Run Codex CLI in a project until it has answered."""
     last = home / "last.txt"
     provider = f'{{name="local", base_url="{url}/v1", env_key="LOCAL_KEY", wire_api="responses"}}'
-    settings = [
-        'model_provider="local"',
-        f"model_providers.local={provider}",
-        "check_for_update_on_startup=false",
-    ]
+    settings = ['model_provider="local"', f"model_providers.local={provider}"]
     command = [_BIN / "codex", "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
     command += ["-m", "toy/model", "-C", project, "-o", last]
-    for setting in [*settings, "analytics.enabled=false"]:
+    if takes_it_for_ollama:
+        settings = []
+        command += ["--oss", "--local-provider", "ollama"]
+    for setting in [*settings, "check_for_update_on_startup=false", "analytics.enabled=false"]:
         command += ["-c", setting]
-    run = _run([*command, *options, "--", prompt], project, _codex_home(home) | {"LOCAL_KEY": "key"})
+    environ = _codex_home(home) | {"LOCAL_KEY": "key", "CODEX_OSS_BASE_URL": f"{url}/v1"}
+    run = _run([*command, *options, "--", prompt], project, environ)
     answer = last.read_text() if last.exists() else ""
     return Run(run.returncode, answer, run.stdout)
 

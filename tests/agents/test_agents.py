@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,16 @@ def test_codex_edits_with_its_shell_and_looks_at_an_image(workspace: Workspace) 
 
 
 @pytest.mark.agents
+def test_codex_needs_no_settings_if_it_takes_the_server_for_ollama(workspace: Workspace) -> None:
+    install()
+    steps = [call("exec_command", cmd="sed -i s/apples/pears/ fruit.txt; cat fruit.txt")]
+    prompt = play_of(steps)
+    run = codex(workspace.url, workspace.home, workspace.project, prompt, takes_it_for_ollama=True)
+    workspace.check(run, "pears")
+    assert [seen["request"] for seen in workspace.seen()][-2:] == ["POST /v1/responses"] * 2
+
+
+@pytest.mark.agents
 def test_codex_edits_with_a_custom_tool(workspace: Workspace) -> None:
     install()
     catalog = codex_catalog(workspace.home)
@@ -100,6 +111,27 @@ def test_codex_edits_with_a_custom_tool(workspace: Workspace) -> None:
     workspace.check(run, "pears")
     first = workspace.seen()[0]["body"]
     assert "custom" in [tool["type"] for tool in first["tools"]]
+
+
+@pytest.mark.agents
+def test_codex_finds_a_tool_of_an_mcp_server(workspace: Workspace) -> None:
+    install()
+    catalog = codex_catalog(workspace.home)
+    program, script = json.dumps(sys.executable), json.dumps(str(Path(__file__).parent / "mcp_server.py"))
+    steps = [
+        call("tool_search", query="count fruit"),
+        call("count_fruit", path="fruit.txt"),
+        call("exec_command", cmd="sed -i s/apples/pears/ fruit.txt; cat fruit.txt"),
+    ]
+    options = (
+        "-c", f"model_catalog_json={json.dumps(str(catalog))}",
+        "-c", f"mcp_servers.fruit={{command={program}, args=[{script}]}}",
+    )  # fmt: skip
+    run = codex(workspace.url, workspace.home, workspace.project, play_of(steps), *options)
+    workspace.check(run, "pears")
+    items = workspace.seen()[-1]["body"]["input"]
+    assert any(item["type"] == "tool_search_output" for item in items)
+    assert "7 in fruit.txt" in json.dumps(items)
 
 
 @pytest.mark.agents

@@ -24,7 +24,7 @@ PARTS = st.fixed_dictionaries(
 CONTENT = TEXT | st.lists(PARTS | ANYTHING, max_size=3) | SCALARS
 KINDS = [
     "message", "agent_message", "function_call", "function_call_output", "reasoning", "item_reference",
-    *CALLS, *OUTPUTS,
+    "additional_tools", "tool_search_output", *CALLS, *OUTPUTS,
 ]  # fmt: skip
 FIELDS = st.fixed_dictionaries(
     {},
@@ -32,9 +32,15 @@ FIELDS = st.fixed_dictionaries(
         "commands": CONTENT, "command": CONTENT, "env": ANYTHING, "type": st.just("delete_file"), "path": TEXT
     },
 )  # fmt: skip
+OFFERED = st.fixed_dictionaries(
+    {"type": st.sampled_from(["function", "custom", "namespace", "tool_search", "shell", "x"])},
+    optional={"name": st.sampled_from(["f", "g", "a b"]), "parameters": ANYTHING, "tools": ANYTHING},
+)
 ITEMS = st.fixed_dictionaries(
     {},
     optional={
+        "execution": st.sampled_from(["client", "server", None]),
+        "tools": st.lists(OFFERED | ANYTHING, max_size=3) | ANYTHING,
         "type": st.sampled_from(KINDS) | SCALARS,
         "role": st.sampled_from(["user", "assistant", "system", "x"]),
         "content": CONTENT, "call_id": TEXT | SCALARS, "name": TEXT | SCALARS, "arguments": TEXT | SCALARS,

@@ -263,6 +263,7 @@ async def test_anthropic_s_header_carries_the_key() -> None:
         ({"tool_choice": {"type": "tool", "name": "absent"}}, "tool_choice"),
         ({"tool_choice": {"type": ["auto"]}}, "tool_choice.type"),
         ({"temperature": 3}, "temperature"),
+        ({"compaction": {"type": "summarize"}}, "`compaction`"),
         ({"output_config": {"format": {"type": "text"}}}, "`output_config.format`"),
         ({"output_format": {"type": "json_schema", "schema": {"type": "some"}}}, "`output_format`"),
     ],
@@ -374,6 +375,27 @@ def changes(kind: str, **tool: Any) -> dict[str, Any]:
             True,
         ),
         (TOOLS, [changes("tool_addition", type="mcp_toolset_reference", server_name="later")], False),
+        # Hosted tools, of which toolsets have no name.
+        (
+            TOOLS,
+            [
+                changes(
+                    "tool_addition",
+                    type="tool_definition",
+                    definition={"type": "web_search_20260318", "name": "later"},
+                )
+            ],
+            False,
+        ),
+        (
+            TOOLS,
+            [
+                changes(
+                    "tool_addition", type="tool_definition", definition={"type": "browser_toolset_20260801"}
+                )
+            ],
+            False,
+        ),
     ],
 )
 async def test_a_conversation_adds_and_removes_tools(

@@ -367,13 +367,17 @@ async def test_truncate_prompt_tokens_keeps_the_end() -> None:
         (
             400,
             100,
-            "This model's maximum context length is 512 tokens. However, you requested 519 tokens (419 in "
-            "the messages, 100 in the completion). Please reduce the length of the messages or completion. "
+            "This model's maximum context length is 512 tokens. However, you requested 100 output tokens and "
+            "your prompt contains at least 419 input tokens, for a total of at least 519 tokens (419 in the "
+            "messages, 100 in the completion). Please reduce the length of the input prompt or the number of "
+            "requested output tokens. "
             "(context_length_exceeded: your input exceeds the context window of this model)",
         ),
     ],
 )
-async def test_context_overflow_has_openais_words(length: int, max_tokens: int | None, message: str) -> None:
+async def test_context_overflow_has_the_words_that_clients_look_for(
+    length: int, max_tokens: int | None, message: str
+) -> None:
     engine = ScriptedEngine()
     call = await chat(engine, messages=[{"role": "user", "content": "x" * length}], max_tokens=max_tokens)
     assert call.status == 400

@@ -136,8 +136,10 @@ async def test_max_tokens_defaults_to_16_and_to_the_context_under_compat() -> No
 async def test_context_overflow_speaks_of_the_prompt() -> None:
     call = await complete(prompt="abc", max_tokens=510)
     assert call.json()["error"] == {
-        "message": "This model's maximum context length is 512 tokens. However, you requested 513 tokens "
-        "(3 in the prompt, 510 in the completion). Please reduce the length of the prompt or completion. "
+        "message": "This model's maximum context length is 512 tokens. However, you requested 510 output "
+        "tokens and your prompt contains at least 3 input tokens, for a total of at least 513 tokens (3 in "
+        "the prompt, 510 in the completion). Please reduce the length of the input prompt or the number of "
+        "requested output tokens. "
         "(context_length_exceeded: your input exceeds the context window of this model)",
         "type": "invalid_request_error", "param": "prompt", "code": "context_length_exceeded",
     }  # fmt: skip

@@ -421,21 +421,6 @@ async def test_a_custom_tool_s_format_that_names_no_grammar_is_free_text(form: o
         assert "patch" in prompt and "must match" not in prompt
 
 
-async def test_types_named_as_python_names_them_are_enforced() -> None:
-    engine = ScriptedEngine(say("hi"))
-    ignored = []
-    async with client_of(app_of(engine)) as client:
-        for kinds in (("dict", "int"), ("object", "integer"), ("object", "inte")):
-            parameters = {"type": kinds[0], "properties": {"a": {"type": kinds[1]}}, "required": ["a"]}
-            tool = {"type": "function", "function": {"name": "add", "parameters": parameters}}
-            body = {"messages": HI, "tools": [tool], "tool_choice": "required"}
-            answer = await client.post("/v1/chat/completions", json=body)
-            ignored.append(answer.headers.get("x-tgi-ignored-keywords"))
-    assert ignored == [None, None, "tools.add"]
-    of_python, of_json, of_nobody = (request.grammar for request in engine.requests)
-    assert of_python is of_json and of_python is not of_nobody
-
-
 @pytest.mark.parametrize("choice", ["required", {"type": "web_search"}, {"type": "web_search_preview"}])
 async def test_a_choice_of_tools_that_are_hosted_elsewhere_counts_as_absent(choice: object) -> None:
     hosted = [{"type": "web_search"}]

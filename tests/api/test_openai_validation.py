@@ -221,6 +221,8 @@ async def test_messages_say_what_was_given_and_what_is_allowed() -> None:
     assert error["message"] == "`typical_p` must be in (0, 1], got 0.0"
     error = await refused(CHAT, {"messages": HI, "top_k": -5})
     assert error["message"] == "`top_k` must be at least -1, got -5"
+    error = await refused(CHAT, {"messages": HI, "seed": 2**64})
+    assert error["message"] == f"`seed` must be at most {2**64 - 1}, got {2**64}"
 
 
 async def test_what_is_harmless_is_accepted() -> None:

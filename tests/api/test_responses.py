@@ -395,6 +395,8 @@ async def test_namespaces_may_have_tools_of_the_same_name() -> None:
         ({"input": []}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].id"),
         ({"input": [{"type": "thing"}]}, "input[0].type"),
+        ({"input": [{"content": "hi"}]}, "input[0].role"),
+        ({"input": [{"id": "x", "type": None, "content": "hi"}]}, "input[0].role"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),

@@ -68,12 +68,10 @@ class Overflow(enum.Enum):
         if max_tokens is None:
             return available if default is None else min(available, default)
         if max_tokens > available and self is Overflow.REFUSED:
-            parts = f"{num_prompt} in the {{field}}, {max_tokens} in the completion"
             if available < context - num_prompt:
                 message = f"`{{field}}` must be at most {available}, the longest answer of this model"
                 raise InvalidRequest(message, field=("max_tokens",))
-            asked = f"you requested {num_prompt + max_tokens} tokens ({parts})"
-            raise _too_long(f"{context} tokens", asked, num_prompt, info, "{field} or completion")
+            raise _answer_too_long(num_prompt, max_tokens, info)
         return min(max_tokens, available)
 
 
@@ -134,6 +132,17 @@ def _prompt_too_long(given: str, num_tokens: int, info: ModelInfo) -> ContextExc
     if num_tokens < info.max_total_tokens:
         limit += f", of which a prompt may take {info.max_input_tokens}"
     return _too_long(limit, f"your {{field}} resulted in {given}", num_tokens, info)
+
+
+def _answer_too_long(num_prompt: int, max_tokens: int, info: ModelInfo) -> ContextExceeded:
+    # vLLM's words, with OpenAI's in brackets: from these numbers, agents compute how much they may ask for.
+    asked = (
+        f"you requested {max_tokens} output tokens and your prompt contains at least {num_prompt} input "
+        f"tokens, for a total of at least {num_prompt + max_tokens} tokens "
+        f"({num_prompt} in the {{field}}, {max_tokens} in the completion)"
+    )
+    shorten = "input prompt or the number of requested output tokens"
+    return _too_long(f"{info.max_total_tokens} tokens", asked, num_prompt, info, shorten)
 
 
 def _too_long(

@@ -134,10 +134,10 @@ def check_ranges(request: Struct, where: str = "", *, unbounded: Collection[str]
         if value is None or (low < value <= high if is_open else low <= value <= high):
             continue
         if low == float("-inf") or high >= 2**63 - 1:
-            rule = f"above {low:g}" if is_open else f"at least {low:g}"
-            rule = f"at most {high:g}" if value > high else rule
+            rule = f"above {low}" if is_open else f"at least {low}"
+            rule = f"at most {high}" if value > high else rule
         else:
-            rule = f"in {'(' if is_open else '['}{low:g}, {high:g}]"
+            rule = f"in {'(' if is_open else '['}{low}, {high}]"
         refuse(where + name, f"`{where}{name}` must be {rule}, got {value}")
     for name in ("model", "request_id"):
         value = getattr(request, name, None)

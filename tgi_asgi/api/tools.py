@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,7 +120,7 @@ def choose(
         names: Names of the allowed tools, if limited.
 
     Raises:
-        InvalidRequest: if a named tool does not exist.
+        InvalidRequest: if a named tool does not exist, or a strict one's arguments cannot be an object.
     """
     if not tools:
         if mode in ("required", "named") or names:
@@ -140,8 +140,18 @@ def choose(
 
 def _spec(tool: Tool) -> ToolSpec:
     if tool.is_strict:
+        if not _may_be_object(tool.parameters):
+            rule = "must have type `object`: a call's arguments are one"
+            raise InvalidRequest(f"`{{field}}` {rule}", field=("tools", tool.index, "parameters"))
         return ToolSpec(tool.name, tool.parameters)
-    return ToolSpec(tool.name, with_json_types(tool.parameters), is_strict=False)
+    parameters = with_json_types(tool.parameters)
+    return ToolSpec(tool.name, parameters, is_strict=False, is_free=not _may_be_object(parameters))
+
+
+def _may_be_object(schema: Mapping[str, Any] | None) -> bool:
+    """Return whether a schema's own type allows objects."""
+    kinds = (schema or {}).get("type", "object")
+    return "object" in kinds if isinstance(kinds, list) else bool(kinds == "object")
 
 
 def whole_arguments(text: str) -> Any:

@@ -47,13 +47,13 @@ APPLY_PATCH = {
     "format": GRAMMAR,
 }
 FREE_TEXT = {"type": "custom", "name": "exec", "description": "Run JavaScript."}
+SEARCH = {
+    "type": "tool_search",
+    "execution": "client",
+    "description": "Find tools.",
+    "parameters": object_schema(query=TEXT),
+}
 HOSTED = [
-    {
-        "type": "tool_search",
-        "execution": "client",
-        "description": "Find tools.",
-        "parameters": object_schema(query=TEXT),
-    },
     {"type": "web_search", "external_web_access": True, "search_content_types": ["text", "image"]},
 ]
 FIRST = [
@@ -78,7 +78,7 @@ def codex(items: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
         "model": "toy/model",
         "stream": True,
         "input": items,
-        "tools": [SHELL, AGENTS, *HOSTED],
+        "tools": [SHELL, AGENTS, SEARCH, *HOSTED],
         "tool_choice": "auto",
         "parallel_tool_calls": True,
         "reasoning": {"summary": "auto"},
@@ -104,9 +104,10 @@ REPLAYS = [
             "Be brief.",
             "These skills are known.",
             "exec_command",
+            "tool_search",
             "Edit the file.",
         ],
-        not_in_prompt=["web_search", "tool_search"],
+        not_in_prompt=["web_search"],
     ),
     Replay(
         CODEX,
@@ -145,7 +146,7 @@ REPLAYS = [
         "/v1/responses",
         codex(
             FIRST,
-            tools=[SHELL, APPLY_PATCH, *HOSTED],
+            tools=[SHELL, APPLY_PATCH, SEARCH, *HOSTED],
             reasoning={"effort": "medium"},
             text={"verbosity": "low"},
         ),
@@ -175,7 +176,7 @@ REPLAYS = [
                     "output": "Updated a.txt",
                 },
             ],
-            tools=[SHELL, APPLY_PATCH, *HOSTED],
+            tools=[SHELL, APPLY_PATCH, SEARCH, *HOSTED],
             service_tier="priority",
             reasoning={"effort": "high"},
             text={

@@ -22,8 +22,10 @@ from tgi_asgi.api.parse import (
     ONLY_USERS,
     Fraction,
     Natural,
+    Refused,
     Salt,
     check_ranges,
+    check_refused,
     decode_json,
     refuse,
     refuse_field,
@@ -79,6 +81,8 @@ class MessagesRequest(CountRequest, kw_only=True):
     output_format: dict[str, Any] | None = None  # older name of `output_config.format`
     cache_salt: Salt | None = None
 
+    compaction: Refused = None  # asks for a summary of the conversation instead of an answer
+
 
 MESSAGES_DECODER = msgspec.json.Decoder(MessagesRequest)
 COUNT_DECODER = msgspec.json.Decoder(CountRequest)
@@ -89,6 +93,7 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
     request = decode_json(body, MESSAGES_DECODER)
     context = exchange.context
     check_ranges(request)
+    check_refused(request)
     stops = tuple(request.stop_sequences or ())
     check_stops(stops, Limits.of(context.settings).stops, "stop_sequences")
     if request.thread is not None:  # this error code makes the SDK send the whole history instead

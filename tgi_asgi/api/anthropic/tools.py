@@ -64,7 +64,7 @@ def _tool(tool: ClientTool, index: int, path: str) -> Tool:
 def _changed_tools(tools: list[Tool], turns: Sequence[Turn]) -> list[Tool]:
     """Return the tools after the `tool_addition` and `tool_removal` blocks of system turns.
 
-    A block names a listed tool or has a definition; one that names a hosted tool changes nothing.
+    A block names a listed tool or has a definition; one of a hosted tool changes nothing.
     """
     known = {tool.name: tool for tool in tools}
     offered = dict(known)
@@ -80,7 +80,8 @@ def _changed_tools(tools: list[Tool], turns: Sequence[Turn]) -> list[Tool]:
                 refuse_field(path, "must be an object")
             if change.get("type") == "tool_definition" and block["type"] == "tool_addition":
                 tool = _defined_tool(change.get("definition"), len(known), f"{path}.definition")
-                known[tool.name] = offered[tool.name] = tool
+                if tool is not None:
+                    known[tool.name] = offered[tool.name] = tool
             elif change.get("type") == "tool_reference":
                 name = string_of(change, "name", path)
                 if block["type"] == "tool_removal":
@@ -90,8 +91,13 @@ def _changed_tools(tools: list[Tool], turns: Sequence[Turn]) -> list[Tool]:
     return [*offered.values()]
 
 
-def _defined_tool(definition: Any, index: int, path: str) -> Tool:
+def _defined_tool(definition: Any, index: int, path: str) -> Tool | None:
+    """Return a tool that a block defines, or None if it is hosted."""
     try:
-        return _tool(msgspec.convert(definition, ClientTool), index, path)
+        given = msgspec.convert(definition, ClientTool)
     except msgspec.ValidationError as error:
         refuse(path, f"`{path}`: {error}")
+    if is_hosted(given):
+        note_skipped([str(given.type)])
+        return None
+    return _tool(given, index, path)

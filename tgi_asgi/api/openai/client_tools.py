@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from tgi_asgi.api.openai.tool_search import KIND, ToolSearch, is_client_s
 from tgi_asgi.api.parse import refuse
 from tgi_asgi.api.tools import Tool, whole_arguments
 
@@ -221,14 +222,16 @@ _TABLE = (
         defaults={"diff": ""},
     ),
 )
-CLIENT_TOOLS = {tool.kind: tool for tool in _TABLE}
-CALLS = {f"{tool.kind}_call": tool for tool in _TABLE}
+CLIENT_TOOLS: dict[str, ClientTool | ToolSearch] = {tool.kind: tool for tool in (*_TABLE, ToolSearch())}
+CALLS = {f"{tool.kind}_call": tool for tool in CLIENT_TOOLS.values()}
 OUTPUTS = {f"{tool.kind}_call_output": tool for tool in _TABLE}
 
 
-def client_tool(given: Fields) -> ClientTool | None:
-    """Return what an entry of `tools` is, or None: a shell in a container is hosted elsewhere."""
+def client_tool(given: Fields) -> ClientTool | ToolSearch | None:
+    """Return what an entry of `tools` is, or None: containers and a hosted search run elsewhere."""
     environment = given.get("environment")
     if isinstance(environment, dict) and environment.get("type", "local") != "local":
+        return None
+    if given["type"] == KIND and not is_client_s(given):
         return None
     return CLIENT_TOOLS.get(given["type"])

@@ -15,6 +15,8 @@ from msgspec import Meta, Struct
 from tgi_asgi.api.call import Images
 from tgi_asgi.api.openai.client_tools import CALLS, OUTPUTS, client_tool
 from tgi_asgi.api.openai.schema import TextRequest
+from tgi_asgi.api.openai.tool_search import OUTPUT as SEARCH_OUTPUT
+from tgi_asgi.api.openai.tool_search import found_in, is_client_s, result_text
 from tgi_asgi.api.openai.tools import add_call_ids, grammar_of
 from tgi_asgi.api.parse import (
     NO_IMAGES,
@@ -42,7 +44,7 @@ _TEXTS = ("input_text", "output_text", "text", "refusal")
 _HOSTED = ("_call", "_output", "_list_tools", "_approval_request", "_approval_response", "compaction")
 _OMITTED = ("input_image", "input_file")  # named in tool outputs, but not shown
 _CALLS = ("function_call", "custom_tool_call", *CALLS)
-_RESULTS = ("function_call_output", "custom_tool_call_output", *OUTPUTS)
+_RESULTS = ("function_call_output", "custom_tool_call_output", SEARCH_OUTPUT, *OUTPUTS)
 
 
 class ReasoningOptions(Struct):
@@ -160,12 +162,19 @@ def resolve_references(items: Sequence[Item], find: Callable[[str], bytes | None
     """
     found = {}
     for i, item in enumerate(items):
-        if (item.get("type") or ("role" not in item and "item_reference")) == "item_reference":
+        if _is_reference(item):
             stored = find(string_of(item, "id", f"input[{i}]"))
             if stored is None:
                 refuse(f"input[{i}].id", f"`input[{i}].id`: no such item is stored", "item_not_found")
             found[i] = stored
     return found
+
+
+def _is_reference(item: Item) -> bool:
+    """Return whether an item only names another one, by its id; messages have no type either."""
+    if item.get("type") is None:
+        return "id" in item and not item.keys() & {"role", "content"}
+    return bool(item["type"] == "item_reference")
 
 
 def current_settings(
@@ -232,13 +241,15 @@ def read_items(
                 if not text:
                     text = _joined(_texts(item.get("summary") or [], f"{path}.summary", ("summary_text",)))
                 thoughts.append(text)
+            case "tool_search_call" | "tool_search_output" if not is_client_s(item):
+                skipped.append(kind)
             case str() if kind in _CALLS:
                 if not messages or messages[-1]["role"] != "assistant":
                     messages.append({"role": "assistant", "content": None})
                 messages[-1].setdefault("tool_calls", []).append(_call(item, kind, path, names))
                 _add_thoughts(messages[-1], thoughts)
             case str() if kind in _RESULTS:
-                messages.append({"role": "tool", "content": _result(item, kind, path)})
+                messages.append({"role": "tool", "content": _result(item, kind, path, names)})
                 name = "call_id"
                 if item.get(name) is None and kind == "local_shell_call_output":
                     name = "id"  # in OpenAI's type, this is the call's
@@ -298,22 +309,35 @@ def _add_thoughts(message: dict[str, Any], thoughts: list[str]) -> None:
     thoughts.clear()
 
 
-def read_tools(request: ResponsesRequest) -> list[Tool]:
-    """Return the functions that the model is shown, including those in items.
+def read_tools(request: ResponsesRequest, items: Sequence[Item] = ()) -> list[Tool]:
+    """Return the functions that the model is shown: the request's, and those that items add.
+
+    Args:
+        items: The whole conversation.
 
     Raises:
         InvalidRequest: if one has the wrong form, or two have the same name.
     """
     skipped: list[str] = []
     tools = [tool for i, given in enumerate(request.tools or ()) for tool in _tools(given, i, skipped)]
-    for item in items_of(request.input):
-        if item.get("type") == "additional_tools" and isinstance(item.get("tools"), list):
-            for given in item["tools"]:
-                tools += _tools(given, len(tools), skipped)
+    listed = {(tool.namespace, tool.name) for tool in tools}
+    added: dict[tuple[str | None, str], Tool] = {}  # several searches may find the same tool
+    for given in _added_tools(items):
+        for tool in _tools(given, len(tools) + len(added), skipped):
+            added[tool.namespace, tool.name] = tool
+    tools += [tool for key, tool in added.items() if key not in listed]
     tools = distinct(tools)
     check_tools(tools)
     note_skipped(skipped)
     return tools
+
+
+def _added_tools(items: Sequence[Item]) -> Iterator[Any]:
+    """Yield the tools that items add to those of the request."""
+    for item in items:
+        if item.get("type") == "additional_tools" and isinstance(item.get("tools"), list):
+            yield from item["tools"]
+        yield from found_in(item)
 
 
 def _tools(given: Any, index: int, skipped: list[str], namespace: str | None = None) -> Iterator[Tool]:
@@ -362,8 +386,11 @@ def _call(item: Item, kind: str, path: str, names: Mapping[Any, str]) -> dict[st
     return {"id": string_of(item, "call_id", path), "type": "function", "function": function}
 
 
-def _result(item: Item, kind: str, path: str) -> str | list[str]:
-    """Return what the model is shown of a tool's output."""
+def _result(item: Item, kind: str, path: str, names: Mapping[Any, str]) -> str | list[str]:
+    """Return what the model is shown of a tool's output; `names` as in `_call`."""
+    if kind == SEARCH_OUTPUT:
+        found = [tool for given in found_in(item) for tool in _tools(given, 0, [])]
+        return result_text([names.get((tool.namespace, tool.name), tool.name) for tool in found])
     if kind in OUTPUTS:
         return OUTPUTS[kind].result_of(item, path)
     return _texts(item.get("output"), f"{path}.output", (*_TEXTS, *_OMITTED))

@@ -17,6 +17,7 @@ from tgi_asgi.api.call import Choices, Generation
 from tgi_asgi.api.custom_input import CustomInput
 from tgi_asgi.api.openai.client_tools import CLIENT_TOOLS, ClientTool
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, JsonList
+from tgi_asgi.api.openai.tool_search import ToolSearch
 from tgi_asgi.api.thoughts import sealed
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import InvalidRequest, Overloaded, TgiError
@@ -68,7 +69,8 @@ class ResponseRenderer:
         self._texts: list[str] = []  # of the open item; a string would be copied for each token
         self._logprobs = JsonList()  # of the open item
         self._custom = CustomInput()  # of the open item, if it calls a custom tool
-        self._held: ClientTool | None = None  # called by the open item, of which no event has been sent yet
+        # Called by the open item, of which no event has been sent yet.
+        self._held: ClientTool | ToolSearch | None = None
         self._is_stream = False
         self._frames: list[bytes] = []
         self._num_frames = 0
@@ -242,7 +244,7 @@ class ResponseRenderer:
             self._emit("reasoning_summary_part.done", **place_of_summary, part=part)
         self._emit_item("done")
 
-    def _end_held(self, tool: ClientTool) -> bool:
+    def _end_held(self, tool: ClientTool | ToolSearch) -> bool:
         """Send the events of a call that were held back; return whether it became an item of the tool's type.
 
         Such an item cannot have a part of the arguments. If they are cut off, the call stays a function's.

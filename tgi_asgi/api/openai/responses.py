@@ -97,7 +97,6 @@ def _call(
     """
     context = exchange.context
     info, limits = context.ready().info, Limits.of(context.settings)
-    tools = response_input.read_tools(request)
     included = request.include or ()
     wants_logprobs = "message.output_text.logprobs" in included
     if (request.top_logprobs or 0) > limits.top_logprobs:
@@ -106,6 +105,7 @@ def _call(
     given = enumerate(response_input.items_of(request.input))
     items = [decode_items([found[i]])[0] if i in found else item for i, item in given]
     earlier = decode_items(history)
+    tools = response_input.read_tools(request, [*earlier, *items])
     form, effort = response_input.current_settings(request, [*earlier, *items], len(earlier))
     conversation = _conversation(request, earlier, items, tools, context.ready().new_images(), effort)
     choice = read_choice(

@@ -43,9 +43,9 @@ class ToolSpec:
             return {"type": "object"}
         if not self.parameters:
             return _NO_ARGUMENTS
-        schema = {"type": "object", **resolved(self.parameters, self.parameters)}
+        schema = {**resolved(self.parameters, self.parameters), "type": "object"}
         has_no_rules = not (schema.get("required") or schema.keys() - _WITHOUT_RULES)
-        if schema.get("properties") == {} and has_no_rules and schema["type"] == "object":
+        if schema.get("properties") == {} and has_no_rules:
             schema["additionalProperties"] = False
         return schema
 
