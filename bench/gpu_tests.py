@@ -20,7 +20,7 @@ FILES = (
     "test_families", "test_expert_models", "test_runner", "test_runner_cache", "test_adapters",
     "test_prompt_attention", "test_wide_sums", "test_pooling", "test_float8_models", "test_drafts",
 )  # fmt: skip
-MODULE_FILES = ("test_paged", "test_modules")
+MODULE_FILES = ("test_direct", "test_paged", "test_modules")
 _PROCESSES = 8
 _OPTIONS = ("-q", "-n", str(_PROCESSES), "-p", "no:cacheprovider", "-o", "filterwarnings=default")
 _ALL = ("-m", "models or not models")

@@ -253,6 +253,20 @@ def test_settings_that_a_module_does_not_honour_are_refused_before_weights_are_r
         load_served(settings, ModelFiles("tiny", None, "directory", tmp_path), lambda *_: None)
 
 
+def test_the_cache_leaves_room_for_the_largest_step(
+    checkpoint: Checkpoint, found_device: EmulatedDevice
+) -> None:
+    files = ModelFiles("tiny", None, "directory", checkpoint("gptj"))
+    settings = Settings(thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64)
+    found_device.peak = (1 << 30) - (1 << 27) - 100_000  # of the free GiB, and an eighth is kept
+    model = load_served(settings, files, lambda *_: None)
+    model.runner.close()
+    assert 0 < model.info.kv_bytes < 100_000
+    found_device.peak += 100_000
+    with pytest.raises(ModelLoadError, match=r"the largest step takes 0.9 GiB, 1.0 GiB are free on the GPU"):
+        load_served(settings, files, lambda *_: None)
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
