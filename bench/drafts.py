@@ -29,7 +29,7 @@ from tgi_asgi.engine import Engine
 from tgi_asgi.formats.sources import resolve
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import GenerationRequest, SamplingParams, StopConditions, TokenEvent
 
@@ -153,7 +153,7 @@ async def compare(options: argparse.Namespace, settings: Settings) -> list[dict[
 
 
 @contextmanager
-def scripted(runner: CpuRunner, text: Sequence[int], right: float, rng: random.Random) -> Iterator[None]:
+def scripted(runner: HostRunner, text: Sequence[int], right: float, rng: random.Random) -> Iterator[None]:
     """Make the drafts of slot 0 this continuation of its prompt, each wrong with a given probability."""
     drafts = runner._drafts
     assert drafts is not None
@@ -170,7 +170,7 @@ def scripted(runner: CpuRunner, text: Sequence[int], right: float, rng: random.R
 
 
 def decode(
-    runner: CpuRunner, prompt: list[int], count: int, num_drafts: int
+    runner: HostRunner, prompt: list[int], count: int, num_drafts: int
 ) -> tuple[list[int], list[float]]:
     """Generate tokens in the calling thread; return prompt and output, and the time of each step."""
     table = list(range(-(-(len(prompt) + count + 1) // runner.traits.block_size)))
@@ -193,7 +193,7 @@ def force(options: argparse.Namespace, settings: Settings) -> list[dict[str, Any
     """Measure steps of several rows, and tokens per second by the share of correct drafts."""
     settings = replace(settings, speculate=8)
     runner = load(settings, resolve(settings, lambda *_: None), lambda *_: None).runner
-    assert isinstance(runner, CpuRunner)
+    assert isinstance(runner, HostRunner)
     rng = random.Random(0)
     prompt = [rng.randrange(3, 1000) for _ in range(64)]
     text, _ = decode(runner, prompt, options.tokens, 0)

@@ -36,7 +36,7 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.runner.groups import BlockNeeds
 from tgi_asgi.runner.kv import KvSize, groups_of
 from tgi_asgi.runner.plan import RunnerTraits, SlotStart, StepPlan, StepRow
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.types import SamplingParams
 
 BLOCK = 16
@@ -67,7 +67,7 @@ def shapes() -> dict[str, ModelConfig]:
 class Stream:
     """A stream with its own blocks, after a context that was not computed."""
 
-    def __init__(self, runner: CpuRunner, slot: int, context: int, first_block: int) -> None:
+    def __init__(self, runner: HostRunner, slot: int, context: int, first_block: int) -> None:
         self._runner, self._slot, self._context = runner, slot, context
         num_steps = 64 * STEPS
         needs = BlockNeeds(runner.traits.windows, BLOCK, num_steps)
@@ -103,7 +103,7 @@ async def time_steps(config: ModelConfig, contexts: list[int], repeats: int) -> 
     num_blocks = len(contexts) * len(groups.windows) * -(-longest // BLOCK)
     needs = BlockNeeds(groups.windows, BLOCK, max_step_tokens=64)
     size = KvSize(num_blocks, needs, groups.bytes_per_token, "bfloat16")
-    runner = CpuRunner(model, size, max_batch_size=len(contexts), max_step_tokens=64, max_context=longest)
+    runner = HostRunner(model, size, max_batch_size=len(contexts), max_step_tokens=64, max_context=longest)
     assert isinstance(runner._kv_pool, ops.KvPool)
     runner._kv_pool.native.memory()[:] = 12  # small as bfloat16; memory that was never written is slower
     streams: list[Stream] = []

@@ -24,6 +24,7 @@ from tests.cuda.emulated_runner import SHAPE, make_device, require_emulation
 from tests.emulation import bindings
 from tests.models.generic.test_encoder_decoders import in_steps, random_pairs
 from tests.models.generic.test_table import BUILDABLE, is_served
+from tests.runner.test_encoders import vectors
 from tests.support import architectures, encoder_decoders
 from tests.support import vision_models as vision
 from tests.support.architectures import made_once, random_ids
@@ -35,7 +36,7 @@ from tests.support.family_files import checkpoint as family_files
 from tests.support.family_files import reference as family_reference
 from tests.support.family_scores import differences, score
 from tests.support.generic import LENGTHS, open_generic, run_steps
-from tests.support.pooling_models import files_of
+from tests.support.pooling_models import files_of, pooled
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import GREEDY, Job, generate
 from tests.support.vision_runs import load as load_vision
@@ -50,10 +51,12 @@ from tgi_asgi.models.generic.encoder_program import Prompt
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.ops.cuda_quant import Repacking
+from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.load import load as load_served
 from tgi_asgi.runner.plan import DeviceLost, SlotStart, StepPlan, StepRow
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
+from tgi_asgi.types import Pooling, PoolingKind
 
 EQUAL = 1e-3  # of the largest logit, with float32 products; most are within 1e-6
 Checkpoint = Callable[[str], Path]
@@ -107,7 +110,10 @@ def test_all_tokens_have_the_logits_of_transformers(
 @pytest.mark.parametrize("name", of_each(list(FAMILIES), FEW_IMAGES))
 def test_images_have_the_logits_of_transformers(name: str, tmp_path: Path, device: torch.device) -> None:
     if name.startswith("gemma4"):
-        pytest.importorskip("transformers.models.gemma4.processing_gemma4", exc_type=ImportError)
+        reason = "in this version of transformers Gemma 4's processor needs torchvision"
+        pytest.importorskip(
+            "transformers.models.gemma4.processing_gemma4", reason=reason, exc_type=ImportError
+        )
     vision.make(name, tmp_path)
     answer = list(range(120, 124))
     parts: list[list[Any]] = [
@@ -161,6 +167,23 @@ def test_encoders_give_the_states_and_labels_of_transformers(
         if labels is not None:
             np.testing.assert_allclose(labels, logits_of(reference, ids), atol=1e-4)
     assert (labels is not None) == head.endswith("Classification")
+
+
+def test_an_encoder_is_served_as_a_module(tmp_path: Path, found_device: EmulatedDevice) -> None:
+    reference = save_encoder(tmp_path, "Bert", "Model", "mean_tokens")
+    settings = Settings(thread_nice=0, num_threads=1, max_batch_prefill_tokens=512)
+    model = load_served(settings, files_of(tmp_path), lambda *_: None)
+    runner, prompts = model.runner, [encoder_ids(length, length) for length in (5, 100, 33)]
+    assert isinstance(runner, EncoderRunner)
+    assert (model.info.device, model.info.implementation) == ("cuda", "transformers")
+    assert (runner.num_threads, runner.progress) == (0, None)
+    try:
+        found = vectors(runner, Pooling(PoolingKind.MEAN), prompts)
+    finally:
+        runner.close()
+    for ids, vector in zip(prompts, found, strict=True):
+        expected = pooled(states_of(reference, ids), "mean_tokens").numpy()
+        assert vector @ expected > 0.999 * np.linalg.norm(vector) * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("kind", ["plain", "awq", "experts"])
@@ -284,7 +307,7 @@ async def test_errors_of_a_step_say_whether_the_device_is_lost(
     files = ModelFiles("tiny", None, "directory", checkpoint("gptj"))
     settings = Settings(thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64)
     runner = load_served(settings, files, lambda *_: None).runner
-    assert isinstance(runner, CpuRunner)
+    assert isinstance(runner, HostRunner)
     assert (runner.num_threads, runner.progress, runner.traits.windows) == (0, None, (None,))
     plan = StepPlan(0, [StepRow(0, [5, 6, 7], 0, [[0]], True)], [SlotStart(0, GREEDY, 0, [5, 6, 7])])
     try:

@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.emulated_runner import FP16, SHAPE, make_device
 from tests.support.checkpoints import load_model, make_model, save
-from tests.support.encoders import save_encoder
 from tests.support.kv import plain_size
 from tests.support.pooling_models import (
     Vector,
@@ -30,7 +29,6 @@ from tests.support.pooling_models import (
 )  # fmt: skip
 from tests.support.pooling_server import pooled_server
 from tests.support.runner_driver import GREEDY, Job, generate
-from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.cuda import CudaRunner
@@ -407,10 +405,3 @@ async def test_the_server_embeds_texts_of_a_call_as_one_by_one(
             np.testing.assert_allclose(found["embedding"], alone["embedding"], atol=0.01)
         refused = await server.post("/v1/completions", prompt="x", model="tiny")
         assert refused.status_code == 400 and "embeds" in refused.text
-
-
-async def test_an_encoder_is_refused_by_name(tmp_path: Path, loading: Any) -> None:
-    save_encoder(tmp_path, "Bert", "Model", "mean_tokens")
-    with pytest.raises(ModelLoadError, match=r"BertModel is computed by transformers' code.*CUDA_VISIBLE"):
-        async with loading(tmp_path):
-            pass

@@ -14,7 +14,7 @@ from tgi_asgi.engine.sequence import Sequence as Sequence_
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step
 from tgi_asgi.runner.load import load
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import GenerationRequest, SamplingParams
 
@@ -23,7 +23,7 @@ MAX_TOKENS = 40
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CpuRunner]:
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostRunner]:
     directory = tmp_path_factory.mktemp("model")
     files = save(make_model(vocab_size=160), directory)
     save_tokenizer(directory)
@@ -31,7 +31,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CpuRunner]:
         prompt_precision="bfloat16", quantize="q8_0", num_threads=2, thread_nice=0, max_batch_size=16
     )
     found = load(settings, files, lambda stage, done, total: None).runner
-    assert isinstance(found, CpuRunner) and found.traits.has_prompt_arithmetic
+    assert isinstance(found, HostRunner) and found.traits.has_prompt_arithmetic
     yield found
     found.close()
 
@@ -48,7 +48,7 @@ def prompt_of(number: int, length: int) -> list[int]:
 class Served:
     """A scheduler with the real runner and two steps in flight."""
 
-    def __init__(self, runner: CpuRunner, **changes: Any) -> None:
+    def __init__(self, runner: HostRunner, **changes: Any) -> None:
         self.runner, self.stats = runner, EngineStats()
         sizes = {"num_blocks": runner.traits.num_blocks, "max_batch_size": 16, "max_step_tokens": 1000}
         values = {**sizes, **changes}
@@ -84,11 +84,11 @@ class Served:
         return [self.samples[sequence] for sequence in sequences]
 
 
-def alone(runner: CpuRunner, request: GenerationRequest) -> list[Samples]:
+def alone(runner: HostRunner, request: GenerationRequest) -> list[Samples]:
     return Served(runner, prefix_cache=False).complete(request)
 
 
-def test_neither_others_nor_chunks_nor_preemptions_change_a_text(runner: CpuRunner) -> None:
+def test_neither_others_nor_chunks_nor_preemptions_change_a_text(runner: HostRunner) -> None:
     requests = [request_of(prompt_of(at, 16 + 9 * at), at, n=1 + at % 3) for at in range(6)]
     expected = [each for request in requests for each in alone(runner, request)]
     served = Served(runner, num_blocks=20, max_prefill_tokens=32)
@@ -96,7 +96,7 @@ def test_neither_others_nor_chunks_nor_preemptions_change_a_text(runner: CpuRunn
     assert served.stats.preemptions >= 3
 
 
-def test_a_later_turn_finds_the_prompt_and_not_the_answer(runner: CpuRunner) -> None:
+def test_a_later_turn_finds_the_prompt_and_not_the_answer(runner: HostRunner) -> None:
     served = Served(runner)
     first = request_of(prompt_of(1, 50), 1)
     [answer] = served.complete(first)
@@ -108,7 +108,7 @@ def test_a_later_turn_finds_the_prompt_and_not_the_answer(runner: CpuRunner) -> 
     assert served.stats.prefix_hit_tokens == 48 + 80  # now a prompt has computed all of them
 
 
-def test_an_answer_computed_again_does_not_find_the_same_tokens_of_a_prompt(runner: CpuRunner) -> None:
+def test_an_answer_computed_again_does_not_find_the_same_tokens_of_a_prompt(runner: HostRunner) -> None:
     request = request_of(prompt_of(2, 32), 1)
     [expected] = alone(runner, request)
     served = Served(runner)

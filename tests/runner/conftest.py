@@ -10,19 +10,19 @@ from tests.ops.conftest import kernel_set
 from tests.support.kv import plain_size
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.models.family import Model
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 
 __all__ = ["kernel_set", "make_runner", "runner"]
 
 
 @pytest.fixture
-def make_runner(model: Model) -> Iterator[Callable[..., CpuRunner]]:
+def make_runner(model: Model) -> Iterator[Callable[..., HostRunner]]:
     """Return a function that makes a small runner for the module's model or another."""
-    runners: list[CpuRunner] = []
+    runners: list[HostRunner] = []
 
-    def make(model: Model = model) -> CpuRunner:
+    def make(model: Model = model) -> HostRunner:
         size = plain_size(64)
-        runners.append(CpuRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=256))
+        runners.append(HostRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=256))
         return runners[-1]
 
     yield make
@@ -31,7 +31,7 @@ def make_runner(model: Model) -> Iterator[Callable[..., CpuRunner]]:
 
 
 @pytest.fixture
-def runner(make_runner: Callable[..., CpuRunner]) -> CpuRunner:
+def runner(make_runner: Callable[..., HostRunner]) -> HostRunner:
     return make_runner()
 
 

@@ -21,7 +21,7 @@ from tgi_asgi.engine import Engine
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.family import Model
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
@@ -69,7 +69,7 @@ def grammar(model: Model) -> Grammar:
 @pytest.fixture
 async def engine(model: Model, loader: AdapterLoader[ops.AdapterLayout]) -> AsyncIterator[Engine]:
     size = plain_size(9)
-    runner = CpuRunner(
+    runner = HostRunner(
         model, size, max_batch_size=8, max_step_tokens=128, max_context=192, adapters=loader.layout
     )
     vocab_size = model.config.vocab_size

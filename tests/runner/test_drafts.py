@@ -24,7 +24,7 @@ from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.runner.cpu_load import speculation_of
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.text.constrain import source as sources
@@ -64,7 +64,7 @@ async def serving(
     model: Model | GenericModel, speculation: Speculation | None, num_blocks: int
 ) -> AsyncIterator[Engine]:
     size = plain_size(num_blocks)
-    runner = CpuRunner(
+    runner = HostRunner(
         model, size, max_batch_size=8, max_step_tokens=128, max_context=LONGEST, speculation=speculation
     )
     vocab_size = model.config.vocab_size

@@ -25,7 +25,7 @@ from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.step import Step
 from tgi_asgi.models.registry import all_families
 from tgi_asgi.ops.cpu_program import CpuProgram
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.types import Adapter, GenerationRequest, SamplingParams, StopConditions
@@ -179,7 +179,7 @@ def steps_fail(case: FamilyCase, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(CpuProgram, "run", fail_or_run)
     monkeypatch.setattr(CpuProgram, "run_and_sample", fail_or_sample)
-    monkeypatch.setattr(CpuRunner, "_has_only_rows", lambda runner, plan: False)  # else `fail` is bypassed
+    monkeypatch.setattr(HostRunner, "_has_only_rows", lambda runner, plan: False)  # else `fail` is bypassed
     return failed
 
 

@@ -18,7 +18,7 @@ from tgi_asgi.engine import Engine
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.family import Model
 from tgi_asgi.runner.plan import StepPlan, StepResult
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
@@ -61,7 +61,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture
 async def engine(model: Model) -> AsyncIterator[Engine]:
     size = plain_size(12)
-    runner = CpuRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=192)
+    runner = HostRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=192)
     vocab_size = model.config.vocab_size
     info = ModelInfo("tiny", None, "Llama", "float32", "cpu", vocab_size, 191, 192, frozenset({EOS}))
     engine = Engine(runner, Letters(vocab_size), Settings(), info)
@@ -162,7 +162,7 @@ async def test_a_row_of_free_text_takes_no_step_to_python(
     size = recorded.config.vocab_size
     grammar = GrammarCompiler(Letters(size), size).compile(AUTO if is_free else AUTO_MASKED)
     kv = plain_size(40)
-    runner = CpuRunner(recorded, kv, max_batch_size=8, max_step_tokens=128, max_context=192)
+    runner = HostRunner(recorded, kv, max_batch_size=8, max_step_tokens=128, max_context=192)
     plans: list[StepPlan] = []
     run = runner.run
 

@@ -18,7 +18,7 @@ from tgi_asgi.models.family import Model
 from tgi_asgi.runner.handoff import StepHandoff
 from tgi_asgi.runner.inputs import PlanError
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.types import SamplingParams
 
 PROMPT = list(range(20, 45))
@@ -48,14 +48,14 @@ def continue_plan(index: int, slot: int = 0) -> StepPlan:
     return StepPlan(1 + index, [row])
 
 
-def forbid_python(runner: CpuRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+def forbid_python(runner: HostRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(plan: StepPlan) -> StepResult:
         raise AssertionError("this step went through Python")
 
     monkeypatch.setattr(runner, "run", fail)
 
 
-async def test_steps_that_decode_need_no_python(runner: CpuRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_steps_that_decode_need_no_python(runner: HostRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     await runner.submit(start_plan())
     forbid_python(runner, monkeypatch)
     results = [await runner.submit(continue_plan(index)) for index in range(3)]
@@ -65,7 +65,7 @@ async def test_steps_that_decode_need_no_python(runner: CpuRunner, monkeypatch: 
 
 
 async def test_the_second_chunk_of_a_prompt_needs_none(
-    runner: CpuRunner, monkeypatch: pytest.MonkeyPatch
+    runner: HostRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = await runner.submit(start_plan(sampling=SEEDED))
     start = SlotStart(1, SEEDED, 0, PROMPT)
@@ -78,7 +78,7 @@ async def test_the_second_chunk_of_a_prompt_needs_none(
 
 
 async def test_a_step_samples_the_same_either_way(
-    make_runner: Callable[[], CpuRunner], monkeypatch: pytest.MonkeyPatch
+    make_runner: Callable[[], HostRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_queue = [Job(PROMPT[: 3 + n], 12, SEEDED if n % 2 else GREEDY) for n in range(5)]
     by_python = [Job(job.prompt_ids, job.num_tokens, job.sampling) for job in by_queue]
@@ -90,7 +90,7 @@ async def test_a_step_samples_the_same_either_way(
     assert by_queue[1].sampled[5].top is not None
 
 
-async def test_rows_out_of_bounds_fail_their_step_only(runner: CpuRunner) -> None:
+async def test_rows_out_of_bounds_fail_their_step_only(runner: HostRunner) -> None:
     await runner.submit(start_plan())
     bad = StepPlan(1, [StepRow(0, None, len(PROMPT), [[0, 64]], samples=True)])
     first, failing = runner.submit(continue_plan(0)), runner.submit(bad)
@@ -101,7 +101,7 @@ async def test_rows_out_of_bounds_fail_their_step_only(runner: CpuRunner) -> Non
 
 
 async def test_a_step_that_cannot_be_computed_fails_alone(
-    runner: CpuRunner, caplog: pytest.LogCaptureFixture
+    runner: HostRunner, caplog: pytest.LogCaptureFixture
 ) -> None:
     await runner.submit(start_plan())
     ops.configure_threads(3, nice=0, pin=False)  # more than the step was recorded for
@@ -112,12 +112,12 @@ async def test_a_step_that_cannot_be_computed_fails_alone(
     assert (await runner.submit(continue_plan(0))).sampled[0] is not None
 
 
-async def test_a_slot_that_never_started_fails(runner: CpuRunner) -> None:
+async def test_a_slot_that_never_started_fails(runner: HostRunner) -> None:
     with pytest.raises(RuntimeError, match="no slot was ever started"):
         await runner.submit(continue_plan(0))
 
 
-def test_a_runner_serves_one_loop_after_another(runner: CpuRunner) -> None:
+def test_a_runner_serves_one_loop_after_another(runner: HostRunner) -> None:
     async def sample(plan: StepPlan) -> int:
         sampled = (await runner.submit(plan)).sampled[0]
         assert sampled is not None
@@ -162,7 +162,7 @@ def test_a_loop_that_ends_with_steps_in_flight_leaves_nothing_to_the_next(num_le
         handoff.end()
 
 
-async def test_close_delivers_the_steps_in_flight(runner: CpuRunner) -> None:
+async def test_close_delivers_the_steps_in_flight(runner: HostRunner) -> None:
     await runner.submit(start_plan())
     futures = [runner.submit(continue_plan(index)) for index in range(2)]
     runner.close()
@@ -170,7 +170,7 @@ async def test_close_delivers_the_steps_in_flight(runner: CpuRunner) -> None:
     runner.close()
 
 
-async def test_a_row_that_is_not_finite_is_flagged_alone(runner: CpuRunner) -> None:
+async def test_a_row_that_is_not_finite_is_flagged_alone(runner: HostRunner) -> None:
     """Poison the keys and values of one context, but not of the other."""
     await asyncio.gather(*(runner.submit(start_plan(slot)) for slot in range(2)))
     rows = [
@@ -188,7 +188,7 @@ async def test_a_row_that_is_not_finite_is_flagged_alone(runner: CpuRunner) -> N
     assert healthy == expected.sampled[0]
 
 
-async def test_steps_leave_in_the_order_in_which_they_came(runner: CpuRunner) -> None:
+async def test_steps_leave_in_the_order_in_which_they_came(runner: HostRunner) -> None:
     """Mix steps that run in Python with steps that do not."""
     await runner.submit(start_plan())
     done: list[int] = []

@@ -31,7 +31,7 @@ from tgi_asgi.models.loading.recognise import read_gguf
 from tgi_asgi.models.pooling import read_gguf_pooling
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Pooling, PoolingKind, SamplingParams
 
@@ -48,17 +48,17 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 @contextmanager
-def loaded(directory: Path, **settings: Any) -> Iterator[tuple[LoadedModel, CpuRunner]]:
+def loaded(directory: Path, **settings: Any) -> Iterator[tuple[LoadedModel, HostRunner]]:
     values = {"dtype": "float32", "num_threads": 2, "thread_nice": 0, "max_batch_total_tokens": 2048}
     model = load(Settings(**{**values, **settings}), files_of(directory), lambda stage, done, total: None)
-    assert isinstance(model.runner, CpuRunner)
+    assert isinstance(model.runner, HostRunner)
     try:
         yield model, model.runner
     finally:
         model.runner.close()
 
 
-def run(runner: CpuRunner, pooling: Pooling, chunk: int, *, beside: bool = False) -> Vector:
+def run(runner: HostRunner, pooling: Pooling, chunk: int, *, beside: bool = False) -> Vector:
     """Pool `IDS` in chunks in slot 1; with `beside`, another sequence decodes in slot 0."""
     table, other = list(range(3, 10)), list(range(20, 30))
     starts = [SlotStart(1, GREEDY, 0, IDS)]

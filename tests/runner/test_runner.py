@@ -18,7 +18,7 @@ from tgi_asgi.engine.reasoning import force
 from tgi_asgi.models.family import Model
 from tgi_asgi.runner.inputs import PlanError
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.types import SamplingParams
 
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28]  # more than a block
@@ -58,13 +58,13 @@ def greedy_reference(model: torch.nn.Module, num_tokens: int) -> list[int]:
     return ids[len(PROMPT) :]
 
 
-async def test_greedy_tokens_are_the_reference_s(runner: CpuRunner, reference: torch.nn.Module) -> None:
+async def test_greedy_tokens_are_the_reference_s(runner: HostRunner, reference: torch.nn.Module) -> None:
     job = Job(PROMPT, 12)
     await generate(runner, [job])
     assert job.token_ids == greedy_reference(reference, 12)
 
 
-async def test_a_token_left_on_the_device_equals_one_that_is_given(runner: CpuRunner) -> None:
+async def test_a_token_left_on_the_device_equals_one_that_is_given(runner: HostRunner) -> None:
     job = Job(PROMPT, 3)
     await generate(runner, [job])
     first, second = job.token_ids[:2]
@@ -78,14 +78,14 @@ async def test_a_token_left_on_the_device_equals_one_that_is_given(runner: CpuRu
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 17])
-async def test_chunks_do_not_change_the_tokens(runner: CpuRunner, chunk: int) -> None:
+async def test_chunks_do_not_change_the_tokens(runner: HostRunner, chunk: int) -> None:
     whole, cut = Job(PROMPT, 8, SEEDED), Job(PROMPT, 8, SEEDED)
     await generate(runner, [whole])
     await generate(runner, [cut], chunk=chunk)
     assert cut.token_ids == whole.token_ids
 
 
-async def test_a_copied_block_serves_a_fork(runner: CpuRunner) -> None:
+async def test_a_copied_block_serves_a_fork(runner: HostRunner) -> None:
     job = Job(PROMPT, 2)
     await generate(runner, [job])
     rows = [StepRow(0, PROMPT, 0, [[1, 2]], samples=True)]
@@ -96,7 +96,7 @@ async def test_a_copied_block_serves_a_fork(runner: CpuRunner) -> None:
     assert result.sampled[0].token_id == job.token_ids[1]
 
 
-async def test_a_row_may_read_what_another_of_its_step_writes(runner: CpuRunner) -> None:
+async def test_a_row_may_read_what_another_of_its_step_writes(runner: HostRunner) -> None:
     """Plan prompts that share a block together: one row computes it, the other has it in its block table."""
     steps = await sample_over_a_shared_block(runner, PROMPT, SEEDED)
     job = Job(PROMPT, 4, SEEDED)
@@ -106,7 +106,7 @@ async def test_a_row_may_read_what_another_of_its_step_writes(runner: CpuRunner)
         assert [each and each.token_id for each in sampled] == job.token_ids
 
 
-async def test_a_resumed_sequence_goes_on_as_if_never_stopped(runner: CpuRunner) -> None:
+async def test_a_resumed_sequence_goes_on_as_if_never_stopped(runner: HostRunner) -> None:
     sampling = SamplingParams(temperature=1.0, seed=5, repetition_penalty=1.3, presence_penalty=0.5)
     job = Job(PROMPT, 10, sampling)
     await generate(runner, [job])
@@ -123,7 +123,7 @@ async def test_a_resumed_sequence_goes_on_as_if_never_stopped(runner: CpuRunner)
     assert tokens == job.token_ids[6:]
 
 
-async def test_a_new_sequence_sees_nothing_of_the_slot_s_last_one(runner: CpuRunner) -> None:
+async def test_a_new_sequence_sees_nothing_of_the_slot_s_last_one(runner: HostRunner) -> None:
     fresh = Job(PROMPT, 6, SEEDED)
     await generate(runner, [fresh])
     penalised = SamplingParams(
@@ -140,7 +140,7 @@ async def test_a_new_sequence_sees_nothing_of_the_slot_s_last_one(runner: CpuRun
     "given", [{"temperature": 100.0}, {"top_k": 1}, {"repetition_penalty": 1e6, "frequency_penalty": 2.0}]
 )
 async def test_a_forced_token_is_sampled_whatever_the_request_says(
-    runner: CpuRunner, token_id: int, given: dict[str, float]
+    runner: HostRunner, token_id: int, given: dict[str, float]
 ) -> None:
     sampling = SamplingParams(**given, seed=3, logprobs=1, logit_bias=((token_id, -100.0), (9, 100.0)))  # type: ignore[arg-type]
     forced = Job([*PROMPT, token_id], 3, force(sampling, token_id))
@@ -149,7 +149,7 @@ async def test_a_forced_token_is_sampled_whatever_the_request_says(
     assert all(sampled.is_finite for sampled in forced.sampled)
 
 
-async def test_masked_ids_wait_for_min_tokens(runner: CpuRunner) -> None:
+async def test_masked_ids_wait_for_min_tokens(runner: HostRunner) -> None:
     free = Job(PROMPT, 1)
     await generate(runner, [free])
     masked = start(0, min_tokens=2, masked_ids=(free.token_ids[0],))
@@ -158,7 +158,7 @@ async def test_masked_ids_wait_for_min_tokens(runner: CpuRunner) -> None:
     assert result.sampled[0].token_id != free.token_ids[0]
 
 
-async def test_logprobs_come_where_they_are_wanted(runner: CpuRunner, reference: torch.nn.Module) -> None:
+async def test_logprobs_come_where_they_are_wanted(runner: HostRunner, reference: torch.nn.Module) -> None:
     wanted = Job(PROMPT, 1, SamplingParams(temperature=0.0, logprobs=3))
     bare, none = Job(PROMPT, 1, SamplingParams(temperature=0.0, logprobs=0)), Job(PROMPT, 1)
     await generate(runner, [none, wanted, bare])
@@ -174,7 +174,7 @@ async def test_logprobs_come_where_they_are_wanted(runner: CpuRunner, reference:
 
 @pytest.mark.parametrize("chunk", [1, 7, 128])
 async def test_prompt_logprobs_equal_the_reference(
-    runner: CpuRunner, reference: torch.nn.Module, chunk: int
+    runner: HostRunner, reference: torch.nn.Module, chunk: int
 ) -> None:
     prompt = PROMPT * 6  # more rows than are scored at a time
     job = Job(prompt, 1, wants_prompt_logprobs=2)
@@ -190,7 +190,7 @@ async def test_prompt_logprobs_equal_the_reference(
 
 
 async def test_rows_that_are_not_finite_are_flagged_alone(
-    make_runner: Callable[..., CpuRunner], heads: dict[str, int], tmp_path: Path
+    make_runner: Callable[..., HostRunner], heads: dict[str, int], tmp_path: Path
 ) -> None:
     poisoned = make_model(**heads)
     poisoned.model.embed_tokens.weight.data[NAN_TOKEN] = float("nan")
@@ -204,7 +204,7 @@ async def test_rows_that_are_not_finite_are_flagged_alone(
     assert healthy.token_ids == alone.token_ids
 
 
-async def test_a_failed_step_fails_its_future_only(runner: CpuRunner) -> None:
+async def test_a_failed_step_fails_its_future_only(runner: HostRunner) -> None:
     good = StepPlan(0, [StepRow(0, PROMPT, 0, [[1, 2]], samples=True)], [start(0)])
     bad = StepPlan(1, [StepRow(1, [999], 0, [[3]], samples=True)], [start(1)])
     first, failing = runner.submit(good), runner.submit(bad)
@@ -215,14 +215,14 @@ async def test_a_failed_step_fails_its_future_only(runner: CpuRunner) -> None:
     assert (await runner.submit(after)).step_id == 2
 
 
-async def test_prompt_logprobs_of_an_unscored_prefix_fail(runner: CpuRunner) -> None:
+async def test_prompt_logprobs_of_an_unscored_prefix_fail(runner: HostRunner) -> None:
     await runner.submit(StepPlan(0, [StepRow(0, PROMPT, 0, [[1, 2]], samples=False)], [start(0)]))
     row = StepRow(0, [1, 2], len(PROMPT), [[1, 2]], samples=False, prompt_logprobs=1)
     with pytest.raises(ValueError, match="before position 18"):
         await runner.submit(StepPlan(1, [row]))
 
 
-async def test_at_most_two_steps_are_in_flight(runner: CpuRunner) -> None:
+async def test_at_most_two_steps_are_in_flight(runner: HostRunner) -> None:
     futures = [runner.submit(StepPlan(index, [])) for index in range(2)]
     with pytest.raises(RuntimeError, match="in flight"):
         runner.submit(StepPlan(2, []))
@@ -231,14 +231,14 @@ async def test_at_most_two_steps_are_in_flight(runner: CpuRunner) -> None:
     assert await runner.submit(StepPlan(3, [])) == StepResult(3, [])
 
 
-async def test_a_cancelled_future_costs_no_place(runner: CpuRunner) -> None:
+async def test_a_cancelled_future_costs_no_place(runner: HostRunner) -> None:
     for index in range(5):
         runner.submit(StepPlan(index, [])).cancel()
         await runner.submit(StepPlan(index, []))
 
 
 async def test_close_finishes_what_is_in_flight_and_ends_the_thread(
-    make_runner: Callable[..., CpuRunner],
+    make_runner: Callable[..., HostRunner],
 ) -> None:
     before = threading.active_count()
     runner = make_runner()

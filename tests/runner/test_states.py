@@ -14,7 +14,7 @@ from tgi_asgi.models.loading.recognise import is_native, read_config
 from tgi_asgi.runner import cpu_load
 from tgi_asgi.runner import load as loading
 from tgi_asgi.runner.memory import choose_kept_states, fitting_batch, kept_state_bytes, state_bytes
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import GivenRope
 
 LFM2 = STATE_CASES[0]
@@ -108,7 +108,7 @@ def test_kept_states_take_from_the_room_for_the_cache(monkeypatch: pytest.Monkey
 def test_drafts_take_room_for_their_states(caplog: pytest.LogCaptureFixture) -> None:
     loaded = loading.load(settings(speculate=8), checkpoint(LFM2), lambda *_: None)
     loaded.runner.close()
-    assert isinstance(loaded.runner, CpuRunner)
+    assert isinstance(loaded.runner, HostRunner)
     assert loaded.runner.traits.drafts is not None and not caplog.records
     _, config = read_config(config_of(LFM2))
     each = state_bytes(config, 8)

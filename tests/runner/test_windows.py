@@ -35,7 +35,7 @@ from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.runner import runner as runners
 from tgi_asgi.runner.groups import CacheGroups
 from tgi_asgi.runner.kv import groups_of
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.text.constrain import source as sources
@@ -100,7 +100,7 @@ async def serving(
 ) -> AsyncIterator[Engine]:  # fmt: skip
     """Serve a model."""
     size = plain_size(num_blocks, dtype)
-    runner = CpuRunner(
+    runner = HostRunner(
         model, size, max_batch_size=8, max_step_tokens=64, max_context=LONGEST, speculation=speculation
     )
     vocab_size = model.config.vocab_size

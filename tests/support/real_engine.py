@@ -15,7 +15,7 @@ from tgi_asgi.engine import Engine
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.load import load
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Adapter, GenerationRequest
 
@@ -31,7 +31,7 @@ async def serving(
     """Serve as the program would; yield the engine and [None, *adapters], of three ranks, from `folder`."""
     chosen = Settings(num_threads=2, thread_nice=0, enable_lora=True, **settings)
     found = load(chosen, files, lambda stage, done, total: None)
-    assert isinstance(found.runner, CpuRunner | CudaRunner) and found.adapters is not None
+    assert isinstance(found.runner, HostRunner | CudaRunner) and found.adapters is not None
     shapes = {
         f"base_model.model.{name}": target.shape
         for name, target in found.adapters.layout.targets.items()

@@ -30,7 +30,7 @@ from tgi_asgi.runner.memory import (
     state_bytes,
 )
 from tgi_asgi.runner.placement import Placed
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.runner.shards import Shards, cuts_of, jobs_of, repeats_of
 from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
@@ -125,7 +125,7 @@ class OnCpu:
                 dense=dense,
             )
             return Placed(encoder, budget.cache)
-        runner = CpuRunner(
+        runner = HostRunner(
             model,
             budget.cache,
             max_batch_size=settings.max_batch_size,

@@ -24,7 +24,7 @@ from tgi_asgi.runner.kv import choose_size, gpu_groups_of, step_tokens
 from tgi_asgi.runner.memory import fitting_batch, state_bytes
 from tgi_asgi.runner.module_device import ModuleDevice
 from tgi_asgi.runner.placement import Placed
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def place_module(
     settings = replace(settings, max_batch_size=batch)
     free -= batch * state_bytes(config)
     cache = choose_size(config, settings, groups, kv_name, longest, free, share=_cache_share(model))
-    runner = CpuRunner(
+    runner = HostRunner(
         model,
         cache,
         max_batch_size=batch,

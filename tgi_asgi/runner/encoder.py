@@ -1,7 +1,7 @@
 """Runs steps of embedding models: whole prompts in, pooled vectors out, no state kept.
 
-The counterpart of `CpuRunner` for encoder models. It reports blocks only for the scheduler's accounting; they
-have no memory.
+The counterpart of `HostRunner` for encoder models. It reports blocks only for the scheduler's accounting;
+they have no memory.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class EncoderRunner:
         return ops.team_progress() if self._device is None else None
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
-        """Queue a step, as `CpuRunner.submit` does."""
+        """Queue a step, as `HostRunner.submit` does."""
         return self._handoff.submit(plan)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import ServedModel
 from tgi_asgi.models.pooling import PoolingFiles
 from tgi_asgi.runner.kv import KvSize
-from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.runner.shards import Shards
 from tgi_asgi.settings import Settings
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # these import torch
     from tgi_asgi.runner.cuda_shards import CudaShards
     from tgi_asgi.runner.encoder import EncoderRunner
 
-Runner: TypeAlias = "CpuRunner | CudaRunner | EncoderRunner"
+Runner: TypeAlias = "HostRunner | CudaRunner | EncoderRunner"
 
 
 @dataclass(frozen=True, slots=True)

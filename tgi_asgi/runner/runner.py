@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from tgi_asgi.runner.module_device import ModuleDevice
 
 
-class CpuRunner:
+class HostRunner:
     """A `Runner` that lays out and samples on the host, and computes on the CPU's team or as a GPU's module.
 
-        runner = CpuRunner(model, kv_size, max_batch_size=128, max_step_tokens=4096, max_context=8192)
+        runner = HostRunner(model, kv_size, max_batch_size=128, max_step_tokens=4096, max_context=8192)
         result = await runner.submit(StepPlan(0, rows))
 
     Args:

@@ -88,7 +88,7 @@ class Shards:
 
         shards = Shards(jobs)             # they begin to load
         shards.wait_ready()
-        runner = CpuRunner(model, ..., shards=shards)
+        runner = HostRunner(model, ..., shards=shards)
 
     Attributes:
         shard: The group and first vocabulary id of shard 0, for its program.

@@ -306,7 +306,7 @@ class Filler:
             return False
         made = []
         for seed in range(2):
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):  # the host's only
                 torch.manual_seed(seed)
                 empty = torch.full(value.shape, torch.nan, dtype=value.dtype)
                 owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
