@@ -107,6 +107,7 @@ class OnCuda:
         _check_prompt_precision(settings)
         if isinstance(opened.config, ModelConfig) and (reason := why_no_kernels(opened.config)):
             opened.leave_to_module(reason)
+            longest = min(longest, opened.config.longest_context)
         if opened.is_generic and not opened.may_become_native(longest, _has_kernels):
             check_settings(settings, opened.config.architecture)
         cuts = cuts_of(opened, settings, num_gpus=device.count())
