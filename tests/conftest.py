@@ -29,7 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The other worker's tests need the cores: with the usual millisecond, teams of two took twice the time.
+    # The other worker's tests need the cores: with the usual millisecond, tests of operators took 1.7 times
+    # the processor time (bench/results/team-yield.json).
     _C.team_yield_after(20)
     nightly = config.getini("nightly_markers")
     config.pluginmanager.register(Selection(nightly))

@@ -20,7 +20,7 @@ import torch
 
 from tests.cuda import apart_device
 from tests.cuda.emulated_device import EmulatedDevice
-from tests.cuda.emulated_runner import SHAPE, make_device, require_emulation
+from tests.cuda.emulated_runner import SHAPE, make_device, require_emulation, save_with_tokenizer
 from tests.emulation import bindings
 from tests.models.generic.test_encoder_decoders import in_steps, random_pairs
 from tests.models.generic.test_table import BUILDABLE, is_served
@@ -50,6 +50,7 @@ from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.encoder_program import Prompt
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.ops.cuda_direct import CudaDirect
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.load import load as load_served
@@ -212,6 +213,39 @@ def test_kernels_compute_what_they_can(kind: str, tmp_path: Path, device: torch.
     assert attention | products[kind] <= launched
 
 
+@pytest.mark.parametrize("fault", ["no numbers", "noise"])
+def test_the_kernels_that_serve_are_tried_at_load(
+    fault: str, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Products in float32, which the other check compares, are as they should be."""
+    original = CudaDirect._product
+
+    def product(kernels: CudaDirect, made: Any, x: torch.Tensor, is_exact: bool) -> torch.Tensor:
+        rows = original(kernels, made, x, is_exact)
+        return rows if is_exact else rows * torch.nan if fault == "no numbers" else rows * 3
+
+    save(make_model(**SHAPE), tmp_path)
+    monkeypatch.setattr(CudaDirect, "_product", product)
+    if fault == "no numbers":
+        with pytest.raises(ModelLoadError, match="logits are no numbers in 16 bits"):
+            load(tmp_path, Repacking(torch.float16, device))
+        return
+    load(tmp_path, Repacking(torch.float16, device))
+    assert "logits of random tokens of LlamaForCausalLM differ by" in caplog.text
+
+
+def test_a_lack_of_memory_in_a_check_is_none_of_the_model_s_faults(
+    tmp_path: Path, found_device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    save_with_tokenizer(make_model("GPTJ", n_embd=64, n_head=4, n_layer=1, rotary_dim=8), tmp_path)
+    monkeypatch.setattr(CudaDirect, "linear", Mock(side_effect=error))
+    files = ModelFiles("tiny", None, "directory", tmp_path)
+    with pytest.raises(ModelLoadError, match="does not fit the GPU's memory: use a smaller one"):
+        load_served(Settings(thread_nice=0, num_threads=1, max_batch_size=2), files, lambda *_: None)
+
+
 @pytest.fixture
 def found_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
     """The device as the server finds it."""
@@ -258,7 +292,7 @@ async def test_a_chat_about_an_image_is_answered_over_http(
     ("changes", "message"),
     [
         ({"batch_invariant": True}, "--batch-invariant: .* products that depend on the whole batch"),
-        ({"lora_adapters": "a=b"}, "--lora-adapters: .* cannot choose adapters"),
+        ({"lora_adapters": "a=b"}, "LoRA adapters: .* cannot choose one"),
         ({"kv_cache_dtype": "fp8_e4m3fn"}, "--kv-cache-dtype fp8_e4m3fn: .* use auto"),
         ({"num_shard": 2}, "--num-shard 2: .* which is not split"),
         ({"dtype": "float32"}, "--dtype float32 is not supported on a GPU"),

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+HEAD_DIMS = (64, 80, 96, 128, 256)  # head sizes that the attention kernels are compiled for
+MAX_GROUP = 16  # query heads per KV head
+
 
 @dataclass(slots=True)
 class CudaKvLayer:

@@ -17,12 +17,11 @@ from torch import Tensor
 from tgi_asgi import _C
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.attention_spec import AttentionSpec
+from tgi_asgi.ops.cuda_kv import HEAD_DIMS, MAX_GROUP
 from tgi_asgi.ops.cuda_padded import PaddedSteps
 from tgi_asgi.ops.kv import HeadShape
 
 _kernels: Any = torch.ops.tgi_cuda
-HEAD_DIMS = (64, 80, 96, 128, 256)  # head sizes that the attention kernels are compiled for
-MAX_GROUP = 16  # query heads per KV head
 
 
 @dataclass(frozen=True, slots=True)

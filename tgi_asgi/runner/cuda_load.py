@@ -22,7 +22,7 @@ from tgi_asgi.models.pooling import Dense, PoolingFiles
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import PromptAttention
-from tgi_asgi.ops.cuda_paged import HEAD_DIMS, MAX_GROUP
+from tgi_asgi.ops.cuda_kv import HEAD_DIMS, MAX_GROUP
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device, must_fit, register_kernels
@@ -108,7 +108,9 @@ class OnCuda:
         if isinstance(opened.config, ModelConfig) and (reason := why_no_kernels(opened.config)):
             opened.leave_to_module(reason)
             longest = min(longest, opened.config.longest_context)
-        if opened.is_generic and not opened.may_become_native(longest, _has_kernels):
+        # What a module may be asked for, unless loading may show that native code computes it.
+        self._is_checked = opened.is_generic and not opened.may_become_native(longest, _has_kernels)
+        if self._is_checked:
             check_settings(settings, opened.config.architecture)
         cuts = cuts_of(opened, settings, num_gpus=device.count())
         self.dtype = dtype_name(self._dtype)
@@ -138,7 +140,8 @@ class OnCuda:
         if model.kind != "native":
             from tgi_asgi.runner.cuda_modules import place_module  # imports what native models do not need
 
-            check_settings(self.settings, model.config.architecture)
+            if not self._is_checked:
+                check_settings(self.settings, model.config.architecture)
             with must_fit():
                 return place_module(
                     model, self.settings, self._device, self._dtype, self.longest, pooling.dense

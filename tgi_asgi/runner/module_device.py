@@ -59,8 +59,8 @@ def check_settings(settings: Settings, architecture: str) -> None:
         raise ModelLoadError(f"--batch-invariant: {what}, with products that depend on the whole batch")
     if settings.serves_adapters:
         raise ModelLoadError(
-            f"--lora-adapters: {what}, where requests cannot choose adapters: name one as --model-id, or use "
-            "the CPU with CUDA_VISIBLE_DEVICES="
+            f"LoRA adapters: {what}, where requests cannot choose one: name a single adapter as --model-id, "
+            "or use the CPU with CUDA_VISIBLE_DEVICES="
         )
     if settings.kv_cache_dtype != "auto":
         raise ModelLoadError(f"--kv-cache-dtype {settings.kv_cache_dtype}: {what}: use auto")
