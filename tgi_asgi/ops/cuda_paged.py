@@ -105,9 +105,11 @@ class _Part(NamedTuple):
 class CudaPagedAttention:
     """Writes a step's keys and values and attends; the counterpart of `PagedAttention`.
 
-    attention = CudaPagedAttention(device)
-    attention.begin(batch)                                   # once per step
-    out = attention.run(pool.layers[i], q, k, v, spec)       # once per layer
+        attention = CudaPagedAttention(device)
+        attention.begin(batch)                                   # once per step
+        out = attention.run(pool.layers[i], q, k, v, spec)       # once per layer
+
+    A row's bits may depend on the other rows of its step.
     """
 
     def __init__(self, device: torch.device) -> None:
