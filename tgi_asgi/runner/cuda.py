@@ -267,13 +267,17 @@ class CudaRunner:
         if plan.copies:
             with self._together(Copies(plan.copies)):
                 self._steps.copy_blocks(plan.copies)
-        had_grammars = self._sampler.has_grammars
+        # The tokens that earlier steps sample advance grammars: those of this step's rows, and those that a
+        # start replaces or sets.
+        slots = [start.slot for start in plan.starts]
+        waits = self._sampler.constrains(slots)
         for start in plan.starts:
             self._sampler.start(start)
             self._scorer.forget(start.slot)
             self._vectors.forget(start.slot)
             self._rows.start(start.slot, len(start.prompt_ids))
-        waits = had_grammars or self._sampler.has_grammars  # for the tokens that earlier steps sample
+        slots += [row.slot for row in plan.rows if row.samples]
+        waits = waits or self._sampler.constrains(slots)
         event = next(self._events)
         if not plan.rows:
             self._start_grammars(plan, waits)
@@ -366,7 +370,7 @@ class CudaRunner:
         layout = self._layout(rows)
         shape = layout.shape
         if masked is None:
-            masked = self._sampler.masked(self._rows.sampling_slots) if self._sampler.has_grammars else []
+            masked = self._sampler.masked(self._rows.sampling_slots)
         self._rows.write(staging.array, shape.sections.firsts, shape.sizes, layout.needing, masked, adapters)
         return shape, layout, laid
 
