@@ -22,6 +22,7 @@ from tgi_asgi.models.pooling import Dense, PoolingFiles
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import PromptAttention
+from tgi_asgi.ops.cuda_experts import has_kernels
 from tgi_asgi.ops.cuda_kv import HEAD_DIMS, MAX_GROUP
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
@@ -58,7 +59,6 @@ SUPPORTED_NEEDS = frozenset(
     }
 )
 _MAX_HIDDEN = 16384
-_MAX_EXPERT_WEIGHTS = 1 << 29  # of an expert's gate and up: offsets in it have 32 bits
 # Of the memory free after the largest step, the cache gets this share of all but the reserve, which graphs,
 # kernels' modules and libraries' workspaces need on every GPU. Larger graphs and fragmentation use the rest.
 _SHARE, _RESERVE = 0.92, 1 << 30
@@ -242,7 +242,6 @@ def why_no_kernels(config: ModelConfig) -> str:
         return f"{config.architecture} needs {', '.join(lacking)}, which the GPU kernels do not have yet"
     group = config.num_heads // config.num_kv_heads
     experts = [layer.experts for layer in config.layers if layer.experts is not None]
-    largest = max((spec.intermediate_size for spec in experts), default=0)
     of_experts = {spec.intermediate_size for spec in experts} | {spec.shared_size for spec in experts} - {0}
     sizes = (config.hidden_size, config.intermediate_size, *sorted(of_experts))
     rotary = sorted({layer.rope.dim for layer in config.layers if layer.rope is not None})
@@ -252,7 +251,9 @@ def why_no_kernels(config: ModelConfig) -> str:
         or any(size % 8 for size in sizes)
         or any(size % 4 for size in rotary)
         or config.hidden_size > _MAX_HIDDEN
-        or 2 * largest * config.hidden_size >= _MAX_EXPERT_WEIGHTS
+        or not all(
+            has_kernels(each.num_experts, config.hidden_size, each.intermediate_size) for each in experts
+        )
     ):
         return (
             f"the GPU kernels do not support head size {config.head_dim} with {group} queries per KV head, "
