@@ -126,10 +126,9 @@ class CudaDirect:
         rows = x.new_empty(num_tokens, top_k, weight.columns, dtype=self.dtype)
         gate = (0.0, 1.0, 0.0) if clamped is None else (clamped.limit, clamped.slope, clamped.offset)
         a = x.to(self.dtype).contiguous()
-        _kernels.experts_gate_up(
-            a, *operands(made.gate_up.matrix, made.gate_up.bias), *plan, activation, *gate, inner
-        )
-        _kernels.experts_down(inner, *operands(made.down.matrix, made.down.bias), *plan, rows)
+        gate_up, down = (operands(each.matrix, each.bias) for each in (made.gate_up, made.down))
+        _kernels.experts_gate_up(a, *gate_up, *plan, activation, *gate, inner)
+        _kernels.experts_down(inner, *down, *plan, rows)
         total = torch.zeros_like(x, memory_format=torch.contiguous_format)
         _kernels.experts_sum(rows, routing.ids, routing.weights, weight.num_experts, 1.0, total)
         return total

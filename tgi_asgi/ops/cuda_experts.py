@@ -90,9 +90,9 @@ class CudaExperts:
         """
         ids = tokens_of(routing.ids)
         self._launches.add(
-            "tgi_cuda::route", tokens_of(logits), Input.SLOTS, self._weights.floats(spec.correction), spec.kind,
-            spec.num_groups, spec.top_groups, spec.sums_top_two, spec.is_renormalised, spec.eps, spec.scale,
-            spec.jitter, ids, tokens_of(routing.weights),
+            "tgi_cuda::route", tokens_of(logits), Input.SLOTS, self._weights.floats(spec.correction),
+            spec.kind, spec.num_groups, spec.top_groups, spec.sums_top_two, spec.is_renormalised, spec.eps,
+            spec.scale, spec.jitter, ids, tokens_of(routing.weights),
         )  # fmt: skip
         self._launches.add(
             "tgi_cuda::experts_plan", ids, spec.num_experts, self._is_streamed, tokens_of(routing.pairs),
@@ -115,8 +115,8 @@ class CudaExperts:
         )  # fmt: skip
         self._launches.add("tgi_cuda::experts_down", inner, *self._matrix(made.down), *plan, rows)
         self._launches.add(
-            "tgi_cuda::experts_sum", rows, tokens_of(routing.ids), tokens_of(routing.weights), weight.num_experts,
-            call.factor, tokens_of(x),
+            "tgi_cuda::experts_sum", rows, tokens_of(routing.ids), tokens_of(routing.weights),
+            weight.num_experts, call.factor, tokens_of(x),
         )  # fmt: skip
 
     def _matrix(self, made: DeviceMatrix) -> tuple[object, ...]:

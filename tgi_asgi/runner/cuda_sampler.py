@@ -84,7 +84,7 @@ class CudaSampler:
         self._draft_graphs: tuple[Command, Command] | None = None
 
     def constrains(self, slots: Iterable[int]) -> bool:
-        """Return whether any of these slots has a grammar; one that has ended counts until its slot restarts."""
+        """Return whether one of these slots has a grammar, be it of a sequence that has ended."""
         return not self._constrained.isdisjoint(slots)
 
     def staging(self) -> SampleStaging:
