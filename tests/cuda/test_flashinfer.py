@@ -60,7 +60,7 @@ def make_runner(
     given: dict[str, Any] = {
         "prompt_attention": "flashinfer", "max_batch_size": 4, "max_batch_prefill_tokens": 60
     }  # fmt: skip
-    runner, _ = cuda_load.make_runner(model, Settings(**given | changes), gpu, FP16, 256)
+    runner = cuda_load.make_runner(model, Settings(**given | changes), gpu, FP16, 256)
     return runner
 
 

@@ -96,6 +96,7 @@ class CudaRunner:
 
     Attributes:
         traits: As in `Runner.traits`.
+        cache: The size that `choose` has returned.
         max_context: Maximum number of tokens in a sequence.
     """
 
@@ -163,7 +164,8 @@ class CudaRunner:
         if shards is not None:
             shards.watch(self._fail_to_prepare)
         self._launcher.start()
-        num_blocks = self._prepared.result().num_blocks
+        self.cache = self._prepared.result()
+        num_blocks = self.cache.num_blocks
         self.traits = RunnerTraits(
             num_blocks=num_blocks,
             block_size=limits.block_size,

@@ -17,8 +17,9 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.check import decoding_step_of, step_of
 from tgi_asgi.models.pooling import Dense
-from tgi_asgi.runner.cpu_load import speculation_of
+from tgi_asgi.ops.cuda_kv import dtype_name
 from tgi_asgi.runner.cuda_device import Device
+from tgi_asgi.runner.drafts import speculation_of
 from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.kv import choose_size, gpu_groups_of, step_tokens
 from tgi_asgi.runner.memory import fitting_batch, state_bytes
@@ -54,7 +55,7 @@ def place_module(
     Raises:
         ModelLoadError: if the device has too little memory.
     """
-    config, kv_name = model.config, _name_of(dtype)
+    config, kv_name = model.config, dtype_name(dtype)
     groups = gpu_groups_of(config, dtype.itemsize)
     if model.kind == "encoder":
         cache = choose_size(config, settings, groups, kv_name, longest, device.free_bytes(), share=1.0)
@@ -123,8 +124,3 @@ def _free_beside_steps(
             "GPU: lower --max-batch-prefill-tokens or --max-batch-size, or use a smaller model"
         )
     return left
-
-
-def _name_of(dtype: torch.dtype) -> ops.KvDtype:
-    name: ops.KvDtype = "bfloat16" if dtype is torch.bfloat16 else "float16"
-    return name
