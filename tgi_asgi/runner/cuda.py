@@ -30,7 +30,7 @@ from tgi_asgi.ops import DeviceRows
 from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
-from tgi_asgi.runner.cuda_device import MIN_CHUNK, Command, Device, Event, translated
+from tgi_asgi.runner.cuda_device import Command, Device, Event
 from tgi_asgi.runner.cuda_drafts import CudaDrafts, LaidStep
 from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
@@ -41,9 +41,10 @@ from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
 from tgi_asgi.runner.handoff import MAX_IN_FLIGHT, PendingStep, StepHandoff
 from tgi_asgi.runner.inputs import PlanError, StepInputs
 from tgi_asgi.runner.kv import KvSize
-from tgi_asgi.runner.plan import DeviceLost, RunnerTraits, Sampled, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
+from tgi_asgi.runner.step_guard import StepGuard
 from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.types import PoolingKind
 
@@ -120,6 +121,7 @@ class CudaRunner:
         self.num_threads = 0
         self.progress: int | None = None
         self._device, self._shards, self._adapters = device, shards, adapters
+        self._guard = StepGuard(device)
         self._choose = choose
         max_batch_size, num_spares = limits.max_batch_size, 0
         self._drafts: CudaDrafts | None = None
@@ -157,7 +159,6 @@ class CudaRunner:
         )
         self._num_undelivered = 0
         self._delivered = threading.Condition()
-        self._lost: DeviceLost | None = None
         self._launcher = threading.Thread(target=self._launch_all, name="tgi-launcher", daemon=True)
         self._waiter = threading.Thread(target=self._wait_for_all, name="tgi-waiter", daemon=True)
         self._prepared: Future[KvSize] = Future()
@@ -171,7 +172,7 @@ class CudaRunner:
             block_size=limits.block_size,
             max_batch_size=max_batch_size,
             max_step_tokens=limits.max_step_tokens,
-            min_chunk=MIN_CHUNK,
+            min_chunk=self._guard.min_chunk,
             drafts=None if self._drafts is None else self._drafts.limits,
             windows=(None,),  # one block table serves all layers: blocks outside windows are not freed
         )
@@ -253,7 +254,7 @@ class CudaRunner:
                 outcome: _Launched | Exception = self._launch(step.plan)
             except BaseException as error:  # as in StepHandoff.serve
                 logger.exception("step %s failed", step.plan.step_id)
-                outcome = self._classify(error)
+                outcome = self._guard.translated(error)
             with self._delivered:
                 self._num_undelivered += 1
             self._launched.put((step, outcome))
@@ -262,8 +263,7 @@ class CudaRunner:
 
     def _launch(self, plan: StepPlan) -> _Launched:
         """Launch a step. A step that raises has sampled nothing: its rows can be run again."""
-        if self._lost is not None:
-            raise self._lost
+        self._guard.check()
         if plan.starts or plan.copies:
             self._inputs.check(plan)
         if plan.copies:
@@ -462,12 +462,5 @@ class CudaRunner:
                 self._drafts.observe(laid.starts, slots, sampled)
         except BaseException as error:
             logger.exception("step %s failed", step.plan.step_id)
-            return self._classify(error)
+            return self._guard.translated(error)
         return result
-
-    def _classify(self, error: BaseException) -> Exception:
-        """Translate an error to the engine's exceptions; remember whether the device is lost."""
-        made = translated(error, self._device)
-        if isinstance(made, DeviceLost):
-            self._lost = made
-        return made

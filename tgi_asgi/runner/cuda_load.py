@@ -30,7 +30,6 @@ from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.drafts import speculation_of
 from tgi_asgi.runner.kv import KvSize, choose_size, gpu_groups_of, kv_scales_of, step_tokens
 from tgi_asgi.runner.load_pooling import uses_logits
-from tgi_asgi.runner.module_device import check_settings
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.shards import cuts_of
 from tgi_asgi.settings import Settings
@@ -110,7 +109,7 @@ class OnCuda:
         # What a module may be asked for, unless loading may show that native code computes it.
         self._is_checked = opened.is_generic and not opened.may_become_native(longest, _has_kernels)
         if self._is_checked:
-            check_settings(settings, opened.config.architecture)
+            _check_module_settings(settings, opened.config.architecture)
         cuts = cuts_of(opened, settings, num_gpus=device.count())
         self.dtype = dtype_name(self._dtype)
         self.arithmetic = Repacking(self._dtype, device.device)
@@ -140,7 +139,7 @@ class OnCuda:
             from tgi_asgi.runner.cuda_modules import place_module  # imports what native models do not need
 
             if not self._is_checked:
-                check_settings(self.settings, model.config.architecture)
+                _check_module_settings(self.settings, model.config.architecture)
             with must_fit():
                 return place_module(
                     model, self.settings, self._device, self._dtype, self.longest, pooling.dense
@@ -193,6 +192,32 @@ def _check_prompt_precision(settings: Settings) -> None:
     wanted = settings.prompt_precision
     if wanted not in ("auto", "fp8"):
         raise ModelLoadError(f"--prompt-precision {wanted} is for CPUs: on a GPU it may be auto or fp8")
+
+
+def _check_module_settings(settings: Settings, architecture: str) -> None:
+    """Refuse or report what a GPU does only for native models.
+
+    Raises:
+        ModelLoadError: if the settings ask for something that would change what clients get.
+    """
+    what = f"{architecture} is computed by transformers' code on this GPU"
+    if settings.batch_invariant:
+        raise ModelLoadError(f"--batch-invariant: {what}, with products that depend on the whole batch")
+    if settings.serves_adapters:
+        raise ModelLoadError(
+            f"LoRA adapters: {what}, where requests cannot choose one: name a single adapter as --model-id, "
+            "or use the CPU with CUDA_VISIBLE_DEVICES="
+        )
+    if settings.kv_cache_dtype != "auto":
+        raise ModelLoadError(f"--kv-cache-dtype {settings.kv_cache_dtype}: {what}: use auto")
+    ignored = {
+        "--prompt-attention": settings.prompt_attention not in ("auto", "paged"),
+        "--prompt-precision": settings.prompt_precision != "auto",
+        "--dependent-launches": settings.dependent_launches,
+        "--quantize": settings.quantize is not None,
+    }
+    for name in (name for name, is_given in ignored.items() if is_given):
+        logger.warning("%s is ignored: %s", name, what)
 
 
 def _warn_of_old_driver() -> None:

@@ -23,9 +23,9 @@ from tgi_asgi.runner.drafts import speculation_of
 from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.kv import choose_size, gpu_groups_of, step_tokens
 from tgi_asgi.runner.memory import fitting_batch, state_bytes
-from tgi_asgi.runner.module_device import ModuleDevice
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.runner import HostRunner
+from tgi_asgi.runner.step_guard import StepGuard
 from tgi_asgi.settings import Settings
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def place_module(
             max_step_tokens=settings.max_batch_prefill_tokens,
             max_context=longest,
             dense=dense,
-            device=ModuleDevice(device),
+            device=StepGuard(device),
         )
         return Placed(encoder, replace(cache, bytes_per_token=0))
     rows = model.module.get_input_embeddings().weight.shape[0]
@@ -87,7 +87,7 @@ def place_module(
         image_cache=settings.image_cache,
         dense=dense,
         speculation=speculation_of(model, settings),
-        device=ModuleDevice(device),
+        device=StepGuard(device),
     )
     return Placed(runner, cache)
 

@@ -23,7 +23,7 @@ from tgi_asgi.runner.pooling import pool
 from tgi_asgi.types import PoolingKind
 
 if TYPE_CHECKING:
-    from tgi_asgi.runner.module_device import ModuleDevice
+    from tgi_asgi.runner.step_guard import StepGuard
 
 
 class EncoderRunner:
@@ -37,7 +37,7 @@ class EncoderRunner:
         max_step_tokens: Maximum number of tokens per step; raised to `max_context` so that the longest prompt
             fits one step.
         dense: Dense layers applied to pooled vectors.
-        device: The GPU that computes, if it is not the CPU.
+        device: Guard of the GPU that computes, if it is not the CPU.
 
     Attributes:
         traits: As in `Runner.traits`.
@@ -54,7 +54,7 @@ class EncoderRunner:
         max_step_tokens: int,
         max_context: int,
         dense: Sequence[Dense] = (),
-        device: ModuleDevice | None = None,
+        device: StepGuard | None = None,
     ) -> None:
         self._device = device
         self.traits = RunnerTraits(
@@ -103,7 +103,7 @@ class EncoderRunner:
 
         Raises:
             PlanError: if the plan is inconsistent or out of bounds.
-            MemoryError, DeviceLost: as in `ModuleDevice.computing`.
+            MemoryError, DeviceLost: as in `StepGuard.computing`.
         """
         with nullcontext() if self._device is None else self._device.computing():
             return self._run(plan)

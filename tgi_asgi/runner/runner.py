@@ -34,7 +34,7 @@ from tgi_asgi.types import PoolingKind
 
 if TYPE_CHECKING:
     from tgi_asgi.models.generic.model import GenericModel
-    from tgi_asgi.runner.module_device import ModuleDevice
+    from tgi_asgi.runner.step_guard import StepGuard
 
 
 class HostRunner:
@@ -50,7 +50,7 @@ class HostRunner:
         num_kept_states: Number of recurrent states to keep, for models with recurrent layers.
         adapters: Layout of the adapters that rows may have.
         shards: The other shards, if the model is split.
-        device: The GPU that computes, if it is not the CPU.
+        device: Guard of the GPU that computes, if it is not the CPU.
 
     Attributes:
         traits: As in `Runner.traits`.
@@ -72,7 +72,7 @@ class HostRunner:
         num_kept_states: int = 0,
         adapters: ops.AdapterLayout | None = None,
         shards: Shards | None = None,
-        device: ModuleDevice | None = None,
+        device: StepGuard | None = None,
     ) -> None:
         config = model.config
         self.max_context = max_context
@@ -191,7 +191,7 @@ class HostRunner:
 
         Raises:
             PlanError: if the plan is inconsistent or out of bounds.
-            MemoryError, DeviceLost: as in `ModuleDevice.computing`.
+            MemoryError, DeviceLost: as in `StepGuard.computing`.
         """
         with nullcontext() if self._device is None else self._device.computing():
             return self._run(plan)
