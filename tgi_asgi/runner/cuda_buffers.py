@@ -107,20 +107,10 @@ class StepShape(NamedTuple):
     def num_prompts(self) -> int:
         return self.num_sequences - self.num_decodes
 
-    def of_rows(self, num_columns: int, has_adapters: bool) -> StepShape:
-        """Return the shape of a step in this graph's shape."""
-        return StepShape(
-            self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes, self.max_query_len,
-            num_columns, has_adapters=has_adapters,
-        )  # fmt: skip
-
     @property
-    def graph(self) -> tuple[int, ...]:
-        """Key of the step's graph: graphs read no prompt lengths, and block tables from a fixed place."""
-        return (
-            self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes, self.max_query_len,
-            self.has_adapters,
-        )  # fmt: skip
+    def graph(self) -> StepShape:
+        """The shape of the step's graph: it reads no prompt lengths, and block tables from a fixed place."""
+        return self._replace(num_columns=0, prompt_lens=())
 
 
 @functools.lru_cache(4096)  # steps of the same shape follow each other
