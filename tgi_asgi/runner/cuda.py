@@ -38,10 +38,10 @@ from tgi_asgi.runner.cuda_pooling import CudaPooler, StepVectors
 from tgi_asgi.runner.cuda_sampler import CudaSampler, FetchedSamples, SampleStaging
 from tgi_asgi.runner.cuda_shards import CudaShards
 from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
-from tgi_asgi.runner.handoff import MAX_IN_FLIGHT, PendingStep, StepHandoff
+from tgi_asgi.runner.handoff import PendingStep, StepHandoff
 from tgi_asgi.runner.inputs import PlanError, StepInputs
 from tgi_asgi.runner.kv import KvSize
-from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.plan import MAX_IN_FLIGHT, RunnerTraits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
 from tgi_asgi.runner.step_guard import StepGuard

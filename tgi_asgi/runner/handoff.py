@@ -9,11 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tgi_asgi import ops
-from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
+from tgi_asgi.runner.plan import MAX_IN_FLIGHT, Sampled, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
-
-MAX_IN_FLIGHT = 2
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""The errors of a GPU's steps: translated to the engine's exceptions, which tell whether the device is lost."""
+"""The errors of a GPU's steps, as the engine understands them: one of them says that the device is lost."""
 
 from __future__ import annotations
 
