@@ -62,7 +62,7 @@ def plan_image_encoding(plan: StepPlan, pending: Many[PendingImage], spare_s: fl
     """Give a step's images the time that is left, or `MAX_ENCODE_S` if no row of the step samples a token."""
     plan.images = [each.image for each in pending]
     has_samples = any(row.samples for row in plan.rows)
-    plan.image_budget_s = min(spare_s, MAX_ENCODE_S) if has_samples else MAX_ENCODE_S
+    plan.image_budget_s = min(MAX_ENCODE_S, spare_s) if has_samples else MAX_ENCODE_S
 
 
 class ChunkBoundaries:

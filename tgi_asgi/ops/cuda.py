@@ -40,6 +40,7 @@ from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix, joined_halves
 from tgi_asgi.ops.cuda_scratch import Scratch
 from tgi_asgi.ops.cuda_shards import CudaShard, WholeLogits
 from tgi_asgi.ops.cuda_weights import DeviceWeights
+from tgi_asgi.ops.layout import round_up
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
 from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.rope import RopeTable
@@ -86,7 +87,7 @@ class CudaProgram:
         adapters: CudaAdapterLayout | None = None,
     ) -> None:
         self._shard, self._adapters = shard, adapters
-        self._max_tokens = -(-max_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE  # rows of buffers
+        self._max_tokens = round_up(max_tokens, TOKEN_MULTIPLE)  # rows of buffers
         self._max_sequences, self._max_rows = max_sequences, max_rows
         self._max_blocks = max_blocks
         self._dtype, self._device = dtype, device

@@ -80,7 +80,7 @@ def _qkv_shares(shape: QkvWeight) -> _Shares:
 def _head_norm(norm: NormWeight, order: Order, head_dim: int) -> _C.Norm:
     """Return a norm of all heads, or of each head, in packed order."""
     if norm.columns == head_dim:
-        order = order[: -(-head_dim // layout.STRIP) * layout.STRIP]
+        order = order[: layout.round_up(head_dim)]
     weight, bias = (
         None if part is None else layout.ordered(part, order) for part in (norm.weight, norm.bias)
     )
@@ -262,7 +262,7 @@ class Packing:
         return WeightSource(
             _C.quantise(np.ascontiguousarray(decode(source)), name),
             name,
-            (rows, -(-columns // 32) * 32),
+            (rows, layout.round_up(columns)),
         )
 
 

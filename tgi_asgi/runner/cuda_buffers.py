@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tgi_asgi.ops.cuda_batch import CudaBatch
 from tgi_asgi.ops.cuda_sample_state import DeviceSamples
+from tgi_asgi.ops.layout import round_up
 from tgi_asgi.ops.sample import SampleResult
 
 _ALIGNMENT = 16
@@ -50,7 +51,7 @@ class _Sections:
         for name, shape, dtype in arrays:
             count = torch.Size(shape).numel() * dtype.itemsize
             placed.append(_Section(name, shape, dtype, first, count))
-            first += -(-count // _ALIGNMENT) * _ALIGNMENT
+            first += round_up(count, _ALIGNMENT)
             firsts.append(first)
         return cls(tuple(placed), first, np.array(firsts))
 
