@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -33,6 +32,7 @@ from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Command, Device, Event
 from tgi_asgi.runner.cuda_drafts import CudaDrafts, LaidStep
 from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message
+from tgi_asgi.runner.cuda_in_flight import InFlight
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_pooling import CudaPooler, StepVectors
 from tgi_asgi.runner.cuda_sampler import CudaSampler, FetchedSamples, SampleStaging
@@ -154,11 +154,7 @@ class CudaRunner:
         # With at most two steps in flight, the step before the last has passed its event.
         self._events = itertools.cycle([device.event() for _ in range(MAX_IN_FLIGHT)])
         self._handoff = StepHandoff()
-        self._launched: queue.SimpleQueue[tuple[PendingStep, _Launched | Exception] | None] = (
-            queue.SimpleQueue()
-        )
-        self._num_undelivered = 0
-        self._delivered = threading.Condition()
+        self._in_flight = InFlight[tuple[PendingStep, _Launched | Exception]]()
         self._launcher = threading.Thread(target=self._launch_all, name="tgi-launcher", daemon=True)
         self._waiter = threading.Thread(target=self._wait_for_all, name="tgi-waiter", daemon=True)
         self._prepared: Future[KvSize] = Future()
@@ -166,9 +162,8 @@ class CudaRunner:
             shards.watch(self._fail_to_prepare)
         self._launcher.start()
         self.cache = self._prepared.result()
-        num_blocks = self.cache.num_blocks
         self.traits = RunnerTraits(
-            num_blocks=num_blocks,
+            num_blocks=self.cache.num_blocks,
             block_size=limits.block_size,
             max_batch_size=max_batch_size,
             max_step_tokens=limits.max_step_tokens,
@@ -176,13 +171,8 @@ class CudaRunner:
             drafts=None if self._drafts is None else self._drafts.limits,
             windows=(None,),  # one block table serves all layers: blocks outside windows are not freed
         )
-        self._inputs = StepInputs(
-            vocab_size=model.config.vocab_size,
-            num_blocks=num_blocks,
-            block_size=limits.block_size,
-            max_context=limits.max_context,
-            max_rows=max_batch_size + num_spares,
-            max_tokens=limits.max_step_tokens,
+        self._inputs = StepInputs.of(
+            self.traits, model.config.vocab_size, limits.max_context, num_spares=num_spares
         )
         self._rows = DeviceRows(StepRow, self._inputs.limits, types.is_batch_invariant)
         self._waiter.start()
@@ -255,11 +245,9 @@ class CudaRunner:
             except BaseException as error:  # as in StepHandoff.serve
                 logger.exception("step %s failed", step.plan.step_id)
                 outcome = self._guard.translated(error)
-            with self._delivered:
-                self._num_undelivered += 1
-            self._launched.put((step, outcome))
+            self._in_flight.put((step, outcome))
             del step, outcome
-        self._launched.put(None)
+        self._in_flight.close()
 
     def _launch(self, plan: StepPlan) -> _Launched:
         """Launch a step. A step that raises has sampled nothing: its rows can be run again."""
@@ -329,9 +317,7 @@ class CudaRunner:
         if drafts is None:
             raise PlanError("a row may have drafts, which this runner does not make")
         self._start_grammars(plan, waits or drafts.must_wait(plan))
-        with self._delivered:
-            is_idle = self._num_undelivered == 0
-        return drafts.lay_out(plan, self._sampler, staging.sampling, is_idle=is_idle)
+        return drafts.lay_out(plan, self._sampler, staging.sampling, is_idle=self._in_flight.is_idle)
 
     def _sampling(self, result: StepResult) -> list[int]:
         """Return the rows that sample; if the model generates nothing, answer the engine's probe at once."""
@@ -345,8 +331,7 @@ class CudaRunner:
     def _start_grammars(self, plan: StepPlan, waits: bool) -> None:
         """Set slots' grammars; `waits`: after earlier steps, whose sampled tokens advance the grammars."""
         if waits:
-            with self._delivered:
-                self._delivered.wait_for(lambda: self._num_undelivered == 0)
+            self._in_flight.wait_until_idle()
         for start in plan.starts:
             self._sampler.start_grammar(start)
 
@@ -431,12 +416,10 @@ class CudaRunner:
 
     def _wait_for_all(self) -> None:
         """Wait for launched steps in order, and deliver their results."""
-        while (item := self._launched.get()) is not None:
+        while (item := self._in_flight.take()) is not None:
             step, launched = item
             outcome = launched if isinstance(launched, Exception) else self._finish(step, launched)
-            with self._delivered:
-                self._num_undelivered -= 1
-                self._delivered.notify_all()
+            self._in_flight.done()
             self._handoff.finish(step, outcome)
             del item, step, launched, outcome
 

@@ -7,7 +7,6 @@ they have no memory.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -62,7 +61,6 @@ class EncoderRunner:
             block_size=block_size,
             max_batch_size=max_batch_size,
             max_step_tokens=max(max_step_tokens, max_context),
-            min_chunk=block_size,
             num_kept_states=0,
             takes_whole_prompts=True,
         )
@@ -73,10 +71,7 @@ class EncoderRunner:
             max_tokens=self.traits.max_step_tokens, max_rows=max_batch_size, max_context=max_context
         )
         self._handoff = StepHandoff()
-        self._thread = threading.Thread(
-            target=self._handoff.serve, args=(self.run,), name="tgi-runner", daemon=True
-        )
-        self._thread.start()
+        self._thread = self._handoff.start(self.run)
 
     @property
     def num_threads(self) -> int:
