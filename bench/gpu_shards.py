@@ -114,7 +114,7 @@ def _runner(device: Device, folder: Path, count: int) -> Iterator[Any]:
         model: Any = opened.load(Repacking(dtype, device.device), _LONGEST)
         if shards is not None:
             shards.wait_ready()
-        runner, _ = cuda_load.make_runner(model, settings, device, dtype, _LONGEST, None, shards)
+        runner = cuda_load.make_runner(model, settings, device, dtype, _LONGEST, None, shards)
         failing.pop_all()
     try:
         yield runner

@@ -31,7 +31,7 @@ from tgi_asgi.observe.access_log import log_access
 from tgi_asgi.observe.metrics import LoopLag
 from tgi_asgi.observe.summary import RequestSummary
 from tgi_asgi.observe.tracing import Tracing
-from tgi_asgi.serve.process import claim_parent, end_process
+from tgi_asgi.serve.process import FLUSH_S, claim_parent, end_process
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Adapters, Engine, Progress
 
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from tgi_asgi.runner.load import LoadedModel
 
 logger = logging.getLogger(__name__)
-
-FLUSH_S = 1.0
 
 Loader = Callable[[Settings, Progress], Served]  # runs in a thread; its engine has not been started yet
 Observer = Callable[[Exchange, RequestSummary], None]  # called after every response, failed ones included

@@ -32,7 +32,7 @@ def make_runner(directory: Path, kind: str) -> CudaRunner:
     )
     model = load_model(files, Repacking(FP16), max_positions=256)
     settings = Settings(batch_invariant=True, max_batch_size=4, max_batch_prefill_tokens=60)
-    runner, _ = cuda_load.make_runner(model, settings, EmulatedDevice(), FP16, 256)
+    runner = cuda_load.make_runner(model, settings, EmulatedDevice(), FP16, 256)
     return runner
 
 

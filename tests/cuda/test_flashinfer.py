@@ -33,7 +33,7 @@ from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_load import find_device
-from tgi_asgi.runner.handoff import MAX_IN_FLIGHT
+from tgi_asgi.runner.plan import MAX_IN_FLIGHT
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
@@ -60,7 +60,7 @@ def make_runner(
     given: dict[str, Any] = {
         "prompt_attention": "flashinfer", "max_batch_size": 4, "max_batch_prefill_tokens": 60
     }  # fmt: skip
-    runner, _ = cuda_load.make_runner(model, Settings(**given | changes), gpu, FP16, 256)
+    runner = cuda_load.make_runner(model, Settings(**given | changes), gpu, FP16, 256)
     return runner
 
 

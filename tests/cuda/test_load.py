@@ -28,7 +28,7 @@ from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.ops import cuda_quant
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, Repacking, repack
 from tgi_asgi.ops.tensors import from_tensor
-from tgi_asgi.runner.cuda_load import speculation_of
+from tgi_asgi.runner.drafts import speculation_of
 from tgi_asgi.runner.load import load
 from tgi_asgi.runner.plan import DraftLimits
 from tgi_asgi.settings import Settings
@@ -170,7 +170,8 @@ def test_drafts_are_for_models_that_generate_and_are_not_split(
     assert "speculation" not in caplog.text
 
     def of(settings: Settings, *, generates: bool = True, is_split: bool = False) -> Speculation | None:
-        model: Any = SimpleNamespace(config=SimpleNamespace(generates=generates))
+        config = SimpleNamespace(generates=generates, architecture="Llama")
+        model: Any = SimpleNamespace(kind="native", config=config)
         return speculation_of(model, settings, is_split=is_split)
 
     assert of(settings) == settings.speculation

@@ -103,7 +103,7 @@ def make_runner(
     model = load_model(save(reference, directory, FP16), Repacking(FP16), max_positions=256)
     given: dict[str, Any] = {"prompt_attention": "sdpa", "max_batch_size": 4, "max_batch_prefill_tokens": 60}
     settings = Settings(**given | changes)
-    runner, _ = cuda_load.make_runner(model, settings, gpu, FP16, 256)
+    runner = cuda_load.make_runner(model, settings, gpu, FP16, 256)
     return runner
 
 

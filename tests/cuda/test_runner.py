@@ -22,6 +22,7 @@ from tests.cuda.emulated_runner import (
     require_emulation,
     save_with_tokenizer,
 )  # fmt: skip
+from tests.runner.test_grammar import Letters
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
 from tests.support.kv import plain_size
 from tests.support.quantised import save_quantised
@@ -38,6 +39,8 @@ from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.load import load
 from tgi_asgi.runner.plan import DeviceLost, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.settings import Settings
+from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.types import SamplingParams
 
 
@@ -207,6 +210,35 @@ async def test_a_step_that_never_came_to_the_device_takes_no_memory_of_those_in_
     await runner.submit(StepPlan(2, [chunk]))
     first, failed, behind = taken
     assert failed == behind != first
+
+
+async def test_only_steps_of_a_grammar_wait_for_the_tokens_before_them(
+    runner: CudaRunner, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grammar of a sequence that has ended, whose slot nobody uses again, holds up no other sequence."""
+    waited: list[bool] = []
+    start_grammars = runner._start_grammars
+
+    def note(plan: StepPlan, waits: bool) -> None:
+        waited.append(waits)
+        start_grammars(plan, waits)
+
+    monkeypatch.setattr(runner, "_start_grammars", note)
+    grammar = GrammarCompiler(Letters(160), 160).compile(sources.regex("[a-z]{9}"))
+    starts = [SlotStart(0, GREEDY, 0, [5]), SlotStart(1, GREEDY, 0, [6], grammar=grammar)]
+    prompts = [StepRow(0, [5], 0, [[0]], samples=True), StepRow(1, [6], 0, [[1]], samples=True)]
+    plain, constrained = (StepRow(slot, None, 1, [[slot]], samples=True) for slot in (0, 1))
+    plans = [
+        StepPlan(0, prompts, starts),
+        StepPlan(1, [constrained]),
+        StepPlan(2, [plain]),
+        StepPlan(3, [StepRow(2, [7, 8], 0, [[2]], samples=False)], [SlotStart(2, GREEDY, 0, [7, 8, 9])]),
+        StepPlan(4, [StepRow(1, [7], 0, [[1]], samples=True)], [SlotStart(1, GREEDY, 0, [7])]),
+        StepPlan(5, [StepRow(1, None, 1, [[1]], samples=True)]),
+    ]
+    for plan in plans:
+        await runner.submit(plan)
+    assert waited == [True, True, False, False, True, False]
 
 
 async def test_a_lost_device_fails_this_step_and_all_after_it(

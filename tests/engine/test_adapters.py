@@ -274,6 +274,27 @@ async def test_a_broken_one_fails_alone_and_is_tried_again_later(
     adapters.close()
 
 
+async def test_one_that_takes_long_after_a_failure_is_loading_and_has_not_failed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tgi_asgi.engine.adapters._WAIT_S", 0.01)
+    script, clock = Script(), Clock()
+    script.failures["a"] = ModelLoadError("the disk is away")
+    adapters = Adapters(script, sources("a"), max_loaded=2, clock=clock)
+    await adapters.start()
+    with pytest.raises(InvalidRequest):
+        await adapters.lease("a")
+    script.failures.clear()
+    script.go_on.clear()
+    clock.now += 31
+    with pytest.raises(Unavailable, match="is loading"):
+        await adapters.lease("a")
+    script.go_on.set()
+    await settled(adapters, "a")
+    assert (await adapters.lease("a")).adapter.name == "a"
+    adapters.close()
+
+
 async def test_the_administrator_is_told_why_an_adapter_cannot_be_served() -> None:
     script = Script()
     script.failures["a"] = ModelLoadError("tensor 'x' is short")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from tgi_asgi.engine.budget import TokenBudget
@@ -71,6 +73,13 @@ def test_prompts_advance_even_where_decoding_alone_misses_the_target() -> None:
     for _ in range(20):
         budget.observe(64, 0, 0.2)
     assert 90 <= budget.tokens(64) <= 100  # half of the decode time, at 1 ms a token
+
+
+def test_a_target_without_end_lets_every_step_have_the_most_prompt_tokens() -> None:
+    budget = make_budget(math.inf)
+    budget.observe(0, 128, 0.1)
+    budget.observe(4, 128, 0.2)
+    assert budget.tokens(4) == 4096
 
 
 def test_steps_of_one_size_are_learnt_from_together() -> None:

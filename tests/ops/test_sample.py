@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -343,6 +344,22 @@ def test_starting_with_values_out_of_range_is_refused(start: dict[str, Any]) -> 
     state = ops.SampleState(2, 10)
     with pytest.raises(ValueError, match="must be in"):
         state.start(**{"slot": 0, "sampling": GREEDY, "choice": 0, "prompt_ids": [1], **start})
+
+
+def test_a_long_prompt_is_not_read_unless_penalties_count_its_tokens() -> None:
+    """Each choice starts a slot: 128 of them with a prompt of 131,072 tokens would take 0.7 s of a step."""
+
+    class Unread(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError("the prompt was read")
+
+    state = ops.SampleState(2, 10)
+    state.start(0, GREEDY, choice=0, prompt_ids=Unread([1, 2, 3]))
+    assert (state.last_ids[0], state.records["position"][0]) == (3, 3)
+    with pytest.raises(ValueError, match="must be in"):
+        state.start(0, GREEDY, choice=0, prompt_ids=Unread([1, 2, 10]))
+    with pytest.raises(ValueError, match="must be in"):
+        state.start(0, SamplingParams(presence_penalty=0.1), choice=0, prompt_ids=[1, 10, 2])
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "typical_p"])

@@ -23,7 +23,7 @@ from tgi_asgi.engine import Engine
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
-from tgi_asgi.runner.cpu_load import speculation_of
+from tgi_asgi.runner.drafts import speculation_of
 from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation

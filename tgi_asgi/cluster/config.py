@@ -75,7 +75,7 @@ class ClusterConfig:
 
 def name_of(model: ModelDeployment) -> str:
     """Return the name by which requests select the model."""
-    return str(model.settings.served_model_name or model.settings.model_id)
+    return str(model.settings.model_name)
 
 
 def _model(args: Mapping[str, Any], *, is_only: bool) -> ModelDeployment:

@@ -99,10 +99,9 @@ class ModelDispatcher:
             names = {name, name.removesuffix(":latest")}  # as Ollama's clients write it
             for app in self._apps:
                 served = app.context.served
-                settings = app.context.settings
-                own = settings.served_model_name or settings.model_id
                 adapters = served.adapters if served is not None else None
-                if own in names or (adapters is not None and any(each in adapters for each in names)):
+                is_own = app.context.settings.model_name in names
+                if is_own or (adapters is not None and any(each in adapters for each in names)):
                     return app
         return self._apps[0]
 
@@ -165,9 +164,7 @@ class ModelDispatcher:
     async def _measure(self, scope: Scope, send: Send) -> None:
         """Answer with the metrics of all applications; each sample has its model's name."""
         answers = [await _answer_of(app, scope) for app in self._apps]
-        names = [
-            str(app.context.settings.served_model_name or app.context.settings.model_id) for app in self._apps
-        ]
+        names = [str(app.context.settings.model_name) for app in self._apps]
         texts = [answer.body.decode() for answer in answers]
         body = await asyncio.to_thread(merged_metrics, dict(zip(names, texts, strict=True)))
         await _respond(scope, send, answers[0], body.encode())

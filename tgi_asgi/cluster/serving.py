@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,13 +27,13 @@ from tgi_asgi.cluster.replica import Replica
 from tgi_asgi.cluster.wire import CacheVersion, Description, Reply, Report, WireRequest
 from tgi_asgi.errors import TgiError
 from tgi_asgi.observe import logs
+from tgi_asgi.serve.process import shorten_waits_for_gil
 from tgi_asgi.settings import Settings
 
 ROUTER = "tgi_asgi.cluster.routing:PreferringRouter"
 _SLACK = 64  # calls in addition to those that generate: reports, and those that the engine itself refuses
 _MAX_INGRESS_REQUESTS = 100_000  # the ingress's own permits limit it
 _DRAIN_SLACK_S = 5.0
-_SWITCH_S = 0.001  # longest wait for the GIL, as in `serve/server.py`
 
 
 class ReplicaDeployment:
@@ -42,7 +41,7 @@ class ReplicaDeployment:
 
     async def __init__(self, settings: Settings, loader: Loader) -> None:  # type: ignore[misc]  # Ray awaits it
         logs.configure(settings)
-        sys.setswitchinterval(_SWITCH_S)
+        shorten_waits_for_gil()
         name = serve.get_replica_context().replica_id.unique_id
         self._replica = await Replica.start(name, settings, loader)
 
@@ -90,7 +89,7 @@ class IngressDeployment:
 
     def __init__(self, models: Sequence[tuple[Settings, DeploymentHandle[Any]]]) -> None:
         logs.configure(models[0][0])
-        sys.setswitchinterval(_SWITCH_S)
+        shorten_waits_for_gil()
         self._models = models
 
     def __serve_build_asgi_app__(self) -> Any:  # name required by Ray

@@ -305,7 +305,7 @@ class Adapters:
             task = self._begin(entry)
         await asyncio.wait({task}, timeout=_WAIT_S)
         if entry.adapter is None and self._entries.get(entry.source.name) is entry:
-            if entry.failure is not None:
+            if task.done() and entry.failure is not None:  # not that of an earlier attempt
                 raise _client_error(entry)
             raise Unavailable(f"The adapter '{entry.source.name}' is loading", retry_after_s=2)
 

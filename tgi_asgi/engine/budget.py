@@ -75,9 +75,10 @@ class TokenBudget:
             spare_s, least = _ALONE_S, max(_ALONE_TOKENS, self._min_tokens)
         else:
             spare_s, least = self.spare_s(num_decode_rows, waited_s), self._min_tokens
-        tokens = int(spare_s / max(token_s, spare_s / self._max_tokens))
-        aligned = tokens if tokens >= self._max_tokens else tokens - tokens % self._block_size
-        return min(max(aligned, least), self._max_tokens)
+        if token_s * self._max_tokens <= spare_s:
+            return self._max_tokens
+        tokens = int(spare_s / token_s)
+        return min(max(tokens - tokens % self._block_size, least), self._max_tokens)
 
     def spare_s(self, num_decode_rows: int, waited_s: float = 0.0) -> float:
         """Return how long the next step may take in addition to its decoding."""

@@ -19,7 +19,7 @@ class RequestChannel(Outbox):
     """
 
     __slots__ = (
-        "_has_begun", "_is_ended", "_on_cancel", "is_cancelled", "num_open", "outputs", "permit", "refusal",
+        "_has_begun", "_on_cancel", "is_cancelled", "is_ended", "num_open", "outputs", "permit", "refusal",
         "sequences", "stats", "timer",
     )  # fmt: skip
 
@@ -40,22 +40,17 @@ class RequestChannel(Outbox):
         self.refusal: TgiError | None = None  # why it will not start or continue
         self.timer: asyncio.TimerHandle | None = None  # limits its wait for the first step
         self._on_cancel = on_cancel
-        self._is_ended = False
+        self.is_ended = False  # the last event or the error is here, delivered or not
         self._has_begun = False
-
-    @property
-    def is_ended(self) -> bool:
-        """Whether the last event or the error is here, delivered or not."""
-        return self._is_ended
 
     @property
     def is_urgent(self) -> bool:
         """Whether the consumer waits for the new events: they hold the first token or the end."""
-        return self._is_ended or not self._has_begun
+        return self.is_ended or not self._has_begun
 
     def cancel(self) -> None:
         """Cancel the request; it ends with `IncompleteGeneration` unless it has ended already."""
-        if not self.is_cancelled and not self._is_ended:
+        if not self.is_cancelled and not self.is_ended:
             self.is_cancelled = True
             self._on_cancel(self)
 
@@ -64,7 +59,7 @@ class RequestChannel(Outbox):
 
         The permit of a request that has not run is released at once.
         """
-        if self.is_cancelled or self._is_ended or self.refusal is not None:
+        if self.is_cancelled or self.is_ended or self.refusal is not None:
             return False
         self.refusal = error
         if self.stats.scheduled_s is None:
@@ -79,12 +74,12 @@ class RequestChannel(Outbox):
             self.num_open -= 1
             self.stats.finishes.append(event.finish)
             if self.num_open == 0:
-                self._is_ended = True
+                self.is_ended = True
 
     def fail(self, error: TgiError) -> None:
         """End the request with an error, after the events that are waiting."""
-        if not self._is_ended:
-            self._is_ended = True
+        if not self.is_ended:
+            self.is_ended = True
             self._error = error
             self.flush()
 

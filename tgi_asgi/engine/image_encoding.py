@@ -6,7 +6,6 @@ alongside the rows of other sequences. Called by the scheduler; pure Python.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -59,12 +58,11 @@ def settle(pending: Many[PendingImage], result: StepResult) -> None:
             sequence.num_encoded_images = max(sequence.num_encoded_images, each.index + 1)
 
 
-def plan_image_encoding(plan: StepPlan, pending: Many[PendingImage], spare_s: Callable[[], float]) -> None:
+def plan_image_encoding(plan: StepPlan, pending: Many[PendingImage], spare_s: float) -> None:
     """Give a step's images the time that is left, or `MAX_ENCODE_S` if no row of the step samples a token."""
     plan.images = [each.image for each in pending]
-    plan.image_budget_s = (
-        min(spare_s(), MAX_ENCODE_S) if any(row.samples for row in plan.rows) else MAX_ENCODE_S
-    )
+    has_samples = any(row.samples for row in plan.rows)
+    plan.image_budget_s = min(MAX_ENCODE_S, spare_s) if has_samples else MAX_ENCODE_S
 
 
 class ChunkBoundaries:

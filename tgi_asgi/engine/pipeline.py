@@ -9,15 +9,13 @@ from collections.abc import Callable
 from functools import partial
 
 from tgi_asgi.engine.step import Step
-from tgi_asgi.runner.plan import DeviceLost, Runner, StepResult
+from tgi_asgi.runner.plan import MAX_IN_FLIGHT, DeviceLost, Runner, StepResult
 
 log = logging.getLogger(__name__)
 
-_DEPTH = 2  # steps that the runner has at a time
 _GRACE_S = 1.0  # given to a late step: it may be late because the process was suspended
-_QUIET_S = (
-    60.0  # given to a late step that got on: the longest part of a layer on a starved machine takes less
-)
+# Given to a late step that got on: the longest part of a layer on a starved machine takes less.
+_QUIET_S = 60.0
 
 
 class Flight:
@@ -73,7 +71,7 @@ class Pipeline:
     @property
     def has_room(self) -> bool:
         """Whether another step may be submitted; false until a failed step has been handled."""
-        return len(self._flights) < _DEPTH and not self._has_failed
+        return len(self._flights) < MAX_IN_FLIGHT and not self._has_failed
 
     @property
     def has_done(self) -> bool:

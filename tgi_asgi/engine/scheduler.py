@@ -154,11 +154,8 @@ class Scheduler:
             self._admit(step, budget)
         if step.pending_images:
             left = 1.0 - step.num_prefill_tokens / max(budget, step.num_prefill_tokens, 1)
-            plan_image_encoding(
-                step.plan,
-                step.pending_images,
-                lambda: left * self._budget.spare_s(step.num_decode_rows, waited_s),
-            )
+            spare_s = left * self._budget.spare_s(step.num_decode_rows, waited_s)
+            plan_image_encoding(step.plan, step.pending_images, spare_s)
         if not step.sequences and not step.pending_images:
             return None
         drafts = self.traits.drafts

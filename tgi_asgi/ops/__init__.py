@@ -11,7 +11,7 @@ the modules `cuda_*`, and `direct`, `paged` and `tensors`, which run models by t
 from tgi_asgi._C import DeviceRows, Drafter, FlatRows, PlanError, RowLimits, StepQueue, flatten_rows
 from tgi_asgi._C import Program as NativeProgram
 from tgi_asgi.ops.activation import activation
-from tgi_asgi.ops.activations import ACTIVATIONS, GATED_ACTIVATIONS
+from tgi_asgi.ops.activation_names import ACTIVATIONS, GATED_ACTIVATIONS
 from tgi_asgi.ops.adapters import AdapterLayout, Delta, NativeAdapter, Target
 from tgi_asgi.ops.attention import attention
 from tgi_asgi.ops.attention_spec import AttentionSpec

@@ -63,7 +63,7 @@ class _Product:
     @property
     def columns(self) -> int:
         """Columns of the packed matrix, in whole blocks."""
-        return -(-self.part.matrix.num_columns // layout.STRIP) * layout.STRIP
+        return layout.round_up(self.part.matrix.num_columns)
 
 
 class AdapterLayout:

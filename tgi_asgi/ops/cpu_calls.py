@@ -391,7 +391,7 @@ class CpuCalls:
         if rope.rotary_dim != rotary_dim:
             raise ValueError(f"the rotary table turns {rope.rotary_dim} dims, the weight {rotary_dim}")
         if id(rope) not in self._tables:
-            pairs = -(-head_dim // layout.STRIP) * layout.PANEL
+            pairs = layout.round_up(head_dim) // 2
             missing = pairs - rotary_dim // 2  # if it is 0, nothing is copied: 64 MiB for 131,072 positions
             cosines = layout.pad_columns(rope.cos, missing, 1.0)
             self._tables[id(rope)] = (rope, cosines, layout.pad_columns(rope.sin, missing))

@@ -179,7 +179,7 @@ class CpuProgram:
         if value.kind is not Kind.QUERY:
             return value.columns
         heads, head_dim, *_ = self._query_shape(value)
-        return heads * -(-head_dim // layout.STRIP) * layout.STRIP
+        return heads * layout.round_up(head_dim)
 
 
 def _packed_heads(rows: Floats, num_heads: int, head_dim: int, rotary_dim: int) -> Floats:

@@ -25,12 +25,22 @@ from tgi_asgi.ops.cuda_experts import CudaExperts, Routing
 from tgi_asgi.ops.cuda_float8 import TOKEN_MULTIPLE, Float8Product, can_multiply, float8_matrix
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear
-from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Rows, Size
-from tgi_asgi.ops.cuda_prompts import PromptLibraries, prompts_of
+from tgi_asgi.ops.cuda_list import (
+    Condition,
+    Input,
+    LaunchList,
+    Rows,
+    Size,
+    decodes_of,
+    prompts_of,
+    tokens_of,
+)
+from tgi_asgi.ops.cuda_prompts import PromptLibraries
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix, joined_halves
 from tgi_asgi.ops.cuda_scratch import Scratch
 from tgi_asgi.ops.cuda_shards import CudaShard, WholeLogits
 from tgi_asgi.ops.cuda_weights import DeviceWeights
+from tgi_asgi.ops.layout import round_up
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
 from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.rope import RopeTable
@@ -77,7 +87,7 @@ class CudaProgram:
         adapters: CudaAdapterLayout | None = None,
     ) -> None:
         self._shard, self._adapters = shard, adapters
-        self._max_tokens = -(-max_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE  # rows of buffers
+        self._max_tokens = round_up(max_tokens, TOKEN_MULTIPLE)  # rows of buffers
         self._max_sequences, self._max_rows = max_sequences, max_rows
         self._max_blocks = max_blocks
         self._dtype, self._device = dtype, device
@@ -149,32 +159,32 @@ class CudaProgram:
 
     def _embed(self, call: calls.Embed) -> None:
         table = self._weights.dense(call.table.made)
-        out = _tokens(self._make(call.out, torch.float32))
+        out = tokens_of(self._make(call.out, torch.float32))
         embed = "tgi_cuda::embed" if self._shard is None else self._shard.embed
         self._launches.add(embed, Input.IDS, table, out)
         if call.factor != 1.0:
             self._launches.add("aten::mul_.Scalar", out, call.factor)
         if call.positions is not None:
             shape = (self._max_tokens, call.out.columns)
-            added = _tokens(self._scratch.buffer("positions", shape, torch.float32))
+            added = tokens_of(self._scratch.buffer("positions", shape, torch.float32))
             learnt = self._weights.floats(call.positions)
             self._launches.add("aten::index_select.out", learnt, 0, Input.POSITIONS, added)
             self._launches.add("aten::add_.Tensor", out, added)
 
     def _activation(self, call: calls.Activation) -> None:
         x, out = self._in(call.x), self._make(call.out, self._dtype)
-        self._launches.add("aten::copy_", _tokens(out), _tokens(x))
+        self._launches.add("aten::copy_", tokens_of(out), tokens_of(x))
 
     def _norm(self, call: calls.Norm) -> None:
         x, out = self._in(call.x), self._make(call.out, self._dtype)
-        self._launches.add("tgi_cuda::norm", _tokens(x), *self._norm_of(call.weight), None, _tokens(out))
+        self._launches.add("tgi_cuda::norm", tokens_of(x), *self._norm_of(call.weight), None, tokens_of(out))
 
     def _norm_add(self, call: calls.NormAdd) -> None:
         rows, x, norm = self._in(call.rows), self._in(call.x), self._norm_of(call.weight)
-        self._launches.add("tgi_cuda::norm_add", _tokens(rows), *norm, call.factor, _tokens(x))
+        self._launches.add("tgi_cuda::norm_add", tokens_of(rows), *norm, call.factor, tokens_of(x))
 
     def _norm_residual(self, call: calls.NormResidual) -> None:
-        x = _tokens(self._in(call.x))
+        x = tokens_of(self._in(call.x))
         self._launches.add("tgi_cuda::norm", x, *self._norm_of(call.weight), None, x)
 
     def _norm_of(self, weight: NormWeight) -> tuple[Tensor, Tensor | None, float]:
@@ -188,7 +198,7 @@ class CudaProgram:
         product = self._product(call.a, made, rows, "qkv")
         self._adapt(weight, call.a, product)
         if call.clip is not None:
-            self._launches.add("aten::clamp_", _tokens(product), -call.clip, call.clip)
+            self._launches.add("aten::clamp_", tokens_of(product), -call.clip, call.clip)
         norms = weight.norms
         if norms is not None and norms.is_whole:
             self._whole_norms(product, weight, norms)
@@ -204,8 +214,8 @@ class CudaProgram:
             ]
             eps, is_last = query.eps, norms.is_last
         self._launches.add(
-            "tgi_cuda::rope_kv_write", _tokens(product), Input.POSITIONS, Input.SLOTS, cos, sin, *parts,
-            is_last, eps, layer.key_scale, layer.value_scale, _tokens(q), layer.pool,
+            "tgi_cuda::rope_kv_write", tokens_of(product), Input.POSITIONS, Input.SLOTS, cos, sin, *parts,
+            is_last, eps, layer.key_scale, layer.value_scale, tokens_of(q), layer.pool,
         )  # fmt: skip
 
     def _whole_norms(self, product: Tensor, weight: QkvWeight, norms: HeadNorms) -> None:
@@ -213,8 +223,8 @@ class CudaProgram:
         first = 0
         for norm in (norms.query, norms.key):
             scale = self._head_norm(norm.weight, weight)
-            part = _tokens(product[:, first : first + scale.numel()])
-            wide = _tokens(self._scratch.buffer("heads", (self._max_tokens, scale.numel()), torch.float32))
+            part = tokens_of(product[:, first : first + scale.numel()])
+            wide = tokens_of(self._scratch.buffer("heads", (self._max_tokens, scale.numel()), torch.float32))
             self._launches.add("aten::copy_", wide, part)
             self._launches.add("tgi_cuda::norm", wide, scale, None, norms.query.eps, None, wide)
             self._launches.add("aten::copy_", part, wide)
@@ -254,15 +264,15 @@ class CudaProgram:
             self._weights.floats(spec.slopes), layer.key_scale, layer.value_scale,
         )  # fmt: skip
         self._launches.add(
-            "tgi_cuda::attention_decode", _decodes(query), layer.pool, _decodes(Input.CONTEXT_LEN),
-            _decodes(Input.BLOCK_TABLE), *kind, plan, workspace, _decodes(out),
+            "tgi_cuda::attention_decode", decodes_of(query), layer.pool, decodes_of(Input.CONTEXT_LEN),
+            decodes_of(Input.BLOCK_TABLE), *kind, plan, workspace, decodes_of(out),
             when=Condition(Size.DECODES, 1),
         )  # fmt: skip
         is_by_library = self._libraries.add(layer, spec, query, kind, out)
         self._launches.add(
-            "tgi_cuda::attention_prefill", _tokens(query), layer.pool, prompts_of(Input.QUERY_START),
+            "tgi_cuda::attention_prefill", tokens_of(query), layer.pool, prompts_of(Input.QUERY_START),
             prompts_of(Input.CONTEXT_LEN), prompts_of(Input.BLOCK_TABLE), Size.MAX_QUERY_LEN, *kind,
-            _tokens(out),
+            tokens_of(out),
             when=Condition(Size.UNKNOWN_PROMPTS if is_by_library else Size.PROMPTS, 1),
         )  # fmt: skip
 
@@ -272,7 +282,7 @@ class CudaProgram:
             plan = torch.zeros(self._max_sequences + 1, dtype=torch.int32, device=self._device)
             self._plans[window] = plan
             self._launches.add(
-                "tgi_cuda::attention_plan", _decodes(Input.CONTEXT_LEN), _decodes(Input.BLOCK_TABLE),
+                "tgi_cuda::attention_plan", decodes_of(Input.CONTEXT_LEN), decodes_of(Input.BLOCK_TABLE),
                 block_size, window, plan, when=Condition(Size.DECODES, 1),
             )  # fmt: skip
         return self._plans[window]
@@ -293,7 +303,7 @@ class CudaProgram:
         else:
             linear.multiply(self._launches, source, product, Size.TOKENS)
             self._add_up(call.weight, product)
-            self._launches.add("tgi_cuda::residual_add", _tokens(product), call.factor, _tokens(x))
+            self._launches.add("tgi_cuda::residual_add", tokens_of(product), call.factor, tokens_of(x))
         self._adapt(call.weight, call.a, x, call.factor)
 
     def _is_part(self, weight: LinearWeight) -> bool:
@@ -309,20 +319,20 @@ class CudaProgram:
         if self._is_batch_invariant:
             count = shard.group.count * product.numel()
             parts = self._scratch.buffer("parts", (count,), product.dtype)
-        self._launches.add(functools.partial(shard.add, parts=parts), _tokens(product))
+        self._launches.add(functools.partial(shard.add, parts=parts), tokens_of(product))
 
     def _up(self, call: calls.Up) -> None:
         product = self._product(call.a, call.weight.made, call.weight.rows, "up product")
         self._adapt(call.weight, call.a, product)
-        out = _tokens(self._make(call.out, self._dtype))
-        self._launches.add("tgi_cuda::activate", _tokens(product), call.activation, *call.alphas, out)
+        out = tokens_of(self._make(call.out, self._dtype))
+        self._launches.add("tgi_cuda::activate", tokens_of(product), call.activation, *call.alphas, out)
 
     def _gate_up(self, call: calls.GateUp) -> None:
         rows = 2 * call.weight.intermediate_size
         product = self._product(call.a, call.weight.made, rows, "gate_up product")
         self._adapt(call.weight, call.a, product)
-        out = _tokens(self._make(call.out, self._dtype))
-        self._launches.add("tgi_cuda::gate", _tokens(product), call.activation, out)
+        out = tokens_of(self._make(call.out, self._dtype))
+        self._launches.add("tgi_cuda::gate", tokens_of(product), call.activation, out)
 
     def _route(self, call: calls.Route) -> None:
         spec = call.spec
@@ -337,7 +347,7 @@ class CudaProgram:
         self._experts.add(call, self._in(call.a), routing, self._in(call.x))
 
     def _gated_add(self, call: calls.GatedAdd) -> None:
-        rows, gate, x = (_tokens(self._in(value)) for value in (call.rows, call.gate, call.x))
+        rows, gate, x = (tokens_of(self._in(value)) for value in (call.rows, call.gate, call.x))
         self._launches.add("tgi_cuda::gated_add", rows, gate, call.factor, x)
 
     def _refuse(self, call: calls.Call) -> None:
@@ -375,7 +385,7 @@ class CudaProgram:
         if self._adapters is None or product is None:
             return
         when = Condition(Size.ADAPTED, 1)
-        inner = _tokens(
+        inner = tokens_of(
             self._scratch.buffer("adapters", (self._max_tokens, product.num_inner), torch.float32)
         )
         adapters = (
@@ -385,11 +395,11 @@ class CudaProgram:
             product.index,
             product.max_rank,
         )
-        self._launches.add("tgi_cuda::lora_down", _tokens(self._in(a)), *adapters, inner, when=when)
+        self._launches.add("tgi_cuda::lora_down", tokens_of(self._in(a)), *adapters, inner, when=when)
         first_end, second_end, *_ = (*product.ends, product.rows)
         self._launches.add(
             "tgi_cuda::lora_up", inner, *adapters, product.columns, first_end, second_end, factor,
-            _tokens(out), when=when,
+            tokens_of(out), when=when,
         )  # fmt: skip
 
     def _product_of(self, made: DeviceMatrix) -> CudaLinear:
@@ -453,16 +463,6 @@ _EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
     calls.Head: CudaProgram._make_head,
     **dict.fromkeys(_CPU_ONLY, CudaProgram._refuse),
 }
-
-
-def _tokens(rows: Tensor) -> Rows:
-    """Return the rows of a step's tokens."""
-    return Rows(rows, Size.TOKENS)
-
-
-def _decodes(rows: Tensor | Input) -> Rows:
-    """Return the rows of decoding sequences."""
-    return Rows(rows, Size.DECODES)
 
 
 def _max_codes(recorded: Sequence[calls.Call]) -> int:

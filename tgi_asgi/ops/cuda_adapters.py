@@ -22,6 +22,7 @@ from torch import Tensor
 from tgi_asgi.ops.adapters import AdaptableWeight, Delta, Target, changes_by_weight
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.cuda_quant import joined_halves
+from tgi_asgi.ops.layout import round_up
 from tgi_asgi.ops.weights import GateUpWeight, QkvWeight
 
 _ALIGNMENT = 8  # elements that a kernel loads at a time
@@ -89,7 +90,7 @@ class CudaAdapterLayout:
     ) -> None:  # fmt: skip
         self.targets, self.max_rank = dict(targets), max_rank
         self._products: dict[int, CudaProduct] = {}  # by the weight's id
-        rank = _aligned(max_rank)
+        rank = round_up(max_rank, _ALIGNMENT)
         for target in self.targets.values():
             weight = target.weight
             if id(weight) not in self._products:
@@ -115,7 +116,7 @@ class CudaAdapterLayout:
             ValueError: as `AdapterLayout.pack`, or if a value is too large for the dtype.
         """
         changes = changes_by_weight(self.targets, deltas, self.max_rank)
-        ranks = [_aligned(max(delta.down.shape[0] for _, _, delta in group)) for group in changes]
+        ranks = [round_up(max(delta.down.shape[0] for _, _, delta in group), _ALIGNMENT) for group in changes]
         products = [self._products[id(group[0][1].weight)] for group in changes]
         sizes = [product.num_elements(rank) for product, rank in zip(products, ranks, strict=True)]
         values = torch.zeros(sum(sizes), dtype=self.pool.dtype)
@@ -177,10 +178,6 @@ def _fill(
             ups[start:stop, :own_rank] = torch.from_numpy(_in_device_order(target.weight, piece, up))
         if not values.isfinite().all():
             raise ValueError(f"{name} has a value that is too large for {values.dtype}")
-
-
-def _aligned(count: int) -> int:
-    return -(-count // _ALIGNMENT) * _ALIGNMENT
 
 
 def _ends_of(weight: AdaptableWeight) -> tuple[int, ...]:

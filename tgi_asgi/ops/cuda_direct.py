@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tgi_asgi import _C
 from tgi_asgi.ops.adapters import AdapterLayout
-from tgi_asgi.ops.cuda_experts import Routing
+from tgi_asgi.ops.cuda_experts import Routing, has_kernels, operands
 from tgi_asgi.ops.cuda_linear import MAX_CODED_TOKENS, MAX_SKINNY_TOKENS, has_wide_products
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceExperts, DeviceMatrix
 from tgi_asgi.ops.direct import ACTIVATION_FUNCTIONS, by_expert, gated
@@ -24,8 +24,6 @@ from tgi_asgi.ops.weights import ExpertsWeight, GateUpWeight, LinearWeight
 
 _kernels: Any = torch.ops.tgi_cuda
 _EXACT_BYTES = 256 << 20  # of a matrix's rows that are widened to float32 at a time
-_MAX_EXPERT_WEIGHTS = 1 << 29  # of an expert's gate and up: offsets in it have 32 bits
-_MAX_EXPERTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +82,13 @@ class CudaDirect:
         _check(x, weight.columns, None)
         if len(x) == 0:
             return torch.zeros_like(x)
-        if not is_exact and self.dtype is not torch.float32 and _has_kernels(weight):
+        sizes = (weight.num_experts, weight.columns, weight.intermediate_size)
+        if not is_exact and self.dtype is not torch.float32 and has_kernels(*sizes):
             return self._experts_by_kernels(weight, x, ids, weights, activation, clamped)
         made: DeviceExperts = weight.made
-        order, tokens, sizes = by_expert(ids, weight.num_experts)
+        order, tokens, counts = by_expert(ids, weight.num_experts)
         total, first = torch.zeros_like(x), 0
-        for expert, size in enumerate(sizes.tolist()):
+        for expert, size in enumerate(counts.tolist()):
             mine = slice(first, first + size)
             first += size
             if size == 0:
@@ -127,8 +126,9 @@ class CudaDirect:
         rows = x.new_empty(num_tokens, top_k, weight.columns, dtype=self.dtype)
         gate = (0.0, 1.0, 0.0) if clamped is None else (clamped.limit, clamped.slope, clamped.offset)
         a = x.to(self.dtype).contiguous()
-        _kernels.experts_gate_up(a, *_operands(made.gate_up), *plan, activation, *gate, inner)
-        _kernels.experts_down(inner, *_operands(made.down), *plan, rows)
+        gate_up, down = (operands(each.matrix, each.bias) for each in (made.gate_up, made.down))
+        _kernels.experts_gate_up(a, *gate_up, *plan, activation, *gate, inner)
+        _kernels.experts_down(inner, *down, *plan, rows)
         total = torch.zeros_like(x, memory_format=torch.contiguous_format)
         _kernels.experts_sum(rows, routing.ids, routing.weights, weight.num_experts, 1.0, total)
         return total
@@ -213,18 +213,3 @@ def _part(stack: DeviceMatrix, index: int, num_rows: int) -> DeviceMatrix:
     matrix, first, last = stack.matrix, index * num_rows, (index + 1) * num_rows
     part = matrix.sliced(first, last) if isinstance(matrix, CudaQuantMatrix) else matrix[first:last]
     return DeviceMatrix(part, None if stack.bias is None else stack.bias[index].clone())  # aligned
-
-
-def _has_kernels(weight: ExpertsWeight) -> bool:
-    """Return whether the kernels compute experts of these sizes."""
-    columns, inner = weight.columns, weight.intermediate_size
-    is_small = 2 * columns * inner < _MAX_EXPERT_WEIGHTS and weight.num_experts <= _MAX_EXPERTS
-    return is_small and columns % 8 == 0 and inner % 8 == 0
-
-
-def _operands(made: DeviceMatrix) -> tuple[object, ...]:
-    """Return a product's weight, scales, offsets, bias, bits and zero point."""
-    matrix = made.matrix
-    if isinstance(matrix, CudaQuantMatrix):
-        return matrix.codes, matrix.scales, matrix.offsets, made.bias, matrix.bits, matrix.zero
-    return matrix, None, None, made.bias, 16, 0

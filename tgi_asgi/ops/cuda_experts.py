@@ -17,13 +17,28 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops import calls
-from tgi_asgi.ops.cuda_list import Input, LaunchList, Rows, Size
+from tgi_asgi.ops.cuda_list import Input, LaunchList, tokens_of
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceExperts, DeviceMatrix
 from tgi_asgi.ops.cuda_scratch import Scratch
 from tgi_asgi.ops.cuda_weights import DeviceWeights
 from tgi_asgi.ops.experts import RouteSpec
 
 _MIN_TILE = 8  # tokens of the smallest tile of one expert's tokens
+_MAX_EXPERTS = 1024  # kMaxExperts of csrc/cuda/kernels.h
+_MAX_WEIGHTS = 1 << 29  # of an expert's gate and up: offsets in it have 32 bits
+
+
+def has_kernels(num_experts: int, columns: int, intermediate_size: int) -> bool:
+    """Return whether the kernels compute experts of these sizes."""
+    is_small = num_experts <= _MAX_EXPERTS and 2 * columns * intermediate_size < _MAX_WEIGHTS
+    return is_small and columns % 8 == 0 and intermediate_size % 8 == 0
+
+
+def operands(matrix: Tensor | CudaQuantMatrix, bias: Tensor | None) -> tuple[object, ...]:
+    """Return a product's weight, scales, offsets, bias, bits and zero point, as its kernels take them."""
+    if isinstance(matrix, CudaQuantMatrix):
+        return matrix.codes, matrix.scales, matrix.offsets, bias, matrix.bits, matrix.zero
+    return matrix, None, None, bias, 16, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +88,14 @@ class CudaExperts:
 
         Padding, which has no slot in the cache, selects none: its experts would be read for nothing.
         """
-        ids = _tokens(routing.ids)
+        ids = tokens_of(routing.ids)
         self._launches.add(
-            "tgi_cuda::route", _tokens(logits), Input.SLOTS, self._weights.floats(spec.correction), spec.kind,
-            spec.num_groups, spec.top_groups, spec.sums_top_two, spec.is_renormalised, spec.eps, spec.scale,
-            spec.jitter, ids, _tokens(routing.weights),
+            "tgi_cuda::route", tokens_of(logits), Input.SLOTS, self._weights.floats(spec.correction),
+            spec.kind, spec.num_groups, spec.top_groups, spec.sums_top_two, spec.is_renormalised, spec.eps,
+            spec.scale, spec.jitter, ids, tokens_of(routing.weights),
         )  # fmt: skip
         self._launches.add(
-            "tgi_cuda::experts_plan", ids, spec.num_experts, self._is_streamed, _tokens(routing.pairs),
+            "tgi_cuda::experts_plan", ids, spec.num_experts, self._is_streamed, tokens_of(routing.pairs),
             routing.tiles,
         )  # fmt: skip
 
@@ -90,28 +105,19 @@ class CudaExperts:
         if not isinstance(made, DeviceExperts):
             raise TypeError("a CUDA step is recorded with a device's weights: make them with a `Repacking`")
         shape = (self._max_tokens, routing.ids.shape[1])
-        inner = _tokens(self._scratch.buffer("experts' inner rows", (*shape, weight.intermediate_size)))
-        rows = _tokens(self._scratch.buffer("experts' rows", (*shape, weight.columns)))
-        plan = (weight.num_experts, _tokens(routing.pairs), routing.tiles, self._is_streamed)
+        inner = tokens_of(self._scratch.buffer("experts' inner rows", (*shape, weight.intermediate_size)))
+        rows = tokens_of(self._scratch.buffer("experts' rows", (*shape, weight.columns)))
+        plan = (weight.num_experts, tokens_of(routing.pairs), routing.tiles, self._is_streamed)
         gate = (0.0, 1.0, 0.0) if clamped is None else (clamped.limit, clamped.slope, clamped.offset)
         self._launches.add(
-            "tgi_cuda::experts_gate_up", _tokens(a), *self._matrix(made.gate_up), *plan, call.activation,
+            "tgi_cuda::experts_gate_up", tokens_of(a), *self._matrix(made.gate_up), *plan, call.activation,
             *gate, inner,
         )  # fmt: skip
         self._launches.add("tgi_cuda::experts_down", inner, *self._matrix(made.down), *plan, rows)
         self._launches.add(
-            "tgi_cuda::experts_sum", rows, _tokens(routing.ids), _tokens(routing.weights), weight.num_experts,
-            call.factor, _tokens(x),
+            "tgi_cuda::experts_sum", rows, tokens_of(routing.ids), tokens_of(routing.weights),
+            weight.num_experts, call.factor, tokens_of(x),
         )  # fmt: skip
 
     def _matrix(self, made: DeviceMatrix) -> tuple[object, ...]:
-        """Return a product's weight, scales, offsets, bias, bits and zero point."""
-        matrix, bias = self._weights.matrix(made), self._weights.floats(made.bias)
-        if isinstance(matrix, CudaQuantMatrix):
-            return matrix.codes, matrix.scales, matrix.offsets, bias, matrix.bits, matrix.zero
-        return matrix, None, None, bias, 16, 0
-
-
-def _tokens(rows: Tensor) -> Rows:
-    """Return the rows of a step's tokens."""
-    return Rows(rows, Size.TOKENS)
+        return operands(self._weights.matrix(made), self._weights.floats(made.bias))

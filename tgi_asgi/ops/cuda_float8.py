@@ -18,6 +18,7 @@ from torch import Tensor
 from tgi_asgi.ops.cuda_list import Condition, LaunchList, Rows
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
 from tgi_asgi.ops.cuda_scratch import Scratch
+from tgi_asgi.ops.layout import round_up
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class Float8Product:
 def can_multiply(device: torch.device, dtype: torch.dtype, *, has_groups: bool) -> bool:
     """Return whether torch multiplies FP8 with these scales here, by a trial with an odd number of tokens."""
     tokens, rows, columns = 2 * GROUP + 5, 2 * GROUP, _COLUMN_MULTIPLE
-    padded = -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    padded = round_up(tokens, TOKEN_MULTIPLE)
     generator = torch.Generator().manual_seed(0)
     a, weight = (
         torch.randn(count, columns, generator=generator).to(device, torch.float8_e4m3fn)

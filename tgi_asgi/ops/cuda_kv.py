@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.kv import KvDtype
+
 HEAD_DIMS = (64, 80, 96, 128, 256)  # head sizes that the attention kernels are compiled for
 MAX_GROUP = 16  # query heads per KV head
+
+
+def dtype_name(dtype: torch.dtype) -> KvDtype:
+    """Return the name of a type that a GPU computes or caches in."""
+    return cast(KvDtype, str(dtype).removeprefix("torch."))
 
 
 @dataclass(slots=True)

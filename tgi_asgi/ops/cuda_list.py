@@ -54,6 +54,21 @@ class Rows:
     first: Size | None = None
 
 
+def tokens_of(rows: Tensor | Input) -> Rows:
+    """Return the rows of a step's tokens."""
+    return Rows(rows, Size.TOKENS)
+
+
+def decodes_of(rows: Tensor | Input) -> Rows:
+    """Return the rows of decoding sequences."""
+    return Rows(rows, Size.DECODES)
+
+
+def prompts_of(rows: Input) -> Rows:
+    """Return the rows of the sequences that do not decode."""
+    return Rows(rows, None, first=Size.DECODES)
+
+
 @dataclass(frozen=True, slots=True)
 class Condition:
     """The condition that `size` is in [min, max]."""

@@ -22,17 +22,12 @@ from tgi_asgi.ops.cuda_attention import (
 )
 from tgi_asgi.ops.cuda_flashinfer import FlashInfer, PlannedAttention, can_plan
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
-from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Rows, Size
+from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Size, prompts_of
 from tgi_asgi.ops.cuda_scratch import Scratch
 from tgi_asgi.ops.cuda_sdpa import Workspace
 
 _kernels: Any = torch.ops.tgi_cuda
 _WHEN = Condition(Size.KNOWN_PROMPTS, 1)
-
-
-def prompts_of(rows: Input) -> Rows:
-    """Return the rows of the sequences that do not decode."""
-    return Rows(rows, None, first=Size.DECODES)
 
 
 class PromptLibraries:

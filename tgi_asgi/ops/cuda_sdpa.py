@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.layout import round_up
+
 logger = logging.getLogger(__name__)
 
 TILE = 256  # rows that shapes are rounded to
@@ -79,7 +81,7 @@ def num_calls(library: Library, num_tokens: int, context_len: int) -> int:
 
 def padded(num_rows: int) -> int:
     """Return the number of rows, rounded up to whole tiles."""
-    return -(-num_rows // TILE) * TILE
+    return round_up(num_rows, TILE)
 
 
 def staging_rows(max_tokens: int) -> int:

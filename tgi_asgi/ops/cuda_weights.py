@@ -41,19 +41,15 @@ class DeviceWeights:
         """Return a tensor or array on the device in float32, or None."""
         return None if values is None else self.move(values, torch.float32)
 
-    def codes(self, matrix: CudaQuantMatrix) -> CudaQuantMatrix:
-        """Return the matrix on the device."""
-        kept = self._moved.get(id(matrix))
-        if kept is None:
-            self._moved[id(matrix)] = kept = (matrix, matrix.to(self._device))
-        found: CudaQuantMatrix = kept[1]
-        return found
-
     def matrix(self, made: DeviceMatrix) -> Tensor | CudaQuantMatrix:
         """Return a matrix on the device, as codes if it has them."""
-        if isinstance(made.matrix, CudaQuantMatrix):
-            return self.codes(made.matrix)
-        return self.move(made.matrix)
+        matrix = made.matrix
+        if not isinstance(matrix, CudaQuantMatrix):
+            return self.move(matrix)
+        if id(matrix) not in self._moved:
+            self._moved[id(matrix)] = (matrix, matrix.to(self._device))
+        found: CudaQuantMatrix = self._moved[id(matrix)][1]
+        return found
 
     def dense(self, made: DeviceMatrix) -> Tensor:
         """Return a matrix on the device as plain (decoded) weights."""

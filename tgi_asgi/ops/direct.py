@@ -14,6 +14,7 @@ from torch import Tensor
 from tgi_asgi import _C
 from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.experts import ClampedGate
+from tgi_asgi.ops.layout import round_up
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.packing import PackedExperts, PackedGateUp, PackedLinear, stacked
 from tgi_asgi.ops.weights import ExpertsWeight, GateUpWeight, LinearWeight
@@ -72,7 +73,7 @@ def gate_up(
     precision = "float32" if is_exact else part.precision
     changed = _changed(part, step, adapters)
     _C.gate_up_rows(part.matrix, part.bias, _array(x), out.numpy(), precision, activation, *changed)
-    return out if out.shape[1] == weight.intermediate_size else out[:, : weight.intermediate_size]
+    return _without_padding(out, weight.intermediate_size)
 
 
 def experts(
@@ -95,7 +96,7 @@ def experts(
     """
     made: PackedExperts = weight.made
     _check_columns(x, weight.columns)
-    out = _new_rows(x.shape[0], -(-weight.columns // 32) * 32)
+    out = _new_rows(x.shape[0], round_up(weight.columns))
     native = _C.ExpertMlps(
         gate_up=made.gate_up, down=made.down, activation=activation,
         **({} if clamped is None else asdict(clamped)),
@@ -103,7 +104,7 @@ def experts(
     precisions = ("float32", "float32") if is_exact else (made.precision, made.inner_precision)
     narrow = ids.clamp(-1, _MAX_ID - 1).to(torch.int32).contiguous()
     _C.experts_rows(native, narrow.numpy(), weights.contiguous().numpy(), _array(x), out.numpy(), *precisions)
-    return out if out.shape[1] == weight.columns else out[:, : weight.columns]
+    return _without_padding(out, weight.columns)
 
 
 class LinearStack:
@@ -127,10 +128,10 @@ class LinearStack:
             ValueError: if x has another number of columns, or the sizes do not add up.
         """
         _check_columns(x, self.columns)
-        out = _new_rows(x.shape[0], -(-self.rows // 32) * 32)
+        out = _new_rows(x.shape[0], round_up(self.rows))
         precision = "float32" if is_exact else self._precision
         _C.rows_by_expert(self._native, sizes.to(torch.int32).numpy(), _array(x), out.numpy(), precision)
-        return out if out.shape[1] == self.rows else out[:, : self.rows]
+        return _without_padding(out, self.rows)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, clamped: ClampedGate | None) -> Tensor:
@@ -169,7 +170,7 @@ def _product(
     precision = "float32" if is_exact else made.precision
     changed = _changed(made, step, adapters)
     _C.linear_rows(made.matrix, made.bias, _array(x), out.numpy(), precision, *changed)
-    return out if out.shape[1] == num_rows else out[:, :num_rows]
+    return _without_padding(out, num_rows)
 
 
 def _changed(
@@ -187,11 +188,10 @@ def embed(weight: LinearWeight, ids: Tensor, factor: float = 1.0) -> Tensor:
         ValueError: if an id is not in the table.
     """
     made: PackedLinear = weight.made
-    columns = -(-weight.columns // 32) * 32
-    out = _new_rows(ids.shape[0], columns)
+    out = _new_rows(ids.shape[0], round_up(weight.columns))
     narrow = ids.clamp(-1, _MAX_ID).to(torch.int32)  # clamped, as int32 would wrap 2^32 + 1 around to 1
     _C.embed_rows(made.matrix, narrow.contiguous().numpy(), factor, out.numpy())
-    return out if columns == weight.columns else out[:, : weight.columns]
+    return _without_padding(out, weight.columns)
 
 
 def norm(x: Tensor, weight: NormWeight) -> Tensor:
@@ -223,6 +223,11 @@ def _new_rows(num_rows: int, columns: int) -> Tensor:
     if num_rows * columns < _RECYCLED_FLOATS:
         return torch.empty(num_rows, columns, dtype=torch.float32)
     return torch.from_numpy(_C.new_rows(num_rows, columns))
+
+
+def _without_padding(rows: Tensor, columns: int) -> Tensor:
+    """Return the first columns: a view, unless these are all."""
+    return rows if rows.shape[1] == columns else rows[:, :columns]
 
 
 def _check_columns(x: Tensor, columns: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from tgi_asgi import _C
 from tgi_asgi.ops import calls
-from tgi_asgi.ops.activations import GATED_ACTIVATIONS
+from tgi_asgi.ops.activation_names import GATED_ACTIVATIONS
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 from tgi_asgi.ops.weights import ExpertsWeight

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 from tgi_asgi import _C
-from tgi_asgi.ops.layout import STRIP
+from tgi_asgi.ops.layout import STRIP, round_up
 from tgi_asgi.ops.states import StateLayer
 
 MAX_HEAD_DIM = 512
@@ -32,7 +32,7 @@ def cached_head_dim(head_dim: int, dtype: KvDtype, name: str = "head_dim") -> in
         raise ValueError(f"`{name}` must be even and at most {MAX_HEAD_DIM}, got {head_dim}")
     if dtype != "int8":
         return head_dim
-    padded = -(-head_dim // STRIP) * STRIP
+    padded = round_up(head_dim)
     if padded > head_dim * _MAX_GROWTH:
         raise ValueError(f"an int8 cache would pad heads of {head_dim} to {padded}: use bfloat16")
     return padded

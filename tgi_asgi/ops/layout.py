@@ -15,9 +15,14 @@ STRIP = 2 * PANEL
 Order = npt.NDArray[np.int64]  # source row of each packed row; -1: a row of zeros
 
 
+def round_up(count: int, multiple: int = STRIP) -> int:
+    """Return a count rounded up to a multiple; by default to whole strips."""
+    return -(-count // multiple) * multiple
+
+
 def row_order(rows: int) -> Order:
     """Return rows in order, padded to whole strips."""
-    order = np.full(-(-rows // STRIP) * STRIP, -1, np.int64)
+    order = np.full(round_up(rows), -1, np.int64)
     order[:rows] = np.arange(rows)
     return order
 
@@ -40,7 +45,7 @@ def head_order(
         rest = np.arange(rotary_dim, head_dim, 2)
         first = np.concatenate([rotated, rest])
         second = np.concatenate([rotated + apart, rest + 1])
-        num_pairs = -(-head_dim // STRIP) * PANEL
+        num_pairs = round_up(head_dim) // 2
         pairs = np.full((2, num_pairs), -1, np.int64)
         pairs[0, : len(first)], pairs[1, : len(second)] = first, second
         one = pairs.reshape(2, -1, PANEL).swapaxes(0, 1).reshape(-1)  # [strip, position in the pair, 16]

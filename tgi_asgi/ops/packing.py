@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -79,7 +80,7 @@ def _qkv_shares(shape: QkvWeight) -> _Shares:
 def _head_norm(norm: NormWeight, order: Order, head_dim: int) -> _C.Norm:
     """Return a norm of all heads, or of each head, in packed order."""
     if norm.columns == head_dim:
-        order = order[: -(-head_dim // layout.STRIP) * layout.STRIP]
+        order = order[: layout.round_up(head_dim)]
     weight, bias = (
         None if part is None else layout.ordered(part, order) for part in (norm.weight, norm.bias)
     )
@@ -111,6 +112,10 @@ class Packing:
     has_float_prompts: bool = field(default=False, repr=False)
     by_kind: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
     arena: _C.Arena = field(default_factory=_C.Arena, compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle how it computes, for another shard, without what it has packed."""
+        return Packing, (self.is_exact, self.quantise, self.rounds_floats, self.has_float_prompts)
 
     def linear(self, source: WeightSource, bias: Floats | None, *, is_vocabulary: bool) -> PackedLinear:
         """Pack a matrix; see `Arithmetic.linear`."""
@@ -257,7 +262,7 @@ class Packing:
         return WeightSource(
             _C.quantise(np.ascontiguousarray(decode(source)), name),
             name,
-            (rows, -(-columns // 32) * 32),
+            (rows, layout.round_up(columns)),
         )
 
 

@@ -55,9 +55,9 @@ class ShardMemory:
         return _C.ShardGroup(fd=fd, rank=rank, shape=self._shape())
 
     def _shape(self) -> _C.ShardShape:
-        padded = -(-self.num_columns // layout.STRIP) * layout.STRIP
         return _C.ShardShape(
-            count=self.count, num_members=self.num_threads, num_columns=padded, max_tokens=self.max_tokens,
+            count=self.count, num_members=self.num_threads,
+            num_columns=layout.round_up(self.num_columns), max_tokens=self.max_tokens,
             max_sequences=self.max_sequences, max_rows=self.max_rows, vocab_size=self.vocab_size,
             num_groups=self.num_groups, table_width=self.table_width,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import numpy as np
 
 from tgi_asgi import _C
 from tgi_asgi.ops.arrays import Floats
-from tgi_asgi.ops.layout import PANEL, STRIP
+from tgi_asgi.ops.layout import PANEL, round_up
 
 _FLOAT_BYTES = 4
 _HALVES = 2  # places per running sequence: a step's initial state stays until the next has been computed
@@ -40,12 +40,8 @@ def state_bytes(shape: StateShape, num_drafts: int = 0) -> int:
 
 def kept_state_bytes(shape: StateShape) -> int:
     """Return the bytes of a kept state in one layer."""
-    window = (shape.num_taps - 1) * _padded(shape.num_channels, STRIP)
-    return (window + _padded(shape.num_floats, PANEL)) * _FLOAT_BYTES
-
-
-def _padded(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
+    window = (shape.num_taps - 1) * round_up(shape.num_channels)
+    return (window + round_up(shape.num_floats, PANEL)) * _FLOAT_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from tgi_asgi.ops import calls
-from tgi_asgi.ops.activations import ACTIVATIONS, XIELU
+from tgi_asgi.ops.activation_names import ACTIVATIONS, XIELU
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 from tgi_asgi.ops.weights import LinearWeight
 

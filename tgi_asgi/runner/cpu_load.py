@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles, max_loaded_adapters
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
-from tgi_asgi.models.family import Model
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
 from tgi_asgi.models.pooling import Dense, PoolingFiles
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner import prompt_precision
-from tgi_asgi.runner.drafts import max_drafts_per_row
-from tgi_asgi.runner.kv import KvSize, choose_cpu_dtype, choose_size, groups_of
+from tgi_asgi.runner.drafts import max_drafts_per_row, speculation_of
+from tgi_asgi.runner.kv import KvSize, choose_cpu_dtype, choose_size, groups_of, step_tokens
 from tgi_asgi.runner.load_by_team import load_by_team
 from tgi_asgi.runner.memory import (
     check_weights_fit,
@@ -33,10 +31,6 @@ from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.runner.shards import Shards, cuts_of, jobs_of, repeats_of
 from tgi_asgi.settings import Settings
-from tgi_asgi.settings.speculation import Speculation
-
-if TYPE_CHECKING:
-    from tgi_asgi.models.generic.model import GenericModel
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +123,7 @@ class OnCpu:
             model,
             budget.cache,
             max_batch_size=settings.max_batch_size,
-            max_step_tokens=settings.max_batch_prefill_tokens + settings.max_batch_size,
+            max_step_tokens=step_tokens(settings),
             max_context=self.longest,
             image_cache=settings.image_cache,
             dense=dense,
@@ -155,31 +149,6 @@ class OnCpu:
         """End the other shards, as described in `Placement`."""
         if self.shards is not None:
             self.shards.abandon()
-
-
-def speculation_of(model: Model | GenericModel, settings: Settings) -> Speculation | None:
-    """Return how to draft tokens; None, with a warning, if drafts could change the text or not be undone."""
-    speculation = settings.speculation
-    if speculation is None or not model.config.generates:
-        return None
-    reason = _why_no_drafts(model)
-    if reason is None:
-        return speculation
-    logger.warning("speculation is disabled for %s: %s", model.config.architecture, reason)
-    return None
-
-
-def _why_no_drafts(model: Model | GenericModel) -> str | None:
-    """Return why drafts could change a model's text or not be undone; None if they are safe."""
-    if model.kind == "native":
-        return None
-    if model.config.has_states:
-        return "its state of a sequence cannot be undone token by token"
-    if not model.is_batch_invariant:
-        return "its logits depend on what else is computed"
-    if model.config.vision is not None:
-        return "it accepts images"
-    return None
 
 
 def _check_settings(settings: Settings) -> None:
@@ -238,7 +207,7 @@ def _divide(
         free -= adapter_bytes
     num_drafts = max_drafts_per_row(settings.speculation)
     batch = fitting_batch(config, settings.max_batch_size, free, num_drafts)
-    settings = replace(settings, max_batch_size=batch)
+    settings = replace(settings, max_batch_size=batch, cuda_memory_fraction=1.0)  # a CPU ignores it
     free -= batch * state_bytes(config, num_drafts)
     kv_dtype = choose_cpu_dtype(config, settings, is_exact=packing.is_exact)
     groups, repeats = groups_of(config, kv_dtype), repeats_of(cuts)

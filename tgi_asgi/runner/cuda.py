@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -30,20 +29,22 @@ from tgi_asgi.ops import DeviceRows
 from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
-from tgi_asgi.runner.cuda_device import MIN_CHUNK, Command, Device, Event, translated
+from tgi_asgi.runner.cuda_device import Command, Device, Event
 from tgi_asgi.runner.cuda_drafts import CudaDrafts, LaidStep
 from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message
+from tgi_asgi.runner.cuda_in_flight import InFlight
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_pooling import CudaPooler, StepVectors
 from tgi_asgi.runner.cuda_sampler import CudaSampler, FetchedSamples, SampleStaging
 from tgi_asgi.runner.cuda_shards import CudaShards
 from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
-from tgi_asgi.runner.handoff import MAX_IN_FLIGHT, PendingStep, StepHandoff
+from tgi_asgi.runner.handoff import PendingStep, StepHandoff
 from tgi_asgi.runner.inputs import PlanError, StepInputs
 from tgi_asgi.runner.kv import KvSize
-from tgi_asgi.runner.plan import DeviceLost, RunnerTraits, Sampled, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.plan import MAX_IN_FLIGHT, RunnerTraits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
+from tgi_asgi.runner.step_guard import StepGuard
 from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.types import PoolingKind
 
@@ -96,6 +97,7 @@ class CudaRunner:
 
     Attributes:
         traits: As in `Runner.traits`.
+        cache: The size that `choose` has returned.
         max_context: Maximum number of tokens in a sequence.
     """
 
@@ -119,6 +121,7 @@ class CudaRunner:
         self.num_threads = 0
         self.progress: int | None = None
         self._device, self._shards, self._adapters = device, shards, adapters
+        self._guard = StepGuard(device)
         self._choose = choose
         max_batch_size, num_spares = limits.max_batch_size, 0
         self._drafts: CudaDrafts | None = None
@@ -151,35 +154,25 @@ class CudaRunner:
         # With at most two steps in flight, the step before the last has passed its event.
         self._events = itertools.cycle([device.event() for _ in range(MAX_IN_FLIGHT)])
         self._handoff = StepHandoff()
-        self._launched: queue.SimpleQueue[tuple[PendingStep, _Launched | Exception] | None] = (
-            queue.SimpleQueue()
-        )
-        self._num_undelivered = 0
-        self._delivered = threading.Condition()
-        self._lost: DeviceLost | None = None
+        self._in_flight = InFlight[tuple[PendingStep, _Launched | Exception]]()
         self._launcher = threading.Thread(target=self._launch_all, name="tgi-launcher", daemon=True)
         self._waiter = threading.Thread(target=self._wait_for_all, name="tgi-waiter", daemon=True)
         self._prepared: Future[KvSize] = Future()
         if shards is not None:
             shards.watch(self._fail_to_prepare)
         self._launcher.start()
-        num_blocks = self._prepared.result().num_blocks
+        self.cache = self._prepared.result()
         self.traits = RunnerTraits(
-            num_blocks=num_blocks,
+            num_blocks=self.cache.num_blocks,
             block_size=limits.block_size,
             max_batch_size=max_batch_size,
             max_step_tokens=limits.max_step_tokens,
-            min_chunk=MIN_CHUNK,
+            min_chunk=self._guard.min_chunk,
             drafts=None if self._drafts is None else self._drafts.limits,
             windows=(None,),  # one block table serves all layers: blocks outside windows are not freed
         )
-        self._inputs = StepInputs(
-            vocab_size=model.config.vocab_size,
-            num_blocks=num_blocks,
-            block_size=limits.block_size,
-            max_context=limits.max_context,
-            max_rows=max_batch_size + num_spares,
-            max_tokens=limits.max_step_tokens,
+        self._inputs = StepInputs.of(
+            self.traits, model.config.vocab_size, limits.max_context, num_spares=num_spares
         )
         self._rows = DeviceRows(StepRow, self._inputs.limits, types.is_batch_invariant)
         self._waiter.start()
@@ -251,29 +244,30 @@ class CudaRunner:
                 outcome: _Launched | Exception = self._launch(step.plan)
             except BaseException as error:  # as in StepHandoff.serve
                 logger.exception("step %s failed", step.plan.step_id)
-                outcome = self._classify(error)
-            with self._delivered:
-                self._num_undelivered += 1
-            self._launched.put((step, outcome))
+                outcome = self._guard.translated(error)
+            self._in_flight.put((step, outcome))
             del step, outcome
-        self._launched.put(None)
+        self._in_flight.close()
 
     def _launch(self, plan: StepPlan) -> _Launched:
         """Launch a step. A step that raises has sampled nothing: its rows can be run again."""
-        if self._lost is not None:
-            raise self._lost
+        self._guard.check()
         if plan.starts or plan.copies:
             self._inputs.check(plan)
         if plan.copies:
             with self._together(Copies(plan.copies)):
                 self._steps.copy_blocks(plan.copies)
-        had_grammars = self._sampler.has_grammars
+        # The tokens that earlier steps sample advance grammars: those of this step's rows, and those that a
+        # start replaces or sets.
+        slots = [start.slot for start in plan.starts]
+        waits = self._sampler.constrains(slots)
         for start in plan.starts:
             self._sampler.start(start)
             self._scorer.forget(start.slot)
             self._vectors.forget(start.slot)
             self._rows.start(start.slot, len(start.prompt_ids))
-        waits = had_grammars or self._sampler.has_grammars  # for the tokens that earlier steps sample
+        slots += [row.slot for row in plan.rows if row.samples]
+        waits = waits or self._sampler.constrains(slots)
         event = next(self._events)
         if not plan.rows:
             self._start_grammars(plan, waits)
@@ -323,9 +317,7 @@ class CudaRunner:
         if drafts is None:
             raise PlanError("a row may have drafts, which this runner does not make")
         self._start_grammars(plan, waits or drafts.must_wait(plan))
-        with self._delivered:
-            is_idle = self._num_undelivered == 0
-        return drafts.lay_out(plan, self._sampler, staging.sampling, is_idle=is_idle)
+        return drafts.lay_out(plan, self._sampler, staging.sampling, is_idle=self._in_flight.is_idle)
 
     def _sampling(self, result: StepResult) -> list[int]:
         """Return the rows that sample; if the model generates nothing, answer the engine's probe at once."""
@@ -339,8 +331,7 @@ class CudaRunner:
     def _start_grammars(self, plan: StepPlan, waits: bool) -> None:
         """Set slots' grammars; `waits`: after earlier steps, whose sampled tokens advance the grammars."""
         if waits:
-            with self._delivered:
-                self._delivered.wait_for(lambda: self._num_undelivered == 0)
+            self._in_flight.wait_until_idle()
         for start in plan.starts:
             self._sampler.start_grammar(start)
 
@@ -366,7 +357,7 @@ class CudaRunner:
         layout = self._layout(rows)
         shape = layout.shape
         if masked is None:
-            masked = self._sampler.masked(self._rows.sampling_slots) if self._sampler.has_grammars else []
+            masked = self._sampler.masked(self._rows.sampling_slots)
         self._rows.write(staging.array, shape.sections.firsts, shape.sizes, layout.needing, masked, adapters)
         return shape, layout, laid
 
@@ -425,12 +416,10 @@ class CudaRunner:
 
     def _wait_for_all(self) -> None:
         """Wait for launched steps in order, and deliver their results."""
-        while (item := self._launched.get()) is not None:
+        while (item := self._in_flight.take()) is not None:
             step, launched = item
             outcome = launched if isinstance(launched, Exception) else self._finish(step, launched)
-            with self._delivered:
-                self._num_undelivered -= 1
-                self._delivered.notify_all()
+            self._in_flight.done()
             self._handoff.finish(step, outcome)
             del item, step, launched, outcome
 
@@ -456,12 +445,5 @@ class CudaRunner:
                 self._drafts.observe(laid.starts, slots, sampled)
         except BaseException as error:
             logger.exception("step %s failed", step.plan.step_id)
-            return self._classify(error)
+            return self._guard.translated(error)
         return result
-
-    def _classify(self, error: BaseException) -> Exception:
-        """Translate an error to the engine's exceptions; remember whether the device is lost."""
-        made = translated(error, self._device)
-        if isinstance(made, DeviceLost):
-            self._lost = made
-        return made

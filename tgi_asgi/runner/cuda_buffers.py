@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tgi_asgi.ops.cuda_batch import CudaBatch
 from tgi_asgi.ops.cuda_sample_state import DeviceSamples
+from tgi_asgi.ops.layout import round_up
 from tgi_asgi.ops.sample import SampleResult
 
 _ALIGNMENT = 16
@@ -50,7 +51,7 @@ class _Sections:
         for name, shape, dtype in arrays:
             count = torch.Size(shape).numel() * dtype.itemsize
             placed.append(_Section(name, shape, dtype, first, count))
-            first += -(-count // _ALIGNMENT) * _ALIGNMENT
+            first += round_up(count, _ALIGNMENT)
             firsts.append(first)
         return cls(tuple(placed), first, np.array(firsts))
 
@@ -107,20 +108,10 @@ class StepShape(NamedTuple):
     def num_prompts(self) -> int:
         return self.num_sequences - self.num_decodes
 
-    def of_rows(self, num_columns: int, has_adapters: bool) -> StepShape:
-        """Return the shape of a step in this graph's shape."""
-        return StepShape(
-            self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes, self.max_query_len,
-            num_columns, has_adapters=has_adapters,
-        )  # fmt: skip
-
     @property
-    def graph(self) -> tuple[int, ...]:
-        """Key of the step's graph: graphs read no prompt lengths, and block tables from a fixed place."""
-        return (
-            self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes, self.max_query_len,
-            self.has_adapters,
-        )  # fmt: skip
+    def graph(self) -> StepShape:
+        """The shape of the step's graph: it reads no prompt lengths, and block tables from a fixed place."""
+        return self._replace(num_columns=0, prompt_lens=())
 
 
 @functools.lru_cache(4096)  # steps of the same shape follow each other

@@ -212,17 +212,6 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return "NCCL" not in text and any(words in text for words in _NO_MEMORY)
 
 
-def translated(error: BaseException, device: Device) -> Exception:
-    """Return the engine's exception for what a step raised: it says whether the device is lost."""
-    if not isinstance(error, Exception):
-        return RuntimeError(repr(error))
-    if is_out_of_memory(error):
-        return MemoryError(str(error))
-    if isinstance(error, DeviceLost) or device.is_lost(error):
-        return DeviceLost(str(error))  # without the traceback, whose frames hold graphs
-    return error
-
-
 @contextlib.contextmanager
 def must_fit() -> Iterator[None]:
     """Turn out-of-memory errors of the GPU into one that says what to change.

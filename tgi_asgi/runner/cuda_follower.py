@@ -21,8 +21,8 @@ from tgi_asgi.ops.cuda_shards import CudaShard, DeviceGroup
 from tgi_asgi.runner.cuda_buffers import StepShape
 from tgi_asgi.runner.cuda_device import Device, Event, must_fit, register_kernels
 from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
-from tgi_asgi.runner.handoff import MAX_IN_FLIGHT
 from tgi_asgi.runner.kv import kv_scales_of
+from tgi_asgi.runner.plan import MAX_IN_FLIGHT
 from tgi_asgi.settings import Settings
 
 

@@ -46,9 +46,8 @@ class StepLayout(NamedTuple):
 
 def graph_layout(shape: StepShape, rows: DeviceRows) -> StepLayout:
     """Return the layout of a step in a graph's shape, whose decodes may be more than the step's."""
-    return StepLayout(
-        shape.of_rows(rows.num_columns, rows.has_adapters), rows, None if shape.num_rows else ()
-    )
+    shape = shape._replace(num_columns=rows.num_columns, has_adapters=rows.has_adapters)
+    return StepLayout(shape, rows, None if shape.num_rows else ())
 
 
 def plain_layout(rows: DeviceRows, needing: Sequence[int]) -> StepLayout:

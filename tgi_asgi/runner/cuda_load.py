@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
 
 import torch
 
-from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles, adapter_sources, max_loaded_adapters
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
@@ -22,15 +20,16 @@ from tgi_asgi.models.pooling import Dense, PoolingFiles
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import PromptAttention
-from tgi_asgi.ops.cuda_kv import HEAD_DIMS, MAX_GROUP
+from tgi_asgi.ops.cuda_experts import has_kernels
+from tgi_asgi.ops.cuda_kv import HEAD_DIMS, MAX_GROUP, dtype_name
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device, must_fit, register_kernels
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
 from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
+from tgi_asgi.runner.drafts import speculation_of
 from tgi_asgi.runner.kv import KvSize, choose_size, gpu_groups_of, kv_scales_of, step_tokens
 from tgi_asgi.runner.load_pooling import uses_logits
-from tgi_asgi.runner.module_device import check_settings
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.shards import cuts_of
 from tgi_asgi.settings import Settings
@@ -58,7 +57,6 @@ SUPPORTED_NEEDS = frozenset(
     }
 )
 _MAX_HIDDEN = 16384
-_MAX_EXPERT_WEIGHTS = 1 << 29  # of an expert's gate and up: offsets in it have 32 bits
 # Of the memory free after the largest step, the cache gets this share of all but the reserve, which graphs,
 # kernels' modules and libraries' workspaces need on every GPU. Larger graphs and fragmentation use the rest.
 _SHARE, _RESERVE = 0.92, 1 << 30
@@ -111,7 +109,7 @@ class OnCuda:
         # What a module may be asked for, unless loading may show that native code computes it.
         self._is_checked = opened.is_generic and not opened.may_become_native(longest, _has_kernels)
         if self._is_checked:
-            check_settings(settings, opened.config.architecture)
+            _check_module_settings(settings, opened.config.architecture)
         cuts = cuts_of(opened, settings, num_gpus=device.count())
         self.dtype = dtype_name(self._dtype)
         self.arithmetic = Repacking(self._dtype, device.device)
@@ -141,26 +139,26 @@ class OnCuda:
             from tgi_asgi.runner.cuda_modules import place_module  # imports what native models do not need
 
             if not self._is_checked:
-                check_settings(self.settings, model.config.architecture)
+                _check_module_settings(self.settings, model.config.architecture)
             with must_fit():
                 return place_module(
                     model, self.settings, self._device, self._dtype, self.longest, pooling.dense
                 )
-        adapters = None
-        if self.settings.serves_adapters:
-            adapters = AdapterLoader(make_adapter_layout(model, self.settings, self._device, self._dtype))
-        runner, cache = make_runner(
-            model, self.settings, self._device, self._dtype, self.longest, self._kv_scales, self.shards,
-            None if adapters is None else adapters.layout, pooling.dense,
+        settings, is_split, adapters = self.settings, self.shards is not None, None
+        if settings.serves_adapters:
+            adapters = AdapterLoader(make_adapter_layout(model, settings, self._device, self._dtype))
+        runner = make_runner(
+            model, settings, self._device, self._dtype, self.longest, self._kv_scales, self.shards,
+            adapters=None if adapters is None else adapters.layout, dense=pooling.dense,
             # All shards capture the same graphs, and the others do not know how the model pools.
-            has_logits=self.shards is not None or uses_logits(model.config, pooling, self.settings),
-            speculation=speculation_of(model, self.settings, is_split=self.shards is not None),
+            has_logits=is_split or uses_logits(model.config, pooling, settings),
+            speculation=speculation_of(model, settings, is_split=is_split),
         )  # fmt: skip
         if runner.prompts_by is not None:
-            which = "long prompts" if self.settings.prompt_attention == "auto" else "prompts"
+            which = "long prompts" if settings.prompt_attention == "auto" else "prompts"
             self._prompts = f" {which} by {runner.prompts_by}"
         self._note_float8_products(runner.num_float8_products)
-        return Placed(runner, cache, adapters)
+        return Placed(runner, runner.cache, adapters)
 
     def _note_float8_products(self, count: int) -> None:
         if count > 0:
@@ -190,21 +188,36 @@ class OnCuda:
             self.shards.abandon()
 
 
-def speculation_of(model: Model, settings: Settings, *, is_split: bool) -> Speculation | None:
-    """Return how to draft tokens; None if the model generates none, or, with a warning, if it is split."""
-    speculation = settings.speculation
-    if speculation is None or not model.config.generates:
-        return None
-    if is_split:
-        logger.warning("speculation is disabled: there are no drafts for a model that is split over GPUs")
-        return None
-    return speculation
-
-
 def _check_prompt_precision(settings: Settings) -> None:
     wanted = settings.prompt_precision
     if wanted not in ("auto", "fp8"):
         raise ModelLoadError(f"--prompt-precision {wanted} is for CPUs: on a GPU it may be auto or fp8")
+
+
+def _check_module_settings(settings: Settings, architecture: str) -> None:
+    """Refuse or report what a GPU does only for native models.
+
+    Raises:
+        ModelLoadError: if the settings ask for something that would change what clients get.
+    """
+    what = f"{architecture} is computed by transformers' code on this GPU"
+    if settings.batch_invariant:
+        raise ModelLoadError(f"--batch-invariant: {what}, with products that depend on the whole batch")
+    if settings.serves_adapters:
+        raise ModelLoadError(
+            f"LoRA adapters: {what}, where requests cannot choose one: name a single adapter as --model-id, "
+            "or use the CPU with CUDA_VISIBLE_DEVICES="
+        )
+    if settings.kv_cache_dtype != "auto":
+        raise ModelLoadError(f"--kv-cache-dtype {settings.kv_cache_dtype}: {what}: use auto")
+    ignored = {
+        "--prompt-attention": settings.prompt_attention not in ("auto", "paged"),
+        "--prompt-precision": settings.prompt_precision != "auto",
+        "--dependent-launches": settings.dependent_launches,
+        "--quantize": settings.quantize is not None,
+    }
+    for name in (name for name, is_given in ignored.items() if is_given):
+        logger.warning("%s is ignored: %s", name, what)
 
 
 def _warn_of_old_driver() -> None:
@@ -242,7 +255,6 @@ def why_no_kernels(config: ModelConfig) -> str:
         return f"{config.architecture} needs {', '.join(lacking)}, which the GPU kernels do not have yet"
     group = config.num_heads // config.num_kv_heads
     experts = [layer.experts for layer in config.layers if layer.experts is not None]
-    largest = max((spec.intermediate_size for spec in experts), default=0)
     of_experts = {spec.intermediate_size for spec in experts} | {spec.shared_size for spec in experts} - {0}
     sizes = (config.hidden_size, config.intermediate_size, *sorted(of_experts))
     rotary = sorted({layer.rope.dim for layer in config.layers if layer.rope is not None})
@@ -252,7 +264,9 @@ def why_no_kernels(config: ModelConfig) -> str:
         or any(size % 8 for size in sizes)
         or any(size % 4 for size in rotary)
         or config.hidden_size > _MAX_HIDDEN
-        or 2 * largest * config.hidden_size >= _MAX_EXPERT_WEIGHTS
+        or not all(
+            has_kernels(each.num_experts, config.hidden_size, each.intermediate_size) for each in experts
+        )
     ):
         return (
             f"the GPU kernels do not support head size {config.head_dim} with {group} queries per KV head, "
@@ -313,65 +327,47 @@ def make_shards(
         ModelLoadError: if the kernels cannot compute a part.
     """
     check_cuts(cuts)
-    limits = StepLimits(settings.block_size, settings.max_batch_size, step_tokens(settings), max_total_tokens)
+    limits = limits_of(settings, max_total_tokens)
     return CudaShards(files, settings, cuts, type(device), limits, types_of(settings, dtype))
 
 
+def limits_of(settings: Settings, max_total_tokens: int) -> StepLimits:
+    """Return the sizes that no step exceeds."""
+    return StepLimits(settings.block_size, settings.max_batch_size, step_tokens(settings), max_total_tokens)
+
+
 def make_runner(
-    model: Model,
-    settings: Settings,
-    device: Device,
-    dtype: torch.dtype,
-    max_total_tokens: int,
-    kv_scales: Sequence[tuple[float, float]] | None = None,
-    shards: CudaShards | None = None,
-    adapters: CudaAdapterLayout | None = None,
-    dense: Sequence[Dense] = (),
-    *,
-    has_logits: bool = True,
+    model: Model, settings: Settings, device: Device, dtype: torch.dtype, max_total_tokens: int,
+    kv_scales: Sequence[tuple[float, float]] | None = None, shards: CudaShards | None = None, *,
+    adapters: CudaAdapterLayout | None = None, dense: Sequence[Dense] = (), has_logits: bool = True,
     speculation: Speculation | None = None,
-) -> tuple[CudaRunner, KvSize]:
+) -> CudaRunner:  # fmt: skip
     """Record a model whose weights are on the device, and give the remaining memory to the cache.
 
     Args:
         kv_scales: Scales of keys and of values per layer, for an FP8 cache.
-        shards: The other shards, if the model is split.
-        adapters: The adapters that requests may name, with their slots on the device.
-        dense: Dense layers applied to pooled vectors.
-        has_logits, speculation: As for `CudaRunner`.
+        shards, adapters, dense, has_logits, speculation: As for `CudaRunner`.
 
     Raises:
         ModelLoadError: if it does not fit, or the GPU does not support what --kv-cache-dtype asks for; the
             message says what to change.
     """
     types = replace(types_of(settings, dtype), kv_scales=kv_scales)
-    kv_dtype = dtype if types.kv is None else types.kv
-    groups, kv_name = gpu_groups_of(model.config, kv_dtype.itemsize), dtype_name(kv_dtype)
+    kv_dtype = types.kv or dtype
+    groups = gpu_groups_of(model.config, kv_dtype.itemsize)
     if settings.quantize is not None:
         logger.warning("--quantize is for the CPU: on a GPU weights keep the file's format")
-    sizes: list[KvSize] = []
 
     def choose(free_bytes: int) -> KvSize:
-        usable = bytes_for_cache(free_bytes)
-        size = choose_size(model.config, settings, groups, kv_name, max_total_tokens, usable, share=1.0)
-        sizes.append(size)
-        return size
+        usable, name = bytes_for_cache(free_bytes), dtype_name(kv_dtype)
+        return choose_size(model.config, settings, groups, name, max_total_tokens, usable, share=1.0)
 
     with must_fit():
-        runner = CudaRunner(
-            model,
-            device,
-            choose,
-            StepLimits(settings.block_size, settings.max_batch_size, step_tokens(settings), max_total_tokens),
-            types,
-            max_top=max(MAX_TOP, settings.max_top_n_tokens or 0),
-            shards=shards,
-            adapters=adapters,
-            dense=dense,
-            has_logits=has_logits,
-            speculation=speculation,
-        )
-    return runner, sizes[-1]
+        return CudaRunner(
+            model, device, choose, limits_of(settings, max_total_tokens), types,
+            max_top=max(MAX_TOP, settings.max_top_n_tokens or 0), shards=shards, adapters=adapters,
+            dense=dense, has_logits=has_logits, speculation=speculation,
+        )  # fmt: skip
 
 
 def bytes_for_cache(free_bytes: int) -> int:
@@ -415,8 +411,3 @@ def _choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
         f"--kv-cache-dtype {name} is not supported on a GPU: use auto or fp8_e4m3fn, or hide the GPU with "
         "CUDA_VISIBLE_DEVICES="
     )
-
-
-def dtype_name(dtype: torch.dtype) -> ops.KvDtype:
-    """Return the name of a type that a GPU computes or caches in."""
-    return cast(ops.KvDtype, str(dtype).removeprefix("torch."))

@@ -17,14 +17,15 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.check import decoding_step_of, step_of
 from tgi_asgi.models.pooling import Dense
-from tgi_asgi.runner.cpu_load import speculation_of
+from tgi_asgi.ops.cuda_kv import dtype_name
 from tgi_asgi.runner.cuda_device import Device
+from tgi_asgi.runner.drafts import speculation_of
 from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.kv import choose_size, gpu_groups_of, step_tokens
 from tgi_asgi.runner.memory import fitting_batch, state_bytes
-from tgi_asgi.runner.module_device import ModuleDevice
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.runner import HostRunner
+from tgi_asgi.runner.step_guard import StepGuard
 from tgi_asgi.settings import Settings
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def place_module(
     Raises:
         ModelLoadError: if the device has too little memory.
     """
-    config, kv_name = model.config, _name_of(dtype)
+    config, kv_name = model.config, dtype_name(dtype)
     groups = gpu_groups_of(config, dtype.itemsize)
     if model.kind == "encoder":
         cache = choose_size(config, settings, groups, kv_name, longest, device.free_bytes(), share=1.0)
@@ -66,7 +67,7 @@ def place_module(
             max_step_tokens=settings.max_batch_prefill_tokens,
             max_context=longest,
             dense=dense,
-            device=ModuleDevice(device),
+            device=StepGuard(device),
         )
         return Placed(encoder, replace(cache, bytes_per_token=0))
     rows = model.module.get_input_embeddings().weight.shape[0]
@@ -86,7 +87,7 @@ def place_module(
         image_cache=settings.image_cache,
         dense=dense,
         speculation=speculation_of(model, settings),
-        device=ModuleDevice(device),
+        device=StepGuard(device),
     )
     return Placed(runner, cache)
 
@@ -123,8 +124,3 @@ def _free_beside_steps(
             "GPU: lower --max-batch-prefill-tokens or --max-batch-size, or use a smaller model"
         )
     return left
-
-
-def _name_of(dtype: torch.dtype) -> ops.KvDtype:
-    name: ops.KvDtype = "bfloat16" if dtype is torch.bfloat16 else "float16"
-    return name

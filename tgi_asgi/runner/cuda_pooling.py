@@ -19,7 +19,7 @@ from tgi_asgi.ops.cuda import CudaProgram
 from tgi_asgi.runner.cuda_device import Device
 from tgi_asgi.runner.cuda_layout import StepLayout
 from tgi_asgi.runner.plan import StepRow
-from tgi_asgi.runner.pooling import Pooler, through
+from tgi_asgi.runner.pooling import Pooler, apply_dense
 from tgi_asgi.types import PoolingKind
 
 
@@ -46,7 +46,7 @@ class StepVectors:
         vectors = dict(self.complete)
         if self.states is not None:
             for index, state in zip(self.last, self.states.copy(), strict=True):
-                vectors[index] = through(self.dense, state)
+                vectors[index] = apply_dense(self.dense, state)
         if self.logits is not None:
             ends = np.cumsum(list(self.chosen.values()))[:-1]
             vectors.update(zip(self.chosen, np.split(self.logits.copy(), ends), strict=True))

@@ -83,10 +83,9 @@ class CudaSampler:
         self._results = torch.zeros(result_bytes(rows, max_top), dtype=torch.uint8, device=device.device)
         self._draft_graphs: tuple[Command, Command] | None = None
 
-    @property
-    def has_grammars(self) -> bool:
-        """Whether any slot has a grammar."""
-        return bool(self._constrained)
+    def constrains(self, slots: Iterable[int]) -> bool:
+        """Return whether one of these slots has a grammar, be it of a sequence that has ended."""
+        return not self._constrained.isdisjoint(slots)
 
     def staging(self) -> SampleStaging:
         """Allocate pinned memory for one step in flight."""

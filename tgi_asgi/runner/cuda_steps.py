@@ -164,7 +164,7 @@ class CudaSteps:
         has_mixed = types.prompt_attention in (PromptAttention.PAGED, PromptAttention.AUTO)
         self._shapes = graph_shapes(limits, has_mixed=has_mixed, has_logits=has_logits)
         self._for_decodes = [self._smallest(size) for size in range(limits.max_batch_size + 1)]
-        self._graphs: dict[tuple[int, ...], Graphs] = {}
+        self._graphs: dict[StepShape, Graphs] = {}
         self._has_adapters = adapters is not None
 
     def profile(self) -> None:

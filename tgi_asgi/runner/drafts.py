@@ -6,13 +6,22 @@ it guesses, docs/drafts.md the whole mechanism.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tgi_asgi import ops
 from tgi_asgi.runner.plan import DraftLimits, Sampled, SlotStart, StepPlan
+from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
+
+if TYPE_CHECKING:
+    from tgi_asgi.models.family import Model
+    from tgi_asgi.models.generic.model import GenericModel
+
+logger = logging.getLogger(__name__)
 
 MAX_DRAFTS_PER_STEP = 64  # over all rows: each draft needs a row of logits
 
@@ -20,6 +29,37 @@ MAX_DRAFTS_PER_STEP = 64  # over all rows: each draft needs a row of logits
 def max_drafts_per_row(how: Speculation | None) -> int:
     """Return the maximum number of drafts per row."""
     return 0 if how is None else min(how.num_tokens, MAX_DRAFTS_PER_STEP)
+
+
+def speculation_of(
+    model: Model | GenericModel, settings: Settings, *, is_split: bool = False
+) -> Speculation | None:
+    """Return how to draft tokens; None, with a warning, if drafts cannot be computed safely.
+
+    Args:
+        is_split: Whether several GPUs compute the model.
+    """
+    speculation = settings.speculation
+    if speculation is None or not model.config.generates:
+        return None
+    reason = "it is split over GPUs" if is_split else _why_no_drafts(model)
+    if reason is None:
+        return speculation
+    logger.warning("speculation is disabled for %s: %s", model.config.architecture, reason)
+    return None
+
+
+def _why_no_drafts(model: Model | GenericModel) -> str | None:
+    """Return why drafts could change a model's text or not be undone; None if they are safe."""
+    if model.kind == "native":
+        return None
+    if model.config.has_states:
+        return "its state of a sequence cannot be undone token by token"
+    if not model.is_batch_invariant:
+        return "its logits depend on what else is computed"
+    if model.config.vision is not None:
+        return "it accepts images"
+    return None
 
 
 class SlotDrafts:

@@ -7,7 +7,6 @@ they have no memory.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from tgi_asgi.runner.pooling import pool
 from tgi_asgi.types import PoolingKind
 
 if TYPE_CHECKING:
-    from tgi_asgi.runner.module_device import ModuleDevice
+    from tgi_asgi.runner.step_guard import StepGuard
 
 
 class EncoderRunner:
@@ -37,7 +36,7 @@ class EncoderRunner:
         max_step_tokens: Maximum number of tokens per step; raised to `max_context` so that the longest prompt
             fits one step.
         dense: Dense layers applied to pooled vectors.
-        device: The GPU that computes, if it is not the CPU.
+        device: Guard of the GPU that computes, if it is not the CPU.
 
     Attributes:
         traits: As in `Runner.traits`.
@@ -54,7 +53,7 @@ class EncoderRunner:
         max_step_tokens: int,
         max_context: int,
         dense: Sequence[Dense] = (),
-        device: ModuleDevice | None = None,
+        device: StepGuard | None = None,
     ) -> None:
         self._device = device
         self.traits = RunnerTraits(
@@ -62,7 +61,6 @@ class EncoderRunner:
             block_size=block_size,
             max_batch_size=max_batch_size,
             max_step_tokens=max(max_step_tokens, max_context),
-            min_chunk=block_size,
             num_kept_states=0,
             takes_whole_prompts=True,
         )
@@ -73,10 +71,7 @@ class EncoderRunner:
             max_tokens=self.traits.max_step_tokens, max_rows=max_batch_size, max_context=max_context
         )
         self._handoff = StepHandoff()
-        self._thread = threading.Thread(
-            target=self._handoff.serve, args=(self.run,), name="tgi-runner", daemon=True
-        )
-        self._thread.start()
+        self._thread = self._handoff.start(self.run)
 
     @property
     def num_threads(self) -> int:
@@ -103,7 +98,7 @@ class EncoderRunner:
 
         Raises:
             PlanError: if the plan is inconsistent or out of bounds.
-            MemoryError, DeviceLost: as in `ModuleDevice.computing`.
+            MemoryError, DeviceLost: as in `StepGuard.computing`.
         """
         with nullcontext() if self._device is None else self._device.computing():
             return self._run(plan)

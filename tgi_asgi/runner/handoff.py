@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tgi_asgi import ops
-from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
+from tgi_asgi.runner.plan import MAX_IN_FLIGHT, Sampled, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
-
-MAX_IN_FLIGHT = 2
 
 
 @dataclass(slots=True)
@@ -93,6 +92,12 @@ class StepHandoff:
         while (step := self.take()) is not None:
             self.finish(step, _outcome(compute, step.plan))
             del step  # or its plan's images and adapters would stay in memory until the next step
+
+    def start(self, compute: Callable[[StepPlan], StepResult]) -> threading.Thread:
+        """Start a runner's thread, which computes steps until the handoff is closed."""
+        thread = threading.Thread(target=self.serve, args=(compute,), name="tgi-runner", daemon=True)
+        thread.start()
+        return thread
 
     def finish(self, step: PendingStep, outcome: StepResult | Exception) -> None:
         """Hand a step's outcome to the event loop that waits for it."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from tgi_asgi.ops import FlatRows, PlanError, RowLimits, flatten_rows
-from tgi_asgi.runner.plan import StepPlan, StepRow
+from tgi_asgi.runner.plan import RunnerTraits, StepPlan, StepRow
 
 __all__ = ["PlanError", "StepInputs"]
 
@@ -50,6 +50,18 @@ class StepInputs:
             windows=windows,
             num_kept_states=num_kept_states,
         )
+
+    @classmethod
+    def of(
+        cls, traits: RunnerTraits, vocab_size: int, max_context: int, *, num_spares: int = 0
+    ) -> StepInputs:
+        """Return the inputs of a runner's steps; `num_spares` slots follow those of its sequences."""
+        return cls(
+            vocab_size=vocab_size, num_blocks=traits.num_blocks, block_size=traits.block_size,
+            max_context=max_context, max_rows=traits.max_batch_size + num_spares,
+            max_tokens=traits.max_step_tokens, windows=traits.windows,
+            num_kept_states=traits.num_kept_states or 0,
+        )  # fmt: skip
 
     def check(self, plan: StepPlan) -> None:
         """Check the slots that start, and the blocks to copy.

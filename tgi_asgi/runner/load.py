@@ -25,7 +25,7 @@ from tgi_asgi.models.loading.open import OpenModel, ServedModel
 from tgi_asgi.runner.cpu_load import OnCpu
 from tgi_asgi.runner.free_memory import free_memory
 from tgi_asgi.runner.kv import KvSize
-from tgi_asgi.runner.load_pooling import LoadedText, with_pooling
+from tgi_asgi.runner.load_pooling import with_pooling
 from tgi_asgi.runner.memory import check_rope_fits, choose_context, kept_state_bytes
 from tgi_asgi.runner.placement import Placed, Placement, Runner
 from tgi_asgi.runner.shards import Shards
@@ -106,7 +106,7 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         pooling, generation = opened.companions.pooling(), opened.companions.generation_config()
     placed = place.place(model, pooling)
     info = _describe(place, placed, opened, model, files, weights, tokenizer, num_threads)
-    info = with_pooling(info, opened, pooling, place.settings, LoadedText(tokenizer, chat_template))
+    info = with_pooling(info, opened, pooling, place.settings, tokenizer, chat_template)
     info = _with_sampling(info, generation, place.settings)
     return LoadedModel(
         placed.runner, tokenizer, chat_template, info, image_processor, placed.adapters, place.shards
@@ -161,7 +161,7 @@ def _describe(
         kernel_set=None if kernels is None else kernels.name,
         prompt_precision=place.prompt_precision,
         created=int(time.time()),
-        fingerprint=weights.fingerprint(_bits(place, placed.cache, opened.config)),
+        fingerprint=weights.fingerprint(_bits(place, cache, config)),
         implementation="transformers" if opened.is_generic else "native",
         encoder_decoder=config.encoder_decoder,
         is_batch_invariant=place.is_batch_invariant(model),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from tgi_asgi.errors import ModelLoadError
@@ -43,17 +43,10 @@ the answer can only be "yes" or "no".<|im_end|>
 {{ "" }}"""
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedText:
-    """The tokenizer and chat template of a model."""
-
-    tokenizer: Tokenizer
-    chat_template: ChatTemplate | None
-
-
 def with_pooling(
-    info: ModelInfo, opened: OpenModel, files: PoolingFiles, settings: Settings, text: LoadedText
-) -> ModelInfo:
+    info: ModelInfo, opened: OpenModel, files: PoolingFiles, settings: Settings, tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+) -> ModelInfo:  # fmt: skip
     """Return the API's description of a model with how it embeds, scores and classifies added.
 
     Raises:
@@ -78,10 +71,10 @@ def with_pooling(
     labels = opened.companions.labels() if config.num_labels else LabelFiles()
     # Encoders are run by transformers' own code, which decides for itself.
     pad_id = labels.pad_id if isinstance(config, ModelConfig) else None
-    tokens = _score_tokens(config, files, settings, text.tokenizer)
+    tokens = _score_tokens(config, files, settings, tokenizer)
     if tokens:
         given["scoring"] = Scoring(
-            Pooling(PoolingKind.LOGITS, tokens, pad_id), longest, _score_template(config, text.chat_template)
+            Pooling(PoolingKind.LOGITS, tokens, pad_id), longest, _score_template(config, template)
         )
     reason = files.reason or "its files do not say how; start the server with --pooling last, mean or cls"
     if config.num_labels:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from tgi_asgi.types import Vector
 
 
+MAX_IN_FLIGHT = 2  # steps that a runner has at a time: one computes, the next waits for it
+
+
 @dataclass(slots=True)
 class SlotStart:
     """Assigns a slot to a sequence: the runner resets the slot's sampling state to this.
@@ -196,7 +199,7 @@ class RunnerTraits:
 
 
 class Runner(Protocol):
-    """Computes steps in the order submitted, with at most two in flight."""
+    """Computes steps in the order submitted, with at most `MAX_IN_FLIGHT` in flight."""
 
     @property
     def traits(self) -> RunnerTraits:

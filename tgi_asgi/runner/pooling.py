@@ -65,7 +65,7 @@ def pool(kind: PoolingKind, states: Floats, dense: Sequence[Dense] = ()) -> Floa
     """Return the vector of a prompt whose states [n_tokens, hidden] are complete."""
     accumulator = Accumulator(kind)
     accumulator.add(states)
-    return through(dense, accumulator.result())
+    return apply_dense(dense, accumulator.result())
 
 
 class Pooler:
@@ -94,7 +94,7 @@ class Pooler:
         assert row.pooling is not None
         kind, stop = row.pooling.kind, first + row.num_tokens
         if kind is PoolingKind.LAST:
-            return through(self._dense, self._hidden(stop - 1, stop)[0]) if row.samples else None
+            return apply_dense(self._dense, self._hidden(stop - 1, stop)[0]) if row.samples else None
         found = self._open.pop(row.slot, None)
         accumulator = Accumulator(kind) if row.start == 0 or found is None else found
         if accumulator.num_tokens != row.start:
@@ -102,12 +102,12 @@ class Pooler:
         for start in range(first, stop, _ROWS):
             accumulator.add(self._hidden(start, min(start + _ROWS, stop)))
         if row.samples:
-            return through(self._dense, accumulator.result())
+            return apply_dense(self._dense, accumulator.result())
         self._open[row.slot] = accumulator
         return None
 
 
-def through(dense: Sequence[Dense], vector: Floats) -> Floats:
+def apply_dense(dense: Sequence[Dense], vector: Floats) -> Floats:
     """Return the vector [size] after the Dense layers."""
     for layer in dense:
         vector = layer.apply(vector)

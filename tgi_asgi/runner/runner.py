@@ -7,7 +7,6 @@ leaves for the next (KV blocks, sampling state, the last sampled token) stays he
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -34,7 +33,7 @@ from tgi_asgi.types import PoolingKind
 
 if TYPE_CHECKING:
     from tgi_asgi.models.generic.model import GenericModel
-    from tgi_asgi.runner.module_device import ModuleDevice
+    from tgi_asgi.runner.step_guard import StepGuard
 
 
 class HostRunner:
@@ -50,7 +49,7 @@ class HostRunner:
         num_kept_states: Number of recurrent states to keep, for models with recurrent layers.
         adapters: Layout of the adapters that rows may have.
         shards: The other shards, if the model is split.
-        device: The GPU that computes, if it is not the CPU.
+        device: Guard of the GPU that computes, if it is not the CPU.
 
     Attributes:
         traits: As in `Runner.traits`.
@@ -72,23 +71,13 @@ class HostRunner:
         num_kept_states: int = 0,
         adapters: ops.AdapterLayout | None = None,
         shards: Shards | None = None,
-        device: ModuleDevice | None = None,
+        device: StepGuard | None = None,
     ) -> None:
         config = model.config
         self.max_context = max_context
         self._device = device
         groups = groups_of(config, kv_size.dtype) if device is None else one_group(config, kv_size)
         self._kv_pool = make_pool(model, kv_size, groups, is_on_gpu=device is not None)
-        self._inputs = StepInputs(
-            vocab_size=config.vocab_size,
-            num_blocks=kv_size.num_blocks,
-            block_size=kv_size.block_size,
-            max_context=max_context,
-            max_rows=max_batch_size,
-            max_tokens=max_step_tokens,
-            windows=groups.windows,
-            num_kept_states=num_kept_states,
-        )
         self._drafts = None if speculation is None else SlotDrafts(speculation, max_batch_size)
         draft_limits = None if self._drafts is None else self._drafts.limits
         self._program = make_program(
@@ -115,13 +104,14 @@ class HostRunner:
             block_size=kv_size.block_size,
             max_batch_size=max_batch_size,
             max_step_tokens=max_step_tokens,
-            min_chunk=kv_size.block_size if device is None else device.min_chunk,
+            min_chunk=0 if device is None else device.min_chunk,
             num_kept_states=num_kept_states if config.has_states else None,
             vision=None if self._vision_program is None else self._vision_program.bidirectional,
             has_prompt_arithmetic=has_prompt_arithmetic,
             drafts=draft_limits,
             windows=groups.windows,
         )
+        self._inputs = StepInputs.of(self.traits, config.vocab_size, max_context)
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
         self._masks = SlotMasks(config.vocab_size)
         self._scorer = PromptScorer(
@@ -133,11 +123,7 @@ class HostRunner:
         self._handoff = StepHandoff(self._program.native, self._inputs.limits)
         if self._drafts is not None:
             self._handoff.steps.set_drafter(self._drafts.native)
-        self._thread = threading.Thread(
-            # Looks `run` up for each step: tests replace it.
-            target=self._handoff.serve, args=(lambda plan: self.run(plan),), name="tgi-runner", daemon=True,
-        )  # fmt: skip
-        self._thread.start()
+        self._thread = self._handoff.start(lambda plan: self.run(plan))  # looked up: tests replace it
 
     @property
     def num_threads(self) -> int:
@@ -191,7 +177,7 @@ class HostRunner:
 
         Raises:
             PlanError: if the plan is inconsistent or out of bounds.
-            MemoryError, DeviceLost: as in `ModuleDevice.computing`.
+            MemoryError, DeviceLost: as in `StepGuard.computing`.
         """
         with nullcontext() if self._device is None else self._device.computing():
             return self._run(plan)

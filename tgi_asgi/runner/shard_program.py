@@ -27,10 +27,7 @@ class CpuShardJob:
     files: ModelFiles
     settings: Settings
     cut: ModelCut
-    is_exact: bool  # this and the next three: as in `ops.Packing`
-    quantise: str | None
-    rounds_floats: bool
-    has_float_prompts: bool
+    packing: ops.Packing
     kv_size: KvSize
     longest: int  # tokens in a sequence
     memory: ops.ShardMemory
@@ -49,13 +46,6 @@ class CpuShardJob:
     def load(self, connection: Connection) -> Callable[[], None]:
         """Load the part, as described in `ShardJob.load`."""
         return load_program(self).follow
-
-    @property
-    def packing(self) -> ops.Packing:
-        """The arithmetic of its products."""
-        return ops.Packing(
-            self.is_exact, self.quantise, self.rounds_floats, has_float_prompts=self.has_float_prompts
-        )
 
 
 def load_program(job: CpuShardJob) -> ops.NativeProgram:

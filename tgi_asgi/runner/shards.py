@@ -74,13 +74,7 @@ def jobs_of(
         descriptor = memory.create()
     except (OSError, AttributeError) as error:  # AttributeError: no memfd, as on macOS
         raise _no_memory(error) from error
-    return [
-        CpuShardJob(
-            files, settings, cut, packing.is_exact, packing.quantise, packing.rounds_floats,
-            packing.has_float_prompts, kv_size, longest, memory, descriptor,
-        )
-        for cut in cuts
-    ]  # fmt: skip
+    return [CpuShardJob(files, settings, cut, packing, kv_size, longest, memory, descriptor) for cut in cuts]
 
 
 class Shards:

@@ -18,12 +18,12 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.serve.body_chunks import Stream
 from tgi_asgi.serve.connections import Connection, ConnectionLimit, Http1, TurnLimiter
 from tgi_asgi.serve.listening import BACKLOG
+from tgi_asgi.serve.process import FLUSH_S
 from tgi_asgi.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 KNOWN_VERSIONS = ("0.18.",)  # versions whose source the replaced classes were checked against
-FLUSH_S = 1.0  # time for a stream's last events to be sent once generation has ended
 _MAX_PER_TURN = 8  # reads parsed per turn of the event loop
 
 

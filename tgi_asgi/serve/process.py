@@ -19,6 +19,7 @@ from typing import NoReturn
 from tgi_asgi.errors import ModelLoadError
 
 MAX_FILES = 65536
+FLUSH_S = 1.0  # time for a stream's last events to be sent once generation has ended
 
 _claim: socket.socket | None = None  # held until the process ends; the kernel then frees the name
 
@@ -71,6 +72,11 @@ def end_on_sigterm() -> None:
     """
     if os.getpid() == 1:
         signal.signal(signal.SIGTERM, lambda number, frame: end_process(None, 128 + number))
+
+
+def shorten_waits_for_gil() -> None:
+    """Let a thread wait 1 ms for the GIL instead of 4.4 (p90 under load)."""
+    sys.setswitchinterval(0.001)
 
 
 def say(text: str) -> None:

@@ -9,7 +9,6 @@ import asyncio
 import gc
 import logging
 import signal
-import sys
 from typing import cast
 
 from hypercorn.asyncio import serve as hypercorn_serve
@@ -24,7 +23,7 @@ from tgi_asgi.serve.console import Console
 from tgi_asgi.serve.hypercorn import install, make_config
 from tgi_asgi.serve.listening import listen, new_event_loop, url_of
 from tgi_asgi.serve.notify import notify
-from tgi_asgi.serve.process import end_process, raise_file_limit
+from tgi_asgi.serve.process import end_process, raise_file_limit, shorten_waits_for_gil
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Progress
 
@@ -44,7 +43,7 @@ def run(settings: Settings, loader: Loader = load_model) -> int:
         TgiError: if the engine has died.
     """
     raise_file_limit()
-    sys.setswitchinterval(0.001)  # a thread waits 1 ms for the GIL instead of 4.4 (p90 under load)
+    shorten_waits_for_gil()
     listener = listen(settings)
     url = url_of(listener, is_tls=settings.ssl_certfile is not None)
     config = make_config(listener, settings)

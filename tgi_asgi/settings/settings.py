@@ -400,6 +400,11 @@ class Settings:
         _check(has_room, "max_input_tokens", f"be below max_total_tokens ({both})", most)
 
     @property
+    def model_name(self) -> str | None:
+        """The name by which requests select the model."""
+        return self.served_model_name or self.model_id
+
+    @property
     def speculation(self) -> Speculation | None:
         """Settings of speculative decoding, or None if it is off."""
         if self.speculative_config is not None:
