@@ -292,9 +292,11 @@ def _joined(texts: str | list[str]) -> str:
 
 def _add_text(message: dict[str, Any], content: str | list[Any]) -> None:
     """Add text that came after a message's calls: for templates, all of it precedes the calls' results."""
-    earlier = message["content"]
-    both = [*_listed(earlier), *_listed(content)] if earlier and content else None
-    message["content"] = both or earlier or content
+    if not message["content"]:
+        message["content"] = content
+    elif content:  # in place, because a call may have thousands of such texts after it
+        message["content"] = earlier = _listed(message["content"])
+        earlier += _listed(content)
 
 
 def _listed(content: str | list[Any]) -> list[Any]:
