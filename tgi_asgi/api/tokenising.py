@@ -84,11 +84,11 @@ async def _answer(exchange: Exchange, served: Served, work: Tokenise, body: byte
     context = exchange.context
     # A large body may take ten seconds: such requests wait for each other, not others for them.
     threads = context.count_threads if exchange.is_large else context.text_threads
-    answer = await threads.run(work, body, exchange)
+    answer = await threads.run_for(exchange.tenant, work, body, exchange)
     if isinstance(answer, WithImages):
         check_images([answer.images], context.settings.max_images)
         await load_images(exchange, served, answer.images)
-        answer = await threads.run(answer.rest)
+        answer = await threads.run_for(exchange.tenant, answer.rest)
     return answer
 
 
