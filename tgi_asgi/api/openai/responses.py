@@ -18,7 +18,6 @@ from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import LARGE_BODY, Exchange
 from tgi_asgi.api.life import check_name
 from tgi_asgi.api.limits import Limits
-from tgi_asgi.api.openai import response_input
 from tgi_asgi.api.openai.chat import template_variables
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import (
@@ -29,15 +28,23 @@ from tgi_asgi.api.openai.params import (
     thinking_budget,
 )
 from tgi_asgi.api.openai.response_input import (
+    current_settings,
+    decode_items,
+    items_of,
+    read_items,
+    resolve_references,
+)
+from tgi_asgi.api.openai.response_output import ResponseRenderer
+from tgi_asgi.api.openai.response_schema import (
+    DECODER,
     Item,
     ReasoningOptions,
     ResponsesRequest,
     TextFormat,
     TextOptions,
-    decode_items,
 )
-from tgi_asgi.api.openai.response_output import ResponseRenderer
 from tgi_asgi.api.openai.response_store import MAX_BYTES, ResponseStore, StoredResponse
+from tgi_asgi.api.openai.response_tools import read_tools
 from tgi_asgi.api.openai.tools import read_choice
 from tgi_asgi.api.parse import (
     MAX_ECHOED_CHARS,
@@ -74,11 +81,11 @@ _FUNCTION: dict[str, Any] = {"description": None, "parameters": None, "strict": 
 
 def parse_response(body: bytes, exchange: Exchange) -> Callable[[], Call]:
     """Parse a request for a response; return a function that also parses the stored answers it continues."""
-    request = decode_json(body, response_input.DECODER)
+    request = decode_json(body, DECODER)
     _check(request)
     history = _history(request, exchange)
     find = partial(exchange.context.responses.find_item, tenant=exchange.tenant)
-    found = response_input.resolve_references(response_input.items_of(request.input), find)
+    found = resolve_references(items_of(request.input), find)
     size = sum(map(len, [*history, *found.values()]))
     if size > MAX_BYTES:  # 400,000 references to one item fit into a body
         refuse_field("input", f"goes on from more than {MAX_BYTES} bytes")
@@ -102,11 +109,11 @@ def _call(
     if (request.top_logprobs or 0) > limits.top_logprobs:
         refuse_field("top_logprobs", f"must be at most {limits.top_logprobs}")
     check_shared(request, limits, info)
-    given = enumerate(response_input.items_of(request.input))
+    given = enumerate(items_of(request.input))
     items = [decode_items([found[i]])[0] if i in found else item for i, item in given]
     earlier = decode_items(history)
-    tools = response_input.read_tools(request, [*earlier, *items])
-    form, effort = response_input.current_settings(request, [*earlier, *items], len(earlier))
+    tools = read_tools(request, [*earlier, *items])
+    form, effort = current_settings(request, [*earlier, *items], len(earlier))
     conversation = _conversation(request, earlier, items, tools, context.ready().new_images(), effort)
     choice = read_choice(
         tools,
@@ -162,7 +169,7 @@ def _conversation(
     effort: tuple[str, str | None],
 ) -> Conversation:
     """Return the conversation of earlier items and the request's own; `effort` begins with its field."""
-    messages = response_input.read_items([*earlier, *items], len(earlier), images, tools)
+    messages = read_items([*earlier, *items], len(earlier), images, tools)
     if request.instructions:
         messages.insert(0, {"role": "system", "content": request.instructions})
     field, level = effort
