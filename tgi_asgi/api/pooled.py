@@ -86,7 +86,7 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
         exchange.large_objects.append(requests)
         vectors = await _compute(exchange, served.engine, requests, permit)
     pooled = Pooled(model, vectors, sum(len(request.prompt_ids) for request in requests))
-    exchange.is_large |= call.num_numbers * len(vectors) > _LARGE_ANSWER
+    exchange.is_large |= sum(map(len, vectors)) > _LARGE_ANSWER
 
     def rendered() -> tuple[bytes, list[Header]]:
         content = call.answer(pooled)
