@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tgi_asgi.api.budgets import AnswerMemory, ByteBudget
 from tgi_asgi.api.call import Images
 from tgi_asgi.api.thread_pools import ThreadPool
-from tgi_asgi.errors import ModelLoadError, Unavailable
+from tgi_asgi.errors import ModelLoadError, Unavailable, UnknownModel
 from tgi_asgi.images.fetch import Fetcher
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.observe.metrics import Metrics
@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # the last three import libraries that are not needed before 
 
 logger = logging.getLogger(__name__)
 
+NO_NAMES = ("tgi", "dummy")  # what TGI's documents and huggingface_hub send as `model` if there is no name
+_URL_SCHEMES = ("http://", "https://")  # huggingface.js then sends the endpoint's address
 _MAX_NAMES_LOGGED = 100  # clients choose the names, of up to 256 characters each
 
 
@@ -183,6 +185,16 @@ class ServerContext:
             self._warned.add(topic)
             logger.warning(message)
 
+    def check_name(self, requested: str | None) -> None:
+        """Refuse the name of a model that is not served, if names are strict; may run in any thread.
+
+        Raises:
+            UnknownModel: if it is refused.
+        """
+        name = name_in(requested)
+        if self.settings.strict_model_names and name is not None and not self.ready().serves(name):
+            raise UnknownModel(name)
+
     def note_unknown_model(self, name: str) -> None:
         """Log, once per name, that a client asked for a model that is not served."""
         if name not in self._unknown_models and len(self._unknown_models) < _MAX_NAMES_LOGGED:
@@ -214,3 +226,10 @@ class ServerContext:
         """Shut down the threads; they may work on for a moment, unless this waits for them."""
         for pool in self._text_pools + self._image_pools:
             pool.close(waits=waits)
+
+
+def name_in(requested: str | None) -> str | None:
+    """Return the name that a request gives, or None for what clients send without one."""
+    if requested is None or requested in NO_NAMES or requested.startswith(_URL_SCHEMES):
+        return None
+    return requested

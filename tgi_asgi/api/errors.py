@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +109,18 @@ class Dialect:
         """Rewrite a refusal to use the field names that the client knows."""
         if isinstance(error, InvalidRequest):
             error.name_field(self.field_name)
+
+    @contextmanager
+    def refusing(self, where: str) -> Iterator[None]:
+        """Prefix a refusal with the part of the call that it concerns, if that is not all of it."""
+        try:
+            yield
+        except InvalidRequest as error:
+            if where:
+                self.translate(error)
+                error.param = ".".join(filter(None, (where, error.param)))
+                error.message = f"{where}: {error.message}"
+            raise
 
 
 def error_event(error: BaseException, dialect: Dialect) -> bytes:

@@ -250,3 +250,6 @@ class Exchange:
         """Cancel everything that the engine still generates for the request."""
         for channel in self.channels:
             channel.cancel()
+
+
+Handler = Callable[[Exchange], Awaitable[None]]  # of a route

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,9 @@ from starlette import routing
 
 from tgi_asgi.api.asgi import Receive, Scope, Send
 from tgi_asgi.api.errors import NATIVE, OPENAI, Dialect
-from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.exchange import Exchange, Handler
 from tgi_asgi.errors import MethodNotAllowed, NotFound
 
-Handler = Callable[[Exchange], Awaitable[None]]
 Check = Callable[[Exchange], None]
 
 _SLASHES = re.compile("//+")

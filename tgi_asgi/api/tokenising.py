@@ -17,9 +17,9 @@ from msgspec import Struct
 
 from tgi_asgi.api.call import Images
 from tgi_asgi.api.context import Served
-from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.exchange import Exchange, Handler
 from tgi_asgi.api.images import check_images, load_images
-from tgi_asgi.api.life import Handler, admitted
+from tgi_asgi.api.life import admitted
 from tgi_asgi.errors import Overloaded
 from tgi_asgi.system import return_freed_memory
 

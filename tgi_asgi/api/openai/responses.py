@@ -16,7 +16,6 @@ import orjson
 from tgi_asgi.api.call import Call, Constraint, Conversation, Generation, Images, Renderer
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import LARGE_BODY, Exchange
-from tgi_asgi.api.life import check_name
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.chat import template_variables
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
@@ -201,7 +200,7 @@ class _Recorder:
 def count_input(body: bytes, exchange: Exchange) -> bytes | WithImages:
     """Return the number of tokens of a response's prompt; the route is `tokenising(count_input)`."""
     call = parse_response(body, exchange)()
-    check_name(exchange, call.model)
+    exchange.context.check_name(call.model)
     [job] = call.jobs
     context, chat = exchange.context, job.prompt
     assert isinstance(chat, Conversation), "a response's prompt is a conversation"

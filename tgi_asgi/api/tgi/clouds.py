@@ -12,7 +12,7 @@ from tgi_asgi.api.answer import likeliest
 from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer
 from tgi_asgi.api.errors import NATIVE, OPENAI
 from tgi_asgi.api.exchange import MANY_JOBS, Exchange
-from tgi_asgi.api.life import Parse, prefix_errors
+from tgi_asgi.api.life import Parse
 from tgi_asgi.api.openai.chat import chat_job, parse_chat
 from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.completions import parse_completion
@@ -48,7 +48,7 @@ def _vertex_call(raws: Sequence[Raw], exchange: Exchange) -> Call:
     limit = exchange.context.settings.max_concurrent_requests
     read = []
     for i, raw in enumerate(raws):
-        with prefix_errors(f"instances[{i}]", OPENAI):
+        with OPENAI.refusing(f"instances[{i}]"):
             read.append(_read_instance(bytes(raw), exchange, f"instances[{i}]"))
     num_choices = sum(job.n for job, _ in read)
     if num_choices > limit:
