@@ -110,7 +110,6 @@ class ChatChoice(TextChoice):
         self._custom = custom
         self._input: CustomInput | None = None  # of the last call, if it is of a custom tool
         self.is_plain = reading is None and tracker is None
-        self._is_text = reading is None
         self._reader = ChoiceReader(reading)
         self._is_named = tools is not None and tools.is_named
         # Before a call, the first chunk has no text, not even an empty one. So it waits for the second,
@@ -146,8 +145,6 @@ class ChatChoice(TextChoice):
 
     def deltas(self, events: Sequence[TokenEvent]) -> list[Fields]:
         """Return the content of new events, each item for a separate chunk."""
-        if self._is_text:
-            return super().deltas(events)
         pieces = self._reader.push(events, self.tracker)
         made = [fields for piece in pieces for fields in self._deltas(piece)]
         return made if events[-1].finish is None else [*made, *self._more_of_call(self._rest_of_call())]
