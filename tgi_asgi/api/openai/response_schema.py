@@ -106,5 +106,14 @@ class ResponsesRequest(TextRequest, kw_only=True):
     prompt_token_ids: Foreign = None
     input_ids: Foreign = None
 
+    def includes(self, what: str) -> bool:
+        """Return whether the answer should have something that it has only if it is asked for."""
+        return what in (self.include or ())
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The number of alternatives of each token's log-probability; None: no log-probabilities."""
+        return (self.top_logprobs or 0) if self.includes("message.output_text.logprobs") else None
+
 
 DECODER = msgspec.json.Decoder(ResponsesRequest)

@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 import orjson
 
-from tgi_asgi.api.call import Call, Constraint, Conversation, Generation, Images, Renderer
+from tgi_asgi.api.call import Call, Constraint, Conversation, Generation, Job, Renderer
+from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import LARGE_BODY, Exchange
 from tgi_asgi.api.limits import Limits
@@ -103,8 +104,6 @@ def _call(
     """
     context = exchange.context
     info, limits = context.ready().info, Limits.of(context.settings)
-    included = request.include or ()
-    wants_logprobs = "message.output_text.logprobs" in included
     if (request.top_logprobs or 0) > limits.top_logprobs:
         refuse_field("top_logprobs", f"must be at most {limits.top_logprobs}")
     check_shared(request, limits, info)
@@ -112,8 +111,53 @@ def _call(
     items = [decode_items([found[i]])[0] if i in found else item for i, item in given]
     earlier = decode_items(history)
     tools = read_tools(request, [*earlier, *items])
-    form, effort = current_settings(request, [*earlier, *items], len(earlier))
-    conversation = _conversation(request, earlier, items, tools, context.ready().new_images(), effort)
+    job = _job(request, earlier, items, tools, context)
+    recorder = None
+    if request.store is not False and context.responses.is_on:
+        full_input = (*history, msgspec.json.encode(items))
+        recorder = _Recorder(context.responses, full_input, exchange.tenant)
+    shows_logprobs = job.sampling.logprobs is not None
+    summary = request.reasoning.summary if request.reasoning is not None else None
+
+    def render(generation: Generation) -> Renderer:
+        return ResponseRenderer(
+            generation,
+            _base(request, generation.model, info.sampling) | {"store": recorder is not None},
+            tools,
+            ChatLogprobs(TokenNames(generation.served.tokenizer)) if shows_logprobs else None,
+            recorder,
+            seals_thoughts=request.includes("reasoning.encrypted_content"),
+            has_summary=summary not in (None, "none"),
+        )
+
+    return Call(
+        jobs=[job], render=render, model=request.model, stream=bool(request.stream),
+        num_repeats=4 if shows_logprobs else 0,
+    )  # fmt: skip
+
+
+def _job(
+    request: ResponsesRequest,
+    earlier: Sequence[Item],
+    items: Sequence[Item],
+    tools: Sequence[Tool],
+    context: ServerContext,
+) -> Job:
+    """Return the job of a request with these items, after those of earlier responses."""
+    served, whole = context.ready(), [*earlier, *items]
+    form, (effort_field, effort) = current_settings(request, whole, len(earlier))
+    images = served.new_images()
+    messages = read_items(whole, len(earlier), images, tools)
+    if request.instructions:
+        messages.insert(0, {"role": "system", "content": request.instructions})
+    conversation = Conversation(
+        messages,
+        tools=[tool.for_template() for tool in tools] or None,
+        offers_tools=request.tool_choice != "none",
+        variables=template_variables(effort, effort_field, request.chat_template_kwargs),
+        adds_special_tokens=bool(request.add_special_tokens),
+        images=images,
+    )
     choice = read_choice(
         tools,
         request.tool_choice,
@@ -123,62 +167,18 @@ def _call(
     job = job_of(
         request,
         conversation,
-        info,
+        served.info,
         context.settings,
-        logprobs=(request.top_logprobs or 0) if wants_logprobs else None,
+        logprobs=request.num_logprobs,
         constraint=_constraint(request, *form),
     )
-    job = dataclasses.replace(
+    return dataclasses.replace(
         job,
         max_tokens=request.max_output_tokens,
         tools=choice,
         reads_reasoning=request.separate_reasoning is not False,
         shows_reasoning=request.include_reasoning is not False,
         reasoning_budget=thinking_budget(request),
-    )
-    recorder = None
-    if request.store is not False and context.responses.is_on:
-        full_input = (*history, msgspec.json.encode(items))
-        recorder = _Recorder(context.responses, full_input, exchange.tenant)
-    summary = request.reasoning.summary if request.reasoning is not None else None
-
-    def render(generation: Generation) -> Renderer:
-        return ResponseRenderer(
-            generation,
-            _base(request, generation.model, info.sampling) | {"store": recorder is not None},
-            tools,
-            ChatLogprobs(TokenNames(generation.served.tokenizer)) if wants_logprobs else None,
-            recorder,
-            seals_thoughts="reasoning.encrypted_content" in included,
-            has_summary=summary not in (None, "none"),
-        )
-
-    return Call(
-        jobs=[job], render=render, model=request.model, stream=bool(request.stream),
-        num_repeats=4 if wants_logprobs else 0,
-    )  # fmt: skip
-
-
-def _conversation(
-    request: ResponsesRequest,
-    earlier: Sequence[Item],
-    items: Sequence[Item],
-    tools: Sequence[Tool],
-    images: Images | None,
-    effort: tuple[str, str | None],
-) -> Conversation:
-    """Return the conversation of earlier items and the request's own; `effort` begins with its field."""
-    messages = read_items([*earlier, *items], len(earlier), images, tools)
-    if request.instructions:
-        messages.insert(0, {"role": "system", "content": request.instructions})
-    field, level = effort
-    return Conversation(
-        messages,
-        tools=[tool.for_template() for tool in tools] or None,
-        offers_tools=request.tool_choice != "none",
-        variables=template_variables(level, field, request.chat_template_kwargs),
-        adds_special_tokens=bool(request.add_special_tokens),
-        images=images,
     )
 
 
@@ -259,15 +259,20 @@ def _history(request: ResponsesRequest, exchange: Exchange) -> Sequence[bytes]:
 
 def _constraint(request: ResponsesRequest, field: str, form: TextFormat | None) -> Constraint | None:
     """Return the constraint on the answer's text, if any; `field` is the path of its format."""
-    if form is None or form.type == "text":
-        return one_constraint(request, field, None, is_strict=False)
-    if form.type == "json_object":
-        return one_constraint(request, field, ("json_object", True), is_strict=False)
-    if form.type != "json_schema":
-        refuse_field(f"{field}.type", "must be text, json_object or json_schema")
-    if form.schema is None:
-        refuse_field(f"{field}.schema", "is required with type `json_schema`")
-    return one_constraint(request, field, ("json", form.schema), is_strict=form.strict is True)
+    wanted: tuple[str, Any] | None = None
+    match form:
+        case None | TextFormat(type="text"):
+            pass
+        case TextFormat(type="json_object"):
+            wanted = "json_object", True
+        case TextFormat(type="json_schema", schema=None):
+            refuse_field(f"{field}.schema", "is required with type `json_schema`")
+        case TextFormat(type="json_schema", schema=schema):
+            wanted = "json", schema
+        case _:
+            refuse_field(f"{field}.type", "must be text, json_object or json_schema")
+    is_strict = wanted is not None and form is not None and form.strict is True
+    return one_constraint(request, field, wanted, is_strict=is_strict)
 
 
 def _base(request: ResponsesRequest, model: str, sampling: SamplingDefaults) -> dict[str, Any]:
