@@ -97,6 +97,11 @@ class Dialect:
     request_id_header: bytes | None = None
     client_header: bytes | None = None
 
+    @property
+    def is_openai(self) -> bool:
+        """Whether errors have OpenAI's envelope."""
+        return self.envelope is _openai_envelope
+
     def field_name(self, path: Field) -> str:
         """Return a field in the notation of the API's clients: `tools[2].function.name`."""
         first, *rest = path
