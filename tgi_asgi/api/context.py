@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -108,6 +109,7 @@ class ServerContext:
         answer_memory: Memory of answers that are kept until they are sent.
         num_pool_calls: How many calls for vectors or scores are being computed; they share the capacity.
         num_tokenising: How many requests that only count or show tokens are being answered.
+        tokenising_keys: How many of them each API key has; none for keys without any.
         fetcher: Fetches images.
         routes: All routes, for the OpenAPI document.
         is_terminating: Whether SIGTERM has arrived; `/readyz` then fails, while requests are still accepted.
@@ -126,6 +128,7 @@ class ServerContext:
         self.answer_memory = AnswerMemory(settings.max_answer_memory)
         self.num_pool_calls = 0
         self.num_tokenising = 0
+        self.tokenising_keys: Counter[str | None] = Counter()
         self.is_terminating = False
         self.routes: Sequence[Route] = ()
         self._warned: set[str] = set()
