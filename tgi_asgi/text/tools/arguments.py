@@ -31,7 +31,7 @@ _CONDITIONS = frozenset(
 MAX_REPEATED = 512 * 1024  # characters of one tool's definitions, each time that an argument uses them
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ToolSpec:
     """A function that may be called.
 
@@ -59,9 +59,9 @@ class ToolSpec:
             schema["additionalProperties"] = False
         return schema
 
-    @property
+    @cached_property
     def arguments(self) -> Parameters:
-        """What its schema says about each argument alone."""
+        """What its schema says about each argument alone; read when the grammar is made, before any call."""
         return parameters_of(self.schema)
 
     def definition(self, reference: str) -> Any:
