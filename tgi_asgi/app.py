@@ -18,11 +18,10 @@ import orjson
 from tgi_asgi.api import table
 from tgi_asgi.api.asgi import JSON, ClientDisconnected, Receive, Scope, Send
 from tgi_asgi.api.auth import ApiKeys
-from tgi_asgi.api.context import Served, ServerContext
+from tgi_asgi.api.context import NO_NAMES, Served, ServerContext
 from tgi_asgi.api.cors import Cors
 from tgi_asgi.api.errors import NATIVE, OPENAI, headers_of
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import NO_NAMES
 from tgi_asgi.api.openai.response_store import ResponseStore
 from tgi_asgi.api.routes import RouteTable, path_of
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, NoWebSockets, TgiError

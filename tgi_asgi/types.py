@@ -436,7 +436,7 @@ class Engine(Protocol):
         """
 
     def submit(self, request: GenerationRequest, permit: Permit) -> Channel:
-        """Queue a request; the engine owns the permit from here on."""
+        """Queue a request; its permit is released at its end, or at once if this raises."""
 
     def abort(self, request_id: str) -> int:
         """End the requests with this id, running or waiting, with an error; return their number."""

@@ -413,6 +413,68 @@ async def test_counting_long_texts_keeps_nobody_from_a_prompt_or_a_short_text() 
     assert counted.count(long_text) == 8, "what nobody waits for is not counted"
 
 
+async def test_a_key_that_holds_all_places_leaves_other_keys_their_share_of_them() -> None:
+    go_on = threading.Event()
+
+    class Slow(ToyTokenizer):
+        def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+            assert go_on.wait(20)
+            return super().decode(ids, skip_special_tokens=skip_special_tokens)
+
+    engine = ScriptedEngine()
+    engine.tokenizer = Slow()
+    app = scripted_app(engine, Settings(api_key=("a", "b", "c"), max_concurrent_requests=4))
+
+    def counting(key: str) -> asyncio.Task[Call]:
+        headers = {"authorization": f"Bearer {key}"}
+        return asyncio.create_task(send(app, request("POST", "/detokenize", {"tokens": [97]}, headers)))
+
+    try:
+        waiting: list[asyncio.Task[Call]] = []
+        for key, num_accepted in (("a", 4), ("b", 2), ("c", 1)):
+            waiting.extend(counting(key) for _ in range(num_accepted))
+            await until(lambda: app.context.num_tokenising == len(waiting))
+            assert (await counting(key)).status == 429
+        go_on.set()
+        assert [call.status for call in await asyncio.gather(*waiting)] == [200] * 7
+    finally:
+        go_on.set()
+    assert not app.context.tokenising_keys
+
+
+@pytest.mark.parametrize("size", [4, 40_000])
+async def test_a_key_that_counts_many_texts_keeps_no_other_key_from_counting(size: int) -> None:
+    go_on = threading.Event()
+    counted: list[str] = []
+
+    class Slow(ToyTokenizer):
+        def encode_with_offsets(
+            self, text: str, *, add_special_tokens: bool, is_marked: bool = False
+        ) -> list[tuple[int, int, int]]:
+            counted.append(text[0])
+            assert go_on.wait(20)
+            return []
+
+    engine = ScriptedEngine()
+    engine.tokenizer = Slow()
+    app = scripted_app(engine, Settings(api_key=("a", "b"), validation_workers=1))
+
+    def counting(key: str) -> asyncio.Task[Call]:
+        headers = {"authorization": f"Bearer {key}"}
+        return asyncio.create_task(send(app, request("POST", "/tokenize", {"inputs": key * size}, headers)))
+
+    try:
+        tasks = [counting("a") for _ in range(20)]
+        await until(lambda: app.context.num_tokenising == 20)
+        tasks.append(counting("b"))
+        await until(lambda: app.context.num_tokenising == 21)
+        go_on.set()
+        assert [call.status for call in await asyncio.gather(*tasks)] == [200] * 21
+    finally:
+        go_on.set()
+    assert counted.index("b") <= 4, "it waits for those that have begun, and at most one more"
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -13,7 +13,7 @@ from tests.support.fuzzing import post_and_check
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app, toy_info
 from tgi_asgi.api.anthropic.request import MessagesRequest
 from tgi_asgi.api.openai.client_tools import CALLS, OUTPUTS
-from tgi_asgi.api.openai.response_input import ResponsesRequest
+from tgi_asgi.api.openai.response_schema import ResponsesRequest
 from tgi_asgi.settings import Settings
 
 TEXT = st.text(max_size=5)

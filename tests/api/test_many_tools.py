@@ -9,8 +9,10 @@ import httpx
 import pytest
 
 from tests.support.client import client_of
+from tests.support.processor_time import computed_within
 from tests.support.scripted_engine import CHATML, ScriptedEngine, say, scripted_app, toy_info
 from tests.support.tool_writers import write
+from tgi_asgi.api.tools import Tool, choose
 from tgi_asgi.settings import Settings
 
 
@@ -62,3 +64,10 @@ async def test_few_tools_keep_their_rules_and_strict_ones_are_refused() -> None:
     many = await answer("qwen3_coder", {"tools": tools(300, strict=True)}, ("tool_1", {}))
     assert many.status_code == 400
     assert "tools" in many.json()["error"]["message"]
+
+
+def test_a_choice_that_names_tools_again_and_again_is_read_in_time() -> None:
+    """400,000 names fit into a body."""
+    named = [Tool(index, f"tool_{index}") for index in range(1024)]
+    choice = computed_within(1, lambda: choose(named, "auto", ["tool_1023"] * 400_000))
+    assert choice is not None and [spec.name for spec in choice.specs] == ["tool_1023"]

@@ -42,6 +42,16 @@ def test_changes_of_the_tools_outlive_their_turn() -> None:
     assert (messages, names) == ([("user", "hi\nhi")], [])
 
 
+@pytest.mark.parametrize(
+    "system",
+    ["", [], [{"type": "text", "text": ""}], [{"type": "text", "text": "x-anthropic-billing-header: a"}]],
+)
+def test_a_system_prompt_without_a_text_is_no_message(system: Any) -> None:
+    """An empty one would replace the model's default."""
+    request = msgspec.convert({"messages": [HI], "system": system}, CountRequest)
+    assert [each["role"] for each in read_conversation(request, []).messages] == ["user"]
+
+
 @pytest.mark.parametrize("turn", [{}, {"content": []}, {"content": ""}])
 def test_a_turn_that_only_sets_the_effort_shows_nothing(turn: dict[str, Any]) -> None:
     effort = {"role": "system", "output_config": {"effort": "low"}, **turn}

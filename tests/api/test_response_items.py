@@ -8,6 +8,7 @@ import pytest
 
 from tests.api.test_openai_tools import app_of
 from tests.support.client import client_of
+from tests.support.processor_time import computed_within
 from tests.support.scripted_engine import ScriptedEngine, say
 from tgi_asgi.api.openai.response_input import read_items
 from tgi_asgi.errors import InvalidRequest
@@ -52,6 +53,12 @@ def test_the_id_of_a_result_is_a_string() -> None:
     with pytest.raises(InvalidRequest) as caught:
         read_items([*calls("f"), {"type": "function_call_output", "call_id": 1, "output": "1"}])
     assert caught.value.param == "input[1].call_id"
+
+
+def test_thousands_of_texts_after_a_call_are_read_once() -> None:
+    texts = [{"role": "assistant", "content": f"text {number}"} for number in range(50_000)]
+    [message] = computed_within(2, lambda: read_items([*calls("f"), *texts]))  # 300,000 took minutes
+    assert message["content"] == [text["content"] for text in texts]
 
 
 FORM = {"type": "json_schema", "name": "n", "strict": True, "schema": {"type": "integer"}}

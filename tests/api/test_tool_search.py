@@ -15,7 +15,9 @@ from tests.api.test_responses import post
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, say
 from tests.support.tool_writers import write
-from tgi_asgi.api.openai.response_input import ResponsesRequest, read_items, read_tools
+from tgi_asgi.api.openai.response_input import read_items
+from tgi_asgi.api.openai.response_schema import ResponsesRequest
+from tgi_asgi.api.openai.response_tools import read_tools
 from tgi_asgi.api.openai.tools import read_choice
 from tgi_asgi.errors import InvalidRequest
 

@@ -350,3 +350,18 @@ def test_definitions_that_double_at_each_level_are_read_in_time(name: str, key: 
             parse(AnswerParser(None, FORMATS[name], [spec]), write(name, [("f", {"s": "x", "c": 1})]), 7)
 
     computed_within(2, run)
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "gemma4", "lfm2"])
+def test_a_tool_with_thousands_of_patterns_is_read_in_time(name: str) -> None:
+    """A call of it is parsed on the event loop."""
+    patterns = {f"a{at}": {"minLength": at} for at in range(8_000)}
+    spec = ToolSpec("f", {"patternProperties": patterns}, is_strict=False)
+
+    def run() -> None:
+        with contextlib.suppress(InvalidRequest):
+            grammar_of(name, spec)
+        for _ in range(50):
+            parse(AnswerParser(None, FORMATS[name], [spec]), write(name, [("f", {"a1": "x", "a2": "y"})]), 7)
+
+    computed_within(2, run)

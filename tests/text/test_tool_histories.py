@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.processor_time import computed_within
 from tests.support.tool_writers import write
 from tests.text.test_tools import parse
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -182,6 +183,14 @@ def test_several_calls_become_turns_of_one_call_and_its_result() -> None:
         results[2],
         one,
     ]
+
+
+def test_a_history_with_thousands_of_calls_is_read_once() -> None:
+    calls = [call_of("f", "{}", f"c{number}") for number in range(20_000)]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": ""} for call in calls]
+    history = [{"role": "assistant", "content": None, "tool_calls": calls}, *reversed(results)]
+    turns = computed_within(1, lambda: with_single_calls(history))  # it took minutes
+    assert turns[1::2] == results
 
 
 DROPS = {  # what real templates drop: all calls, or those beside text

@@ -48,23 +48,22 @@ class ChoiceReader:
     """
 
     def __init__(self, reading: Reading | None) -> None:
-        self._reads_text = reading is None
+        self._parser = None if reading is None else reading.parser()
         self._shows_reasoning = reading is None or reading.shows_reasoning
-        self._parser = AnswerParser(None, None) if reading is None else reading.parser()
         self._num_read = 0
         self._unshown: deque[tuple[int, int, TokenEvent]] = deque()  # with start and end of their text
         self.num_reasoning_tokens = 0
 
     @property
     def is_reasoning(self) -> bool:
-        return self._parser.is_reasoning
+        return self._parser is not None and self._parser.is_reasoning
 
     def push(self, events: Sequence[TokenEvent], tracker: LogprobsTracker | None = None) -> list[Piece]:
         """Parse new events; return their pieces, with neighbours of one kind merged.
 
         `tracker` receives only events of content: reasoning and calls have no log-probabilities.
         """
-        if self._reads_text:
+        if self._parser is None:
             if tracker is not None:
                 for event in events:
                     tracker.push(event)
@@ -73,7 +72,7 @@ class ChoiceReader:
         pieces: list[Piece] = []
         for event in events:
             begun = self._num_read
-            new = self._push(event)
+            new = self._push(self._parser, event)
             if tracker is not None:
                 self._unshown.append((begun, self._num_read, event))
                 self._show(new, tracker)
@@ -90,14 +89,14 @@ class ChoiceReader:
                     if end > piece.start or (not event.text and end == piece.start):
                         tracker.push(event)
 
-    def _push(self, event: TokenEvent) -> list[Piece]:
+    def _push(self, parser: AnswerParser | HarmonyParser, event: TokenEvent) -> list[Piece]:
         text = event.text
-        was_reasoning = self._parser.is_reasoning
+        was_reasoning = parser.is_reasoning
         self._num_read += len(text)
-        pieces = self._parser.push(text) if text else []
-        self.num_reasoning_tokens += was_reasoning or self._parser.is_reasoning
+        pieces = parser.push(text) if text else []
+        self.num_reasoning_tokens += was_reasoning or parser.is_reasoning
         if event.finish is not None:
-            pieces += self._parser.finish()
+            pieces += parser.finish()
         if not self._shows_reasoning:
             pieces = [piece for piece in pieces if not isinstance(piece, Reasoning)]
         return pieces

@@ -49,12 +49,18 @@ def answer_form(job: Job, served: Served, settings: Settings, prompt_tail: str) 
 
 
 class AnswerForm(ABC):
-    """A job's tools and constraint, combined with the model's format and the end of the prompt."""
+    """A job's tools and constraint, combined with the model's format and the end of the prompt.
+
+    Attributes:
+        drops_space: Whether the vocabulary writes a space before the answer's first word, which is not shown.
+    """
 
     def __init__(self, job: Job, served: Served, settings: Settings) -> None:
         self._job = job
         self._served = served
         self._is_allowed = not settings.disable_grammar_support
+        is_own_text = served.info.encoder_decoder is not None  # and does not continue the prompt's
+        self.drops_space = is_own_text and served.tokenizer.drops_first_space
         self._specs = job.tools.specs if job.tools is not None else ()
 
     @property
@@ -76,7 +82,7 @@ class AnswerForm(ABC):
         content = self._job.constraint.make() if self._job.constraint is not None else None
         source = self._grammar(content, freed(self._specs) if frees_tools else self._specs)
         assert source is not None, "an answer without tools and constraint has no grammar"
-        return source
+        return after_a_space(source) if self.drops_space else source
 
     @abstractmethod
     def _grammar(self, content: GrammarSource | None, specs: Sequence[ToolSpec]) -> GrammarSource | None:
@@ -216,12 +222,9 @@ class HarmonyForm(AnswerForm):
 
 
 async def compile_grammar(
-    exchange: Exchange, compiler: GrammarCompiler, job: Job, form: AnswerForm, *, drops_space: bool
+    exchange: Exchange, compiler: GrammarCompiler, job: Job, form: AnswerForm
 ) -> Grammar:
     """Compile a job's grammar; schema keywords that are not enforced go into a header of the response.
-
-    Args:
-        drops_space: Whether the vocabulary writes a space before the answer's first word, which is not shown.
 
     Raises:
         InvalidRequest: if the constraint or a tool is refused; the error names which.
@@ -230,7 +233,7 @@ async def compile_grammar(
     if constraint is not None and constraint.grammar is not None and isinstance(job.prompt, Text):
         return constraint.grammar
     grammar, ignored = await exchange.context.grammar_threads.run_for(
-        exchange.tenant, _compile, compiler, job, form, drops_space=drops_space
+        exchange.tenant, _compile, compiler, job, form
     )
     if constraint is not None:
         constraint.grammar = grammar
@@ -239,33 +242,19 @@ async def compile_grammar(
     return grammar
 
 
-def _compile(
-    compiler: GrammarCompiler, job: Job, form: AnswerForm, *, drops_space: bool
-) -> tuple[Grammar, Sequence[str]]:
+def _compile(compiler: GrammarCompiler, job: Job, form: AnswerForm) -> tuple[Grammar, Sequence[str]]:
     """Return the grammar, and the schema keywords that it does not enforce.
 
     Hundreds of tools may be too large for one grammar. Those that are not strict may then have any arguments:
     their names are still enforced.
     """
-    try:
-        return _compile_form(compiler, form, frees_tools=False, drops_space=drops_space)
-    except InvalidRequest as error:
-        refusal = error
-    if form.may_free_tools:
+    for frees_tools in (False, True) if form.may_free_tools else (False,):
         try:
-            return _compile_form(compiler, form, frees_tools=True, drops_space=drops_space)
+            source = form.grammar_source(frees_tools=frees_tools)
+            return compiler.compile(source), source.ignored
         except InvalidRequest as error:
             refusal = error
     raise _with_field(refusal, compiler, job)
-
-
-def _compile_form(
-    compiler: GrammarCompiler, form: AnswerForm, *, frees_tools: bool, drops_space: bool
-) -> tuple[Grammar, Sequence[str]]:
-    source = form.grammar_source(frees_tools=frees_tools)
-    if drops_space:
-        source = after_a_space(source)
-    return compiler.compile(source), source.ignored
 
 
 def _with_field(error: InvalidRequest, compiler: GrammarCompiler, job: Job) -> InvalidRequest:

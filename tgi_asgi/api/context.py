@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from tgi_asgi.api.budgets import AnswerMemory, ByteBudget
 from tgi_asgi.api.call import Images
 from tgi_asgi.api.thread_pools import ThreadPool
-from tgi_asgi.errors import ModelLoadError, Unavailable
+from tgi_asgi.errors import ModelLoadError, Unavailable, UnknownModel
 from tgi_asgi.images.fetch import Fetcher
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.observe.metrics import Metrics
@@ -30,6 +31,8 @@ if TYPE_CHECKING:  # the last three import libraries that are not needed before 
 
 logger = logging.getLogger(__name__)
 
+NO_NAMES = ("tgi", "dummy")  # what TGI's documents and huggingface_hub send as `model` if there is no name
+_URL_SCHEMES = ("http://", "https://")  # huggingface.js then sends the endpoint's address
 _MAX_NAMES_LOGGED = 100  # clients choose the names, of up to 256 characters each
 
 
@@ -106,6 +109,7 @@ class ServerContext:
         answer_memory: Memory of answers that are kept until they are sent.
         num_pool_calls: How many calls for vectors or scores are being computed; they share the capacity.
         num_tokenising: How many requests that only count or show tokens are being answered.
+        tokenising_keys: How many of them each API key has; none for keys without any.
         fetcher: Fetches images.
         routes: All routes, for the OpenAPI document.
         is_terminating: Whether SIGTERM has arrived; `/readyz` then fails, while requests are still accepted.
@@ -124,6 +128,7 @@ class ServerContext:
         self.answer_memory = AnswerMemory(settings.max_answer_memory)
         self.num_pool_calls = 0
         self.num_tokenising = 0
+        self.tokenising_keys: Counter[str | None] = Counter()
         self.is_terminating = False
         self.routes: Sequence[Route] = ()
         self._warned: set[str] = set()
@@ -183,6 +188,16 @@ class ServerContext:
             self._warned.add(topic)
             logger.warning(message)
 
+    def check_name(self, requested: str | None) -> None:
+        """Refuse the name of a model that is not served, if names are strict; may run in any thread.
+
+        Raises:
+            UnknownModel: if it is refused.
+        """
+        name = name_in(requested)
+        if self.settings.strict_model_names and name is not None and not self.ready().serves(name):
+            raise UnknownModel(name)
+
     def note_unknown_model(self, name: str) -> None:
         """Log, once per name, that a client asked for a model that is not served."""
         if name not in self._unknown_models and len(self._unknown_models) < _MAX_NAMES_LOGGED:
@@ -214,3 +229,10 @@ class ServerContext:
         """Shut down the threads; they may work on for a moment, unless this waits for them."""
         for pool in self._text_pools + self._image_pools:
             pool.close(waits=waits)
+
+
+def name_in(requested: str | None) -> str | None:
+    """Return the name that a request gives, or None for what clients send without one."""
+    if requested is None or requested in NO_NAMES or requested.startswith(_URL_SCHEMES):
+        return None
+    return requested

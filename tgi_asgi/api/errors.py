@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +97,11 @@ class Dialect:
     request_id_header: bytes | None = None
     client_header: bytes | None = None
 
+    @property
+    def is_openai(self) -> bool:
+        """Whether errors have OpenAI's envelope."""
+        return self.envelope is _openai_envelope
+
     def field_name(self, path: Field) -> str:
         """Return a field in the notation of the API's clients: `tools[2].function.name`."""
         first, *rest = path
@@ -108,6 +114,18 @@ class Dialect:
         """Rewrite a refusal to use the field names that the client knows."""
         if isinstance(error, InvalidRequest):
             error.name_field(self.field_name)
+
+    @contextmanager
+    def refusing(self, where: str) -> Iterator[None]:
+        """Prefix a refusal with the part of the call that it concerns, if that is not all of it."""
+        try:
+            yield
+        except InvalidRequest as error:
+            if where:
+                self.translate(error)
+                error.param = ".".join(filter(None, (where, error.param)))
+                error.message = f"{where}: {error.message}"
+            raise
 
 
 def error_event(error: BaseException, dialect: Dialect) -> bytes:

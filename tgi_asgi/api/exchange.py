@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import msgspec
@@ -35,6 +36,7 @@ MANY_JOBS = 32  # and so does making more jobs than this
 _MAX_SHOWN = 200  # characters of a path
 
 
+@dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
 class Exchange:
     """A request and the current state of its response.
 
@@ -55,36 +57,31 @@ class Exchange:
             them would block the event loop, too.
     """
 
-    __slots__ = (
-        "__weakref__", "_num_held", "_num_image_bytes", "channels", "context", "dialect", "error",
-        "is_body_read", "is_disconnected", "is_large", "large_objects", "leases", "receive", "request_id",
-        "response_headers", "route", "scope", "send", "started_s", "status", "summary", "tenant",
-    )  # fmt: skip
+    context: ServerContext
+    scope: Scope
+    receive: Receive
+    send: Send
+    dialect: Dialect
+    started_s: float = field(default_factory=time.monotonic)
+    request_id: str = field(init=False)
+    response_headers: list[Header] = field(init=False)
+    tenant: str | None = None
+    route: Route | None = None
+    status: int | None = None
+    channels: list[Channel] = field(default_factory=list)
+    summary: RequestSummary | None = None
+    leases: list[Lease] = field(default_factory=list)
+    error: BaseException | None = None
+    is_body_read: bool = False
+    is_disconnected: bool = False
+    is_large: bool = False
+    large_objects: list[object] = field(default_factory=list)
+    _num_held: int = 0  # counted bytes of the body and of what was fetched
+    _num_image_bytes: int = 0  # counted bytes of decoded images
 
-    def __init__(
-        self, context: ServerContext, scope: Scope, receive: Receive, send: Send, dialect: Dialect
-    ) -> None:
-        self.context = context
-        self.scope = scope
-        self.receive = receive
-        self.send = send
-        self.dialect = dialect
-        self.tenant: str | None = None
-        self.request_id = asgi.request_id_of(scope)
-        self.response_headers: list[Header] = [(b"x-request-id", self.request_id.encode("ascii"))]
-        self.started_s = time.monotonic()
-        self.status: int | None = None
-        self.route: Route | None = None
-        self.channels: list[Channel] = []
-        self.summary: RequestSummary | None = None
-        self.leases: list[Lease] = []
-        self.error: BaseException | None = None
-        self._num_held = 0  # counted bytes of the body and of what was fetched
-        self._num_image_bytes = 0  # counted bytes of decoded images
-        self.is_body_read = False
-        self.is_disconnected = False
-        self.is_large = False
-        self.large_objects: list[object] = []
+    def __post_init__(self) -> None:
+        self.request_id = asgi.request_id_of(self.scope)
+        self.response_headers = [(b"x-request-id", self.request_id.encode("ascii"))]
 
     @property
     def method(self) -> str:
@@ -253,3 +250,6 @@ class Exchange:
         """Cancel everything that the engine still generates for the request."""
         for channel in self.channels:
             channel.cancel()
+
+
+Handler = Callable[[Exchange], Awaitable[None]]  # of a route

@@ -9,30 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 from tgi_asgi.api.answer_form import answer_form, compile_grammar
 from tgi_asgi.api.budgets import KeptAnswer, token_bytes
 from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer
-from tgi_asgi.api.context import Served
-from tgi_asgi.api.errors import Dialect
-from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.context import Served, name_in
+from tgi_asgi.api.exchange import Exchange, Handler
 from tgi_asgi.api.images import check_images, load_images, salted_images
 from tgi_asgi.api.limits import bounded_priority
 from tgi_asgi.api.prompt import Prompt, make_prompt
 from tgi_asgi.api.sse import EventStream
-from tgi_asgi.errors import InvalidRequest, ModelNotSupported, TgiError, UnknownModel
+from tgi_asgi.errors import InvalidRequest, ModelNotSupported, TgiError
 from tgi_asgi.observe.summary import stream_headers, sync_headers
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Adapter, Engine, GenerationRequest, Permit, StopConditions, TokenEvent, TopTokens
 
 Parse = Callable[[bytes, Exchange], Call | Callable[[], Call]]  # raises a refusal from `errors.py`
-Handler = Callable[[Exchange], Awaitable[None]]
 
 LARGE_ANSWER = 500  # tokens and alternatives in an answer; rendering each takes about 5 us
-NO_NAMES = ("tgi", "dummy")  # what TGI's documents and huggingface_hub send as `model` if there is no name
-_URL_SCHEMES = ("http://", "https://")  # huggingface.js then sends the endpoint's address
 
 
 def generating(parse: Parse) -> Handler:
@@ -41,14 +38,10 @@ def generating(parse: Parse) -> Handler:
     `parse` is a pure function; it runs in a thread if the body is large. It may set `Exchange.is_large` and
     return a function that does the remaining work, which then runs in a thread.
     """
-
-    async def handle(exchange: Exchange) -> None:
-        await generate(exchange, parse)
-
-    return handle
+    return partial(_generate, parse=parse)
 
 
-async def generate(exchange: Exchange, parse: Parse) -> None:
+async def _generate(exchange: Exchange, parse: Parse) -> None:
     """Answer a generating request.
 
     Raises:
@@ -69,7 +62,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         raise ModelNotSupported(f"The model {can} texts, and generates none", param="model")
     with admitted(exchange, call.num_choices) as permit:
         for job in call.jobs:
-            with prefix_errors(job.where, exchange.dialect):
+            with exchange.dialect.refusing(job.where):
                 if job.check is not None:
                     job.check()
         # Nothing is awaited between these checks, the resolution of `model`, and this line.
@@ -156,29 +149,15 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
     Raises:
         UnknownModel: if names are strict and this one is not served.
     """
-    check_name(exchange, requested)
     context, served = exchange.context, exchange.context.ready()
+    context.check_name(requested)
     if requested is not None and served.serves(requested):
         return requested
-    own, requested = served.info.model_id, _name_in(requested)
+    own, requested = served.info.model_id, name_in(requested)
     if requested is None:
         return own
     context.note_unknown_model(requested)
     exchange.response_headers.append((b"x-tgi-model", own.encode("ascii", "backslashreplace")))
-    return requested
-
-
-def check_name(exchange: Exchange, requested: str | None) -> None:
-    """Refuse the name of a model that is not served, if names are strict; may run in any thread."""
-    context, name = exchange.context, _name_in(requested)
-    if context.settings.strict_model_names and name is not None and not context.ready().serves(name):
-        raise UnknownModel(name)
-
-
-def _name_in(requested: str | None) -> str | None:
-    """Return the name that a request gives, or None for what clients send without one."""
-    if requested is None or requested in NO_NAMES or requested.startswith(_URL_SCHEMES):
-        return None
     return requested
 
 
@@ -225,7 +204,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         TemplateError: if there is no template, or it refuses the messages.
     """
     context = exchange.context
-    with prefix_errors(job.where, exchange.dialect):
+    with exchange.dialect.refusing(job.where):
         if job.prompt.images is not None:
             await load_images(exchange, served, job.prompt.images)
         prompt, budget = await context.text_threads.run_for(
@@ -236,11 +215,9 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
             message = f"`{{field}}` must be at most `{limit}` ({budget}), got {job.min_tokens}"
             raise InvalidRequest(message, field=("min_tokens",))
         form = answer_form(job, served, context.settings, prompt.tail)
-        # An encoder-decoder's answer is a text of its own, and does not continue the prompt's.
-        drops_space = served.info.encoder_decoder is not None and served.tokenizer.drops_first_space
         grammar = None
         if job.tools is not None or job.constraint is not None:
-            grammar = await compile_grammar(exchange, served.grammars, job, form, drops_space=drops_space)
+            grammar = await compile_grammar(exchange, served.grammars, job, form)
         reading, marks = form.reading(), form.reasoning_marks()
         thinking = context.settings.reasoning_budget if job.reasoning_budget is None else job.reasoning_budget
     salt = cache_salt_of(exchange, job.cache_salt)
@@ -258,7 +235,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
             skip_special_tokens=job.skip_special_tokens,
             shown_special_ids=frozenset() if reading is None else reading.marker_ids,
             reasoning=marks,
-            drops_first_space=drops_space,
+            drops_first_space=form.drops_space,
         ),
         n=job.n,
         priority=bounded_priority(job.priority, context.settings),
@@ -292,19 +269,6 @@ def cache_salt_of(exchange: Exchange, salt: str | None) -> str | None:
     if tenant is None or exchange.context.settings.share_prefix_cache:
         return salt
     return f"{tenant}\0{salt or ''}"
-
-
-@contextlib.contextmanager
-def prefix_errors(where: str, dialect: Dialect) -> Iterator[None]:
-    """Prefix a refusal with the part of the call that it concerns."""
-    try:
-        yield
-    except InvalidRequest as error:
-        if where:
-            dialect.translate(error)
-            error.param = ".".join(filter(None, (where, error.param)))
-            error.message = f"{where}: {error.message}"
-        raise
 
 
 async def collect(exchange: Exchange, kept: KeptAnswer) -> list[Choices]:

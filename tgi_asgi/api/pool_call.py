@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.errors import ModelNotSupported, TooManyPrompts
@@ -75,7 +75,6 @@ class PoolCall:
     Attributes:
         answer: Returns the body of the answer; called in a thread if that is slow.
         truncation: How to truncate inputs that are too long; None: refuse them.
-        num_numbers: How many numbers the answer has for each input.
     """
 
     inputs: Sequence[Input]
@@ -86,7 +85,6 @@ class PoolCall:
     adds_special_tokens: bool = True
     priority: int = 0
     cache_salt: str | None = None
-    num_numbers: int = 1
 
     @property
     def pooling(self) -> Pooling:
@@ -141,17 +139,3 @@ def check_num_inputs(num_inputs: int, name: str, settings: Settings) -> None:
     if num_inputs > max_inputs:
         message = f"`{name}` takes at most {max_inputs} inputs, got {num_inputs}"
         raise TooManyPrompts(message, param=name)
-
-
-def read_truncation(tokens: int | None, side: Literal["left", "right"] | None) -> Truncation | None:
-    """Return the truncation that vLLM's fields ask for.
-
-    Args:
-        tokens: Number of tokens to keep; -1: as many as fit.
-        side: The side that is cut off; the right one if None.
-    """
-    if tokens is not None and tokens < 1 and tokens != -1:
-        refuse_field("truncate_prompt_tokens", f"must be -1 or at least 1, got {tokens}")
-    if tokens is None:
-        return None
-    return Truncation(None if tokens == -1 else tokens, from_left=side == "left")

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tgi_asgi.api.context import Served
-from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import Handler, admitted, cache_salt_of, lease_adapters, served_name
+from tgi_asgi.api.exchange import Exchange, Handler
+from tgi_asgi.api.life import admitted, cache_salt_of, lease_adapters, served_name
 from tgi_asgi.api.limits import bounded_priority
 from tgi_asgi.api.pool_call import PoolCall, Pooled
 from tgi_asgi.api.pool_prompt import tokenise
@@ -50,11 +51,7 @@ Parse = Callable[[bytes, Exchange], PoolCall]
 
 def pooling(parse: Parse) -> Handler:
     """Return the handler of a route whose bodies `parse` reads; `parse` runs in a thread if one is large."""
-
-    async def handle(exchange: Exchange) -> None:
-        await answer(exchange, parse)
-
-    return handle
+    return partial(answer, parse=parse)
 
 
 async def answer(exchange: Exchange, parse: Parse) -> None:
@@ -86,7 +83,7 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
         exchange.large_objects.append(requests)
         vectors = await _compute(exchange, served.engine, requests, permit)
     pooled = Pooled(model, vectors, sum(len(request.prompt_ids) for request in requests))
-    exchange.is_large |= call.num_numbers * len(vectors) > _LARGE_ANSWER
+    exchange.is_large |= sum(map(len, vectors)) > _LARGE_ANSWER
 
     def rendered() -> tuple[bytes, list[Header]]:
         content = call.answer(pooled)

@@ -184,26 +184,7 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
         raise TemplateError(_NO_TEMPLATE)
     if not chat.messages:
         raise InvalidRequest("`{field}` must have at least one message", field=("prompt",))
-    messages = []
-    for message in chat.messages:
-        role = message["role"]
-        shown_role = "system" if role == "developer" and not template.accepts_developer else role
-        separator = _separator(template, shown_role, settings)
-        messages.append({**message, "role": shown_role, "content": _content(message, separator)})
-    messages = template.arranged(messages)
-    tools = chat.tools if chat.offers_tools else None
-    if not (template.mentions("tools") or template.mentions("tool_calls")):
-        messages = spell_out(messages, tools, accepts_system=template.accepts_system)
-    elif tools and not template.shows_tools:
-        messages = with_listed_tools(messages, tools, accepts_system=template.accepts_system)
-    if not template.takes_several_calls:
-        messages = with_single_calls(messages)
-    source = template.tool_source if chat.tools else template.source
-    messages = with_fitting_ids(messages, source)
-    messages = with_own_tools(messages, tools, source)
-    if chat.tools and chat.offers_tools and chat.tool_prompt and not chat.is_continued:
-        messages = add_tool_prompt(messages, chat.tool_prompt)
-    messages = template.with_arguments(template.in_parts(messages))  # JSON may escape special tokens
+    messages = _fitted(chat, template, settings)
     # Template variables that come from the administrator or the client.
     given = {**settings.template_variables, "tools": chat.tools, **chat.variables}
     guard = served.tokenizer.guard
@@ -219,6 +200,31 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
         **given,
     )
     return ChatText(*guard.marks(text), is_marked=True) if is_marked else ChatText(text, text)
+
+
+def _fitted(chat: Conversation, template: ChatTemplate, settings: Settings) -> list[dict[str, Any]]:
+    """Return a conversation's messages in a form that the template accepts, and of which it drops nothing."""
+    messages = template.arranged([_shown(message, template, settings) for message in chat.messages])
+    tools = chat.tools if chat.offers_tools else None
+    if not (template.mentions("tools") or template.mentions("tool_calls")):
+        messages = spell_out(messages, tools, accepts_system=template.accepts_system)
+    elif tools and not template.shows_tools:
+        messages = with_listed_tools(messages, tools, accepts_system=template.accepts_system)
+    if not template.takes_several_calls:
+        messages = with_single_calls(messages)
+    source = template.tool_source if chat.tools else template.source
+    messages = with_own_tools(with_fitting_ids(messages, source), tools, source)
+    if tools and chat.tool_prompt and not chat.is_continued:
+        messages = add_tool_prompt(messages, chat.tool_prompt)
+    return template.with_arguments(template.in_parts(messages))  # JSON may escape special tokens
+
+
+def _shown(message: dict[str, Any], template: ChatTemplate, settings: Settings) -> dict[str, Any]:
+    """Return a message with a role that the template shows, and its content as the template takes it."""
+    role = message["role"]
+    if role == "developer" and not template.accepts_developer:
+        role = "system"
+    return {**message, "role": role, "content": _content(message, _separator(template, role, settings))}
 
 
 def _has(images: Images | None) -> bool:

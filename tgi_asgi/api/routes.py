@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from starlette import routing
 
 from tgi_asgi.api.asgi import Receive, Scope, Send
-from tgi_asgi.api.errors import NATIVE, OPENAI, Dialect
-from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.errors import NATIVE, Dialect
+from tgi_asgi.api.exchange import Exchange, Handler
 from tgi_asgi.errors import MethodNotAllowed, NotFound
 
-Handler = Callable[[Exchange], Awaitable[None]]
 Check = Callable[[Exchange], None]
 
 _SLASHES = re.compile("//+")
@@ -112,7 +111,7 @@ class RouteTable:
         if row is None and (row := self._neighbour_of(f"/v1{path}", num_folders=2)):
             hint = f". Add /v1 to the base URL: /v1{path}"
         dialect = row.dialect if row is not None else NATIVE
-        if dialect.envelope is OPENAI.envelope:  # paths below /v1 are not only OpenAI's
+        if dialect.is_openai:  # paths below /v1 are not only OpenAI's
             others = ((row.dialect, row.dialect.client_header) for row in self.rows)
             sent = (each for each, name in others if name is not None and exchange.header(name) is not None)
             dialect = next(sent, dialect)
@@ -157,8 +156,7 @@ class _Endpoint:
 
 
 def _effective_dialect(dialect: Dialect, exchange: Exchange) -> Dialect:
-    is_openai = dialect.envelope is OPENAI.envelope
-    return NATIVE if is_openai and exchange.context.settings.tgi_compat else dialect
+    return NATIVE if dialect.is_openai and exchange.context.settings.tgi_compat else dialect
 
 
 def path_of(target: str) -> str:

@@ -19,7 +19,7 @@ from tgi_asgi.api.openai.classify import ClassifyRequest, parse_classify
 from tgi_asgi.api.openai.completions import parse_completion
 from tgi_asgi.api.openai.embeddings import EmbeddingRequest, parse_embeddings
 from tgi_asgi.api.openai.ranking import ScoreRequest, parse_score
-from tgi_asgi.api.openai.response_input import ResponsesRequest
+from tgi_asgi.api.openai.response_schema import ResponsesRequest
 from tgi_asgi.api.openai.responses import RESPONSES, count_input, parse_response
 from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
 from tgi_asgi.api.page.files import Pages

@@ -17,9 +17,9 @@ from msgspec import Struct
 
 from tgi_asgi.api.call import Images
 from tgi_asgi.api.context import Served
-from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.exchange import Exchange, Handler
 from tgi_asgi.api.images import check_images, load_images
-from tgi_asgi.api.life import Handler, admitted
+from tgi_asgi.api.life import admitted
 from tgi_asgi.errors import Overloaded
 from tgi_asgi.system import return_freed_memory
 
@@ -63,20 +63,27 @@ def _place(exchange: Exchange) -> Iterator[None]:
     """Hold one of the places of requests that only tokenise; the server does not end before it is left.
 
     There are as many as permits, but apart from them, as in TGI: clients count tokens to decide what to send,
-    which does not become wrong because the server generates as much as it can.
+    which does not become wrong because the server generates as much as it can. An API key that holds less
+    than its share gets one even if other keys hold all of them.
 
     Raises:
         Overloaded, Unavailable: if there is no place; nothing is held then.
     """
-    context = exchange.context
-    if context.num_tokenising >= context.settings.max_concurrent_requests:
+    context, key = exchange.context, exchange.tenant
+    num_places, by_key = context.settings.max_concurrent_requests, context.tokenising_keys
+    share = 0 if key is None else num_places // len(by_key.keys() | {key})
+    if context.num_tokenising >= num_places and by_key[key] >= share:
         raise Overloaded
     with admitted(exchange, 0):
         context.num_tokenising += 1
+        by_key[key] += 1
         try:
             yield
         finally:
             context.num_tokenising -= 1
+            by_key[key] -= 1
+            if not by_key[key]:
+                del by_key[key]
 
 
 async def _answer(exchange: Exchange, served: Served, work: Tokenise, body: bytes) -> bytes:
@@ -84,11 +91,11 @@ async def _answer(exchange: Exchange, served: Served, work: Tokenise, body: byte
     context = exchange.context
     # A large body may take ten seconds: such requests wait for each other, not others for them.
     threads = context.count_threads if exchange.is_large else context.text_threads
-    answer = await threads.run(work, body, exchange)
+    answer = await threads.run_for(exchange.tenant, work, body, exchange)
     if isinstance(answer, WithImages):
         check_images([answer.images], context.settings.max_images)
         await load_images(exchange, served, answer.images)
-        answer = await threads.run(answer.rest)
+        answer = await threads.run_for(exchange.tenant, answer.rest)
     return answer
 
 

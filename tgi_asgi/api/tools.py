@@ -133,7 +133,8 @@ def choose(
         if name not in known:
             message = f"`{{field}}` names {name[:80]!r}, which is not among `tools`"
             raise InvalidRequest(message, field=("tool_choice",))
-    specs = [_spec(tool) for tool in tools if names is None or tool.name in names]
+    wanted = known.intersection(names) if names is not None else known
+    specs = [_spec(tool) for tool in tools if tool.name in wanted]
     is_named = mode == "named"
     return ToolChoice(specs, is_named or mode == "required", is_named, is_parallel and not is_named)
 

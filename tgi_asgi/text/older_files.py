@@ -97,7 +97,7 @@ def surround_by_flags(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) 
     bos, eos = ([backend.token_to_id(parts[name])] if name in parts else [] for name in ("bos", "eos"))
     plain, whole = (backend.encode("", add_special_tokens=adds).ids for adds in (False, True))
     if len(parts) == len(wanted) and whole != [*bos, *plain, *eos]:
-        _surround(backend, parts)
+        surround(backend, parts)
 
 
 def check_ids(backend: tokenizers.Tokenizer, listed: Mapping[str, Any]) -> None:
@@ -138,7 +138,7 @@ def _of_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[tokenizers
         for name, token_id in ids.items()
         if not config.get(name) and (text := model.token(token_id)) is not None
     }
-    _surround(backend, _parts(backend, {**config, **named}, _wanted(config)))
+    surround(backend, _parts(backend, {**config, **named}, _wanted(config)))
     return backend, dict(named)
 
 
@@ -164,7 +164,7 @@ def _parts(backend: tokenizers.Tokenizer, config: Mapping[str, Any], names: Iter
     return parts
 
 
-def _surround(backend: tokenizers.Tokenizer, parts: Mapping[str, str]) -> None:
+def surround(backend: tokenizers.Tokenizer, parts: Mapping[str, str]) -> None:
     """Put these tokens around texts, and nothing else."""
     backend.post_processor = processors.TemplateProcessing(
         single=[*_piece(parts, "bos", 0), "$A:0", *_piece(parts, "eos", 0)],
@@ -202,7 +202,7 @@ def _of_transformers(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, A
     named = dict(made.special_tokens_map)
     if (directory / "tekken.json").is_file() and not named:  # the file names none, but its models know these
         named = {"bos_token": "<s>", "eos_token": "</s>"}
-        _surround(backend, _parts(backend, named, ["bos"]))
+        surround(backend, _parts(backend, named, ["bos"]))
     return backend, named
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.text import gguf_vocab, older_files
@@ -38,6 +38,9 @@ class Tokenizer:
 
     All methods may be called from several threads at once.
 
+    Args:
+        has_token_types: Whether the model is told which segment of a pair a token belongs to.
+
     Attributes:
         vocab_size: Ids are in [0, vocab_size); the model's own vocabulary may be padded beyond it.
         special_tokens: "bos_token", "eos_token", "image_token" ... -> text, those that exist; for the chat
@@ -55,6 +58,8 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         special_tokens: Mapping[str, str],
         eos_ids: Iterable[int] = (),
+        *,
+        has_token_types: bool = True,
     ) -> None:
         # The tokenizer.json files of embedding models contain these; a server sets its own limits.
         backend.no_truncation()
@@ -78,7 +83,7 @@ class Tokenizer:
         self.eos_id = self._id_of("eos_token")
         known = {token_id for token_id in eos_ids if 0 <= token_id < self.vocab_size}
         self.eos_ids = frozenset(known | ({self.eos_id} if self.eos_id is not None else set()))
-        self._has_token_types = True
+        self._has_token_types = has_token_types
         self.adds_bos = self.bos_id in self.encode("", add_special_tokens=True)[:1]
 
     @classmethod
@@ -104,7 +109,6 @@ class Tokenizer:
         if eos is None:
             eos = _read_json(model_directory / "config.json").get("eos_token_id")
         eos_ids = [item for item in (eos if isinstance(eos, list) else [eos]) if type(item) is int]
-        lowers = _read_json(model_directory / "sentence_bert_config.json").get("do_lower_case") is True
         path = directory / "tokenizer.json"
         if path.exists():
             backend, listed = _read_backend(path), {}
@@ -114,21 +118,7 @@ class Tokenizer:
             backend, added = older_files.make_backend(directory, config)
             config = {**added, **config}
             listed = config.get("added_tokens_decoder") or {}
-        made = cls._configured(backend, config, eos_ids, path, lowers=lowers)
-        older_files.check_ids(backend, listed)
-        return made
-
-    @classmethod
-    def _configured(
-        cls,
-        backend: tokenizers.Tokenizer,
-        config: Mapping[str, Any],
-        eos_ids: Iterable[int],
-        path: Path,
-        *,
-        lowers: bool = False,
-    ) -> Tokenizer:
-        if lowers:
+        if _read_json(model_directory / "sentence_bert_config.json").get("do_lower_case") is True:
             _lower_texts(backend)
         named = {name: text for name in _NAMED if (text := _text_of(config.get(name)))}
         named.update(_model_specific(backend, config))
@@ -137,10 +127,10 @@ class Tokenizer:
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ModelLoadError(f"the tokenizer_config.json of {path} is damaged: {error}") from error
         older_files.surround_by_flags(backend, config)
-        made = cls(backend, named, eos_ids)
+        older_files.check_ids(backend, listed)
         inputs = config.get("model_input_names")  # the tokenizer's outputs that the model gets
-        made._has_token_types = not isinstance(inputs, list) or "token_type_ids" in inputs
-        return made
+        has_token_types = not isinstance(inputs, list) or "token_type_ids" in inputs
+        return cls(backend, named, eos_ids, has_token_types=has_token_types)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -150,9 +140,9 @@ class Tokenizer:
             ModelLoadError: if the vocabulary is absent, damaged, or of a kind that is not supported.
         """
         vocab = gguf_vocab.build(metadata)
-        bos = vocab.special_tokens.get("bos_token") if vocab.adds_bos else None
-        eos = vocab.special_tokens.get("eos_token") if vocab.adds_eos else None
-        _set_affixes(vocab.backend, bos, eos)
+        added = {"bos": vocab.adds_bos, "eos": vocab.adds_eos}
+        named = {name: vocab.special_tokens.get(f"{name}_token") for name, adds in added.items() if adds}
+        older_files.surround(vocab.backend, {name: text for name, text in named.items() if text is not None})
         return cls(vocab.backend, vocab.special_tokens, vocab.eos_ids)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -313,9 +303,8 @@ class Tokenizer:
 def _restored(
     backend: str, special_tokens: Mapping[str, str], eos_ids: Iterable[int], has_token_types: bool
 ) -> Tokenizer:
-    made = Tokenizer(tokenizers.Tokenizer.from_str(backend), special_tokens, eos_ids)
-    made._has_token_types = has_token_types
-    return made
+    made = tokenizers.Tokenizer.from_str(backend)
+    return Tokenizer(made, special_tokens, eos_ids, has_token_types=has_token_types)
 
 
 def _span(sequence_ids: Sequence[int | None], wanted: int) -> tuple[int, int] | None:
@@ -406,12 +395,3 @@ def _add_missing(backend: tokenizers.Tokenizer, listed: Mapping[str, Any], named
     for text, token in wanted.items():
         if known.get(text) != token:
             (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-
-
-def _set_affixes(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
-    """Put `bos` before every text and `eos` after it, and nothing else."""
-    around = dict.fromkeys(text for text in (bos, eos) if text is not None)
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])],
-        special_tokens=[(text, backend.token_to_id(text)) for text in around],
-    )

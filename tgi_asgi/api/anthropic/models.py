@@ -7,8 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tgi_asgi.api.anthropic.render import ANTHROPIC
-from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import Handler
+from tgi_asgi.api.exchange import Exchange, Handler
 
 Models = list[dict[str, Any]]  # each as `GET /v1/models` describes it
 

@@ -126,11 +126,11 @@ def read_conversation(request: CountRequest, tools: list[Tool], images: Images |
         InvalidRequest: if a block or a field is refused; `param` names it.
     """
     messages: list[dict[str, Any]] = []
-    if request.system:
-        system = request.system
-        if not isinstance(system, str):  # a counter of Claude Code would prevent shared prefixes
-            system = [block for block in system if not str(block.get("text")).startswith(_BILLING)]
-        messages.append({"role": "system", "content": plain_text(system, "system")})
+    system = request.system or ""
+    if not isinstance(system, str):  # a counter of Claude Code would prevent shared prefixes
+        system = [block for block in system if not str(block.get("text")).startswith(_BILLING)]
+    if text := plain_text(system, "system"):
+        messages.append({"role": "system", "content": text})
     for _, group in itertools.groupby(_shown(request.messages), key=lambda each: each[1].role):
         messages += _turns([*group], images)
     return Conversation(

@@ -16,7 +16,7 @@ from tgi_asgi.api.anthropic.request import (
 )
 from tgi_asgi.api.anthropic.tools import read_tools
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import check_name, generating
+from tgi_asgi.api.life import generating
 from tgi_asgi.api.parse import check_ranges, decode_json
 from tgi_asgi.api.prompt import chat_prompt
 from tgi_asgi.api.routes import Route
@@ -42,7 +42,7 @@ def _count(body: bytes, exchange: Exchange) -> bytes | WithImages:
     context = exchange.context
     request = decode_json(body, COUNT_DECODER)
     check_ranges(request)
-    check_name(exchange, request.model)
+    context.check_name(request.model)
     served = context.ready()
     chat = read_conversation(request, read_tools(request.tools, request.messages), served.new_images())
 

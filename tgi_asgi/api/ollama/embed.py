@@ -73,7 +73,6 @@ def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
         answer=answer,
         model=model_of(request.model, exchange),
         truncation=None if request.truncate is False else Truncation(),
-        num_numbers=embedding.dimensions,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from tgi_asgi.api.answer import ChoiceReader, LogprobsTracker, Reading
+from tgi_asgi.api.call import ToolChoice
 from tgi_asgi.api.custom_input import CustomInput
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
@@ -87,10 +88,8 @@ class ChatChoice(TextChoice):
     """A choice of a chat, which may also have reasoning and tool calls.
 
     Args:
-        is_named: Whether the client chose the function to call.
-        may_call: Whether the answer may have tool calls.
+        tools: The functions that may be called.
         is_alone: Whether the answer has no other choice.
-        must_call: Whether the answer must be a tool call, without text.
         custom: Names of the tools whose calls have one string as input.
     """
 
@@ -102,9 +101,7 @@ class ChatChoice(TextChoice):
         tracker: LogprobsTracker | None = None,
         *,
         echo: str = "",
-        is_named: bool = False,
-        may_call: bool = False,
-        must_call: bool = False,
+        tools: ToolChoice | None = None,
         is_alone: bool = True,
         is_compat: bool = False,
         custom: Collection[str] = (),
@@ -113,12 +110,12 @@ class ChatChoice(TextChoice):
         self._custom = custom
         self._input: CustomInput | None = None  # of the last call, if it is of a custom tool
         self.is_plain = reading is None and tracker is None
-        self._is_text = reading is None
         self._reader = ChoiceReader(reading)
-        self._is_named = is_named
+        self._is_named = tools is not None and tools.is_named
         # Before a call, the first chunk has no text, not even an empty one. So it waits for the second,
         # unless there are other choices: clients' accumulators need the first chunks in the choices' order.
-        opens_before_call = may_call and not (must_call or is_compat or echo)
+        must_call = tools is not None and tools.must_call
+        opens_before_call = tools is not None and not (must_call or is_compat or echo)
         self.opens_late = opens_before_call and is_alone
         is_undecided = opens_before_call and not is_alone
         self._opens_with = None if is_undecided or (must_call and not is_compat) else ""
@@ -148,8 +145,6 @@ class ChatChoice(TextChoice):
 
     def deltas(self, events: Sequence[TokenEvent]) -> list[Fields]:
         """Return the content of new events, each item for a separate chunk."""
-        if self._is_text:
-            return super().deltas(events)
         pieces = self._reader.push(events, self.tracker)
         made = [fields for piece in pieces for fields in self._deltas(piece)]
         return made if events[-1].finish is None else [*made, *self._more_of_call(self._rest_of_call())]

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import time
 from secrets import token_hex
-from typing import Literal
 
 import msgspec
 import orjson
-from msgspec import Struct
 
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.openai.embeddings import inputs_of, usage
-from tgi_asgi.api.parse import Int, Salt, check_ranges, decode_json
-from tgi_asgi.api.pool_call import PoolCall, Pooled, classification_of, read_truncation
+from tgi_asgi.api.openai.pool_request import PoolRequest, inputs_of, usage
+from tgi_asgi.api.parse import check_ranges, decode_json
+from tgi_asgi.api.pool_call import PoolCall, Pooled, classification_of
 from tgi_asgi.api.vectors import activate
 from tgi_asgi.model_info import Activation
 
 
-class ClassifyRequest(Struct, kw_only=True):
+class ClassifyRequest(PoolRequest, kw_only=True):
     """Body of `POST /classify` and `/v1/classify`."""
 
     input: str | list[str | int | list[int]]
-    model: str | None = None
     use_activation: bool | None = None  # false: `probs` are the logits
-    truncate_prompt_tokens: Int | None = None
-    truncation_side: Literal["left", "right"] | None = None  # the side that is cut off
     add_special_tokens: bool | None = None
-    priority: int | None = None
-    cache_salt: Salt | None = None
     user: str | None = None
 
 
@@ -63,14 +56,5 @@ def parse_classify(body: bytes, exchange: Exchange) -> PoolCall:
         }
         return orjson.dumps(shown)
 
-    return PoolCall(
-        inputs=inputs_of(request.input, "input", info, settings),
-        how=how,
-        answer=answer,
-        model=request.model,
-        truncation=read_truncation(request.truncate_prompt_tokens, request.truncation_side),
-        adds_special_tokens=request.add_special_tokens is not False,
-        priority=request.priority or 0,
-        cache_salt=request.cache_salt,
-        num_numbers=len(how.labels),
-    )
+    inputs = inputs_of(request.input, "input", info, settings)
+    return request.call(inputs, how, answer, adds_special_tokens=request.add_special_tokens is not False)

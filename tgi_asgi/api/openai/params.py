@@ -52,7 +52,8 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo, *, is_
 
 def check_shared(request: TextRequest, limits: Limits, info: ModelInfo) -> None:
     """Check what ranges do not say about the fields that all requests for text share."""
-    check_stop(request.stop, limits)
+    is_list = not isinstance(request.stop, str)
+    check_stops(stop_strings(request.stop), limits.stops, "stop", is_list=is_list)
     stop_ids = request.stop_token_ids or ()
     if len(stop_ids) > MAX_IDS:
         refuse_field("stop_token_ids", f"takes at most {MAX_IDS} ids")
@@ -109,11 +110,6 @@ def job_of(
 def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Return the strings of `stop`, which is one or a list."""
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
-
-
-def check_stop(stop: str | Sequence[str] | None, limits: Limits) -> None:
-    """Check the number of a request's stop strings and their lengths."""
-    check_stops(stop_strings(stop), limits.stops, "stop", is_list=not isinstance(stop, str))
 
 
 def check_ids(ids: Sequence[Any], path: str, vocab_size: int) -> None:

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from secrets import token_hex
-from typing import Literal
 
 import msgspec
 import orjson
 from msgspec import Struct
 
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.openai.embeddings import usage
-from tgi_asgi.api.parse import Int, Natural, Salt, check_ranges, decode_json, refuse_field
-from tgi_asgi.api.pool_call import (
-    Input,
-    Pair,
-    PoolCall,
-    Pooled,
-    check_num_inputs,
-    read_truncation,
-    scoring_of,
-)
+from tgi_asgi.api.openai.pool_request import PoolRequest, usage
+from tgi_asgi.api.parse import Natural, check_ranges, decode_json, refuse_field
+from tgi_asgi.api.pool_call import Input, Pair, PoolCall, Pooled, check_num_inputs, scoring_of
 from tgi_asgi.api.vectors import best_first, cosine, logit_of, probability
 from tgi_asgi.model_info import Embedding, ModelInfo
 
@@ -37,23 +27,18 @@ class Document(Struct):
     text: str
 
 
-class RerankRequest(Struct, kw_only=True):
+class RerankRequest(PoolRequest, kw_only=True):
     """Body of `POST /rerank`, `/v1/rerank` and `/v2/rerank`."""
 
     query: str | Document
     documents: list[str | Document]
-    model: str | None = None
     top_n: Natural | None = None  # 0: all
     return_documents: bool | None = None  # unless false, the answer contains them
     instruction: str | None = None
     use_activation: bool | None = None  # false: scores are logits
-    truncate_prompt_tokens: Int | None = None
-    truncation_side: Literal["left", "right"] | None = None  # the side that is cut off
-    priority: int | None = None
-    cache_salt: Salt | None = None
 
 
-class ScoreRequest(Struct, kw_only=True):
+class ScoreRequest(PoolRequest, kw_only=True):
     """Body of `POST /score` and `/v1/score`: `text_1` and `text_2`, or another pair of `_SIDES`."""
 
     text_1: _Texts | None = None
@@ -63,13 +48,8 @@ class ScoreRequest(Struct, kw_only=True):
     items: _Texts | None = None
     data_1: _Texts | None = None
     data_2: _Texts | None = None
-    model: str | None = None
     instruction: str | None = None
     use_activation: bool | None = None  # false: scores are logits
-    truncate_prompt_tokens: Int | None = None
-    truncation_side: Literal["left", "right"] | None = None  # the side that is cut off
-    priority: int | None = None
-    cache_salt: Salt | None = None
 
 
 _RERANK = msgspec.json.Decoder(RerankRequest)
@@ -103,7 +83,7 @@ def parse_rerank(body: bytes, exchange: Exchange) -> PoolCall:
         }
         return orjson.dumps(shown)
 
-    return _call(scored, request, answer)
+    return request.call(scored.inputs(request.instruction), scored.how, answer)
 
 
 def parse_score(body: bytes, exchange: Exchange) -> PoolCall:
@@ -131,7 +111,7 @@ def parse_score(body: bytes, exchange: Exchange) -> PoolCall:
         }
         return orjson.dumps(shown)
 
-    return _call(scored, request, answer)
+    return request.call(scored.inputs(request.instruction), scored.how, answer)
 
 
 def _sides(request: ScoreRequest) -> tuple[str, str]:
@@ -141,21 +121,6 @@ def _sides(request: ScoreRequest) -> tuple[str, str]:
         if getattr(request, name) is None:
             refuse_field(name, "is required")
     return names
-
-
-def _call(
-    scored: Scored, request: RerankRequest | ScoreRequest, answer: Callable[[Pooled], bytes]
-) -> PoolCall:
-    return PoolCall(
-        inputs=scored.inputs(request.instruction),
-        how=scored.how,
-        answer=answer,
-        model=request.model,
-        truncation=read_truncation(request.truncate_prompt_tokens, request.truncation_side),
-        priority=request.priority or 0,
-        cache_salt=request.cache_salt,
-        num_numbers=scored.num_numbers,
-    )
 
 
 class Scored:
@@ -185,11 +150,6 @@ class Scored:
             Input(Pair(query, document, instruction), where)
             for query, (document, where) in zip(own, second, strict=True)
         ]
-
-    @property
-    def num_numbers(self) -> int:
-        """How many numbers each input's vector has."""
-        return self.how.dimensions if isinstance(self.how, Embedding) else 1
 
     def scores(self, pooled: Pooled, *, is_raw: bool = False) -> list[float]:
         """Return a score per pair: 0 to 1, any number if raw, or for embeddings a cosine from -1 to 1."""

@@ -1,42 +1,34 @@
-"""Parses requests of `/v1/responses`: items to messages, tools to functions.
+"""The input of `/v1/responses`: items to messages.
 
-Fields that would change the answer (hosted conversations, prompts, background work) are refused by name.
-Tools and items that only offer or carry something unusable are skipped.
+Items that carry something unusable are skipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
-from msgspec import Meta, Struct
 
 from tgi_asgi.api.call import Images
-from tgi_asgi.api.openai.client_tools import CALLS, OUTPUTS, client_tool
-from tgi_asgi.api.openai.schema import TextRequest
+from tgi_asgi.api.openai.client_tools import CALLS, OUTPUTS
+from tgi_asgi.api.openai.response_schema import ConfigurationUpdate, Item, ResponsesRequest, TextFormat
+from tgi_asgi.api.openai.response_tools import tools_of
 from tgi_asgi.api.openai.tool_search import OUTPUT as SEARCH_OUTPUT
 from tgi_asgi.api.openai.tool_search import found_in, is_client_s, result_text
-from tgi_asgi.api.openai.tools import add_call_ids, grammar_of
+from tgi_asgi.api.openai.tools import add_call_ids
 from tgi_asgi.api.parse import (
     NO_IMAGES,
     ONLY_USERS,
-    Foreign,
-    Natural,
-    Positive,
-    Refused,
-    Undocumented,
     decode_json,
     kind_of,
-    range_of,
     refuse,
     refuse_field,
     string_of,
 )
 from tgi_asgi.api.thoughts import unsealed
-from tgi_asgi.api.tools import CUSTOM_INPUT, Tool, check_tools, distinct, note_skipped
-
-Item = dict[str, Any]
+from tgi_asgi.api.tools import CUSTOM_INPUT, Tool, note_skipped
 
 _ROLES = ("assistant", "developer", "system", "user")
 _TEXTS = ("input_text", "output_text", "text", "refusal")
@@ -47,98 +39,6 @@ _CALLS = ("function_call", "custom_tool_call", *CALLS)
 _RESULTS = ("function_call_output", "custom_tool_call_output", SEARCH_OUTPUT, *OUTPUTS)
 
 
-class ReasoningOptions(Struct):
-    """How much the model should think."""
-
-    effort: str | None = None
-    summary: str | None = None  # whatever it asks for, the summary is the whole reasoning
-    generate_summary: str | None = None  # the first name of `summary`
-
-    def __post_init__(self) -> None:
-        self.summary = self.summary or self.generate_summary
-
-
-class TextFormat(Struct, omit_defaults=True):
-    """Format that the answer's text must match; echoed as it was given."""
-
-    type: str
-    name: str | None = None
-    description: str | None = None
-    schema: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class TextOptions(Struct):
-    """Options of the answer's text."""
-
-    format: TextFormat | None = None
-    verbosity: str | None = None  # echoed, but not used
-
-
-class ConfigurationUpdate(Struct):
-    """An item that sets the format or the effort of all answers after it, up to the next such item."""
-
-    text: TextOptions | None = None
-    reasoning: ReasoningOptions | None = None
-
-
-_Key = Annotated[str, Meta(max_length=64)]
-_Value = Annotated[str, Meta(max_length=512)]
-
-
-class ResponsesRequest(TextRequest, kw_only=True):
-    """Body of `POST /v1/responses`."""
-
-    input: str | list[dict[str, Any]] | None = None
-    instructions: str | None = None
-    max_output_tokens: Positive | None = None
-    top_logprobs: Annotated[int, range_of(minimum=0, maximum=20)] | None = None
-    include: list[str] | None = None
-    text: TextOptions | None = None
-    reasoning: ReasoningOptions | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    metadata: Annotated[dict[_Key, _Value], Meta(max_length=16)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    include_reasoning: bool | None = None
-    separate_reasoning: bool | None = None  # SGLang's name for include_reasoning
-    truncation: Literal["auto", "disabled"] | None = None  # always disabled: what is too long is refused
-    store: bool | None = None
-    previous_response_id: str | None = None
-    max_tool_calls: Natural | None = None  # of hosted tools, which are never called
-    prompt_cache_key: str | None = None
-    safety_identifier: str | None = None
-    user: str | None = None
-
-    conversation: Refused = None
-    prompt: Refused = None
-    background: Refused = None
-    previous_response: Refused = None  # vLLM's, like the next
-    previous_input_messages: Refused = None
-
-    # Of chats and completions.
-    messages: Undocumented = None
-    max_tokens: Undocumented = None
-    max_completion_tokens: Undocumented = None
-    response_format: Undocumented = None
-    reasoning_effort: Undocumented = None
-    n: Undocumented = None
-    best_of: Undocumented = None
-    chat_template: Foreign = None
-    logprobs: Foreign = None
-    echo: Foreign = None
-    suffix: Foreign = None
-    continue_final_message: Foreign = None
-    documents: Foreign = None
-    functions: Foreign = None
-    tool_prompt: Foreign = None
-    audio: Foreign = None
-    prompt_token_ids: Foreign = None
-    input_ids: Foreign = None
-
-
-DECODER = msgspec.json.Decoder(ResponsesRequest)
 _ITEMS = msgspec.json.Decoder(list[dict[str, Any]])
 
 
@@ -229,61 +129,99 @@ def read_items(
         InvalidRequest: if an item is refused; `param` names it.
     """
     names = {(tool.namespace, tool.own_name): tool.name for tool in tools if tool.own_name is not None}
-    messages: list[dict[str, Any]] = []
-    thoughts: list[str] = []  # the reasoning before the next item, if the assistant made that
-    skipped = []
+    messages = _Messages(images, names)
     for i, item in enumerate(items, -num_before):
-        path = _path(i)
+        messages.read(item, _path(i))
+    note_skipped(messages.skipped)
+    add_call_ids(messages.found)
+    for message in messages.found:
+        if "reasoning_content" in message:
+            message["reasoning_content"] = "\n".join(message["reasoning_content"])
+    return messages.found
+
+
+@dataclass(slots=True)
+class _Messages:
+    """The messages that items become, in their order.
+
+    Attributes:
+        images: Collects images; None if the model does not accept them.
+        names: The model's names of tools, by namespace and client's name.
+        found: The messages; their reasoning is still a list of texts.
+        thoughts: The reasoning before the next item, if the assistant made that.
+        skipped: Types of items that carry nothing usable.
+    """
+
+    images: Images | None
+    names: Mapping[Any, str]
+    found: list[dict[str, Any]] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def read(self, item: Item, path: str) -> None:
+        """Add an item, whose path is `path`."""
         match kind := item.get("type") or "message":
             case "reasoning":
-                texts = _texts(item.get("content") or [], f"{path}.content", ("reasoning_text",))
-                text = _joined(texts) or unsealed(item.get("encrypted_content"))
-                if not text:
-                    text = _joined(_texts(item.get("summary") or [], f"{path}.summary", ("summary_text",)))
-                thoughts.append(text)
+                self.thoughts.append(_reasoning(item, path))
             case "tool_search_call" | "tool_search_output" if not is_client_s(item):
-                skipped.append(kind)
+                self.skipped.append(kind)
             case str() if kind in _CALLS:
-                if not messages or messages[-1]["role"] != "assistant":
-                    messages.append({"role": "assistant", "content": None})
-                messages[-1].setdefault("tool_calls", []).append(_call(item, kind, path, names))
-                _add_thoughts(messages[-1], thoughts)
+                self._call(_call(item, kind, path, self.names))
             case str() if kind in _RESULTS:
-                messages.append({"role": "tool", "content": _result(item, kind, path, names)})
-                name = "call_id"
-                if item.get(name) is None and kind == "local_shell_call_output":
-                    name = "id"  # in OpenAI's type, this is the call's
-                if item.get(name) is not None:
-                    messages[-1]["tool_call_id"] = string_of(item, name, path)
+                self._result(item, kind, path)
             case "agent_message":  # from another agent, to the one that the model is
-                content = _parts(_readable(item.get("content")), f"{path}.content", "user", images)
-                messages.append({"role": "user", "content": content})
-                thoughts.clear()
+                self._message("user", _readable(item.get("content")), f"{path}.content")
             case "message":
                 role = string_of(item, "role", path)
                 if role not in _ROLES:
                     refuse_field(f"{path}.role", f"must be one of {', '.join(_ROLES)}, got {role[:40]!r}")
-                content = _parts(item.get("content"), f"{path}.content", role, images)
-                if role == "assistant" and messages and "tool_calls" in messages[-1]:
-                    _add_text(messages[-1], content)
-                else:
-                    messages.append({"role": role, "content": content})
-                if role == "assistant":
-                    _add_thoughts(messages[-1], thoughts)
-                else:
-                    thoughts.clear()  # of an answer that ended in its reasoning
+                self._message(role, item.get("content"), f"{path}.content")
             case "configuration_update":
                 pass  # `current_settings` reads it
             case str() if kind in ("additional_tools", "program") or kind.endswith(_HOSTED):
-                skipped.append(kind)
+                self.skipped.append(kind)
             case _:
                 refuse_field(f"{path}.type", f"{str(kind)[:40]!r} is not supported", "invalid_value")
-    add_call_ids(messages)
-    for message in messages:
-        if "reasoning_content" in message:
-            message["reasoning_content"] = "\n".join(message["reasoning_content"])
-    note_skipped(skipped)
-    return messages
+
+    def _call(self, call: dict[str, Any]) -> None:
+        if not self.found or self.found[-1]["role"] != "assistant":
+            self.found.append({"role": "assistant", "content": None})
+        self.found[-1].setdefault("tool_calls", []).append(call)
+        self._add_thoughts()
+
+    def _result(self, item: Item, kind: str, path: str) -> None:
+        message = {"role": "tool", "content": _result(item, kind, path, self.names)}
+        name = "call_id"
+        if item.get(name) is None and kind == "local_shell_call_output":
+            name = "id"  # in OpenAI's type, this is the call's
+        if item.get(name) is not None:
+            message["tool_call_id"] = string_of(item, name, path)
+        self.found.append(message)
+
+    def _message(self, role: str, content: Any, path: str) -> None:
+        parts = _parts(content, path, role, self.images)
+        if role == "assistant" and self.found and "tool_calls" in self.found[-1]:
+            _add_text(self.found[-1], parts)
+        else:
+            self.found.append({"role": role, "content": parts})
+        if role == "assistant":
+            self._add_thoughts()
+        else:
+            self.thoughts.clear()  # of an answer that ended in its reasoning
+
+    def _add_thoughts(self) -> None:
+        """Move reasoning to the texts of the message that followed it, which may have earlier reasoning."""
+        if texts := [text for text in self.thoughts if text]:
+            self.found[-1].setdefault("reasoning_content", []).extend(texts)
+        self.thoughts.clear()
+
+
+def _reasoning(item: Item, path: str) -> str:
+    """Return the text of a reasoning item, which is in one of three fields."""
+    texts = _texts(item.get("content") or [], f"{path}.content", ("reasoning_text",))
+    if text := _joined(texts) or unsealed(item.get("encrypted_content")):
+        return text
+    return _joined(_texts(item.get("summary") or [], f"{path}.summary", ("summary_text",)))
 
 
 def _joined(texts: str | list[str]) -> str:
@@ -292,81 +230,15 @@ def _joined(texts: str | list[str]) -> str:
 
 def _add_text(message: dict[str, Any], content: str | list[Any]) -> None:
     """Add text that came after a message's calls: for templates, all of it precedes the calls' results."""
-    earlier = message["content"]
-    both = [*_listed(earlier), *_listed(content)] if earlier and content else None
-    message["content"] = both or earlier or content
+    if not message["content"]:
+        message["content"] = content
+    elif content:  # in place, because a call may have thousands of such texts after it
+        message["content"] = earlier = _listed(message["content"])
+        earlier += _listed(content)
 
 
 def _listed(content: str | list[Any]) -> list[Any]:
     return [content] if isinstance(content, str) else content
-
-
-def _add_thoughts(message: dict[str, Any], thoughts: list[str]) -> None:
-    """Move reasoning to the texts of the message that followed it, which may have earlier reasoning."""
-    texts = [text for text in thoughts if text]
-    if texts:
-        message.setdefault("reasoning_content", []).extend(texts)
-    thoughts.clear()
-
-
-def read_tools(request: ResponsesRequest, items: Sequence[Item] = ()) -> list[Tool]:
-    """Return the functions that the model is shown: the request's, and those that items add.
-
-    Args:
-        items: The whole conversation.
-
-    Raises:
-        InvalidRequest: if one has the wrong form, or two have the same name.
-    """
-    skipped: list[str] = []
-    tools = [tool for i, given in enumerate(request.tools or ()) for tool in _tools(given, i, skipped)]
-    listed = {(tool.namespace, tool.name) for tool in tools}
-    added: dict[tuple[str | None, str], Tool] = {}  # several searches may find the same tool
-    for given in _added_tools(items):
-        for tool in _tools(given, len(tools) + len(added), skipped):
-            added[tool.namespace, tool.name] = tool
-    tools += [tool for key, tool in added.items() if key not in listed]
-    tools = distinct(tools)
-    check_tools(tools)
-    note_skipped(skipped)
-    return tools
-
-
-def _added_tools(items: Sequence[Item]) -> Iterator[Any]:
-    """Yield the tools that items add to those of the request."""
-    for item in items:
-        if item.get("type") == "additional_tools" and isinstance(item.get("tools"), list):
-            yield from item["tools"]
-        yield from found_in(item)
-
-
-def _tools(given: Any, index: int, skipped: list[str], namespace: str | None = None) -> Iterator[Tool]:
-    """Yield an entry's tools: none for a hosted tool, several for a namespace."""
-    path = f"tools[{index}]"
-    if not isinstance(given, dict) or not isinstance(given.get("type"), str):
-        refuse_field(f"{path}.type", "is required")
-    kind, inner = given["type"], given.get("tools")
-    if kind == "namespace" and isinstance(inner, list):
-        for each in inner:
-            yield from _tools(each, index, skipped, string_of(given, "name", path))
-        return
-    if (own := client_tool(given)) is not None:
-        yield own.tool(index, given)
-        return
-    if kind not in ("function", "custom"):
-        skipped.append(kind)
-        return
-    name, description = string_of(given, "name", path), given.get("description")
-    description = description if isinstance(description, str) else None
-    if kind == "custom":
-        yield Tool.custom(index, name, description, grammar_of(given.get("format")), namespace=namespace)
-        return
-    parameters, is_strict = given.get("parameters"), given.get("strict")
-    if not isinstance(parameters, dict | None):
-        refuse_field(f"{path}.parameters", "must be an object")
-    if not isinstance(is_strict, bool | None):
-        refuse_field(f"{path}.strict", "must be true or false")
-    yield Tool(index, name, description, parameters, is_strict, namespace=namespace)
 
 
 def _call(item: Item, kind: str, path: str, names: Mapping[Any, str]) -> dict[str, Any]:
@@ -389,7 +261,7 @@ def _call(item: Item, kind: str, path: str, names: Mapping[Any, str]) -> dict[st
 def _result(item: Item, kind: str, path: str, names: Mapping[Any, str]) -> str | list[str]:
     """Return what the model is shown of a tool's output; `names` as in `_call`."""
     if kind == SEARCH_OUTPUT:
-        found = [tool for given in found_in(item) for tool in _tools(given, 0, [])]
+        found = [tool for given in found_in(item) for tool in tools_of(given, 0, [])]
         return result_text([names.get((tool.namespace, tool.name), tool.name) for tool in found])
     if kind in OUTPUTS:
         return OUTPUTS[kind].result_of(item, path)

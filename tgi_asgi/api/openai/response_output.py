@@ -1,11 +1,10 @@
-"""The answer of `/v1/responses` while it grows: its items, and the event for each change.
+"""The answer of `/v1/responses` while it grows, and the event for each change of its items.
 
 A stream sends the events; a complete answer is their result.
 """
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,27 +12,19 @@ from typing import Any
 import orjson
 
 from tgi_asgi.api.answer import ChoiceReader
-from tgi_asgi.api.call import Choices, Generation
-from tgi_asgi.api.custom_input import CustomInput
-from tgi_asgi.api.openai.client_tools import CLIENT_TOOLS, ClientTool
+from tgi_asgi.api.call import Choices, Generation, Renderer
+from tgi_asgi.api.openai.client_tools import ClientTool
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, JsonList
+from tgi_asgi.api.openai.response_items import OpenItem, new_id
 from tgi_asgi.api.openai.tool_search import ToolSearch
 from tgi_asgi.api.thoughts import sealed
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import InvalidRequest, Overloaded, TgiError
-from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
+from tgi_asgi.text.tools import CallStart, Content, Piece, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
 
-# By item type: events' name for the growing field, and the fields that they report at its end.
-_GROWING = {
-    "message": ("output_text", ("text", "logprobs")),
-    "reasoning": ("reasoning_text", ("text",)),
-    "function_call": ("function_call_arguments", ("name", "arguments")),
-    "custom_tool_call": ("custom_tool_call_input", ("input",)),
-}
 
-
-class ResponseRenderer:
+class ResponseRenderer(Renderer):
     """Renders one choice's token events as items and their events.
 
     Args:
@@ -65,12 +56,7 @@ class ResponseRenderer:
         self._reader = ChoiceReader(generation.jobs[0].reading)
         self._num_generated = 0
         self._output: list[dict[str, Any]] = base["output"]
-        self._kind: type[Piece] | None = None  # of the open item
-        self._texts: list[str] = []  # of the open item; a string would be copied for each token
-        self._logprobs = JsonList()  # of the open item
-        self._custom = CustomInput()  # of the open item, if it calls a custom tool
-        # Called by the open item, of which no event has been sent yet.
-        self._held: ClientTool | ToolSearch | None = None
+        self._open: OpenItem | None = None  # the last of them, until it is complete
         self._is_stream = False
         self._frames: list[bytes] = []
         self._num_frames = 0
@@ -89,16 +75,12 @@ class ResponseRenderer:
         self._take(events)
         return self._new_frames()
 
-    def close(self) -> bytes:
-        """Return nothing, because the last event marks the end."""
-        return b""
-
     def fail(self, error: TgiError) -> bytes:
         """Return the event of a failed response."""
         self._begin()
-        if self._held is not None:  # the client does not know of the call
+        if self._open is not None and self._open.tool is not None:  # the client does not know of the call
             self._output.pop()
-            self._held = self._kind = None
+            self._open = None
         code = "server_error"
         if isinstance(error, InvalidRequest):
             code = error.code or "invalid_prompt"
@@ -126,172 +108,112 @@ class ResponseRenderer:
         if reason is None:
             return
         if not self._output:
-            self._open(Content(""))
+            self._begin_item(Content(""))
         why = None
         if reason is FinishReason.LENGTH:
             why = "max_output_tokens"
-        elif reason is FinishReason.STOP and self._is_within_call():
+        elif reason is FinishReason.STOP and self._open is not None and self._open.lacks_end():
             why = "stop"  # OpenAI's responses have no stop strings; clients run the calls of completed ones
-        is_cut = why is not None
-        status = "incomplete" if is_cut else "completed"
-        self._close(status)
-        details = {"reason": why} if is_cut else None
-        ended = None if is_cut else int(time.time())
+        status = "completed" if why is None else "incomplete"
+        self._close_item(status)
+        ended = int(time.time()) if why is None else None
+        details = None if why is None else {"reason": why}
         self._end(status, completed_at=ended, incomplete_details=details, usage=self._usage())
         if self._store is not None:
             self._store(self._response)
 
-    def _is_within_call(self) -> bool:
-        """Return whether the open item is a call whose arguments lack their end."""
-        if self._kind is not CallStart:
-            return False
-        if self._output[-1]["type"] == "custom_tool_call":
-            return not self._custom.has_ended
-        try:
-            orjson.loads("".join(self._texts))
-        except ValueError:
-            return True
-        return False
-
     def _end(self, status: str, **fields: Any) -> None:
-        self._fill()
+        if self._open is not None:
+            self._open.fill()
         self._response |= {"status": status, **fields}
         self._emit(status, response=self._response)
 
     def _add(self, piece: Piece, logprobs: JsonList) -> None:
         """Add a piece to the open item, or to a new one."""
-        if isinstance(piece, CallStart) or _kind_of(piece) is not self._kind:
-            self._close("completed")
-            self._open(piece)
-        if isinstance(piece, CallStart):
-            return
-        item = self._output[-1]
-        if item["type"] == "custom_tool_call":
-            self._add_input(self._custom.push(piece.text))
-            return
-        self._texts.append(piece.text)
-        if self._held is not None:
-            return
-        more = {"logprobs": logprobs.json()} if isinstance(piece, Content) else {}
-        if more:
-            self._logprobs.extend(logprobs)
-        self._emit(f"{_GROWING[item['type']][0]}.delta", **self._place(), delta=piece.text, **more)
-        if item.get("summary"):
-            self._emit("reasoning_summary_text.delta", **self._summary_place(), delta=piece.text)
+        opened = self._open
+        if opened is None or not opened.takes(piece):
+            self._close_item("completed")
+            opened = self._begin_item(piece)
+        if not isinstance(piece, CallStart):
+            text = piece.text if opened.custom is None else opened.custom.push(piece.text)
+            self._grow(opened, text, logprobs)
 
-    def _add_input(self, text: str) -> None:
-        """Add to the input of a custom tool's call."""
-        if text:
-            self._texts.append(text)
-            self._emit("custom_tool_call_input.delta", **self._place(), delta=text)
-
-    def _open(self, piece: Piece) -> None:
+    def _begin_item(self, piece: Piece) -> OpenItem:
         """Open an item for a piece."""
-        item: dict[str, Any]
-        part: dict[str, Any] | None = None
-        if isinstance(piece, CallStart):
-            tool = self._tools.get(piece.name)
-            kind, prefix, field = "function_call", "fc", "arguments"
-            if tool is not None and tool.is_custom:
-                kind, prefix, field = "custom_tool_call", "ctc", "input"
-                self._custom = CustomInput()
-            call_id = "call_" + secrets.token_hex(12)
-            name = piece.name if tool is None else tool.own_name or tool.name
-            item = {"type": kind, "id": _id(prefix), "call_id": call_id, "name": name, field: ""}
-            self._held = CLIENT_TOOLS.get(tool.own_type or "") if tool is not None else None
-            if tool is not None and tool.namespace is not None:
-                item["namespace"] = tool.namespace
-        elif isinstance(piece, Reasoning):
-            item = {"type": "reasoning", "id": _id("rs"), "summary": [], "content": []}
-            part = {"type": "reasoning_text", "text": ""}
-        else:
-            item = {"type": "message", "id": _id("msg"), "role": "assistant", "content": []}
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        item["status"] = "in_progress"
-        self._texts, self._logprobs = [], JsonList()
+        self._open = opened = OpenItem.of(piece, self._tools)
+        item, part = opened.item, opened.part
         self._output.append(item)
-        if self._held is None:
+        if opened.tool is None:
             self._emit_item("added")
-        self._kind = _kind_of(piece)
         if part is not None:
             item["content"].append(part)
             self._emit("content_part.added", **self._place(), part=part)
-        if item["type"] == "reasoning" and self._has_summary:
+        if opened.kind is Reasoning and self._has_summary:
             item["summary"].append({"type": "summary_text", "text": ""})
             self._emit("reasoning_summary_part.added", **self._summary_place(), part=item["summary"][0])
+        return opened
 
-    def _close(self, status: str) -> None:
+    def _grow(self, opened: OpenItem, text: str, logprobs: JsonList) -> None:
+        """Add to an item's text."""
+        if not text:
+            return
+        opened.texts.append(text)
+        if opened.tool is not None:
+            return
+        more = {}
+        if opened.kind is Content:
+            more["logprobs"] = logprobs.json()
+            opened.logprobs.extend(logprobs)
+        self._emit(f"{opened.event}.delta", **self._place(), delta=text, **more)
+        if opened.item.get("summary"):
+            self._emit("reasoning_summary_text.delta", **self._summary_place(), delta=text)
+
+    def _close_item(self, status: str) -> None:
         """Close the open item, if there is one."""
-        if self._kind is None:
+        opened = self._open
+        if opened is None:
             return
-        if self._output[-1]["type"] == "custom_tool_call":
-            self._add_input(self._custom.finish())
-        if self._held is not None and self._end_held(self._held):
+        if opened.custom is not None:
+            self._grow(opened, opened.custom.finish(), JsonList())
+        if opened.tool is not None and self._end_held(opened, opened.tool):
             return
-        self._fill()
-        self._kind = None
-        item, growing, place = self._output[-1], self._growing(), self._place()
+        opened.fill()
+        self._open = None
+        item, place = opened.item, self._place()
         item["status"] = status
-        name, fields = _GROWING[item["type"]]
-        if item["type"] == "reasoning" and self._seals_thoughts:
-            item["encrypted_content"] = sealed(growing["text"])
-        self._emit(f"{name}.done", **place, **{field: growing[field] for field in fields})
-        if growing is not item:
-            self._emit("content_part.done", **place, part=growing)
+        if opened.kind is Reasoning and self._seals_thoughts:
+            item["encrypted_content"] = sealed(opened.growing["text"])
+        self._emit(f"{opened.event}.done", **place, **opened.ended())
+        if opened.part is not None:
+            self._emit("content_part.done", **place, part=opened.part)
         if item.get("summary"):
             [part], place_of_summary = item["summary"], self._summary_place()
             self._emit("reasoning_summary_text.done", **place_of_summary, text=part["text"])
             self._emit("reasoning_summary_part.done", **place_of_summary, part=part)
         self._emit_item("done")
 
-    def _end_held(self, tool: ClientTool | ToolSearch) -> bool:
+    def _end_held(self, opened: OpenItem, tool: ClientTool | ToolSearch) -> bool:
         """Send the events of a call that were held back; return whether it became an item of the tool's type.
 
         Such an item cannot have a part of the arguments. If they are cut off, the call stays a function's.
         """
-        self._held = None
-        arguments = "".join(self._texts)
+        arguments = "".join(opened.texts)
         own = tool.call(arguments)
         if own is None:
             self._emit_item("added")
             self._emit("function_call_arguments.delta", **self._place(), delta=arguments)
             return False
-        self._kind = None
-        item = {
-            **own,
-            "id": _id(tool.prefix),
-            "call_id": self._output[-1]["call_id"],
-            "status": "in_progress",
-        }
+        self._open = None
+        call_id = opened.item["call_id"]
+        item = {**own, "id": new_id(tool.prefix), "call_id": call_id, "status": "in_progress"}
         self._output[-1] = item
         self._emit_item("added")
         item["status"] = "completed"
         self._emit_item("done")
         return True
 
-    def _fill(self) -> None:
-        """Write the text that has come so far into the open item, if there is one."""
-        if self._kind is None:
-            return
-        item, text = self._output[-1], "".join(self._texts)
-        match item["type"]:
-            case "custom_tool_call":
-                item["input"] = text
-            case "function_call":
-                item["arguments"] = text
-            case _:
-                for part in (*item["content"], *item.get("summary", ())):
-                    part["text"] = text
-        if item["type"] == "message":
-            self._growing()["logprobs"] = self._logprobs.json()
-
-    def _growing(self) -> dict[str, Any]:
-        """Return the growing object: the only part of an item with parts, otherwise the item."""
-        item = self._output[-1]
-        part: dict[str, Any] = item["content"][0] if "content" in item else item
-        return part
-
     def _place(self) -> dict[str, Any]:
+        """Return where the last item's growing field is."""
         item = self._output[-1]
         place = {"item_id": item["id"], "output_index": len(self._output) - 1}
         return {**place, "content_index": 0} if "content" in item else place
@@ -323,11 +245,3 @@ class ResponseRenderer:
             "output_tokens_details": {"reasoning_tokens": self._reader.num_reasoning_tokens},
             "total_tokens": num_prompt + self._num_generated,
         }
-
-
-def _kind_of(piece: Piece) -> type[Piece]:
-    return CallStart if isinstance(piece, CallArguments) else type(piece)
-
-
-def _id(prefix: str) -> str:
-    return f"{prefix}_{secrets.token_hex(16)}"

@@ -13,12 +13,11 @@ from typing import Any
 import msgspec
 import orjson
 
-from tgi_asgi.api.call import Call, Constraint, Conversation, Generation, Images, Renderer
+from tgi_asgi.api.call import Call, Constraint, Conversation, Generation, Job, Renderer
+from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import LARGE_BODY, Exchange
-from tgi_asgi.api.life import check_name
 from tgi_asgi.api.limits import Limits
-from tgi_asgi.api.openai import response_input
 from tgi_asgi.api.openai.chat import template_variables
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import (
@@ -29,15 +28,23 @@ from tgi_asgi.api.openai.params import (
     thinking_budget,
 )
 from tgi_asgi.api.openai.response_input import (
+    current_settings,
+    decode_items,
+    items_of,
+    read_items,
+    resolve_references,
+)
+from tgi_asgi.api.openai.response_output import ResponseRenderer
+from tgi_asgi.api.openai.response_schema import (
+    DECODER,
     Item,
     ReasoningOptions,
     ResponsesRequest,
     TextFormat,
     TextOptions,
-    decode_items,
 )
-from tgi_asgi.api.openai.response_output import ResponseRenderer
 from tgi_asgi.api.openai.response_store import MAX_BYTES, ResponseStore, StoredResponse
+from tgi_asgi.api.openai.response_tools import read_tools
 from tgi_asgi.api.openai.tools import read_choice
 from tgi_asgi.api.parse import (
     MAX_ECHOED_CHARS,
@@ -74,11 +81,11 @@ _FUNCTION: dict[str, Any] = {"description": None, "parameters": None, "strict": 
 
 def parse_response(body: bytes, exchange: Exchange) -> Callable[[], Call]:
     """Parse a request for a response; return a function that also parses the stored answers it continues."""
-    request = decode_json(body, response_input.DECODER)
+    request = decode_json(body, DECODER)
     _check(request)
     history = _history(request, exchange)
     find = partial(exchange.context.responses.find_item, tenant=exchange.tenant)
-    found = response_input.resolve_references(response_input.items_of(request.input), find)
+    found = resolve_references(items_of(request.input), find)
     size = sum(map(len, [*history, *found.values()]))
     if size > MAX_BYTES:  # 400,000 references to one item fit into a body
         refuse_field("input", f"goes on from more than {MAX_BYTES} bytes")
@@ -97,17 +104,60 @@ def _call(
     """
     context = exchange.context
     info, limits = context.ready().info, Limits.of(context.settings)
-    included = request.include or ()
-    wants_logprobs = "message.output_text.logprobs" in included
     if (request.top_logprobs or 0) > limits.top_logprobs:
         refuse_field("top_logprobs", f"must be at most {limits.top_logprobs}")
     check_shared(request, limits, info)
-    given = enumerate(response_input.items_of(request.input))
+    given = enumerate(items_of(request.input))
     items = [decode_items([found[i]])[0] if i in found else item for i, item in given]
     earlier = decode_items(history)
-    tools = response_input.read_tools(request, [*earlier, *items])
-    form, effort = response_input.current_settings(request, [*earlier, *items], len(earlier))
-    conversation = _conversation(request, earlier, items, tools, context.ready().new_images(), effort)
+    tools = read_tools(request, [*earlier, *items])
+    job = _job(request, earlier, items, tools, context)
+    recorder = None
+    if request.store is not False and context.responses.is_on:
+        full_input = (*history, msgspec.json.encode(items))
+        recorder = _Recorder(context.responses, full_input, exchange.tenant)
+    shows_logprobs = job.sampling.logprobs is not None
+    summary = request.reasoning.summary if request.reasoning is not None else None
+
+    def render(generation: Generation) -> Renderer:
+        return ResponseRenderer(
+            generation,
+            _base(request, generation.model, info.sampling) | {"store": recorder is not None},
+            tools,
+            ChatLogprobs(TokenNames(generation.served.tokenizer)) if shows_logprobs else None,
+            recorder,
+            seals_thoughts=request.includes("reasoning.encrypted_content"),
+            has_summary=summary not in (None, "none"),
+        )
+
+    return Call(
+        jobs=[job], render=render, model=request.model, stream=bool(request.stream),
+        num_repeats=4 if shows_logprobs else 0,
+    )  # fmt: skip
+
+
+def _job(
+    request: ResponsesRequest,
+    earlier: Sequence[Item],
+    items: Sequence[Item],
+    tools: Sequence[Tool],
+    context: ServerContext,
+) -> Job:
+    """Return the job of a request with these items, after those of earlier responses."""
+    served, whole = context.ready(), [*earlier, *items]
+    form, (effort_field, effort) = current_settings(request, whole, len(earlier))
+    images = served.new_images()
+    messages = read_items(whole, len(earlier), images, tools)
+    if request.instructions:
+        messages.insert(0, {"role": "system", "content": request.instructions})
+    conversation = Conversation(
+        messages,
+        tools=[tool.for_template() for tool in tools] or None,
+        offers_tools=request.tool_choice != "none",
+        variables=template_variables(effort, effort_field, request.chat_template_kwargs),
+        adds_special_tokens=bool(request.add_special_tokens),
+        images=images,
+    )
     choice = read_choice(
         tools,
         request.tool_choice,
@@ -117,62 +167,18 @@ def _call(
     job = job_of(
         request,
         conversation,
-        info,
+        served.info,
         context.settings,
-        logprobs=(request.top_logprobs or 0) if wants_logprobs else None,
+        logprobs=request.num_logprobs,
         constraint=_constraint(request, *form),
     )
-    job = dataclasses.replace(
+    return dataclasses.replace(
         job,
         max_tokens=request.max_output_tokens,
         tools=choice,
         reads_reasoning=request.separate_reasoning is not False,
         shows_reasoning=request.include_reasoning is not False,
         reasoning_budget=thinking_budget(request),
-    )
-    recorder = None
-    if request.store is not False and context.responses.is_on:
-        full_input = (*history, msgspec.json.encode(items))
-        recorder = _Recorder(context.responses, full_input, exchange.tenant)
-    summary = request.reasoning.summary if request.reasoning is not None else None
-
-    def render(generation: Generation) -> Renderer:
-        return ResponseRenderer(
-            generation,
-            _base(request, generation.model, info.sampling) | {"store": recorder is not None},
-            tools,
-            ChatLogprobs(TokenNames(generation.served.tokenizer)) if wants_logprobs else None,
-            recorder,
-            seals_thoughts="reasoning.encrypted_content" in included,
-            has_summary=summary not in (None, "none"),
-        )
-
-    return Call(
-        jobs=[job], render=render, model=request.model, stream=bool(request.stream),
-        num_repeats=4 if wants_logprobs else 0,
-    )  # fmt: skip
-
-
-def _conversation(
-    request: ResponsesRequest,
-    earlier: Sequence[Item],
-    items: Sequence[Item],
-    tools: Sequence[Tool],
-    images: Images | None,
-    effort: tuple[str, str | None],
-) -> Conversation:
-    """Return the conversation of earlier items and the request's own; `effort` begins with its field."""
-    messages = response_input.read_items([*earlier, *items], len(earlier), images, tools)
-    if request.instructions:
-        messages.insert(0, {"role": "system", "content": request.instructions})
-    field, level = effort
-    return Conversation(
-        messages,
-        tools=[tool.for_template() for tool in tools] or None,
-        offers_tools=request.tool_choice != "none",
-        variables=template_variables(level, field, request.chat_template_kwargs),
-        adds_special_tokens=bool(request.add_special_tokens),
-        images=images,
     )
 
 
@@ -194,7 +200,7 @@ class _Recorder:
 def count_input(body: bytes, exchange: Exchange) -> bytes | WithImages:
     """Return the number of tokens of a response's prompt; the route is `tokenising(count_input)`."""
     call = parse_response(body, exchange)()
-    check_name(exchange, call.model)
+    exchange.context.check_name(call.model)
     [job] = call.jobs
     context, chat = exchange.context, job.prompt
     assert isinstance(chat, Conversation), "a response's prompt is a conversation"
@@ -253,15 +259,20 @@ def _history(request: ResponsesRequest, exchange: Exchange) -> Sequence[bytes]:
 
 def _constraint(request: ResponsesRequest, field: str, form: TextFormat | None) -> Constraint | None:
     """Return the constraint on the answer's text, if any; `field` is the path of its format."""
-    if form is None or form.type == "text":
-        return one_constraint(request, field, None, is_strict=False)
-    if form.type == "json_object":
-        return one_constraint(request, field, ("json_object", True), is_strict=False)
-    if form.type != "json_schema":
-        refuse_field(f"{field}.type", "must be text, json_object or json_schema")
-    if form.schema is None:
-        refuse_field(f"{field}.schema", "is required with type `json_schema`")
-    return one_constraint(request, field, ("json", form.schema), is_strict=form.strict is True)
+    wanted: tuple[str, Any] | None = None
+    match form:
+        case None | TextFormat(type="text"):
+            pass
+        case TextFormat(type="json_object"):
+            wanted = "json_object", True
+        case TextFormat(type="json_schema", schema=None):
+            refuse_field(f"{field}.schema", "is required with type `json_schema`")
+        case TextFormat(type="json_schema", schema=schema):
+            wanted = "json", schema
+        case _:
+            refuse_field(f"{field}.type", "must be text, json_object or json_schema")
+    is_strict = wanted is not None and form is not None and form.strict is True
+    return one_constraint(request, field, wanted, is_strict=is_strict)
 
 
 def _base(request: ResponsesRequest, model: str, sampling: SamplingDefaults) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.routes import Handler
+from tgi_asgi.api.exchange import Exchange, Handler
 from tgi_asgi.errors import NotFound
 
 FOLDER = Path(__file__).parent / "static"

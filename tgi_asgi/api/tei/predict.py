@@ -54,7 +54,6 @@ def parse_predict(body: bytes, exchange: Exchange) -> PoolCall:
         how=how,
         answer=answer,
         truncation=truncation_of(request.truncate, request.truncation_direction),
-        num_numbers=len(how.labels),
     )
 
 

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from tgi_asgi.api.errors import NATIVE, Dialect, rule_of
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.openai.embeddings import inputs_of
+from tgi_asgi.api.openai.pool_request import inputs_of
 from tgi_asgi.api.openai.ranking import Scored, parse_rerank
 from tgi_asgi.api.parse import Positive, check_ranges, decode_json, refuse_field
 from tgi_asgi.api.pool_call import Input, PoolCall, Pooled, Truncation, check_num_inputs, embedding_of
@@ -103,7 +103,6 @@ def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
         how=embedding,
         answer=answer,
         truncation=truncation_of(request.truncate, request.truncation_direction),
-        num_numbers=embedding.dimensions,
     )
 
 
@@ -132,7 +131,6 @@ def parse_tei_rerank(body: bytes, exchange: Exchange) -> PoolCall:
         how=scored.how,
         answer=answer,
         truncation=truncation,
-        num_numbers=scored.num_numbers,
     )
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from tgi_asgi.api.errors import OPENAI
-from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import Handler
+from tgi_asgi.api.exchange import Exchange, Handler
 from tgi_asgi.api.openai.ranking import RerankRequest
 from tgi_asgi.api.pooled import Parse, answer, pooling
 from tgi_asgi.api.routes import Route

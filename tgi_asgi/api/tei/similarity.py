@@ -61,5 +61,4 @@ def parse_similarity(body: bytes, exchange: Exchange) -> PoolCall:
         how=embedding,
         answer=answer,
         truncation=truncation_of(parameters.truncate, parameters.truncation_direction),
-        num_numbers=embedding.dimensions,
     )

@@ -16,7 +16,7 @@ _Keys = msgspec.defstruct("_Keys", [(kind, msgspec.Raw, _ABSENT) for kind in KIN
 _DECODER = msgspec.json.Decoder(_Keys)
 
 
-def kind_of(body: bytes) -> str:
+def main_field(body: bytes) -> str:
     """Return which of `KINDS` a body is; null counts as absent if there is another.
 
     Raises:
@@ -33,10 +33,10 @@ def set_dialect(body: bytes, exchange: Exchange) -> str:
     """Return which of `KINDS` a body is, and set the exchange's dialect accordingly.
 
     Raises:
-        InvalidRequest: as in `kind_of`.
+        InvalidRequest: as in `main_field`.
         UnsupportedMediaType: if it is TGI's and not declared as JSON.
     """
-    kind = kind_of(body)
+    kind = main_field(body)
     if kind != "inputs" and not exchange.context.settings.tgi_compat:
         exchange.dialect = CHAT if kind == "messages" else OPENAI
     exchange.require_json()

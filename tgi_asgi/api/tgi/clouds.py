@@ -12,13 +12,13 @@ from tgi_asgi.api.answer import likeliest
 from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer
 from tgi_asgi.api.errors import NATIVE, OPENAI
 from tgi_asgi.api.exchange import MANY_JOBS, Exchange
-from tgi_asgi.api.life import Parse, prefix_errors
+from tgi_asgi.api.life import Parse
 from tgi_asgi.api.openai.chat import chat_job, parse_chat
 from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.completions import parse_completion
 from tgi_asgi.api.openai.schema import CHAT_DECODER
 from tgi_asgi.api.parse import decode_json, refuse, refuse_field
-from tgi_asgi.api.tgi.body_kind import kind_of, set_dialect
+from tgi_asgi.api.tgi.body_kind import main_field, set_dialect
 from tgi_asgi.api.tgi.render import AnswerOptions, text_of
 from tgi_asgi.api.tgi.request import parse_root, read_request
 from tgi_asgi.api.tgi.schema import GENERATE, VERTEX
@@ -48,7 +48,7 @@ def _vertex_call(raws: Sequence[Raw], exchange: Exchange) -> Call:
     limit = exchange.context.settings.max_concurrent_requests
     read = []
     for i, raw in enumerate(raws):
-        with prefix_errors(f"instances[{i}]", OPENAI):
+        with OPENAI.refusing(f"instances[{i}]"):
             read.append(_read_instance(bytes(raw), exchange, f"instances[{i}]"))
     num_choices = sum(job.n for job, _ in read)
     if num_choices > limit:
@@ -60,7 +60,7 @@ def _vertex_call(raws: Sequence[Raw], exchange: Exchange) -> Call:
 def _read_instance(raw: bytes, exchange: Exchange, where: str) -> tuple[Job, AnswerOptions | None]:
     """Return an instance's job, and its `AnswerOptions` unless it is a chat."""
     options = None
-    match kind_of(raw):
+    match main_field(raw):
         case "inputs":
             job, options = read_request(decode_json(raw, GENERATE), exchange.context)
         case "messages":

@@ -9,7 +9,6 @@ import orjson
 
 from tgi_asgi.api.call import Conversation
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import check_name
 from tgi_asgi.api.openai.chat import read_conversation
 from tgi_asgi.api.openai.params import check_ids
 from tgi_asgi.api.openai.schema import CHAT_DECODER, CHAT_TOKENIZE_DECODER, ChatRequest
@@ -47,7 +46,7 @@ def tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
             return after_images(prompt.images, encode_answer)
         case "prompt":
             request = decode_json(body, PROMPT_TOKENIZE)
-            check_name(exchange, request.model)
+            exchange.context.check_name(request.model)
             check_countable(request.prompt, served)
             adds = request.add_special_tokens is not False
             ids = served.tokenizer.encode(request.prompt, add_special_tokens=adds)
@@ -67,7 +66,7 @@ def detokenize(body: bytes, exchange: Exchange) -> bytes:
     """Return the text of token ids, including special tokens."""
     served = exchange.context.ready()
     request = decode_json(body, DETOKENIZE)
-    check_name(exchange, request.model)
+    exchange.context.check_name(request.model)
     ids = request.tokens
     check_ids(ids, "tokens", served.info.vocab_size)
     return orjson.dumps({"prompt": served.tokenizer.decode(ids, skip_special_tokens=False)})
@@ -92,7 +91,7 @@ def chat_tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
 
 def _chat(request: ChatRequest, exchange: Exchange) -> Conversation:
     context = exchange.context
-    check_name(exchange, request.model)
+    context.check_name(request.model)
     return read_conversation(
         request, images=context.ready().new_images(), is_compat=context.settings.tgi_compat
     )

@@ -15,20 +15,12 @@ import jinja2
 import jinja2.nodes
 
 from tgi_asgi.errors import ModelLoadError, TemplateError
+from tgi_asgi.text.chat.probes import USER, Probes
 from tgi_asgi.text.chat.sandbox import MAX_CHARS, make_environment
 from tgi_asgi.text.chat.system import accepts_scattered, is_scattered, merge_system_messages
 from tgi_asgi.text.chat.time_limit import limited_time
-from tgi_asgi.text.surrogates import parsed
 
 _SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space shows whether the template trims content
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-# Messages that probe what a template shows.
-_USER = {"role": "user", "content": "hi"}
-_TOOL = {
-    "type": "function",
-    "function": {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}},
-}
-_RESULT = {"role": "tool", "tool_call_id": "call00000", "name": "f", "content": "ok"}
 # Errors that a template can raise: jinja's own, and those of Python operations on values of the wrong type.
 _RENDER_ERRORS = (
     jinja2.TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError,
@@ -44,6 +36,17 @@ class ChatTemplate:
         special_tokens: `bos_token`, `eos_token`, ...: variables of the template.
         tool_use_source: Source of a second template, for requests with tools.
 
+    Attributes:
+        part_roles: Roles whose content may stay a list of parts; for others the caller joins the texts.
+        accepts_developer: Whether a message of the role `developer` is shown; otherwise the caller makes it a
+            system one.
+        accepts_scattered_system: Whether system messages may come anywhere; otherwise `render` joins them
+            into one at the front.
+        accepts_system: Whether a system message is shown, not refused or dropped.
+        shows_tools: Whether the tools are shown, given as the variable `tools` or in the system message.
+        takes_several_calls: Whether an answer may have several calls; otherwise it is refused, or only the
+            first is shown.
+
     Raises:
         TemplateError: if the source does not compile.
     """
@@ -57,27 +60,18 @@ class ChatTemplate:
         self._words: set[str] = set()
         self._default = self._compile(source)
         self._tool_use = self._compile(tool_use_source) if tool_use_source is not None else self._default
-        self._takes_objects = self._probe_call({"PROBE": 1}) or not self._probe_call('{"PROBE": 1}')
+        probes = Probes(self._probe)
+        self._form = probes.form
         roles = ("system", "developer", "user", "assistant", "tool")
-        self.part_roles = frozenset(role for role in roles if self._probe_parts(role))
-        """Roles whose content may stay a list of parts; for others the caller joins the texts."""
-        self._drops_texts = "user" in self.part_roles and not self._probe_text()
-        self._tolerates_none = self._probe_none()
-        self._needs_none = self._tolerates_none and not self._probe_call_after("")
-        self._takes_one_text = self._probe_one_text()
-        self.accepts_developer = self.mentions("developer") and self._shows(
-            {"role": "developer", "content": "PROBE"}, _USER
-        )
-        """Whether a message of the role `developer` is shown; otherwise the caller makes it a system one."""
+        self.part_roles = frozenset(role for role in roles if probes.shows_parts(role))
+        user, developer = ({"role": role, "content": "PROBE"} for role in ("user", "developer"))
+        self._drops_texts = "user" in self.part_roles and not probes.shows(user)
+        self.accepts_developer = self.mentions("developer") and probes.shows(developer, USER)
         self.accepts_scattered_system = accepts_scattered(self._probe, has_developer=self.accepts_developer)
-        """Whether system messages may come anywhere; otherwise `render` joins them into one at the front."""
-        self.accepts_system = self._shows({"role": "system", "content": "PROBE"}, _USER)
-        """Whether a system message is shown, not refused or dropped."""
-        self.shows_tools = self._probe_tools()
-        """Whether the tools are shown, given as the variable `tools` or in the system message."""
-        self._drops_calls = {has_text: self._probe_dropped(has_text=has_text) for has_text in (False, True)}
-        self.takes_several_calls = not self._probe_single_calls()
-        """Whether an answer may have several calls; otherwise it is refused, or only the first is shown."""
+        self.accepts_system = probes.shows({"role": "system", "content": "PROBE"}, USER)
+        self.shows_tools = probes.shows_tools()
+        self._drops_calls = {has_text: probes.drops_call(has_text=has_text) for has_text in (False, True)}
+        self.takes_several_calls = probes.takes_several_calls()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Support pickling to another process, which compiles the template again."""
@@ -103,13 +97,7 @@ class ChatTemplate:
 
     def with_arguments(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return messages with the arguments of calls as the template takes them; see `render`."""
-        convert = _with_parsed_arguments if self._takes_objects else _with_text_arguments
-        return [
-            {**message, "tool_calls": [convert(call) for call in message["tool_calls"]]}
-            if message.get("tool_calls")
-            else message
-            for message in messages
-        ]
+        return self._form.with_arguments(messages)
 
     def in_parts(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return messages with texts as parts, if the template shows no plain texts (SmolVLM's)."""
@@ -146,7 +134,7 @@ class ChatTemplate:
             TemplateError: if the template refused the messages, failed on them, or wrote too much.
         """
         messages = self.arranged(messages)
-        chat = [self._prepare(message) for message in self.with_arguments(messages)]
+        chat = [self._form.prepared(message) for message in self.with_arguments(messages)]
         if continue_final_message:
             if add_generation_prompt:
                 raise TemplateError("continue_final_message and add_generation_prompt exclude each other")
@@ -173,111 +161,6 @@ class ChatTemplate:
             return environment.from_string(tree)
         except (jinja2.TemplateError, RecursionError) as error:
             raise TemplateError(f"The chat template does not compile: {error}") from error
-
-    def _prepare(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Return a copy of the message as templates expect it."""
-        message = dict(message)
-        calls = message.get("tool_calls")
-        if message.get("content") is None:
-            message["content"] = None if calls and self._tolerates_none else ""
-        elif calls and self._needs_none and message["content"] == "":
-            message["content"] = None
-        reasoning = next((message[key] for key in _REASONING_FIELDS if message.get(key) is not None), None)
-        if reasoning is not None:  # templates differ in the name they read
-            message = {"thinking": reasoning, **message}
-            message |= {"reasoning_content": reasoning, "reasoning": reasoning}
-        content = message["content"]
-        if calls and reasoning and content and isinstance(content, str) and self._takes_one_text:
-            both = f"{reasoning}\n\n{content}"
-            message |= {"thinking": both, "reasoning_content": both, "reasoning": both, "content": ""}
-        return message
-
-    def _probe_text(self) -> bool:
-        return self._shows({"role": "user", "content": "PROBE"})
-
-    def _probe_parts(self, role: str) -> bool:
-        """Return whether the template shows all texts of a role's parts, and not the list itself."""
-        parts = [{"type": "text", "text": "FIRST"}, {"type": "text", "text": "SECOND"}]
-        message: dict[str, Any] = {"role": role, "content": parts}
-        if role == "tool":
-            text = self._probe_answer(self._probe_arguments(), after=[{**_RESULT, **message}])
-        else:
-            before, after = [_USER] * (role == "assistant"), [_USER] * (role != "user")
-            text = self._probe([*before, message, *after])
-        return "FIRST" in text and "SECOND" in text and "'text'" not in text and '"text"' not in text
-
-    def _probe_call(self, arguments: object) -> bool:
-        """Return whether the template shows a call with such arguments."""
-        return "PROBE" in self._probe_answer(arguments)
-
-    def _probe_none(self) -> bool:
-        """Return whether the template takes None for the content of a call, also of an earlier one."""
-        text = self._probe_answer(self._probe_arguments())
-        if "PROBE" not in text or "None" in text:
-            return False
-        return self._probe_call_after(None) or not self._probe_call_after("")
-
-    def _probe_call_after(self, content: str | None) -> bool:
-        """Return whether a call beside such content is shown when its result and a question follow."""
-        text = self._probe_answer(self._probe_arguments(), content, after=[_RESULT, _USER])
-        return "PROBE" in text and "None" not in text
-
-    def _probe_dropped(self, *, has_text: bool) -> bool:
-        """Return whether the template renders an answer, but not its call."""
-        answer = {"role": "assistant", "content": "Let me see." if has_text else None}
-        text = self._probe_history({**answer, "tool_calls": [_probing_call('{"PROBE": 1}')]}, _RESULT)
-        return bool(text) and "PROBE" not in text
-
-    def _probe_single_calls(self) -> bool:
-        """Return whether two calls are only shown if each is an answer of its own."""
-        calls = [{**_probing_call(f'{{"PROBE-{index}": 1}}'), "id": f"call0000{index}"} for index in range(2)]
-        results = [{**_RESULT, "tool_call_id": call["id"]} for call in calls]
-        one, two = ({"role": "assistant", "content": None, "tool_calls": [call]} for call in calls)
-        together = self._probe_history({**one, "tool_calls": calls}, *results)
-        apart = self._probe_history(one, results[0], two, results[1])
-        return all(f"PROBE-{index}" in apart for index in range(2)) and "PROBE-1" not in together
-
-    def _probe_history(self, *messages: dict[str, Any]) -> str:
-        """Render a question and what follows, in a request with a tool or, if that fails, without."""
-        chat = [_USER, *map(self._prepare, self.with_arguments(list(messages)))]
-        return self._probe(chat, [_TOOL]) or self._probe(chat)
-
-    def _probe_arguments(self) -> object:
-        return {"PROBE": 1} if self._takes_objects else '{"PROBE": 1}'
-
-    def _probe_tools(self) -> bool:
-        function = {"name": "PROBE", "description": "", "parameters": {"type": "object", "properties": {}}}
-        system = {"role": "system", "content": "hi", "tools": '[{"name": "PROBE"}]'}
-        tools = [{"type": "function", "function": function}]
-        return any("PROBE" in self._probe(messages, tools) for messages in ([system, _USER], [_USER]))
-
-    def _shows(self, *messages: dict[str, Any]) -> bool:
-        return "PROBE" in self._probe(messages)
-
-    def _probe_one_text(self) -> bool:
-        """Return whether the template refuses a call with both text and reasoning before it, as gpt-oss's."""
-        arguments = self._probe_arguments()
-        thoughts = {"thinking": "hm", "reasoning_content": "hm", "reasoning": "hm"}
-        one, two = (
-            self._probe_answer(arguments, content=text, fields=thoughts) for text in ("", "Let me see.")
-        )
-        return "PROBE" in one and not two
-
-    def _probe_answer(
-        self,
-        arguments: object,
-        content: str | None = None,
-        *,
-        after: Sequence[dict[str, Any]] = (),
-        fields: Mapping[str, str] | None = None,
-    ) -> str:
-        answer = {
-            "role": "assistant",
-            "content": content,
-            **(fields or {}),
-            "tool_calls": [_probing_call(arguments)],
-        }
-        return self._probe([_USER, answer, *after])
 
     def _probe(self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
         variables = {**self._special_tokens, "messages": list(messages), "tools": tools, "documents": None}
@@ -378,33 +261,6 @@ def _render(template: jinja2.Template, variables: dict[str, Any]) -> str:
     except _RENDER_ERRORS as error:
         raise TemplateError(str(error) or type(error).__name__) from error
     return "".join(pieces)
-
-
-def _probing_call(arguments: object) -> dict[str, Any]:
-    return {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
-
-
-def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    if not isinstance(function, dict) or isinstance(function.get("arguments"), dict):
-        return call
-    try:
-        arguments = parsed(function.get("arguments") or "{}")
-    except (ValueError, TypeError, RecursionError):
-        arguments = {}
-    arguments = arguments if isinstance(arguments, dict) else {}
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    parsed_call = _with_parsed_arguments(call)
-    function = call.get("function")
-    if not isinstance(function, dict):
-        return call
-    arguments = parsed_call["function"]["arguments"]
-    if arguments and isinstance(function["arguments"], str):
-        return call  # as it was written
-    return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
 
 
 def _mark_end(chat: list[dict[str, Any]]) -> None:

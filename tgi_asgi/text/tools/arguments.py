@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,8 +21,17 @@ _WITHOUT_RULES = frozenset(
     {"type", "properties", "required", "$defs", "definitions", "$schema", "$id", "title", "description"}
 )
 
+# Keywords that restrict a text or a boolean beyond its type.
+_CONDITIONS = frozenset(
+    {
+        "enum", "const", "pattern", "minLength", "maxLength", "format", "$ref", "$dynamicRef", "anyOf",
+        "oneOf", "allOf", "not", "if",
+    }
+)  # fmt: skip
+MAX_REPEATED = 512 * 1024  # characters of one tool's definitions, each time that an argument uses them
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class ToolSpec:
     """A function that may be called.
 
@@ -49,9 +59,9 @@ class ToolSpec:
             schema["additionalProperties"] = False
         return schema
 
-    @property
+    @cached_property
     def arguments(self) -> Parameters:
-        """What its schema says about each argument alone."""
+        """What its schema says about each argument alone; read when the grammar is made, before any call."""
         return parameters_of(self.schema)
 
     def definition(self, reference: str) -> Any:
@@ -62,17 +72,6 @@ class ToolSpec:
 def freed(specs: Sequence[ToolSpec]) -> list[ToolSpec]:
     """Return tools of which those that are not strict may have any arguments."""
     return [replace(spec, is_free=not spec.is_strict) for spec in specs]
-
-
-# Keywords that restrict a text or a boolean beyond its type.
-CONDITIONS = frozenset(
-    {
-        "enum", "const", "pattern", "minLength", "maxLength", "format", "$ref", "$dynamicRef", "anyOf",
-        "oneOf", "allOf", "not", "if",
-    }
-)  # fmt: skip
-
-MAX_REPEATED = 512 * 1024  # characters of one tool's definitions, each time that an argument uses them
 
 
 class ToolArguments:
@@ -89,7 +88,8 @@ class ToolArguments:
     def __init__(self, spec: ToolSpec) -> None:
         self.name = spec.name
         self._spec = spec
-        self.ignored: set[str] = {self._free} if spec.is_free else set()
+        self._everything = f"tools.{spec.name}"
+        self.ignored: set[str] = {self._everything} if spec.is_free else set()
         self._num_repeated = 0
 
     def whole(self) -> str:
@@ -123,27 +123,23 @@ class ToolArguments:
     @cached_property
     def _is_free(self) -> bool:
         """Whether the schema is too large or has no meaning, so that the arguments may be anything."""
-        try:
+        with self._freeing():
             check_schema(self._spec.schema)
-        except InvalidRequest:
-            if self._spec.is_strict:
-                raise
-            self.ignored.add(self._free)
-            return True
-        return False
+            return False
+        return True
 
     def value(self, schema: Any) -> str:
         """Return one argument's value: JSON, with booleans also as Python writes them."""
-        if isinstance(schema, Mapping) and schema.get("type") == "boolean" and not CONDITIONS & schema.keys():
+        if (
+            isinstance(schema, Mapping)
+            and schema.get("type") == "boolean"
+            and not _CONDITIONS & schema.keys()
+        ):
             return '("true" | "false" | "True" | "False")'
-        described = schema if isinstance(schema, Mapping) else {}
-        try:
-            described = {**described, **self._shared_by(described)}
-        except InvalidRequest:
-            if self._spec.is_strict:
-                raise
-            self.ignored.add(self._free)
-            described = {}
+        described: Mapping[str, Any] = {}
+        if isinstance(schema, Mapping):
+            with self._freeing():
+                described = {**schema, **self._shared_by(schema)}
         return self._expression(described, otherwise={})
 
     def others_of(self, forms: Forms) -> str:
@@ -158,17 +154,14 @@ class ToolArguments:
         Raises:
             InvalidRequest: if the tool is strict, and a keyword cannot be enforced.
         """
-        try:
-            ignored = inline_json(schema, SPACED, is_strict=self._spec.is_strict)[1]
-        except InvalidRequest:
-            if self._spec.is_strict:
-                raise
-            self.ignored.add(self._free)
-            return []
-        self.ignored |= ignored
-        rules, left_out = string_regexes({key: value for key, value in schema.items() if key not in ignored})
-        self.leave_out(left_out)
-        return rules
+        with self._freeing():
+            _, ignored = inline_json(schema, SPACED, is_strict=self._spec.is_strict)
+            self.ignored |= ignored
+            kept = {key: value for key, value in schema.items() if key not in ignored}
+            rules, left_out = string_regexes(kept)
+            self.leave_out(left_out)
+            return rules
+        return []
 
     def _shared_by(self, schema: Mapping[str, Any]) -> dict[str, Any]:
         """Return the definitions of the tool that a part of its schema may refer to.
@@ -205,15 +198,18 @@ class ToolArguments:
         self.ignored.update(keywords)
 
     def _expression(self, schema: Mapping[str, Any], *, otherwise: Mapping[str, Any]) -> str:
-        try:
+        with self._freeing():
             expression, ignored = inline_json(schema, SPACED, is_strict=self._spec.is_strict)
+            self.ignored |= ignored
+            return expression
+        return inline_json(otherwise, SPACED)[0]
+
+    @contextmanager
+    def _freeing(self) -> Iterator[None]:
+        """Note that nothing is enforced if the block refuses the schema; of a strict tool, let it."""
+        try:
+            yield
         except InvalidRequest:
             if self._spec.is_strict:
                 raise
-            expression, ignored = inline_json(otherwise, SPACED)[0], frozenset({self._free})
-        self.ignored |= ignored
-        return expression
-
-    @property
-    def _free(self) -> str:
-        return f"tools.{self.name}"
+            self.ignored.add(self._everything)

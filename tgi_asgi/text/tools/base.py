@@ -168,18 +168,22 @@ def marked_expression(text: str, mark: Mark, markers: Sequence[str]) -> str:
     known = sorted(markers, key=len, reverse=True)
     expressions: list[str] = []
     plain = ""
-    # A newline is a lexeme of its own. The compiler's lexer never backtracks and could not tell "\n" before a
-    # further call from "\n</calls>" otherwise.
     for part in re.split("|".join(["(%[ds_n]", r"\n", *map(re.escape, known)]) + ")", text):
-        special = (
-            literal(part) if part == "\n" else _BLANKS.get(part) or (mark(part) if part in known else "")
-        )
-        if not special or (special == literal(part) and part != "\n"):
+        expression = _BLANKS.get(part)
+        if part == "\n":
+            # A lexeme of its own: the compiler's lexer never backtracks, and could not tell "\n" before a
+            # further call from "\n</calls>" otherwise.
+            expression = literal(part)
+        elif part in known and mark(part) != literal(part):
+            expression = mark(part)
+        if expression is None:
             plain += part
             continue
-        expressions += [*([literal(plain)] if plain else []), special]
+        expressions += [literal(plain), expression] if plain else [expression]
         plain = ""
-    return " ".join([*expressions, *([literal(plain)] if plain or not expressions else [])])
+    if plain or not expressions:
+        expressions.append(literal(plain))
+    return " ".join(expressions)
 
 
 def plain_text(text: str, number: int = 0) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,28 +44,22 @@ def with_single_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     Llama 3's templates refuse several calls, and gpt-oss's and GigaChat 3's show only the first.
     """
     result: list[dict[str, Any]] = []
-    at = 0
-    while at < len(messages):
-        message = messages[at]
-        at += 1
+    waiting = deque(messages)
+    while waiting:
+        message = waiting.popleft()
         calls = message.get("tool_calls") or ()
         if len(calls) < 2:
             result.append(message)
             continue
-        end = at
-        while end < len(messages) and messages[end]["role"] == "tool":
-            end += 1
-        answers = list(messages[at:end])
-        at = end
-        for index, call in enumerate(calls):
-            # Text and reasoning came before the first call.
-            own = message if index == 0 else {"role": message["role"], "content": None}
+        answers: dict[str | None, list[dict[str, Any]]] = {}  # by the call's id
+        while waiting and waiting[0]["role"] == "tool":
+            answers.setdefault(waiting[0].get("tool_call_id"), []).append(waiting.popleft())
+        own = message  # text and reasoning came before the first call
+        for call in calls:
             result.append({**own, "tool_calls": [call]})
-            mine = [each for each in answers if each.get("tool_call_id") == call.get("id")]
-            if index == len(calls) - 1:
-                mine = answers  # also those of no call
-            result += mine
-            answers = [each for each in answers if each not in mine]
+            result += answers.pop(call.get("id"), ())
+            own = {"role": message["role"], "content": None}
+        result += itertools.chain(*answers.values())  # of no call
     return result
 
 

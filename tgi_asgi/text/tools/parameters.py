@@ -18,6 +18,7 @@ _BESIDE_REFERENCE = frozenset(
     {"$ref", "$defs", "definitions", "$schema", "$id", "$comment", "title", "description"}
 )
 _MAX_REFERENCES = 8  # a definition may be a reference in turn, even to itself
+_MAX_OTHERS = 64  # different schemas of arguments that are not listed, which are compared with each other
 _MAX_MEMBERS = 64  # of all combinations: references may be circular, and double at each level
 
 
@@ -132,8 +133,13 @@ class _Found:
 
     def _describe(self, described: Iterable[Any]) -> None:
         for schema in described:
-            if not any(_are_equal(schema, each) for each in self.of_others):
-                self.of_others.append(schema)
+            if any(_are_equal(schema, each) for each in self.of_others):
+                continue
+            if len(self.of_others) >= _MAX_OTHERS:
+                self.of_others = [{}]
+                self.beyond.add("patternProperties")
+                return
+            self.of_others.append(schema)
 
     def _members(self, schema: Mapping[str, Any], key: str) -> Iterator[Mapping[str, Any]]:
         """Yield the members of a combination that may describe objects, as long as there are not too many."""

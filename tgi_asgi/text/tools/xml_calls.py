@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import ToolSpec
@@ -16,6 +17,7 @@ from tgi_asgi.text.tools.value_forms import NULLS, Forms, forms_of
 _FENCES = ("```xml", "```")
 _MAX_NAME = 128
 _MAX_HEAD = 1024  # characters of a call's head, which is read again at each of them
+_MAX_FOLLOWING = 256  # arguments whose start ends a value that has no end, each of which is searched for
 _MAX_ARGUMENT_NAME = 1024  # characters; the regex reads the whole name again at each of them
 
 
@@ -209,7 +211,8 @@ class XmlArguments:
         behind, (before, middle, end) = self._tags.call[2], self._tags.argument
         tag = middle.partition("%t")[0]
         line = "\n" if quote != "]]>" else ""
-        follows = [f"{line}{before}{name}{tag}" for name in self._listed.properties]
+        names = islice(self._listed.properties, _MAX_FOLLOWING)
+        follows = [f"{line}{before}{name}{tag}" for name in names]
         follows += [f"{line}{behind}{wrap}" for wrap in self._tags.wraps if wrap not in (behind, "")]
         follows += [f"{line}{behind}\n{wrap}" for wrap in self._tags.wraps if wrap not in (behind, "")]
         own = [quote + end] if quote.strip() else sorted({self._tags.line + end, end})

@@ -1,0 +1,119 @@
+"""The wire types of `/v1/responses`.
+
+Fields that would change the answer (hosted conversations, prompts, background work) are refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from tgi_asgi.api.openai.schema import TextRequest
+from tgi_asgi.api.parse import Foreign, Natural, Positive, Refused, Undocumented, range_of
+
+Item = dict[str, Any]  # of the input or output
+
+
+class ReasoningOptions(Struct):
+    """How much the model should think."""
+
+    effort: str | None = None
+    summary: str | None = None  # whatever it asks for, the summary is the whole reasoning
+    generate_summary: str | None = None  # the first name of `summary`
+
+    def __post_init__(self) -> None:
+        self.summary = self.summary or self.generate_summary
+
+
+class TextFormat(Struct, omit_defaults=True):
+    """Format that the answer's text must match; echoed as it was given."""
+
+    type: str
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class TextOptions(Struct):
+    """Options of the answer's text."""
+
+    format: TextFormat | None = None
+    verbosity: str | None = None  # echoed, but not used
+
+
+class ConfigurationUpdate(Struct):
+    """An item that sets the format or the effort of all answers after it, up to the next such item."""
+
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+
+
+_Key = Annotated[str, Meta(max_length=64)]
+_Value = Annotated[str, Meta(max_length=512)]
+
+
+class ResponsesRequest(TextRequest, kw_only=True):
+    """Body of `POST /v1/responses`."""
+
+    input: str | list[dict[str, Any]] | None = None
+    instructions: str | None = None
+    max_output_tokens: Positive | None = None
+    top_logprobs: Annotated[int, range_of(minimum=0, maximum=20)] | None = None
+    include: list[str] | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: Annotated[dict[_Key, _Value], Meta(max_length=16)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None  # SGLang's name for include_reasoning
+    truncation: Literal["auto", "disabled"] | None = None  # always disabled: what is too long is refused
+    store: bool | None = None
+    previous_response_id: str | None = None
+    max_tool_calls: Natural | None = None  # of hosted tools, which are never called
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    user: str | None = None
+
+    conversation: Refused = None
+    prompt: Refused = None
+    background: Refused = None
+    previous_response: Refused = None  # vLLM's, like the next
+    previous_input_messages: Refused = None
+
+    # Of chats and completions.
+    messages: Undocumented = None
+    max_tokens: Undocumented = None
+    max_completion_tokens: Undocumented = None
+    response_format: Undocumented = None
+    reasoning_effort: Undocumented = None
+    n: Undocumented = None
+    best_of: Undocumented = None
+    chat_template: Foreign = None
+    logprobs: Foreign = None
+    echo: Foreign = None
+    suffix: Foreign = None
+    continue_final_message: Foreign = None
+    documents: Foreign = None
+    functions: Foreign = None
+    tool_prompt: Foreign = None
+    audio: Foreign = None
+    prompt_token_ids: Foreign = None
+    input_ids: Foreign = None
+
+    def includes(self, what: str) -> bool:
+        """Return whether the answer should have something that it has only if it is asked for."""
+        return what in (self.include or ())
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The number of alternatives of each token's log-probability; None: no log-probabilities."""
+        return (self.top_logprobs or 0) if self.includes("message.output_text.logprobs") else None
+
+
+DECODER = msgspec.json.Decoder(ResponsesRequest)
