@@ -184,8 +184,9 @@ class Reader:
         return as_float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """Return a boolean; None counts as absent."""
-        value = self._given(key, default)
+        """Return a boolean; null is false, as in the code of `transformers`."""
+        is_null = self._values.get(self._name(key), default) is None
+        value = False if is_null else self._given(key, default)
         check(type(value) is bool, f"`{self._name(key)}` must be true or false, got {str(value)[:100]}")
         return bool(value)
 

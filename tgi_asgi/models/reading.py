@@ -224,10 +224,13 @@ def read_ropes(reader: Reader, head_dim: int, theta: float, local_theta: float) 
         return {False: rope, True: local}
     values = _rope_object(reader, "rope_parameters")
     nested = {kind: values.pop(kind, None) for kind in _KINDS_OF_LAYERS}
-    base = values.get("rope_theta") or reader.number("rope_theta", theta)
+    check_computed(
+        not values, f"`rope_parameters` must be those of each kind of layer, got {', '.join(values)[:100]}"
+    )
+    base = reader.number("rope_theta", theta)
     local_base = reader.number("rope_local_base_freq", base if local_theta == theta else local_theta)
     given = {
-        "full_attention": {**values, "rope_theta": base},
+        "full_attention": {"rope_theta": base},
         "sliding_attention": {"rope_theta": local_base},
     }
     for kind, own in nested.items():

@@ -16,7 +16,7 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 def read_gpt_neox(reader: Reader, architecture: str) -> ModelConfig:
     """Read GPT-NeoX's configuration; a quarter of each head rotates unless the file says otherwise."""
-    reader.drop("num_key_value_heads")
+    reader.drop("num_key_value_heads", "rope_theta", "partial_rotary_factor")
     reader.rename(partial_rotary_factor=("rotary_pct",), rope_theta=("rotary_emb_base",))
     reader.defaults(partial_rotary_factor=0.25)
     sizes = read_sizes(reader, activation="gelu", eps="layer_norm_eps", default_eps=1e-5)

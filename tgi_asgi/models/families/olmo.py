@@ -14,6 +14,7 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 def read_olmo(reader: Reader, architecture: str) -> ModelConfig:
     """Read OLMo 1's configuration; the norms' epsilon is fixed in the model's code."""
+    reader.drop("layer_norm_eps")
     sizes = read_sizes(reader, eps="layer_norm_eps", default_eps=1e-5)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     clip = reader.number("clip_qkv", 0.0)

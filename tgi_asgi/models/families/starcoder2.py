@@ -15,6 +15,7 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes, read_w
 
 def read_starcoder2(reader: Reader, architecture: str) -> ModelConfig:
     """Read StarCoder 2's configuration."""
+    reader.drop("layer_norm_eps")
     reader.rename(layer_norm_eps=("norm_epsilon",))
     reader.defaults(tie_word_embeddings=True, num_key_value_heads=2)
     # Files repeat some settings under the names of BigCode's other code.
