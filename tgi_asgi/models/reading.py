@@ -88,6 +88,7 @@ def _default_context(reader: Reader) -> int:
 
 
 def _read_activation(reader: Reader, default: str) -> str:
+    """Return the function that `hidden_act` names; the keys of others may only say the same."""
     names = {key: reader.get(key) for key in ("hidden_act", "hidden_activation", "activation")}
     given = {key: name for key, name in names.items() if name is not None}
     for key, name in given.items():
@@ -95,10 +96,12 @@ def _read_activation(reader: Reader, default: str) -> str:
         check_computed(
             known, f"{key} {str(name)[:100]!r} is not supported, only {', '.join(_ACTIVATIONS)} are"
         )
-    found = {_ACTIVATIONS[name] for name in given.values()} or {default}
-    check(len(found) == 1, f"the configuration names several activation functions: {given}")
-    (function,) = found
-    return function
+    functions = {key: _ACTIVATIONS[name] for key, name in given.items()}
+    own = functions.get("hidden_act", default)
+    check_computed(
+        set(functions.values()) <= {own}, f"besides {own}, there are several activation functions: {given}"
+    )
+    return own
 
 
 def _has_tied_embeddings(reader: Reader) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,17 +17,6 @@ from tgi_asgi.models.reading import (
     rope_values,
     yarn_magnitude,
 )
-
-_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-
-
-def has_supported_sizes(config: Mapping[str, Any]) -> bool:
-    """Return whether the kernels support the sizes of a config.json, as far as it states them."""
-    given = [config.get(key) for key in _SIZES]
-    if not all(value is None or (type(value) is int and value > 0) for value in given):
-        return True  # reading it refuses the value, naming its key
-    rank, plain, rotary, value = (32 if size is None else size for size in given)
-    return LatentSpec(rank, plain, rotary, value).is_computed
 
 
 def read_latent(reader: Reader) -> LatentSpec:

@@ -74,4 +74,5 @@ def test_where_neither_can_both_reasons_are_told(checkpoint: Checkpoint, tmp_pat
 @pytest.mark.parametrize("architecture", ["Gemma3Model", "Gemma3ForSequenceClassification"])
 def test_gemma_3_with_eyes_is_not_its_text_model(architecture: str) -> None:
     assert is_native({"architectures": [architecture], "hidden_size": 64})
-    assert not is_native({"architectures": [architecture], "text_config": {"hidden_size": 64}})
+    parts = {"text_config": {"hidden_size": 64}, "vision_config": {"hidden_size": 32}}
+    assert not is_native({"architectures": [architecture], **parts})

@@ -17,7 +17,6 @@ from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import check_layer_types, leave_out_drafting, num_layers, read_biases
 from tgi_asgi.models.reading_experts import after_first_dense, read_corrected, read_experts, with_experts
 from tgi_asgi.models.reading_latent import (
-    has_supported_sizes,
     interleaved,
     latent_layers,
     read_latent,
@@ -146,7 +145,7 @@ def _make(
 
 _DRAFTING = ("model.layers.{num_layers}.*", "blk.{num_layers}.*", "*.rotary_emb.inv_freq")
 FAMILIES = tuple(
-    Family(name, "deepseek2", read, Decoder, computes=has_supported_sizes, unused=_DRAFTING)
+    Family(name, "deepseek2", read, Decoder, unused=_DRAFTING)
     for name, read in (
         ("DeepseekV2ForCausalLM", read_deepseek_v2),
         ("DeepseekV3ForCausalLM", read_deepseek_v3),

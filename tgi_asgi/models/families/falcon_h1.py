@@ -7,9 +7,7 @@ Source: Zuo et al., Falcon-H1, arXiv 2507.22448.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from tgi_asgi.errors import check
 from tgi_asgi.models.checkpoint import CheckpointLayout
@@ -19,17 +17,8 @@ from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import HybridLayer
 from tgi_asgi.models.reader import Reader, as_float
 from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
-from tgi_asgi.models.reading_mamba import has_kernels_for, read_mamba
+from tgi_asgi.models.reading_mamba import read_mamba
 from tgi_asgi.models.recurrent_specs import HybridSpec, MambaSpec, PartFactors
-
-
-def _computes(config: Mapping[str, Any]) -> bool:
-    """Return whether the kernels support the states, and no MLP bias follows a folded factor."""
-    factors = config.get("mlp_multipliers")
-    has_factor = isinstance(factors, list) and factors[:1] not in ([], [1])
-    return has_kernels_for(config, config.get("mamba_d_ssm", 1024)) and not (
-        has_factor and config.get("mlp_bias") is True
-    )
 
 
 def read_falcon_h1(reader: Reader, architecture: str) -> ModelConfig:
@@ -43,6 +32,7 @@ def read_falcon_h1(reader: Reader, architecture: str) -> ModelConfig:
     read = _number(reader, "attention_in_multiplier")
     gate, down = _numbers(reader, "mlp_multipliers", 2)
     check(gate > 0, f"mlp_multipliers must be positive, got {gate}")
+    check_computed(gate == 1 or not mlp_bias, "mlp_bias with a factor on gates is not supported")
     hybrid = HybridSpec(
         attention=PartFactors(read, _number(reader, "attention_out_multiplier")),
         state=PartFactors(_number(reader, "ssm_in_multiplier"), _number(reader, "ssm_out_multiplier")),
@@ -119,6 +109,5 @@ FAMILIES = (
         read_falcon_h1,
         FalconH1,
         gguf_names=_GGUF_NAMES,
-        computes=_computes,
     ),
 )

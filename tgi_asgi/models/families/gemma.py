@@ -6,7 +6,6 @@ Sources: Gemma Team, Gemma 2, arXiv 2408.00118, section 2; Gemma 3, arXiv 2503.1
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from tgi_asgi.errors import check
@@ -36,6 +35,7 @@ def read_gemma(reader: Reader, architecture: str) -> ModelConfig:
 def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 2's configuration: every other layer has a window, scores and logits are capped."""
     reader.drop("hidden_act")
+    reader.rename(hidden_act=("hidden_activation",))
     reader.ignore("sliding_window_size")  # an earlier name, which 9B's and 27B's files still have
     reader.defaults(
         num_key_value_heads=4, sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
@@ -58,6 +58,7 @@ def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
 def read_gemma3(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 3's configuration: layers with a window have their own rotary embedding."""
     reader.drop("hidden_act")
+    reader.rename(hidden_act=("hidden_activation",))
     reader.defaults(num_key_value_heads=4, sliding_window=4096)
     check_computed(
         not reader.number("attn_logit_softcapping", 0.0),
@@ -115,13 +116,8 @@ _NAMES = {
 }
 
 
-def _is_text(config: Mapping[str, Any]) -> bool:
-    """Return whether a config.json is of a text model; a vision model's `Gemma3Model` nests the text's."""
-    return "text_config" not in config
-
-
 FAMILIES = (
     Family("GemmaForCausalLM", "gemma", read_gemma, Decoder),
     Family("Gemma2ForCausalLM", "gemma2", read_gemma2, Gemma2, gguf_names=_NAMES),
-    Family("Gemma3ForCausalLM", "gemma3", read_gemma3, Gemma2, gguf_names=_NAMES, computes=_is_text),
+    Family("Gemma3ForCausalLM", "gemma3", read_gemma3, Gemma2, gguf_names=_NAMES),
 )

@@ -13,13 +13,7 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_biases
-from tgi_asgi.models.reading_latent import (
-    has_supported_sizes,
-    latent_layers,
-    read_latent,
-    read_latent_rope,
-    read_latent_sizes,
-)
+from tgi_asgi.models.reading_latent import latent_layers, read_latent, read_latent_rope, read_latent_sizes
 
 
 def read_minicpm3(reader: Reader, architecture: str) -> ModelConfig:
@@ -48,4 +42,4 @@ def read_minicpm3(reader: Reader, architecture: str) -> ModelConfig:
     )
 
 
-FAMILIES = (Family("MiniCPM3ForCausalLM", "minicpm3", read_minicpm3, Decoder, computes=has_supported_sizes),)
+FAMILIES = (Family("MiniCPM3ForCausalLM", "minicpm3", read_minicpm3, Decoder),)

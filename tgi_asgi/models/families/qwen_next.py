@@ -6,13 +6,12 @@ Norms add 1 to their weights, and heads' results are multiplied by the sigmoid o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from tgi_asgi.errors import check
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import MAX_KEY_DIM, MAX_TAPS, LayerSpec, ModelConfig, check_computed
+from tgi_asgi.models.config import LayerSpec, ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.families.qwen_moe import Qwen2MoeWeights
 from tgi_asgi.models.family import Family
@@ -41,17 +40,6 @@ _DELTA_SIZES = {  # with defaults for keys that a config.json lacks
 }
 # Keys of image positions: positions of text are equal in all three sections.
 _IMAGE_ROPE = ("mrope_section", "mrope_interleaved")
-
-
-def _computes(config: Mapping[str, Any]) -> bool:
-    """Return whether the kernels support the sizes of a model's states, and the model is text-only."""
-    if config.get("vision_config") or config.get("attention_bias"):
-        return False
-    sizes = [config.get(key) or given for key, given in _DELTA_SIZES.items()]
-    if not all(type(size) is int and size > 0 for size in sizes):
-        return True  # reading it refuses the value, naming its key
-    _, head_dim, _, key_dim, taps = sizes
-    return head_dim % 16 == 0 and key_dim <= MAX_KEY_DIM and 2 <= taps <= MAX_TAPS
 
 
 def read_qwen3_next(reader: Reader, architecture: str) -> ModelConfig:
@@ -217,7 +205,6 @@ def _family(architecture: str, gguf_name: str, read_config: ReadConfig) -> Famil
         read_config,
         QwenNext,
         gguf_names=_GGUF_NAMES,
-        computes=_computes,
         unused=_UNUSED,
     )
 
