@@ -34,6 +34,8 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu_squared",
     "xielu": "xielu",
 }  # fmt: skip
+# llama.cpp's tensors of products that may have biases; the second of q, k and v is all three in one.
+_PRODUCTS = {"qkv": ("attn_q", "attn_qkv"), "output": ("attn_output",), "mlp": ("ffn_up",)}
 _DEFAULT_CONTEXT = 2048  # vLLM's, and that of most classes of `transformers`
 _KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
 
@@ -122,19 +124,24 @@ def read_kv_heads(reader: Reader, attends: Sequence[bool]) -> None:
     reader.replace("num_key_value_heads", found.pop())
 
 
-def read_biases(reader: Reader, key: str, *tensors: str, default: bool = False) -> list[bool]:
-    """Return which of the first layer's products have biases; in config.json one key covers all of them.
+def read_biases(reader: Reader, **keys: str) -> dict[str, Any]:
+    """Return which products of a layer have biases, as arguments of `ModelConfig`.
+
+        read_biases(reader, qkv="attention_bias", output="attention_bias")
 
     Args:
-        tensors: llama.cpp's names, such as `attn_q`.
+        keys: Keys of config.json by products: `qkv`, `output`, `mlp`. In a GGUF file, tensors show it.
     """
+    return {
+        f"has_{product}_bias": read_bias(reader, key, *_PRODUCTS[product]) for product, key in keys.items()
+    }
+
+
+def read_bias(reader: Reader, key: str, *tensors: str, default: bool = False) -> bool:
+    """Return whether a product has a bias: by a key of config.json, or llama.cpp's tensors of layer 0."""
     if not reader.is_gguf:
-        return [reader.flag(key, default)] * len(tensors)
-    joined = {"attn_q": "attn_qkv"}  # queries, keys and values in one
-    return [
-        f"blk.0.{name}.bias" in reader.tensors or f"blk.0.{joined.get(name)}.bias" in reader.tensors
-        for name in tensors
-    ]
+        return reader.flag(key, default)
+    return any(f"blk.0.{name}.bias" in reader.tensors for name in tensors)
 
 
 def leave_out_drafting(reader: Reader) -> None:

@@ -11,7 +11,7 @@ from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import (
     num_layers,
-    read_biases,
+    read_bias,
     read_rope,
     read_sizes,
     rope_values,
@@ -26,7 +26,7 @@ def read_latent(reader: Reader) -> LatentSpec:
     )
     if not has_inner:
         reader.ignore("q_lora_rank")
-    (has_bias,) = read_biases(reader, "attention_bias", "attn_kv_a_mqa")
+    has_bias = read_bias(reader, "attention_bias", "attn_kv_a_mqa")
     plain, rotary, value = _read_gguf_heads(reader) if reader.is_gguf else _read_json_heads(reader)
     return LatentSpec(
         reader.integer("kv_lora_rank"), plain, rotary, value,

@@ -7,7 +7,7 @@ import math
 from tgi_asgi.errors import check
 from tgi_asgi.models.config import check_computed
 from tgi_asgi.models.reader import Reader, as_float
-from tgi_asgi.models.reading import read_biases
+from tgi_asgi.models.reading import read_bias
 from tgi_asgi.models.recurrent_specs import MambaSpec
 
 
@@ -22,8 +22,8 @@ def read_mamba(reader: Reader, hidden: int) -> MambaSpec:
     check(heads > 0 and width > 0, f"the heads of states must be positive: {heads} of {width} channels")
     check_computed(width % heads == 0, f"{heads} heads of states cannot share {width} channels")
     reader.ignore("mamba_d_head", "mamba_chunk_size")  # derived from others; a kernel's block size
-    (conv_bias,) = read_biases(reader, "mamba_conv_bias", "ssm_conv1d", default=True)
-    (bias,) = read_biases(reader, "mamba_proj_bias", "ssm_in")
+    conv_bias = read_bias(reader, "mamba_conv_bias", "ssm_conv1d", default=True)
+    bias = read_bias(reader, "mamba_proj_bias", "ssm_in")
     return MambaSpec(
         num_heads=heads, head_dim=width // heads, num_groups=reader.integer("mamba_n_groups", 1),
         state_size=reader.integer("mamba_d_state", 256), num_taps=reader.integer("mamba_d_conv", 4),

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from tgi_asgi import ops
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import LayerSpec, ModelConfig, check_computed
+from tgi_asgi.models.config import LayerSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import Layer, LayerWeights
@@ -29,18 +29,15 @@ def read_apertus(reader: Reader, architecture: str) -> ModelConfig:
     """Read Apertus's configuration; llama.cpp's files have xIELU's parameters in the metadata."""
     reader.defaults(rms_norm_eps=1e-5, rope_theta=12e6)
     default_rope(reader, _ROPE)
-    for key, value in {"qk_norm": True, "post_norm": False}.items():  # published; transformers reads neither
-        check_computed(reader.flag(key, value) is value, f"only `{key}` {value} is supported")
+    reader.require(qk_norm=True, post_norm=False)  # in published files; transformers reads neither
     sizes = read_sizes(reader, activation="xielu")
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     layers = read_layers(reader, sizes)
     return ModelConfig(
         architecture=architecture,
         layers=_with_alphas(reader, layers) if reader.is_gguf else layers,
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
         has_gate=False,
         has_qk_norm=True,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import ExpertsSpec, ModelConfig, check_computed
+from tgi_asgi.models.config import ExpertsSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.latent_spec import LatentSpec
@@ -36,7 +36,7 @@ def read_deepseek_v2(reader: Reader, architecture: str) -> ModelConfig:
         n_routed_experts=64, n_shared_experts=2, moe_intermediate_size=1407, first_k_dense_replace=0,
         topk_method="greedy",
     )  # fmt: skip
-    check_computed(not reader.flag("mlp_bias", False), "mlp_bias is not supported here")
+    reader.require(mlp_bias=False)
     check(not reader.flag("norm_topk_prob", False), "norm_topk_prob is not supported for softmax routing")
     method, scoring = reader.get("topk_method"), reader.get("scoring_func")
     check(
@@ -132,13 +132,12 @@ def _make(
     experts: ExpertsSpec,
     where: Callable[[int], bool],
 ) -> ModelConfig:
-    (output_bias,) = read_biases(reader, "attention_bias", "attn_output")
     sizes = read_latent_sizes(reader, latent)
     layers = latent_layers(reader, latent, *read_latent_rope(reader, latent))
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, experts, where),
-        has_output_bias=output_bias,
+        **read_biases(reader, output="attention_bias"),
         **sizes,
     )
 

@@ -82,11 +82,9 @@ def read_gemma3(reader: Reader, architecture: str) -> ModelConfig:
 def _read_common(reader: Reader) -> dict[str, Any]:
     reader.defaults(tie_word_embeddings=True, head_dim=256, rms_norm_eps=1e-6)
     sizes = read_sizes(reader, activation="gelu_tanh")
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     return {
         **sizes,
-        "has_qkv_bias": qkv_bias,
-        "has_output_bias": output_bias,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         "embedding_factor": sizes["hidden_size"] ** 0.5,
         "norm_offset": 0.0 if reader.is_gguf else 1.0,  # llama.cpp's converter has added it
     }

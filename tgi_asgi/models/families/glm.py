@@ -21,12 +21,11 @@ def read_glm(reader: Reader, architecture: str) -> ModelConfig:
         num_key_value_heads=2,
     )  # fmt: skip
     sizes = read_sizes(reader)
-    (qkv_bias,) = read_biases(reader, "attention_bias", "attn_q")
     return ModelConfig(
         architecture=architecture,
         layers=read_layers(reader, sizes, has_partial_rotary=True),
-        has_qkv_bias=qkv_bias,
         has_interleaved_rope=True,
+        **read_biases(reader, qkv="attention_bias"),
         **sizes,
     )
 

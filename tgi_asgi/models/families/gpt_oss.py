@@ -15,7 +15,14 @@ from tgi_asgi.models.experts import ExpertNames, ExpertProducts, each_expert, st
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import LayerWeights, Sources
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import default_rope, num_layers, read_layers, read_sizes, read_windows
+from tgi_asgi.models.reading import (
+    default_rope,
+    num_layers,
+    read_biases,
+    read_layers,
+    read_sizes,
+    read_windows,
+)
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
 from tgi_asgi.ops.arrays import Floats
 
@@ -43,7 +50,6 @@ def read_gpt_oss(reader: Reader, architecture: str) -> ModelConfig:
         windows = [window if has else None for has in where]
     else:
         windows = read_windows(reader, where)
-    has_bias = reader.is_gguf or reader.flag("attention_bias", True)
     clamp = (reader.number("swiglu_limit", 7.0), reader.number("swiglu_alpha", 1.702), 1.0)
     experts = read_experts(
         reader, count="num_local_experts", top_k="num_experts_per_tok", size="intermediate_size",
@@ -57,8 +63,7 @@ def read_gpt_oss(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, experts, everywhere),
-        has_qkv_bias=has_bias,
-        has_output_bias=has_bias,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
 

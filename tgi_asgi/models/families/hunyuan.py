@@ -23,20 +23,17 @@ from tgi_asgi.models.reading import (
 def read_hunyuan(reader: Reader, architecture: str) -> ModelConfig:
     """Read Hunyuan's configuration; files have some keys that only Tencent's own code reads."""
     reader.defaults(rms_norm_eps=1e-5)
-    for key, value in {"use_qk_norm": True, "use_cla": False}.items():
-        check_computed(reader.flag(key, value) is value, f"only `{key}` {value} is supported")
+    reader.require(use_qk_norm=True, use_cla=False)
     check_computed(reader.get("norm_type") in (None, "rms", "hf_rms"), "only RMSNorm is supported")
     reader.ignore("cla_share_factor")
     sizes = read_sizes(reader)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     ropes = [_read_rope(reader, sizes["head_dim"])] * num_layers(reader)
     return ModelConfig(
         architecture=architecture,
         layers=read_layers(reader, sizes, ropes=ropes),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
         has_qk_norm=True,
         has_late_qk_norm=True,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
 

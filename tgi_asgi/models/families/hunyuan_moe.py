@@ -27,10 +27,8 @@ def read_hunyuan_moe(reader: Reader, architecture: str) -> ModelConfig:
     size = config.intermediate_size
     inner = reader.integer("moe_intermediate_size", size)
     check_computed(inner == size, f"moe_intermediate_size must be intermediate_size, {size}, got {inner}")
-    shared = reader.integer("num_shared_expert", 1)
-    check_computed(shared == 1, f"num_shared_expert must be 1, got {shared}")
+    reader.require(num_shared_expert=1, norm_topk_prob=True)
     reader.ignore("shared_expert_intermediate_size")
-    check_computed(reader.flag("norm_topk_prob", True), "only `norm_topk_prob` True is supported")
     experts = read_experts(
         reader, count="num_experts", top_k="moe_topk", size="intermediate_size", is_renormalised=True,
         shared_size=size,

@@ -14,8 +14,6 @@ def read_internlm3(reader: Reader, architecture: str) -> ModelConfig:
     reader.defaults(head_dim=128, rms_norm_eps=1e-5, num_key_value_heads=2)
     reader.defaults(attention_bias=reader.flag("qkv_bias", False), mlp_bias=reader.flag("bias", False))
     sizes = read_sizes(reader)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
-    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
     rope = rope_values(reader)
     if "dynamic" in (rope.get("rope_type"), rope.get("type")):
         # It stretches only positions beyond `max_position_embeddings`, which are not served.
@@ -26,9 +24,7 @@ def read_internlm3(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         layers=layers,
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
-        has_mlp_bias=mlp_bias,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias", mlp="mlp_bias"),
         **sizes,
     )
 

@@ -43,8 +43,8 @@ def read_olmo3(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _read_rest(reader: Reader, sizes: dict[str, Any]) -> dict[str, Any]:
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
-    return {"has_qkv_bias": qkv_bias, "has_output_bias": output_bias, "has_qk_norm": True, **sizes}
+    biases = read_biases(reader, qkv="attention_bias", output="attention_bias")
+    return {"has_qk_norm": True, **biases, **sizes}
 
 
 class Olmo2Weights(LayerWeights):

@@ -27,7 +27,6 @@ def read_phi_moe(reader: Reader, architecture: str) -> ModelConfig:
         rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=16, num_experts_per_tok=2, num_key_value_heads=8
     )  # fmt: skip
     sizes = read_sizes(reader)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     layers = read_layers(
         reader, sizes, windows=read_window(reader),
         ropes=[_read_rope(reader, sizes["head_dim"])] * num_layers(reader),
@@ -41,11 +40,10 @@ def read_phi_moe(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, experts, everywhere),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
         has_layer_norm=True,
         has_norm_bias=True,
         has_head_bias=has_head_bias,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
 

@@ -23,7 +23,7 @@ def read_qwen2_moe(reader: Reader, architecture: str) -> ModelConfig:
     """Read the configuration of Qwen 1.5 and 2; even layers below `max_window_layers` have the window."""
     reader.defaults(
         num_key_value_heads=16, moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
-        num_experts=60, num_experts_per_tok=4, sliding_window=4096,
+        num_experts=60, num_experts_per_tok=4, sliding_window=4096, qkv_bias=True,
     )  # fmt: skip
     sizes = read_sizes(reader)
     if reader.is_gguf:
@@ -39,7 +39,7 @@ def read_qwen2_moe(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, experts, read_sparse_steps(reader)),
-        has_qkv_bias=reader.is_gguf or reader.flag("qkv_bias", True),
+        **read_biases(reader, qkv="qkv_bias"),
         **sizes,
     )
 
@@ -67,7 +67,6 @@ def read_qwen3_moe(reader: Reader, architecture: str) -> ModelConfig:
         sliding_window=4096,
     )  # fmt: skip
     sizes = read_sizes(reader)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     has_window = reader.flag("use_sliding_window", False)
     windows = read_window(reader) if has_window else [None] * num_layers(reader)
     reader.ignore("sliding_window", "max_window_layers", "layer_types")
@@ -79,9 +78,8 @@ def read_qwen3_moe(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, experts, read_sparse_steps(reader)),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
         has_qk_norm=True,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
 

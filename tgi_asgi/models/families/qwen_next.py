@@ -102,8 +102,7 @@ def _read(reader: Reader, architecture: str) -> ModelConfig:
     if reader.is_gguf:
         leave_out_drafting(reader)
         reader.ignore("rope.dimension_sections")
-    check_computed(not reader.flag("attention_bias", False), "attention_bias is not supported here")
-    check_computed(reader.flag("attn_output_gate", True), "attn_output_gate must be true")
+    reader.require(attention_bias=False, attn_output_gate=True)
     kinds = _read_kinds(reader)
     sizes = read_sizes(reader)
     check_computed(sizes["activation"] == "silu", f"hidden_act must be silu, got {sizes['activation']}")
