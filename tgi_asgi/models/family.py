@@ -88,6 +88,14 @@ GGUF_NAMES: Mapping[str, str] = {
 }
 
 
+# The same where norms follow attention and MLP (`PostNormLayer`, `SandwichLayer`).
+SANDWICH_NAMES: Mapping[str, str] = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One family, or several architectures that compute the same.

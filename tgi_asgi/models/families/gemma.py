@@ -11,7 +11,7 @@ from typing import Any
 from tgi_asgi.errors import check
 from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.family import Family
+from tgi_asgi.models.family import SANDWICH_NAMES, Family
 from tgi_asgi.models.layers import SandwichLayer
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_ropes, read_sizes, read_sliding
@@ -107,15 +107,8 @@ class Gemma2(Decoder):
     layer_class = SandwichLayer
 
 
-_NAMES = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-
-
 FAMILIES = (
     Family("GemmaForCausalLM", "gemma", read_gemma, Decoder),
-    Family("Gemma2ForCausalLM", "gemma2", read_gemma2, Gemma2, gguf_names=_NAMES),
-    Family("Gemma3ForCausalLM", "gemma3", read_gemma3, Gemma2, gguf_names=_NAMES),
+    Family("Gemma2ForCausalLM", "gemma2", read_gemma2, Gemma2, gguf_names=SANDWICH_NAMES),
+    Family("Gemma3ForCausalLM", "gemma3", read_gemma3, Gemma2, gguf_names=SANDWICH_NAMES),
 )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from tgi_asgi import ops
+from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ExpertsSpec, LayerSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames, ExpertProducts, each_expert, stack
@@ -82,8 +83,6 @@ class GptOssWeights(LayerWeights):
     In files of llama.cpp and of tools that quantise, gate, up and down are apart.
     """
 
-    expert_names = (ExpertNames(router="mlp.router"),)
-
     def sinks(self) -> Floats:
         """Return the heads' attention sinks [num_heads] float32."""
         name = "self_attn.sinks"
@@ -139,10 +138,10 @@ class GptOss(Decoder):
     """The decoder with gpt-oss's weights."""
 
     weights_class = GptOssWeights
+    checkpoint = CheckpointLayout(names={"mlp.gate": "mlp.router"})
 
 
 _GGUF_NAMES = {
-    "mlp.router": "ffn_gate_inp",
     "self_attn.sinks": "attn_sinks",
     "post_attention_layernorm": "post_attention_norm",
 }

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from tgi_asgi import ops
 from tgi_asgi.errors import check
+from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ModelConfig, RopeSpec, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import (
     make_rope,
@@ -54,31 +53,13 @@ def _read_rope(reader: Reader, head_dim: int) -> RopeSpec:
     return make_rope(reader, values, head_dim)
 
 
-class HunyuanWeights(LayerWeights):
-    """A layer whose query and key norms have other names."""
-
-    def norms(self) -> ops.HeadNorms:
-        """Return the norms of queries and keys."""
-        query, key = (
-            self.norm(f"self_attn.{name}_layernorm", self.config.head_dim) for name in ("query", "key")
-        )
-        return ops.HeadNorms(query, key, is_last=True)
+NAMES = {"self_attn.q_norm": "self_attn.query_layernorm", "self_attn.k_norm": "self_attn.key_layernorm"}
 
 
 class Hunyuan(Decoder):
     """The decoder with Hunyuan's norm names."""
 
-    weights_class = HunyuanWeights
+    checkpoint = CheckpointLayout(names=NAMES)
 
 
-NAMES = {"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"}
-
-FAMILIES = (
-    Family(
-        "HunYuanDenseV1ForCausalLM",
-        "hunyuan-dense",
-        read_hunyuan,
-        Hunyuan,
-        gguf_names=NAMES,
-    ),
-)
+FAMILIES = (Family("HunYuanDenseV1ForCausalLM", "hunyuan-dense", read_hunyuan, Hunyuan),)

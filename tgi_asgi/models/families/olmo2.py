@@ -10,7 +10,7 @@ from typing import Any
 from tgi_asgi import ops
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.family import Family
+from tgi_asgi.models.family import SANDWICH_NAMES, Family
 from tgi_asgi.models.layers import LayerWeights, PostNormLayer
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import read_biases, read_layers, read_ropes, read_sizes, read_sliding
@@ -67,12 +67,7 @@ class Olmo2(Decoder):
     weights_class = Olmo2Weights
 
 
-_NAMES = {
-    "post_attention_layernorm": "post_attention_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-
 FAMILIES = (
-    Family("Olmo2ForCausalLM", "olmo2", read_olmo2, Olmo2, gguf_names=_NAMES),
-    Family("Olmo3ForCausalLM", "olmo2", read_olmo3, Olmo2, gguf_names=_NAMES),
+    Family("Olmo2ForCausalLM", "olmo2", read_olmo2, Olmo2, gguf_names=SANDWICH_NAMES),
+    Family("Olmo3ForCausalLM", "olmo2", read_olmo3, Olmo2, gguf_names=SANDWICH_NAMES),
 )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from tgi_asgi.models.checkpoint import CheckpointLayout, shared_expert_names
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import (
     num_layers,
@@ -84,21 +83,13 @@ def read_qwen3_moe(reader: Reader, architecture: str) -> ModelConfig:
     )
 
 
-class Qwen2MoeWeights(LayerWeights):
-    """A layer whose shared expert has a name in the singular."""
-
-    expert_names = (ExpertNames(shared="mlp.shared_expert"),)
-
-
 class Qwen2Moe(Decoder):
-    """The decoder with Qwen 2's expert names."""
+    """The decoder with Qwen's name of the shared expert, which is in the singular."""
 
-    weights_class = Qwen2MoeWeights
+    checkpoint = CheckpointLayout(names=shared_expert_names("mlp.shared_expert"))
 
-
-_SHARED = {f"mlp.shared_expert.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")}
 
 FAMILIES = (
-    Family("Qwen2MoeForCausalLM", "qwen2moe", read_qwen2_moe, Qwen2Moe, gguf_names=_SHARED),
+    Family("Qwen2MoeForCausalLM", "qwen2moe", read_qwen2_moe, Qwen2Moe),
     Family("Qwen3MoeForCausalLM", "qwen3moe", read_qwen3_moe, Decoder),
 )

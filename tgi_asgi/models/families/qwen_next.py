@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.checkpoint import CheckpointLayout
+from tgi_asgi.models.checkpoint import CheckpointLayout, shared_expert_names
 from tgi_asgi.models.config import LayerSpec, ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.families.qwen_moe import Qwen2MoeWeights
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import (
@@ -166,10 +165,9 @@ def _with_tiles(layer: LayerSpec) -> LayerSpec:
 
 
 class QwenNext(Decoder):
-    """The decoder with Qwen3-Next's expert names; vision models nest its weights one name deeper."""
+    """The decoder with Qwen's name of the shared expert; vision models nest weights one name deeper."""
 
-    weights_class = Qwen2MoeWeights
-    checkpoint = CheckpointLayout(part="language_model")
+    checkpoint = CheckpointLayout(names=shared_expert_names("mlp.shared_expert"), part="language_model")
 
 
 _DELTA = {
@@ -191,7 +189,6 @@ _DELTA = {
 _GGUF_NAMES = {
     **_DELTA,
     "post_attention_layernorm": "post_attention_norm",
-    **{f"mlp.shared_expert.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")},
 }
 # Weights used only for drafting or for images.
 _UNUSED = ("mtp.*", "model.mtp.*", "model.visual.*", "blk.{num_layers}.*")
