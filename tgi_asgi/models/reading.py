@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tgi_asgi.errors import check
@@ -36,6 +36,7 @@ _ACTIVATIONS = {
 }  # fmt: skip
 # llama.cpp's tensors of products that may have biases; the second of q, k and v is all three in one.
 _PRODUCTS = {"qkv": ("attn_q", "attn_qkv"), "output": ("attn_output",), "mlp": ("ffn_up",)}
+EditRope = Callable[[dict[str, Any]], object]
 _DEFAULT_CONTEXT = 2048  # vLLM's, and that of most classes of `transformers`
 _KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
 
@@ -160,15 +161,17 @@ def read_layers(
     scale: float | None = None,
     soft_cap: float | None = None,
     has_partial_rotary: bool = False,
+    edit_rope: EditRope | None = None,
 ) -> tuple[LayerSpec, ...]:
     """Make the layers' specifications, with one rotary embedding unless `ropes` are given.
 
     Args:
-        has_partial_rotary: Whether the architecture supports `partial_rotary_factor`.
+        has_partial_rotary, edit_rope: As for `read_rope`.
     """
     count = num_layers(reader)
     if ropes is None:
-        ropes = [read_rope(reader, sizes["head_dim"], has_partial_rotary=has_partial_rotary)] * count
+        rope = read_rope(reader, sizes["head_dim"], has_partial_rotary=has_partial_rotary, edit=edit_rope)
+        ropes = [rope] * count
     scale = sizes["head_dim"] ** -0.5 if scale is None else scale
     return tuple(
         LayerSpec(
@@ -204,17 +207,26 @@ def num_layers(reader: Reader) -> int:
     return count
 
 
-def read_rope(reader: Reader, head_dim: int, *, has_partial_rotary: bool = False) -> RopeSpec:
-    """Read the rotary embedding: `rope_parameters` of transformers 5, or the several keys of 4."""
+def read_rope(
+    reader: Reader, head_dim: int, *, has_partial_rotary: bool = False, edit: EditRope | None = None
+) -> RopeSpec:
+    """Read the rotary embedding: `rope_parameters` of transformers 5, or the several keys of 4.
+
+    Args:
+        has_partial_rotary: Whether the architecture supports `partial_rotary_factor`.
+        edit: Turns settings that only this family has into usual ones, by the names of `rope_parameters`.
+    """
     if reader.is_gguf:
         dim = reader.integer("rope.dimension_count", head_dim)
         return RopeSpec(dim, reader.number("rope_theta", 10000.0), _scaling_of_gguf(reader))
     values = rope_values(reader)
+    if edit is not None:
+        edit(values)
     check_computed(
         not any(isinstance(value, dict) for value in values.values()),
         "`rope_parameters` differ by kind of layer, which this server does not know for this architecture",
     )
-    return make_rope(reader, values, head_dim, has_partial_rotary=has_partial_rotary)
+    return _make_rope(reader, values, head_dim, has_partial_rotary=has_partial_rotary)
 
 
 def read_ropes(reader: Reader, head_dim: int, theta: float, local_theta: float) -> dict[bool, RopeSpec]:
@@ -248,7 +260,7 @@ def read_ropes(reader: Reader, head_dim: int, theta: float, local_theta: float) 
         given[kind] |= {name: value for name, value in (own or {}).items() if value is not None}
     given["full_attention"] |= _rope_object(reader, "rope_scaling")
     return {
-        kind == "sliding_attention": make_rope(reader, given[kind], head_dim) for kind in _KINDS_OF_LAYERS
+        kind == "sliding_attention": _make_rope(reader, given[kind], head_dim) for kind in _KINDS_OF_LAYERS
     }
 
 
@@ -278,7 +290,7 @@ def _rope_object(reader: Reader, key: str) -> dict[str, Any]:
     return {name: value for name, value in (nested or {}).items() if value is not None}
 
 
-def make_rope(
+def _make_rope(
     reader: Reader, values: Mapping[str, Any], head_dim: int, *, has_partial_rotary: bool = False
 ) -> RopeSpec:
     """Make a rotary embedding from the result of `rope_values`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from tgi_asgi.errors import check
 from tgi_asgi.models.checkpoint import CheckpointLayout, shared_expert_names
@@ -18,12 +19,9 @@ from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import (
     check_layer_types,
     leave_out_drafting,
-    make_rope,
     num_layers,
     read_layers,
-    read_rope,
     read_sizes,
-    rope_values,
 )
 from tgi_asgi.models.reading_experts import everywhere, read_experts, read_sparse_steps, with_experts
 from tgi_asgi.models.recurrent_specs import GatedDeltaSpec
@@ -37,8 +35,6 @@ _DELTA_SIZES = {  # with defaults for keys that a config.json lacks
     "linear_key_head_dim": 128,
     "linear_conv_kernel_dim": 4,
 }
-# Keys of image positions: positions of text are equal in all three sections.
-_IMAGE_ROPE = ("mrope_section", "mrope_interleaved")
 
 
 def read_qwen3_next(reader: Reader, architecture: str) -> ModelConfig:
@@ -105,13 +101,8 @@ def _read(reader: Reader, architecture: str) -> ModelConfig:
     kinds = _read_kinds(reader)
     sizes = read_sizes(reader)
     check_computed(sizes["activation"] == "silu", f"hidden_act must be silu, got {sizes['activation']}")
-    if reader.is_gguf:
-        rope = read_rope(reader, sizes["head_dim"], has_partial_rotary=True)
-    else:
-        given = {key: value for key, value in rope_values(reader).items() if key not in _IMAGE_ROPE}
-        rope = make_rope(reader, given, sizes["head_dim"], has_partial_rotary=True)
     delta = _read_delta(reader)
-    layers = read_layers(reader, sizes, ropes=[rope] * len(kinds))
+    layers = read_layers(reader, sizes, has_partial_rotary=True, edit_rope=_leave_out_images)
     return ModelConfig(
         architecture=architecture,
         layers=tuple(
@@ -123,6 +114,12 @@ def _read(reader: Reader, architecture: str) -> ModelConfig:
         norm_offset=0.0 if reader.is_gguf else 1.0,  # llama.cpp's converter has added it
         **sizes,
     )
+
+
+def _leave_out_images(values: dict[str, Any]) -> None:
+    """Leave out how images are positioned: positions of text are equal in all three sections."""
+    for key in ("mrope_section", "mrope_interleaved"):
+        values.pop(key, None)
 
 
 def _read_kinds(reader: Reader) -> list[str]:
