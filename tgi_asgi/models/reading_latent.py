@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from tgi_asgi.errors import check
@@ -19,8 +18,8 @@ from tgi_asgi.models.reading import (
 )
 
 
-def read_latent(reader: Reader) -> LatentSpec:
-    """Read the sizes of latents and heads; the family decides whether rotary pairs are adjacent."""
+def read_latent(reader: Reader, *, is_interleaved: bool = False) -> LatentSpec:
+    """Read the sizes of latents and heads; the family decides whether rotary pairs are adjacent dims."""
     has_inner = (
         "blk.0.attn_q_a.weight" in reader.tensors if reader.is_gguf else reader.get("q_lora_rank") is not None
     )
@@ -30,7 +29,8 @@ def read_latent(reader: Reader) -> LatentSpec:
     plain, rotary, value = _read_gguf_heads(reader) if reader.is_gguf else _read_json_heads(reader)
     return LatentSpec(
         reader.integer("kv_lora_rank"), plain, rotary, value,
-        query_rank=reader.integer("q_lora_rank") if has_inner else None, has_bias=has_bias,
+        query_rank=reader.integer("q_lora_rank") if has_inner else None, is_interleaved=is_interleaved,
+        has_bias=has_bias,
     )  # fmt: skip
 
 
@@ -89,8 +89,3 @@ def read_latent_rope(reader: Reader, latent: LatentSpec) -> tuple[RopeSpec, floa
     check(all_dims > 0, f"mscale_all_dim must be positive, got {all_dims}")
     magnitude = yarn_magnitude(rope.scaling.factor, all_dims)
     return rope, scale * magnitude * magnitude  # of large floats, unlike `**`, infinite: refused later
-
-
-def interleaved(latent: LatentSpec, is_interleaved: bool) -> LatentSpec:
-    """Return latents whose rotary pairs are adjacent dims, or not."""
-    return replace(latent, is_interleaved=is_interleaved)

@@ -44,9 +44,7 @@ def test_a_variant_that_no_family_has_is_computed_by_transformers(
     checkpoint: Checkpoint, tmp_path: Path, kind: str, key: str, value: object
 ) -> None:
     files = changed(checkpoint(kind), tmp_path, **{key: value})
-    with pytest.raises(
-        NotInFamily, match=r"partial_rotary|softcap|supported|2 experts|must be even"
-    ):
+    with pytest.raises(NotInFamily, match=r"partial_rotary|softcap|supported|2 experts|must be even"):
         OpenModel(files, model_impl="native")
     with OpenModel(files, model_impl="auto") as opened:
         assert opened.is_generic and opened.why_generic
