@@ -26,14 +26,15 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.loading.recognise import is_native, read_config, with_architecture
 
-EXACT = 1e-3  # of a log-probability; correct results of these weights are within 2e-4
+EXACT = 1e-2  # of a log-probability; norms after an MLP of one column are within 3e-3, others within 2e-4
 IDS = torch.randint(3, 200, (40,), generator=torch.Generator().manual_seed(3)).tolist()
 BY_ARCHITECTURE = {case.architecture: case for case in reversed(CASES)}
-# Keys about anything but the arithmetic, or about sizes that no tiny model may change.
+# Keys about anything but the arithmetic, or about sizes that no tiny model may change. With ALiBi, Falcon is
+# right by one attention of `transformers` only, which `FamilyCase.attention` names (`falcon-rw`).
 OTHERS = frozenset({
     "architectures", "model_type", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size",
     "num_hidden_layers", "hidden_size", "max_position_embeddings", "seq_length", "max_seq_len", "n_positions",
-    "id2label", "label2id", "is_encoder_decoder", "transformers_version",
+    "id2label", "label2id", "is_encoder_decoder", "transformers_version", "alibi",
 })  # fmt: skip
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
 ROPES: tuple[dict[str, Any], ...] = (
