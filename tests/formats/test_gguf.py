@@ -105,6 +105,7 @@ def test_a_closed_file_takes_no_memory_though_a_view_of_it_lives(tmp_path: Path)
 def test_types_that_are_not_read_have_names_for_people() -> None:
     for kind in GGMLQuantizationType:
         assert name_of(kind.value) == kind.name
+    assert name_of(33) == "Q4_0_8_8"  # dropped by llama.cpp, and published
     assert name_of(4242) == "number 4242"
     known = {kind.value for kind in GGMLQuantizationType}
     assert all(READ[number].name == GGMLQuantizationType(number).name for number in READ if number in known)

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import dequantize
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch_file
 
 from tests.support.checkpoints import make_model, our_logits, reference_logits
 from tests.support.compressed import save_compressed, save_groups
@@ -103,6 +106,40 @@ def test_columns_in_act_order_mean_what_the_package_reads(tmp_path: Path) -> Non
     ours = decode(weights.get(name, values.shape).in_order())
     weights.close()
     np.testing.assert_allclose(ours, values, rtol=2**-11)  # no block holds its groups: float16
+
+
+def test_bytes_in_act_order_mean_what_the_package_reads(tmp_path: Path) -> None:
+    """`int-quantized` of versions that had `actorder: group`; today's reads each group's columns in a row."""
+    made = torch.Generator().manual_seed(4)
+    codes = torch.randint(-128, 128, (32, 128), dtype=torch.int8, generator=made)
+    scales, order = torch.rand(32, 4, generator=made).half().float(), torch.randperm(128, generator=made)
+    arguments = QuantizationArgs(**INT8 | {"strategy": "group", "group_size": 32})
+    values = torch.empty(32, 128)
+    values[:, order] = dequantize(codes[:, order], scales, args=arguments).float()
+    groups = torch.empty(128, dtype=torch.int32)
+    groups[order] = torch.arange(128, dtype=torch.int32) // 32
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors = {name: codes, f"{name}_scale": scales, f"{name}_g_idx": groups}
+    save_file({key: tensor.numpy() for key, tensor in tensors.items()}, tmp_path / FILE)
+    options = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    weights = SafetensorsWeights(tmp_path, Quantisation.from_json({"quantization_config": options}))
+    ours = decode(weights.get(name, (32, 128)).in_order())
+    weights.close()
+    np.testing.assert_allclose(ours, values.numpy(), rtol=2**-11)
+
+
+def test_float8_in_act_order_is_refused(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors = {
+        name: torch.zeros(32, 128).to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(32, 4),
+        f"{name}_g_idx": torch.arange(128, dtype=torch.int32) % 4,
+    }  # fmt: skip
+    save_torch_file(tensors, tmp_path / FILE)
+    options = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    weights = SafetensorsWeights(tmp_path, Quantisation.from_json({"quantization_config": options}))
+    with pytest.raises(ModelLoadError, match="groups of columns in another order"):
+        weights.get(name, (32, 128))
+    weights.close()
 
 
 @pytest.mark.parametrize("bits", [3, 5, 6, 7])

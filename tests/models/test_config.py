@@ -351,7 +351,7 @@ def test_keys_of_published_files_that_transformers_does_not_read_leave_the_famil
     assert of_json({**plain, **given}) == of_json({**plain, "hidden_act": given.get("hidden_act")})
     for key, value in given.items():
         if type(value) is bool:
-            with pytest.raises(NotInFamily, match=f"only `{key}` {value} is supported"):
+            with pytest.raises(NotInFamily, match=f"`{key}` is {not value}, only {value} is supported"):
                 of_json({**plain, **given, key: not value})
 
 

@@ -155,7 +155,7 @@ def test_stabilitys_own_names_of_keys_are_known() -> None:
 @pytest.mark.parametrize(
     ("config", "change", "words"),
     [
-        (GPT2, {"add_cross_attention": True}, "cross attention"),
+        (GPT2, {"add_cross_attention": True}, "add_cross_attention"),
         (GPT2, {"activation_function": "mish"}, "'mish' is not supported"),
         (GPT2, {"n_embd": None}, "lacks `hidden_size`"),
         (FALCON_40B, {"parallel_attn": False}, "parallel_attn must be true"),

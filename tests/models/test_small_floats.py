@@ -96,6 +96,14 @@ def test_bytes_of_bitsandbytes_stay_bytes(tmp_path: Path) -> None:
     torch.testing.assert_close(decoded(source), values, rtol=2**-11, atol=0)
 
 
+def test_bytes_of_bitsandbytes_in_tiles_are_refused(tmp_path: Path) -> None:
+    """As older versions saved them after a forward pass on a GPU: the shape is the same, the order is not."""
+    tensors, values = recorded("int8")
+    tensors["weight_format"] = torch.tensor(2, dtype=torch.uint8)  # "col_turing"
+    with pytest.raises(ModelLoadError, match=r"weight_format' says that codes are in tiles"):
+        read(tmp_path, tensors, values.shape, BITSANDBYTES)
+
+
 @pytest.mark.parametrize("is_exact", [True, False])
 def test_modelopt_s_nvfp4_is_decoded_as_it_decodes_it(tmp_path: Path, is_exact: bool) -> None:
     tensors, values = recorded("nvfp4")

@@ -185,8 +185,6 @@ def unpack_compressed(
         check_matrices(weight_zero_point=zeros)
         points = _unpack(np.ascontiguousarray(zeros.T), bits, is_dense)[:, :rows].T.copy()
         check(points.shape == scales.shape, f"weight_zero_point does not fit: {zeros.shape}")
-    if g_idx is not None and g_idx.shape == (columns,) and (g_idx == -1).all():
-        g_idx = None
     return _matrix(
         np.ascontiguousarray(packed), scales, points, bits, columns,
         _read_groups(g_idx, columns, num_groups, layout), is_dense,
@@ -194,20 +192,22 @@ def unpack_compressed(
 
 
 def unpack_bytes(
-    codes: npt.NDArray[np.int8], scales: Floats, zeros: npt.NDArray[np.int8] | None, layout: Layout
-) -> IntegerMatrix:
+    codes: npt.NDArray[np.int8], scales: Floats, zeros: npt.NDArray[np.int8] | None, g_idx: Words | None,
+    layout: Layout,
+) -> IntegerMatrix:  # fmt: skip
     """Wrap codes of one byte each, [rows, columns], with one scale for all, per row, or per group.
 
     Args:
         scales: One value, [rows] or [rows, num_groups].
         zeros: int8 of the same shape, or None.
+        g_idx: As in `unpack_compressed`.
     """
     check_matrices(weight=codes)
     rows, columns = codes.shape
     scales = as_rows(scales, rows)
     check_matrices(scales=scales)
     check(scales.shape[0] == rows, f"scales {scales.shape} do not fit {codes.shape}")
-    groups = layout.groups(columns, scales.shape[1])
+    groups = _read_groups(g_idx, columns, scales.shape[1], layout)
     points = np.full(scales.shape, 128, np.uint8)
     if zeros is not None:
         offsets = as_rows(zeros, rows)
@@ -309,7 +309,7 @@ def _read_groups(
     g_idx: Words | None, columns: int, num_groups: int, layout: Layout
 ) -> npt.NDArray[np.int64] | None:
     """Check the group of each column; return None if the groups are consecutive and of equal size."""
-    if g_idx is None:
+    if g_idx is None or (g_idx.shape == (columns,) and (g_idx == -1).all()):
         return layout.groups(columns, num_groups)
     check(
         g_idx.shape == (columns,) and int(g_idx.min()) >= 0 and int(g_idx.max()) < num_groups,

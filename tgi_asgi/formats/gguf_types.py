@@ -9,8 +9,12 @@ READ: dict[int, _C.WeightFormat | DecodedType] = {
     **DECODED,
     **{row.ggml_type: row for row in _C.formats() if row.ggml_type is not None},
 }
-# Names for the message that refuses them (ggml.h).
-_OTHERS = {15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"}
+# Names for the message that refuses them (ggml.h). Files of 2024 have Q4_0 in orders for ARM, which llama.cpp
+# has since dropped.
+_OTHERS = {
+    15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+    31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
+}  # fmt: skip
 
 
 def name_of(number: int) -> str:

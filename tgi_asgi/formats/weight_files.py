@@ -70,16 +70,8 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
-    def __len__(self) -> int:
-        return len(self._files)
-
     def __contains__(self, name: object) -> bool:
         return name in self._files
-
-    @property
-    def names(self) -> list[str]:
-        """All tensors' names."""
-        return list(self._files)
 
     def tensor(self, name: str) -> SafeTensor:
         """Return a tensor's location; raise `ModelLoadError` if there is none of that name."""

@@ -54,6 +54,12 @@ class CheckpointLayout:
         return f"{self.module(module)}.{kind}"
 
 
+def shared_expert_names(own: str) -> dict[str, str]:
+    """Return the names of a `CheckpointLayout` for a shared expert that files call otherwise."""
+    products = ("gate_proj", "up_proj", "down_proj")
+    return {f"mlp.shared_experts.{product}": f"{own}.{product}" for product in products}
+
+
 def is_of_layer(name: str) -> bool:
     """Return whether a canonical name belongs to a layer."""
     return _LAYER.fullmatch(name) is not None

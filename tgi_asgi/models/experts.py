@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import ExpertsSpec, ModelConfig
-from tgi_asgi.models.loading import WHOLE
+from tgi_asgi.models.config import ExpertsSpec
+
+if TYPE_CHECKING:
+    from tgi_asgi.models.layers import LayerWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +50,10 @@ Matrices = tuple[ops.WeightSource, ops.WeightSource, ops.WeightSource]  # gate, 
 ExpertProducts = tuple[ops.GateUpWeight, ops.LinearWeight]
 
 
-class ExpertsSource(Protocol):
-    """The weights of a layer, as in `layers.LayerWeights`."""
-
-    config: ModelConfig
-    arithmetic: ops.Arithmetic
-
-    @property
-    def is_gguf(self) -> bool: ...
-    def has(self, name: str) -> bool: ...
-    def get(self, name: str, *shape: int, part: slice = WHOLE) -> ops.WeightSource: ...
-    def linear(self, name: str, rows: int, columns: int, *, has_bias: bool) -> ops.LinearWeight: ...
-    def expert_products(self, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]: ...
-
-
 class Experts:
     """A layer's experts, its router and its shared MLP, if it has one."""
 
-    def __init__(self, weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> None:
+    def __init__(self, weights: LayerWeights, names: ExpertNames, spec: ExpertsSpec) -> None:
         config = weights.config
         hidden, self._activation = config.hidden_size, config.activation
         router = weights.get(f"{names.router}.weight", spec.num_experts, hidden)
@@ -94,7 +82,7 @@ class Experts:
         return ops.gated_add(ops.linear(inner, down), ops.linear(a, self._shared_gate), x, factor)
 
 
-def _route_of(spec: ExpertsSpec, weights: ExpertsSource, names: ExpertNames) -> ops.RouteSpec:
+def _route_of(spec: ExpertsSpec, weights: LayerWeights, names: ExpertNames) -> ops.RouteSpec:
     correction = None
     if spec.has_correction:
         found = (name for name in (GGUF_CORRECTION, *names.corrections) if weights.has(name))
@@ -108,7 +96,7 @@ def _route_of(spec: ExpertsSpec, weights: ExpertsSource, names: ExpertNames) -> 
     )  # fmt: skip
 
 
-def _shared_of(weights: ExpertsSource, names: ExpertNames, size: int) -> ExpertProducts:
+def _shared_of(weights: LayerWeights, names: ExpertNames, size: int) -> ExpertProducts:
     """Return the products of the shared MLP."""
     hidden, joined = weights.config.hidden_size, f"{names.shared}.{names.shared_joined}.weight"
     down = "down_proj"
@@ -125,13 +113,13 @@ def _shared_of(weights: ExpertsSource, names: ExpertNames, size: int) -> ExpertP
     )
 
 
-def _gate_of(weights: ExpertsSource, names: ExpertNames, hidden: int) -> ops.LinearWeight:
+def _gate_of(weights: LayerWeights, names: ExpertNames, hidden: int) -> ops.LinearWeight:
     """Return the one-row product that gates the shared expert per token."""
     source = weights.get(f"{names.shared_gate}.weight", 1, hidden)
     return ops.router_weight(source, weights.arithmetic)
 
 
-def read_products(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
+def read_products(weights: LayerWeights, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
     """Yield the products of each expert in turn, so that no expert stays in memory in the file's format."""
     for gate, up, down in _matrices(weights, names, spec):
         yield (
@@ -140,7 +128,7 @@ def read_products(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec)
         )
 
 
-def _matrices(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> Iterator[Matrices]:
+def _matrices(weights: LayerWeights, names: ExpertNames, spec: ExpertsSpec) -> Iterator[Matrices]:
     hidden, inner, count = weights.config.hidden_size, spec.intermediate_size, spec.num_experts
     kinds, usual = (names.gate, names.up, names.down), ("gate_proj", "up_proj", "down_proj")
     if weights.has(f"{names.experts}.0.{usual[0]}.weight"):
@@ -157,7 +145,7 @@ def _matrices(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> 
 
 
 def each_expert(
-    weights: ExpertsSource, prefix: str, name: str, count: int, *shape: int
+    weights: LayerWeights, prefix: str, name: str, count: int, *shape: int
 ) -> Iterator[ops.WeightSource]:
     """Return each expert's matrix or vector, each to be used at once, from one tensor or one per expert."""
     joined = f"{prefix}.{name}"
@@ -166,7 +154,7 @@ def each_expert(
     return (weights.get(f"{prefix}.{index}.{name}", *shape) for index in range(count))
 
 
-def stack(weights: ExpertsSource, name: str, count: int, *shape: int) -> Iterator[ops.WeightSource]:
+def stack(weights: LayerWeights, name: str, count: int, *shape: int) -> Iterator[ops.WeightSource]:
     """Yield the matrices or vectors of a tensor [count, *shape], each to be used at once.
 
     Each is requested on its own: the file releases the pages read before, and of a type that is decoded while

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from tgi_asgi import ops
 from tgi_asgi.models.checkpoint import CheckpointLayout
@@ -88,6 +88,14 @@ GGUF_NAMES: Mapping[str, str] = {
 }
 
 
+# The same where norms follow attention and MLP (`PostNormLayer`, `SandwichLayer`).
+SANDWICH_NAMES: Mapping[str, str] = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One family, or several architectures that compute the same.
@@ -100,12 +108,10 @@ class Family:
         architecture: `architectures[0]` of config.json.
         gguf_name: `general.architecture` of a GGUF file; None: no GGUF files.
         read_config: Reads and bounds the configuration from either file; unread keys are refused if they may
-            matter.
+            matter. Raises `NotInFamily` for models that are left to the code of `transformers`.
         model: Creates the model, and describes how its checkpoints store it.
         gguf_names: llama.cpp's tensor names that differ from `GGUF_NAMES`.
         is_rotary_permuted: Whether llama.cpp stores rotary pairs adjacent instead of half a head apart.
-        computes: Returns whether a config.json is of a model that this family computes, if the architecture
-            has others that are left to the code of transformers.
         unused: Names (`fnmatch` patterns) of tensors that a file may hold although nothing reads them;
             `{num_layers}` stands for the number of layers, for example for a further layer that only drafts.
     """
@@ -116,7 +122,6 @@ class Family:
     model: ModelClass
     gguf_names: Mapping[str, str] = field(default_factory=dict)
     is_rotary_permuted: bool = False
-    computes: Callable[[Mapping[str, Any]], bool] = lambda config: True
     unused: Sequence[str] = ("*.rotary_emb.inv_freq", "*.self_attn.masked_bias", "*.attn_rot_embd.weight")
 
 

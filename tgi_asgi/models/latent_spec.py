@@ -23,23 +23,15 @@ class LatentSpec:
     is_interleaved: bool = False  # whether dims 2i and 2i + 1 rotate together
     has_bias: bool = False  # of the products that make the latents
 
-    @property
-    def is_computed(self) -> bool:
-        """Whether the kernels support its sizes."""
-        sizes = (self.rank, self.plain_dim, self.rotary_dim, self.value_dim)
-        return (
-            all(size > 0 and size % _BLOCK == 0 for size in sizes)
-            and self.rank <= _MAX_RANK
-            and self.rank + self.rotary_dim <= _MAX_WIDTH
-        )
-
     def refusal(self, rotary_dim: int | None) -> str | None:
         """Return why this cannot be computed with a rotary embedding of `rotary_dim` dims; None if it can."""
         for name in ("rank", "plain_dim", "rotary_dim", "value_dim", "query_rank"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= _MOST:
                 return f"latent attention's {name} must be in 1..{_MOST}, got {value}"
-        if not self.is_computed:
+        sizes = (self.rank, self.plain_dim, self.rotary_dim, self.value_dim)
+        has_blocks = not any(size % _BLOCK for size in sizes)
+        if not has_blocks or self.rank > _MAX_RANK or self.rank + self.rotary_dim > _MAX_WIDTH:
             return (
                 f"latent attention needs multiples of {_BLOCK} as sizes, a kv_lora_rank up to {_MAX_RANK}, "
                 f"and up to {_MAX_WIDTH} together with the rotated dims, got {self}"

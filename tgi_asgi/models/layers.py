@@ -366,23 +366,14 @@ class PostNormLayer(Layer):
 
 
 class SandwichLayer(Layer):
-    """A layer with a norm before and after each part (Gemma 2, GLM-4).
-
-    Attributes:
-        norm_names: Names of attention's two norms, then of the MLP's.
-    """
-
-    norm_names = (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    )
+    """A layer with a norm before and after each part (Gemma 2, GLM-4)."""
 
     def make_norms(self, weights: LayerWeights) -> None:
-        """Read the weights of the four norms."""
-        found = [weights.norm(name) for name in self.norm_names]
-        self.attention_norm, self.attention_end, self.mlp_norm, self.mlp_end = found
+        """Read the weights of attention's two norms, and of the MLP's."""
+        self.attention_norm = weights.norm("input_layernorm")
+        self.attention_end = weights.norm("post_attention_layernorm")
+        self.mlp_norm = weights.norm("pre_feedforward_layernorm")
+        self.mlp_end = weights.norm("post_feedforward_layernorm")
 
     def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
         """Add attention and MLP to the residual x [n_tokens, hidden]."""

@@ -184,10 +184,22 @@ class Reader:
         return as_float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """Return a boolean; None counts as absent."""
-        value = self._given(key, default)
+        """Return a boolean; null is false, as in the code of `transformers`."""
+        is_null = self._values.get(self._name(key), default) is None
+        value = False if is_null else self._given(key, default)
         check(type(value) is bool, f"`{self._name(key)}` must be true or false, got {str(value)[:100]}")
         return bool(value)
+
+    def require(self, **values: Any) -> None:
+        """Refuse other values of keys than these; absent keys and nulls are fine.
+
+        Raises:
+            NotInFamily: if there is one; the message names it.
+        """
+        for key, value in values.items():
+            given = self.get(key)
+            if given is not None and given != value:
+                raise NotInFamily(f"`{self._name(key)}` is {str(given)[:100]}, only {value} is supported")
 
     def ignore(self, *keys: str) -> None:
         """Declare that keys do not matter to this family."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tgi_asgi.errors import check
@@ -34,6 +34,9 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu_squared",
     "xielu": "xielu",
 }  # fmt: skip
+# llama.cpp's tensors of products that may have biases; the second of q, k and v is all three in one.
+_PRODUCTS = {"qkv": ("attn_q", "attn_qkv"), "output": ("attn_output",), "mlp": ("ffn_up",)}
+EditRope = Callable[[dict[str, Any]], object]
 _DEFAULT_CONTEXT = 2048  # vLLM's, and that of most classes of `transformers`
 _KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
 
@@ -88,6 +91,7 @@ def _default_context(reader: Reader) -> int:
 
 
 def _read_activation(reader: Reader, default: str) -> str:
+    """Return the function that `hidden_act` names; the keys of others may only say the same."""
     names = {key: reader.get(key) for key in ("hidden_act", "hidden_activation", "activation")}
     given = {key: name for key, name in names.items() if name is not None}
     for key, name in given.items():
@@ -95,10 +99,12 @@ def _read_activation(reader: Reader, default: str) -> str:
         check_computed(
             known, f"{key} {str(name)[:100]!r} is not supported, only {', '.join(_ACTIVATIONS)} are"
         )
-    found = {_ACTIVATIONS[name] for name in given.values()} or {default}
-    check(len(found) == 1, f"the configuration names several activation functions: {given}")
-    (function,) = found
-    return function
+    functions = {key: _ACTIVATIONS[name] for key, name in given.items()}
+    own = functions.get("hidden_act", default)
+    check_computed(
+        set(functions.values()) <= {own}, f"besides {own}, there are several activation functions: {given}"
+    )
+    return own
 
 
 def _has_tied_embeddings(reader: Reader) -> bool:
@@ -119,19 +125,24 @@ def read_kv_heads(reader: Reader, attends: Sequence[bool]) -> None:
     reader.replace("num_key_value_heads", found.pop())
 
 
-def read_biases(reader: Reader, key: str, *tensors: str, default: bool = False) -> list[bool]:
-    """Return which of the first layer's products have biases; in config.json one key covers all of them.
+def read_biases(reader: Reader, **keys: str) -> dict[str, Any]:
+    """Return which products of a layer have biases, as arguments of `ModelConfig`.
+
+        read_biases(reader, qkv="attention_bias", output="attention_bias")
 
     Args:
-        tensors: llama.cpp's names, such as `attn_q`.
+        keys: Keys of config.json by products: `qkv`, `output`, `mlp`. In a GGUF file, tensors show it.
     """
+    return {
+        f"has_{product}_bias": read_bias(reader, key, *_PRODUCTS[product]) for product, key in keys.items()
+    }
+
+
+def read_bias(reader: Reader, key: str, *tensors: str, default: bool = False) -> bool:
+    """Return whether a product has a bias: by a key of config.json, or llama.cpp's tensors of layer 0."""
     if not reader.is_gguf:
-        return [reader.flag(key, default)] * len(tensors)
-    joined = {"attn_q": "attn_qkv"}  # queries, keys and values in one
-    return [
-        f"blk.0.{name}.bias" in reader.tensors or f"blk.0.{joined.get(name)}.bias" in reader.tensors
-        for name in tensors
-    ]
+        return reader.flag(key, default)
+    return any(f"blk.0.{name}.bias" in reader.tensors for name in tensors)
 
 
 def leave_out_drafting(reader: Reader) -> None:
@@ -150,15 +161,17 @@ def read_layers(
     scale: float | None = None,
     soft_cap: float | None = None,
     has_partial_rotary: bool = False,
+    edit_rope: EditRope | None = None,
 ) -> tuple[LayerSpec, ...]:
     """Make the layers' specifications, with one rotary embedding unless `ropes` are given.
 
     Args:
-        has_partial_rotary: Whether the architecture supports `partial_rotary_factor`.
+        has_partial_rotary, edit_rope: As for `read_rope`.
     """
     count = num_layers(reader)
     if ropes is None:
-        ropes = [read_rope(reader, sizes["head_dim"], has_partial_rotary=has_partial_rotary)] * count
+        rope = read_rope(reader, sizes["head_dim"], has_partial_rotary=has_partial_rotary, edit=edit_rope)
+        ropes = [rope] * count
     scale = sizes["head_dim"] ** -0.5 if scale is None else scale
     return tuple(
         LayerSpec(
@@ -194,17 +207,26 @@ def num_layers(reader: Reader) -> int:
     return count
 
 
-def read_rope(reader: Reader, head_dim: int, *, has_partial_rotary: bool = False) -> RopeSpec:
-    """Read the rotary embedding: `rope_parameters` of transformers 5, or the several keys of 4."""
+def read_rope(
+    reader: Reader, head_dim: int, *, has_partial_rotary: bool = False, edit: EditRope | None = None
+) -> RopeSpec:
+    """Read the rotary embedding: `rope_parameters` of transformers 5, or the several keys of 4.
+
+    Args:
+        has_partial_rotary: Whether the architecture supports `partial_rotary_factor`.
+        edit: Turns settings that only this family has into usual ones, by the names of `rope_parameters`.
+    """
     if reader.is_gguf:
         dim = reader.integer("rope.dimension_count", head_dim)
         return RopeSpec(dim, reader.number("rope_theta", 10000.0), _scaling_of_gguf(reader))
     values = rope_values(reader)
+    if edit is not None:
+        edit(values)
     check_computed(
         not any(isinstance(value, dict) for value in values.values()),
         "`rope_parameters` differ by kind of layer, which this server does not know for this architecture",
     )
-    return make_rope(reader, values, head_dim, has_partial_rotary=has_partial_rotary)
+    return _make_rope(reader, values, head_dim, has_partial_rotary=has_partial_rotary)
 
 
 def read_ropes(reader: Reader, head_dim: int, theta: float, local_theta: float) -> dict[bool, RopeSpec]:
@@ -224,10 +246,13 @@ def read_ropes(reader: Reader, head_dim: int, theta: float, local_theta: float) 
         return {False: rope, True: local}
     values = _rope_object(reader, "rope_parameters")
     nested = {kind: values.pop(kind, None) for kind in _KINDS_OF_LAYERS}
-    base = values.get("rope_theta") or reader.number("rope_theta", theta)
+    check_computed(
+        not values, f"`rope_parameters` must be those of each kind of layer, got {', '.join(values)[:100]}"
+    )
+    base = reader.number("rope_theta", theta)
     local_base = reader.number("rope_local_base_freq", base if local_theta == theta else local_theta)
     given = {
-        "full_attention": {**values, "rope_theta": base},
+        "full_attention": {"rope_theta": base},
         "sliding_attention": {"rope_theta": local_base},
     }
     for kind, own in nested.items():
@@ -235,7 +260,7 @@ def read_ropes(reader: Reader, head_dim: int, theta: float, local_theta: float) 
         given[kind] |= {name: value for name, value in (own or {}).items() if value is not None}
     given["full_attention"] |= _rope_object(reader, "rope_scaling")
     return {
-        kind == "sliding_attention": make_rope(reader, given[kind], head_dim) for kind in _KINDS_OF_LAYERS
+        kind == "sliding_attention": _make_rope(reader, given[kind], head_dim) for kind in _KINDS_OF_LAYERS
     }
 
 
@@ -265,7 +290,7 @@ def _rope_object(reader: Reader, key: str) -> dict[str, Any]:
     return {name: value for name, value in (nested or {}).items() if value is not None}
 
 
-def make_rope(
+def _make_rope(
     reader: Reader, values: Mapping[str, Any], head_dim: int, *, has_partial_rotary: bool = False
 ) -> RopeSpec:
     """Make a rotary embedding from the result of `rope_values`."""

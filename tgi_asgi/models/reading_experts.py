@@ -15,7 +15,7 @@ _TRAINING = (
     "router_aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha", "seq_aux", "output_router_logits",
     "input_jitter_noise", "moe_capacity", "moe_aux_loss_lambda",
 )  # fmt: skip
-_SIGMOID = 2  # llama.cpp's number for it
+SOFTMAX, SIGMOID = 1, 2  # llama.cpp's numbers for them
 
 
 def read_experts(
@@ -44,21 +44,28 @@ def read_mixtral_experts(reader: Reader) -> ExpertsSpec:
 
 def read_corrected(reader: Reader) -> ExpertsSpec:
     """Read experts as in DeepSeek V3: sigmoid scores with a correction for the selection, in groups."""
-    if reader.is_gguf:
-        kind = reader.integer("expert_gating_func", _SIGMOID)
-        check(kind == _SIGMOID, f"expert_gating_func {kind} is not supported here, only {_SIGMOID} is")
-    # A GGUF file lacks a correction that is all zeros in its source.
-    has_correction = not reader.is_gguf or any("exp_probs_b" in name for name in reader.tensors)
+    check_sigmoid(reader)
     size = reader.integer("moe_intermediate_size")
-    num_groups = reader.integer("n_group", 1)
     return read_experts(
         reader, count="n_routed_experts", top_k="num_experts_per_tok", kind="sigmoid",
-        has_correction=has_correction, num_groups=num_groups,
+        # A GGUF file lacks a correction that is all zeros in its source.
+        has_correction=not reader.is_gguf or has_corrections(reader), num_groups=reader.integer("n_group", 1),
         top_groups=reader.integer("topk_group", 1), sums_top_two=True,
         is_renormalised=reader.flag("norm_topk_prob", True), eps=1e-20,
         scale=reader.number("routed_scaling_factor", 1.0),
         shared_size=size * reader.integer("n_shared_experts", 0),
     )  # fmt: skip
+
+
+def check_sigmoid(reader: Reader) -> None:
+    """Refuse a GGUF file whose experts are scored otherwise than by sigmoids."""
+    kind = reader.integer("expert_gating_func", SIGMOID) if reader.is_gguf else SIGMOID
+    check(kind == SIGMOID, f"expert_gating_func {kind} is not supported here, only {SIGMOID} is")
+
+
+def has_corrections(reader: Reader) -> bool:
+    """Return whether a GGUF file corrects experts' scores for the selection."""
+    return any("exp_probs_b" in name for name in reader.tensors)
 
 
 def with_experts(

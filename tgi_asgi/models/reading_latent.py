@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from tgi_asgi.errors import check
@@ -12,37 +10,27 @@ from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import (
     num_layers,
-    read_biases,
+    read_bias,
     read_rope,
     read_sizes,
     rope_values,
     yarn_magnitude,
 )
 
-_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
-
-def has_supported_sizes(config: Mapping[str, Any]) -> bool:
-    """Return whether the kernels support the sizes of a config.json, as far as it states them."""
-    given = [config.get(key) for key in _SIZES]
-    if not all(value is None or (type(value) is int and value > 0) for value in given):
-        return True  # reading it refuses the value, naming its key
-    rank, plain, rotary, value = (32 if size is None else size for size in given)
-    return LatentSpec(rank, plain, rotary, value).is_computed
-
-
-def read_latent(reader: Reader) -> LatentSpec:
-    """Read the sizes of latents and heads; the family decides whether rotary pairs are adjacent."""
+def read_latent(reader: Reader, *, is_interleaved: bool = False) -> LatentSpec:
+    """Read the sizes of latents and heads; the family decides whether rotary pairs are adjacent dims."""
     has_inner = (
         "blk.0.attn_q_a.weight" in reader.tensors if reader.is_gguf else reader.get("q_lora_rank") is not None
     )
     if not has_inner:
         reader.ignore("q_lora_rank")
-    (has_bias,) = read_biases(reader, "attention_bias", "attn_kv_a_mqa")
+    has_bias = read_bias(reader, "attention_bias", "attn_kv_a_mqa")
     plain, rotary, value = _read_gguf_heads(reader) if reader.is_gguf else _read_json_heads(reader)
     return LatentSpec(
         reader.integer("kv_lora_rank"), plain, rotary, value,
-        query_rank=reader.integer("q_lora_rank") if has_inner else None, has_bias=has_bias,
+        query_rank=reader.integer("q_lora_rank") if has_inner else None, is_interleaved=is_interleaved,
+        has_bias=has_bias,
     )  # fmt: skip
 
 
@@ -101,8 +89,3 @@ def read_latent_rope(reader: Reader, latent: LatentSpec) -> tuple[RopeSpec, floa
     check(all_dims > 0, f"mscale_all_dim must be positive, got {all_dims}")
     magnitude = yarn_magnitude(rope.scaling.factor, all_dims)
     return rope, scale * magnitude * magnitude  # of large floats, unlike `**`, infinite: refused later
-
-
-def interleaved(latent: LatentSpec, is_interleaved: bool) -> LatentSpec:
-    """Return latents whose rotary pairs are adjacent dims, or not."""
-    return replace(latent, is_interleaved=is_interleaved)

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import MAX_TAPS
+from tgi_asgi.models.config import check_computed
 from tgi_asgi.models.reader import Reader, as_float
-from tgi_asgi.models.reading import read_biases
+from tgi_asgi.models.reading import read_bias
 from tgi_asgi.models.recurrent_specs import MambaSpec
-
-_SIZES = {"hidden_size": 4096, "mamba_expand": 2, "mamba_n_heads": 128, "mamba_d_conv": 4}
-
-
-def has_kernels_for(config: Mapping[str, Any], width: object = None) -> bool:
-    """Return whether the kernels support the state sizes of a config.json.
-
-    Args:
-        width: Channels of all heads; None: `mamba_expand` times the residual's.
-    """
-    hidden, expand, heads, taps = (config.get(key) or size for key, size in _SIZES.items())
-    sizes = (hidden, expand, heads, taps) if width is None else (width, heads, taps)
-    if not all(type(size) is int and size > 0 for size in sizes):
-        return True  # reading it refuses the value, naming its key
-    channels: Any = hidden * expand if width is None else width
-    return channels % (16 * heads) == 0 and 2 <= taps <= MAX_TAPS
 
 
 def read_mamba(reader: Reader, hidden: int) -> MambaSpec:
-    """Read the specification of a recurrent layer, even for models that have none."""
+    """Read the specification of a recurrent layer."""
     heads = reader.integer("mamba_n_heads", 128)
     if reader.is_gguf:
         width = reader.integer("ssm.inner_size", 2 * hidden)
@@ -38,9 +20,10 @@ def read_mamba(reader: Reader, hidden: int) -> MambaSpec:
         width = reader.integer("mamba_expand", 2) * hidden
         width = reader.integer("mamba_d_ssm", 0) or width
     check(heads > 0 and width > 0, f"the heads of states must be positive: {heads} of {width} channels")
+    check_computed(width % heads == 0, f"{heads} heads of states cannot share {width} channels")
     reader.ignore("mamba_d_head", "mamba_chunk_size")  # derived from others; a kernel's block size
-    (conv_bias,) = read_biases(reader, "mamba_conv_bias", "ssm_conv1d", default=True)
-    (bias,) = read_biases(reader, "mamba_proj_bias", "ssm_in")
+    conv_bias = read_bias(reader, "mamba_conv_bias", "ssm_conv1d", default=True)
+    bias = read_bias(reader, "mamba_proj_bias", "ssm_in")
     return MambaSpec(
         num_heads=heads, head_dim=width // heads, num_groups=reader.integer("mamba_n_groups", 1),
         state_size=reader.integer("mamba_d_state", 256), num_taps=reader.integer("mamba_d_conv", 4),

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from tgi_asgi import ops
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import LayerSpec, ModelConfig, check_computed
+from tgi_asgi.models.checkpoint import CheckpointLayout
+from tgi_asgi.models.config import LayerSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import Layer, LayerWeights
@@ -29,18 +30,15 @@ def read_apertus(reader: Reader, architecture: str) -> ModelConfig:
     """Read Apertus's configuration; llama.cpp's files have xIELU's parameters in the metadata."""
     reader.defaults(rms_norm_eps=1e-5, rope_theta=12e6)
     default_rope(reader, _ROPE)
-    for key, value in {"qk_norm": True, "post_norm": False}.items():  # published; transformers reads neither
-        check_computed(reader.flag(key, value) is value, f"only `{key}` {value} is supported")
+    reader.require(qk_norm=True, post_norm=False)  # in published files; transformers reads neither
     sizes = read_sizes(reader, activation="xielu")
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     layers = read_layers(reader, sizes)
     return ModelConfig(
         architecture=architecture,
         layers=_with_alphas(reader, layers) if reader.is_gguf else layers,
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
         has_gate=False,
         has_qk_norm=True,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
 
@@ -64,7 +62,7 @@ def _with_alphas(reader: Reader, layers: tuple[LayerSpec, ...]) -> tuple[LayerSp
 
 
 class ApertusLayer(Layer):
-    """A layer with other norm names and xIELU's parameters, which are the softplus of the stored values."""
+    """A layer with xIELU's parameters, which are the softplus of the stored values."""
 
     def __init__(self, config: ModelConfig, weights: LayerWeights, index: int, ropes: RopeTables) -> None:
         super().__init__(config, weights, index, ropes)
@@ -80,20 +78,21 @@ class ApertusLayer(Layer):
         if found is not None:
             self.alphas = (_softplus(found[0]), _BETA + _softplus(found[1]))
 
-    def make_norms(self, weights: LayerWeights) -> None:
-        """Read the weights of the layer's norms."""
-        self.attention_norm = weights.norm("attention_layernorm")
-        self.mlp_norm = weights.norm("feedforward_layernorm")
-
 
 def _softplus(x: float) -> float:
     return math.log1p(math.exp(-abs(x))) + max(x, 0.0)
 
 
 class Apertus(Decoder):
-    """The decoder with Apertus's layers."""
+    """The decoder with Apertus's layers and names of norms."""
 
     layer_class = ApertusLayer
+    checkpoint = CheckpointLayout(
+        names={
+            "input_layernorm": "attention_layernorm",
+            "post_attention_layernorm": "feedforward_layernorm",
+        }
+    )
 
 
 FAMILIES = (
@@ -102,7 +101,6 @@ FAMILIES = (
         "apertus",
         read_apertus,
         Apertus,
-        gguf_names={"attention_layernorm": "attn_norm", "feedforward_layernorm": "ffn_norm"},
         unused=("*.rotary_emb.inv_freq", "*.mlp.act_fn.eps"),
     ),
 )

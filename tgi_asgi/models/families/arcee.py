@@ -13,15 +13,11 @@ def read_arcee(reader: Reader, architecture: str) -> ModelConfig:
     """Read AFM's configuration."""
     reader.defaults(rms_norm_eps=1e-5)
     sizes = read_sizes(reader, activation="relu_squared")
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
-    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_up")
     return ModelConfig(
         architecture=architecture,
         layers=read_layers(reader, sizes),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
-        has_mlp_bias=mlp_bias,
         has_gate=False,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias", mlp="mlp_bias"),
         **sizes,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from tgi_asgi import ops
 from tgi_asgi.models.alibi import alibi_slopes
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import LayerSpec, ModelConfig, check_computed
+from tgi_asgi.models.config import LayerSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights, rows_by_group
@@ -36,10 +36,7 @@ def read_bloom(reader: Reader, architecture: str) -> ModelConfig:
         tie_word_embeddings=True,
     )
     reader.ignore("offset_alibi", "skip_bias_add", "skip_bias_add_qkv")  # only about training
-    check_computed(
-        not reader.flag("apply_residual_connection_post_layernorm", False),
-        "apply_residual_connection_post_layernorm is not supported",
-    )
+    reader.require(apply_residual_connection_post_layernorm=False)
     sizes = read_sizes(reader, activation="gelu_tanh", eps="layer_norm_eps", default_eps=1e-5)
     layer = LayerSpec(None, None, sizes["head_dim"] ** -0.5, slopes=alibi_slopes(sizes["num_heads"]))
     return ModelConfig(

@@ -43,11 +43,9 @@ def read_cohere2(reader: Reader, architecture: str) -> ModelConfig:
 def _read_common(reader: Reader) -> dict[str, Any]:
     reader.defaults(tie_word_embeddings=True)
     sizes = read_sizes(reader, eps="layer_norm_eps", default_eps=1e-5)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     return {
         **sizes,
-        "has_qkv_bias": qkv_bias,
-        "has_output_bias": output_bias,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         "has_layer_norm": True,
         "has_interleaved_rope": True,
         "is_parallel": True,

@@ -9,23 +9,27 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import ExpertsSpec, ModelConfig, check_computed
+from tgi_asgi.models.config import ExpertsSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import check_layer_types, leave_out_drafting, num_layers, read_biases
-from tgi_asgi.models.reading_experts import after_first_dense, read_corrected, read_experts, with_experts
+from tgi_asgi.models.reading_experts import (
+    SIGMOID,
+    SOFTMAX,
+    after_first_dense,
+    has_corrections,
+    read_corrected,
+    read_experts,
+    with_experts,
+)
 from tgi_asgi.models.reading_latent import (
-    has_supported_sizes,
-    interleaved,
     latent_layers,
     read_latent,
     read_latent_rope,
     read_latent_sizes,
 )
-
-_SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's numbers for them
 
 
 def read_deepseek_v2(reader: Reader, architecture: str) -> ModelConfig:
@@ -37,7 +41,7 @@ def read_deepseek_v2(reader: Reader, architecture: str) -> ModelConfig:
         n_routed_experts=64, n_shared_experts=2, moe_intermediate_size=1407, first_k_dense_replace=0,
         topk_method="greedy",
     )  # fmt: skip
-    check_computed(not reader.flag("mlp_bias", False), "mlp_bias is not supported here")
+    reader.require(mlp_bias=False)
     check(not reader.flag("norm_topk_prob", False), "norm_topk_prob is not supported for softmax routing")
     method, scoring = reader.get("topk_method"), reader.get("scoring_func")
     check(
@@ -48,7 +52,7 @@ def read_deepseek_v2(reader: Reader, architecture: str) -> ModelConfig:
     experts = _read_softmax(reader, has_groups=method == "group_limited_greedy")
     reader.ignore("n_group", "topk_group")
     return _make(
-        reader, architecture, interleaved(read_latent(reader), True), experts, after_first_dense(reader)
+        reader, architecture, read_latent(reader, is_interleaved=True), experts, after_first_dense(reader)
     )
 
 
@@ -61,7 +65,7 @@ def read_deepseek_v3(reader: Reader, architecture: str) -> ModelConfig:
     )  # fmt: skip
     _check_corrected(reader)
     _check_every_layer(reader)
-    latent = interleaved(read_latent(reader), reader.flag("rope_interleave", True))
+    latent = read_latent(reader, is_interleaved=reader.flag("rope_interleave", True))
     return _make(reader, architecture, latent, read_corrected(reader), after_first_dense(reader))
 
 
@@ -73,7 +77,7 @@ def read_glm4_moe_lite(reader: Reader, architecture: str) -> ModelConfig:
         routed_scaling_factor=1.8, rms_norm_eps=1e-5, first_k_dense_replace=1,
     )  # fmt: skip
     _check_corrected(reader)
-    latent = interleaved(read_latent(reader), reader.flag("rope_interleave", True))
+    latent = read_latent(reader, is_interleaved=reader.flag("rope_interleave", True))
     kinds, where = reader.get("mlp_layer_types"), after_first_dense(reader)
     if kinds is not None:
         found = check_layer_types(kinds, num_layers(reader), ("dense", "sparse"), key="mlp_layer_types")
@@ -88,12 +92,11 @@ def _read_gguf(reader: Reader, architecture: str) -> ModelConfig:
     function are V2's.
     """
     leave_out_drafting(reader)
-    latent = interleaved(read_latent(reader), True)
-    has_correction = any("exp_probs_b" in name for name in reader.tensors)
-    kind = reader.integer("expert_gating_func", _SIGMOID if has_correction else _SOFTMAX)
-    check(kind in (_SOFTMAX, _SIGMOID), f"expert_gating_func {kind} is not supported, only 1 and 2 are")
+    latent = read_latent(reader, is_interleaved=True)
+    kind = reader.integer("expert_gating_func", SIGMOID if has_corrections(reader) else SOFTMAX)
+    check(kind in (SOFTMAX, SIGMOID), f"expert_gating_func {kind} is not supported, only 1 and 2 are")
     is_renormalised = reader.flag("norm_topk_prob", False)
-    if kind == _SOFTMAX:
+    if kind == SOFTMAX:
         check(not is_renormalised, "expert_weights_norm is not supported for softmax routing")
         experts = _read_softmax(reader, has_groups=True)
     else:
@@ -133,20 +136,19 @@ def _make(
     experts: ExpertsSpec,
     where: Callable[[int], bool],
 ) -> ModelConfig:
-    (output_bias,) = read_biases(reader, "attention_bias", "attn_output")
     sizes = read_latent_sizes(reader, latent)
     layers = latent_layers(reader, latent, *read_latent_rope(reader, latent))
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, experts, where),
-        has_output_bias=output_bias,
+        **read_biases(reader, output="attention_bias"),
         **sizes,
     )
 
 
 _DRAFTING = ("model.layers.{num_layers}.*", "blk.{num_layers}.*", "*.rotary_emb.inv_freq")
 FAMILIES = tuple(
-    Family(name, "deepseek2", read, Decoder, computes=has_supported_sizes, unused=_DRAFTING)
+    Family(name, "deepseek2", read, Decoder, unused=_DRAFTING)
     for name, read in (
         ("DeepseekV2ForCausalLM", read_deepseek_v2),
         ("DeepseekV3ForCausalLM", read_deepseek_v3),

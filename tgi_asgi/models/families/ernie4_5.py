@@ -15,14 +15,11 @@ def read_ernie4_5(reader: Reader, architecture: str) -> ModelConfig:
         rms_norm_eps=1e-5, head_dim=128, num_key_value_heads=2, rope_theta=500000.0, tie_word_embeddings=True
     )  # fmt: skip
     sizes = read_sizes(reader)
-    qkv_bias, output_bias, mlp_bias = read_biases(reader, "use_bias", "attn_q", "attn_output", "ffn_gate")
     return ModelConfig(
         architecture=architecture,
         layers=read_layers(reader, sizes),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
-        has_mlp_bias=mlp_bias,
         has_interleaved_rope=True,
+        **read_biases(reader, qkv="use_bias", output="use_bias", mlp="use_bias"),
         **sizes,
     )
 

@@ -21,8 +21,8 @@ def read_ernie(reader: Reader, architecture: str) -> ModelConfig:
         moe_num_shared_experts=2, rope_theta=500000.0, tie_word_embeddings=True,
     )  # fmt: skip
     sizes = read_sizes(reader)
-    qkv_bias, output_bias, mlp_bias = read_biases(reader, "use_bias", "attn_q", "attn_output", "ffn_gate")
-    check_computed(not mlp_bias, "ERNIE with biases is not supported")
+    biases = read_biases(reader, qkv="use_bias", output="use_bias", mlp="use_bias")
+    check_computed(not biases["has_mlp_bias"], "ERNIE with biases is not supported")
     reader.ignore("shared_expert_intermediate_size")  # llama.cpp's converter writes something else
     size = reader.integer("moe_intermediate_size")
     least = reader.number("moe_norm_min", 1e-12)
@@ -43,9 +43,8 @@ def read_ernie(reader: Reader, architecture: str) -> ModelConfig:
         layers=with_experts(
             reader, layers, experts, lambda index: first <= index <= last and (index + 1) % step == 0
         ),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
         has_interleaved_rope=True,
+        **biases,
         **sizes,
     )
 

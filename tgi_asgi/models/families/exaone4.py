@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.family import Family
+from tgi_asgi.models.family import SANDWICH_NAMES, Family
 from tgi_asgi.models.layers import PostNormLayer
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_layers, read_sizes, read_sliding
@@ -44,15 +44,4 @@ class Exaone4(Decoder):
     layer_class = PostNormLayer
 
 
-FAMILIES = (
-    Family(
-        "Exaone4ForCausalLM",
-        "exaone4",
-        read_exaone4,
-        Exaone4,
-        gguf_names={
-            "post_attention_layernorm": "post_attention_norm",
-            "post_feedforward_layernorm": "post_ffw_norm",
-        },
-    ),
-)
+FAMILIES = (Family("Exaone4ForCausalLM", "exaone4", read_exaone4, Exaone4, gguf_names=SANDWICH_NAMES),)

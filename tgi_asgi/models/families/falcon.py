@@ -17,7 +17,7 @@ from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights, rows_by_group
 from tgi_asgi.models.layers import LayerWeights, ParallelLayer
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_layers, read_sizes
+from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_biases, read_layers, read_sizes
 
 
 def read_falcon(reader: Reader, architecture: str) -> ModelConfig:
@@ -52,18 +52,15 @@ def read_falcon(reader: Reader, architecture: str) -> ModelConfig:
     sizes = read_sizes(reader, activation="gelu", eps="layer_norm_eps", default_eps=1e-5)
     if not is_new and not reader.is_gguf and reader.flag("multi_query", True):
         sizes["num_kv_heads"] = 1
-    has_bias = reader.flag("bias", False)
     return ModelConfig(
         architecture=architecture,
         layers=_read_layers(reader, sizes),
-        has_qkv_bias=has_bias,
-        has_output_bias=has_bias,
-        has_mlp_bias=has_bias,
         has_gate=False,
         has_layer_norm=True,
         has_norm_bias=True,
         is_parallel=is_parallel,
         has_mlp_norm=num_norms == 2 or not is_parallel,
+        **read_biases(reader, qkv="bias", output="bias", mlp="bias"),
         **sizes,
     )
 

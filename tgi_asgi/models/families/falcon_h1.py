@@ -7,9 +7,7 @@ Source: Zuo et al., Falcon-H1, arXiv 2507.22448.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from tgi_asgi.errors import check
 from tgi_asgi.models.checkpoint import CheckpointLayout
@@ -18,18 +16,9 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import HybridLayer
 from tgi_asgi.models.reader import Reader, as_float
-from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
-from tgi_asgi.models.reading_mamba import has_kernels_for, read_mamba
+from tgi_asgi.models.reading import read_bias, read_biases, read_layers, read_sizes
+from tgi_asgi.models.reading_mamba import read_mamba
 from tgi_asgi.models.recurrent_specs import HybridSpec, MambaSpec, PartFactors
-
-
-def _computes(config: Mapping[str, Any]) -> bool:
-    """Return whether the kernels support the states, and no MLP bias follows a folded factor."""
-    factors = config.get("mlp_multipliers")
-    has_factor = isinstance(factors, list) and factors[:1] not in ([], [1])
-    return has_kernels_for(config, config.get("mamba_d_ssm", 1024)) and not (
-        has_factor and config.get("mlp_bias") is True
-    )
 
 
 def read_falcon_h1(reader: Reader, architecture: str) -> ModelConfig:
@@ -38,11 +27,13 @@ def read_falcon_h1(reader: Reader, architecture: str) -> ModelConfig:
     reader.ignore("mlp_expansion_factor")  # implied by `intermediate_size`
     sizes = read_sizes(reader, default_eps=1e-5)
     check_computed(sizes["activation"] == "silu", f"hidden_act must be silu, got {sizes['activation']}")
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
-    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
+    biases = read_biases(reader, qkv="attention_bias", output="attention_bias", mlp="mlp_bias")
     read = _number(reader, "attention_in_multiplier")
     gate, down = _numbers(reader, "mlp_multipliers", 2)
     check(gate > 0, f"mlp_multipliers must be positive, got {gate}")
+    check_computed(
+        gate == 1 or not biases["has_mlp_bias"], "mlp_bias with a factor on gates is not supported"
+    )
     hybrid = HybridSpec(
         attention=PartFactors(read, _number(reader, "attention_out_multiplier")),
         state=PartFactors(_number(reader, "ssm_in_multiplier"), _number(reader, "ssm_out_multiplier")),
@@ -54,11 +45,9 @@ def read_falcon_h1(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         layers=tuple(replace(layer, recurrent=mamba, hybrid=hybrid) for layer in layers),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
-        has_mlp_bias=mlp_bias,
         embedding_factor=_number(reader, "embedding_multiplier"),
         logits_scale=_number(reader, "lm_head_multiplier"),
+        **biases,
         **sizes,
     )
 
@@ -66,7 +55,7 @@ def read_falcon_h1(reader: Reader, architecture: str) -> ModelConfig:
 def _read_state(reader: Reader, hidden: int) -> MambaSpec:
     """Read the recurrent part; in a GGUF file the gates always precede the norm."""
     mamba = read_mamba(reader, hidden)
-    (output_bias,) = read_biases(reader, "projectors_bias", "ssm_out")
+    output_bias = read_bias(reader, "projectors_bias", "ssm_out")
     if reader.is_gguf:
         has_norm, is_gate_first = "blk.0.ssm_norm.weight" in reader.tensors, True
     else:
@@ -119,6 +108,5 @@ FAMILIES = (
         read_falcon_h1,
         FalconH1,
         gguf_names=_GGUF_NAMES,
-        computes=_computes,
     ),
 )

@@ -6,13 +6,12 @@ Sources: Gemma Team, Gemma 2, arXiv 2408.00118, section 2; Gemma 3, arXiv 2503.1
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from tgi_asgi.errors import check
 from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.family import Family
+from tgi_asgi.models.family import SANDWICH_NAMES, Family
 from tgi_asgi.models.layers import SandwichLayer
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_ropes, read_sizes, read_sliding
@@ -36,6 +35,7 @@ def read_gemma(reader: Reader, architecture: str) -> ModelConfig:
 def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 2's configuration: every other layer has a window, scores and logits are capped."""
     reader.drop("hidden_act")
+    reader.rename(hidden_act=("hidden_activation",))
     reader.ignore("sliding_window_size")  # an earlier name, which 9B's and 27B's files still have
     reader.defaults(
         num_key_value_heads=4, sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
@@ -58,6 +58,7 @@ def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
 def read_gemma3(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 3's configuration: layers with a window have their own rotary embedding."""
     reader.drop("hidden_act")
+    reader.rename(hidden_act=("hidden_activation",))
     reader.defaults(num_key_value_heads=4, sliding_window=4096)
     check_computed(
         not reader.number("attn_logit_softcapping", 0.0),
@@ -81,11 +82,9 @@ def read_gemma3(reader: Reader, architecture: str) -> ModelConfig:
 def _read_common(reader: Reader) -> dict[str, Any]:
     reader.defaults(tie_word_embeddings=True, head_dim=256, rms_norm_eps=1e-6)
     sizes = read_sizes(reader, activation="gelu_tanh")
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     return {
         **sizes,
-        "has_qkv_bias": qkv_bias,
-        "has_output_bias": output_bias,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         "embedding_factor": sizes["hidden_size"] ** 0.5,
         "norm_offset": 0.0 if reader.is_gguf else 1.0,  # llama.cpp's converter has added it
     }
@@ -108,20 +107,8 @@ class Gemma2(Decoder):
     layer_class = SandwichLayer
 
 
-_NAMES = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-
-
-def _is_text(config: Mapping[str, Any]) -> bool:
-    """Return whether a config.json is of a text model; a vision model's `Gemma3Model` nests the text's."""
-    return "text_config" not in config
-
-
 FAMILIES = (
     Family("GemmaForCausalLM", "gemma", read_gemma, Decoder),
-    Family("Gemma2ForCausalLM", "gemma2", read_gemma2, Gemma2, gguf_names=_NAMES),
-    Family("Gemma3ForCausalLM", "gemma3", read_gemma3, Gemma2, gguf_names=_NAMES, computes=_is_text),
+    Family("Gemma2ForCausalLM", "gemma2", read_gemma2, Gemma2, gguf_names=SANDWICH_NAMES),
+    Family("Gemma3ForCausalLM", "gemma3", read_gemma3, Gemma2, gguf_names=SANDWICH_NAMES),
 )

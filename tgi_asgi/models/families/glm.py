@@ -5,9 +5,10 @@ The models of 2025 (Glm4) have norms before and after each part.
 
 from __future__ import annotations
 
+from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.family import Family
+from tgi_asgi.models.family import SANDWICH_NAMES, Family
 from tgi_asgi.models.fused import FusedGateUpWeights
 from tgi_asgi.models.layers import SandwichLayer
 from tgi_asgi.models.reader import Reader
@@ -21,12 +22,11 @@ def read_glm(reader: Reader, architecture: str) -> ModelConfig:
         num_key_value_heads=2,
     )  # fmt: skip
     sizes = read_sizes(reader)
-    (qkv_bias,) = read_biases(reader, "attention_bias", "attn_q")
     return ModelConfig(
         architecture=architecture,
         layers=read_layers(reader, sizes, has_partial_rotary=True),
-        has_qkv_bias=qkv_bias,
         has_interleaved_rope=True,
+        **read_biases(reader, qkv="attention_bias"),
         **sizes,
     )
 
@@ -37,31 +37,22 @@ class Glm(Decoder):
     weights_class = FusedGateUpWeights
 
 
-class Glm4Layer(SandwichLayer):
-    """A layer with norms before and after each part, under other names."""
+class Glm4(Glm):
+    """The decoder with norms before and after each part, under Glm4's names."""
 
-    norm_names = (
-        "input_layernorm",
-        "post_self_attn_layernorm",
-        "post_attention_layernorm",
-        "post_mlp_layernorm",
+    layer_class = SandwichLayer
+    checkpoint = CheckpointLayout(
+        names={
+            "post_attention_layernorm": "post_self_attn_layernorm",
+            "pre_feedforward_layernorm": "post_attention_layernorm",
+            "post_feedforward_layernorm": "post_mlp_layernorm",
+        }
     )
 
 
-class Glm4(Glm):
-    """The decoder with Glm4's layers."""
-
-    layer_class = Glm4Layer
-
-
 _NAMES = {"mlp.gate_up_proj": "ffn_up"}
-_GLM4_NAMES = {
-    **_NAMES,
-    "post_self_attn_layernorm": "post_attention_norm",
-    "post_mlp_layernorm": "post_ffw_norm",
-}
 
 FAMILIES = (
     Family("GlmForCausalLM", "chatglm", read_glm, Glm, gguf_names=_NAMES),
-    Family("Glm4ForCausalLM", "glm4", read_glm, Glm4, gguf_names=_GLM4_NAMES),
+    Family("Glm4ForCausalLM", "glm4", read_glm, Glm4, gguf_names={**_NAMES, **SANDWICH_NAMES}),
 )

@@ -27,14 +27,13 @@ def read_glm4_moe(reader: Reader, architecture: str) -> ModelConfig:
     if reader.is_gguf:
         leave_out_drafting(reader)
     sizes = read_sizes(reader)
-    qkv_bias, _ = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     has_norm = reader.flag("use_qk_norm", reader.is_gguf and "blk.0.attn_q_norm.weight" in reader.tensors)
     layers = read_layers(reader, sizes, has_partial_rotary=True)
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, read_corrected(reader), after_first_dense(reader)),
-        has_qkv_bias=qkv_bias,
         has_qk_norm=has_norm,
+        **read_biases(reader, qkv="attention_bias"),
         **sizes,
     )
 
@@ -45,7 +44,6 @@ def read_dots1(reader: Reader, architecture: str) -> ModelConfig:
     if not reader.is_gguf:
         reader.replace("use_sliding_window", True)  # regardless of the file: `layer_types` decides
     sizes = read_sizes(reader)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     first = reader.integer("max_window_layers", 62)
     where = [index >= first for index in range(num_layers(reader))]
     layers = read_layers(reader, sizes, windows=read_windows(reader, where))
@@ -56,9 +54,8 @@ def read_dots1(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, experts, after_first_dense(reader)),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
         has_qk_norm=True,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
 

@@ -6,7 +6,7 @@ Source: Radford et al., Language Models are Unsupervised Multitask Learners, sec
 from __future__ import annotations
 
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import LayerSpec, ModelConfig, check_computed
+from tgi_asgi.models.config import LayerSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights
@@ -29,7 +29,7 @@ def read_gpt2(reader: Reader, architecture: str) -> ModelConfig:
     reader.defaults(intermediate_size=4 * reader.integer("hidden_size"), tie_word_embeddings=True)
     # GPTQModel writes `rope_parameters` to every configuration.
     reader.ignore("reorder_and_upcast_attn", "summary_activation", "rope_parameters")
-    check_computed(not reader.flag("add_cross_attention", False), "cross attention is not supported")
+    reader.require(add_cross_attention=False)
     sizes = read_sizes(reader, activation="gelu_tanh", eps="layer_norm_eps", default_eps=1e-5)
     scale = sizes["head_dim"] ** -0.5 if reader.flag("scale_attn_weights", True) else 1.0
     by_layer = reader.flag("scale_attn_by_inverse_layer_idx", False)

@@ -16,25 +16,23 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 def read_gpt_neox(reader: Reader, architecture: str) -> ModelConfig:
     """Read GPT-NeoX's configuration; a quarter of each head rotates unless the file says otherwise."""
-    reader.drop("num_key_value_heads")
+    reader.drop("num_key_value_heads", "rope_theta", "partial_rotary_factor")
     reader.rename(partial_rotary_factor=("rotary_pct",), rope_theta=("rotary_emb_base",))
-    reader.defaults(partial_rotary_factor=0.25)
+    reader.defaults(partial_rotary_factor=0.25, attention_bias=True)
     sizes = read_sizes(reader, activation="gelu", eps="layer_norm_eps", default_eps=1e-5)
     check_computed(
         sizes["head_dim"] * sizes["num_heads"] == sizes["hidden_size"],
         f"head_dim is {sizes['head_dim']}, which this architecture would use for the rotary embedding only",
     )
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_qkv", "attn_output", default=True)
     return ModelConfig(
         architecture=architecture,
         layers=read_layers(reader, sizes, has_partial_rotary=True),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
         has_mlp_bias=True,
         has_gate=False,
         has_layer_norm=True,
         has_norm_bias=True,
         is_parallel=reader.flag("use_parallel_residual", True),
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
 

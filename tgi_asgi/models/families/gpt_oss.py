@@ -9,13 +9,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from tgi_asgi import ops
+from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ExpertsSpec, LayerSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames, ExpertProducts, each_expert, stack
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import LayerWeights, Sources
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import default_rope, num_layers, read_layers, read_sizes, read_windows
+from tgi_asgi.models.reading import (
+    default_rope,
+    num_layers,
+    read_biases,
+    read_layers,
+    read_sizes,
+    read_windows,
+)
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
 from tgi_asgi.ops.arrays import Floats
 
@@ -43,7 +51,6 @@ def read_gpt_oss(reader: Reader, architecture: str) -> ModelConfig:
         windows = [window if has else None for has in where]
     else:
         windows = read_windows(reader, where)
-    has_bias = reader.is_gguf or reader.flag("attention_bias", True)
     clamp = (reader.number("swiglu_limit", 7.0), reader.number("swiglu_alpha", 1.702), 1.0)
     experts = read_experts(
         reader, count="num_local_experts", top_k="num_experts_per_tok", size="intermediate_size",
@@ -57,8 +64,7 @@ def read_gpt_oss(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, experts, everywhere),
-        has_qkv_bias=has_bias,
-        has_output_bias=has_bias,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
 
@@ -76,8 +82,6 @@ class GptOssWeights(LayerWeights):
 
     In files of llama.cpp and of tools that quantise, gate, up and down are apart.
     """
-
-    expert_names = (ExpertNames(router="mlp.router"),)
 
     def sinks(self) -> Floats:
         """Return the heads' attention sinks [num_heads] float32."""
@@ -134,10 +138,10 @@ class GptOss(Decoder):
     """The decoder with gpt-oss's weights."""
 
     weights_class = GptOssWeights
+    checkpoint = CheckpointLayout(names={"mlp.gate": "mlp.router"})
 
 
 _GGUF_NAMES = {
-    "mlp.router": "ffn_gate_inp",
     "self_attn.sinks": "attn_sinks",
     "post_attention_layernorm": "post_attention_norm",
 }

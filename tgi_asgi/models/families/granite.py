@@ -12,8 +12,6 @@ from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_s
 def read_granite(reader: Reader, architecture: str) -> ModelConfig:
     """Read Granite's configuration; `logits_scaling` divides the logits."""
     sizes = read_sizes(reader)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
-    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
     default_scale = sizes["head_dim"] ** -0.5 if reader.is_gguf else 1.0  # default of each format's code
     scale = reader.number("attention_multiplier", default_scale)
     # The key by which llama.cpp's files record whether this architecture uses positions.
@@ -22,12 +20,10 @@ def read_granite(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         layers=layers,
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
-        has_mlp_bias=mlp_bias,
         embedding_factor=reader.number("embedding_multiplier", 1.0),
         residual_factor=reader.number("residual_multiplier", 1.0),
         logits_scale=1.0 / (reader.number("logits_scaling", 1.0) or 1.0),
+        **read_biases(reader, qkv="attention_bias", output="attention_bias", mlp="mlp_bias"),
         **sizes,
     )
 

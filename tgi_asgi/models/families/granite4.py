@@ -5,9 +5,7 @@ Models that are dense, or have no recurrent layers, use this architecture, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ModelConfig, check_computed
@@ -19,17 +17,9 @@ from tgi_asgi.models.fused import FusedGateUpWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import check_layer_types, num_layers, read_kv_heads
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
-from tgi_asgi.models.reading_mamba import has_kernels_for, read_mamba
+from tgi_asgi.models.reading_mamba import read_mamba
 
 _RECURRENT, _ATTENDING = ("mamba", "linear_attention"), ("attention", "full_attention")
-
-
-def _has_supported_sizes(config: Mapping[str, Any]) -> bool:
-    """Return whether the kernels support the sizes of a model's states, if it has any."""
-    kinds = config.get("layer_types") or config.get("layers_block_type") or _RECURRENT
-    if not isinstance(kinds, list | tuple) or not any(kind in _RECURRENT for kind in kinds):
-        return True
-    return has_kernels_for(config)
 
 
 def read_granite4(reader: Reader, architecture: str) -> ModelConfig:
@@ -45,7 +35,8 @@ def read_granite4(reader: Reader, architecture: str) -> ModelConfig:
     )
     config = read_granite(reader, architecture)
     check_computed(config.activation == "silu", f"hidden_act must be silu, got {config.activation}")
-    mamba = read_mamba(reader, config.hidden_size)
+    reader.ignore("mamba_conv_bias", "mamba_proj_bias")
+    mamba = read_mamba(reader, config.hidden_size) if any(is_recurrent) else None
     layers = config.layers
     if position != "rope" and not reader.is_gguf:
         layers = tuple(replace(layer, rope=None) for layer in layers)
@@ -97,6 +88,5 @@ FAMILIES = (
         read_granite4,
         Granite4,
         is_rotary_permuted=True,
-        computes=_has_supported_sizes,
     ),
 )

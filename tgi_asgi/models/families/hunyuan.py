@@ -2,86 +2,56 @@
 
 from __future__ import annotations
 
-from tgi_asgi import ops
+from functools import partial
+from typing import Any
+
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import ModelConfig, RopeSpec, check_computed
+from tgi_asgi.models.checkpoint import CheckpointLayout
+from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import (
-    make_rope,
-    num_layers,
-    read_biases,
-    read_layers,
-    read_rope,
-    read_sizes,
-    rope_values,
-)
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 
 def read_hunyuan(reader: Reader, architecture: str) -> ModelConfig:
     """Read Hunyuan's configuration; files have some keys that only Tencent's own code reads."""
     reader.defaults(rms_norm_eps=1e-5)
-    for key, value in {"use_qk_norm": True, "use_cla": False}.items():
-        check_computed(reader.flag(key, value) is value, f"only `{key}` {value} is supported")
+    reader.require(use_qk_norm=True, use_cla=False)
     check_computed(reader.get("norm_type") in (None, "rms", "hf_rms"), "only RMSNorm is supported")
     reader.ignore("cla_share_factor")
     sizes = read_sizes(reader)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
-    ropes = [_read_rope(reader, sizes["head_dim"])] * num_layers(reader)
     return ModelConfig(
         architecture=architecture,
-        layers=read_layers(reader, sizes, ropes=ropes),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
+        layers=read_layers(reader, sizes, edit_rope=partial(_stretch_base, sizes["head_dim"])),
         has_qk_norm=True,
         has_late_qk_norm=True,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
 
 
-def _read_rope(reader: Reader, head_dim: int) -> RopeSpec:
-    """Read the rotary embedding; "dynamic" with an alpha stretches the base once, for any context."""
-    if reader.is_gguf:
-        return read_rope(reader, head_dim)
-    values = rope_values(reader)
+def _stretch_base(head_dim: int, values: dict[str, Any]) -> None:
+    """Set the base: "dynamic" with an alpha stretches it once, for any context."""
     kind = values.get("rope_type") or values.get("type")
     if kind == "dynamic" and values.get("alpha"):
         rope = Reader.of_json(values)
         alpha = rope.number("alpha")
         check(0 < alpha <= 1e6, f"alpha must be positive and at most 1e6, got {alpha}")
         check(head_dim > 2, f"dynamic scaling needs more than 2 rotary dims, got {head_dim}")
-        values = {"rope_theta": rope.number("rope_theta", 10000.0) * alpha ** (head_dim / (head_dim - 2))}
+        base = rope.number("rope_theta", 10000.0) * alpha ** (head_dim / (head_dim - 2))
+        values.clear()
+        values["rope_theta"] = base
     values.pop("alpha", None)
-    return make_rope(reader, values, head_dim)
 
 
-class HunyuanWeights(LayerWeights):
-    """A layer whose query and key norms have other names."""
-
-    def norms(self) -> ops.HeadNorms:
-        """Return the norms of queries and keys."""
-        query, key = (
-            self.norm(f"self_attn.{name}_layernorm", self.config.head_dim) for name in ("query", "key")
-        )
-        return ops.HeadNorms(query, key, is_last=True)
+NAMES = {"self_attn.q_norm": "self_attn.query_layernorm", "self_attn.k_norm": "self_attn.key_layernorm"}
 
 
 class Hunyuan(Decoder):
     """The decoder with Hunyuan's norm names."""
 
-    weights_class = HunyuanWeights
+    checkpoint = CheckpointLayout(names=NAMES)
 
 
-NAMES = {"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"}
-
-FAMILIES = (
-    Family(
-        "HunYuanDenseV1ForCausalLM",
-        "hunyuan-dense",
-        read_hunyuan,
-        Hunyuan,
-        gguf_names=NAMES,
-    ),
-)
+FAMILIES = (Family("HunYuanDenseV1ForCausalLM", "hunyuan-dense", read_hunyuan, Hunyuan),)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from tgi_asgi.models.checkpoint import CheckpointLayout, shared_expert_names
 from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.experts import ExpertNames
-from tgi_asgi.models.families.hunyuan import NAMES, HunyuanWeights, read_hunyuan
+from tgi_asgi.models.families.hunyuan import NAMES, read_hunyuan
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
@@ -27,10 +27,8 @@ def read_hunyuan_moe(reader: Reader, architecture: str) -> ModelConfig:
     size = config.intermediate_size
     inner = reader.integer("moe_intermediate_size", size)
     check_computed(inner == size, f"moe_intermediate_size must be intermediate_size, {size}, got {inner}")
-    shared = reader.integer("num_shared_expert", 1)
-    check_computed(shared == 1, f"num_shared_expert must be 1, got {shared}")
+    reader.require(num_shared_expert=1, norm_topk_prob=True)
     reader.ignore("shared_expert_intermediate_size")
-    check_computed(reader.flag("norm_topk_prob", True), "only `norm_topk_prob` True is supported")
     experts = read_experts(
         reader, count="num_experts", top_k="moe_topk", size="intermediate_size", is_renormalised=True,
         shared_size=size,
@@ -46,23 +44,12 @@ def _only(key: str, value: Any) -> Any:
     return value[0]
 
 
-class HunyuanMoeWeights(HunyuanWeights):
-    """A layer whose router and shared expert have other names."""
-
-    expert_names = (ExpertNames(router="mlp.gate.wg", shared="mlp.shared_mlp"),)
-
-
 class HunyuanMoe(Decoder):
-    """The decoder with Hunyuan's expert names."""
+    """The decoder with Hunyuan's names of norms, router and shared expert."""
 
-    weights_class = HunyuanMoeWeights
+    checkpoint = CheckpointLayout(
+        names={**NAMES, "mlp.gate": "mlp.gate.wg", **shared_expert_names("mlp.shared_mlp")}
+    )
 
 
-_GGUF_NAMES = {
-    **NAMES,
-    "mlp.gate.wg": "ffn_gate_inp",
-    **{f"mlp.shared_mlp.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")},
-}
-FAMILIES = (
-    Family("HunYuanMoEV1ForCausalLM", "hunyuan-moe", read_hunyuan_moe, HunyuanMoe, gguf_names=_GGUF_NAMES),
-)
+FAMILIES = (Family("HunYuanMoEV1ForCausalLM", "hunyuan-moe", read_hunyuan_moe, HunyuanMoe),)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import make_rope, num_layers, read_biases, read_layers, read_sizes, rope_values
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 
 def read_internlm3(reader: Reader, architecture: str) -> ModelConfig:
@@ -14,23 +16,18 @@ def read_internlm3(reader: Reader, architecture: str) -> ModelConfig:
     reader.defaults(head_dim=128, rms_norm_eps=1e-5, num_key_value_heads=2)
     reader.defaults(attention_bias=reader.flag("qkv_bias", False), mlp_bias=reader.flag("bias", False))
     sizes = read_sizes(reader)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
-    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
-    rope = rope_values(reader)
-    if "dynamic" in (rope.get("rope_type"), rope.get("type")):
-        # It stretches only positions beyond `max_position_embeddings`, which are not served.
-        rope = {"rope_theta": rope.get("rope_theta")}
-    layers = read_layers(
-        reader, sizes, ropes=[make_rope(reader, rope, sizes["head_dim"])] * num_layers(reader)
-    )
     return ModelConfig(
         architecture=architecture,
-        layers=layers,
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
-        has_mlp_bias=mlp_bias,
+        layers=read_layers(reader, sizes, edit_rope=_leave_out_dynamic),
+        **read_biases(reader, qkv="attention_bias", output="attention_bias", mlp="mlp_bias"),
         **sizes,
     )
+
+
+def _leave_out_dynamic(values: dict[str, Any]) -> None:
+    """Leave out a scaling of positions beyond `max_position_embeddings`, which are not served."""
+    if "dynamic" in (values.get("rope_type"), values.get("type")):
+        values |= {"rope_type": "default", "type": None, "factor": None}
 
 
 FAMILIES = (Family("InternLM3ForCausalLM", None, read_internlm3, Decoder),)

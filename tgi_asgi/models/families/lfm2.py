@@ -16,13 +16,12 @@ from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import check_layer_types, num_layers, read_kv_heads, read_layers, read_sizes
-from tgi_asgi.models.reading_experts import read_experts, with_experts
+from tgi_asgi.models.reading_experts import check_sigmoid, has_corrections, read_experts, with_experts
 from tgi_asgi.models.recurrent_specs import ShortConvSpec
 
 # Keys of the first LFM2 files; LFM2's code in `transformers` reads none of them.
 _TRAINING = ("block_norm_eps", "block_mlp_init_scale", "block_out_init_scale", "rms_norm_eps")
 _KINDS = ("conv", "full_attention")
-_SIGMOID = 2  # llama.cpp's number for it
 
 
 def read_lfm2(reader: Reader, architecture: str) -> ModelConfig:
@@ -36,15 +35,9 @@ def read_lfm2(reader: Reader, architecture: str) -> ModelConfig:
 
 def read_lfm2_moe(reader: Reader, architecture: str) -> ModelConfig:
     """Read LFM2-MoE's configuration: sigmoid routing, corrected for the selection, after the first layers."""
-    if reader.is_gguf:
-        kind = reader.integer("expert_gating_func", _SIGMOID)
-        check(kind == _SIGMOID, f"expert_gating_func {kind} is not supported here, only {_SIGMOID} is")
+    check_sigmoid(reader)
     config = _read(reader, architecture)
-    has_correction = (
-        any("exp_probs_b" in name for name in reader.tensors)
-        if reader.is_gguf
-        else reader.flag("use_expert_bias", True)
-    )
+    has_correction = has_corrections(reader) if reader.is_gguf else reader.flag("use_expert_bias", True)
     reader.defaults(num_experts=32, num_experts_per_tok=4, moe_intermediate_size=1792)
     experts = read_experts(
         reader, count="num_experts", top_k="num_experts_per_tok", kind="sigmoid",

@@ -16,17 +16,13 @@ def read_llama(reader: Reader, architecture: str) -> ModelConfig:
     windows = read_window(reader) if reader.is_gguf else None
     reader.ignore("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
     sizes = read_sizes(reader)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
-    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
     layers = read_layers(reader, sizes, windows=windows)
     if reader.is_gguf and reader.integer("num_experts", 0):  # Mixtral's, which llama.cpp also calls llama
         layers = with_experts(reader, layers, read_mixtral_experts(reader), everywhere)
     return ModelConfig(
         architecture=architecture,
         layers=layers,
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
-        has_mlp_bias=mlp_bias,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias", mlp="mlp_bias"),
         **sizes,
     )
 

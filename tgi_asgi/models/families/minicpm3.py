@@ -8,18 +8,12 @@ from __future__ import annotations
 import math
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import ModelConfig, check_computed
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_biases
-from tgi_asgi.models.reading_latent import (
-    has_supported_sizes,
-    latent_layers,
-    read_latent,
-    read_latent_rope,
-    read_latent_sizes,
-)
+from tgi_asgi.models.reading_latent import latent_layers, read_latent, read_latent_rope, read_latent_sizes
 
 
 def read_minicpm3(reader: Reader, architecture: str) -> ModelConfig:
@@ -31,8 +25,7 @@ def read_minicpm3(reader: Reader, architecture: str) -> ModelConfig:
     if reader.is_gguf:
         for key, value in (("scale_emb", 12), ("scale_depth", 1.4), ("dim_model_base", 256)):
             reader.replace(key, value)
-    check_computed(not reader.flag("mlp_bias", False), "mlp_bias is not supported here")
-    (output_bias,) = read_biases(reader, "attention_bias", "attn_output")
+    reader.require(mlp_bias=False)
     latent = read_latent(reader)
     sizes = read_latent_sizes(reader, latent, default_eps=1e-5)
     depth, width = math.sqrt(num_layers(reader)), sizes["hidden_size"]
@@ -40,12 +33,12 @@ def read_minicpm3(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         layers=latent_layers(reader, latent, *read_latent_rope(reader, latent)),
-        has_output_bias=output_bias,
         embedding_factor=reader.number("scale_emb"),
         residual_factor=reader.number("scale_depth", depth) / depth,
         logits_scale=reader.number("dim_model_base", width) / width,
+        **read_biases(reader, output="attention_bias"),
         **sizes,
     )
 
 
-FAMILIES = (Family("MiniCPM3ForCausalLM", "minicpm3", read_minicpm3, Decoder, computes=has_supported_sizes),)
+FAMILIES = (Family("MiniCPM3ForCausalLM", "minicpm3", read_minicpm3, Decoder),)

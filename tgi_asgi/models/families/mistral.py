@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tgi_asgi.models.config import ModelConfig, QueryGrowth, RopeSpec
+from tgi_asgi.models.config import LayerSpec, ModelConfig, QueryGrowth
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import (
     default_rope,
-    make_rope,
     num_layers,
     read_layers,
-    read_rope,
     read_sizes,
     read_sliding,
     read_window,
     rope_values,
 )
 
+_BETA = "llama_4_scaling_beta"  # of queries' growth, although among the settings of the rotary embedding
 # transformers' defaults for Ministral 3 if the file says nothing of its rotary embedding.
 _YARN = {
     "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
-    "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, _BETA: 0.1,
 }  # fmt: skip
 
 
@@ -55,23 +54,23 @@ def read_ministral3(reader: Reader, architecture: str) -> ModelConfig:
     reader.defaults(num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5)
     default_rope(reader, _YARN)
     sizes = read_sizes(reader)
-    rope, beta = _read_growing_rope(reader, sizes["head_dim"])
-    windows = read_window(reader)
-    layers = read_layers(reader, sizes, windows=windows, ropes=[rope] * len(windows))
-    if beta and rope.scaling is not None:
-        growth = QueryGrowth(beta, rope.scaling.original_context)
-        layers = tuple(replace(layer, query_growth=growth) for layer in layers)
+    layers = read_layers(
+        reader, sizes, windows=read_window(reader), edit_rope=lambda values: values.pop(_BETA, None)
+    )
+    if reader.is_gguf:
+        beta = reader.number("attention.temperature_scale", 0.0)
+    else:
+        beta = Reader.of_json(rope_values(reader)).number(_BETA, 0.0)
+    layers = tuple(_growing(layer, beta) for layer in layers)
     return ModelConfig(architecture=architecture, layers=layers, **sizes)
 
 
-def _read_growing_rope(reader: Reader, head_dim: int) -> tuple[RopeSpec, float]:
-    """Read the rotary embedding and the queries' growth, which config.json stores with it."""
-    if reader.is_gguf:
-        return read_rope(reader, head_dim), reader.number("attention.temperature_scale", 0.0)
-    values = rope_values(reader)
-    beta = Reader.of_json(values).number("llama_4_scaling_beta", 0.0)
-    values.pop("llama_4_scaling_beta", None)
-    return make_rope(reader, values, head_dim), beta
+def _growing(layer: LayerSpec, beta: float) -> LayerSpec:
+    """Return a layer whose queries grow by `beta`; those without a scaled rotary embedding do not."""
+    scaling = None if layer.rope is None else layer.rope.scaling
+    if not beta or scaling is None:
+        return layer
+    return replace(layer, query_growth=QueryGrowth(beta, scaling.original_context))
 
 
 FAMILIES = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tgi_asgi.errors import check
 from tgi_asgi.models.alibi import alibi_slopes
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import LayerSpec, ModelConfig, check_computed
+from tgi_asgi.models.config import LayerSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights
@@ -61,12 +61,8 @@ def _attention_of(reader: Reader) -> Reader:
     check(given is None or isinstance(given, dict), "attn_config must be an object")
     attention = Reader.of_json(given or {})
     attention.ignore("rope_theta", "rope_impl", "rope_dail_config", "rope_hf_config")
-    for where, expected in ((reader, _MODEL), (attention, _ATTENTION)):
-        for key, value in expected.items():
-            found = where.get(key)
-            check_computed(
-                found in (None, value), f"`{key}` is {str(found)[:100]}, only {value} is supported"
-            )
+    reader.require(**_MODEL)
+    attention.require(**_ATTENTION)
     return attention
 
 

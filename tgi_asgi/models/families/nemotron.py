@@ -19,18 +19,14 @@ def read_nemotron(reader: Reader, architecture: str) -> ModelConfig:
     if reader.is_gguf:
         reader.ignore("rms_norm_eps")  # llama.cpp's converter writes it in addition
     sizes = read_sizes(reader, eps=eps, default_eps=1e-5, activation="relu_squared")
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
-    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_up")
     return ModelConfig(
         architecture=architecture,
         layers=read_layers(reader, sizes, has_partial_rotary=True),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
-        has_mlp_bias=mlp_bias,
         has_gate=False,
         has_layer_norm=True,
         has_norm_bias=True,
         norm_offset=0.0 if reader.is_gguf else 1.0,  # llama.cpp's converter has added it
+        **read_biases(reader, qkv="attention_bias", output="attention_bias", mlp="mlp_bias"),
         **sizes,
     )
 

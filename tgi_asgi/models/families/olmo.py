@@ -14,17 +14,16 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 def read_olmo(reader: Reader, architecture: str) -> ModelConfig:
     """Read OLMo 1's configuration; the norms' epsilon is fixed in the model's code."""
+    reader.drop("layer_norm_eps")
     sizes = read_sizes(reader, eps="layer_norm_eps", default_eps=1e-5)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     clip = reader.number("clip_qkv", 0.0)
     return ModelConfig(
         architecture=architecture,
         layers=read_layers(reader, sizes),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
         has_layer_norm=True,
         has_norm_weight=False,
         clip=clip or None,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 from tgi_asgi import ops
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.family import Family
+from tgi_asgi.models.family import SANDWICH_NAMES, Family
 from tgi_asgi.models.layers import LayerWeights, PostNormLayer
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import read_biases, read_layers, read_ropes, read_sizes, read_sliding
@@ -43,8 +43,8 @@ def read_olmo3(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _read_rest(reader: Reader, sizes: dict[str, Any]) -> dict[str, Any]:
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
-    return {"has_qkv_bias": qkv_bias, "has_output_bias": output_bias, "has_qk_norm": True, **sizes}
+    biases = read_biases(reader, qkv="attention_bias", output="attention_bias")
+    return {"has_qk_norm": True, **biases, **sizes}
 
 
 class Olmo2Weights(LayerWeights):
@@ -67,12 +67,7 @@ class Olmo2(Decoder):
     weights_class = Olmo2Weights
 
 
-_NAMES = {
-    "post_attention_layernorm": "post_attention_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-
 FAMILIES = (
-    Family("Olmo2ForCausalLM", "olmo2", read_olmo2, Olmo2, gguf_names=_NAMES),
-    Family("Olmo3ForCausalLM", "olmo2", read_olmo3, Olmo2, gguf_names=_NAMES),
+    Family("Olmo2ForCausalLM", "olmo2", read_olmo2, Olmo2, gguf_names=SANDWICH_NAMES),
+    Family("Olmo3ForCausalLM", "olmo2", read_olmo3, Olmo2, gguf_names=SANDWICH_NAMES),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tgi_asgi.models.config import ModelConfig, check_computed
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.families.olmo2 import Olmo2Weights
 from tgi_asgi.models.family import Family
@@ -14,11 +14,8 @@ from tgi_asgi.models.reading_experts import everywhere, read_experts, with_exper
 def read_olmoe(reader: Reader, architecture: str) -> ModelConfig:
     """Read OLMoE's configuration."""
     reader.defaults(rms_norm_eps=1e-5, num_experts=64, num_experts_per_tok=8)
-    check_computed(
-        reader.get("clip_qkv") is None, "clamped queries, keys and values (clip_qkv) are not supported here"
-    )
+    reader.require(clip_qkv=None)
     sizes = read_sizes(reader)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     experts = read_experts(
         reader, count="num_experts", top_k="num_experts_per_tok", size="intermediate_size",
         is_renormalised=reader.flag("norm_topk_prob", False),
@@ -26,9 +23,8 @@ def read_olmoe(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, read_layers(reader, sizes), experts, everywhere),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
         has_qk_norm=True,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from tgi_asgi.models.config import ModelConfig, RopeSpec, check_computed
+from typing import Any
+
+from tgi_asgi.models.config import ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import (
-    make_rope,
-    num_layers,
-    read_biases,
-    read_layers,
-    read_rope,
-    read_sizes,
-    read_window,
-    rope_values,
-)
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes, read_window
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
 
 
@@ -27,11 +20,7 @@ def read_phi_moe(reader: Reader, architecture: str) -> ModelConfig:
         rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=16, num_experts_per_tok=2, num_key_value_heads=8
     )  # fmt: skip
     sizes = read_sizes(reader)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
-    layers = read_layers(
-        reader, sizes, windows=read_window(reader),
-        ropes=[_read_rope(reader, sizes["head_dim"])] * num_layers(reader),
-    )  # fmt: skip
+    layers = read_layers(reader, sizes, windows=read_window(reader), edit_rope=_join_magnitudes)
     experts = read_experts(
         reader, count="num_local_experts", top_k="num_experts_per_tok", size="intermediate_size",
         kind="sparsemixer", jitter=0.01 if reader.is_gguf else reader.number("router_jitter_noise", 0.01),
@@ -41,27 +30,22 @@ def read_phi_moe(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, experts, everywhere),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
         has_layer_norm=True,
         has_norm_bias=True,
         has_head_bias=has_head_bias,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
 
 
-def _read_rope(reader: Reader, head_dim: int) -> RopeSpec:
-    """Read the rotary embedding; its factor on cosines and sines has two keys, which must be equal."""
-    if reader.is_gguf:
-        return read_rope(reader, head_dim)
-    values = rope_values(reader)
+def _join_magnitudes(values: dict[str, Any]) -> None:
+    """Set the factor on cosines and sines, which has two keys here; they must be equal."""
     short, long = values.pop("short_mscale", None), values.pop("long_mscale", None)
     check_computed(
         short == long, f"short_mscale {short!r} and long_mscale {long!r} that differ are not supported"
     )
     if short is not None:
         values["attention_factor"] = short
-    return make_rope(reader, values, head_dim)
 
 
 class PhiMoeWeights(LayerWeights):

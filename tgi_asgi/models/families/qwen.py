@@ -26,13 +26,11 @@ def read_qwen3(reader: Reader, architecture: str) -> ModelConfig:
     """Read Qwen 3's configuration."""
     reader.defaults(num_key_value_heads=32, head_dim=128, sliding_window=4096)
     sizes = read_sizes(reader)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     return ModelConfig(
         architecture=architecture,
         layers=read_layers(reader, sizes, windows=_windows(reader)),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
         has_qk_norm=True,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from tgi_asgi.models.checkpoint import CheckpointLayout, shared_expert_names
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import (
     num_layers,
@@ -23,7 +22,7 @@ def read_qwen2_moe(reader: Reader, architecture: str) -> ModelConfig:
     """Read the configuration of Qwen 1.5 and 2; even layers below `max_window_layers` have the window."""
     reader.defaults(
         num_key_value_heads=16, moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
-        num_experts=60, num_experts_per_tok=4, sliding_window=4096,
+        num_experts=60, num_experts_per_tok=4, sliding_window=4096, qkv_bias=True,
     )  # fmt: skip
     sizes = read_sizes(reader)
     if reader.is_gguf:
@@ -39,7 +38,7 @@ def read_qwen2_moe(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, experts, read_sparse_steps(reader)),
-        has_qkv_bias=reader.is_gguf or reader.flag("qkv_bias", True),
+        **read_biases(reader, qkv="qkv_bias"),
         **sizes,
     )
 
@@ -67,7 +66,6 @@ def read_qwen3_moe(reader: Reader, architecture: str) -> ModelConfig:
         sliding_window=4096,
     )  # fmt: skip
     sizes = read_sizes(reader)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     has_window = reader.flag("use_sliding_window", False)
     windows = read_window(reader) if has_window else [None] * num_layers(reader)
     reader.ignore("sliding_window", "max_window_layers", "layer_types")
@@ -79,28 +77,19 @@ def read_qwen3_moe(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, experts, read_sparse_steps(reader)),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
         has_qk_norm=True,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
 
 
-class Qwen2MoeWeights(LayerWeights):
-    """A layer whose shared expert has a name in the singular."""
-
-    expert_names = (ExpertNames(shared="mlp.shared_expert"),)
-
-
 class Qwen2Moe(Decoder):
-    """The decoder with Qwen 2's expert names."""
+    """The decoder with Qwen's name of the shared expert, which is in the singular."""
 
-    weights_class = Qwen2MoeWeights
+    checkpoint = CheckpointLayout(names=shared_expert_names("mlp.shared_expert"))
 
-
-_SHARED = {f"mlp.shared_expert.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")}
 
 FAMILIES = (
-    Family("Qwen2MoeForCausalLM", "qwen2moe", read_qwen2_moe, Qwen2Moe, gguf_names=_SHARED),
+    Family("Qwen2MoeForCausalLM", "qwen2moe", read_qwen2_moe, Qwen2Moe),
     Family("Qwen3MoeForCausalLM", "qwen3moe", read_qwen3_moe, Decoder),
 )

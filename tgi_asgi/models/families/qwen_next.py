@@ -6,26 +6,22 @@ Norms add 1 to their weights, and heads' results are multiplied by the sigmoid o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import MAX_KEY_DIM, MAX_TAPS, LayerSpec, ModelConfig, check_computed
+from tgi_asgi.models.checkpoint import CheckpointLayout, shared_expert_names
+from tgi_asgi.models.config import LayerSpec, ModelConfig, check_computed
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.families.qwen_moe import Qwen2MoeWeights
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import (
     check_layer_types,
     leave_out_drafting,
-    make_rope,
     num_layers,
     read_layers,
-    read_rope,
     read_sizes,
-    rope_values,
 )
 from tgi_asgi.models.reading_experts import everywhere, read_experts, read_sparse_steps, with_experts
 from tgi_asgi.models.recurrent_specs import GatedDeltaSpec
@@ -39,19 +35,6 @@ _DELTA_SIZES = {  # with defaults for keys that a config.json lacks
     "linear_key_head_dim": 128,
     "linear_conv_kernel_dim": 4,
 }
-# Keys of image positions: positions of text are equal in all three sections.
-_IMAGE_ROPE = ("mrope_section", "mrope_interleaved")
-
-
-def _computes(config: Mapping[str, Any]) -> bool:
-    """Return whether the kernels support the sizes of a model's states, and the model is text-only."""
-    if config.get("vision_config") or config.get("attention_bias"):
-        return False
-    sizes = [config.get(key) or given for key, given in _DELTA_SIZES.items()]
-    if not all(type(size) is int and size > 0 for size in sizes):
-        return True  # reading it refuses the value, naming its key
-    _, head_dim, _, key_dim, taps = sizes
-    return head_dim % 16 == 0 and key_dim <= MAX_KEY_DIM and 2 <= taps <= MAX_TAPS
 
 
 def read_qwen3_next(reader: Reader, architecture: str) -> ModelConfig:
@@ -114,18 +97,12 @@ def _read(reader: Reader, architecture: str) -> ModelConfig:
     if reader.is_gguf:
         leave_out_drafting(reader)
         reader.ignore("rope.dimension_sections")
-    check_computed(not reader.flag("attention_bias", False), "attention_bias is not supported here")
-    check_computed(reader.flag("attn_output_gate", True), "attn_output_gate must be true")
+    reader.require(attention_bias=False, attn_output_gate=True)
     kinds = _read_kinds(reader)
     sizes = read_sizes(reader)
     check_computed(sizes["activation"] == "silu", f"hidden_act must be silu, got {sizes['activation']}")
-    if reader.is_gguf:
-        rope = read_rope(reader, sizes["head_dim"], has_partial_rotary=True)
-    else:
-        given = {key: value for key, value in rope_values(reader).items() if key not in _IMAGE_ROPE}
-        rope = make_rope(reader, given, sizes["head_dim"], has_partial_rotary=True)
     delta = _read_delta(reader)
-    layers = read_layers(reader, sizes, ropes=[rope] * len(kinds))
+    layers = read_layers(reader, sizes, has_partial_rotary=True, edit_rope=_leave_out_images)
     return ModelConfig(
         architecture=architecture,
         layers=tuple(
@@ -137,6 +114,12 @@ def _read(reader: Reader, architecture: str) -> ModelConfig:
         norm_offset=0.0 if reader.is_gguf else 1.0,  # llama.cpp's converter has added it
         **sizes,
     )
+
+
+def _leave_out_images(values: dict[str, Any]) -> None:
+    """Leave out how images are positioned: positions of text are equal in all three sections."""
+    for key in ("mrope_section", "mrope_interleaved"):
+        values.pop(key, None)
 
 
 def _read_kinds(reader: Reader) -> list[str]:
@@ -179,10 +162,9 @@ def _with_tiles(layer: LayerSpec) -> LayerSpec:
 
 
 class QwenNext(Decoder):
-    """The decoder with Qwen3-Next's expert names; vision models nest its weights one name deeper."""
+    """The decoder with Qwen's name of the shared expert; vision models nest weights one name deeper."""
 
-    weights_class = Qwen2MoeWeights
-    checkpoint = CheckpointLayout(part="language_model")
+    checkpoint = CheckpointLayout(names=shared_expert_names("mlp.shared_expert"), part="language_model")
 
 
 _DELTA = {
@@ -204,7 +186,6 @@ _DELTA = {
 _GGUF_NAMES = {
     **_DELTA,
     "post_attention_layernorm": "post_attention_norm",
-    **{f"mlp.shared_expert.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")},
 }
 # Weights used only for drafting or for images.
 _UNUSED = ("mtp.*", "model.mtp.*", "model.visual.*", "blk.{num_layers}.*")
@@ -217,7 +198,6 @@ def _family(architecture: str, gguf_name: str, read_config: ReadConfig) -> Famil
         read_config,
         QwenNext,
         gguf_names=_GGUF_NAMES,
-        computes=_computes,
         unused=_UNUSED,
     )
 

@@ -11,17 +11,12 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 def read_seed_oss(reader: Reader, architecture: str) -> ModelConfig:
     """Read Seed-OSS's configuration, which has separate bias keys for attention's inputs and output."""
-    reader.defaults(num_key_value_heads=8, head_dim=128)
+    reader.defaults(num_key_value_heads=8, head_dim=128, attention_bias=True)
     sizes = read_sizes(reader)
-    (qkv_bias,) = read_biases(reader, "attention_bias", "attn_q", default=True)
-    (output_bias,) = read_biases(reader, "attention_out_bias", "attn_output")
-    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
     return ModelConfig(
         architecture=architecture,
         layers=read_layers(reader, sizes),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
-        has_mlp_bias=mlp_bias,
+        **read_biases(reader, qkv="attention_bias", output="attention_out_bias", mlp="mlp_bias"),
         **sizes,
     )
 

@@ -21,14 +21,10 @@ def read_smollm3(reader: Reader, architecture: str) -> ModelConfig:
     sizes = read_sizes(reader)
     has_rope = _has_rope(reader, num_layers(reader))
     windows = read_windows(reader, [not has for has in has_rope])
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
-    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
     return ModelConfig(
         architecture=architecture,
         layers=read_layers(reader, sizes, windows=windows, has_rope=has_rope),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
-        has_mlp_bias=mlp_bias,
+        **read_biases(reader, qkv="attention_bias", output="attention_bias", mlp="mlp_bias"),
         **sizes,
     )
 

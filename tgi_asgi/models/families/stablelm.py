@@ -21,7 +21,6 @@ def read_stablelm(reader: Reader, architecture: str) -> ModelConfig:
     reader.rename(partial_rotary_factor=("rope_pct",), layer_norm_eps=("norm_eps",))
     reader.defaults(partial_rotary_factor=0.25)
     sizes = read_sizes(reader, eps="layer_norm_eps", default_eps=1e-5)
-    (qkv_bias,) = read_biases(reader, "use_qkv_bias", "attn_q")
     is_parallel, has_qk_norm = reader.flag("use_parallel_residual", False), reader.flag("qk_layernorm", False)
     if reader.is_gguf:
         is_parallel = "blk.0.ffn_norm.weight" not in reader.tensors
@@ -29,12 +28,12 @@ def read_stablelm(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         layers=read_layers(reader, sizes, has_partial_rotary=True),
-        has_qkv_bias=qkv_bias,
         has_qk_norm=has_qk_norm,
         has_layer_norm=True,
         has_norm_bias=True,
         is_parallel=is_parallel,
         has_mlp_norm=not is_parallel,
+        **read_biases(reader, qkv="use_qkv_bias"),
         **sizes,
     )
 

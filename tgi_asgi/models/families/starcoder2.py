@@ -6,7 +6,7 @@ Source: Lozhkov et al., StarCoder 2 and The Stack v2, arXiv 2402.19173, section 
 from __future__ import annotations
 
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import ModelConfig, check_computed
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
@@ -15,26 +15,20 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes, read_w
 
 def read_starcoder2(reader: Reader, architecture: str) -> ModelConfig:
     """Read StarCoder 2's configuration."""
+    reader.drop("layer_norm_eps")
     reader.rename(layer_norm_eps=("norm_epsilon",))
-    reader.defaults(tie_word_embeddings=True, num_key_value_heads=2)
+    reader.defaults(tie_word_embeddings=True, num_key_value_heads=2, use_bias=True)
     # Files repeat some settings under the names of BigCode's other code.
     reader.ignore("activation_function", "layer_norm_epsilon", "scale_attention_softmax_in_fp32")
-    for key, value in {"mlp_type": "default", "norm_type": "layer_norm", "scale_attn_weights": True}.items():
-        found = None if reader.is_gguf else reader.get(key)
-        check_computed(found in (None, value), f"`{key}` is {str(found)[:100]}, only {value} is supported")
+    reader.require(mlp_type="default", norm_type="layer_norm", scale_attn_weights=True)
     sizes = read_sizes(reader, activation="gelu_tanh", eps="layer_norm_eps", default_eps=1e-5)
-    qkv_bias, output_bias, mlp_bias = read_biases(
-        reader, "use_bias", "attn_q", "attn_output", "ffn_up", default=True
-    )
     return ModelConfig(
         architecture=architecture,
         layers=read_layers(reader, sizes, windows=read_window(reader)),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
-        has_mlp_bias=mlp_bias,
         has_gate=False,
         has_layer_norm=True,
         has_norm_bias=True,
+        **read_biases(reader, qkv="use_bias", output="use_bias", mlp="use_bias"),
         **sizes,
     )
 

@@ -42,7 +42,7 @@ class CheckpointWeights:
     def stored_name(self, name: str) -> str:
         """Return the files' name of a tensor: the layout's, or as `transformers` 5 names GPT-NeoX's head."""
         stored = self._layout.tensor(name)
-        if stored not in self._weights and name in self._weights:
+        if stored not in self._weights and name in self._weights and not is_of_layer(name):
             return name
         if self.is_bare:
             return stored.removeprefix(self._layout.prefix)

@@ -239,16 +239,8 @@ class MergedCheckpoint(Checkpoint):
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*self._base, *self._whole, *self._copies]))
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
     def __contains__(self, name: object) -> bool:
         return name in self._base or name in self._whole or name in self._copies
-
-    @property
-    def names(self) -> list[str]:
-        """All tensors' names."""
-        return list(self)
 
     def tensor(self, name: str) -> SafeTensor:
         """Return a tensor's dtype and shape; raise `ModelLoadError` if there is none of that name."""

@@ -82,13 +82,23 @@ def _read_bytes(
     codes = read_array(checkpoint, name, "I8")
     largest, scale, zeros = f"{name.removesuffix('weight')}SCB", f"{name}_scale", f"{name}_zero_point"
     if largest in checkpoint:
+        _check_layout(checkpoint, f"{name}_format")
         halves = (read_floats(checkpoint, largest) / 127).astype(np.float16)
-        return _as_source(unpack_bytes(codes, halves.astype(np.float32), None, quantisation.layout))
+        return _as_source(unpack_bytes(codes, halves.astype(np.float32), None, None, quantisation.layout))
     if scale not in checkpoint:
         raise ModelLoadError("it has neither a weight_scale nor bitsandbytes' SCB")
     _check_zeros(checkpoint, zeros, quantisation)
     points = read_array(checkpoint, zeros, "I8") if zeros in checkpoint else None
-    return _as_source(unpack_bytes(codes, read_floats(checkpoint, scale), points, quantisation.layout))
+    groups = read_array(checkpoint, f"{name}_g_idx", "I32") if f"{name}_g_idx" in checkpoint else None
+    return _as_source(
+        unpack_bytes(codes, read_floats(checkpoint, scale), points, groups, quantisation.layout)
+    )
+
+
+def _check_layout(checkpoint: Checkpoint, name: str) -> None:
+    """Refuse bitsandbytes' layouts in tiles, which its versions before 0.45 could also save."""
+    if name in checkpoint and read_array(checkpoint, name, "U8").any():
+        raise ModelLoadError(f"{name!r} says that codes are in tiles of a GPU, not in rows: save it anew")
 
 
 def _check_zeros(checkpoint: Checkpoint, name: str, quantisation: Quantisation) -> None:
@@ -128,6 +138,9 @@ def _read_float8(
     scale = next((s for s in (f"{name}_scale", f"{name}_scale_inv") if s in checkpoint), None)
     if scale is None:
         raise ModelLoadError("it has neither a weight_scale nor a weight_scale_inv")
+    order = f"{name}_g_idx"
+    if order in checkpoint and (read_array(checkpoint, order, "I32") != -1).any():
+        raise ModelLoadError(f"FP8 with groups of columns in another order ({order!r}) is not supported")
     grid = float8_scales(read_scales(checkpoint, scale), quantisation.block, shape)
     run = next((run for run in (128, 64, 32) if columns % run == 0 == grid.run % run), None)
     if run is not None:

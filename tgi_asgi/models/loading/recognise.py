@@ -41,7 +41,7 @@ def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or (names and not (isinstance(name, str) and name.endswith(_CAUSAL))):
         return config
     is_named_after = name is not None and _is_named_after(name, kind)
-    if name is not None and is_named_after and has_family(name, config):
+    if name is not None and is_named_after and has_family(name):
         return config
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as BY_TYPE
 
@@ -85,17 +85,18 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 
 
 def is_native(config: Mapping[str, Any]) -> bool:
-    """Return whether a native family has the architecture of a config.json and computes what it asks for.
+    """Return whether a native family has the architecture of a config.json.
 
-    Embedding models with bidirectional attention are left to the code of `transformers`.
+    Models that accept images, and embedding models with bidirectional attention, are left to the code of
+    `transformers`.
 
     Raises:
         ModelLoadError: if it names no architecture.
     """
     architecture = architecture_of(config)
-    if config.get("model_type") in _BORROWING:
+    if config.get("model_type") in _BORROWING or config.get("vision_config"):
         return False
-    return has_family(architecture, config) and not (_sees_ahead(config) and produces_vectors(architecture))
+    return has_family(architecture) and not (_sees_ahead(config) and produces_vectors(architecture))
 
 
 def _sees_ahead(config: Mapping[str, Any]) -> bool:
