@@ -1,0 +1,60 @@
+r"""Regexes as clients write them, in the dialect of the grammar's compiler.
+
+Clients write ECMA-262, which JSON Schema prescribes, or Python's dialect; the compiler reads Rust's:
+
+    client    [^<>()[\]\\.]          [a-z&&[^b]]            [!--]
+    means     one class              a class, then a `]`    ! to -
+    compiler  [^<>()\[\]\\.]         [a-z&\&\[^b]]          [!-\-]
+"""
+
+from __future__ import annotations
+
+import re
+
+# An escaped character, or a class: its opening, members and end. A `]` that comes first is a member.
+# `[:alpha:]` is kept: by the letter it lists six characters, but nobody means that. A class without an end is
+# matched, too: looking for the end of each of 100,000 would take minutes.
+_CLASSES = re.compile(r"\\.|(\[\^?)(\]?(?:\[:\^?[a-z]+:\]|\\.?|[^\]\\])*)(\]|\Z)", re.DOTALL)
+_IN_CLASS = re.compile(r"\\.|\[:\^?[a-z]+:\]|\[|^--|&&|--|~~", re.DOTALL)
+_CONTROL = r"(?:[\x00-\x1f]|\\(?:x[01][\da-fA-F]|u00[01][\da-fA-F]|c))"
+_CONTROLS = re.compile(_CONTROL)
+_RANGE = re.compile(rf"{_CONTROL}-(?!{_CONTROL})(?=.)", re.DOTALL)
+
+
+def rust_regex(pattern: str) -> str:
+    """Return a pattern with the same meaning in Rust's dialect, which nests and combines classes."""
+    return _CLASSES.sub(_class, pattern)
+
+
+def _class(found: re.Match[str]) -> str:
+    opening, members, end = found.groups()
+    return found[0] if opening is None else opening + _IN_CLASS.sub(_member, members) + end
+
+
+def _member(found: re.Match[str]) -> str:
+    text = found[0]
+    if text == "[":
+        return r"\["
+    if text == "--" and found.start() == 0:
+        return r"\--"  # a range that begins with a hyphen
+    return f"{text[0]}\\{text[1]}" if text in ("&&", "--", "~~") else text
+
+
+def begins_a_class_with_its_end(pattern: str) -> bool:
+    """Return whether a class begins with `]`, which ends it in ECMA-262 and is a member in other dialects."""
+    return any((found[2] or "").startswith("]") for found in _CLASSES.finditer(pattern))
+
+
+def has_control_literal(pattern: str) -> bool:
+    """Return whether a pattern asks for a certain control character, which the compiler drops from JSON.
+
+    It treats classes with more than one character correctly: one that excludes control characters, or has a
+    range from one of them to another character.
+    """
+    return _CONTROLS.search(_CLASSES.sub(_single_characters, pattern)) is not None
+
+
+def _single_characters(found: re.Match[str]) -> str:
+    """Return what may stand for one character only."""
+    opening, members, _ = found.groups()
+    return found[0] if opening is None else "" if opening == "[^" else _RANGE.sub("", members)
