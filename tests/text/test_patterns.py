@@ -59,6 +59,27 @@ def test_a_class_is_a_list_of_characters_wherever_a_regex_is_given(
             assert not accepts(compiler, name, f'{{"{text}":2}}'), text
 
 
+@pytest.mark.parametrize(
+    ("pattern", "good", "bad"),
+    [
+        (r'{"a": \d{2}}', '{"a": 12}', '{"a": 1}'),
+        ("/{id}/x{1,}", "/{id}/xx", "/{id}/"),
+        ("a{2}{b}", "aa{b}", "a{2}{b}"),
+        (r"\u{41}\x{42}\p{Lu}", "ABC", "u{41}"),
+        (r"[{]\{{", "{{{", "{{"),
+    ],
+)
+def test_a_brace_without_a_count_is_a_character(
+    compiler: GrammarCompiler, pattern: str, good: str, bad: str
+) -> None:
+    for source in (
+        sources.regex(pattern),
+        GrammarSource(f"start: TEXT\nTEXT: {whole_pattern(f'^{pattern}$')}"),
+    ):
+        assert accepts(compiler, source, good)
+        assert not accepts(compiler, source, bad)
+
+
 def test_the_common_pattern_of_an_address_is_enforced(compiler: GrammarCompiler) -> None:
     source = sources.json_schema({"type": "string", "pattern": EMAIL})
     assert accepts(compiler, source, '"ada.l@example.org"')
@@ -83,6 +104,7 @@ def test_a_certain_control_character_is_refused(pattern: str) -> None:
 
 def test_classes_without_an_end_are_read_once() -> None:
     with at_most(1):
+        assert rust_regex(r"\p{" * 100_000) == r"\p\{" * 100_000
         assert rust_regex("[" * 100_000).startswith(r"[\[\[")
         assert rust_regex("[" * 100_000 + "\\").endswith("\\")
 

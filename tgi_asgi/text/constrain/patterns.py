@@ -2,19 +2,24 @@ r"""Regexes as clients write them, in the dialect of the grammar's compiler.
 
 Clients write ECMA-262, which JSON Schema prescribes, or Python's dialect; the compiler reads Rust's:
 
-    client    [^<>()[\]\\.]          [a-z&&[^b]]            [!--]
-    means     one class              a class, then a `]`    ! to -
-    compiler  [^<>()\[\]\\.]         [a-z&\&\[^b]]          [!-\-]
+    client    [^<>()[\]\\.]      [a-z&&[^b]]            [!--]      {"a": \d{2}}
+    means     one class          a class, then a `]`    ! to -     a brace, and then two digits
+    compiler  [^<>()\[\]\\.]     [a-z&\&\[^b]]          [!-\-]     \{"a": \d{2}}
 """
 
 from __future__ import annotations
 
 import re
 
-# An escaped character, or a class: its opening, members and end. A `]` that comes first is a member.
-# `[:alpha:]` is kept: by the letter it lists six characters, but nobody means that. A class without an end is
-# matched, too: looking for the end of each of 100,000 would take minutes.
-_CLASSES = re.compile(r"\\.|(\[\^?)(\]?(?:\[:\^?[a-z]+:\]|\\.?|[^\]\\])*)(\]|\Z)", re.DOTALL)
+# An escaped character, a brace that no count follows, or a class: its opening, members and end. A `]` that
+# comes first is a member. `[:alpha:]` is kept: by the letter it lists six characters, but nobody means that.
+# `{,2}` is kept, too, and refused, because dialects differ. A class without an end is matched: looking for
+# the end of each of 100,000 would take minutes.
+_PIECES = re.compile(
+    r"\\[pPux]\{[^}]{0,64}\}|\\.|\{(?!\d+(?:,\d*)?\}|,)"
+    r"|(\[\^?)(\]?(?:\[:\^?[a-z]+:\]|\\.?|[^\]\\])*)(\]|\Z)",
+    re.DOTALL,
+)
 _IN_CLASS = re.compile(r"\\.|\[:\^?[a-z]+:\]|\[|^--|&&|--|~~", re.DOTALL)
 _CONTROL = r"(?:[\x00-\x1f]|\\(?:x[01][\da-fA-F]|u00[01][\da-fA-F]|c))"
 _CONTROLS = re.compile(_CONTROL)
@@ -23,12 +28,14 @@ _RANGE = re.compile(rf"{_CONTROL}-(?!{_CONTROL})(?=.)", re.DOTALL)
 
 def rust_regex(pattern: str) -> str:
     """Return a pattern with the same meaning in Rust's dialect, which nests and combines classes."""
-    return _CLASSES.sub(_class, pattern)
+    return _PIECES.sub(_piece, pattern)
 
 
-def _class(found: re.Match[str]) -> str:
+def _piece(found: re.Match[str]) -> str:
     opening, members, end = found.groups()
-    return found[0] if opening is None else opening + _IN_CLASS.sub(_member, members) + end
+    if opening is None:
+        return r"\{" if found[0] == "{" else found[0]
+    return opening + _IN_CLASS.sub(_member, members) + end
 
 
 def _member(found: re.Match[str]) -> str:
@@ -42,7 +49,7 @@ def _member(found: re.Match[str]) -> str:
 
 def begins_a_class_with_its_end(pattern: str) -> bool:
     """Return whether a class begins with `]`, which ends it in ECMA-262 and is a member in other dialects."""
-    return any((found[2] or "").startswith("]") for found in _CLASSES.finditer(pattern))
+    return any((found[2] or "").startswith("]") for found in _PIECES.finditer(pattern))
 
 
 def has_control_literal(pattern: str) -> bool:
@@ -51,7 +58,7 @@ def has_control_literal(pattern: str) -> bool:
     It treats classes with more than one character correctly: one that excludes control characters, or has a
     range from one of them to another character.
     """
-    return _CONTROLS.search(_CLASSES.sub(_single_characters, pattern)) is not None
+    return _CONTROLS.search(_PIECES.sub(_single_characters, pattern)) is not None
 
 
 def _single_characters(found: re.Match[str]) -> str:
