@@ -80,6 +80,19 @@ def test_a_brace_without_a_count_is_a_character(
         assert not accepts(compiler, source, bad)
 
 
+@pytest.mark.parametrize("pattern", [r"\S", r"[^\s@]", r"[\S]", r"[\Sx]", r"[\s\S]", r"[^\S\n]", r"\s"])
+def test_what_is_no_blank_is_no_blank_of_unicode(compiler: GrammarCompiler, pattern: str) -> None:
+    is_blank = pattern in (r"[^\S\n]", r"\s")  # of ASCII only
+    plain = sources.regex(pattern)
+    value = sources.json_schema({"type": "string", "pattern": f"^{pattern}$"})
+    argument = GrammarSource(f"start: TEXT\nTEXT: {whole_pattern(f'^{pattern}$')}")
+    for text in ["a", "é", "語", " ", "\u0085", "\u00a0", "\u1680", "\u2007", "\u2029", "\u202f", "\u3000"]:
+        is_right = re.fullmatch(pattern, text) is not None and (text.isascii() or not is_blank)
+        assert accepts(compiler, plain, text) == is_right, text
+        assert accepts(compiler, argument, text) == is_right, text
+        assert is_blank or accepts(compiler, value, f'"{text}"') == is_right, text
+
+
 def test_the_common_pattern_of_an_address_is_enforced(compiler: GrammarCompiler) -> None:
     source = sources.json_schema({"type": "string", "pattern": EMAIL})
     assert accepts(compiler, source, '"ada.l@example.org"')

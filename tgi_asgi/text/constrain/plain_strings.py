@@ -13,7 +13,7 @@ from typing import Any
 
 from tgi_asgi.text.constrain.compiler_errors import refuse_panics
 from tgi_asgi.text.constrain.formats import PLAIN_PATTERNS
-from tgi_asgi.text.constrain.patterns import begins_a_class_with_its_end, rust_regex
+from tgi_asgi.text.constrain.patterns import begins_a_class_with_its_end, lark_regex
 
 ANY = r"(.|\n)*"
 _UNENFORCED = "password"  # a format that says nothing about the text
@@ -35,7 +35,7 @@ def string_regexes(schema: Mapping[str, Any]) -> tuple[list[str], frozenset[str]
         left_out |= {"pattern"} if whole is None else set()
     form = schema.get("format")
     if form in PLAIN_PATTERNS:
-        found.append(_lark(PLAIN_PATTERNS[form]))
+        found.append(lark_regex(PLAIN_PATTERNS[form]))
     elif form is not None and form != _UNENFORCED:
         left_out.add("format")
     return found, frozenset(left_out)
@@ -87,15 +87,8 @@ def whole_pattern(pattern: str) -> str | None:
         is_begun, is_ended = anchors.get(begin) == "^", end > begin and anchors.get(end - 1) == "$"
         inner = pattern[begin + is_begun : end - is_ended]
         parts.append(f"{'' if is_begun else ANY}(?:{inner}){'' if is_ended else ANY}")
-    lark = _lark(f"(?:{'|'.join(parts)})")
+    lark = lark_regex(f"(?:{'|'.join(parts)})")
     return lark if _is_valid(lark) else None
-
-
-def _lark(pattern: str) -> str:
-    from llguidance import regex_to_lark
-
-    with refuse_panics():
-        return f"/{regex_to_lark(rust_regex(pattern), 'dws')}/"
 
 
 def _is_valid(lark: str) -> bool:
