@@ -13,6 +13,7 @@ from typing import Any
 
 from tgi_asgi.text.constrain.compiler_errors import refuse_panics
 from tgi_asgi.text.constrain.formats import PLAIN_PATTERNS
+from tgi_asgi.text.constrain.patterns import begins_a_class_with_its_end, lark_regex
 
 ANY = r"(.|\n)*"
 _UNENFORCED = "password"  # a format that says nothing about the text
@@ -34,7 +35,7 @@ def string_regexes(schema: Mapping[str, Any]) -> tuple[list[str], frozenset[str]
         left_out |= {"pattern"} if whole is None else set()
     form = schema.get("format")
     if form in PLAIN_PATTERNS:
-        found.append(_lark(PLAIN_PATTERNS[form]))
+        found.append(lark_regex(PLAIN_PATTERNS[form]))
     elif form is not None and form != _UNENFORCED:
         left_out.add("format")
     return found, frozenset(left_out)
@@ -78,24 +79,16 @@ def whole_pattern(pattern: str) -> str | None:
     bars = [at for at, mark, depth in marks if mark == "|" and depth == 0]
     begins, ends = {0, *(at + 1 for at in bars)}, {*bars, len(pattern)}
     anchors = {at: mark for at, mark, _ in marks if mark in "^$"}
-    has_empty_class = "[]" in pattern or "[^]" in pattern  # of which dialects differ in the meaning
     is_inside = any(at not in begins if mark == "^" else at + 1 not in ends for at, mark in anchors.items())
-    if is_inside or has_empty_class:
+    if is_inside or begins_a_class_with_its_end(pattern):
         return None
     parts = []
     for begin, end in zip(sorted(begins), sorted(ends), strict=True):
         is_begun, is_ended = anchors.get(begin) == "^", end > begin and anchors.get(end - 1) == "$"
         inner = pattern[begin + is_begun : end - is_ended]
         parts.append(f"{'' if is_begun else ANY}(?:{inner}){'' if is_ended else ANY}")
-    lark = _lark(f"(?:{'|'.join(parts)})")
+    lark = lark_regex(f"(?:{'|'.join(parts)})")
     return lark if _is_valid(lark) else None
-
-
-def _lark(pattern: str) -> str:
-    from llguidance import regex_to_lark
-
-    with refuse_panics():
-        return f"/{regex_to_lark(pattern, 'dws')}/"
 
 
 def _is_valid(lark: str) -> bool:

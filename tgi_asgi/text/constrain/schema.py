@@ -9,7 +9,6 @@ first.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,8 +33,8 @@ from tgi_asgi.text.constrain.exact import (
     nudge_bounds,
 )
 from tgi_asgi.text.constrain.formats import PATTERNS
+from tgi_asgi.text.constrain.patterns import has_control_literal, rust_regex
 
-_CONTROLS = re.compile(r"[\x00-\x1f]|\\(?:x[01]|u00[01]|c)")  # the compiler drops a control-character literal
 _FORMATS = frozenset({"ipv4", "ipv6", "uuid"})  # besides PATTERNS
 _UNENFORCEABLE = frozenset(
     {
@@ -139,12 +138,14 @@ class _Adapter:
             self._drop(schema, "$ref", reference)  # it may refer to an `$id`, which the compiler knows
         pattern, names = schema.get("pattern"), schema.get("patternProperties")
         if isinstance(pattern, str):
-            problem = problem_of({"type": "string", "pattern": pattern}) or (
-                _CONTROLS.search(pattern) and "control characters cannot be written"
+            schema["pattern"] = rust_regex(pattern)
+            problem = problem_of({"type": "string", "pattern": schema["pattern"]}) or (
+                "control characters cannot be written" if has_control_literal(pattern) else None
             )
             if problem:
                 self._drop(schema, "pattern", f"{pattern}: {problem}")
         if isinstance(names, Mapping):
+            names = schema["patternProperties"] = {rust_regex(name): item for name, item in names.items()}
             problem = (
                 problem_of({"patternProperties": dict.fromkeys(names, True)})
                 if len(names) <= _MAX_PATTERNS

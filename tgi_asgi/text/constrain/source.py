@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.constrain.compiler_errors import refuse_panics
 from tgi_asgi.text.constrain.gbnf import gbnf_to_lark, is_gbnf
+from tgi_asgi.text.constrain.patterns import lark_regex
 from tgi_asgi.text.constrain.schema import enforceable
 
 MAX_CHARS = 128 * 1024  # of a grammar; compiling that much takes up to 0.1 s
@@ -137,11 +137,8 @@ def regex(pattern: str) -> GrammarSource:
     Raises:
         InvalidRequest: if the pattern is too long.
     """
-    from llguidance import regex_to_lark
-
     _check_size(pattern)
-    with refuse_panics():
-        return GrammarSource(f"start: /{regex_to_lark(pattern, 'dws')}/")
+    return GrammarSource(f"start: {lark_regex(pattern)}")
 
 
 def choice(texts: Sequence[str]) -> GrammarSource:
