@@ -22,8 +22,10 @@ Make = Callable[[_C.Program], Any]
 Call = Callable[..., object]
 
 
-def make_program(max_tokens: int = 8, max_rows: int = 2) -> _C.Program:
-    return _C.Program(max_tokens=max_tokens, max_sequences=1, max_rows=max_rows, max_context=16)
+def make_program(max_tokens: int = 8, max_rows: int = 2, max_sequences: int = 1) -> _C.Program:
+    return _C.Program(
+        max_tokens=max_tokens, max_sequences=max_sequences, max_rows=max_rows, max_context=16
+    )  # fmt: skip
 
 
 @functools.cache
@@ -359,16 +361,32 @@ def test_generated_tokens_are_some_of_a_step_s_without_a_cache(num_generated: in
         program.run(batch(0, 2, num_generated), [])
 
 
+@functools.cache
+def conv() -> _C.ShortConv:
+    return _C.ShortConv(
+        weight=np.zeros((2, 64), np.float32), bias=None, first_column=0, in_gate=None, out_gate=None,
+        has_silu=False,
+    )  # fmt: skip
+
+
+def test_two_rows_of_a_step_have_no_state_in_common() -> None:
+    program = make_program(max_sequences=2)
+    states = _C.StatePool(layers=[(64, 2, 0)], num_slots=2)
+    program.short_conv(rows=rows(program), conv=conv(), states=states, layer=0, out=rows(program))
+    step = _C.FlatRows(
+        ids=[1, 2], positions=[0, 0], slots=[0, 1], query_start=[0, 1, 2], context_len=[1, 1],
+        block_table=np.zeros((2, 1), np.int32), row_slots=[0, 0],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="two rows of a step have one slot"):
+        program.run(step, [])
+
+
 def test_a_step_whose_states_are_missing_leaves_the_logits_of_the_one_before() -> None:
     program = make_program()
     x, source = rows(program), last_activation(program)
     program.embed(table=matrix(32), factor=1.0, positions=None, out=x)
-    conv = _C.ShortConv(
-        weight=np.zeros((2, 64), np.float32), bias=None, first_column=0, in_gate=None, out_gate=None,
-        has_silu=False,
-    )  # fmt: skip
     states = _C.StatePool(layers=[(64, 2, 0)], num_slots=1)
-    program.short_conv(rows=x, conv=conv, states=states, layer=0, out=rows(program))
+    program.short_conv(rows=x, conv=conv(), states=states, layer=0, out=rows(program))
     norm(program, x, source, for_logits=True)
     program.logits(product=product(64, source), vocab_size=60, scale=1.0, cap=0.0)
     expected = program.run(batch(0, 2), [0, 1]).copy()
