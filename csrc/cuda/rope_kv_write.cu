@@ -85,7 +85,7 @@ template <int Width>
 using Values = float[Runs<Width>::kPairs][2][Width];
 
 __device__ __forceinline__ float sum_over(float x, int lanes) {
-  for (int other = lanes / 2; other > 0; other /= 2) x += __shfl_xor_sync(0xffffffffu, x, other);
+  for (int other = lanes / 2; other > 0; other /= 2) x += __shfl_xor_sync(kAllLanes, x, other);
   return x;
 }
 
