@@ -10,6 +10,7 @@
 
 #include "bindings/checks.h"
 #include "bindings/plan_values.h"
+#include "cpu/memory.h"
 
 namespace tgi {
 
@@ -21,6 +22,27 @@ Py_ssize_t offset_of(const py::type& type, const char* name) {
   const py::object member = type.attr("__dict__")[name];
   check(Py_TYPE(member.ptr()) == &PyMemberDescr_Type, "`", name, "` must be a slot of its class");
   return reinterpret_cast<PyMemberDescrObject*>(member.ptr())->d_member->offset;
+}
+
+// Checks that the inputs lie in memory of `num_bytes`, one behind the other.
+void check_inputs(const int64_t* firsts, const DeviceSizes& sizes, int64_t num_bytes) {
+  const auto [tokens, sequences, logits, decodes, columns] = sizes;
+  for (const int64_t size : {tokens, sequences, logits, decodes, columns}) {
+    check(size >= 0 && size < INT32_MAX, "a step's sizes must be in [0, ", INT32_MAX, "), got ",
+          size);
+  }
+  const int64_t tables = cpu::product_of_sizes({4, sequences, columns});
+  const std::array<int64_t, kNumInputs> bytes = {
+      8 * tokens,          4 * tokens,    4 * tokens,  4 * tokens,
+      4 * (sequences + 1), 4 * sequences, 4 * decodes, 4 * logits,
+      4 * logits,          4 * logits,    tables};
+  int64_t end = 0;
+  for (size_t i = 0; i < bytes.size(); ++i) {
+    check(firsts[i] >= end && firsts[i] % 8 == 0 && firsts[i] <= num_bytes, "`firsts`[", i,
+          "] must be a multiple of 8 in [", end, ", ", num_bytes, "], got ", firsts[i]);
+    end = firsts[i] + bytes[i];
+  }
+  check(end <= num_bytes, "the inputs have ", end, " bytes, the memory ", num_bytes);
 }
 
 // Returns the row of each slot's mask, -1 for none.
@@ -205,11 +227,12 @@ void DeviceRows::read_table(PyObject* tables, Slot& slot, int64_t num_blocks) {
     const auto changed = std::mismatch(entries, entries + known, slot.entries.begin()).second;
     std::for_each(changed, slot.entries.end(), [](PyObject* entry) { Py_DECREF(entry); });
     slot.entries.erase(changed, slot.entries.end());
-    slot.blocks.resize(slot.entries.size());
   }
+  slot.blocks.resize(slot.entries.size());  // one more if memory ran out between the two
   for (size_t i = slot.entries.size(); i < count; ++i) {
     slot.blocks.push_back(static_cast<int32_t>(integer(entries[i], "block", limits_.num_blocks)));
-    slot.entries.push_back(Py_NewRef(entries[i]));
+    slot.entries.push_back(entries[i]);
+    Py_INCREF(entries[i]);
   }
 }
 
@@ -231,9 +254,7 @@ void DeviceRows::write(Array<uint8_t>& memory, const int64_t* firsts, const Devi
             (needing ? static_cast<int64_t>(needing->size()) <= sizes.num_logits
                      : sizes.num_logits == sizes.num_sequences),
         "the rows do not fit the sizes of the step");
-  const int64_t num_bytes = firsts[kInputBlockTable] + 4 * sizes.num_sequences * sizes.num_columns;
-  check(memory.nbytes() >= num_bytes, "the inputs have ", num_bytes, " bytes, the memory ",
-        memory.nbytes());
+  check_inputs(firsts, sizes, memory.nbytes());
   check(adapters.empty() || adapters.size() == rows_.size(), "`adapters` has an entry per row");
   const Inputs inputs(memory.mutable_data(), firsts, sizes.num_columns);
   const std::vector<int32_t> masks = masks_of_slots(masked, slots_.size());

@@ -99,12 +99,12 @@ void multiply(const Matrix& weight, const std::optional<Array<float>>& bias, con
     header.num_adapters = static_cast<int64_t>(adapted.rows->adapter_spans.size());
   }
   const step::Kernels& kernels = step::kernels();
-  const int64_t tiles = (header.num_tokens + kernels.tile_tokens - 1) / kernels.tile_tokens;
   const py::gil_scoped_release release;
   DirectMemory& memory = direct_memory();
   const std::lock_guard<std::mutex> lock(memory.mutex);
   const int64_t tile_bytes = pack.out.tile_bytes(kernels.tile_tokens);
-  pack.out.data = memory.input.reserve(cpu::product_of_sizes({tiles, tile_bytes}));
+  pack.out.data =
+      memory.input.reserve(cpu::product_of_sizes({tiles_of(header.num_tokens), tile_bytes}));
   linear.in = pack.out;
   if (has_adapters) {
     linear.adapter.inner = reinterpret_cast<float*>(memory.inner.reserve(

@@ -217,6 +217,11 @@ ExpertsMemory& experts_memory() {
   return memory;
 }
 
+void check_columns(const FloatArray& x, int64_t columns) {
+  check(x.shape(1) > 0 && step::padded_columns(x.shape(1)) == columns,
+        "`x` must have the experts' columns, ", columns, " with padding, got ", x.shape(1));
+}
+
 // Builds the routing from arrays; ids beyond the number of experts are ignored.
 RoutingBuffer routing_of(const Array<int32_t>& ids, const Array<float>& weights,
                          int64_t num_experts) {
@@ -235,8 +240,7 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
                   const std::string& inner_precision) {
   check_rows_of(x, 2, "x");
   const int64_t num_tokens = x.shape(0), columns = mlps.gate_up.front()->num_columns();
-  check(x.shape(1) > 0 && step::padded_columns(x.shape(1)) == columns,
-        "`x` must have the experts' columns, ", columns, " with padding, got ", x.shape(1));
+  check_columns(x, columns);
   check(ids.ndim() == 2 && ids.shape(0) == num_tokens, "`ids` must be of the rows of `x`");
   const int64_t width = mlps.down->num_rows();
   check_out(out, num_tokens, width);
@@ -270,9 +274,6 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
   for (int64_t i = 0; i < *routing.view.num_used; ++i) {
     most = std::max<int64_t>(most, routing.view.experts[i].num_tokens);
   }
-  const auto tiles_of = [&](int64_t rows) {
-    return (rows + kernels.tile_tokens - 1) / kernels.tile_tokens;
-  };
   params.num_tiles = std::max({tiles_of(num_tokens), tiles_of(most), *routing.view.num_used});
   ExpertsMemory& memory = experts_memory();
   const std::lock_guard<std::mutex> lock(memory.mutex);
@@ -311,64 +312,56 @@ void rows_by_expert(const ExpertStack& stack, const Array<int32_t>& sizes, const
   const int64_t num_rows = std::accumulate(sizes.data(), sizes.data() + sizes.size(), int64_t{0});
   check(num_rows == x.shape(0), "`sizes` must add up to the rows of `x`, ", x.shape(0), ", got ",
         num_rows);
-  check(x.shape(1) > 0 && step::padded_columns(x.shape(1)) == stack.num_columns(),
-        "`x` must have the experts' columns, ", stack.num_columns(), " with padding, got ",
-        x.shape(1));
+  check_columns(x, stack.num_columns());
   check_out(out, num_rows, stack.num_rows());
   const Precision precision = precision_of(precision_name);
   stack.check_precision(precision, 1);
   const step::Kernels& kernels = step::kernels();
-  const step::Activation in = {
+  const step::ExpertMatrices view = stack.view();
+  step::Activation in = {
       .data = nullptr,
       .precision = precision,
       .num_columns = stack.num_columns(),
   };
   const int64_t tile_bytes = in.tile_bytes(kernels.tile_tokens), stride = float_stride(x, 0, "x");
+  int64_t num_tiles = 0;
+  for (int64_t e = 0; e < stack.num_experts(); ++e) num_tiles += tiles_of(sizes.at(e));
   struct Part {
     step::StepHeader header;
     step::PackParams pack;
     step::LinearRowsParams product;
   };
   std::vector<Part> parts;
-  int64_t first = 0, num_tiles = 0;
-  for (int64_t e = 0; e < stack.num_experts(); ++e) {
-    const int64_t size = sizes.at(e);
-    if (size == 0) continue;
-    Part part = {};
-    part.header.num_tokens = size;
-    part.pack = {
-        .rows = x.data() + first * stride,
-        .stride = stride,
-        .width = x.shape(1),
-        .out = in,
-    };
-    const step::ExpertMatrices view = stack.view();
-    part.product.linear.weight = view.weights[e];
-    part.product.linear.bias = view.biases == nullptr ? nullptr : view.biases[e];
-    part.product.out = out.mutable_data() + first * stack.num_rows();
-    part.product.stride = stack.num_rows();
-    parts.push_back(part);
-    first += size;
-    num_tiles += (size + kernels.tile_tokens - 1) / kernels.tile_tokens;
-  }
+  const float* from = x.data();
+  float* to = out.mutable_data();
+  const int32_t* const size_of = sizes.data();
   const int64_t floats = stack.scratch_floats(precision, 1);
   const py::gil_scoped_release release;
   ExpertsMemory& memory = experts_memory();
   const std::lock_guard<std::mutex> lock(memory.mutex);
-  uint8_t* const base = memory.in.reserve(cpu::product_of_sizes({num_tiles, tile_bytes}));
+  in.data = memory.in.reserve(cpu::product_of_sizes({num_tiles, tile_bytes}));
+  for (int64_t e = 0; e < stack.num_experts(); ++e) {
+    const int64_t size = size_of[e];
+    if (size == 0) continue;
+    Part part = {};
+    part.header.num_tokens = size;
+    part.pack = {.rows = from, .stride = stride, .width = x.shape(1), .out = in};
+    part.product.linear.weight = view.weights[e];
+    part.product.linear.bias = view.biases == nullptr ? nullptr : view.biases[e];
+    part.product.linear.in = in;
+    part.product.linear.scratch_floats = floats;
+    part.product.out = to;
+    part.product.stride = stack.num_rows();
+    parts.push_back(part);
+    from += size * stride;
+    to += size * stack.num_rows();
+    in.data += tiles_of(size) * tile_bytes;
+  }
   const auto prepare = [&](int num_members) {
-    float* const scratch = floats == 0
-                               ? nullptr
-                               : reinterpret_cast<float*>(memory.scratch.reserve(
-                                     cpu::product_of_sizes({num_members, floats, kFloatBytes})));
-    uint8_t* at = base;
-    for (Part& part : parts) {
-      part.pack.out.data = at;
-      part.product.linear.in = part.pack.out;
-      part.product.linear.scratch = scratch;
-      part.product.linear.scratch_floats = floats;
-      at += (part.header.num_tokens + kernels.tile_tokens - 1) / kernels.tile_tokens * tile_bytes;
-    }
+    if (floats == 0) return;
+    auto* const scratch = reinterpret_cast<float*>(
+        memory.scratch.reserve(cpu::product_of_sizes({num_members, floats, kFloatBytes})));
+    for (Part& part : parts) part.product.linear.scratch = scratch;
   };
   const auto run = [&](int member, int num_members) {
     for (const Part& part : parts) kernels.pack(part.pack, part.header, member, num_members);

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <vector>
 
+#include "cpu/step/kernel_sets.h"
 #include "cpu/step/pack.h"
 #include "cpu/team.h"
 
@@ -152,6 +153,11 @@ void check_product(const step::PackedMatrix& weight, step::Precision precision,
   check(weight.num_rows % (unit_strips * step::kStripRows) == 0,
         "the weight must have a multiple of ", unit_strips * step::kStripRows, " rows, got ",
         weight.num_rows);
+}
+
+int64_t tiles_of(int64_t num_rows) {
+  const int64_t tile_tokens = step::kernels().tile_tokens;
+  return (num_rows + tile_tokens - 1) / tile_tokens;
 }
 
 void bind_matrices(py::module_& module) {

@@ -30,6 +30,9 @@ const char* precision_name(step::Precision precision);
 void check_product(const step::PackedMatrix& weight, step::Precision precision,
                    int64_t unit_strips);
 
+// Returns how many tiles rows of an activation take.
+int64_t tiles_of(int64_t num_rows);
+
 // Binds packing, and the table of formats with its readers, in tgi_asgi._C.
 void bind_matrices(py::module_& module);
 void bind_formats(py::module_& module);

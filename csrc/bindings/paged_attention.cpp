@@ -153,7 +153,9 @@ void PagedAttention::run_locked(const KvPool& pool, Call& call) {
       work,
       [&](int num_members) {
         const int64_t value_dim = call.attention.kv.value_dim;
-        if (num_members > partials_members_ || value_dim > partials_dim_ || rows > partials_rows_) {
+        if (partials_ == nullptr || num_members > partials_members_ || value_dim > partials_dim_ ||
+            rows > partials_rows_) {
+          partials_ = nullptr;  // as it stays without the memory
           partials_members_ = std::max(num_members, partials_members_);
           partials_dim_ = std::max(value_dim, partials_dim_);
           partials_rows_ = std::max(rows, partials_rows_);

@@ -169,8 +169,9 @@ void Program::begin(const step::StepHeader& header, const FlatRows& batch) {
   check_limit(header.num_sequences, max_sequences_, "context_len");
   check_header(header);
   check_rows(header);
-  header_ = header;
-  if (states_ != nullptr) states_->begin(batch, header_);
+  step::StepHeader next = header;
+  if (states_ != nullptr) states_->begin(batch, next);
+  header_ = next;
   can_run_head_ = false;
 }
 
@@ -184,6 +185,8 @@ void Program::check_header(const step::StepHeader& h) const {
   if (has_positions_ || pool_ != nullptr) {
     check_range(h.positions, h.num_tokens, num_positions_, "positions");
   }
+  check(h.num_generated >= 0 && h.num_generated <= h.num_tokens, "`num_generated` must be in [0, ",
+        h.num_tokens, "], got ", h.num_generated);
   if (pool_ == nullptr && states_ == nullptr) return;  // nothing reads more
   check(h.query_start[0] == 0 && h.query_start[h.num_sequences] == h.num_tokens,
         "`query_start` must run from 0 to ", h.num_tokens);

@@ -12,11 +12,6 @@ namespace {
 
 using MaybeFloats = std::optional<Floats>;
 
-Product product_of(const Matrix& weight, const ActivationPtr& in, const MaybeFloats& bias,
-                   std::optional<int64_t> adapter) {
-  return {.weight = weight, .in = in, .bias = bias, .adapter = adapter};
-}
-
 Floats rows_of_tiles(const ActivationBuffer& a) {
   check(a.view.precision == step::Precision::kFloat32, "only float32 activations can be read");
   Floats out({a.num_rows, a.view.num_columns});
@@ -54,143 +49,52 @@ void bind_buffers(py::module_& module) {
           "Return the bytes of each token's queries.");
 }
 
+// Structs have their fields in the order of the arguments.
 void bind_operands(py::module_& module) {
+  using MaybeInt = std::optional<int64_t>;
   py::class_<Product>(module, "Product", "A product's operands.")
-      .def(py::init(&product_of), py::kw_only(), py::arg("weight"), py::arg("source").none(false),
+      .def(py::init<const Matrix&, const ActivationPtr&, const MaybeFloats&, MaybeInt>(),
+           py::kw_only(), py::arg("weight"), py::arg("source").none(false),
            py::arg("bias").noconvert() = py::none(), py::arg("adapter") = py::none(),
            py::keep_alive<1, 2>());
   py::class_<Norm>(module, "Norm", "A norm of rows or heads; a bias makes it a LayerNorm.")
-      .def(py::init([](Floats weight, MaybeFloats bias, int64_t width, double eps) {
-             return Norm{
-                 .weight = std::move(weight),
-                 .bias = std::move(bias),
-                 .width = width,
-                 .eps = eps,
-             };
-           }),
-           py::kw_only(), py::arg("weight").noconvert(), py::arg("bias").noconvert(),
-           py::arg("width"), py::arg("eps"));
+      .def(py::init<Floats, MaybeFloats, int64_t, double>(), py::kw_only(),
+           py::arg("weight").noconvert(), py::arg("bias").noconvert(), py::arg("width"),
+           py::arg("eps"));
   py::class_<HeadNorms>(module, "HeadNorms", "The norms of queries and keys.")
-      .def(py::init([](const Norm& query, const Norm& key, bool is_whole, bool is_last) {
-             return HeadNorms{
-                 .query = query,
-                 .key = key,
-                 .is_whole = is_whole,
-                 .is_last = is_last,
-             };
-           }),
-           py::kw_only(), py::arg("query"), py::arg("key"), py::arg("is_whole"),
-           py::arg("is_last"));
+      .def(py::init<const Norm&, const Norm&, bool, bool>(), py::kw_only(), py::arg("query"),
+           py::arg("key"), py::arg("is_whole"), py::arg("is_last"));
   py::class_<Heads>(module, "Heads", "How heads are normalised, rotated and stored.")
-      .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, int64_t true_dim,
-                       std::optional<double> scale, MaybeFloats cosines, MaybeFloats sines,
-                       std::optional<HeadNorms> norms, double clip, MaybeFloats query_scales) {
-             return Heads{
-                 .pool = std::move(pool),
-                 .layer = layer,
-                 .num_heads = num_heads,
-                 .true_dim = true_dim,
-                 .scale = scale,
-                 .cosines = std::move(cosines),
-                 .sines = std::move(sines),
-                 .norms = std::move(norms),
-                 .clip = clip,
-                 .query_scales = std::move(query_scales),
-             };
-           }),
+      .def(py::init<PoolPtr, int64_t, int64_t, int64_t, std::optional<double>, MaybeFloats,
+                    MaybeFloats, std::optional<HeadNorms>, double, MaybeFloats>(),
            py::kw_only(), py::arg("pool").none(false), py::arg("layer"), py::arg("num_heads"),
            py::arg("true_dim"), py::arg("scale"), py::arg("cosines").noconvert() = py::none(),
            py::arg("sines").noconvert() = py::none(), py::arg("norms") = py::none(),
            py::arg("clip") = 0.0, py::arg("query_scales").noconvert() = py::none());
   py::class_<LatentHeads>(module, "LatentHeads", "The parameters of latent attention.")
-      .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, double scale, Floats norm,
-                       double eps, Floats cosines, Floats sines, int64_t rotary_column) {
-             return LatentHeads{
-                 .pool = std::move(pool),
-                 .layer = layer,
-                 .num_heads = num_heads,
-                 .scale = scale,
-                 .norm = std::move(norm),
-                 .eps = eps,
-                 .cosines = std::move(cosines),
-                 .sines = std::move(sines),
-                 .rotary_column = rotary_column,
-             };
-           }),
+      .def(py::init<PoolPtr, int64_t, int64_t, double, Floats, double, Floats, Floats, int64_t>(),
            py::kw_only(), py::arg("pool").none(false), py::arg("layer"), py::arg("num_heads"),
            py::arg("scale"), py::arg("norm").noconvert(), py::arg("eps"),
            py::arg("cosines").noconvert(), py::arg("sines").noconvert(), py::arg("rotary_column"));
-}
-
-void bind_recurrent_layers(py::module_& module) {
   py::class_<ShortConv>(module, "ShortConv", "A short convolution over columns of rows.")
-      .def(py::init([](Floats weight, MaybeFloats bias, int64_t first_column,
-                       std::optional<int64_t> in_gate, std::optional<int64_t> out_gate,
-                       bool has_silu) {
-             return ShortConv{
-                 .weight = std::move(weight),
-                 .bias = std::move(bias),
-                 .first_column = first_column,
-                 .in_gate = in_gate,
-                 .out_gate = out_gate,
-                 .has_silu = has_silu,
-             };
-           }),
-           py::kw_only(), py::arg("weight").noconvert(), py::arg("bias").noconvert(),
-           py::arg("first_column"), py::arg("in_gate"), py::arg("out_gate"), py::arg("has_silu"));
+      .def(py::init<Floats, MaybeFloats, int64_t, MaybeInt, MaybeInt, bool>(), py::kw_only(),
+           py::arg("weight").noconvert(), py::arg("bias").noconvert(), py::arg("first_column"),
+           py::arg("in_gate"), py::arg("out_gate"), py::arg("has_silu"));
   py::class_<SelectiveScan>(module, "SelectiveScan", "State spaces of heads.")
-      .def(py::init([](int64_t num_heads, int64_t head_dim, int64_t num_groups, int64_t state_size,
-                       Floats a, Floats d, Floats dt_bias, int64_t dt_column, double dt_scale,
-                       double dt_low, double dt_high) {
-             return SelectiveScan{
-                 .num_heads = num_heads,
-                 .head_dim = head_dim,
-                 .num_groups = num_groups,
-                 .state_size = state_size,
-                 .a = std::move(a),
-                 .d = std::move(d),
-                 .dt_bias = std::move(dt_bias),
-                 .dt_column = dt_column,
-                 .dt_scale = dt_scale,
-                 .dt_low = dt_low,
-                 .dt_high = dt_high,
-             };
-           }),
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, Floats, Floats, Floats, int64_t, double,
+                    double, double>(),
            py::kw_only(), py::arg("num_heads"), py::arg("head_dim"), py::arg("num_groups"),
            py::arg("state_size"), py::arg("a").noconvert(), py::arg("d").noconvert(),
            py::arg("dt_bias").noconvert(), py::arg("dt_column"), py::arg("dt_scale"),
            py::arg("dt_low"), py::arg("dt_high"));
   py::class_<DeltaRule>(module, "DeltaRule", "Heads of the gated delta rule.")
-      .def(py::init([](int64_t num_heads, int64_t head_dim, int64_t num_key_heads, int64_t key_dim,
-                       bool is_tiled, Floats a, Floats dt_bias) {
-             return DeltaRule{
-                 .num_heads = num_heads,
-                 .head_dim = head_dim,
-                 .num_key_heads = num_key_heads,
-                 .key_dim = key_dim,
-                 .is_tiled = is_tiled,
-                 .a = std::move(a),
-                 .dt_bias = std::move(dt_bias),
-             };
-           }),
-           py::kw_only(), py::arg("num_heads"), py::arg("head_dim"), py::arg("num_key_heads"),
-           py::arg("key_dim"), py::arg("is_tiled"), py::arg("a").noconvert(),
-           py::arg("dt_bias").noconvert());
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, bool, Floats, Floats>(), py::kw_only(),
+           py::arg("num_heads"), py::arg("head_dim"), py::arg("num_key_heads"), py::arg("key_dim"),
+           py::arg("is_tiled"), py::arg("a").noconvert(), py::arg("dt_bias").noconvert());
   py::class_<GatedNorm>(module, "GatedNorm", "A norm of groups of columns, and a gate.")
-      .def(py::init([](int64_t width, int64_t group_width, MaybeFloats weight, double eps,
-                       bool is_gate_first, bool is_sigmoid, double gate_scale) {
-             return GatedNorm{
-                 .width = width,
-                 .group_width = group_width,
-                 .weight = std::move(weight),
-                 .eps = eps,
-                 .is_gate_first = is_gate_first,
-                 .is_sigmoid = is_sigmoid,
-                 .gate_scale = gate_scale,
-             };
-           }),
-           py::kw_only(), py::arg("width"), py::arg("group_width"), py::arg("weight").noconvert(),
-           py::arg("eps"), py::arg("is_gate_first"), py::arg("is_sigmoid"), py::arg("gate_scale"));
+      .def(py::init<int64_t, int64_t, MaybeFloats, double, bool, bool, double>(), py::kw_only(),
+           py::arg("width"), py::arg("group_width"), py::arg("weight").noconvert(), py::arg("eps"),
+           py::arg("is_gate_first"), py::arg("is_sigmoid"), py::arg("gate_scale"));
 }
 
 }  // namespace
@@ -199,7 +103,6 @@ void bind_recurrent_layers(py::module_& module) {
 void bind_program(py::module_& module) {
   bind_buffers(module);
   bind_operands(module);
-  bind_recurrent_layers(module);
   py::class_<Program, std::shared_ptr<Program>>(module, "Program",
                                                 "See csrc/bindings/recording.h and program.h.")
       .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("max_tokens"),

@@ -22,14 +22,14 @@ void Program::copy_blocks(const BlockPairs& pairs) {
   check(pool_ != nullptr, "the program has no keys and values");
   // A prompt's last block is copied for each of its choices: 2 MiB each for 8 B weights in bf16.
   const py::gil_scoped_release release;
-  pool_->copy(pairs);
-  if (shards_ == nullptr) return;
+  if (shards_ == nullptr) return pool_->copy(pairs);
   ShardMail mail = {ShardMail::Kind::kCopy};
   mail.copies = pairs;
   cpu::run_on_team(
-      [&](int num_members) {
+      [&](int num_members) {  // either all shards copy or none
         check_members(num_members);
         write_mail(mail, *shards_);
+        pool_->copy(pairs);
         shards_->send();
       },
       [&](int, int) { shard_barrier(); });

@@ -50,8 +50,7 @@ ActivationPtr Recording::activation(int64_t columns, const std::string& precisio
         "], got ", min_tiles);
   const int64_t count = for_logits ? max_rows_ : max_tokens_;
   const int64_t tile_tokens = step::kernels().tile_tokens;
-  const int64_t tiles = std::max<int64_t>(
-      {(count + tile_tokens - 1) / tile_tokens, int64_t{num_members_}, min_tiles});
+  const int64_t tiles = std::max({tiles_of(count), int64_t{num_members_}, min_tiles});
   const bool is_by_kind = precision == "by_kind";
   check(!is_by_kind || !for_logits, "rows of logits are of one kind");
   step::Activation view = {

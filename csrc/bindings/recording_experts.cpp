@@ -6,15 +6,6 @@
 
 namespace tgi {
 
-namespace {
-
-int64_t tiles_of(int64_t rows) {
-  const int64_t tile_tokens = step::kernels().tile_tokens;
-  return (rows + tile_tokens - 1) / tile_tokens;
-}
-
-}  // namespace
-
 RoutingPtr Recording::routing(int64_t num_experts, int64_t top_k) const {
   return std::make_shared<RoutingBuffer>(RoutingBuffer::make(max_tokens_, num_experts, top_k));
 }

@@ -182,10 +182,11 @@ py::tuple token_logprobs(const Array<float>& logits, const Array<int32_t>& token
       .vocab = vocab,
       .num_top = num_top,
   };
-  const py::gil_scoped_release release;
-  cpu::parallel_range(rows, 1,
-                      [&](int64_t begin, int64_t end) { cpu::token_logprobs(params, begin, end); });
-  const py::gil_scoped_acquire acquire;
+  {
+    const py::gil_scoped_release release;
+    cpu::parallel_range(
+        rows, 1, [&](int64_t begin, int64_t end) { cpu::token_logprobs(params, begin, end); });
+  }
   return py::make_tuple(logprobs, top_ids, top_logprobs);
 }
 

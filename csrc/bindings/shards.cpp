@@ -79,6 +79,7 @@ cpu::ShardShape make_shape(int64_t count, int64_t num_members, int64_t num_colum
   const int64_t words =
       kNumbers + max_tokens * (1 + num_groups) + max_sequences + max_rows + 2 * kMaxCopies;
   const int64_t tables = cpu::product_of_sizes({num_groups, max_sequences, table_width, 4});
+  const int64_t lists = cpu::product_of_sizes({words, kWord});
   return {
       .count = count,
       .num_members = num_members,
@@ -86,7 +87,7 @@ cpu::ShardShape make_shape(int64_t count, int64_t num_members, int64_t num_colum
       .num_columns = num_columns,
       .max_rows = max_rows,
       .vocab_size = vocab_size,
-      .mail_bytes = whole_words(tables) + words * kWord,
+      .mail_bytes = whole_words(tables) + lists,
   };
 }
 

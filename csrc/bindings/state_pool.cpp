@@ -19,6 +19,11 @@ constexpr int64_t kLineFloats = 16;
 constexpr int64_t kMaxPlaces = INT32_MAX / 4;
 constexpr int64_t kMaxDrafts = 1 << 10;  // per row
 
+bool has_repeats(std::vector<int32_t> values) {
+  std::sort(values.begin(), values.end());
+  return std::adjacent_find(values.begin(), values.end()) != values.end();
+}
+
 }  // namespace
 
 int64_t StateShape::window_bytes() const {
@@ -99,6 +104,7 @@ void StatePool::check_rows(const FlatRows& rows, const step::StepHeader& header)
   check(rows.num_drafts.empty() || rows.num_drafts.size() == count,
         "`num_drafts` has an entry a sequence");
   check_range(rows.row_slots.data(), header.num_sequences, num_slots_, "row_slots");
+  check(!has_repeats(rows.row_slots), "two rows of a step have one slot");
   for (const int32_t place : rows.resumes) {
     check(place >= -1 && place < static_cast<int64_t>(places_.size()) - first_kept(),
           "there is no place ", place, " of kept states");
@@ -135,9 +141,7 @@ void StatePool::check_keeps(const FlatRows& rows, const step::StepHeader& header
     check(std::find(touched.begin(), touched.end(), place) == touched.end(),
           "a state is kept where another row begins");
   }
-  std::sort(touched.begin(), touched.end());
-  check(std::adjacent_find(touched.begin(), touched.end()) == touched.end(),
-        "two states are kept in one place");
+  check(!has_repeats(std::move(touched)), "two states are kept in one place");
 }
 
 void StatePool::clear(int32_t slot, int32_t half, int64_t num_tokens) {

@@ -39,7 +39,8 @@ class StatePool {
 
   // Chooses the places of a step and sets them in its header; states that the step writes are not
   // valid until `commit`. Throws std::invalid_argument, without changing anything, if a row starts
-  // from a state that does not exist, or if a place would be written that another row uses.
+  // from a state that does not exist, or if a place would be written that another row uses; two
+  // rows have no slot in common.
   void begin(const FlatRows& rows, cpu::step::StepHeader& header);
   // Call it when the step has been computed.
   void commit();

@@ -83,6 +83,8 @@ void StepQueue::end(Item item) {
 void StepQueue::set_sampling(std::shared_ptr<SampleArrays> state) { sampling_ = std::move(state); }
 
 void StepQueue::set_drafter(std::shared_ptr<cpu::Drafter> drafter) {
+  check(!limits_ || drafter->num_slots() >= limits_->max_rows,
+        "the drafter must have the slots of a queue's rows, got ", drafter->num_slots());
   drafter_ = std::move(drafter);
 }
 
@@ -202,7 +204,7 @@ void bind_step_queue(py::module_& module) {
       .def("compute_rows", &StepQueue::compute_rows, release())
       .def("finish", &StepQueue::finish)
       .def("set_sampling", &StepQueue::set_sampling)
-      .def("set_drafter", &StepQueue::set_drafter);
+      .def("set_drafter", &StepQueue::set_drafter, py::arg("drafter").none(false));
 }
 
 }  // namespace tgi

@@ -22,7 +22,10 @@ struct DraftRows {
   const int32_t* ahead;
 };
 
-// Does the same as `sample` in sample.h, treating the drafts before a row as sampled.
+// A member's part of sampling `num_rows` rows, treating the drafts before a row as sampled. All
+// members of a team call it, or a single caller as member 0 of 1. The rows' slots are not advanced.
+// Each member samples whole rows by itself, and all members share the remaining rows; both ways
+// yield the same bits. scratch: work memory for all members.
 void sample(const ::tgi::SampleParams& p, const DraftRows& drafts, int64_t num_rows,
             uint8_t* scratch, int member, int num_members);
 

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kMappedBytes = 1 << 16;  // from this size on mmap is used, which returns zeros
 constexpr int64_t kPieceBytes = 64 << 20;
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kMaxBytes = int64_t{1} << 62;
+constexpr int64_t kMaxBytes = int64_t{1} << 60;
 
 }  // namespace
 

@@ -13,8 +13,8 @@ using Memory = std::shared_ptr<uint8_t>;
 // first touched. Throws std::bad_alloc.
 Memory allocate(int64_t bytes);
 
-// Returns the product of sizes. Throws std::bad_alloc above 2^62, more than any machine has; the
-// limit leaves headroom for small additions.
+// Returns the product of sizes. Throws std::bad_alloc above 2^60, more than any machine has; the
+// limit leaves headroom for a sum of up to seven.
 int64_t product_of_sizes(std::initializer_list<int64_t> sizes);
 
 // Allocates memory from large pieces, so that objects smaller than a huge page share one.

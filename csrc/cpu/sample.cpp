@@ -184,11 +184,6 @@ void sample(const SampleParams& p, const DraftRows& drafts, int64_t num_rows, ui
   }
 }
 
-void sample(const SampleParams& p, int64_t num_rows, uint8_t* scratch, int member,
-            int num_members) {
-  sample(p, DraftRows{}, num_rows, scratch, member, num_members);
-}
-
 void accept_drafts(const SampleParams& p, const DraftRows& drafts, int64_t num_rows,
                    bool* is_accepted) {
   for (int64_t row = 0; row < num_rows; ++row) {

@@ -8,16 +8,9 @@
 
 namespace tgi::cpu {
 
-// Returns the size in bytes of the work memory, aligned to 64, that sample() needs for this many
-// members.
+// Returns the size in bytes of the work memory, aligned to 64, that `sample` in draft_rows.h needs
+// for this many members.
 int64_t sample_scratch_bytes(int64_t vocab, int num_members);
-
-// A member's part of sampling `num_rows` rows. All members of a team call it, or a single caller as
-// member 0 of 1. The rows' slots are not advanced; `accept_drafts` in draft_rows.h does that. Each
-// member samples whole rows by itself, and all members share the remaining rows; both ways yield
-// the same bits. scratch: work memory for all members.
-void sample(const ::tgi::SampleParams& p, int64_t num_rows, uint8_t* scratch, int member,
-            int num_members);
 
 // Computes rows [begin, end). A row that is not finite gets NaN.
 void token_logprobs(const ::tgi::TokenLogprobsParams& p, int64_t begin, int64_t end);

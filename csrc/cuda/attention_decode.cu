@@ -22,11 +22,11 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(AttentionParams p
     int32_t before = own;  // including own, within this round
 #pragma unroll
     for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
-      const int32_t other = __shfl_up_sync(0xffffffffu, before, lanes);
+      const int32_t other = __shfl_up_sync(kAllLanes, before, lanes);
       if (lane >= lanes) before += other;
     }
     if (sequence < p.num_sequences) p.plan[sequence + 1] = total + before;
-    total += __shfl_sync(0xffffffffu, before, kWarpSize - 1);
+    total += __shfl_sync(kAllLanes, before, kWarpSize - 1);
   }
   if (lane == 0) p.plan[0] = 0;
 }

@@ -47,10 +47,10 @@ struct Decode {
         const bool exists = other < p.num_sequences;
         const int start = exists ? p.plan[other] : INT_MAX;
         const int length = exists ? p.context_len[other] : 0;
-        last = __popc(__ballot_sync(0xffffffffu, start <= chunk)) - 1;
+        last = __popc(__ballot_sync(kAllLanes, start <= chunk)) - 1;
         sequence += last;
-        first_chunk = __shfl_sync(0xffffffffu, start, last);
-        context = __shfl_sync(0xffffffffu, length, last);
+        first_chunk = __shfl_sync(kAllLanes, start, last);
+        context = __shfl_sync(kAllLanes, length, last);
       }
       const Context seen(p, context);
       const int64_t start = (seen.first_chunk() + chunk - first_chunk) * seen.length;
@@ -79,8 +79,8 @@ struct Decode {
     constexpr int kCopies = Tile::KvRow::kChunks;
     const int token = item.first_token(tile);
     const int64_t block =
-        min(max(__shfl_sync(0xffffffffu, item.block, tile), 0), int(p.num_blocks) - 1);
-    const int offset = __shfl_sync(0xffffffffu, item.offset, tile);
+        min(max(__shfl_sync(kAllLanes, item.block, tile), 0), int(p.num_blocks) - 1);
+    const int offset = __shfl_sync(kAllLanes, item.offset, tile);
     const Cache<Element, KvElement, HeadDim> cache(p, item.kv_head);
     const auto* keys = reinterpret_cast<const uint4*>(cache.head + cache.row_at(block, offset));
     const auto* values = reinterpret_cast<const uint4*>(cache.head + cache.row_at(block, offset) +

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(Merge<HeadDim>::kThreads) merge_kernel(Attenti
 #pragma unroll
       for (int i = 0; i < M::kLoads; ++i) {
         const float4& part = parts[run][i];
-        const float factor = __shfl_sync(0xffffffffu, weight, i);
+        const float factor = __shfl_sync(kAllLanes, weight, i);
         total.x += part.x * factor, total.y += part.y * factor;
         total.z += part.z * factor, total.w += part.w * factor;
       }

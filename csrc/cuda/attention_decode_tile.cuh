@@ -138,8 +138,8 @@ struct DecodeTile {
     for (int half = 0; half < kHalves; ++half) {
       float largest = fmaxf(fmaxf(score[0][2 * half], score[0][2 * half + 1]),
                             fmaxf(score[1][2 * half], score[1][2 * half + 1]));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
       if (lane() % 4 == 0)
         shared.maxima[warp()][lane() / 4 + 8 * half] = largest * scores.scale;  // positive
     }
@@ -166,8 +166,8 @@ struct DecodeTile {
       shared.weights[half][warp()][lane()] = uint2{words[0], words[1]};
       if (is_last) {
         float total = sum[half];
-        total += __shfl_xor_sync(0xffffffffu, total, 1);
-        total += __shfl_xor_sync(0xffffffffu, total, 2);
+        total += __shfl_xor_sync(kAllLanes, total, 1);
+        total += __shfl_xor_sync(kAllLanes, total, 2);
         if (lane() % 4 == 0) shared.sums[warp()][row] = total;
       }
     }
@@ -175,8 +175,8 @@ struct DecodeTile {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       // a column of `out` is a row of the scores: the lanes 4 row to 4 row + 3 have its factor
-      const float even = __shfl_sync(0xffffffffu, correction[half], lane() % 4 * 8);
-      const float odd = __shfl_sync(0xffffffffu, correction[half], lane() % 4 * 8 + 4);
+      const float even = __shfl_sync(kAllLanes, correction[half], lane() % 4 * 8);
+      const float odd = __shfl_sync(kAllLanes, correction[half], lane() % 4 * 8 + 4);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         out[part][half][0] *= even, out[part][half][2] *= even;

@@ -201,8 +201,8 @@ __device__ __forceinline__ void attend(RowState<HeadDim>& state, const uint4* qu
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) largest = fmaxf(largest, score[j][i]);
     }
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
     largest = fmaxf(state.max[half], largest * scores.scale);   // scales are positive
     const float shift = largest == -INFINITY ? 0.0f : largest;  // nothing visible yet
     correction[half] = exp2_flushed(state.max[half] - shift);
@@ -245,8 +245,8 @@ template <int HeadDim>
 __device__ __forceinline__ void finish_sums(RowState<HeadDim>& state) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    state.sum[half] += __shfl_xor_sync(0xffffffffu, state.sum[half], 1);
-    state.sum[half] += __shfl_xor_sync(0xffffffffu, state.sum[half], 2);
+    state.sum[half] += __shfl_xor_sync(kAllLanes, state.sum[half], 1);
+    state.sum[half] += __shfl_xor_sync(kAllLanes, state.sum[half], 2);
   }
 }
 

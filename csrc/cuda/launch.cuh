@@ -139,6 +139,7 @@ inline int shared_bytes_of_block(int) { return 72 << 10; }  // little, for many 
 namespace tgi::cuda {
 
 constexpr int kWarpSize = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
 
 template <typename Integer>
 __host__ __device__ constexpr Integer ceil_divide(Integer a, Integer b) {

@@ -13,8 +13,6 @@
 namespace tgi::cuda {
 namespace {
 
-constexpr uint32_t kAllLanes = 0xffffffffu;
-
 // The adapters of a tile's tokens, taken one by one. All lanes of a warp must call its functions.
 template <int Tokens>
 class Passes {

@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_kernel(NormParams p) {
 }  // namespace
 
 cudaError_t norm(const NormParams& p, cudaStream_t stream) {
-  const bool fits =
-      p.hidden % 8 == 0 && p.hidden >= 8 && p.hidden <= kMaxHidden && (p.is_wide || !p.is_added);
+  const bool fits = p.hidden % 8 == 0 && p.hidden >= 8 && p.hidden <= kMaxHidden &&
+                    (p.is_wide || !p.is_added) && (p.num_tokens > 0 || p.num_rows == 0);
   if (!fits) return cudaErrorInvalidValue;
   if (p.num_rows == 0) return cudaSuccess;
   const auto threads =

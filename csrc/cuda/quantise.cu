@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kGroupThreads) quantise_groups_kernel(Quantise
   float largest = values.largest();
 #pragma unroll
   for (int lanes = kGroupLanes / 2; lanes > 0; lanes /= 2) {
-    largest = Larger()(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+    largest = Larger()(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
   }
   const float scale = Larger()(kMinScale, __fdividef(largest, kMaxCode));
   if (!exists) return;

@@ -23,7 +23,7 @@ template <typename T, typename Operation>
 __device__ __forceinline__ T warp_reduce(T x, Operation operation) {
 #pragma unroll
   for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
-    x = operation(x, __shfl_xor_sync(0xffffffffu, x, lanes));
+    x = operation(x, __shfl_xor_sync(kAllLanes, x, lanes));
   }
   return x;
 }
@@ -42,10 +42,10 @@ __device__ __forceinline__ T block_reduce(T x, Operation operation, T* scratch) 
   T result = scratch[lane < num_warps ? lane : 0];
 #pragma unroll
   for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
-    const T other = __shfl_down_sync(0xffffffffu, result, lanes);
+    const T other = __shfl_down_sync(kAllLanes, result, lanes);
     if (lane + lanes < num_warps) result = operation(result, other);
   }
-  result = __shfl_sync(0xffffffffu, result, 0);
+  result = __shfl_sync(kAllLanes, result, 0);
   __syncthreads();
   return result;
 }

@@ -85,7 +85,7 @@ template <int Width>
 using Values = float[Runs<Width>::kPairs][2][Width];
 
 __device__ __forceinline__ float sum_over(float x, int lanes) {
-  for (int other = lanes / 2; other > 0; other /= 2) x += __shfl_xor_sync(0xffffffffu, x, other);
+  for (int other = lanes / 2; other > 0; other /= 2) x += __shfl_xor_sync(kAllLanes, x, other);
   return x;
 }
 
@@ -283,7 +283,7 @@ cudaError_t launch_type(const RopeParams& p, cudaStream_t stream) {
 cudaError_t rope_kv_write(const RopeParams& p, cudaStream_t stream) {
   const bool fits = p.head_dim % 16 == 0 && p.head_dim >= 16 && p.head_dim <= 256 &&
                     p.rotary_dim % 4 == 0 && p.rotary_dim >= 0 && p.rotary_dim <= p.head_dim &&
-                    p.num_blocks * p.block_size <= int64_t{UINT32_MAX};
+                    p.block_size > 0 && p.num_blocks * p.block_size <= int64_t{UINT32_MAX};
   if (!fits || (p.kv_type != p.type && p.kv_type != Type::kFloat8)) return cudaErrorInvalidValue;
   if (p.num_tokens == 0) return cudaSuccess;
   return p.type == Type::kBfloat16 ? launch_type<bf16>(p, stream) : launch_type<fp16>(p, stream);

@@ -15,7 +15,6 @@
 namespace tgi::cuda {
 namespace {
 
-constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kRouteWarps = 4;  // tokens of a block
 
 // Returns a number that orders keys as floats do, and among equal keys the lower index first.

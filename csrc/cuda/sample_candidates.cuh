@@ -153,16 +153,16 @@ __device__ __forceinline__ void narrow_few(const SampleSlot& slot, int count, We
       Weight upto = weight_at(first + lane, score);
 #pragma unroll
       for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
-        const Weight other = __shfl_up_sync(0xffffffffu, upto, lanes);
+        const Weight other = __shfl_up_sync(kAllLanes, upto, lanes);
         if (lane >= lanes) upto += other;
       }
-      const uint32_t reached = __ballot_sync(0xffffffffu, before + upto >= target);
+      const uint32_t reached = __ballot_sync(kAllLanes, before + upto >= target);
       if (reached != 0) {
-        const float last = __shfl_sync(0xffffffffu, score, __ffs(int(reached)) - 1);
+        const float last = __shfl_sync(kAllLanes, score, __ffs(int(reached)) - 1);
         filter.floor = fmaxf(filter.floor, last);
         break;
       }
-      before += __shfl_sync(0xffffffffu, upto, kWarpSize - 1);
+      before += __shfl_sync(kAllLanes, upto, kWarpSize - 1);
     }
   }
   keep_min_p(slot, filter);

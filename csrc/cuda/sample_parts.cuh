@@ -156,7 +156,7 @@ __device__ __forceinline__ void clear_part(Histogram& histogram, int part, int n
 __device__ __forceinline__ void store_groups(float largest, const Split& split, int part,
                                              float* group_max) {
   for (int lanes = 1; lanes < split.lanes; lanes *= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
   }
   const int thread = int(threadIdx.x);
   if (thread % split.lanes != 0) return;

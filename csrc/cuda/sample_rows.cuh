@@ -176,7 +176,7 @@ __device__ __forceinline__ void find_bin(Weight target, RowShared& shared) {
   Weight upto = own;  // over this warp's threads
 #pragma unroll
   for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
-    const Weight other = __shfl_up_sync(0xffffffffu, upto, lanes);
+    const Weight other = __shfl_up_sync(kAllLanes, upto, lanes);
     if (lane >= lanes) upto += other;
   }
   if (lane == kWarpSize - 1) shared.weights[warp] = upto;

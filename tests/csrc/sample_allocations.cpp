@@ -12,6 +12,7 @@
 #include <random>
 #include <vector>
 
+#include "cpu/draft_rows.h"
 #include "cpu/sample.h"
 #include "cpu/step/step.h"
 // After the standard headers.
@@ -127,7 +128,7 @@ int64_t allocations_of_sampling(const std::vector<float>& logits,
                                2,
                                kVocab};
   const int64_t before = num_allocations;
-  tgi::cpu::sample(params, num_rows, aligned, 0, 1);
+  tgi::cpu::sample(params, tgi::cpu::DraftRows{}, num_rows, aligned, 0, 1);
   const int64_t during = num_allocations - before;
   for (int64_t row = 0; row < num_rows; ++row) {
     const int64_t first = row * kVocab;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,10 @@ Make = Callable[[_C.Program], Any]
 Call = Callable[..., object]
 
 
-def make_program(max_tokens: int = 8, max_rows: int = 2) -> _C.Program:
-    return _C.Program(max_tokens=max_tokens, max_sequences=1, max_rows=max_rows, max_context=16)
+def make_program(max_tokens: int = 8, max_rows: int = 2, max_sequences: int = 1) -> _C.Program:
+    return _C.Program(
+        max_tokens=max_tokens, max_sequences=max_sequences, max_rows=max_rows, max_context=16
+    )  # fmt: skip
 
 
 @functools.cache
@@ -337,6 +340,97 @@ def test_positions_are_held_to_their_table_without_a_cache() -> None:
     program.run(flat_rows([(3, 4)], [[0]], 16, ids=[1]), [])
     with pytest.raises(ValueError, match=r"`positions`\[0\] must be in \[0, 4\), got 4"):
         program.run(flat_rows([(4, 5)], [[0]], 16, ids=[1]), [])
+
+
+def batch(start: int, stop: int, num_generated: int = 0) -> _C.FlatRows:
+    """Return the step that computes positions [start, stop) of slot 0, which has one block."""
+    return _C.FlatRows(
+        ids=range(start, stop), positions=range(start, stop), slots=range(start, stop),
+        query_start=[0, stop - start], context_len=[stop], block_table=np.zeros((1, 1), np.int32),
+        row_slots=[0], num_generated=num_generated,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_generated", [-1, 3])
+def test_generated_tokens_are_some_of_a_step_s_without_a_cache(num_generated: int) -> None:
+    program = make_program()
+    program.pack(rows=rows(program), out=program.activation(64, "by_kind"))
+    program.run(batch(0, 2, 2), [])
+    message = rf"`num_generated` must be in \[0, 2\], got {num_generated}"
+    with pytest.raises(ValueError, match=message):
+        program.run(batch(0, 2, num_generated), [])
+
+
+@functools.cache
+def conv() -> _C.ShortConv:
+    return _C.ShortConv(
+        weight=np.zeros((2, 64), np.float32), bias=None, first_column=0, in_gate=None, out_gate=None,
+        has_silu=False,
+    )  # fmt: skip
+
+
+def test_two_rows_of_a_step_have_no_state_in_common() -> None:
+    program = make_program(max_sequences=2)
+    states = _C.StatePool(layers=[(64, 2, 0)], num_slots=2)
+    program.short_conv(rows=rows(program), conv=conv(), states=states, layer=0, out=rows(program))
+    step = _C.FlatRows(
+        ids=[1, 2], positions=[0, 0], slots=[0, 1], query_start=[0, 1, 2], context_len=[1, 1],
+        block_table=np.zeros((2, 1), np.int32), row_slots=[0, 0],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="two rows of a step have one slot"):
+        program.run(step, [])
+
+
+def test_a_step_whose_states_are_missing_leaves_the_logits_of_the_one_before() -> None:
+    program = make_program()
+    x, source = rows(program), last_activation(program)
+    program.embed(table=matrix(32), factor=1.0, positions=None, out=x)
+    states = _C.StatePool(layers=[(64, 2, 0)], num_slots=1)
+    program.short_conv(rows=x, conv=conv(), states=states, layer=0, out=rows(program))
+    norm(program, x, source, for_logits=True)
+    program.logits(product=product(64, source), vocab_size=60, scale=1.0, cap=0.0)
+    expected = program.run(batch(0, 2), [0, 1]).copy()
+    with pytest.raises(ValueError, match="slot 0 has no state of 5 tokens"):
+        program.run(batch(5, 6), [0])
+    np.testing.assert_array_equal(program.run_head([0, 1]), expected)
+
+
+def shard_group(**change: int) -> _C.ShardGroup:
+    """Return the first of two shards whose other one is not there."""
+    sizes = {"num_columns": 64, "max_tokens": 8, "max_sequences": 1, "max_rows": 2, "vocab_size": 64}
+    shape = _C.ShardShape(
+        count=2, num_members=_C.num_threads(), num_groups=1, table_width=1, **{**sizes, **change}
+    )
+    with tempfile.TemporaryFile() as file:
+        file.truncate(shape.num_bytes)
+        return _C.ShardGroup(fd=file.fileno(), rank=0, shape=shape)
+
+
+def test_blocks_are_copied_in_all_shards_or_in_none() -> None:
+    many = 5000  # more than the shards' mailbox has room for
+    cache = _C.KvPool(layers=[(1, 2, 2, 0)], num_blocks=many + 1, block_size=16, precision="float32")
+    program = make_program()
+    program.set_shards(shard_group(), first_vocab_id=0)
+    program.attention(
+        q=program.query(cache, 1), pool=cache, layer=0, true_dim=2, spec=_C.AttentionSpec(scale=1.0),
+        rows=program.rows(2),
+    )  # fmt: skip
+    memory = cache.memory()
+    memory[0] = 7
+    with pytest.raises(ValueError, match="must fit the shards' mailbox"):
+        program.copy_blocks([(0, to) for to in range(1, many + 1)])
+    assert not memory[1:].any()
+
+
+@pytest.mark.parametrize("names", [("max_tokens", "num_groups"), ("max_rows", "vocab_size")], ids=str)
+def test_shards_of_sizes_beyond_all_memory_are_refused(names: tuple[str, str]) -> None:
+    sizes = dict.fromkeys(
+        ("count", "num_members", "num_columns", "max_tokens", "max_sequences", "max_rows", "vocab_size",
+         "num_groups", "table_width"),
+        1,
+    )  # fmt: skip
+    with pytest.raises(MemoryError):
+        assert _C.ShardShape(**sizes | dict.fromkeys(names, INT32_MAX)).num_bytes
 
 
 def test_a_gate_has_no_numbers_of_its_own() -> None:

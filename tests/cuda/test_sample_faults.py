@@ -194,8 +194,8 @@ FAULTS = [
     Fault(
         "the second 32 candidates begin from nothing",
         "sample_candidates.cuh",
-        "before += __shfl_sync(0xffffffffu, upto, kWarpSize - 1);",
-        "before = 0 * __shfl_sync(0xffffffffu, upto, kWarpSize - 1);",
+        "before += __shfl_sync(kAllLanes, upto, kWarpSize - 1);",
+        "before = 0 * __shfl_sync(kAllLanes, upto, kWarpSize - 1);",
         "result",
     ),
     Fault(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -231,3 +233,34 @@ def test_a_batch_has_the_block_tables_of_a_pool_s_groups() -> None:
     row = torch.randn(3, 1, 16)
     with pytest.raises(ValueError, match="the block tables of 2 groups, got 1"):
         attention.run(pool.layers[1], row, row, row, AttentionSpec(1.0))
+
+
+def test_a_call_that_finds_no_memory_leaves_nothing_half_made() -> None:
+    """Limit the address space to less than the partial results of a long context take, and then no more."""
+    script = """
+import resource
+import numpy as np
+from tgi_asgi import _C
+
+_C.configure_team(1)
+pool = _C.KvPool(layers=[(1, 2, 2, 0)], num_blocks=1, block_size=16, precision="float32")
+attention = _C.PagedAttention(max_context=2**30)
+zero, heads, out = np.zeros(1, np.int32), np.ones((1, 1, 2), np.float32), np.zeros((1, 1, 2), np.float32)
+attention.begin(
+    _C.FlatRows(
+        ids=zero, positions=zero, slots=zero, query_start=np.array([0, 1]), context_len=np.array([1]),
+        block_table=zero[None],
+    )
+)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (64 << 20)
+for limit in (size, size, resource.RLIM_INFINITY):
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    try:
+        attention.run(pool, 0, heads, heads, heads, out, _C.AttentionSpec(scale=1.0))
+        print(out.tolist())
+    except MemoryError:
+        print("no memory")
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines() == ["no memory", "no memory", "[[[1.0, 1.0]]]"]

@@ -267,3 +267,27 @@ def test_the_class_of_rows_must_have_slots() -> None:
 
     with pytest.raises(ValueError, match="must be a slot"):
         DeviceRows(Loose, LIMITS, is_batch_invariant=False)
+
+
+@pytest.mark.parametrize(
+    ("place", "first"),
+    [(0, -8), (1, 8), (2, 1 << 40), (4, 0), (9, 108), (10, 8)],
+    ids=["before", "overlapping", "past-the-end", "out-of-order", "unaligned", "the-last"],
+)
+def test_inputs_lie_one_behind_the_other(rows: DeviceRows, place: int, first: int) -> None:
+    rows.read([StepRow(1, None, 3, [[5]], samples=True), StepRow(0, [1, 2, 3], 0, [[6]], samples=False)])
+    shape = StepShape(4, 2, 2, 1, 3, 1)
+    firsts, memory = shape.sections.firsts.copy(), np.zeros(shape.num_bytes, np.uint8)
+    firsts[place] = first
+    with pytest.raises(ValueError, match=rf"`firsts`\[{place}\] must be a multiple of 8 in"):
+        rows.write(memory, firsts, shape.sizes, None, [], [])
+    assert not memory.any()
+
+
+def test_a_step_has_no_size_beyond_all_memory(rows: DeviceRows) -> None:
+    rows.read([StepRow(1, None, 3, [[5]], samples=True)])
+    memory, firsts = np.zeros(1024, np.uint8), StepShape(1, 1, 1, 1, 1, 1).sections.firsts
+    with pytest.raises(ValueError, match="a step's sizes must be in"):
+        rows.write(memory, firsts, (1, 1 << 31, 1, 1, 1 << 31), [0], [], [])
+    with pytest.raises(MemoryError):
+        rows.write(memory, firsts, (1, 1 << 30, 1, 1, 1 << 30), [0], [], [])

@@ -307,6 +307,17 @@ def test_rows_are_refused_without_a_program() -> None:
         ops.StepQueue(_C.Program(max_tokens=1, max_sequences=1, max_rows=1, max_context=16))
 
 
+def test_a_drafter_has_the_slots_of_the_rows() -> None:
+    program = _C.Program(max_tokens=1, max_sequences=1, max_rows=1, max_context=16)
+    limits = ops.RowLimits(
+        vocab_size=8, num_blocks=4, block_size=16, max_context=16, max_rows=2, max_tokens=1, windows=(None,)
+    )
+    steps = ops.StepQueue(program, limits)
+    with pytest.raises(ValueError, match="must have the slots of a queue's rows, got 1"):
+        steps.set_drafter(ops.Drafter(num_slots=1, shortest=2, longest=4))
+    steps.set_drafter(ops.Drafter(num_slots=2, shortest=2, longest=4))
+
+
 def test_a_closed_queue_takes_no_steps() -> None:
     steps = ops.StepQueue()
     steps.close()

@@ -21,11 +21,11 @@ inline void check_tensor(const at::Tensor& tensor, const char* name, c10::Scalar
   TORCH_CHECK(tensor.device().is_cuda(), "`", name, "` must be on a CUDA device, got ",
               tensor.device());
   check_layout(tensor, name, dtype, shape);
-  // Only floating-point data is read in vectors of 16 bytes; lists of ids are read one by one and
-  // may be slices.
-  TORCH_CHECK(
-      !tensor.is_floating_point() || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0,
-      "`", name, "` must begin at a multiple of 16 bytes");
+  // Numbers, codes and work memory are read in vectors of 16 bytes; lists of ids are read one by
+  // one and may be slices.
+  const bool is_read_in_vectors = tensor.is_floating_point() || tensor.scalar_type() == at::kByte;
+  TORCH_CHECK(!is_read_in_vectors || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0,
+              "`", name, "` must begin at a multiple of 16 bytes");
 }
 
 // Returns the type of activations, queries and weights.

@@ -115,8 +115,12 @@ QuantMatrix make_weight(const Tensor& weight, const std::optional<Tensor>& scale
   check_tensor(weight, "weight", a.scalar_type(), {-1, -1});
   TORCH_CHECK(weight.size(1) % 8 == 0, "`weight` must have a multiple of 8 columns, got ",
               weight.size(1));
-  return {
-      weight.const_data_ptr(), nullptr, nullptr, weight.size(0), weight.size(1), 0, 0, 16, 0, 0, 0};
+  QuantMatrix elements = {};
+  elements.codes = weight.const_data_ptr();
+  elements.num_rows = weight.size(0);
+  elements.num_columns = weight.size(1);
+  elements.bits = 16;
+  return elements;
 }
 
 ExpertsProductParams make_product(const Tensor& a, int64_t num_rows, int64_t pairs_per_row,

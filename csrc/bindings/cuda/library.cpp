@@ -44,8 +44,7 @@ TORCH_LIBRARY(tgi_cuda, m) {
       "bits, int zero, bool is_added, Tensor(a!) out) -> ()");
   m.def(
       "dequantise(Tensor codes, Tensor scales, Tensor? offsets, int bits, int zero, Tensor(a!) "
-      "out) -> "
-      "()");
+      "out) -> ()");
   m.def("quantise(Tensor x, bool has_groups, Tensor(a!) codes, Tensor(b!) scales) -> ()");
   m.def(
       "multiply_codes(Tensor codes, Tensor scales, Tensor weight, Tensor weight_scales, Tensor(a!) "
@@ -55,8 +54,7 @@ TORCH_LIBRARY(tgi_cuda, m) {
       "Tensor(a!) inner) -> ()");
   m.def(
       "lora_up(Tensor inner, Tensor adapters, Tensor places, Tensor pool, int product, int rank, "
-      "int "
-      "columns, int first_end, int second_end, float factor, Tensor(a!) out) -> ()");
+      "int columns, int first_end, int second_end, float factor, Tensor(a!) out) -> ()");
   m.def(
       "route(Tensor logits, Tensor slots, Tensor? correction, str kind, int num_groups, int "
       "top_groups, bool sums_top_two, bool is_renormalised, float eps, float scale, float jitter, "
@@ -98,8 +96,7 @@ TORCH_LIBRARY(tgi_cuda, m) {
       "Tensor(c!) top_logprobs) -> ()");
   m.def(
       "attention_workspace_bytes(int num_sequences, int block_table_stride, int block_size, int "
-      "num_heads, "
-      "int head_dim) -> int",
+      "num_heads, int head_dim) -> int",
       &tgi::cuda::attention_workspace_bytes);
 }
 

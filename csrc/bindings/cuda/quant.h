@@ -22,29 +22,25 @@ inline QuantMatrix make_matrix(const at::Tensor& codes, const at::Tensor& scales
   check_tensor(codes, "codes", is_float ? at::kFloat8_e4m3fn : at::kByte, {-1, -1});
   TORCH_CHECK(!is_float || (bits == 8 && zero == 0 && scales.scalar_type() == at::kFloat),
               "codes that are floats have 8 bits, no zero and float32 scales");
-  TORCH_CHECK(reinterpret_cast<uintptr_t>(codes.const_data_ptr()) % 16 == 0,
-              "`codes` must begin at a multiple of 16 bytes");
   const int64_t rows = codes.size(0), columns = codes.size(1) * 8 / bits;
   const int64_t stride = (rows + 15) / 16 * 16;
   check_tensor(scales, "scales", scales.scalar_type(), {-1, stride});
   TORCH_CHECK(scales.size(0) > 0 && columns % scales.size(0) == 0, "`scales` must divide ", columns,
               " columns, got ", scales.size(0));
   if (offsets) check_tensor(*offsets, "offsets", scales.scalar_type(), {scales.size(0), stride});
-  for (const at::Tensor* each : {&scales, offsets ? &*offsets : &scales}) {
-    TORCH_CHECK(reinterpret_cast<uintptr_t>(each->const_data_ptr()) % 16 == 0,
-                "`scales` and `offsets` must begin at multiples of 16 bytes");
-  }
-  return {codes.const_data_ptr(),
-          scales.const_data_ptr(),
-          offsets ? offsets->const_data_ptr() : nullptr,
-          rows,
-          columns,
-          columns / scales.size(0),
-          stride,
-          static_cast<int32_t>(bits),
-          static_cast<int32_t>(zero),
-          scales.scalar_type() == at::kFloat,
-          is_float || is_exponent};
+  return {
+      .codes = codes.const_data_ptr(),
+      .scales = scales.const_data_ptr(),
+      .offsets = offsets ? offsets->const_data_ptr() : nullptr,
+      .num_rows = rows,
+      .num_columns = columns,
+      .group = columns / scales.size(0),
+      .scale_stride = stride,
+      .bits = static_cast<int32_t>(bits),
+      .zero = static_cast<int32_t>(zero),
+      .has_wide_scales = scales.scalar_type() == at::kFloat,
+      .has_float_codes = is_float || is_exponent,
+  };
 }
 
 }  // namespace tgi::cuda

@@ -80,14 +80,15 @@ Copy read_copy(const py::tuple& values) {
              first = values[4].cast<int64_t>();
   TORCH_CHECK(target.is_contiguous() && source.is_contiguous(), "copies are of contiguous tensors");
   TORCH_CHECK(num_bytes >= 0 && num_rows >= 0 && first >= 0, "a copy has no negative sizes");
-  const auto available = static_cast<int64_t>(source.nbytes());
-  TORCH_CHECK(first + num_bytes * num_rows <= available, "bytes ", first, " to ",
-              first + num_bytes * num_rows, " are copied from ", available);
   const auto room = static_cast<int64_t>(target.nbytes());
-  const int64_t pitch = target.dim() == 0 || target.size(0) == 0 ? 0 : room / target.size(0);
-  TORCH_CHECK(num_rows == 1 ? num_bytes <= room : num_bytes <= pitch && num_rows * pitch <= room,
+  const int64_t room_rows = target.dim() == 0 ? 0 : target.size(0);
+  const int64_t pitch = room_rows == 0 ? 0 : room / room_rows;
+  TORCH_CHECK(num_rows == 1 ? num_bytes <= room : num_bytes <= pitch && num_rows <= room_rows,
               num_rows, " rows of ", num_bytes, " bytes are copied to ", room, " bytes in rows of ",
               pitch);
+  const auto available = static_cast<int64_t>(source.nbytes());
+  TORCH_CHECK(first <= available && num_bytes * num_rows <= available - first, num_bytes * num_rows,
+              " bytes from ", first, " on are copied from ", available);
   return {target.mutable_data_ptr(), static_cast<const uint8_t*>(source.const_data_ptr()) + first,
           static_cast<size_t>(num_bytes), static_cast<size_t>(num_rows),
           static_cast<size_t>(pitch)};

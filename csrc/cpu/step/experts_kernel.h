@@ -22,16 +22,20 @@ namespace {
 // Cost of reading a unit's weights, in tokens multiplied.
 constexpr int64_t kReadingTokens = 4;
 
+template <class S>
+constexpr int64_t tiles_of(int64_t rows) {
+  return (rows + S::kTileTokens - 1) / S::kTileTokens;
+}
+
 // Number of tiles before an expert's tiles, in buffers of one part and of two parts.
 struct TilesBefore {
   int64_t all = 0, sampled = 0, prompts = 0;
 
   template <class S>
   void add(const ExpertTokens& its) {
-    const auto tiles_of = [](int64_t rows) { return (rows + S::kTileTokens - 1) / S::kTileTokens; };
-    all += tiles_of(its.num_tokens);
-    sampled += tiles_of(its.num_sampled);
-    prompts += tiles_of(its.num_tokens - its.num_sampled);
+    all += tiles_of<S>(its.num_tokens);
+    sampled += tiles_of<S>(its.num_sampled);
+    prompts += tiles_of<S>(its.num_tokens - its.num_sampled);
   }
   template <class S>
   Activation of(Activation buffer) const {
@@ -113,7 +117,6 @@ template <class S>
 inline void gather(const ExpertsAddParams& p, const StepHeader& step, const ExpertPass& pass,
                    int member, int num_members) {
   const Activation in = input_of<S>(p, step, member);
-  const auto tiles_of = [](int64_t rows) { return (rows + S::kTileTokens - 1) / S::kTileTokens; };
   TilesBefore total;
   for (const ExpertTokens* its = pass.begin; its != pass.end; ++its) total.add<S>(*its);
   const Range mine =
@@ -122,7 +125,7 @@ inline void gather(const ExpertsAddParams& p, const StepHeader& step, const Expe
   // Copies the member's rows among rows [0, size) of a part of an expert; `tokens` are their
   // indices in the step.
   const auto copy_part = [&](const Activation& to, const int32_t* tokens, int64_t size) {
-    const int64_t tiles = tiles_of(size);
+    const int64_t tiles = tiles_of<S>(size);
     const int64_t begin = std::max(mine.begin - before, int64_t{0});
     const int64_t end = std::min(mine.end - before, tiles);
     before += tiles;

@@ -309,7 +309,7 @@ struct Avx2 : SetSizes {
   static inline __m256i add_shorts_half(__m256i acc, __m256i pairs) {
     return now(_mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
   }
-  // x| times y with x's sign: the sum of two products below 128 * 128 fits in 16 bits.
+  // |x| times y with x's sign: the sum of two products below 128 * 128 fits in 16 bits.
   static inline __m256i short_sums_half(__m256i x, __m256i y) {
     return _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(y, x));
   }
