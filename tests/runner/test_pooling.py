@@ -145,9 +145,11 @@ def test_a_dense_layer_may_add_its_input(tmp_path: Path, size: int) -> None:
         np.testing.assert_allclose(vector, expected, atol=1e-4)
 
 
-def test_a_dense_layer_of_tokens_is_a_reason(tmp_path: Path) -> None:
-    save_embedder(tmp_path, modules=("Dense",))
-    edit(tmp_path / "2_Dense/config.json", module_input_name="token_embeddings")
+@pytest.mark.parametrize("kind", ["Dense", "Normalize"])
+def test_a_module_for_tokens_is_a_reason(tmp_path: Path, kind: str) -> None:
+    save_embedder(tmp_path, modules=(kind,))
+    (tmp_path / f"2_{kind}").mkdir(exist_ok=True)
+    (tmp_path / f"2_{kind}/config.json").write_text(json.dumps({"module_input_name": "token_embeddings"}))
     with loaded(tmp_path) as (found, _):
         assert found.info.embedding is None
         assert "other than the sentence's embedding" in found.info.why_no_pooling

@@ -137,6 +137,7 @@ def read_pooling(directory: Path) -> PoolingFiles:
                         raise _Unsupported("a Dense of modules.json is not between Pooling and Normalize")
                     dense.append(_read_dense(path))
                 case "Normalize":
+                    _check_names(path, _read_optional(path / "config.json"))
                     result["is_normalized"] = True
                 case "LogitScore":
                     result["score_tokens"] = _score_tokens(_read_optional(path / "config.json"))
@@ -210,9 +211,7 @@ def _read_dense(path: Path) -> Dense:
         raise _Unsupported(f"the activation {activation[:100]} of {path.name} is not known")
     if not (path / "model.safetensors").is_file():
         raise _Unsupported(f"{path.name} has no model.safetensors (pickled weights are never read)")
-    names = {config.get(f"module_{side}_name") for side in ("input", "output")}
-    if names - {None, "sentence_embedding"}:
-        raise _Unsupported(f"{path.name} reads or writes other than the sentence's embedding")
+    _check_names(path, config)
     file = SafetensorsFile.open(path / "model.safetensors")
     try:
         weight, bias = _read_linear(file)
@@ -222,6 +221,12 @@ def _read_dense(path: Path) -> Dense:
     finally:
         file.close()
     return Dense(weight, bias, activation, residual)
+
+
+def _check_names(path: Path, config: Mapping[str, Any]) -> None:
+    names = {config.get(f"module_{side}_name") for side in ("input", "output")}
+    if names - {None, "sentence_embedding"}:
+        raise _Unsupported(f"{path.name} reads or writes other than the sentence's embedding")
 
 
 def _read_linear(file: SafetensorsFile) -> tuple[Floats, Floats | None]:
