@@ -134,6 +134,10 @@ class ImageProcessor(Protocol):
     @property
     def placeholder(self) -> str: ...
 
+    @property
+    def adds_special_tokens(self) -> bool:
+        """Whether a chat gets the tokenizer's special tokens if its template has not written BOS."""
+
     def process(self, images: Sequence[Image]) -> Sequence[ProcessedImage]:
         """Return the images of one prompt, in order, in the model's form. Called in a worker thread.
 

@@ -28,7 +28,7 @@ from tests.support.pooling_models import (
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.loading.recognise import read_gguf
-from tgi_asgi.models.pooling import read_gguf_pooling
+from tgi_asgi.models.pooling import read_gguf_pooling, read_pooling
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
 from tgi_asgi.runner.runner import HostRunner
@@ -145,9 +145,11 @@ def test_a_dense_layer_may_add_its_input(tmp_path: Path, size: int) -> None:
         np.testing.assert_allclose(vector, expected, atol=1e-4)
 
 
-def test_a_dense_layer_of_tokens_is_a_reason(tmp_path: Path) -> None:
-    save_embedder(tmp_path, modules=("Dense",))
-    edit(tmp_path / "2_Dense/config.json", module_input_name="token_embeddings")
+@pytest.mark.parametrize("kind", ["Dense", "Normalize"])
+def test_a_module_for_tokens_is_a_reason(tmp_path: Path, kind: str) -> None:
+    save_embedder(tmp_path, modules=(kind,))
+    (tmp_path / f"2_{kind}").mkdir(exist_ok=True)
+    (tmp_path / f"2_{kind}/config.json").write_text(json.dumps({"module_input_name": "token_embeddings"}))
     with loaded(tmp_path) as (found, _):
         assert found.info.embedding is None
         assert "other than the sentence's embedding" in found.info.why_no_pooling
@@ -241,6 +243,43 @@ def _save_logit_score(directory: Path, config: dict[str, Any]) -> None:
     (directory / "modules.json").write_text(json.dumps(modules))
     (directory / "1_L").mkdir()
     (directory / "1_L/config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "longest"),
+    [
+        ("bert", {"max_seq_length": 20}, 20),
+        ("distilbert", {"max_seq_length": 20}, 20),  # a name of older versions
+        ("bert", {"max_seq_length": 20, "tokenizer_args": {"model_max_length": 10}}, 10),
+        ("bert", {"processor_kwargs": {"model_max_length": 10, "padding_side": "left"}}, 10),
+    ],
+)
+def test_the_longest_text_is_that_of_sentence_transformers(
+    tmp_path: Path, kind: str, options: dict[str, Any], longest: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_embedder(tmp_path)
+    (tmp_path / f"sentence_{kind}_config.json").write_text(json.dumps(options))
+    assert read_pooling(tmp_path).max_tokens == longest
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "warning"),
+    [
+        ("sentence_bert_config", {"config_args": {"num_hidden_layers": 2}}, "config_args of"),
+        ("sentence_bert_config", {"tokenizer_args": {"add_eos_token": True}}, "tokenizer_args of"),
+        ("sentence_bert_config", {"processing_kwargs": {"text": {"max_length": 8}}}, "processing_kwargs of"),
+        ("config_sentence_transformers", {"default_prompt_name": "query"}, "the prompt 'query'"),
+        ("config_sentence_transformers", {"truncate_dim": 16}, "cut to 16 dimensions"),
+    ],
+)
+def test_what_sentence_transformers_would_do_and_the_server_does_not_is_logged(
+    tmp_path: Path, file: str, options: dict[str, Any], warning: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_embedder(tmp_path)
+    (tmp_path / f"{file}.json").write_text(json.dumps(options))
+    assert read_pooling(tmp_path).kind is PoolingKind.LAST
+    assert [warning in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:

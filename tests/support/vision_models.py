@@ -64,15 +64,19 @@ def make(name: str, folder: Path) -> None:
     tokens = _tokens(family)
     _save_tokenizer(family, tokens, folder)
     kind = getattr(transformers, family.architecture)
-    model: Any = kind(_config(family, kind, tokens)).eval()
-    with torch.no_grad():
-        _randomise(model)
-        _spread(model)
-    model.save_pretrained(folder)
+    save_random(kind(_config(family, kind, tokens)), folder)
     preprocessor = {"image_processor_type": family.image_processor, **family.preprocessor}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     if family.processor:
         (folder / "processor_config.json").write_text(json.dumps(dict(family.processor)))
+
+
+@torch.no_grad()
+def save_random(model: Any, folder: Path) -> None:
+    """Give a model weights that reveal faults, and write it."""
+    _randomise(model.eval())
+    _spread(model)
+    model.save_pretrained(folder)
 
 
 def _tokens(family: Family) -> list[str]:

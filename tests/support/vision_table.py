@@ -44,6 +44,13 @@ _QWEN_VIT = {
     "temporal_patch_size": 2,
     "out_hidden_size": 64,
 }
+_MISTRAL = {**_LLAMA, "model_type": "mistral", "sliding_window": None}
+_PIXTRAL_VIT = {"model_type": "pixtral", **_VIT, "image_size": 56, "head_dim": 16}
+_PIXTRAL_IMAGES: dict[str, Any] = {
+    "image_processor": "PixtralImageProcessor",
+    "preprocessor": {"size": {"longest_edge": 56}, "patch_size": {"height": 7, "width": 7}},
+    "tokens": {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
+}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _QWEN_SIZES = {
     "size": {"shortest_edge": 256, "longest_edge": 4096},
@@ -192,17 +199,27 @@ FAMILIES: Mapping[str, Family] = {
         {"image_token": "<image>", "video_token": "<video>"},
         image_key="image_token_index",
     ),
+    "pixtral": Family(
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": _MISTRAL,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "vision_config": _PIXTRAL_VIT,
+        },
+        **_PIXTRAL_IMAGES,
+        processor={"patch_size": 7, "processor_class": "PixtralProcessor"},
+        image_key="image_token_index",
+    ),
     "mistral3": Family(
         "Mistral3ForConditionalGeneration",
         {
-            "text_config": {**_LLAMA, "model_type": "mistral", "sliding_window": None},
+            "text_config": _MISTRAL,
             "spatial_merge_size": 2,
-            "vision_config": {"model_type": "pixtral", **_VIT, "image_size": 56, "head_dim": 16},
+            "vision_config": _PIXTRAL_VIT,
         },
-        "PixtralImageProcessor",
-        {"size": {"longest_edge": 56}, "patch_size": {"height": 7, "width": 7}},
-        {"patch_size": 7, "spatial_merge_size": 2},
-        {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
+        **_PIXTRAL_IMAGES,
+        processor={"patch_size": 7, "spatial_merge_size": 2},
         image_key="image_token_index",
     ),
     "internvl": Family(

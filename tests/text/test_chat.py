@@ -359,6 +359,9 @@ def test_sources_in_their_order(tmp_path: Path) -> None:
     assert render() == "from gguf"
     _write_config(tmp_path / "tokenizer_config.json", "from config")
     assert render() == "from config"
+    for name in ("chat_template.json", "processor_config.json"):  # of older vision models
+        _write_config(tmp_path / name, f"from {name}")
+        assert render() == f"from {name}"
     (tmp_path / "chat_template.jinja").write_text("from file")
     assert render() == "from file"
     override = _write_config(tmp_path / "other.json", "from override")

@@ -165,7 +165,9 @@ def test_encoding_lets_other_threads_run(tokenizer: Tokenizer) -> None:
 class TestConfiguration:
     def test_generation_config_says_what_ends_an_answer(self, model_dir: Path) -> None:
         write(model_dir / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
-        write(model_dir / "config.json", {"eos_token_id": 7})
+        write(model_dir / "config.json", {"eos_token_id": None, "text_config": {"eos_token_id": [5]}})
+        assert Tokenizer.from_directory(model_dir).eos_ids == {2, 5}
+        write(model_dir / "config.json", {"eos_token_id": 7, "text_config": {"eos_token_id": [5]}})
         assert Tokenizer.from_directory(model_dir).eos_ids == {2, 7}
         write(model_dir / "generation_config.json", {"eos_token_id": [0, 3, 10**9]})
         assert Tokenizer.from_directory(model_dir).eos_ids == {0, 2, 3}
@@ -328,8 +330,11 @@ def test_a_pair_loses_of_its_second_text_what_tokenizers_cuts(has_types: bool, s
     assert tokenizer.encode_pair(*texts, keep=2)[0] == [0, 2, 3, 1, 1]
 
 
-def test_sentence_transformers_may_lower_the_case_of_texts(tokenizer: Tokenizer, model_dir: Path) -> None:
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
+def test_sentence_transformers_may_lower_the_case_of_texts(
+    tokenizer: Tokenizer, model_dir: Path, kind: str
+) -> None:
     for given, text in ((False, "HELLO There"), (True, "hello there")):
-        write(model_dir / "sentence_bert_config.json", {"do_lower_case": given})
+        write(model_dir / f"sentence_{kind}_config.json", {"do_lower_case": given})
         found = Tokenizer.from_directory(model_dir).encode("HELLO There", add_special_tokens=False)
         assert found == tokenizer.encode(text, add_special_tokens=False)

@@ -72,6 +72,8 @@ class Conversation:
         variables: Additional variables of the template.
         is_continued: Whether the last message is left open for the model to continue.
         adds_turn: Whether the prompt ends by opening the assistant's turn.
+        adds_special_tokens: Whether the tokenizer adds its own to what the template writes; None: as
+            `transformers` does for the model.
         echoes: Whether the answer starts with the text of the continued message.
         tool_prompt: TGI's text to add after the last message if there are tools.
     """
@@ -82,7 +84,7 @@ class Conversation:
     variables: Mapping[str, Any] = field(default_factory=dict)
     is_continued: bool = False
     adds_turn: bool = True
-    adds_special_tokens: bool = False
+    adds_special_tokens: bool | None = None
     echoes: bool = False
     tool_prompt: str | None = None
     images: Images | None = None

@@ -132,7 +132,7 @@ def chat_prompt(
     else:
         check_countable(text.shown, served)
     ids = served.tokenizer.encode(
-        source, add_special_tokens=chat.adds_special_tokens, is_marked=text.is_marked
+        source, add_special_tokens=text.adds_special_tokens, is_marked=text.is_marked
     )
     echo = ""
     if chat.echoes and chat.is_continued:
@@ -154,11 +154,13 @@ class ChatText:
         source: The text to encode; equals `shown` unless `is_marked`.
         is_marked: Whether the messages contain special tokens as text; the ones that act as such are then
             marked in `source`.
+        adds_special_tokens: Whether the tokenizer adds its own.
     """
 
     shown: str
     source: str
     is_marked: bool = False
+    adds_special_tokens: bool = False
 
 
 def chat_text(chat: Conversation, served: Served, settings: Settings) -> ChatText:
@@ -169,7 +171,8 @@ def chat_text(chat: Conversation, served: Served, settings: Settings) -> ChatTex
         TemplateError: if there is no template, or it refuses the messages.
     """
     try:
-        return _with_images(_render(chat, served, settings), chat.images, served)
+        text = _with_images(_render(chat, served, settings), chat.images, served)
+        return replace(text, adds_special_tokens=_adds_special_tokens(chat, text.shown, served))
     except TemplateError as error:
         if error.param is None:
             error.field = ("prompt",)
@@ -225,6 +228,18 @@ def _shown(message: dict[str, Any], template: ChatTemplate, settings: Settings) 
     if role == "developer" and not template.accepts_developer:
         role = "system"
     return {**message, "role": role, "content": _content(message, _separator(template, role, settings))}
+
+
+def _adds_special_tokens(chat: Conversation, text: str, served: Served) -> bool:
+    """Return whether a chat's text gets the tokenizer's special tokens.
+
+    Those of text models never do. `transformers`' processors add them unless the template has written BOS:
+    LLaVA 1.5's template leaves it to them.
+    """
+    if chat.adds_special_tokens is not None:
+        return chat.adds_special_tokens
+    processor, bos = served.image_processor, served.tokenizer.special_tokens.get("bos_token")
+    return processor is not None and processor.adds_special_tokens and not (bos and text.startswith(bos))
 
 
 def _has(images: Images | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,34 @@ _GGUF_KEYS = {
     "repetition_penalty": "general.sampling.penalty_repeat",
     "suppress_tokens": "tokenizer.ggml.suppress_tokens",
 }
+_OLDER = ("suppress_tokens", "bad_words_ids")  # also in the config.json of models older than the file
+# What else changes the text that `generate` writes, with the values that do not.
+_UNREAD: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        ("begin_suppress_tokens", "exponential_decay_length_penalty", "sequence_bias", "stop_strings",
+         "top_h", "watermarking_config"),
+        (),
+    ),
+    **dict.fromkeys(
+        ("encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "min_length", "min_new_tokens",
+         "no_repeat_ngram_size", "token_healing"),
+        (0,),
+    ),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams"), (1,)),
+}  # fmt: skip
 
 
 def read_generation_config(directory: Path) -> dict[str, Any]:
-    """Return the contents of generation_config.json; empty if there is none.
+    """Return the contents of generation_config.json; without it, the tokens that config.json suppresses.
 
     Raises:
-        ModelLoadError: if it is damaged.
+        ModelLoadError: if a file is damaged.
     """
-    path = directory / FILE
-    return read_json(path) if path.exists() else {}
+    path, older = directory / FILE, directory / "config.json"
+    if path.exists():
+        return read_json(path)
+    config = read_json(older) if older.exists() else {}
+    return {name: config[name] for name in _OLDER if name in config}
 
 
 def gguf_generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,15 +79,27 @@ def sampling_defaults(config: Mapping[str, Any]) -> SamplingDefaults:
     return SamplingDefaults.of(config)
 
 
-def suppressed_ids(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+def unread_settings(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of settings that change what `generate` writes, but nothing here."""
+    found = [name for name, neutral in _UNREAD.items() if config.get(name) not in (None, *neutral)]
+    words = config.get("bad_words_ids")
+    has_longer = isinstance(words, list) and any(isinstance(each, list) and len(each) > 1 for each in words)
+    return sorted([*found, "bad_words_ids of several tokens"] if has_longer else found)
+
+
+def suppressed_ids(
+    config: Mapping[str, Any], vocab_size: int, eos_ids: Collection[int] = ()
+) -> tuple[int, ...]:
     """Return the ids of tokens that must never be sampled, such as Gemma 4's placeholders of images.
 
-    They are those of `suppress_tokens`, and of `bad_words_ids` the words of one token (Marian's padding).
+    They are those of `suppress_tokens`, and of `bad_words_ids` the words of one token (Marian's padding). As
+    in `transformers`, a word that ends an answer is none.
     """
     given, words = config.get("suppress_tokens"), config.get("bad_words_ids")
     given = [*given] if isinstance(given, list) else []
     if isinstance(words, list):
-        given += [each[0] for each in words if isinstance(each, list) and len(each) == 1]
+        single = [each[0] for each in words if isinstance(each, list) and len(each) == 1]
+        given += [each for each in single if each not in eos_ids]
     found = sorted({token for token in given if type(token) is int and 0 <= token < vocab_size})
     if len(found) > MAX_SUPPRESSED:
         logger.warning("suppress_tokens has %d tokens; only %d are suppressed", len(found), MAX_SUPPRESSED)

@@ -6,6 +6,7 @@ may still generate.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,10 @@ from tgi_asgi.formats.files import read_json
 from tgi_asgi.formats.safetensors import SafetensorsFile
 from tgi_asgi.models.loading.tensors import read_floats
 from tgi_asgi.ops.arrays import Floats
+from tgi_asgi.text.tokenizer import SENTENCE_FILES
 from tgi_asgi.types import PoolingKind
+
+logger = logging.getLogger(__name__)
 
 ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
     "Identity": lambda x: x,
@@ -37,6 +41,9 @@ _MODES = {
     "weightedmean": ("pooling_mode_weightedmean_tokens", PoolingKind.WEIGHTED_MEAN),
     "lasttoken": ("pooling_mode_lasttoken", PoolingKind.LAST),
 }
+# Keys of `sentence_bert_config.json`; "args" is their name before version 5.4.
+_TOKENIZER_OPTIONS = ("processor_kwargs", "tokenizer_args")
+_READ = ("model_max_length", "padding_side", "trust_remote_code")  # in these; texts need no padding
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,11 +101,16 @@ def read_pooling(directory: Path) -> PoolingFiles:
         ModelLoadError: if one of them is damaged.
     """
     modules = _read_list(directory / "modules.json")
-    found = _read_optional(directory / "sentence_bert_config.json")
+    found = next(filter(None, (_read_optional(directory / name) for name in SENTENCE_FILES)), {})
     about = _read_optional(directory / "config_sentence_transformers.json")
     longest = found.get("max_seq_length")
+    for name in _TOKENIZER_OPTIONS:
+        if isinstance(options := found.get(name), dict):
+            longest = options.get("model_max_length", longest)
     if longest is None and modules:
         longest = _read_optional(directory / "tokenizer_config.json").get("model_max_length")
+    if modules:
+        _warn_of_unread(found, about)
     prompts = about.get("prompts")
     result: dict[str, Any] = {
         "max_tokens": longest if type(longest) is int and longest > 0 else None,
@@ -125,6 +137,7 @@ def read_pooling(directory: Path) -> PoolingFiles:
                         raise _Unsupported("a Dense of modules.json is not between Pooling and Normalize")
                     dense.append(_read_dense(path))
                 case "Normalize":
+                    _check_names(path, _read_optional(path / "config.json"))
                     result["is_normalized"] = True
                 case "LogitScore":
                     result["score_tokens"] = _score_tokens(_read_optional(path / "config.json"))
@@ -133,6 +146,20 @@ def read_pooling(directory: Path) -> PoolingFiles:
     except _Unsupported as error:
         return PoolingFiles(reason=str(error))
     return PoolingFiles(dense=tuple(dense), **result)
+
+
+def _warn_of_unread(found: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Log what sentence-transformers would do by itself, and this server does not."""
+    for name in ("processing_kwargs", "config_kwargs", "config_args", *_TOKENIZER_OPTIONS):
+        asked = found.get(name)
+        if isinstance(asked, dict):
+            asked = {key: value for key, value in asked.items() if key not in _READ}
+        if asked:
+            logger.warning("%s of sentence_bert_config.json is not followed: %.200r", name, asked)
+    if (prompt := about.get("default_prompt_name")) is not None:
+        logger.warning("the prompt %.100r is put before a text only if a request names it", prompt)
+    if (dimensions := about.get("truncate_dim")) is not None:
+        logger.warning("vectors are cut to %.100r dimensions only if a request says so", dimensions)
 
 
 class _Unsupported(Exception):
@@ -184,9 +211,7 @@ def _read_dense(path: Path) -> Dense:
         raise _Unsupported(f"the activation {activation[:100]} of {path.name} is not known")
     if not (path / "model.safetensors").is_file():
         raise _Unsupported(f"{path.name} has no model.safetensors (pickled weights are never read)")
-    names = {config.get(f"module_{side}_name") for side in ("input", "output")}
-    if names - {None, "sentence_embedding"}:
-        raise _Unsupported(f"{path.name} reads or writes other than the sentence's embedding")
+    _check_names(path, config)
     file = SafetensorsFile.open(path / "model.safetensors")
     try:
         weight, bias = _read_linear(file)
@@ -196,6 +221,12 @@ def _read_dense(path: Path) -> Dense:
     finally:
         file.close()
     return Dense(weight, bias, activation, residual)
+
+
+def _check_names(path: Path, config: Mapping[str, Any]) -> None:
+    names = {config.get(f"module_{side}_name") for side in ("input", "output")}
+    if names - {None, "sentence_embedding"}:
+        raise _Unsupported(f"{path.name} reads or writes other than the sentence's embedding")
 
 
 def _read_linear(file: SafetensorsFile) -> tuple[Floats, Floats | None]:

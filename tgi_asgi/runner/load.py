@@ -20,7 +20,7 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.model_info import EncoderDecoder, ModelInfo
 from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.config import ServedConfig
-from tgi_asgi.models.generation_config import sampling_defaults, suppressed_ids
+from tgi_asgi.models.generation_config import sampling_defaults, suppressed_ids, unread_settings
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
 from tgi_asgi.runner.cpu_load import OnCpu
 from tgi_asgi.runner.free_memory import free_memory
@@ -174,7 +174,9 @@ def _with_sampling(info: ModelInfo, generation_config: Mapping[str, Any], settin
     if info.generates and (given := chosen.given()):
         shown = ", ".join(f"{name} {value:g}" for name, value in given.items())
         logger.info("requests without sampling values get %s (TGI's own routes: TGI's)", shown)
-    suppressed = suppressed_ids(generation_config, info.vocab_size)
+    if info.generates and (unread := unread_settings(generation_config)):
+        logger.warning("not followed, although generation_config.json has them: %s", ", ".join(unread))
+    suppressed = suppressed_ids(generation_config, info.vocab_size, info.eos_token_ids)
     return replace(info, sampling=chosen, suppressed_ids=suppressed)
 
 

@@ -26,6 +26,11 @@ from tgi_asgi.text.inner_text import InnerText
 from tgi_asgi.text.token_bytes import token_byte_table
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# How sentence-transformers tokenises; older versions wrote the model's kind into the name.
+SENTENCE_FILES = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
 _ADDED_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 
@@ -92,8 +97,8 @@ class Tokenizer:
 
         If there is none, the older vocabulary files are read (`older_files.py`).
 
-        The tokens that end an answer are those of generation_config.json, or else of config.json, and the
-        tokenizer's own `eos_token`.
+        The tokens that end an answer are those of generation_config.json, or else of config.json or its text
+        part, and the tokenizer's own `eos_token`.
 
         Args:
             model_directory: Directory with those two files, if it is another one.
@@ -105,9 +110,10 @@ class Tokenizer:
         config = _read_json(directory / "special_tokens_map.json")
         overrides = _read_json(directory / "tokenizer_config.json")
         config.update((name, value) for name, value in overrides.items() if value is not None)
-        eos = _read_json(model_directory / "generation_config.json").get("eos_token_id")
-        if eos is None:
-            eos = _read_json(model_directory / "config.json").get("eos_token_id")
+        model = _read_json(model_directory / "config.json")
+        files = (_read_json(model_directory / "generation_config.json"), model, model.get("text_config"))
+        given = (file.get("eos_token_id") for file in files if isinstance(file, dict))
+        eos = next((each for each in given if each is not None), None)
         eos_ids = [item for item in (eos if isinstance(eos, list) else [eos]) if type(item) is int]
         path = directory / "tokenizer.json"
         if path.exists():
@@ -118,7 +124,8 @@ class Tokenizer:
             backend, added = older_files.make_backend(directory, config)
             config = {**added, **config}
             listed = config.get("added_tokens_decoder") or {}
-        if _read_json(model_directory / "sentence_bert_config.json").get("do_lower_case") is True:
+        sentence = next(filter(None, (_read_json(model_directory / name) for name in SENTENCE_FILES)), {})
+        if sentence.get("do_lower_case") is True:
             _lower_texts(backend)
         named = {name: text for name in _NAMED if (text := _text_of(config.get(name)))}
         named.update(_model_specific(backend, config))

@@ -20,7 +20,9 @@ import numpy as np
 import openai
 import PIL.Image
 import pytest
+import tokenizers
 import torch
+import transformers
 
 from tests.support import vision_models as vision
 from tests.support.vision_models import Prompt, picture
@@ -162,8 +164,6 @@ def test_attention_in_pieces_gives_the_same(
 def test_prompts_are_those_of_the_processor_of_transformers(
     name: str, kind: str, folder_of: Callable[[str], Path]
 ) -> None:
-    import transformers
-
     folder = folder_of(name)
     parts: list[Part] = ["a ", picture(50, 30), " b ", picture(40, 90, 1), " c"]
     prompt = vision.prompt_of(name, folder, parts)
@@ -305,6 +305,41 @@ async def test_a_client_gets_what_transformers_would_answer(
     assert found[-1].choices[1].message.content == wanted[0]
 
 
+@pytest.mark.parametrize("before", ["", "<s>", "</s>"])
+async def test_a_chat_begins_as_the_processor_of_transformers_begins_it(
+    before: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folder_of("llava"), tmp_path / "copy")
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    backend.save(str(folder / "tokenizer.json"))
+    options = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "chat_template.jinja").write_text(before + options["chat_template"])
+    parts: list[Part] = ["what is ", picture(50, 30), " this?"]
+    given = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+        for part in parts
+    ]
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    chat = [{"role": "user", "content": given}]
+    (wanted,) = processor.apply_chat_template(
+        chat, tokenize=True, add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    async with served(folder) as (url, _), httpx.AsyncClient(base_url=url, timeout=60) as http:
+        body = {"messages": [{"role": "user", "content": content_of(parts)}]}
+        found = (await http.post("/tokenize", json=body)).json()["tokens"]
+        plain = (await http.post("/tokenize", json={**body, "add_special_tokens": False})).json()["tokens"]
+        shown = (await http.post("/chat_tokenize", json=body)).json()["tokenize_response"]
+    assert found == [each["id"] for each in shown] == list(wanted)
+    assert plain == found[before != "<s>" :]
+
+
+def test_the_processor_of_lfm2_adds_no_special_tokens(folder_of: Callable[[str], Path]) -> None:
+    names = ("llava", "lfm2_vl", "mistral3")
+    found = [vision.processor_of(folder_of(name)).adds_special_tokens for name in names]
+    assert found == [True, False, True]
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
 async def test_images_side_by_side_are_refused_where_the_model_would_take_them_for_one(
     name: str, folder_of: Callable[[str], Path]
@@ -373,10 +408,14 @@ async def test_without_a_processor_the_model_takes_text_alone(
             await ask([picture(9, 9)])
 
 
-def test_pixtral_s_rows_end_with_a_break_and_the_image_with_an_end(folder_of: Callable[[str], Path]) -> None:
-    (made,) = vision.processor_of(folder_of("mistral3")).process([Image(picture(50, 30), b"d" * 32, "image")])
-    row = "[IMG]" * 4
-    assert made.text == f"{row}[IMG_BREAK]{row}[IMG_BREAK]{row}[IMG_END]"
+@pytest.mark.parametrize(("name", "side"), [("mistral3", 14), ("pixtral", 7)])
+def test_pixtral_s_rows_end_with_a_break_and_the_image_with_an_end(
+    name: str, side: int, folder_of: Callable[[str], Path]
+) -> None:
+    (made,) = vision.processor_of(folder_of(name)).process([Image(picture(50, 30), b"d" * 32, "image")])
+    (size,) = made.payload["image_sizes"].tolist()
+    rows = ["[IMG]" * (size[1] // side)] * (size[0] // side)
+    assert made.text == f"{'[IMG_BREAK]'.join(rows)}[IMG_END]"
 
 
 def test_an_image_that_mistral_s_code_fails_on_is_a_client_s_mistake(
@@ -384,6 +423,19 @@ def test_an_image_that_mistral_s_code_fails_on_is_a_client_s_mistake(
 ) -> None:
     with pytest.raises(InvalidRequest, match="it is too small"):
         vision.processor_of(folder_of("mistral3")).process([Image(picture(1, 1), b"d" * 32, "image")])
+
+
+@pytest.mark.parametrize(
+    "change", [{"do_normalize": False}, {"do_rescale": None}, {"do_pad": False}, {"resample": 3}], ids=str
+)
+def test_what_lfm2_s_files_cannot_ask_for_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(change))} must be"):
+        Lfm2Images(change)
+
+
+def test_one_mean_may_stand_for_all_of_lfm2_s_colours() -> None:
+    one, three = (Lfm2Images({"image_mean": mean})([picture(50, 30)]) for mean in (0.4, [0.4] * 3))
+    assert torch.equal(one["pixel_values"], three["pixel_values"])
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def read_conversation(
         variables=_variables(request),
         is_continued=_is_continued(request, messages),
         adds_turn=request.add_generation_prompt is not False,
-        adds_special_tokens=bool(request.add_special_tokens),
+        adds_special_tokens=request.add_special_tokens,
         echoes=bool(request.echo),
         tool_prompt=request.tool_prompt,
         images=images,

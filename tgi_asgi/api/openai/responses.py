@@ -155,7 +155,7 @@ def _job(
         tools=[tool.for_template() for tool in tools] or None,
         offers_tools=request.tool_choice != "none",
         variables=template_variables(effort, effort_field, request.chat_template_kwargs),
-        adds_special_tokens=bool(request.add_special_tokens),
+        adds_special_tokens=request.add_special_tokens,
         images=images,
     )
     choice = read_choice(

@@ -73,7 +73,7 @@ def detokenize(body: bytes, exchange: Exchange) -> bytes:
 
 
 def chat_tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
-    """Return a chat's templated text and its tokens, without adding special tokens."""
+    """Return a chat's templated text and its tokens."""
     served = exchange.context.ready()
     chat = _chat(decode_json(body, CHAT_DECODER), exchange)
 
@@ -81,7 +81,7 @@ def chat_tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
         text = chat_text(chat, served, exchange.context.settings)
         check_countable(text.shown, served)
         tokens = served.tokenizer.encode_with_offsets(
-            text.source, add_special_tokens=False, is_marked=text.is_marked
+            text.source, add_special_tokens=text.adds_special_tokens, is_marked=text.is_marked
         )
         array = msgspec.Raw(_array(text.shown, tokens))
         return msgspec.json.encode({"tokenize_response": array, "templated_text": text.shown})

@@ -185,8 +185,8 @@ def load_chat_template(
 
     The first of these that exists is used: the administrator's `override` (a tokenizer_config.json, or a bare
     .jinja file), `chat_template.jinja` in `directory`, `additional_chat_templates/` there, `chat_template` of
-    its chat_template.json (of older vision models) or tokenizer_config.json, `tokenizer.chat_template` of a
-    GGUF file's `metadata`.
+    its processor_config.json or chat_template.json (of older vision models) or tokenizer_config.json,
+    `tokenizer.chat_template` of a GGUF file's `metadata`.
 
     Raises:
         ModelLoadError: if a file cannot be read, or the override holds no template.
@@ -213,7 +213,7 @@ def _find_sources(
         }
         if (single := directory / "chat_template.jinja").is_file():
             named["default"] = _read(single)
-        for name in ("chat_template.json", "tokenizer_config.json"):
+        for name in ("processor_config.json", "chat_template.json", "tokenizer_config.json"):
             if "default" not in named and (config := directory / name).is_file():
                 named = {**_from_config(config), **named}
         if named:

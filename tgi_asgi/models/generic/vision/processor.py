@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
+from tgi_asgi.formats.files import read_json
 from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images, PixtralImages
 from tgi_asgi.types import Image, ProcessedImage
 
@@ -44,7 +44,7 @@ class VisionProcessor:
         self._processor, self._token_id, self._input_names = processor, token_id, input_names
         self._needs_gap = needs_gap
         self._token: str = processor.tokenizer.convert_ids_to_tokens(token_id)
-        self._options = _image_options(processor)
+        self._options, self.adds_special_tokens = _image_options(processor)
         self._is_together = any(kind.__name__ in _TOGETHER for kind in type(processor).__mro__)
 
     @property
@@ -124,8 +124,11 @@ def _build(directory: Path, config: Mapping[str, Any], names: Sequence[str]) -> 
 
     options: dict[str, Any] = {}
     for name in names:
-        if (directory / name).exists():
-            options.update(json.loads((directory / name).read_text(encoding="utf-8")))
+        options.update(_read_optional(directory / name))
+    if options.get("processor_class") is None:
+        options["processor_class"] = _read_optional(directory / "tokenizer_config.json").get(
+            "processor_class"
+        )
     kind = _OWN.get(_class_name(options, config)) or _image_half(_processor_class(options, config))
     parameters = inspect.signature(kind.__init__).parameters
     given: dict[str, Any] = {
@@ -135,6 +138,10 @@ def _build(directory: Path, config: Mapping[str, Any], names: Sequence[str]) -> 
     given["image_processor"] = load_image_processor(directory, options)
     given["tokenizer"] = AutoTokenizer.from_pretrained(directory)
     return kind(**given)
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
 
 
 def load_image_processor(directory: Path, options: Mapping[str, Any]) -> Any:
@@ -171,7 +178,12 @@ def _known_classes() -> dict[str, str]:
 
 
 def _class_name(options: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    name = _known_classes().get(str(config.get("model_type"))) or options.get("processor_class")
+    """Return the class that the files name, or else that of the model's type, as `AutoProcessor` does.
+
+    The two differ for Pixtral-12B: a LLaVA whose images have Pixtral's tokens.
+    """
+    known, named = _known_classes(), options.get("processor_class")
+    name = named if named in known.values() else known.get(str(config.get("model_type")))
     if name is None:
         raise ValueError(f"no processor is known for {config.get('model_type')}")
     return str(name)
@@ -189,8 +201,8 @@ def _accept(self: Any, name: str, value: Any) -> None:
     return None
 
 
-def _image_options(processor: Any) -> dict[str, Any]:
-    """Return the image options of the processor's class."""
+def _image_options(processor: Any) -> tuple[dict[str, Any], bool]:
+    """Return the image options of the processor's class, and whether its tokenizer adds special tokens."""
     merge = processor._merge_kwargs
     kinds = inspect.signature(merge).parameters.get("ModelProcessorKwargs")
     # transformers 5.19 must be passed what later versions read from the processor.
@@ -202,7 +214,7 @@ def _image_options(processor: Any) -> dict[str, Any]:
     named = inspect.signature(processor._process_images).parameters
     options |= {name: merged[name] for name in named if name in merged}
     options.pop("return_tensors", None)
-    return options
+    return options, bool(texts.get("add_special_tokens", True))
 
 
 def _tensor(value: Any) -> Tensor:

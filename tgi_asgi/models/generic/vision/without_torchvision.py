@@ -57,6 +57,8 @@ _LFM2 = {
     "image_mean": [0.5] * 3,
     "image_std": [0.5] * 3,
 }
+# What every LFM2-VL has, and the class below does not compute otherwise: 2 is bilinear.
+_LFM2_FIXED = {"do_rescale": True, "do_normalize": True, "do_pad": True, "resample": 2}
 
 
 class Lfm2Images:
@@ -64,9 +66,15 @@ class Lfm2Images:
 
     Args:
         options: Contents of the checkpoint's preprocessor_config.json.
+
+    Raises:
+        ValueError: if they ask for something else than this class computes.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
+        for name, only in _LFM2_FIXED.items():
+            if (given := options.get(name, only)) != only:
+                raise ValueError(f"{name} must be {only}, got {str(given)[:100]}")
         values = {name: options.get(name, default) for name, default in _LFM2.items()}
         self._values = values
         self.tile_size: int = values["tile_size"]
@@ -88,7 +96,7 @@ class Lfm2Images:
         patches, masks, shapes = [], [], []
         layout: dict[str, list[Any]] = {"image_rows": [], "image_cols": [], "image_sizes": []}
         for image in images:
-            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
             tiles, rows, columns, size = self._tiles(pixels)
             for tile in tiles:
                 made, mask, shape = self._patches(tile)
@@ -166,7 +174,7 @@ class Lfm2Images:
             ValueError: if there are more than the tower accepts.
         """
         values, side = self._values, self.encoder_patch_size
-        mean, std = (torch.tensor(values[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
+        mean, std = (torch.tensor(values[name]).view(-1, 1, 1) for name in ("image_mean", "image_std"))
         normal = (tile[0] * values["rescale_factor"] - mean) / std
         rows, columns = normal.shape[1] // side, normal.shape[2] // side
         cut = normal.reshape(3, rows, side, columns, side).permute(1, 3, 2, 4, 0)
@@ -179,5 +187,5 @@ class Lfm2Images:
 
 
 def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    made = interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
-    return made.round().clamp(0, 255)
+    """Return bytes as torchvision does, which resizes bytes without making them floats."""
+    return interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
