@@ -31,7 +31,8 @@ _SPECIAL_IDS = {
 }
 # A GGUF file names one end token where generation_config.json lists several. These control tokens always end
 # a turn, a text or a file, as in llama.cpp; files made from an added_tokens.json call them defined by a user.
-_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_END_KEYS = tuple(f"{name}_token_id" for name in ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"))
+_SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2}  # unless the file names others, as in llama.cpp
 _END_TEXTS = frozenset(
     {
         "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<|endoftext|>",
@@ -77,19 +78,17 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
     try:
         tokens = _read_tokens(metadata)
         end_texts = _end_texts(tokens)
-        types = _read_array(metadata, "token_type", len(tokens)) or [NORMAL] * len(tokens)
-        types = _with_ends(tokens, types, end_texts)
+        given_types = _read_array(metadata, "token_type", len(tokens))
+        types = _with_ends(tokens, given_types or [NORMAL] * len(tokens), end_texts)
         if kind == "llama":
             backend, adds_bos = _scored(metadata, tokens, types), True
         else:
             split = SENTENCEPIECE if kind == "gemma4" else _split_of(metadata)
             backend, adds_bos = _merged(metadata, tokens, split), split.adds_bos
-        special_ids = {
-            name: token_id
-            for name, key in _SPECIAL_IDS.items()
-            if (token_id := _token_id(metadata, key, len(tokens))) is not None
-        }
-        add_tokens(backend, tokens, types, frozenset(special_ids.values()))
+        special_ids = _read_special_ids(metadata, len(tokens), is_sentencepiece=kind == "llama")
+        # Not the others, if the types say that they are text: padding may be any token, such as "!".
+        named = special_ids if given_types is None else special_ids.keys() & {"bos_token", "eos_token"}
+        add_tokens(backend, tokens, types, {special_ids[name] for name in named})
     except ModelLoadError:
         raise
     except Exception as error:  # `tokenizers` raises a bare Exception
@@ -120,6 +119,15 @@ def _with_ends(tokens: Sequence[str], types: Sequence[int], end_texts: frozenset
         CONTROL if kind == USER_DEFINED and token in end_texts else kind
         for token, kind in zip(tokens, types, strict=True)
     ]
+
+
+def _read_special_ids(metadata: Mapping[str, Any], size: int, *, is_sentencepiece: bool) -> dict[str, int]:
+    usual = _SENTENCEPIECE_IDS.items() if is_sentencepiece else ()
+    given = ((name, _token_id(metadata, key, size)) for name, key in _SPECIAL_IDS.items())
+    return {
+        **{name: token_id for name, token_id in usual if token_id < size},
+        **{name: token_id for name, token_id in given if token_id is not None},
+    }
 
 
 def _split_of(metadata: Mapping[str, Any]) -> Split:
