@@ -310,6 +310,14 @@ def test_sentencepiece_has_the_usual_bos_and_eos_unless_told_otherwise(token_id:
     assert Tokenizer.from_gguf({**metadata, "tokenizer.ggml.eos_token_id": 1}).eos_id == 1
 
 
+@pytest.mark.parametrize("says", [None, False, True])
+def test_sentencepiece_with_merges_in_the_file_adds_no_space(says: bool | None) -> None:
+    metadata = sentencepiece(model="gemma4", merges=["a b"], add_space_prefix=says)
+    tokenizer = Tokenizer.from_gguf(metadata)
+    ids = tokenizer.encode("ab", add_special_tokens=False)
+    assert [tokenizer.token_text(token_id) for token_id in ids] == ["ab"]
+
+
 def test_text_cannot_spell_a_control_token_by_merges() -> None:
     metadata = sentencepiece()
     tokens = metadata["tokenizer.ggml.tokens"]

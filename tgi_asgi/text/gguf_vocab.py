@@ -148,7 +148,8 @@ def _merged(metadata: Mapping[str, Any], tokens: list[str], split: Split) -> tok
         raise ModelLoadError("the GGUF file has no `tokenizer.ggml.merges`")
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     if not split.is_byte_level:
-        return _sentencepiece(metadata, tokens, pairs, has_prefix=_flag(metadata, "add_space_prefix", False))
+        # llama.cpp ignores `add_space_prefix` here; these models' tokenizers add no space.
+        return _sentencepiece(metadata, tokens, pairs, has_prefix=False)
     vocab = dict(zip(tokens, range(len(tokens)), strict=True))
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=split.ignores_merges))
     backend.pre_tokenizer = split.pre_tokenizer()
