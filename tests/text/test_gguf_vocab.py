@@ -310,6 +310,16 @@ def test_sentencepiece_has_the_usual_bos_and_eos_unless_told_otherwise(token_id:
     assert Tokenizer.from_gguf({**metadata, "tokenizer.ggml.eos_token_id": 1}).eos_id == 1
 
 
+@pytest.mark.parametrize(("architecture", "is_kept"), [("phi3", False), ("llama", True)])
+def test_special_tokens_of_phi_3_take_the_space_after_them(architecture: str, is_kept: bool) -> None:
+    tokenizer = Tokenizer.from_gguf({**sentencepiece(), "general.architecture": architecture})
+    ids = tokenizer.encode("</s> a<s> a", add_special_tokens=False)
+    space = tokenizer.encode("a", add_special_tokens=False)
+    kept = tokenizer.encode(" a", add_special_tokens=False)
+    assert kept != space
+    assert ids == [2, *(kept if is_kept else space), 1, *kept]
+
+
 @pytest.mark.parametrize("says", [None, False, True])
 def test_sentencepiece_with_merges_in_the_file_adds_no_space(says: bool | None) -> None:
     metadata = sentencepiece(model="gemma4", merges=["a b"], add_space_prefix=says)

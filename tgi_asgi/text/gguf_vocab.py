@@ -48,6 +48,8 @@ _OTHER_END_TEXTS = frozenset(
         "<fim-pad>", "<fim-repo>", "<REPO>", "<reponame>",
     }
 )  # fmt: skip
+# Phi 3's other special tokens take the white space after them, which files do not say.
+_KEEPING_OF_PHI3 = ("<unk>", "<s>", "<|endoftext|>")
 # Models whose answers may have several messages: if their vocabulary has both, <|end|> ends one message.
 _MESSAGE_ENDS = (("<|return|>", "<|call|>"), ("<|flush|>", "<|calls|>"))  # harmony; Solar Open
 
@@ -88,7 +90,9 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
         special_ids = _read_special_ids(metadata, len(tokens), is_sentencepiece=kind == "llama")
         # Not the others, if the types say that they are text: padding may be any token, such as "!".
         named = special_ids if given_types is None else special_ids.keys() & {"bos_token", "eos_token"}
-        add_tokens(backend, tokens, types, {special_ids[name] for name in named})
+        is_phi3 = kind == "llama" and metadata.get("general.architecture") == "phi3"
+        ids = {special_ids[name] for name in named}
+        add_tokens(backend, tokens, types, ids, keeping=_KEEPING_OF_PHI3 if is_phi3 else None)
     except ModelLoadError:
         raise
     except Exception as error:  # `tokenizers` raises a bare Exception
