@@ -157,6 +157,11 @@ def test_linear_scaling_by_its_old_key() -> None:
         ({"rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
         ({"rope.scale_linear": 4.0}, RopeScaling("linear", 4.0)),
         ({"rope.scale_linear": 1.0}, None),
+        ({"rope.scaling.attn_factor": 1.5}, RopeScaling("linear", attention_factor=1.5)),
+        (
+            {"rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 1.5},
+            RopeScaling("linear", 4.0, attention_factor=1.5),
+        ),
         ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
         ({}, None),
     ],

@@ -103,6 +103,21 @@ def test_autoround_packs_as_the_tools_that_it_names(tmp_path: Path, packing: str
     np.testing.assert_allclose(decode(source), values, rtol=2**-10, atol=2e-4)
 
 
+@pytest.mark.parametrize("key", ["r4", "online_r1_rotation"])
+def test_quark_with_rotated_inputs_is_refused(key: str) -> None:
+    weight = {"dtype": "fp8_e4m3"}
+    options = {"quant_method": "quark", "global_quant_config": {"weight": weight}}
+    rotation = {"name": "rotation", "r1": True, "r2": True, "r3": True, "r4": False}
+    fine: tuple[Any, ...] = (None, [{"name": "awq"}], [rotation], rotation)
+    for algorithms in fine:
+        Quantisation.from_json({"quantization_config": {**options, "algo_config": algorithms}})
+    online = {**rotation, key: True}
+    refused: tuple[Any, ...] = ([{"name": "awq"}, online], online)
+    for algorithms in refused:
+        with pytest.raises(ModelLoadError, match=f"`{key}`: activations would have to be rotated"):
+            Quantisation.from_json({"quantization_config": {**options, "algo_config": algorithms}})
+
+
 @pytest.mark.parametrize("key", ["rotation", "rotation_config", "hadamard_config"])
 def test_rotated_activations_are_refused(key: str) -> None:
     options = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq", key: "hadamard"}

@@ -187,3 +187,31 @@ def test_a_value_of_another_type_is_refused(method: str, value: Any, words: str)
     arguments = ("key", False) if method == "flag" else ("key",)
     with pytest.raises(ModelLoadError, match=f"`key` {words}"):
         getattr(reader, method)(*arguments)
+
+
+@pytest.fixture
+def deepseek() -> dict[str, Any]:
+    """Return the metadata of a small GGUF file with latent attention."""
+    sizes = {
+        "vocab_size": 100, "context_length": 512, "embedding_length": 64, "block_count": 2,
+        "feed_forward_length": 64, "attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.kv_lora_rank": 32, "attention.key_length": 64, "attention.value_length": 32,
+        "rope.dimension_count": 32, "expert_count": 4, "expert_used_count": 2,
+        "expert_feed_forward_length": 32,
+    }  # fmt: skip
+    named = {f"deepseek2.{key}": value for key, value in sizes.items()}
+    return {**named, "general.architecture": "deepseek2"}
+
+
+def test_a_scale_of_zero_in_a_gguf_file_is_none(deepseek: dict[str, Any]) -> None:
+    for given, expected in ((None, 1.0), (0.0, 1.0), (2.5, 2.5)):
+        metadata = {**deepseek, "deepseek2.expert_weights_scale": given}
+        _, config = read_gguf(metadata, frozenset({"blk.1.ffn_gate_inp.weight"}))
+        experts = config.layers[1].experts
+        assert experts is not None and experts.scale == expected
+
+
+def test_a_magnitude_that_scores_have_too_is_refused(deepseek: dict[str, Any]) -> None:
+    read_gguf({**deepseek, "deepseek2.rope.scaling.attn_factor": 1.0}, frozenset())
+    with pytest.raises(ModelLoadError, match=r"`rope\.scaling\.attn_factor` is 1\.7"):
+        read_gguf({**deepseek, "deepseek2.rope.scaling.attn_factor": 1.7}, frozenset())

@@ -84,6 +84,14 @@ def test_yarn_without_a_ramp_equals_transformers(tmp_path: Path, factor: float) 
     assert difference(save(model, tmp_path), reference_logits(model, IDS)) < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_divisors_of_a_gguf_file_come_with_any_scaling(kind: str) -> None:
+    spec = RopeSpec(16, 1e4, RopeScaling(kind, 4.0, 64))
+    divisors = np.linspace(1, 8, 8, dtype=np.float32)
+    expected = inverse_frequencies(spec) / divisors
+    np.testing.assert_allclose(inverse_frequencies(spec, divisors), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["native", "gguf", "transformers", "generic"])
 def test_what_the_administrator_says_equals_a_configuration_that_says_it(

@@ -25,6 +25,7 @@ from tests.support.family_case import BASE, FamilyCase
 from tests.support.family_files import Reference
 from tests.support.gguf_blocks import GgufMatrix, random_matrix
 from tests.support.gguf_bytes import Tensor, gguf_bytes, write
+from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.sources import ModelFiles
 
 NUM_PROMPT_TOKENS, NUM_TOKENS = 200, 4
@@ -95,6 +96,19 @@ def make(case: FamilyCase, folder: Path, formats: Mapping[str, str]) -> MadeMode
     path = write(folder / f"{case.name}.gguf", data)
     files = ModelFiles(case.name, None, "gguf", path)
     return MadeModel(case, files, _reference(model), hashlib.sha256(data).hexdigest()[:16])
+
+
+def changed(made: MadeModel, folder: Path, changes: Mapping[str, Any]) -> ModelFiles:
+    """Write a model again with other values of its architecture's keys, or without those that are None."""
+    metadata = _metadata(made.case) | {f"{made.case.name}.{key}": value for key, value in changes.items()}
+    with GgufFile.open(made.files.path) as file:
+        tensors = [
+            Tensor(name, info.shape[::-1], gguf.GGMLQuantizationType[info.type], file.raw(name).tobytes())
+            for name, info in file.tensors.items()
+        ]
+    given = {key: value for key, value in metadata.items() if value is not None}
+    path = write(folder / "changed.gguf", gguf_bytes(given, tensors))
+    return ModelFiles(made.case.name, None, "gguf", path)
 
 
 def _add_experts(

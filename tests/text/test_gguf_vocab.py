@@ -156,6 +156,19 @@ def test_tokens_that_end_an_answer_are_llama_cpps(control: tuple[str, ...], ends
     assert {tokenizer.token_text(token_id) for token_id in tokenizer.eos_ids} == ends
 
 
+@pytest.mark.parametrize("key", ["eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"])
+def test_tokens_that_a_key_names_end_an_answer(key: str) -> None:
+    metadata = {**byte_level("gpt-2"), f"tokenizer.ggml.{key}_token_id": 7}
+    assert Tokenizer.from_gguf(metadata).eos_ids == {7}
+
+
+def test_padding_that_is_text_stays_text() -> None:
+    metadata = byte_level("gpt-2", control=("<eos>",), padding_token_id=0, eos_token_id=256)
+    assert Tokenizer.from_gguf(metadata).special_ids == {256}
+    del metadata["tokenizer.ggml.token_type"]
+    assert Tokenizer.from_gguf(metadata).special_ids == {0, 256}
+
+
 def test_a_tag_that_a_user_defined_ends_no_answer() -> None:
     metadata = byte_level("qwen2", control=("</s>", "<eos>"))
     metadata["tokenizer.ggml.token_type"][-2:] = USER_DEFINED
@@ -287,6 +300,32 @@ def test_sentencepiece_adds_bos_and_a_space_unless_told_otherwise() -> None:
     assert not plain.adds_bos
     assert plain.decode(plain.encode(" ab", add_special_tokens=True), skip_special_tokens=True) == " ab"
     assert b"".join(map(plain.token_bytes, plain.encode("ab", add_special_tokens=True))) == b"ab"
+
+
+@pytest.mark.parametrize("token_id", [None, 10**6])
+def test_sentencepiece_has_the_usual_bos_and_eos_unless_told_otherwise(token_id: int | None) -> None:
+    metadata = sentencepiece(bos_token_id=token_id, eos_token_id=token_id)
+    tokenizer = Tokenizer.from_gguf(metadata)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.adds_bos) == (1, frozenset({2}), True)
+    assert Tokenizer.from_gguf({**metadata, "tokenizer.ggml.eos_token_id": 1}).eos_id == 1
+
+
+@pytest.mark.parametrize(("architecture", "is_kept"), [("phi3", False), ("llama", True)])
+def test_special_tokens_of_phi_3_take_the_space_after_them(architecture: str, is_kept: bool) -> None:
+    tokenizer = Tokenizer.from_gguf({**sentencepiece(), "general.architecture": architecture})
+    ids = tokenizer.encode("</s> a<s> a", add_special_tokens=False)
+    space = tokenizer.encode("a", add_special_tokens=False)
+    kept = tokenizer.encode(" a", add_special_tokens=False)
+    assert kept != space
+    assert ids == [2, *(kept if is_kept else space), 1, *kept]
+
+
+@pytest.mark.parametrize("says", [None, False, True])
+def test_sentencepiece_with_merges_in_the_file_adds_no_space(says: bool | None) -> None:
+    metadata = sentencepiece(model="gemma4", merges=["a b"], add_space_prefix=says)
+    tokenizer = Tokenizer.from_gguf(metadata)
+    ids = tokenizer.encode("ab", add_special_tokens=False)
+    assert [tokenizer.token_text(token_id) for token_id in ids] == ["ab"]
 
 
 def test_text_cannot_spell_a_control_token_by_merges() -> None:

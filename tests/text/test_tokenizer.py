@@ -175,16 +175,18 @@ class TestConfiguration:
         assert Tokenizer.from_directory(model_dir).eos_ids == {2, 4}
 
     def test_named_tokens_come_as_strings_or_objects(self, model_dir: Path) -> None:
-        write(model_dir / "special_tokens_map.json", {"pad_token": "<|im_end|>", "bos_token": "no"})
-        write(
-            model_dir / "tokenizer_config.json",
-            {"bos_token": {"content": "<|im_start|>"}, "pad_token": None, "eos_token": "<|im_end|>"},
-        )
+        named = {"bos_token": {"content": "<|im_start|>"}, "pad_token": None, "eos_token": "<|im_end|>"}
+        write(model_dir / "tokenizer_config.json", named)
         tokenizer = Tokenizer.from_directory(model_dir)
-        assert tokenizer.special_tokens == {
-            "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"
-        }  # fmt: skip
+        assert tokenizer.special_tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
         assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+
+    def test_a_special_tokens_map_counts_beside_a_list_of_no_added_tokens(self, model_dir: Path) -> None:
+        named = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+        write(model_dir / "special_tokens_map.json", {"eos_token": {"content": "<|im_start|>"}})
+        for more, eos_id in (({}, 1), ({"added_tokens_decoder": {}}, 2)):
+            write(model_dir / "tokenizer_config.json", {**named, **more})
+            assert Tokenizer.from_directory(model_dir).eos_id == eos_id
 
     def test_bos_is_added_where_tokenizer_json_says_so(self, model_dir: Path) -> None:
         config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}

@@ -208,7 +208,14 @@ def _modelopt_block(options: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _check_quark(options: Mapping[str, Any]) -> None:
-    """Refuse what Quark stores otherwise than as FP8 or MXFP4."""
+    """Refuse what Quark stores otherwise than as FP8 or MXFP4, and inputs that are rotated while it runs."""
+    algorithms = options.get("algo_config")
+    for each in algorithms if isinstance(algorithms, list) else [algorithms]:
+        for key in ("online_r1_rotation", "r4"):  # R3 cancels out: queries and keys are rotated alike
+            check(
+                not (isinstance(each, dict) and each.get(key)),
+                f"Quark's rotation has `{key}`: activations would have to be rotated, which is not supported",
+            )
     layers = [options.get("global_quant_config"), *_objects(options.get("layer_quant_config"))]
     layers += _objects(options.get("layer_type_quant_config"))
     for layer in layers:

@@ -53,7 +53,7 @@ class RopeScaling:
     beta_fast: float = 32.0  # this and the next two: yarn
     beta_slow: float = 1.0
     is_truncated: bool = True
-    attention_factor: float = 1.0  # yarn and longrope: factor on cosines and sines
+    attention_factor: float = 1.0  # on cosines and sines: yarn, longrope, and all kinds in a GGUF file
     # longrope: divisors of each frequency up to the original context, and beyond; None: stored in the GGUF
     # file
     short_factors: tuple[float, ...] | None = None

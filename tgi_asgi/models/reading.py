@@ -391,7 +391,7 @@ def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
             attention_factor=attention,
         )  # fmt: skip
     if kind == "none" or (kind is None and given in (None, 0, 1)):
-        return None
+        return None if attention == 1 else RopeScaling("linear", attention_factor=attention)
     check(
         kind in (None, "linear", "yarn"),
         f"rope scaling of type {kind!r} is not supported in GGUF files, only linear, yarn and longrope are",
@@ -399,7 +399,7 @@ def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
     reader.ignore(f"{prefix}factor")
     factor = reader.number(f"{prefix}factor") if given is None else reader.number(f"{prefix}factor", given)
     if kind != "yarn":
-        return RopeScaling("linear", factor)
+        return RopeScaling("linear", factor, attention_factor=attention)
     for key in ("yarn_ext_factor", "yarn_attn_factor"):
         value = reader.number(f"{prefix}{key}", 1.0)
         check(value == 1, f"{prefix}{key} {value} is not supported, only 1 is")

@@ -52,9 +52,15 @@ def read_corrected(reader: Reader) -> ExpertsSpec:
         has_correction=not reader.is_gguf or has_corrections(reader), num_groups=reader.integer("n_group", 1),
         top_groups=reader.integer("topk_group", 1), sums_top_two=True,
         is_renormalised=reader.flag("norm_topk_prob", True), eps=1e-20,
-        scale=reader.number("routed_scaling_factor", 1.0),
+        scale=read_scale(reader),
         shared_size=size * reader.integer("n_shared_experts", 0),
     )  # fmt: skip
+
+
+def read_scale(reader: Reader) -> float:
+    """Return the factor on experts' weights; 0 in a GGUF file means that there is none, as in llama.cpp."""
+    scale = reader.number("routed_scaling_factor", 1.0)
+    return 1.0 if reader.is_gguf and scale == 0 else scale
 
 
 def check_sigmoid(reader: Reader) -> None:

@@ -82,13 +82,11 @@ def inverse_frequencies(spec: RopeSpec, divisors: Floats | None = None, max_posi
         return np.array(spec.frequencies, np.float32)
     exponents = np.arange(0, spec.dim, 2, dtype=np.float32) / np.float32(spec.dim)
     powers = _power(_base(spec, max_positions), exponents)
-    if spec.scaling is not None and spec.scaling.kind == "longrope" and divisors is not None:
-        return 1.0 / (divisors * powers)
-    inverse = 1.0 / powers
     if divisors is not None:
-        inverse = inverse / divisors
+        powers = divisors * powers
+    inverse = 1.0 / powers
     scaling = spec.scaling
-    if scaling is None or scaling.kind == "dynamic":
+    if scaling is None or scaling.kind in ("dynamic", "longrope"):
         return inverse
     if scaling.kind == "linear":
         return inverse / scaling.factor

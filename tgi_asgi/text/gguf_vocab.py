@@ -31,7 +31,8 @@ _SPECIAL_IDS = {
 }
 # A GGUF file names one end token where generation_config.json lists several. These control tokens always end
 # a turn, a text or a file, as in llama.cpp; files made from an added_tokens.json call them defined by a user.
-_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_END_KEYS = tuple(f"{name}_token_id" for name in ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"))
+_SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2}  # unless the file names others, as in llama.cpp
 _END_TEXTS = frozenset(
     {
         "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<|endoftext|>",
@@ -47,6 +48,8 @@ _OTHER_END_TEXTS = frozenset(
         "<fim-pad>", "<fim-repo>", "<REPO>", "<reponame>",
     }
 )  # fmt: skip
+# Phi 3's other special tokens take the white space after them, which files do not say.
+_KEEPING_OF_PHI3 = ("<unk>", "<s>", "<|endoftext|>")
 # Models whose answers may have several messages: if their vocabulary has both, <|end|> ends one message.
 _MESSAGE_ENDS = (("<|return|>", "<|call|>"), ("<|flush|>", "<|calls|>"))  # harmony; Solar Open
 
@@ -77,19 +80,19 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
     try:
         tokens = _read_tokens(metadata)
         end_texts = _end_texts(tokens)
-        types = _read_array(metadata, "token_type", len(tokens)) or [NORMAL] * len(tokens)
-        types = _with_ends(tokens, types, end_texts)
+        given_types = _read_array(metadata, "token_type", len(tokens))
+        types = _with_ends(tokens, given_types or [NORMAL] * len(tokens), end_texts)
         if kind == "llama":
             backend, adds_bos = _scored(metadata, tokens, types), True
         else:
             split = SENTENCEPIECE if kind == "gemma4" else _split_of(metadata)
             backend, adds_bos = _merged(metadata, tokens, split), split.adds_bos
-        special_ids = {
-            name: token_id
-            for name, key in _SPECIAL_IDS.items()
-            if (token_id := _token_id(metadata, key, len(tokens))) is not None
-        }
-        add_tokens(backend, tokens, types, frozenset(special_ids.values()))
+        special_ids = _read_special_ids(metadata, len(tokens), is_sentencepiece=kind == "llama")
+        # Not the others, if the types say that they are text: padding may be any token, such as "!".
+        named = special_ids if given_types is None else special_ids.keys() & {"bos_token", "eos_token"}
+        is_phi3 = kind == "llama" and metadata.get("general.architecture") == "phi3"
+        ids = {special_ids[name] for name in named}
+        add_tokens(backend, tokens, types, ids, keeping=_KEEPING_OF_PHI3 if is_phi3 else None)
     except ModelLoadError:
         raise
     except Exception as error:  # `tokenizers` raises a bare Exception
@@ -122,6 +125,15 @@ def _with_ends(tokens: Sequence[str], types: Sequence[int], end_texts: frozenset
     ]
 
 
+def _read_special_ids(metadata: Mapping[str, Any], size: int, *, is_sentencepiece: bool) -> dict[str, int]:
+    usual = _SENTENCEPIECE_IDS.items() if is_sentencepiece else ()
+    given = ((name, _token_id(metadata, key, size)) for name, key in _SPECIAL_IDS.items())
+    return {
+        **{name: token_id for name, token_id in usual if token_id < size},
+        **{name: token_id for name, token_id in given if token_id is not None},
+    }
+
+
 def _split_of(metadata: Mapping[str, Any]) -> Split:
     name = metadata.get(_KEY + "pre")
     split = SPLITS.get(name) if isinstance(name, str) else None
@@ -140,7 +152,8 @@ def _merged(metadata: Mapping[str, Any], tokens: list[str], split: Split) -> tok
         raise ModelLoadError("the GGUF file has no `tokenizer.ggml.merges`")
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     if not split.is_byte_level:
-        return _sentencepiece(metadata, tokens, pairs, has_prefix=_flag(metadata, "add_space_prefix", False))
+        # llama.cpp ignores `add_space_prefix` here; these models' tokenizers add no space.
+        return _sentencepiece(metadata, tokens, pairs, has_prefix=False)
     vocab = dict(zip(tokens, range(len(tokens)), strict=True))
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=split.ignores_merges))
     backend.pre_tokenizer = split.pre_tokenizer()

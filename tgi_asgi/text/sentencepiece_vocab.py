@@ -91,18 +91,25 @@ def merges_by_score(
 
 
 def add_tokens(
-    backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int], named: Collection[int]
+    backend: tokenizers.Tokenizer,
+    tokens: Sequence[str],
+    types: Sequence[int],
+    named: Collection[int],
+    *,
+    keeping: Collection[str] | None = None,
 ) -> None:
     """Make control and user-defined tokens match as a whole in text, before any other processing.
 
     Args:
         named: Ids of further tokens that are special.
+        keeping: Tokens that leave white space after them in the text, if others take it; None: all leave it.
     """
     special, plain = [], []
     for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        is_taking = keeping is not None and token not in keeping
         if kind in (CONTROL, UNKNOWN) or index in named:
-            special.append(AddedToken(token, normalized=False, special=True))
+            special.append(AddedToken(token, rstrip=is_taking, normalized=False, special=True))
         elif kind == USER_DEFINED:
-            plain.append(AddedToken(token, normalized=False, special=False))
+            plain.append(AddedToken(token, rstrip=is_taking, normalized=False, special=False))
     backend.add_special_tokens(special)
     backend.add_tokens(plain)

@@ -107,9 +107,7 @@ class Tokenizer:
             ModelLoadError: if there is no vocabulary, or a file is damaged.
         """
         model_directory = model_directory or directory
-        config = _read_json(directory / "special_tokens_map.json")
-        overrides = _read_json(directory / "tokenizer_config.json")
-        config.update((name, value) for name, value in overrides.items() if value is not None)
+        config = _read_config(directory)
         model = _read_json(model_directory / "config.json")
         files = (_read_json(model_directory / "generation_config.json"), model, model.get("text_config"))
         given = (file.get("eos_token_id") for file in files if isinstance(file, dict))
@@ -131,6 +129,7 @@ class Tokenizer:
         named.update(_model_specific(backend, config))
         try:
             _add_missing(backend, config.get("added_tokens_decoder") or {}, named)
+            _add_unnamed(backend, config)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ModelLoadError(f"the tokenizer_config.json of {path} is damaged: {error}") from error
         older_files.surround_by_flags(backend, config)
@@ -366,6 +365,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _read_config(directory: Path) -> dict[str, Any]:
+    """Read tokenizer_config.json, and if it is so old that it lists no added tokens, also their map."""
+    config = _read_json(directory / "tokenizer_config.json")
+    is_older = "added_tokens_decoder" not in config
+    return {**config, **_read_json(directory / "special_tokens_map.json")} if is_older else config
+
+
 def _text_of(token: Any) -> str | None:
     """Return the text of a token as configurations write it: a string or an object with `content`."""
     text = token.get("content") if isinstance(token, dict) else token
@@ -402,3 +408,14 @@ def _add_missing(backend: tokenizers.Tokenizer, listed: Mapping[str, Any], named
     for text, token in wanted.items():
         if known.get(text) != token:
             (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+
+
+def _add_unnamed(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Make special what the configuration lists without a name, unless it is an added token already."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        given = config.get(key)
+        texts = [_text_of(each) for each in given] if isinstance(given, list) else []
+        backend.add_special_tokens(
+            [AddedToken(text, normalized=False) for text in texts if text is not None and text not in known]
+        )

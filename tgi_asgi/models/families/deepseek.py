@@ -22,6 +22,7 @@ from tgi_asgi.models.reading_experts import (
     has_corrections,
     read_corrected,
     read_experts,
+    read_scale,
     with_experts,
 )
 from tgi_asgi.models.reading_latent import (
@@ -92,6 +93,7 @@ def _read_gguf(reader: Reader, architecture: str) -> ModelConfig:
     function are V2's.
     """
     leave_out_drafting(reader)
+    reader.require(**{"rope.scaling.attn_factor": 1.0})  # llama.cpp also multiplies scores by its square
     latent = read_latent(reader, is_interleaved=True)
     kind = reader.integer("expert_gating_func", SIGMOID if has_corrections(reader) else SOFTMAX)
     check(kind in (SOFTMAX, SIGMOID), f"expert_gating_func {kind} is not supported, only 1 and 2 are")
@@ -111,7 +113,7 @@ def _read_softmax(reader: Reader, *, has_groups: bool) -> ExpertsSpec:
         reader, count="n_routed_experts", top_k="num_experts_per_tok",
         num_groups=groups if has_groups else 1,
         top_groups=reader.integer("topk_group", groups) if has_groups else 1,
-        scale=reader.number("routed_scaling_factor", 1.0),
+        scale=read_scale(reader),
         shared_size=size * reader.integer("n_shared_experts", 0),
     )  # fmt: skip
 

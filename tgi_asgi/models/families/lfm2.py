@@ -16,7 +16,13 @@ from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import check_layer_types, num_layers, read_kv_heads, read_layers, read_sizes
-from tgi_asgi.models.reading_experts import check_sigmoid, has_corrections, read_experts, with_experts
+from tgi_asgi.models.reading_experts import (
+    check_sigmoid,
+    has_corrections,
+    read_experts,
+    read_scale,
+    with_experts,
+)
 from tgi_asgi.models.recurrent_specs import ShortConvSpec
 
 # Keys of the first LFM2 files; LFM2's code in `transformers` reads none of them.
@@ -42,7 +48,7 @@ def read_lfm2_moe(reader: Reader, architecture: str) -> ModelConfig:
     experts = read_experts(
         reader, count="num_experts", top_k="num_experts_per_tok", kind="sigmoid",
         has_correction=has_correction, is_renormalised=reader.flag("norm_topk_prob", True), eps=1e-6,
-        scale=reader.number("routed_scaling_factor", 1.0),
+        scale=read_scale(reader),
     )  # fmt: skip
     first = 0 if reader.is_gguf else reader.integer("num_dense_layers", 2)
     return replace(config, layers=with_experts(reader, config.layers, experts, lambda index: index >= first))
