@@ -184,8 +184,9 @@ class TestConfiguration:
     def test_a_special_tokens_map_counts_beside_a_list_of_no_added_tokens(self, model_dir: Path) -> None:
         named = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
         write(model_dir / "special_tokens_map.json", {"eos_token": {"content": "<|im_start|>"}})
-        for more, eos_id in (({}, 1), ({"added_tokens_decoder": {}}, 2)):
-            write(model_dir / "tokenizer_config.json", {**named, **more})
+        listed: dict[str, object] = {**named, "added_tokens_decoder": {}}
+        for config, eos_id in ((named, 1), (listed, 2)):
+            write(model_dir / "tokenizer_config.json", config)
             assert Tokenizer.from_directory(model_dir).eos_id == eos_id
 
     def test_bos_is_added_where_tokenizer_json_says_so(self, model_dir: Path) -> None:
