@@ -400,9 +400,8 @@ def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
     factor = reader.number(f"{prefix}factor") if given is None else reader.number(f"{prefix}factor", given)
     if kind != "yarn":
         return RopeScaling("linear", factor, attention_factor=attention)
-    for key in ("yarn_ext_factor", "yarn_attn_factor"):
-        value = reader.number(f"{prefix}{key}", 1.0)
-        check(value == 1, f"{prefix}{key} {value} is not supported, only 1 is")
+    # Of all models llama.cpp reads these for Grok alone; converters write the second from two different keys.
+    reader.ignore(f"{prefix}yarn_ext_factor", f"{prefix}yarn_attn_factor")
     # llama.cpp's form of config.json's mscale_all_dim with an mscale of 1.
     undone = reader.number(f"{prefix}yarn_log_multiplier", 0.0)
     check(undone >= 0, f"{prefix}yarn_log_multiplier must not be negative, got {undone}")

@@ -35,6 +35,7 @@ _OF_ALL: tuple[dict[str, Any], ...] = (
     {"rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 1.7}, {"rope.scaling.finetuned": True},
     _YARN, {**_YARN, "rope.scaling.original_context_length": None}, {**_YARN, "rope.freq_base": 500.0},
     {**_YARN, "rope.scaling.attn_factor": 1.7}, {**_YARN, "rope.scaling.finetuned": False},
+    {**_YARN, "rope.scaling.yarn_attn_factor": 0.878, "rope.scaling.yarn_ext_factor": 0.5},
     {"logit_scale": 0.5}, {"embedding_scale": 3.0}, {"residual_scale": 0.5}, {"attention.scale": 0.5},
     {"attention.clamp_kqv": 0.5}, {"attn_logit_softcapping": 5.0}, {"final_logit_softcapping": 3.0},
     {"attention.causal": False}, {"use_parallel_residual": False},
