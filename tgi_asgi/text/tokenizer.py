@@ -366,7 +366,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """Read tokenizer_config.json, and if it is so old that it lists no added tokens, also their map."""
+    """Return the contents of tokenizer_config.json.
+
+    If it is so old that it lists no added tokens, what special_tokens_map.json says replaces its own, as in
+    `transformers`.
+    """
     config = _read_json(directory / "tokenizer_config.json")
     is_older = "added_tokens_decoder" not in config
     return {**config, **_read_json(directory / "special_tokens_map.json")} if is_older else config
