@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +32,9 @@ class ApiKeys:
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._numbered: dict[bytes, str] = {}  # for unnamed keys; a number is never reused for another key
-        self._names = self._read()  # by the key's digest, because digests have equal length
-        self._admin = _digest(settings.admin_api_key.encode()) if settings.admin_api_key else None
+        self._secret = secrets.token_bytes(32)
+        self._names = self._read()  # by the key's digest
+        self._admin = self._digest(settings.admin_api_key.encode()) if settings.admin_api_key else None
         self._clock = clock
         self._buckets: dict[str, tuple[float, float]] = {}  # by name: remaining requests, and as of when
 
@@ -48,10 +49,12 @@ class ApiKeys:
         access = route.access if route is not None else Access.KEY
         if access is Access.ADMIN:
             assert self._admin is not None, "admin routes exist only with an admin key"
-            if not hmac.compare_digest(_digest(_key_of(exchange)), self._admin):
+            if not hmac.compare_digest(self._digest(_key_of(exchange)), self._admin):
                 raise Unauthorized("The admin API key is wrong")
         elif self._names and not _is_open(access, exchange):
-            exchange.tenant = self._name_of(_key_of(exchange))
+            exchange.tenant = self._names.get(self._digest(_key_of(exchange)))
+            if exchange.tenant is None:
+                raise Unauthorized("The API key is wrong")
             if route is not None and route.generates:
                 self._count(exchange.tenant)
 
@@ -64,14 +67,9 @@ class ApiKeys:
             return
         logger.info("%d API keys loaded", len(self._names))
 
-    def _name_of(self, key: bytes) -> str:
-        digest = _digest(key)
-        found = None
-        for known, name in self._names.items():  # compare all, so timing reveals neither key nor position
-            found = name if hmac.compare_digest(digest, known) else found
-        if found is None:
-            raise Unauthorized("The API key is wrong")
-        return found
+    def _digest(self, key: bytes) -> bytes:
+        """Return a digest that nobody else can compute: how long looking it up takes says nothing of keys."""
+        return hmac.digest(self._secret, key, "sha256")
 
     def _count(self, name: str) -> None:
         """Use one of a key's requests; they are replenished evenly over a minute."""
@@ -90,7 +88,7 @@ class ApiKeys:
         keys = [("", key) for key in self._settings.api_key]
         if self._settings.api_key_file is not None:
             keys += read_key_file(self._settings.api_key_file)
-        return {(digest := _digest(key.encode())): name or self._number(digest) for name, key in keys}
+        return {(digest := self._digest(key.encode())): name or self._number(digest) for name, key in keys}
 
     def _number(self, digest: bytes) -> str:
         return self._numbered.setdefault(digest, f"key {len(self._numbered) + 1}")
@@ -134,7 +132,3 @@ def _is_open(access: Access, exchange: Exchange) -> bool:
     if access is Access.BROWSER:
         return wants_html(exchange.header(b"accept"))
     return access is Access.OPEN
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
