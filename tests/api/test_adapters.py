@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from tests.support.client import client_of
+from tests.support.client import client_of, post
 from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say, scripted_app, toy_info
 from tests.support.serving import serving as serving_at
 from tests.support.waiting import LONGEST_S, until
@@ -48,11 +48,6 @@ async def serving(*names: str, settings: Settings = SETTINGS, engine: ScriptedEn
     adapters = Adapters(load, [AdapterSource(name, f"/{name}") for name in names], max_loaded=4)
     await adapters.start()
     return scripted_app(engine or ScriptedEngine(), settings, adapters=adapters)
-
-
-async def post(app: App, path: str, body: Any, headers: dict[str, str] | None = None) -> httpx.Response:
-    async with client_of(app) as client:
-        return await client.post(path, json=body, headers=headers)
 
 
 def asked(app: App) -> list[str | None]:

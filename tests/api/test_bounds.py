@@ -9,12 +9,11 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-import httpx
 import orjson
 import pytest
 
 from tests.support.asgi import Call, peak_of, request, send
-from tests.support.client import client_of
+from tests.support.client import client_of, post
 from tests.support.scripted_engine import (
     ScriptedChannel,
     ScriptedEngine,
@@ -49,11 +48,6 @@ TEXTS: dict[str, Callable[[str], dict[str, Any]]] = {
     "/invocations": lambda text: {"inputs": text},
     "/vertex": lambda text: {"instances": [{"inputs": text}]},
 }
-
-
-async def post(app: App, path: str, body: Any) -> httpx.Response:
-    async with client_of(app) as client:
-        return await client.post(path, json=body)
 
 
 # Names that responses repeat.

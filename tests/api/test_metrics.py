@@ -11,7 +11,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.asgi import request, send
-from tests.support.client import client_of
+from tests.support.client import client_of, post
 from tests.support.scripted_engine import ScriptedEngine, fail_with, say, scripted_app, toy_info
 from tests.support.waiting import LONGEST_S
 from tgi_asgi import errors
@@ -120,11 +120,6 @@ def test_the_exposition_ends_with_a_line_feed_and_names_each_family_once() -> No
     for value in ("1", "2"):
         registry.counter("x", "Help.", a=value).add(2)
     assert registry.render() == b'# HELP x Help.\n# TYPE x counter\nx{a="1"} 2\nx{a="2"} 2\n'
-
-
-async def post(app: App, path: str, body: Any) -> None:
-    async with client_of(app) as client:
-        await client.post(path, json=body)
 
 
 async def test_each_request_is_counted_once_with_its_end() -> None:
