@@ -7,16 +7,14 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import httpx
 import orjson
 import pytest
 
 from tests.support.asgi import Call, request, send
-from tests.support.client import client_of
+from tests.support.client import client_of, post
 from tests.support.scripted_engine import ScriptedEngine, scripted_app
 from tests.support.toy_tokenizer import ToyTokenizer
 from tests.support.waiting import LONGEST_S, until
-from tgi_asgi.app import App
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.types import EngineState
 
@@ -26,11 +24,6 @@ COUNTING: dict[str, dict[str, Any]] = {
     "/detokenize": {"tokens": [97]},
     "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hi"}]},
 }
-
-
-async def post(app: App, path: str, body: Any) -> httpx.Response:
-    async with client_of(app) as client:
-        return await client.post(path, json=body)
 
 
 @pytest.mark.parametrize("path", COUNTING)
@@ -46,13 +39,13 @@ async def test_a_server_that_generates_as_much_as_it_can_still_counts_tokens(pat
 @pytest.mark.parametrize("path", COUNTING)
 async def test_so_many_requests_count_tokens_at_a_time(path: str) -> None:
     app = scripted_app(ScriptedEngine(), Settings(model_id="toy/model", max_concurrent_requests=2))
-    app.context.num_tokenising = 2
+    app.context.tokenising_keys[None] = 2
     refused = await post(app, path, COUNTING[path])
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-    app.context.num_tokenising = 1
+    app.context.tokenising_keys[None] = 1
     assert (await post(app, path, COUNTING[path])).status_code == 200
     assert (await post(app, path, {"tokens": "x", "inputs": 1, "messages": 1})).status_code in (400, 422)
-    assert app.context.num_tokenising == 1
+    assert app.context.tokenising_keys.total() == 1
 
 
 async def test_counting_long_texts_keeps_nobody_from_a_prompt_or_a_short_text() -> None:
@@ -81,19 +74,19 @@ async def test_counting_long_texts_keeps_nobody_from_a_prompt_or_a_short_text() 
             ]
             leaving = [request("POST", "/tokenize", {"inputs": long_text}) for _ in range(8)]
             gone = [asyncio.create_task(send(app, call)) for call in leaving]
-            await until(lambda: app.context.num_tokenising == 16)
+            await until(lambda: app.context.tokenising_keys.total() == 16)
             assert (await client.post("/v1/completions", json={"prompt": "hi"})).status_code == 200
             assert (await client.post("/tokenize", json={"inputs": "hi"})).status_code == 200
             for call in leaving:
                 call.gone.set()
             await asyncio.gather(*gone)
-            assert app.context.num_tokenising == 8
+            assert app.context.tokenising_keys.total() == 8
             assert not any(task.done() for task in slow_ones)
             go_on.set()
             assert [(await task).status_code for task in slow_ones] == [200] * 8
     finally:
         go_on.set()
-    assert app.context.num_tokenising == 0
+    assert not app.context.tokenising_keys
     assert counted.count(long_text) == 8, "what nobody waits for is not counted"
 
 
@@ -117,7 +110,7 @@ async def test_a_key_that_holds_all_places_leaves_other_keys_their_share_of_them
         waiting: list[asyncio.Task[Call]] = []
         for key, num_accepted in (("a", 4), ("b", 2), ("c", 1)):
             waiting.extend(counting(key) for _ in range(num_accepted))
-            await until(lambda: app.context.num_tokenising == len(waiting))
+            await until(lambda: app.context.tokenising_keys.total() == len(waiting))
             assert (await counting(key)).status == 429
         go_on.set()
         assert [call.status for call in await asyncio.gather(*waiting)] == [200] * 7
@@ -149,9 +142,9 @@ async def test_a_key_that_counts_many_texts_keeps_no_other_key_from_counting(siz
 
     try:
         tasks = [counting("a") for _ in range(20)]
-        await until(lambda: app.context.num_tokenising == 20)
+        await until(lambda: app.context.tokenising_keys.total() == 20)
         tasks.append(counting("b"))
-        await until(lambda: app.context.num_tokenising == 21)
+        await until(lambda: app.context.tokenising_keys.total() == 21)
         go_on.set()
         assert [call.status for call in await asyncio.gather(*tasks)] == [200] * 21
     finally:

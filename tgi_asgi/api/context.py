@@ -108,8 +108,7 @@ class ServerContext:
         image_budget: Budget for bytes of such requests' images, decoded or processed.
         answer_memory: Memory of answers that are kept until they are sent.
         num_pool_calls: How many calls for vectors or scores are being computed; they share the capacity.
-        num_tokenising: How many requests that only count or show tokens are being answered.
-        tokenising_keys: How many of them each API key has; none for keys without any.
+        tokenising_keys: How many requests that only count or show tokens each API key has; absent if none.
         fetcher: Fetches images.
         routes: All routes, for the OpenAPI document.
         is_terminating: Whether SIGTERM has arrived; `/readyz` then fails, while requests are still accepted.
@@ -127,7 +126,6 @@ class ServerContext:
         self.image_budget = ByteBudget(settings.max_image_memory, "images")
         self.answer_memory = AnswerMemory(settings.max_answer_memory)
         self.num_pool_calls = 0
-        self.num_tokenising = 0
         self.tokenising_keys: Counter[str | None] = Counter()
         self.is_terminating = False
         self.routes: Sequence[Route] = ()

@@ -72,15 +72,13 @@ def _place(exchange: Exchange) -> Iterator[None]:
     context, key = exchange.context, exchange.tenant
     num_places, by_key = context.settings.max_concurrent_requests, context.tokenising_keys
     share = 0 if key is None else num_places // len(by_key.keys() | {key})
-    if context.num_tokenising >= num_places and by_key[key] >= share:
+    if by_key.total() >= num_places and by_key[key] >= share:
         raise Overloaded
     with admitted(exchange, 0):
-        context.num_tokenising += 1
         by_key[key] += 1
         try:
             yield
         finally:
-            context.num_tokenising -= 1
             by_key[key] -= 1
             if not by_key[key]:
                 del by_key[key]
