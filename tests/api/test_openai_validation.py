@@ -50,9 +50,9 @@ async def test_what_is_no_json_is_a_400(path: str, body: bytes) -> None:
 async def test_what_tgi_ignored_is_ignored_in_its_compatible_mode() -> None:
     app = scripted_app(ScriptedEngine(), Settings(tgi_compat=True))
     for path, body in ((CHAT, {"messages": HI}), ("/v1/completions", {"prompt": "hi"})):
-        options = {"stream_options": {"include_usage": True}}
-        call = await send(app, request("POST", path, {**body, **options}))
-        assert call.status == 200
+        for ignored in ({"stream_options": {"include_usage": True}}, {"logit_bias": [-0.5, 1]}):
+            call = await send(app, request("POST", path, {**body, **ignored}))
+            assert call.status == 200, ignored
 
 
 @pytest.mark.parametrize("body", [b"[]", b"5", b'"x"', b"null"])

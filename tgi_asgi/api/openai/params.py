@@ -90,6 +90,10 @@ def job_of(
         InvalidRequest: if `logit_bias` contains an invalid token id.
     """
     given = {name: getattr(request, name) for name in _SAMPLING}
+    if isinstance(request.logit_bias, list):
+        if not settings.tgi_compat:
+            refuse_field("logit_bias", "must be an object with token ids as keys, got an array")
+        given["logit_bias"] = None
     return Job(
         prompt=prompt,
         sampling=sampling(info, info.sampling, logprobs=logprobs, **given),

@@ -37,6 +37,9 @@ Prompt = Annotated[
         extra_json_schema={"anyOf": [{"type": "string"}, _TEXTS, _IDS, _LISTS]},
     ),
 ]
+# OpenAI's form, and TGI's, which is read with `--tgi-compat` alone, and ignored.
+_BIASES = {"type": "object", "additionalProperties": {"type": "number"}}
+LogitBias = Annotated[dict[str, float] | list[float], Meta(extra_json_schema={"anyOf": [_BIASES]})]
 
 
 class StreamOptions(Struct):
@@ -74,7 +77,7 @@ class TextRequest(Struct, kw_only=True):
     stop: str | list[str] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: LogitBias | None = None
 
     top_k: Annotated[int, range_of(minimum=-1, maximum=2**63 - 1)] | None = None
     min_p: Fraction | None = None
