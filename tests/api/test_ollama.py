@@ -276,10 +276,17 @@ async def test_the_reason_to_stop(options: dict[str, Any], reason: str) -> None:
     assert lines[-1]["done_reason"] == reason
 
 
+@pytest.mark.parametrize(
+    ("keep_alive", "reason"),
+    [("5m", "load"), (None, "load"), (-1, "load"), (0.5, "load"), ("10s", "load"),
+     (0, "unload"), (0.0, "unload"), ("0", "unload"), ("0s", "unload"), ("0.0h", "unload")],
+)  # fmt: skip
 @pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
-async def test_a_request_to_load_is_answered_at_once(path: str) -> None:
-    status, [answer], request = await post(path, {"model": "m", "keep_alive": "5m"})
-    assert (status, answer["done"], answer["done_reason"], answer["model"]) == (200, True, "load", "m")
+async def test_a_request_to_load_or_unload_is_answered_at_once(
+    path: str, keep_alive: Any, reason: str
+) -> None:
+    status, [answer], request = await post(path, {"model": "m", "keep_alive": keep_alive})
+    assert (status, answer["done"], answer["done_reason"], answer["model"]) == (200, True, reason, "m")
     assert request is None
     if path == "/api/chat":
         assert answer["message"] == {"role": "assistant", "content": ""}

@@ -40,14 +40,25 @@ CHAT = Dialect("ollama", _envelope, names={**GENERATE.names, "prompt": "messages
 
 
 class LineRenderer(Renderer):
-    """Renders one choice's token events as lines; without a job, reports that the model is loaded."""
+    """Renders one choice's token events as lines; without a job, says that the model is loaded.
+
+    Args:
+        says_unloaded: Whether to say the opposite, which clients check after they have asked for it.
+    """
 
     def __init__(
-        self, exchange: Exchange, generation: Generation, *, is_chat: bool, shows_logprobs: bool = False
+        self,
+        exchange: Exchange,
+        generation: Generation,
+        *,
+        is_chat: bool,
+        shows_logprobs: bool = False,
+        says_unloaded: bool = False,
     ) -> None:
         self._exchange = exchange
         self._model = generation.model
         self._is_chat = is_chat
+        self._reason_without_job = "unload" if says_unloaded else "load"
         reading = generation.jobs[0].reading if generation.jobs else None
         self._reader = ChoiceReader(reading)
         self._tracker: ChatLogprobs | None = None
@@ -65,7 +76,7 @@ class LineRenderer(Renderer):
     def whole(self, parts: Sequence[Choices]) -> bytes:
         """Return the complete answer as one object."""
         if not parts:
-            return _dump({**self._line({}), "done": True, "done_reason": "load"})
+            return _dump({**self._line({}), "done": True, "done_reason": self._reason_without_job})
         events = parts[0][0]
         delta = self._take(events)
         return _dump(self._line(delta) | self._logprobs() | self._end(events[-1].finish))

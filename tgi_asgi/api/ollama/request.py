@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,7 @@ from tgi_asgi.settings.sampling import SamplingDefaults
 # As in Ollama, a model that recommends values replaces these.
 OLLAMA_DEFAULTS = SamplingDefaults(temperature=0.8, top_k=40, top_p=0.9)
 _UNSUPPORTED = ("suffix", "context")
+_NO_TIME = re.compile(r"[+-]?0+(\.0*)?([num]?s|m|h)?")  # how long to keep the model, as Go writes it
 _AS_GIVEN = ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty")
 
 
@@ -74,20 +76,21 @@ class _Request(Struct, kw_only=True):
     stream: bool | None = None
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: OllamaOptions | None = None
+    keep_alive: float | str | None = None
     think: bool | Literal["low", "medium", "high", "max"] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, range_of(minimum=0, maximum=20)] | None = None  # only with `logprobs`
 
 
 class OllamaChat(_Request, kw_only=True):
-    """Body of `POST /api/chat`; without messages it asks to load the model."""
+    """Body of `POST /api/chat`; without messages it asks to load or unload the model."""
 
     messages: list[OllamaMessage] | None = None
     tools: list[ToolEntry] | None = None
 
 
 class OllamaGenerate(_Request, kw_only=True):
-    """Body of `POST /api/generate`; without a prompt it asks to load the model."""
+    """Body of `POST /api/generate`; without a prompt it asks to load or unload the model."""
 
     prompt: str | None = None
     system: str | None = None
@@ -191,7 +194,13 @@ def _call(
     )
     return Call(
         jobs=[job] if job else [],
-        render=partial(LineRenderer, exchange, is_chat=is_chat, shows_logprobs=bool(request.logprobs)),
+        render=partial(
+            LineRenderer,
+            exchange,
+            is_chat=is_chat,
+            shows_logprobs=bool(request.logprobs),
+            says_unloaded=_NO_TIME.fullmatch(str(request.keep_alive)) is not None,
+        ),
         model=model_of(request.model, exchange),
         stream=request.stream is not False,
         stream_type=NDJSON,
