@@ -37,9 +37,9 @@ Prompt = Annotated[
         extra_json_schema={"anyOf": [{"type": "string"}, _TEXTS, _IDS, _LISTS]},
     ),
 ]
-# OpenAI's form, and TGI's, which is read with `--tgi-compat` alone, and ignored.
-_BIASES = {"type": "object", "additionalProperties": {"type": "number"}}
-LogitBias = Annotated[dict[str, float] | list[float], Meta(extra_json_schema={"anyOf": [_BIASES]})]
+LogitBias = (
+    dict[str, float] | Annotated[list[float], Meta(description="With --tgi-compat only: ignored, as in TGI")]
+)
 
 
 class StreamOptions(Struct):
