@@ -67,6 +67,7 @@ def test_a_class_is_a_list_of_characters_wherever_a_regex_is_given(
         ("a{2}{b}", "aa{b}", "a{2}{b}"),
         (r"\u{41}\x{42}\p{Lu}", "ABC", "u{41}"),
         (r"[{]\{{", "{{{", "{{"),
+        ("{,a}{,b", "{,a}{,b", "{"),
     ],
 )
 def test_a_brace_without_a_count_is_a_character(
@@ -78,6 +79,15 @@ def test_a_brace_without_a_count_is_a_character(
     ):
         assert accepts(compiler, source, good)
         assert not accepts(compiler, source, bad)
+
+
+@pytest.mark.parametrize("pattern", ["a{,2}", "b{,}a{,1}", r"a\Z", r"^(?:a|b\Z)\Z", r"a{,2}\Z|\{,2}"])
+def test_counts_without_a_minimum_and_the_end_are_pythons(compiler: GrammarCompiler, pattern: str) -> None:
+    plain = sources.regex(pattern)
+    value = sources.json_schema({"type": "string", "pattern": pattern})
+    for text in ["", "a", "aa", "aaa", "b", "bbb", "bba", "bbaa", "Z", "aZ", "a{,2}", "{,2}"]:
+        assert accepts(compiler, plain, text) == (re.fullmatch(pattern, text) is not None), text
+        assert accepts(compiler, value, f'"{text}"') == (re.search(pattern, text) is not None), text
 
 
 @pytest.mark.parametrize("pattern", [r"\S", r"[^\s@]", r"[\S]", r"[\Sx]", r"[\s\S]", r"[^\S\n]", r"\s"])

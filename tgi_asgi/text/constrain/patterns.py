@@ -2,9 +2,9 @@ r"""Regexes as clients write them, in the dialect of the grammar's compiler.
 
 Clients write ECMA-262, which JSON Schema prescribes, or Python's dialect; the compiler reads Rust's:
 
-    client    [^<>()[\]\\.]      [a-z&&[^b]]            [!--]      {"a": \d{2}}
-    means     one class          a class, then a `]`    ! to -     a brace, and then two digits
-    compiler  [^<>()\[\]\\.]     [a-z&\&\[^b]]          [!-\-]     \{"a": \d{2}}
+    client    [^<>()[\]\\.]      [a-z&&[^b]]            [!--]      {"a": \d{2}}      a{,3}\Z
+    means     one class          a class, then a `]`    ! to -     a plain brace     at most 3, to the end
+    compiler  [^<>()\[\]\\.]     [a-z&\&\[^b]]          [!-\-]     \{"a": \d{2}}     a{0,3}\z
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import re
 
 from tgi_asgi.text.constrain.compiler_errors import refuse_panics
 
-# An escaped character, a brace that no count follows, or a class: its opening, members and end. A `]` that
-# comes first is a member. `[:alpha:]` is kept: by the letter it lists six characters, but nobody means that.
-# `{,2}` is kept, too, and refused, because dialects differ. A class without an end is matched: looking for
-# the end of each of 100,000 would take minutes.
+# An escaped character, the beginning of a count without a minimum, a brace that no count follows, or a class:
+# its opening, members and end. A `]` that comes first is a member. `[:alpha:]` is kept: by the letter it
+# lists six characters, but nobody means that. A class without an end is matched: looking for the end of each
+# of 100,000 would take minutes.
 _PIECES = re.compile(
-    r"\\[pPux]\{[^}]{0,64}\}|\\.|\{(?!\d+(?:,\d*)?\}|,)"
+    r"\\[pPux]\{[^}]{0,64}\}|\\.|\{,(?=\d*\})|\{(?!\d+(?:,\d*)?\})"
     r"|(\[\^?)(\]?(?:\[:\^?[a-z]+:\]|\\.?|[^\]\\])*)(\]|\Z)",
     re.DOTALL,
 )
@@ -51,11 +51,12 @@ def rust_regex(pattern: str) -> str:
 
 def _translated(pattern: str, no_blank: str, excluded_blank: str) -> str:
     """Replace what Rust reads differently, `\\S`, and the `\\s` of classes that exclude it."""
+    outside = {"{": r"\{", "{,": "{0,", r"\Z": r"\z", r"\S": no_blank}
 
     def piece(found: re.Match[str]) -> str:
         opening, members, end = found.groups()
         if opening is None:
-            return {"{": r"\{", r"\S": no_blank}.get(found[0], found[0])
+            return outside.get(found[0], found[0])
         blanks: dict[str, str] = {}
         if opening == "[^":
             blanks[r"\s"] = excluded_blank
