@@ -76,7 +76,9 @@ def test_parts_are_merged_by_their_sums(
     check_merge(device, tokens, heads, head_dim, parts, dtype)
 
 
-@pytest.mark.parametrize("changes", [{"num_parts": 17}, {"num_parts": 0}, {"head_dim": 12}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"num_parts": 17}, {"num_parts": 0}, {"head_dim": 12}, {"num_tokens": 1 << 31}], ids=str
+)
 def test_what_the_kernel_does_not_merge_is_refused(device: Device, changes: dict[str, Any]) -> None:
     part, sums = device.empty((1, 1, 16), BF16), device.empty((1, 1), torch.float32)
     params: dict[str, Any] = {
