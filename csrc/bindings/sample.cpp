@@ -54,8 +54,6 @@ void SampleArrays::check_slots(const std::vector<int32_t>& slots,
   }
 }
 
-// Checks that the record's counts are within its lists, the ids in the lists within the vocabulary,
-// and its shares within [0, 1]: with other shares, or NaN, no token could be sampled.
 void SampleArrays::check_record(int32_t slot) const {
   const SampleSlot& found = record(slot);
   check(found.temperature >= 0, "slot ", slot, " has the temperature ", found.temperature);
@@ -197,6 +195,7 @@ void bind_sampling(py::module_& module) {
                                                           "The arrays of tgi_asgi.ops.SampleState.")
       .def(py::init<Array<uint8_t>, Array<int32_t>>(), py::arg("records").noconvert(),
            py::arg("counts").noconvert())
+      .def("check_record", &SampleArrays::check_record, py::arg("slot"))
       .def("set_lists", &SampleArrays::set_lists, py::arg("biased_ids").noconvert(),
            py::arg("biased_values").noconvert(), py::arg("masked_ids").noconvert());
   module.def("sample", &sample, py::arg("logits").noconvert(), py::arg("slots"), py::arg("state"),

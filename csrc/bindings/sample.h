@@ -28,13 +28,14 @@ class SampleArrays {
   // Throws unless `slots` are in range and distinct (except for rows that follow drafts), and their
   // records' counts are within their lists.
   void check_slots(const std::vector<int32_t>& slots, const std::vector<int32_t>& drafts) const;
+  // Throws unless the slot's record is in range: with other shares than those in [0, 1] no token
+  // could be sampled, and kernels would read outside of their lists.
+  void check_record(int32_t slot) const;
   // Allocates work memory for this many members.
   void reserve(int num_members);
   uint8_t* scratch() const { return scratch_.get(); }
 
  private:
-  void check_record(int32_t slot) const;
-
   Array<uint8_t> records_;
   Array<int32_t> counts_, biased_ids_, masked_ids_;
   Array<float> biased_values_;

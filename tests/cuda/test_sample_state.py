@@ -54,6 +54,16 @@ def test_counts_go_up_of_the_tokens_that_occur_and_are_zeroed_where_they_lie() -
         assert not state._counts[[0, 2]].any()
 
 
+@pytest.mark.parametrize("name", ["top_p", "min_p", "typical_p"])
+def test_a_share_that_would_leave_no_token_never_reaches_the_device(name: str) -> None:
+    library.require()
+    bindings.install()
+    state = CudaSampleState(1, VOCAB, torch.device("cpu"))
+    with pytest.raises(ValueError, match=rf"{name} 1\.5"):
+        state.start(0, SamplingParams(**{name: 1.5}), choice=0, prompt_ids=[1])  # type: ignore[arg-type]
+    assert not state._records.any()
+
+
 def test_tokens_are_scored_where_their_logits_are() -> None:
     library.require()
     bindings.install()

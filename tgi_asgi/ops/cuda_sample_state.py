@@ -77,13 +77,14 @@ class CudaSampleState:
         """Assign the slot to a sequence; see `SampleState.start`.
 
         Raises:
-            ValueError: if the slot or a token id is out of range, or more than `MAX_IDS` are biased or
-                masked.
+            ValueError: if the slot, a token id or a parameter is out of range, or more than `MAX_IDS` are
+                biased or masked.
         """
         num_biased, num_masked = len(sampling.logit_bias), len(history.get("masked_ids", ()))
         if max(num_biased, num_masked) > MAX_IDS:
             raise ValueError(f"at most {MAX_IDS} tokens may be biased, and as many masked")
         self._host.start(slot, sampling, **history)
+        self._host.arrays.check_record(slot)  # on the device, nothing checks it
         _put(self._records[slot], torch.from_numpy(self._host.record_bytes[slot]))
         if has_penalties(sampling):
             self._put_counts(slot)
