@@ -284,12 +284,12 @@ class TestConfiguration:
         [
             ("tokenizer.json", "{}", "is not a tokenizer"),
             ("tokenizer.json", "\0", "is not a tokenizer"),
-            ("tokenizer_config.json", "[]", "holds no JSON object"),
-            ("tokenizer_config.json", "{", "cannot read"),
+            ("tokenizer_config.json", "[]", "expected a JSON object"),
+            ("tokenizer_config.json", "{", "not valid JSON"),
             ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "y"}}}, "is damaged"),
             ("tokenizer_config.json", {"added_tokens_decoder": {"1": "y"}}, "is damaged"),
             ("tokenizer_config.json", {"added_tokens_decoder": {"1": {}}}, "is damaged"),
-            ("generation_config.json", "nonsense", "cannot read"),
+            ("generation_config.json", "nonsense", "not valid JSON"),
         ],
     )
     def test_damaged_files_are_named(self, model_dir: Path, name: str, content: Any, reason: str) -> None:

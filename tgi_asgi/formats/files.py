@@ -135,6 +135,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelLoadError(f"{path}: {error}") from None
 
 
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object as `read_json` does; return {} if there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
 def parse_json_object(data: bytes, **hooks: Any) -> dict[str, Any]:
     """Parse a JSON object; `hooks` are passed to `json.loads` and may raise ValueError.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tgi_asgi.formats.files import read_json
+from tgi_asgi.formats.files import read_json, read_optional_json
 from tgi_asgi.settings.sampling import SamplingDefaults, broken_rules
 
 logger = logging.getLogger(__name__)
@@ -48,10 +48,10 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     Raises:
         ModelLoadError: if a file is damaged.
     """
-    path, older = directory / FILE, directory / "config.json"
+    path = directory / FILE
     if path.exists():
         return read_json(path)
-    config = read_json(older) if older.exists() else {}
+    config = read_optional_json(directory / "config.json")
     return {name: config[name] for name in _OLDER if name in config}
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.files import read_json
+from tgi_asgi.formats.files import read_optional_json
 from tgi_asgi.formats.safetensors import SafetensorsFile
 from tgi_asgi.models.loading.tensors import read_floats
 from tgi_asgi.ops.arrays import Floats
-from tgi_asgi.text.tokenizer import SENTENCE_FILES
+from tgi_asgi.text.tokenizer import read_sentence_config
 from tgi_asgi.types import PoolingKind
 
 logger = logging.getLogger(__name__)
@@ -101,14 +101,14 @@ def read_pooling(directory: Path) -> PoolingFiles:
         ModelLoadError: if one of them is damaged.
     """
     modules = _read_list(directory / "modules.json")
-    found = next(filter(None, (_read_optional(directory / name) for name in SENTENCE_FILES)), {})
-    about = _read_optional(directory / "config_sentence_transformers.json")
+    found = read_sentence_config(directory)
+    about = read_optional_json(directory / "config_sentence_transformers.json")
     longest = found.get("max_seq_length")
     for name in _TOKENIZER_OPTIONS:
         if isinstance(options := found.get(name), dict):
             longest = options.get("model_max_length", longest)
     if longest is None and modules:
-        longest = _read_optional(directory / "tokenizer_config.json").get("model_max_length")
+        longest = read_optional_json(directory / "tokenizer_config.json").get("model_max_length")
     if modules:
         _warn_of_unread(found, about)
     prompts = about.get("prompts")
@@ -128,7 +128,7 @@ def read_pooling(directory: Path) -> PoolingFiles:
                 case "Transformer":
                     pass
                 case "Pooling":
-                    config = _read_optional(path / "config.json")
+                    config = read_optional_json(path / "config.json")
                     result["kind"] = _pooling_kind(config)
                     if config.get("include_prompt") is False:
                         result["prompts"] = {}  # their tokens would have to be excluded from the pooling
@@ -137,10 +137,10 @@ def read_pooling(directory: Path) -> PoolingFiles:
                         raise _Unsupported("a Dense of modules.json is not between Pooling and Normalize")
                     dense.append(_read_dense(path))
                 case "Normalize":
-                    _check_names(path, _read_optional(path / "config.json"))
+                    _check_names(path, read_optional_json(path / "config.json"))
                     result["is_normalized"] = True
                 case "LogitScore":
-                    result["score_tokens"] = _score_tokens(_read_optional(path / "config.json"))
+                    result["score_tokens"] = _score_tokens(read_optional_json(path / "config.json"))
                 case _:
                     raise _Unsupported(f"the module {kind[:100]} of modules.json is not known")
     except _Unsupported as error:
@@ -189,10 +189,6 @@ def _inside(directory: Path, name: str) -> Path:
     return path
 
 
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
 def _pooling_kind(config: Mapping[str, Any]) -> PoolingKind:
     named = config.get("pooling_mode")
     if isinstance(named, str):
@@ -205,7 +201,7 @@ def _pooling_kind(config: Mapping[str, Any]) -> PoolingKind:
 
 
 def _read_dense(path: Path) -> Dense:
-    config = _read_optional(path / "config.json")
+    config = read_optional_json(path / "config.json")
     activation = str(config.get("activation_function", "Tanh")).rpartition(".")[2]
     if activation not in ACTIVATIONS:
         raise _Unsupported(f"the activation {activation[:100]} of {path.name} is not known")

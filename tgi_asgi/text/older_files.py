@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import processors
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.files import read_json
+from tgi_asgi.formats.files import read_optional_json
 from tgi_asgi.text.sentencepiece_file import read_model
 
 _SENTENCEPIECE = "tokenizer.model"
@@ -209,9 +209,7 @@ def _of_transformers(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, A
 def _added_tokens(directory: Path) -> dict[str, Any]:
     """Read added_tokens.json of older checkpoints, in the form of `added_tokens_decoder`."""
     path = directory / "added_tokens.json"
-    if not path.is_file():
-        return {}
-    found = read_json(path)
+    found = read_optional_json(path)
     if not all(type(token_id) is int for token_id in found.values()):
         raise ModelLoadError(f"{path} must give each token a number")
     return {str(token_id): {"content": content, "special": False} for content, token_id in found.items()}

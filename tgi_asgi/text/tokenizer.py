@@ -7,7 +7,6 @@ Built in the loading thread, then used by the HTTP layer's worker threads (`enco
 from __future__ import annotations
 
 import functools
-import json
 import re
 import threading
 from bisect import bisect_left
@@ -20,14 +19,15 @@ import tokenizers
 from tokenizers import AddedToken
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
+from tgi_asgi.formats.files import read_optional_json
 from tgi_asgi.text import gguf_vocab, older_files
 from tgi_asgi.text.chat.guard import PromptGuard
 from tgi_asgi.text.inner_text import InnerText
 from tgi_asgi.text.token_bytes import token_byte_table
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# How sentence-transformers tokenises; older versions wrote the model's kind into the name.
-SENTENCE_FILES = tuple(
+# Older versions of sentence-transformers wrote the model's kind into the name.
+_SENTENCE_FILES = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
@@ -108,8 +108,9 @@ class Tokenizer:
         """
         model_directory = model_directory or directory
         config = _read_config(directory)
-        model = _read_json(model_directory / "config.json")
-        files = (_read_json(model_directory / "generation_config.json"), model, model.get("text_config"))
+        model = read_optional_json(model_directory / "config.json")
+        generation = read_optional_json(model_directory / "generation_config.json")
+        files = (generation, model, model.get("text_config"))
         given = (file.get("eos_token_id") for file in files if isinstance(file, dict))
         eos = next((each for each in given if each is not None), None)
         eos_ids = [item for item in (eos if isinstance(eos, list) else [eos]) if type(item) is int]
@@ -122,8 +123,7 @@ class Tokenizer:
             backend, added = older_files.make_backend(directory, config)
             config = {**added, **config}
             listed = config.get("added_tokens_decoder") or {}
-        sentence = next(filter(None, (_read_json(model_directory / name) for name in SENTENCE_FILES)), {})
-        if sentence.get("do_lower_case") is True:
+        if read_sentence_config(model_directory).get("do_lower_case") is True:
             _lower_texts(backend)
         named = {name: text for name in _NAMED if (text := _text_of(config.get(name)))}
         named.update(_model_specific(backend, config))
@@ -352,17 +352,9 @@ def _lower_texts(backend: tokenizers.Tokenizer) -> None:
         backend.normalizer = kinds.Sequence([kinds.Lowercase(), *parts])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read an optional JSON object; return {} if the file does not exist."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelLoadError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path} holds no JSON object")
-    return value
+def read_sentence_config(directory: Path) -> dict[str, Any]:
+    """Return how sentence-transformers tokenises; {} if no file says it."""
+    return next(filter(None, (read_optional_json(directory / name) for name in _SENTENCE_FILES)), {})
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -371,9 +363,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     If it is so old that it lists no added tokens, what special_tokens_map.json says replaces its own, as in
     `transformers`.
     """
-    config = _read_json(directory / "tokenizer_config.json")
+    config = read_optional_json(directory / "tokenizer_config.json")
     is_older = "added_tokens_decoder" not in config
-    return {**config, **_read_json(directory / "special_tokens_map.json")} if is_older else config
+    return {**config, **read_optional_json(directory / "special_tokens_map.json")} if is_older else config
 
 
 def _text_of(token: Any) -> str | None:

@@ -6,7 +6,6 @@ requests. `render` takes up to milliseconds and belongs in a worker thread. Know
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import jinja2
 import jinja2.nodes
 
 from tgi_asgi.errors import ModelLoadError, TemplateError
+from tgi_asgi.formats.files import read_json
 from tgi_asgi.text.chat.probes import USER, Probes
 from tgi_asgi.text.chat.sandbox import MAX_CHARS, make_environment
 from tgi_asgi.text.chat.system import accepts_scattered, is_scattered, merge_system_messages
@@ -227,17 +227,14 @@ def _find_sources(
 
 
 def _from_config(path: Path) -> dict[str, str]:
+    template = read_json(path).get("chat_template")
     try:
-        config = json.loads(_read(path))
-        if not isinstance(config, dict):
-            raise ValueError("a JSON object is expected")
-        template = config.get("chat_template")
         if isinstance(template, list):
             return {str(entry["name"]): str(entry["template"]) for entry in template}
         if isinstance(template, dict):
             return {str(name): str(text) for name, text in template.items()}
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ModelLoadError(f"{path} is not a tokenizer_config.json: {error}") from error
+    except (LookupError, TypeError) as error:
+        raise ModelLoadError(f"{path}: the list in `chat_template` is damaged: {error!r}") from error
     return {"default": template} if isinstance(template, str) and template else {}
 
 

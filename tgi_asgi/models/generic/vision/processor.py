@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
-from tgi_asgi.formats.files import read_json
+from tgi_asgi.formats.files import read_optional_json
 from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images, PixtralImages
 from tgi_asgi.types import Image, ProcessedImage
 
@@ -124,9 +124,9 @@ def _build(directory: Path, config: Mapping[str, Any], names: Sequence[str]) -> 
 
     options: dict[str, Any] = {}
     for name in names:
-        options.update(_read_optional(directory / name))
+        options.update(read_optional_json(directory / name))
     if options.get("processor_class") is None:
-        options["processor_class"] = _read_optional(directory / "tokenizer_config.json").get(
+        options["processor_class"] = read_optional_json(directory / "tokenizer_config.json").get(
             "processor_class"
         )
     kind = _OWN.get(_class_name(options, config)) or _image_half(_processor_class(options, config))
@@ -138,10 +138,6 @@ def _build(directory: Path, config: Mapping[str, Any], names: Sequence[str]) -> 
     given["image_processor"] = load_image_processor(directory, options)
     given["tokenizer"] = AutoTokenizer.from_pretrained(directory)
     return kind(**given)
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
 
 
 def load_image_processor(directory: Path, options: Mapping[str, Any]) -> Any:
