@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -148,10 +148,17 @@ def _experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, **_: A
     return found
 
 
-def register() -> None:
-    """Register the functions with `transformers`. No mask function has this name, so no masks are built."""
+def install(configs: Iterable[Any], *, attends: bool) -> None:
+    """Let modules with these configurations call the functions here, for attention only if it `attends`.
+
+    `transformers` knows no mask function of this name, so no masks are built.
+    """
     from transformers import AttentionInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     AttentionInterface.register(NAME, _attend)
     ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
+    for config in configs:
+        config._experts_implementation_internal = NAME
+        if attends:
+            config._attn_implementation_internal = NAME

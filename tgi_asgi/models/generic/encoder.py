@@ -171,11 +171,7 @@ class OpenEncoder:
         fix_rotary_tables(model, max_positions)
         tabulate(model, max_positions)
         replaced.mode.backend.take(model)
-        attention.register()
-        for config in configurations(model):
-            config._experts_implementation_internal = attention.NAME
-            if not self.config.sequential_reason:
-                config._attn_implementation_internal = attention.NAME
+        attention.install(configurations(model), attends=not self.config.sequential_reason)
         loaded = EncoderModel(model, self.config, replaced)
         encoder_check.check(loaded)
         return loaded

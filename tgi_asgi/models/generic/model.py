@@ -260,11 +260,7 @@ class OpenGeneric:
         fix_rotary_tables(model, max_positions)
         tabulate(self._text, max_positions)
         replaced.mode.backend.take(model)
-        attention.register()
-        for config in configurations(self._text):
-            config._experts_implementation_internal = attention.NAME
-            if not self.config.sequential_reason:
-                config._attn_implementation_internal = attention.NAME
+        attention.install(configurations(self._text), attends=not self.config.sequential_reason)
         recurrent = None
         if self._recurrent and not self.config.sequential_reason:
             recurrent = RecurrentLayers(self._recurrent)
