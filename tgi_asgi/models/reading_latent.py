@@ -8,14 +8,8 @@ from tgi_asgi.errors import check
 from tgi_asgi.models.config import LayerSpec, RopeSpec
 from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import (
-    num_layers,
-    read_bias,
-    read_rope,
-    read_sizes,
-    rope_values,
-    yarn_magnitude,
-)
+from tgi_asgi.models.reading import num_layers, read_bias, read_sizes
+from tgi_asgi.models.reading_rope import read_rope, rope_values, yarn_magnitude
 
 
 def read_latent(reader: Reader, *, is_interleaved: bool = False) -> LatentSpec:

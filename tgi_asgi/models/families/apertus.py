@@ -16,7 +16,8 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import Layer, LayerWeights
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import default_rope, read_biases, read_layers, read_sizes
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+from tgi_asgi.models.reading_rope import default_rope
 from tgi_asgi.models.rope import RopeTables
 
 _BETA = 0.5  # xIELU's factor on x; no file has another

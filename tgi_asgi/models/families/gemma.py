@@ -14,7 +14,8 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import SANDWICH_NAMES, Family
 from tgi_asgi.models.layers import SandwichLayer
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_ropes, read_sizes, read_sliding
+from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, read_sliding
+from tgi_asgi.models.reading_rope import read_ropes
 
 # llama.cpp recognises the models whose attention scale does not use the head size by their number of layers.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}

@@ -16,15 +16,9 @@ from tgi_asgi.models.experts import ExpertNames, ExpertProducts, each_expert, st
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import LayerWeights, Sources
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import (
-    default_rope,
-    num_layers,
-    read_biases,
-    read_layers,
-    read_sizes,
-    read_windows,
-)
+from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, read_windows
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
+from tgi_asgi.models.reading_rope import default_rope
 from tgi_asgi.ops.arrays import Floats
 
 _YARN = {

@@ -8,15 +8,8 @@ from tgi_asgi.models.config import LayerSpec, ModelConfig, QueryGrowth
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import (
-    default_rope,
-    num_layers,
-    read_layers,
-    read_sizes,
-    read_sliding,
-    read_window,
-    rope_values,
-)
+from tgi_asgi.models.reading import num_layers, read_layers, read_sizes, read_sliding, read_window
+from tgi_asgi.models.reading_rope import default_rope, rope_values
 
 _BETA = "llama_4_scaling_beta"  # of queries' growth, although among the settings of the rotary embedding
 # transformers' defaults for Ministral 3 if the file says nothing of its rotary embedding.
