@@ -20,7 +20,7 @@ from torch import Tensor
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.backend import Pool
-from tgi_asgi.models.generic.discover import arguments, configurations
+from tgi_asgi.models.generic.discover import arguments, implementation
 
 if TYPE_CHECKING:
     from tgi_asgi.models.generic.model import GenericModel
@@ -111,14 +111,10 @@ def _difference(model: GenericModel, seed: int, kv_dtype: ops.KvDtype = "float32
         for ids in sequences:
             ids[ids == model.config.vision.image_token_id] = model.config.vision.pad_token_id
     mode = model.replaced.mode
-    mode.is_exact = True
-    try:
-        with _first_of_equals():
-            expected = [_eager(model, ids) for ids in sequences]
-            mode.is_exact = kv_dtype == "float32"
-            found = _flat(model, sequences, kv_dtype)
-    finally:
-        mode.is_exact = False
+    with mode.exactly(), _first_of_equals():
+        expected = [_eager(model, ids) for ids in sequences]
+        mode.is_exact = kv_dtype == "float32"
+        found = _flat(model, sequences, kv_dtype)
     worst, where = 0.0, ""
     for name, index, start, logits in found:
         wanted = expected[index][start : start + len(logits)]
@@ -169,18 +165,10 @@ def whole_logits(model: GenericModel, **inputs: Any) -> Tensor:
 
     Inputs are on the model's device; the logits are not.
     """
-    configs = configurations(model.module)
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation_internal = "eager"
-        given = arguments(model.module, **inputs, use_cache=False)
-        with torch.inference_mode():
-            logits: Tensor = model.module(**given).logits
-            return logits[0, :, : model.config.vocab_size].float().cpu()
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
+    given = arguments(model.module, **inputs, use_cache=False)
+    with implementation(model.module, "eager"), torch.inference_mode():
+        logits: Tensor = model.module(**given).logits
+        return logits[0, :, : model.config.vocab_size].float().cpu()
 
 
 def _flat(

@@ -74,7 +74,7 @@ def run_with_cache(model: Any, name: str, make: Callable[[], Any], num_tokens: i
     Raises:
         NotProbed: if it does not run without weights.
     """
-    with installed(_NoProbe()), implementation(model, PROBE), torch.no_grad():
+    with installed(_NoProbe()), implementation(model, PROBE, PROBE), torch.no_grad():
         for run in (run_on_meta, run_on_zeros):
             cache = make()
             with contextlib.suppress(NotProbed):
@@ -123,7 +123,7 @@ def run_probe(model: Any, probe: Probe) -> None:
     Raises:
         ModelLoadError: if it does not run without weights.
     """
-    with implementation(model, PROBE), torch.no_grad():
+    with implementation(model, PROBE, PROBE), torch.no_grad():
         try:
             run_on_meta(model)
         except NotProbed:
@@ -146,17 +146,11 @@ def run_on_meta(model: nn.Module, num_tokens: int = PROBE_TOKENS, **more: Any) -
     Raises:
         NotProbed: if the module raises.
     """
-    ids = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
-    positions = torch.arange(num_tokens, device="meta")[None]
     buffers = [(owner, name, value) for owner in model.modules() for name, value in owner._buffers.items()]
     try:
         for owner, name, value in buffers:
             owner._buffers[name] = None if value is None else value.to("meta")
-        given = {"use_cache": False, **more}
-        with _unchanged(model):
-            return model(**arguments(model, input_ids=ids, position_ids=positions, **given))
-    except Exception as error:
-        raise NotProbed(f"{type(error).__name__}: {error}") from error
+        return _run_on(torch.device("meta"), model, num_tokens, more)
     finally:
         for owner, name, value in buffers:
             owner._buffers[name] = value
@@ -179,16 +173,21 @@ def run_on_zeros(model: nn.Module, num_tokens: int = PROBE_TOKENS, **more: Any) 
         for owner, name, value in parameters:
             if value is not None:
                 owner._parameters[name] = nn.Parameter(zero.expand(value.shape), requires_grad=False)
-        ids = torch.zeros(1, num_tokens, dtype=torch.long)
-        positions = torch.arange(num_tokens)[None]
-        given = {"use_cache": False, **more}
-        with _unchanged(model):
-            return model(**arguments(model, input_ids=ids, position_ids=positions, **given))
-    except Exception as error:
-        raise NotProbed(f"{type(error).__name__}: {error}") from error
+        return _run_on(torch.device("cpu"), model, num_tokens, more)
     finally:
         for owner, name, value in parameters:
             owner._parameters[name] = value
+
+
+def _run_on(device: torch.device, model: nn.Module, num_tokens: int, more: Mapping[str, Any]) -> Any:
+    ids = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
+    positions = torch.arange(num_tokens, device=device)[None]
+    given = {"input_ids": ids, "position_ids": positions, "use_cache": False, **more}
+    try:
+        with _unchanged(model):
+            return model(**arguments(model, **given))
+    except Exception as error:
+        raise NotProbed(f"{type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -314,13 +313,14 @@ def scale_of(query: Tensor, kwargs: Mapping[str, Any]) -> float:
 
 
 @contextlib.contextmanager
-def implementation(model: Any, name: str) -> Iterator[None]:
-    """Switch a module's attention and experts to the implementations of this name."""
+def implementation(model: Any, attention: str, experts: str | None = None) -> Iterator[None]:
+    """Switch a module's attention, and its experts if given, to the implementations of these names."""
     configs = configurations(model)
     before = [(each, each._attn_implementation, each._experts_implementation) for each in configs]
     try:
-        for each in configs:
-            each._attn_implementation_internal = each._experts_implementation_internal = name
+        for each, _, own in before:
+            each._attn_implementation_internal = attention
+            each._experts_implementation_internal = own if experts is None else experts
         yield
     finally:
         for each, attention, experts in before:

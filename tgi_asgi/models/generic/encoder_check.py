@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.discover import arguments, configurations
+from tgi_asgi.models.generic.discover import arguments, implementation
 from tgi_asgi.models.generic.encoder_program import Prompt
 from tgi_asgi.ops.arrays import Floats
 
@@ -53,8 +53,7 @@ def _difference(model: EncoderModel) -> tuple[float, str]:
     """Return the largest relative difference, and whether it is of states or logits."""
     prompts = _prompts(model)
     program = model.program(max_tokens=1024, max_rows=len(prompts), max_context=512)
-    model.replaced.mode.is_exact = True
-    try:
+    with model.replaced.mode.exactly():
         found = [
             (states.copy(), None if logits is None else logits.copy())
             for states, logits in program.run(prompts)
@@ -70,8 +69,6 @@ def _difference(model: EncoderModel) -> tuple[float, str]:
             pairs.append(("states", states, wanted_states))
             if logits is not None and wanted_logits is not None:
                 pairs.append(("logits", logits, wanted_logits))
-    finally:
-        model.replaced.mode.is_exact = False
     differences = [(_relative(one, other), what) for what, one, other in pairs]
     return max(differences)
 
@@ -109,8 +106,6 @@ def _prompts(model: EncoderModel) -> list[Prompt]:
 
 def _eager(model: EncoderModel, prompt: Prompt) -> tuple[Floats, Floats | None]:
     """Return a prompt's states and logits, by the model's own attention and positions."""
-    configs = configurations(model.module)
-    before = [config._attn_implementation for config in configs]
     kept: list[Any] = []
     base = model.module.base_model
     hook = base.register_forward_hook(lambda module, inputs, output: kept.append(output))
@@ -118,17 +113,13 @@ def _eager(model: EncoderModel, prompt: Prompt) -> tuple[Floats, Floats | None]:
     if model.config.num_token_types > 1 and prompt.second_start is not None:
         num_tokens, num_first = len(prompt.ids), prompt.second_start
         types = torch.tensor([[0] * num_first + [1] * (num_tokens - num_first)], device=device)
+    given = {"input_ids": torch.tensor([list(prompt.ids)], device=device), "use_cache": False}
     try:
-        for config in configs:
-            config._attn_implementation_internal = "eager"
-        given = {"input_ids": torch.tensor([list(prompt.ids)], device=device), "use_cache": False}
-        with torch.inference_mode():
+        with implementation(model.module, "eager"), torch.inference_mode():
             output = model.module(
                 **arguments(model.module, **given), **({} if types is None else {"token_type_ids": types})
             )
     finally:
         hook.remove()
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
     states = kept[-1].last_hidden_state[0].float().cpu().numpy()
     return states, output.logits[0].float().cpu().numpy() if model.config.num_labels else None

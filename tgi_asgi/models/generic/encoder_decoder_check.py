@@ -41,16 +41,13 @@ def check(model: GenericModel) -> None:
 
 def _tried(model: GenericModel) -> str:
     """Return what is wrong with the model; empty if nothing is."""
-    mode = model.replaced.mode
-    mode.is_exact = True
     try:
-        difference = _difference(model)
+        with model.replaced.mode.exactly():
+            difference = _difference(model)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the model's code raises
         return f"does not run here: {type(error).__name__}: {str(error)[:300]}"
-    finally:
-        mode.is_exact = False
     if difference <= LARGEST:
         return ""
     return (

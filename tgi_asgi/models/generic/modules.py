@@ -6,6 +6,8 @@ rows.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,15 @@ class Mode:
     backend: Backend
     is_exact: bool = False
     step: FlatRows | None = None
+
+    @contextlib.contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Let activations stay float32 in the body."""
+        self.is_exact = True
+        try:
+            yield
+        finally:
+            self.is_exact = False
 
 
 class PackedModule(nn.Module):

@@ -93,18 +93,13 @@ def _difference(model: GenericModel, processor: VisionProcessor) -> float:
     ids = given["input_ids"][0].tolist()
     if ids.count(processed.token_id) != processed.num_tokens:
         raise ValueError("its processor writes other tokens for an image than the server computes")
-    mode = model.replaced.mode
-    mode.is_exact = True
-    try:
-        device = model.backend.device
-        moved = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in given.items()
-        }
+    device = model.backend.device
+    moved = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()
+    }
+    with model.replaced.mode.exactly():
         expected = whole_logits(model, **moved)
         found = _steps(model, ids, locate_images(ids, [(image.digest, processed)]))
-    finally:
-        mode.is_exact = False
     return float((found - expected).abs().max() / expected.abs().max())
 
 
