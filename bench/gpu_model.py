@@ -116,7 +116,7 @@ class RandomLlama:
         for (qkv, output, gate_up, down), cache in zip(self.layers, caches, strict=True):
             weight = ops.QkvWeight(hidden, heads, kv_heads, dim, dim, None, qkv)
             q = ops.qkv(ops.norm(x, self.norm), weight, cache, self.rope)
-            a = ops.attention(q, cache, config.layers[0].scale)
+            a = ops.attention(q, cache, ops.AttentionSpec(config.layers[0].scale))
             x = ops.linear_add(a, ops.LinearWeight(hidden, heads * dim, output), x)
             gates = ops.GateUpWeight(hidden, config.intermediate_size, gate_up)
             a = ops.gate_up(ops.norm(x, self.norm), gates, config.activation)

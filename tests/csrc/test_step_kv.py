@@ -59,7 +59,7 @@ class World:
         recorder = ops.Recorder()
         self.given = recorder.value(ops.Kind.RESIDUAL, HIDDEN)
         q = ops.qkv(ops.norm(self.given, norm_weight(self.norm, EPS)), weight, self.layer, self.rope)
-        self.out = ops.attention(q, self.layer, SCALE)
+        self.out = ops.attention(q, self.layer, ops.AttentionSpec(SCALE))
         self.program = ops.CpuProgram(
             recorder, max_tokens=length, max_sequences=1, max_rows=1, max_context=length,
             inputs=[self.given], outputs=[self.out],

@@ -228,7 +228,7 @@ class Graph:
 
     def attention(self, q: Twin, layer: int, window: int | None) -> Twin:
         scale = self.shape.head_dim**-0.5
-        out = ops.attention(q.value, self.pool.layers[layer], scale, window=window)
+        out = ops.attention(q.value, self.pool.layers[layer], ops.AttentionSpec(scale, window))
         assert q.keys is not None
         assert q.values is not None
         parts = (part.split(list(self.lengths)) for part in (q.exact, q.keys, q.values))

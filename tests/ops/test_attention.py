@@ -254,4 +254,4 @@ def test_a_gate_of_other_columns_is_refused() -> None:
     layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype="float32").layers[0]
     q, gate = recorder.value(Kind.QUERY, 32), recorder.value(Kind.ROWS, 16)
     with pytest.raises(ValueError, match="takes 32 columns as `gate`, not 16"):
-        ops.attention(q, layer, 1.0, gate=gate)
+        ops.attention(q, layer, ops.AttentionSpec(1.0), gate=gate)

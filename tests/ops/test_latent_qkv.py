@@ -68,7 +68,7 @@ class Layer:
         q = ops.latent_qkv(
             values[0], values[1], values[2], self.norm, self.rope, layer, rotary_column=self.first_column
         )
-        out = ops.attention(q, layer, scale)
+        out = ops.attention(q, layer, ops.AttentionSpec(scale))
         program = ops.CpuProgram(
             recorder, max_tokens=len(rows[0]), max_sequences=len(spans), max_rows=1, max_context=POSITIONS,
             inputs=values, outputs=[out],

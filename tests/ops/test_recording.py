@@ -74,7 +74,7 @@ OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
     "up": ("an activation", lambda v, x: ops.up(x, v.square, "relu")),
     "gate_up": ("an activation", lambda v, x: ops.gate_up(x, v.gates)),
     "qkv": ("an activation", lambda v, x: ops.qkv(x, v.heads, v.layer, None)),
-    "attention": ("a query", lambda v, x: ops.attention(x, v.layer, 0.25)),
+    "attention": ("a query", lambda v, x: ops.attention(x, v.layer, ops.AttentionSpec(0.25))),
     "norm_add": ("rows", lambda v, x: ops.norm_add(x, v.ones, v.residual)),
     "route": ("rows", lambda v, x: ops.route(x, v.route)),
     "experts_add": (
@@ -189,7 +189,7 @@ def made(recorder: ops.Recorder) -> ops.CpuProgram:
 def test_what_a_program_cannot_be_is_refused_when_it_is_made() -> None:
     values = Values()
     for scale in (0.25, 0.5):
-        a = ops.attention(values.query, values.layer, scale)
+        a = ops.attention(values.query, values.layer, ops.AttentionSpec(scale))
     x = ops.linear_add(a, values.square, values.residual)
     with pytest.raises(ValueError, match="a query can be used with only one scale"):
         made(values.recorder)
@@ -305,7 +305,7 @@ def test_a_query_that_was_given_is_that_of_the_rows_sampled_after(threads: int) 
     _C.set_num_threads(threads)
     values = Values()
     given = values.recorder.value(ops.Kind.QUERY, 48)
-    attended = ops.attention(given, values.layer, 0.25)
+    attended = ops.attention(given, values.layer, ops.AttentionSpec(0.25))
     x = ops.linear_add(attended, values.square, values.residual)
     ops.head(x, values.ones, values.square)
     program = ops.CpuProgram(
@@ -333,7 +333,7 @@ def test_a_value_that_nobody_wanted_cannot_be_read() -> None:
 def test_a_cuda_program_names_what_its_attention_lacks() -> None:
     recorder = ops.Recorder()
     layer = CudaKvLayer(torch.zeros(2, 2, 1, 16, 32))
-    ops.attention(recorder.value(ops.Kind.QUERY, 64), layer, 0.25, chunk=8)
+    ops.attention(recorder.value(ops.Kind.QUERY, 64), layer, ops.AttentionSpec(0.25, chunk=8))
     with pytest.raises(ValueError, match="no CUDA kernel supports attention with `chunk`"):
         cuda.CudaProgram(
             recorder, max_tokens=1, max_sequences=1, max_rows=1, max_blocks=1, dtype=torch.bfloat16,

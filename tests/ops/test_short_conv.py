@@ -163,7 +163,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     with pytest.raises(TypeError, match="`short_conv` takes states as `cache`, not KvLayer"):
         ops.short_conv(rows, weight, keys)
     with pytest.raises(TypeError, match="`attention` takes keys and values as `cache`, not StateLayer"):
-        ops.attention(recorder.value(Kind.QUERY, 8), states, 1.0)
+        ops.attention(recorder.value(Kind.QUERY, 8), states, ops.AttentionSpec(1.0))
     with pytest.raises(ValueError, match="states of 4 channels and 2 taps, not 4 and 3"):
         ops.short_conv(rows, random_weight(4, 2, has_bias=False), states)
     with pytest.raises(ValueError, match="takes 12 columns as `rows`, not 13"):

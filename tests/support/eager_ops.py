@@ -140,16 +140,23 @@ def qkv(
 
 
 def attention(
-    q: Tensor, cache: Cache, scale: float, *, batch: FlatRows, gate: Tensor | None = None, **rules: Any
+    q: Tensor,
+    cache: Cache,
+    scale: float,
+    *,
+    batch: FlatRows,
+    rotary_dim: int | None = None,
+    gate: Tensor | None = None,
+    **rules: Any,
 ) -> Tensor:
     """Compute attention for rotated q [n_tokens, num_heads * head_dim]; `rotary_dim` is the keys'."""
-    rules = arrays_of(rules)
-    if gate is None:
-        return _run(lambda _, q: ops.attention(q, cache, scale, **rules), (q, Kind.QUERY), batch=batch)
-    return _run(
-        lambda _, q, gate: ops.attention(q, cache, scale, gate=gate, **rules), (q, Kind.QUERY),
-        (gate, Kind.ROWS), batch=batch,
-    )  # fmt: skip
+    spec = ops.AttentionSpec(scale, **arrays_of(rules))
+
+    def attend(_: ops.Recorder, q: ops.Value, gate: ops.Value | None = None) -> ops.Value:
+        return ops.attention(q, cache, spec, rotary_dim=rotary_dim, gate=gate)
+
+    gates = [] if gate is None else [(gate, Kind.ROWS)]
+    return _run(attend, (q, Kind.QUERY), *gates, batch=batch)
 
 
 def _run(

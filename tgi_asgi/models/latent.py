@@ -62,7 +62,7 @@ class LatentAttention:
         q = ops.latent_qkv(
             absorbed, queries, latents, self._norm, rope, cache, rotary_column=self._plain_columns
         )
-        found = ops.attention(q, cache, scale)
+        found = ops.attention(q, cache, ops.AttentionSpec(scale))
         return ops.activation(ops.heads_linear(ops.activation(found), self._from_latent))
 
 

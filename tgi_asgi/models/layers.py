@@ -273,11 +273,11 @@ class Layer:
 
     def attend_with(self, q: ops.Value, cache: ops.Cache, gate: ops.Value | None = None) -> ops.Value:
         """Return the attention of the queries over the cache, multiplied by the gates if given."""
-        spec = self.spec
-        return ops.attention(
-            q, cache, spec.scale, window=spec.window, chunk=spec.chunk, soft_cap=spec.soft_cap,
-            sinks=self.sinks, slopes=self.slopes, gate=gate,
-        )  # fmt: skip
+        given = self.spec
+        spec = ops.AttentionSpec(
+            given.scale, given.window, given.chunk, given.soft_cap, self.sinks, self.slopes
+        )
+        return ops.attention(q, cache, spec, gate=gate)
 
     def activate(self, a: ops.Value) -> ops.Value:
         """Return the first half of the MLP for the activation a."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from tgi_asgi.ops import calls
-from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.kv import Cache, KvLayer, keys_and_values
 from tgi_asgi.ops.values import Kind, Value, recorder_of
@@ -12,17 +11,12 @@ from tgi_asgi.ops.values import Kind, Value, recorder_of
 def attention(
     q: Value,
     cache: Cache,
-    scale: float,
+    spec: AttentionSpec,
     *,
-    window: int | None = None,
-    chunk: int | None = None,
-    soft_cap: float | None = None,
-    sinks: Floats | None = None,
-    slopes: Floats | None = None,
     rotary_dim: int | None = None,
     gate: Value | None = None,
 ) -> Value:
-    """Attend the queries to the cache; `AttentionSpec` documents the parameters.
+    """Attend the queries to the cache.
 
     `rotary_dim` is that of the keys. It is needed for queries that are an input of the program (None: whole
     heads), because the cache stores dims in the order of their rotation pairs. `gate` is rows [n_tokens,
@@ -34,11 +28,10 @@ def attention(
     section 3.1; flash-decoding).
 
     Raises:
-        ValueError: as for `AttentionSpec`, or if the gate does not have the result's columns.
+        ValueError: if the gate does not have the result's columns.
         TypeError: if `cache` holds recurrent states.
     """
     cache = keys_and_values("attention", cache)
-    spec = AttentionSpec(scale, window=window, chunk=chunk, soft_cap=soft_cap, sinks=sinks, slopes=slopes)
     head_dim, value_dim = cache.head_dim, cache.value_dim
     recorder = recorder_of("attention", q=(q, Kind.QUERY, None))
     columns = q.columns // head_dim * value_dim
