@@ -19,7 +19,7 @@ from tgi_asgi.errors import ModelLoadError
 _MAPPED_BYTES = 16 << 20  # limit of resident bytes through views of a mapped file
 _MAX_POINTER_BYTES = 1024
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_MAX_JSON_BYTES = 100_000_000  # the largest tokenizer.json in use has about 40 MB
+MAX_JSON_BYTES = 100_000_000  # the largest tokenizer.json in use has about 40 MB
 
 
 def map_file(path: Path) -> npt.NDArray[np.uint8]:
@@ -128,7 +128,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelLoadError: if it is absent, unreadable, too large, not JSON, or not an object.
     """
-    data = read_file(path, _MAX_JSON_BYTES)
+    data = read_file(path, MAX_JSON_BYTES)
     try:
         return parse_json_object(data.tobytes())
     except ModelLoadError as error:

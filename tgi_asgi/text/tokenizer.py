@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
-from tgi_asgi.formats.files import read_optional_json
+from tgi_asgi.formats.files import MAX_JSON_BYTES, read_file, read_optional_json
 from tgi_asgi.text import gguf_vocab, older_files
 from tgi_asgi.text.chat.guard import PromptGuard
 from tgi_asgi.text.inner_text import InnerText
@@ -332,12 +332,9 @@ def _without_marks(offsets: list[tuple[int, int]], text: str, mark: str) -> list
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    data = read_file(path, MAX_JSON_BYTES)
     try:
-        return tokenizers.Tokenizer.from_buffer(path.read_bytes())
-    except FileNotFoundError:
-        raise ModelLoadError(f"no such file: {path}") from None
-    except OSError as error:
-        raise ModelLoadError(f"cannot read {path}: {error.strerror or error}") from None
+        return tokenizers.Tokenizer.from_buffer(data.tobytes())
     except Exception as error:  # `tokenizers` raises a bare Exception
         raise ModelLoadError(f"{path} is not a tokenizer: {error}") from error
 
