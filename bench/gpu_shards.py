@@ -113,7 +113,7 @@ def _runner(device: Device, folder: Path, count: int) -> Iterator[Any]:
             opened.use_cut(cuts[0])
         model: Any = opened.load(Repacking(dtype, device.device), _LONGEST)
         if shards is not None:
-            shards.wait_ready()
+            shards.others.wait_ready()
         runner = cuda_load.make_runner(model, settings, device, dtype, _LONGEST, None, shards)
         failing.pop_all()
     try:

@@ -235,7 +235,7 @@ def load_model(settings: Settings, progress: Progress) -> Served:
     _warn_guessed_tool_format(settings, loaded)
     engine = Engine(loaded.runner, loaded.tokenizer, settings, loaded.info)
     if loaded.shards is not None:
-        loaded.shards.watch(engine.mark_lost)
+        loaded.shards.others.watch(engine.mark_lost)
     return Served(
         engine, loaded.tokenizer, loaded.chat_template, loaded.info, engine.stats, loaded.image_processor,
         make_adapters(settings, loaded),

@@ -102,7 +102,7 @@ async def test_two_devices_write_what_one_does(
         first, last = steps[0][0], again.sampled[0]
         assert first is not None and last is not None and first.token_id == last.token_id
         assert last.logprob == pytest.approx(first.logprob, abs=TOLERANCE)
-        processes = list(loaded.shards.processes)
+        processes = list(loaded.shards.others.processes)
     compare(found, expected, TOLERANCE)
     for job in found:
         assert_matches_reference(job, reference, tolerance=FROM_REFERENCE)
@@ -175,8 +175,8 @@ async def test_a_shard_that_dies_fails_the_step_and_all_after_it(serving: Serve,
     async with serving(tiny, 2) as loaded:
         assert isinstance(loaded.shards, CudaShards)
         reported: list[str] = []
-        loaded.shards.watch(reported.append)
-        (process,) = loaded.shards.processes
+        loaded.shards.others.watch(reported.append)
+        (process,) = loaded.shards.others.processes
         process.kill()
         process.wait()
         for _ in range(2):

@@ -159,8 +159,8 @@ async def test_a_shard_that_dies_is_told_and_fails_the_step(tiny: ModelFiles) ->
     async with serving(tiny, 2) as loaded:
         assert loaded.shards is not None
         reported: list[str] = []
-        loaded.shards.watch(reported.append)
-        (process,) = loaded.shards.processes
+        loaded.shards.others.watch(reported.append)
+        (process,) = loaded.shards.others.processes
         process.kill()
         process.wait()
         jobs = [Job([1, 2, 3], 200, SCORED)]
@@ -172,7 +172,7 @@ async def test_a_shard_that_dies_is_told_and_fails_the_step(tiny: ModelFiles) ->
 async def test_shards_end_with_their_runner(tiny: ModelFiles) -> None:
     async with serving(tiny, 2) as loaded:
         assert loaded.shards is not None
-        processes = list(loaded.shards.processes)
+        processes = list(loaded.shards.others.processes)
         for number in (signal.SIGINT, signal.SIGTERM):  # shards ignore both, as shard 0 needs them to drain
             os.kill(processes[0].pid, number)
         await generate(loaded.runner, [Job([1, 2, 3], 4, SCORED)])

@@ -80,7 +80,7 @@ class OnCpu:
         """Load the model, as described in `Placement`."""
         model = load_by_team(self._opened, self.arithmetic, self.longest, weights)
         if self.shards is not None:
-            self.shards.wait_ready()
+            self.shards.others.wait_ready()
         packing = self.arithmetic
         if self.settings.prompt_precision == "bfloat16":
             prompt_precision.log_effect(packing)

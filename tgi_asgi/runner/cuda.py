@@ -159,7 +159,7 @@ class CudaRunner:
         self._waiter = threading.Thread(target=self._wait_for_all, name="tgi-waiter", daemon=True)
         self._prepared: Future[KvSize] = Future()
         if shards is not None:
-            shards.watch(self._fail_to_prepare)
+            shards.others.watch(self._fail_to_prepare)
         self._launcher.start()
         self.cache = self._prepared.result()
         self.traits = RunnerTraits(

@@ -129,7 +129,7 @@ class OnCuda:
         with must_fit():
             model = self._opened.load(self.arithmetic, self.longest, weights, _has_kernels)
         if self.shards is not None:
-            self.shards.wait_ready()
+            self.shards.others.wait_ready()
         self._kv_scales = kv_scales_of(self._opened, self.settings)
         return model
 

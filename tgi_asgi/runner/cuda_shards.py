@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -50,14 +50,14 @@ def check_cuts(cuts: Sequence[ModelCut]) -> None:
 
 
 class CudaShards:
-    """The other shards' processes, and the group of all devices.
+    """The other shards, and the group of all devices.
 
         shards = CudaShards(files, settings, cuts, type(device), limits, types)   # they begin to load
-        shards.wait_ready()
+        shards.others.wait_ready()
         runner = CudaRunner(model, ..., shards=shards)
 
     Attributes:
-        processes: The processes of the other shards.
+        others: The processes of the other shards.
     """
 
     def __init__(
@@ -73,16 +73,7 @@ class CudaShards:
         )  # fmt: skip
         self._shard: CudaShard | None = None
         self._lost: str | None = None
-        self._others = ShardProcesses(others, self._give_up)
-        self.processes = self._others.processes
-
-    def wait_ready(self) -> None:
-        """Wait until the other shards have loaded their parts, as `ShardProcesses.wait_ready`."""
-        self._others.wait_ready()
-
-    def watch(self, on_lost: Callable[[str], None]) -> None:
-        """Call `on_lost` when a shard ends, as `ShardProcesses.watch`."""
-        self._others.watch(on_lost)
+        self.others = ShardProcesses(others, self._give_up)
 
     def join(self, device: torch.device) -> CudaShard:
         """Join the other shards, which have loaded their parts."""
@@ -102,7 +93,7 @@ class CudaShards:
             DeviceLost: if a shard cannot be reached, or the body failed; the shards' states are then unknown.
         """
         try:
-            for connection in self._others.connections:
+            for connection in self.others.connections:
                 connection.send(message)
                 if data is not None:
                     connection.send_bytes(data.numpy().data)
@@ -121,21 +112,21 @@ class CudaShards:
 
     def close(self) -> None:
         """Let the other shards end, once no step runs and no graph is left; wait for them. Idempotent."""
-        if not self._others.begin_to_close():
+        if not self.others.begin_to_close():
             return
         if self._lost is None:
             with contextlib.suppress(DeviceLost), self.together(None):
                 pass
             self._leave()  # at the same time as the others, because NCCL groups end together
-            self._others.end()
+            self.others.end()
         else:  # the others wait for the shard that ended
-            self._others.kill()
+            self.others.kill()
             self._leave()
 
     def abandon(self) -> None:
         """End the other shards at once; this process will not serve."""
-        self._others.begin_to_close()
-        self._others.kill()
+        self.others.begin_to_close()
+        self.others.kill()
         self._leave()
 
     def _leave(self) -> None:

@@ -13,7 +13,7 @@ and watches them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
@@ -78,13 +78,14 @@ def jobs_of(
 
 
 class Shards:
-    """The other shards' processes, and the memory that all shards share.
+    """The other shards, and the memory that all shards share.
 
         shards = Shards(jobs)             # they begin to load
-        shards.wait_ready()
+        shards.others.wait_ready()
         runner = HostRunner(model, ..., shards=shards)
 
     Attributes:
+        others: The processes of the other shards.
         shard: The group and first vocabulary id of shard 0, for its program.
     """
 
@@ -95,29 +96,20 @@ class Shards:
         except (OSError, RuntimeError) as error:
             raise _no_memory(error) from error
         self.shard = ops.Shard(group, first.cut.vocab_ids.start)
-        self._others = ShardProcesses(jobs[1:], lambda reason: group.abort())
-        self.processes = self._others.processes
-
-    def wait_ready(self) -> None:
-        """Wait until the other shards have loaded their parts, as `ShardProcesses.wait_ready`."""
-        self._others.wait_ready()
-
-    def watch(self, on_lost: Callable[[str], None]) -> None:
-        """Call `on_lost` when a shard ends, as `ShardProcesses.watch`."""
-        self._others.watch(on_lost)
+        self.others = ShardProcesses(jobs[1:], lambda reason: group.abort())
 
     def close(self) -> None:
         """Let the other shards end, once no step runs, and wait for them. Idempotent."""
-        if self._others.begin_to_close():
+        if self.others.begin_to_close():
             if not self.shard.group.is_aborted:
                 self.shard.group.end()
-            self._others.end()
+            self.others.end()
 
     def abandon(self) -> None:
         """End the other shards at once; this process will not serve."""
-        self._others.begin_to_close()
+        self.others.begin_to_close()
         self.shard.group.abort()
-        self._others.kill()
+        self.others.kill()
 
 
 def _no_memory(error: Exception) -> ModelLoadError:
