@@ -81,6 +81,7 @@ class ToolFormat(ABC):
         shows: Groups of texts; a chat template of this format contains all texts of at least one group.
         lacks: Texts that none of its templates contain, to exclude formats that share the texts in `shows`.
         marker: Text that opens the first call, or "" if a call begins the whole answer.
+        head, between, tail: Texts before, between and after calls, starting after the marker.
         openers: Alternative texts that some models write instead; the parser reads them, too.
         markers: Every text of the format for which some tokenizers have a single token.
         first: If `marker` is "": the character that begins a call and must not begin text; "" if any
@@ -92,6 +93,9 @@ class ToolFormat(ABC):
     shows: tuple[tuple[str, ...], ...]
     lacks: tuple[str, ...] = ()
     marker: str = ""
+    head: str = ""
+    between: str = ""
+    tail: str = ""
     openers: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
     first: str = ""
@@ -137,9 +141,15 @@ class ToolFormat(ABC):
         In some formats, `begun` is what follows the text `self.begun` after it.
         """
 
-    @abstractmethod
     def written(self, calls: Sequence[WrittenCall]) -> str:
         """Return calls as its templates write them, from the marker on."""
+        texts = [self.written_call(number, *call) for number, call in enumerate(calls)]
+        head, between, tail = map(plain_text, (self.head, self.between, self.tail))
+        return self.marker + head + between.join(texts) + tail
+
+    @abstractmethod
+    def written_call(self, number: int, name: str, arguments: Mapping[str, Any]) -> str:
+        """Return one of the calls, as its templates write it."""
 
     @abstractmethod
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:

@@ -466,7 +466,8 @@ _ROWS: tuple[ToolFormat, ...] = (
         marker="<|tool_call>",
         markers=("<|tool_call>", "<tool_call|>", '<|"|>'),
         quote='<|"|>',
-        end="<tool_call|>",
+        between="<tool_call|><|tool_call>",
+        tail="<tool_call|>",
     ),
     GemmaFormat(
         name="functiongemma",
@@ -475,7 +476,8 @@ _ROWS: tuple[ToolFormat, ...] = (
         marker="<start_function_call>",
         markers=("<start_function_call>", "<end_function_call>", "<escape>"),
         quote="<escape>",
-        end="<end_function_call>",
+        between="<end_function_call><start_function_call>",
+        tail="<end_function_call>",
     ),
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, WrittenCall, alternatives, free_name
+from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, free_name
 from tgi_asgi.text.tools.gemma_calls import GemmaCallParser
 from tgi_asgi.text.tools.pythonic_format import argument_rules
 
@@ -35,14 +35,12 @@ class GemmaFormat(ToolFormat):
 
     Attributes:
         quote: Text on both sides of a string.
-        end: Text after a call.
     """
 
     quote: str
-    end: str
 
     def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
-        end, quote = mark(self.end), mark(self.quote)
+        end, quote = mark(self.tail), mark(self.quote)
         more = f" ({mark(self.marker)} call {end})*" if is_parallel else ""
         names = [f"call_{index}" for index in range(len(tools))]
         lines = [f"calls: call {end}{more}", alternatives("call", names), _FREE]
@@ -56,11 +54,8 @@ class GemmaFormat(ToolFormat):
             lines.append(f'{name}: {literal(f"{_CALL}{tool.name}{{")} {name}_0_first_0 "}}"')
         return "\n".join(lines)
 
-    def written(self, calls: Sequence[WrittenCall]) -> str:
-        texts = (
-            f"{self.marker}{_CALL}{name}{self._written(arguments)}{self.end}" for name, arguments in calls
-        )
-        return "".join(texts)
+    def written_call(self, number: int, name: str, arguments: Mapping[str, Any]) -> str:
+        return f"{_CALL}{name}{self._written(arguments)}"
 
     def _written(self, value: Any) -> str:
         if isinstance(value, str):
@@ -72,7 +67,7 @@ class GemmaFormat(ToolFormat):
         return json.dumps(value)
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
-        return GemmaCallParser(tools, marker=self.marker, end=self.end, quote=self.quote)
+        return GemmaCallParser(tools, marker=self.marker, end=self.tail, quote=self.quote)
 
 
 class _Values:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.surrogates import dumped
@@ -14,7 +15,6 @@ from tgi_asgi.text.tools.base import (
     CallParser,
     Mark,
     ToolFormat,
-    WrittenCall,
     alternatives,
     begun_text,
     marked_expression,
@@ -32,7 +32,6 @@ class JsonFormat(ToolFormat):
 
     Attributes:
         call: Texts before a call's name, between name and arguments, and after the arguments.
-        head, between, tail: Texts before, between and after calls, starting after the marker.
         inner: Texts that models write before each call, after the marker.
         closers: Texts that models write after a call, or after the last one.
         object_head: Beginning of a call that is an object: group 1 is the name, group 2 the start of the
@@ -41,9 +40,6 @@ class JsonFormat(ToolFormat):
     """
 
     call: tuple[str, str, str] = OBJECT
-    head: str = ""
-    between: str = ""
-    tail: str = ""
     inner: tuple[str, ...] = ()
     closers: tuple[str, ...] = ()
     object_head: re.Pattern[str] = NAMED
@@ -66,13 +62,9 @@ class JsonFormat(ToolFormat):
     def begun(self) -> str:
         return begun_text(self.head + self.call[0])
 
-    def written(self, calls: Sequence[WrittenCall]) -> str:
-        texts = []
-        for number, (name, arguments) in enumerate(calls):
-            before, middle, behind = (plain_text(text, number) for text in self.call)
-            texts.append(f"{before}{name}{middle}{dumped(arguments)}{behind}")
-        head, between, tail = map(plain_text, (self.head, self.between, self.tail))
-        return self.marker + head + between.join(texts) + tail
+    def written_call(self, number: int, name: str, arguments: Mapping[str, Any]) -> str:
+        before, middle, behind = (plain_text(text, number) for text in self.call)
+        return f"{before}{name}{middle}{dumped(arguments)}{behind}"
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         return JsonCallParser(

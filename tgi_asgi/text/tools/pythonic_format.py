@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.surrogates import dumped
@@ -13,11 +14,9 @@ from tgi_asgi.text.tools.base import (
     CallParser,
     Mark,
     ToolFormat,
-    WrittenCall,
     alternatives,
     free_name,
     marked_expression,
-    plain_text,
 )
 from tgi_asgi.text.tools.pythonic_calls import PythonicCallParser
 
@@ -32,7 +31,6 @@ class PythonicFormat(ToolFormat):
     """`[f(a=1, b="x"), g()]`: values are JSON or Python literals.
 
     Attributes:
-        head, between, tail: Texts before, between and after calls, starting after the marker.
         closers: Texts that models write after the calls.
     """
 
@@ -67,13 +65,8 @@ class PythonicFormat(ToolFormat):
             rules += argument_rules(name, keys, ", ", free)
         return "\n".join(rules)
 
-    def written(self, calls: Sequence[WrittenCall]) -> str:
-        texts = (
-            f"{name}({', '.join(f'{key}={dumped(value)}' for key, value in arguments.items())})"
-            for name, arguments in calls
-        )
-        head, between, tail = map(plain_text, (self.head, self.between, self.tail))
-        return self.marker + head + between.join(texts) + tail
+    def written_call(self, number: int, name: str, arguments: Mapping[str, Any]) -> str:
+        return f"{name}({', '.join(f'{key}={dumped(value)}' for key, value in arguments.items())})"
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         return PythonicCallParser(tools, self.closers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import starmap
@@ -15,7 +15,6 @@ from tgi_asgi.text.tools.base import (
     CallParser,
     Mark,
     ToolFormat,
-    WrittenCall,
     alternatives,
     begun_text,
     free_name,
@@ -39,7 +38,6 @@ class XmlFormat(ToolFormat):
             the value is text, otherwise "false".
         quotes: Texts around a value that is text, or around every value.
         quotes_all: Whether `quotes` go around every value.
-        head, between, tail: Texts before, between and after calls, starting after the marker.
         wraps: Tags around calls that models omit, write twice, or write instead of the marker.
     """
 
@@ -47,9 +45,6 @@ class XmlFormat(ToolFormat):
     argument: tuple[str, str, str]
     quotes: tuple[str, str] = ("", "")
     quotes_all: bool = True
-    head: str = ""
-    between: str = ""
-    tail: str = ""
     wraps: tuple[str, ...] = ()
 
     def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
@@ -127,14 +122,9 @@ class XmlFormat(ToolFormat):
             values.append(f"{head} ({value}) {end} {then.rest}")
         return f"({' | '.join(values)})"
 
-    def written(self, calls: Sequence[WrittenCall]) -> str:
+    def written_call(self, number: int, name: str, arguments: Mapping[str, Any]) -> str:
         before, middle, behind = map(plain_text, self.call)
-        texts = (
-            f"{before}{name}{middle}{''.join(starmap(self._written, arguments.items()))}{behind}"
-            for name, arguments in calls
-        )
-        head, between, tail = map(plain_text, (self.head, self.between, self.tail))
-        return self.marker + head + between.join(texts) + tail
+        return f"{before}{name}{middle}{''.join(starmap(self._written, arguments.items()))}{behind}"
 
     def _written(self, key: str, value: Any) -> str:
         before, middle, behind = (
