@@ -111,8 +111,7 @@ class OnCpu:
 
             encoder = EncoderRunner(
                 model,
-                num_blocks=budget.cache.num_blocks,
-                block_size=budget.cache.block_size,
+                budget.cache,
                 max_batch_size=settings.max_batch_size,
                 max_step_tokens=settings.max_batch_prefill_tokens,
                 max_context=self.longest,

@@ -61,8 +61,7 @@ def place_module(
         cache = choose_size(config, settings, groups, kv_name, longest, device.free_bytes(), share=1.0)
         encoder = EncoderRunner(
             model,
-            num_blocks=cache.num_blocks,
-            block_size=cache.block_size,
+            cache,
             max_batch_size=settings.max_batch_size,
             max_step_tokens=settings.max_batch_prefill_tokens,
             max_context=longest,

@@ -17,6 +17,7 @@ from tgi_asgi.models.generic.encoder_program import Prompt
 from tgi_asgi.models.pooling import Dense
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.runner.handoff import StepHandoff
+from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.pooling import pool
 from tgi_asgi.types import PoolingKind
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
 class EncoderRunner:
     """A `Runner` for prompts that are computed whole.
 
-        runner = EncoderRunner(model, num_blocks=4096, block_size=16, max_batch_size=128,
-                               max_step_tokens=4096, max_context=512)
+        runner = EncoderRunner(model, kv_size, max_batch_size=128, max_step_tokens=4096, max_context=512)
         result = await runner.submit(StepPlan(0, rows))
 
     Args:
@@ -46,9 +46,8 @@ class EncoderRunner:
     def __init__(
         self,
         model: EncoderModel,
+        kv_size: KvSize,
         *,
-        num_blocks: int,
-        block_size: int,
         max_batch_size: int,
         max_step_tokens: int,
         max_context: int,
@@ -57,8 +56,8 @@ class EncoderRunner:
     ) -> None:
         self._device = device
         self.traits = RunnerTraits(
-            num_blocks=num_blocks,
-            block_size=block_size,
+            num_blocks=kv_size.num_blocks,
+            block_size=kv_size.block_size,
             max_batch_size=max_batch_size,
             max_step_tokens=max(max_step_tokens, max_context),
             num_kept_states=0,
