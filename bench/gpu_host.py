@@ -1,13 +1,15 @@
 """Host time of a GPU's steps: the time to launch operators that do nothing, and the parts of decode steps.
 
-    python -m bench.gpu_host [--layers 32] [--batch 32] [--prompt 512] [--weights int4]
+    python -m bench.gpu_host [--layers 32] [--batch 32] [--prompt 512] [--weights int4] [--pause-ms 4]
     python -m bench.gpu_host --gpu          # the parts of decode steps, with a GPU and its driver
 
 The first needs no GPU, only g++: csrc/bindings/cuda is compiled together with operators, copies and graphs
 that cost nothing. Prints one JSON object: the number of operators in a mixed step of Llama-3-8B's shape and
 the median microseconds to launch them all; and for decode steps of 1 to 256 sequences the medians, with
 quartiles, of writing the inputs (`fill`), of submitting copies and graphs (`submit`), of the launch as a
-whole, and of reading the results (`fetch`).
+whole, and of reading the results (`fetch`). With `--pause-ms`, that long after each step nothing happens,
+as while a GPU computes: the next step then finds the processor's caches cold, which takes several times as
+long.
 """
 
 from __future__ import annotations
@@ -150,8 +152,8 @@ def time_operators(options: argparse.Namespace) -> dict[str, Any]:
     return row | {"weights": options.weights, "operators": step.num_calls, "us": _median(times)[1]}
 
 
-def time_decodes(device: Device, layers: int, steps: int) -> list[dict[str, Any]]:
-    """Time the parts of decode steps, one step in flight."""
+def time_decodes(device: Device, layers: int, steps: int, pause_s: float = 0.0) -> list[dict[str, Any]]:
+    """Time the parts of decode steps, one step in flight, with a pause after each."""
     config = dataclasses.replace(_NARROW, layers=SHAPE.layers[:1] * layers)
     gpu_timing.DEVICE = device.device
     batch, longest = max(_BATCHES), _CONTEXT + steps + 64
@@ -174,12 +176,14 @@ def time_decodes(device: Device, layers: int, steps: int) -> list[dict[str, Any]
     ):  # fmt: skip
         setattr(owner, name, functools.partial(_timed, times[part], getattr(owner, name)))
     try:
-        return asyncio.run(_decode(runner, steps, times))
+        return asyncio.run(_decode(runner, steps, times, pause_s))
     finally:
         runner.close()
 
 
-async def _decode(runner: CudaRunner, steps: int, times: dict[str, list[float]]) -> list[dict[str, Any]]:
+async def _decode(
+    runner: CudaRunner, steps: int, times: dict[str, list[float]], pause_s: float
+) -> list[dict[str, Any]]:
     info = SimpleNamespace(vocab_size=SHAPE.vocab_size)
     engine, rows = Engine(cast(LoadedModel, SimpleNamespace(runner=runner, info=info))), []
     for batch in _BATCHES:
@@ -190,6 +194,7 @@ async def _decode(runner: CudaRunner, steps: int, times: dict[str, list[float]])
             part.clear()
         for _ in range(steps):
             await engine.submit(engine.decode_rows(sequences), [])
+            await asyncio.sleep(pause_s)
         rows.append({"batch": batch, "context": _CONTEXT} | {part: _median(us) for part, us in times.items()})
     return rows
 
@@ -215,13 +220,16 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--weights", default="bf16")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--pause-ms", type=float, default=0.0)
     parser.add_argument("--gpu", action="store_true", help="decode steps, with a GPU")
     options = parser.parse_args()
+    pause_s = options.pause_ms / 1e3
     if options.gpu:
-        print(json.dumps({"decode": time_decodes(CudaDevice(), options.layers, options.steps)}))
+        print(json.dumps({"decode": time_decodes(CudaDevice(), options.layers, options.steps, pause_s)}))
         return
     kept = install()
-    print(json.dumps(time_operators(options) | {"decode": time_decodes(NoDevice(), 1, options.steps)}))
+    decodes = time_decodes(NoDevice(), 1, options.steps, pause_s)
+    print(json.dumps(time_operators(options) | {"decode": decodes}))
     del kept
 
 

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import uvloop
 from hypercorn.asyncio import serve
@@ -69,7 +69,9 @@ class Words:
     eos_ids = special_ids = frozenset({0})
     guard = PromptGuard(["<|im_start|>", "<|im_end|>"])
     text = b" word"
+    special_tokens: ClassVar[dict[str, str]] = {}
     longest_token = 1 << 20
+    vocab_size = INFO.vocab_size
 
     def encode(self, text: str, *, add_special_tokens: bool, is_marked: bool = False) -> list[int]:
         return [1] * 100

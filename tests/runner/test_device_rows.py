@@ -61,7 +61,7 @@ def test_rows_lie_in_a_larger_graph_with_padding_after_the_decodes_and_at_the_en
     assert (rows.num_tokens, rows.num_decodes, rows.num_columns) == (5, 2, 2)
     assert (rows.sampling, rows.sampling_slots, rows.prompt_lens) == ([0, 2], [2, 6], [(3, 6)])
     assert [rows.end(index) for index in range(3)] == [1, 2, 5]
-    found = written(rows, StepShape(8, 5, 5, 3, 4, 3), masked=[6, 2], adapters=[-1, 4, 3])
+    found = written(rows, StepShape(8, 5, 5, 3, 4, num_columns=3), masked=[6, 2], adapters=[-1, 4, 3])
     assert lists(found) == {
         "slots": [9 * 4 + 1, 3 * 4, -1, 8 * 4 + 3, 2 * 4, 2 * 4 + 1, -1, -1],
         "ids": [0, 50, 0, 60, 61, 62, 0, 0],
@@ -79,10 +79,10 @@ def test_rows_lie_in_a_larger_graph_with_padding_after_the_decodes_and_at_the_en
 
 def test_without_a_graph_only_rows_that_need_logits_have_some(rows: DeviceRows) -> None:
     rows.read([StepRow(1, None, 3, [[5]], samples=True), StepRow(0, [1, 2], 0, [[6]], samples=False)])
-    found = lists(written(rows, StepShape(3, 2, 1, 1, 2, 1), needing=[1]))
+    found = lists(written(rows, StepShape(3, 2, 1, 1, 2, num_columns=1), needing=[1]))
     assert (found["rows"], found["row_slots"], found["query_start"]) == ([2], [-1], [0, 1, 3])
     assert found["slots"] == [5 * 4 + 3, 6 * 4, 6 * 4 + 1]
-    assert lists(written(rows, StepShape(3, 2, 0, 1, 2, 1), needing=[]))["rows"] == []
+    assert lists(written(rows, StepShape(3, 2, 0, 1, 2, num_columns=1), needing=[]))["rows"] == []
 
 
 def random_rows(random_: random.Random, tables: dict[int, list[int]], start: dict[int, int]) -> list[StepRow]:
@@ -120,7 +120,7 @@ def test_whatever_a_slot_had_before_its_table_and_tokens_are_those_of_the_row(se
             len(plan) + gap,
             rows.num_decodes + gap,
             4,
-            rows.num_columns,
+            num_columns=rows.num_columns,
         )
         found = written(rows, shape)
         for index, row in enumerate(plan):
@@ -200,11 +200,11 @@ def test_what_rows_ask_for_is_known(rows: DeviceRows) -> None:
 def test_rows_out_of_bounds_are_refused_and_leave_no_trace(rows: DeviceRows, row: StepRow) -> None:
     good = StepRow(0, None, 7, [[11, 12]], samples=True)
     rows.read([good])
-    before = lists(written(rows, StepShape(1, 1, 1, 1, 0, 2)))
+    before = lists(written(rows, StepShape(1, 1, 1, 1, 0, num_columns=2)))
     with pytest.raises(PlanError):
         rows.read([row])
     rows.read([good])
-    assert lists(written(rows, StepShape(1, 1, 1, 1, 0, 2))) == before
+    assert lists(written(rows, StepShape(1, 1, 1, 1, 0, num_columns=2))) == before
 
 
 @pytest.mark.parametrize(
@@ -232,24 +232,24 @@ def test_rows_come_in_order_and_one_per_slot(rows: DeviceRows) -> None:
 
 def test_any_sequence_serves_as_ids_and_blocks(rows: DeviceRows) -> None:
     rows.read((StepRow(0, range(5, 8), 3, (range(3, 9),), samples=True),))
-    found = lists(written(rows, StepShape(3, 1, 1, 0, 3, 2)))
+    found = lists(written(rows, StepShape(3, 1, 1, 0, 3, num_columns=2)))
     assert (found["ids"], found["tables"]) == ([5, 6, 7], [[3, 4]])
 
 
 @pytest.mark.parametrize(
     "shape",
     [
-        StepShape(3, 2, 2, 1, 2, 1),
-        StepShape(4, 2, 2, 2, 2, 1),
-        StepShape(4, 2, 2, 1, 2, 0),
-        StepShape(4, 2, 1, 1, 2, 1),
+        StepShape(3, 2, 2, 1, 2, num_columns=1),
+        StepShape(4, 2, 2, 2, 2, num_columns=1),
+        StepShape(4, 2, 2, 1, 2, num_columns=0),
+        StepShape(4, 2, 1, 1, 2, num_columns=1),
     ],
 )
 def test_nothing_is_written_past_the_end(rows: DeviceRows, shape: StepShape) -> None:
     rows.read([StepRow(1, None, 3, [[5]], samples=True), StepRow(0, [1, 2, 3], 0, [[6]], samples=False)])
     with pytest.raises(ValueError, match="do not fit"):
         written(rows, shape)
-    enough = StepShape(4, 2, 2, 1, 3, 1)
+    enough = StepShape(4, 2, 2, 1, 3, num_columns=1)
     written(rows, enough)
     with pytest.raises(ValueError, match="bytes, the memory"):
         rows.write(
@@ -276,7 +276,7 @@ def test_the_class_of_rows_must_have_slots() -> None:
 )
 def test_inputs_lie_one_behind_the_other(rows: DeviceRows, place: int, first: int) -> None:
     rows.read([StepRow(1, None, 3, [[5]], samples=True), StepRow(0, [1, 2, 3], 0, [[6]], samples=False)])
-    shape = StepShape(4, 2, 2, 1, 3, 1)
+    shape = StepShape(4, 2, 2, 1, 3, num_columns=1)
     firsts, memory = shape.sections.firsts.copy(), np.zeros(shape.num_bytes, np.uint8)
     firsts[place] = first
     with pytest.raises(ValueError, match=rf"`firsts`\[{place}\] must be a multiple of 8 in"):
@@ -286,7 +286,7 @@ def test_inputs_lie_one_behind_the_other(rows: DeviceRows, place: int, first: in
 
 def test_a_step_has_no_size_beyond_all_memory(rows: DeviceRows) -> None:
     rows.read([StepRow(1, None, 3, [[5]], samples=True)])
-    memory, firsts = np.zeros(1024, np.uint8), StepShape(1, 1, 1, 1, 1, 1).sections.firsts
+    memory, firsts = np.zeros(1024, np.uint8), StepShape(1, 1, 1, 1, 1, num_columns=1).sections.firsts
     with pytest.raises(ValueError, match="a step's sizes must be in"):
         rows.write(memory, firsts, (1, 1 << 31, 1, 1, 1 << 31), [0], [], [])
     with pytest.raises(MemoryError):

@@ -259,15 +259,14 @@ class CudaRunner:
                 self._steps.copy_blocks(plan.copies)
         # The tokens that earlier steps sample advance grammars: those of this step's rows, and those that a
         # start replaces or sets.
-        slots = [start.slot for start in plan.starts]
-        waits = self._sampler.constrains(slots)
+        waits = self._sampler.constrains(start.slot for start in plan.starts)
         for start in plan.starts:
             self._sampler.start(start)
             self._scorer.forget(start.slot)
             self._vectors.forget(start.slot)
             self._rows.start(start.slot, len(start.prompt_ids))
-        slots += [row.slot for row in plan.rows if row.samples]
-        waits = waits or self._sampler.constrains(slots)
+        waits = waits or self._sampler.constrains(start.slot for start in plan.starts)
+        waits = waits or self._sampler.constrains(row.slot for row in plan.rows if row.samples)
         event = next(self._events)
         if not plan.rows:
             self._start_grammars(plan, waits)

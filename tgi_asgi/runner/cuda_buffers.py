@@ -73,16 +73,16 @@ class _Sections:
 
 
 class StepShape(NamedTuple):
-    """Sizes of a step's inputs."""
+    """Sizes of a step's inputs. Steps that differ only in the last two have the same graphs."""
 
     num_tokens: int
     num_sequences: int
     num_rows: int  # rows of logits
     num_decodes: int  # sequences that decode one token; they come first
     max_query_len: int  # longest query of the other sequences
-    num_columns: int  # of the uploaded block tables: the blocks of the longest sequence
-    prompt_lens: tuple[tuple[int, int], ...] = ()  # per other sequence: tokens in this step, and in total
     has_adapters: bool = False  # a token has one
+    num_columns: int = 0  # of the uploaded block tables: the blocks of the longest sequence
+    prompt_lens: tuple[tuple[int, int], ...] = ()  # per other sequence: tokens in this step, and in total
 
     @property
     def sections(self) -> _Sections:
@@ -92,7 +92,7 @@ class StepShape(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Size of a row of the uploaded block tables."""
-        return self.num_columns * torch.int32.itemsize
+        return self.num_columns * 4  # int32
 
     @property
     def num_bytes(self) -> int:
@@ -109,9 +109,9 @@ class StepShape(NamedTuple):
         return self.num_sequences - self.num_decodes
 
     @property
-    def graph(self) -> StepShape:
-        """The shape of the step's graph: it reads no prompt lengths, and block tables from a fixed place."""
-        return self._replace(num_columns=0, prompt_lens=())
+    def graph(self) -> tuple[int, ...]:
+        """The sizes that choose a step's graphs, which read block tables from a fixed place."""
+        return self[:6]
 
 
 @functools.lru_cache(4096)  # steps of the same shape follow each other

@@ -85,7 +85,7 @@ class CudaSampler:
 
     def constrains(self, slots: Iterable[int]) -> bool:
         """Return whether one of these slots has a grammar, be it of a sequence that has ended."""
-        return not self._constrained.isdisjoint(slots)
+        return bool(self._constrained) and not self._constrained.isdisjoint(slots)
 
     def staging(self) -> SampleStaging:
         """Allocate pinned memory for one step in flight."""

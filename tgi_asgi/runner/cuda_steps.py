@@ -51,7 +51,9 @@ class StepLimits:
     def largest(self) -> StepShape:
         """The shape that needs the most memory."""
         most = self.max_batch_size
-        return StepShape(self.max_step_tokens, most, most, most, self.max_step_tokens, self.max_blocks)
+        return StepShape(
+            self.max_step_tokens, most, most, most, self.max_step_tokens, num_columns=self.max_blocks
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +85,14 @@ def graph_shapes(limits: StepLimits, *, has_mixed: bool, has_logits: bool = True
     """
     max_size = limits.max_batch_size
     decode_only = {size for size in BUCKETS if size < max_size} | {max_size}
-    shapes = [StepShape(size, size, size, size, 0, 0) for size in decode_only]
+    shapes = [StepShape(size, size, size, size, 0) for size in decode_only]
     prompts = min(MIXED_PROMPTS, (max_size + 1) // 2)
     mixed = {min(size, max_size - prompts) for size in MIXED_DECODES}
     for tokens in MIXED_TOKENS if has_mixed else ():
         for size in mixed:
             if size + tokens <= limits.max_step_tokens:
                 rows = size + prompts
-                shapes.append(StepShape(size + tokens, rows, rows, size, tokens, 0))
+                shapes.append(StepShape(size + tokens, rows, rows, size, tokens))
     if not has_logits:
         shapes = [shape._replace(num_rows=0) for shape in shapes]
     return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_sequences))
@@ -164,7 +166,7 @@ class CudaSteps:
         has_mixed = types.prompt_attention in (PromptAttention.PAGED, PromptAttention.AUTO)
         self._shapes = graph_shapes(limits, has_mixed=has_mixed, has_logits=has_logits)
         self._for_decodes = [self._smallest(size) for size in range(limits.max_batch_size + 1)]
-        self._graphs: dict[StepShape, Graphs] = {}
+        self._graphs: dict[tuple[int, ...], Graphs] = {}  # by `StepShape.graph`
         self._has_adapters = adapters is not None
 
     def profile(self) -> None:
@@ -172,7 +174,7 @@ class CudaSteps:
         most, tokens = self.limits.max_batch_size, self.limits.max_step_tokens
         longest = min(tokens, self.limits.max_context)
         lens = ((longest, longest),)
-        shape = StepShape(tokens, most, most, 0, tokens, 0, lens, self._has_adapters)
+        shape = StepShape(tokens, most, most, 0, tokens, self._has_adapters, prompt_lens=lens)
         buffers = StepBuffers.view(self._inputs, shape)
         buffers.clear()
         self._forward(buffers)
