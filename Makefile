@@ -141,13 +141,19 @@ clean:
 	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.page-tools $(VENV)/.deploy-tools $(VENV)/.package-tools $(VENV)/.docs-tools $(VENV)/.cluster-tools \
 	  $(VENV)/.lint-tools
 
+# What is missing is said before anything is downloaded.
 $(VENV)/.torch:
+	@$(PYTHON) -c "import sys; found = sys.version_info[:2]; (3, 11) <= found <= (3, 14) or sys.exit( \
+	  '$(PYTHON) is Python %d.%d. Choose one from 3.11 to 3.14: make $(MAKECMDGOALS) PYTHON=python3.12' % found)"
+	@command -v $${CXX:-c++} > /dev/null || { echo >&2 "There is no C++ compiler ($${CXX:-c++}). Debian and Ubuntu:" \
+	  'apt-get install build-essential python3-dev python3-venv'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH) $(TORCH_FLAGS) || $(PIP) install $(TORCH)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(INSTALL) 'setuptools>=77' 'ninja>=1.11' 'pybind11>=2.13'
+	@echo 'Compiling the kernels, without further output: about four minutes on two free cores.'
 	$(INSTALL) --no-build-isolation --editable .
 	touch $@
 

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -43,6 +44,7 @@ class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if ext.name != "tgi_asgi._C":
             return self._build_with_torch(ext)
+        _require_compiler()
         folder = Path("build", f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}").absolute()
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
@@ -65,6 +67,19 @@ class Build(build_ext):
         builder.ensure_finalized()
         builder.extensions = [ext]
         builder.run()
+
+
+def _require_compiler() -> None:
+    """Exit with a sentence that pip shows last; ninja's own error is above a long traceback."""
+    compiler, header = _compiler(), Path(sysconfig.get_paths()["include"], "Python.h")
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        raise SystemExit(f"tgi_asgi: there is no C++ compiler ({compiler}). Debian, Ubuntu: build-essential")
+    if not header.exists():
+        raise SystemExit(f"tgi_asgi: Python's headers are missing ({header}). Debian, Ubuntu: python3-dev")
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
 
 
 def _translation_units(sources: list[str], folder: Path) -> list[str]:
@@ -103,7 +118,7 @@ def _ninja_file(sources: list[str], target: Path) -> str:
     link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
     lines = [
         "ninja_required_version = 1.3",
-        f"cxx = {_unexpanded(os.environ.get('CXX', 'c++'))}",
+        f"cxx = {_unexpanded(_compiler())}",
         f"cflags = {_unexpanded(shlex.join(flags))}",
         f"ldflags = {_unexpanded(shlex.join(link_flags))}",
         "rule compile",

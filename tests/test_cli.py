@@ -165,6 +165,7 @@ def test_a_word_with_a_slash_is_the_model(run: _Run, model: str) -> None:
         (["a/b", "--model-id", "c/d"], "two models given: a/b and c/d"),
         (["--model-id", "a/b", "c/d"], "two models given: c/d and a/b"),
         (["a/b", "benchmrak"], "No such command 'benchmrak'"),
+        (["serve", "a/b"], "serving needs no command: tgi-asgi a/b"),
         (["a/b", "benchmark"], "--model-id must come after benchmark"),
         (["a/b", "--prot", "80"], "No such option"),
     ],

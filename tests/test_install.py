@@ -85,6 +85,38 @@ def test_the_ways_that_are_tried_are_those_of_the_documents() -> None:
     assert not set(commands) - set(parts)
 
 
+def _make(folder: Path, **environ: str) -> str:
+    """Return what `make serve` says of this machine before it downloads anything."""
+    command = ["make", "serve", "TORCH_INDEX=", f"VENV={folder / 'venv'}"]
+    ended = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environ}, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 2
+    assert not (folder / "venv").exists()
+    return ended.stderr
+
+
+def test_make_refuses_another_python_at_once(tmp_path: Path) -> None:
+    old = tmp_path / "python3.10"
+    code = "import sys; sys.version_info = (3, 10, 4); exec(sys.argv.pop())"
+    old.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{code}' \"$2\"\n", encoding="utf-8")
+    old.chmod(0o755)
+    assert f"{old} is Python 3.10. Choose one from 3.11 to 3.14: make serve PYTHON=python3.12" in _make(
+        tmp_path, PYTHON=str(old)
+    )
+
+
+def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
+    """By make before it downloads anything, and by setup.py, whose sentence is the last that pip shows."""
+    assert "There is no C++ compiler (no-such-c++)" in _make(tmp_path, CXX="no-such-c++")
+    built = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path],
+        cwd=ROOT, env={**os.environ, "CXX": "no-such-c++", "TGI_CUDA": "0"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert built.returncode == 1
+    assert built.stderr.splitlines()[-1].startswith("tgi_asgi: there is no C++ compiler (no-such-c++)")
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "tgi-asgi"

@@ -66,6 +66,8 @@ class _Program(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] == "serve" and len(args) > 1:  # as vLLM has it; a lone `serve` is SageMaker's
+            ctx.fail(f"serving needs no command: tgi-asgi {' '.join(args[1:])}")
         if args[0] not in COMMANDS:
             ctx.fail(f"No such command {args[0]!r}; use --model-id for a model name without a slash")
         return super().resolve_command(ctx, args)

@@ -50,6 +50,18 @@ async def test_a_refusal_is_logged_with_its_reason(caplog: pytest.LogCaptureFixt
     assert "cannot be empty" in record.__dict__["error"]
 
 
+async def test_a_model_without_a_chat_template_is_not_said_to_have_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    async with client_of(scripted_app(ScriptedEngine(), chat_template=None)) as client:
+        chat = {"messages": [{"role": "user", "content": "hi"}]}
+        response = await client.post("/v1/chat/completions", json=chat)
+    assert "--chat-template" in response.json()["error"]["message"]
+    [record] = caplog.records
+    assert record.__dict__["error"] == "no chat template, or it refused the messages"
+
+
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
 async def test_a_failure_of_the_server_is_an_error(path: str, caplog: pytest.LogCaptureFixture) -> None:
     """Of a stream that has begun with a 200, too."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +63,23 @@ def test_progress_counts_bytes_up_to_all_of_them(files: ModelFiles) -> None:
     total = calls[-1][2]
     assert done == sorted(done)
     assert total == done[-1] > 0
+
+
+def test_a_missing_tokenizer_is_told_before_all_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AtOnce(ThreadPoolExecutor):
+        def submit(self, *call: Any, **options: Any) -> Any:
+            future = super().submit(*call, **options)
+            wait([future])
+            return future
+
+    monkeypatch.setattr("tgi_asgi.runner.load.ThreadPoolExecutor", AtOnce)
+    model = save(make_model(), tmp_path)
+    calls: list[tuple[str, int, int | None]] = []
+    with pytest.raises(ModelLoadError, match=r"no such file: .*tokenizer\.json"):
+        load(settings(), model, lambda *call: calls.append(call))
+    assert not [call for call in calls if call[0] == "loading weights"]
 
 
 def test_the_administrator_s_limits_bound_a_sequence(files: ModelFiles) -> None:

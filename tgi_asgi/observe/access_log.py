@@ -60,7 +60,8 @@ def _fields(exchange: Exchange, summary: RequestSummary, status: int) -> dict[st
     if exchange.error is not None:
         # A template's error may quote the messages, which must not be logged.
         quotes = isinstance(exchange.error, TemplateError)
-        fields["error"] = "the chat template refused the messages" if quotes else str(exchange.error)[:500]
+        why = "no chat template, or it refused the messages" if quotes else str(exchange.error)[:500]
+        fields["error"] = why
     return fields
 
 
