@@ -20,7 +20,7 @@ def test_every_field_is_read_from_its_upper_snake_variable() -> None:
     special = {
         "block_size": "32", "dtype": "float32", "log_level": "warn", "max_total_tokens": "4",
         "hostname": "10.0.0.3", "cuda_memory_fraction": "0.4",
-        "aip_predict_route": "/predict", "aip_health_route": "/healthy",
+        "cors_allow_origin": "*", "aip_predict_route": "/predict", "aip_health_route": "/healthy",
         "tool_format": "mistral", "reasoning_format": "think", "kv_cache_dtype": "int8", "pooling": "mean",
         "quantize": "q8_0", "model_impl": "native", "rope_scaling": "yarn", "prompt_precision": "bfloat16",
         "prompt_attention": "sdpa",
@@ -29,8 +29,8 @@ def test_every_field_is_read_from_its_upper_snake_variable() -> None:
         "default_chat_template_kwargs": '{"enable_thinking": false}',
     }  # fmt: skip
     for spec in dataclasses.fields(Settings):
-        if spec.name == "ssl_keyfile":
-            continue  # it needs the other TLS file
+        if spec.name in ("ssl_keyfile", "requests_per_minute"):
+            continue  # they need the other TLS file, and keys
         kind = next(name for name in examples if str(spec.type).startswith(name))
         text = special.get(spec.name, examples[kind])
         value = getattr(Settings.from_environ({spec.name.upper(): text}), spec.name)
@@ -95,7 +95,18 @@ def test_a_variable_that_does_not_parse_is_named(variable: str, text: str) -> No
         ({"max_answer_memory": 0}, "--max-answer-memory must be at least 1"),
         ({"hostname": " "}, "--hostname must not be empty"),
         ({"uds": ""}, "--uds must not be empty"),
-        ({"otlp_endpoint": ""}, "--otlp-endpoint must not be empty"),
+        ({"otlp_endpoint": ""}, "--otlp-endpoint must be printable, and not be empty"),
+        ({"otlp_endpoint": "http://a\udcff"}, "--otlp-endpoint must be printable"),
+        ({"otlp_service_name": "a\udcff"}, "--otlp-service-name must be printable"),
+        ({"cors_allow_origin": ("https://a.example", "b.example")}, "--cors-allow-origin must be"),
+        ({"cors_allow_origin": ("https://a.example/chat",)}, "--cors-allow-origin must be"),
+        ({"cors_allow_origin": ("https://A.example",)}, "--cors-allow-origin must be"),
+        ({"cors_allow_origin": ("https://\udcff",)}, "--cors-allow-origin must be"),
+        ({"aip_predict_route": "predict"}, "--aip-predict-route must be a path"),
+        ({"aip_predict_route": "//"}, "--aip-predict-route must be a path"),
+        ({"aip_health_route": "/a?b"}, "--aip-health-route must be a path"),
+        ({"aip_health_route": "/{x}"}, "--aip-health-route must be a path"),
+        ({"requests_per_minute": 5}, "--requests-per-minute needs --api-key or --api-key-file"),
         ({"compute_type": "a\nb"}, "--compute-type must be printable"),
         ({"served_model_name": "a\nb"}, "--served-model-name must be printable"),
         ({"quantize": "q80"}, "--quantize must be q8_0 or q4_0"),

@@ -39,9 +39,15 @@ def is_address(text: str) -> bool:
 PLAIN = Kind()
 HOST = Kind(None, "not be empty", str.strip)
 FILE = Kind("PATH", "not be empty", str.strip)
-URL = Kind("URL", "not be empty", str.strip)
-# For values that headers and log lines repeat.
+# For values that headers, spans and log lines repeat.
 WORDS = Kind(None, "be printable, and not be empty", lambda value: value.isprintable() and value.strip())
+URL = WORDS._replace(metavar="URL")
+# What browsers send as Origin, or any; another value would never equal it.
+ORIGIN = Kind(
+    "ORIGIN",
+    "be * or as https://example.org",
+    lambda value: all(re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[!-.0-@\[-~]+/?", each) for each in value),
+)
 # TGI's methods are named by its users' settings, but the files say how they are quantised.
 _METHODS = {
     "q8_0", "q4_0", "awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes",
@@ -50,7 +56,8 @@ _METHODS = {
 METHOD = Kind(None, "be q8_0 or q4_0", lambda value: value.lower() in _METHODS)
 KEY = Kind("KEY")  # one or several; never shown
 PORT = Kind(None, "be in 0..65535", lambda value: 0 <= value <= 65535)
-ROUTE = Kind("PATH", "be a path", lambda value: len(value) > 1 and value[0] == "/")
+# Of a request's path, so without a query; braces would be parameters of the route.
+ROUTE = Kind("PATH", "be a path", lambda value: re.fullmatch(r"(/[^\s/?#{}]+)+/?", value))
 COUNT = Kind(None, "be at least 1", lambda value: value >= 1)
 TOTAL = Kind(None, "be at least 2", lambda value: value >= 2)  # tokens: one of a prompt, one of an answer
 BYTES = COUNT._replace(metavar="BYTES")
