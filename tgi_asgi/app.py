@@ -138,6 +138,8 @@ class App:
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # a panic in a library written in Rust is no `Exception`
+            if isinstance(error, MemoryError):  # of numpy or the extension; where it ran out does not matter
+                error = ModelLoadError(f"the system refuses memory for the model: {error or 'none is left'}")
             context.failure = error
             if not isinstance(error, TgiError):
                 logger.exception("loading the model failed")

@@ -214,7 +214,11 @@ def test_a_signal_while_the_model_loads_ends_the_process(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("model", "reason"),
-    [("missing", "model.gguf: no such file"), ("crash", "RuntimeError: a bug in a loader")],
+    [
+        ("missing", "model.gguf: no such file"),
+        ("crash", "RuntimeError: a bug in a loader"),
+        ("large", "the system refuses memory for the model: std::bad_alloc"),
+    ],
 )
 def test_a_failed_load_exits_with_1_and_the_reason_last(model: str, reason: str) -> None:
     with _server(model) as server:

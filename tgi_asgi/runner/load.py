@@ -97,7 +97,13 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         failing.callback(place.abandon)
         check_rope_fits(opened.config, place.longest, free)
         image_processor = opened.read_image_processor()
-        weights = TrackedWeights(opened.weights, progress)
+
+        def report(stage: str, done: int, total: int | None) -> None:
+            if reading.done():  # a chat template that is not there must not be found out after the weights
+                reading.result()
+            progress(stage, done, total)
+
+        weights = TrackedWeights(opened.weights, report)
         model = place.load(weights)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
         if opened.is_generic:

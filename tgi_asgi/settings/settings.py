@@ -372,7 +372,7 @@ class Settings:
         None,
         kinds.NICE,
     )
-    validation_workers: int = _engine("Threads for chat templates and tokenisation.", 2, kinds.COUNT)
+    validation_workers: int = _engine("Threads for chat templates and tokenisation.", 2, kinds.THREADS)
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
