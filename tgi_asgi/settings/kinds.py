@@ -63,9 +63,7 @@ TOTAL = Kind(None, "be at least 2", lambda value: value >= 2)  # tokens: one of 
 BYTES = COUNT._replace(metavar="BYTES")
 # A step has buffers of these sizes; beyond them, indices and allocations would fail one by one.
 ROWS = Kind(None, "be in 1..65536", lambda value: 1 <= value <= 65536)
-THREADS = Kind(
-    None, "be in 1..1024", lambda value: 1 <= value <= 1024
-)  # of a team in the extension, or of a pool
+THREADS = Kind(None, "be in 1..1024", lambda value: 1 <= value <= 1024)  # of a team or a pool
 STEP_TOKENS = Kind(None, "be in 1..1048576", lambda value: 1 <= value <= 1 << 20)
 AMOUNT = Kind(None, "not be negative", lambda value: value >= 0)
 BUDGET = Kind(None, "be at least -1", lambda value: value >= -1)
