@@ -24,10 +24,10 @@ def free_memory() -> int:
     jobs set) and by its control groups.
     """
     free = _meminfo("MemAvailable")
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
         mapped = int(_read_text(_OWN_SIZES).split()[0]) * resource.getpagesize()
-        free = min(free, max(limit - mapped, 0))
+        free = min(free, max(most - mapped, 0))
     for controller, names in _CONTROLLERS:
         for group in _groups(controller):
             limit, used = _read_number(group / names[0]), _read_number(group / names[1])

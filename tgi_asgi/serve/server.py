@@ -9,7 +9,7 @@ import asyncio
 import gc
 import logging
 import signal
-from typing import cast
+from typing import NoReturn, cast
 
 from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config
@@ -142,7 +142,7 @@ class Server:
         self._stop.set()
         asyncio.get_running_loop().call_later(CLOSE_S, self._end, reason, code)
 
-    def _end(self, reason: str | None, code: int) -> None:
+    def _end(self, reason: str | None, code: int) -> NoReturn:
         """End the process; in JSON logs the reason is an object like all lines."""
         if reason is not None and self._settings.json_output:
             logger.log(logging.ERROR if code else logging.INFO, reason)
