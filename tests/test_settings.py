@@ -68,6 +68,12 @@ def test_a_variable_that_does_not_parse_is_named(variable: str, text: str) -> No
         Settings.from_environ({variable: text})
 
 
+def test_a_variable_that_does_not_parse_is_shown_in_part() -> None:
+    with pytest.raises(InvalidRequest, match="PORT='9999") as refused:
+        Settings.from_environ({"PORT": "9" * 5000})
+    assert len(refused.value.message) < 300
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
