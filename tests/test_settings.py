@@ -118,6 +118,7 @@ def test_a_variable_that_does_not_parse_is_shown_in_part() -> None:
         ({"served_model_name": "a\nb"}, "--served-model-name must be printable"),
         ({"quantize": "q80"}, "--quantize must be q8_0 or q4_0"),
         ({"ssl_keyfile": "key.pem"}, "--ssl-keyfile needs --ssl-certfile"),
+        ({"step_timeout_s": 1e-7}, "--step-timeout-s must be at least 0.001"),
         ({"target_inter_token_ms": 0.0}, "--target-inter-token-ms must be positive"),
     ],
 )

@@ -70,6 +70,8 @@ BUDGET = Kind(None, "be at least -1", lambda value: value >= -1)
 SECONDS, RATIO = AMOUNT._replace(metavar="SECONDS"), AMOUNT._replace(metavar="RATIO")
 DELAY = Kind("SECONDS", "be in 0..86400", lambda value: 0 <= value <= 86400)  # a day
 TIMEOUT = Kind("SECONDS", "be positive", lambda value: value > 0)
+# uvloop counts milliseconds; a shorter timer is none, and cannot be asked when it ends.
+STEP_TIMEOUT = Kind("SECONDS", "be at least 0.001", lambda value: value >= 0.001)
 PERIOD = TIMEOUT._replace(metavar="MS")
 FRACTION = Kind("SHARE", "be above 0 and at most 1", lambda value: 0 < value <= 1)
 NICE = Kind("0..19", "be in 0..19", lambda value: 0 <= value <= 19)

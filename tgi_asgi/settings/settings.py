@@ -353,7 +353,7 @@ class Settings:
     step_timeout_s: float = _engine(
         "A step that takes longer is hung and the server exits (long prompts: ten times their estimate).",
         60.0,
-        kinds.TIMEOUT,
+        kinds.STEP_TIMEOUT,
     )
     block_size: int = _engine("Tokens per block of the KV cache: 16, 32 or 64.", 16, kinds.BLOCK)
     prefix_cache: bool = _engine("Reuse the KV blocks of earlier prompts.", True)
