@@ -20,7 +20,7 @@ def test_every_field_is_read_from_its_upper_snake_variable() -> None:
     special = {
         "block_size": "32", "dtype": "float32", "log_level": "warn", "max_total_tokens": "4",
         "hostname": "10.0.0.3", "cuda_memory_fraction": "0.4",
-        "aip_predict_route": "/predict", "aip_health_route": "/healthy",
+        "cors_allow_origin": "*", "aip_predict_route": "/predict", "aip_health_route": "/healthy",
         "tool_format": "mistral", "reasoning_format": "think", "kv_cache_dtype": "int8", "pooling": "mean",
         "quantize": "q8_0", "model_impl": "native", "rope_scaling": "yarn", "prompt_precision": "bfloat16",
         "prompt_attention": "sdpa",
@@ -29,8 +29,8 @@ def test_every_field_is_read_from_its_upper_snake_variable() -> None:
         "default_chat_template_kwargs": '{"enable_thinking": false}',
     }  # fmt: skip
     for spec in dataclasses.fields(Settings):
-        if spec.name == "ssl_keyfile":
-            continue  # it needs the other TLS file
+        if spec.name in ("ssl_keyfile", "requests_per_minute"):
+            continue  # they need the other TLS file, and keys
         kind = next(name for name in examples if str(spec.type).startswith(name))
         text = special.get(spec.name, examples[kind])
         value = getattr(Settings.from_environ({spec.name.upper(): text}), spec.name)
@@ -68,6 +68,12 @@ def test_a_variable_that_does_not_parse_is_named(variable: str, text: str) -> No
         Settings.from_environ({variable: text})
 
 
+def test_a_variable_that_does_not_parse_is_shown_in_part() -> None:
+    with pytest.raises(InvalidRequest, match="PORT='9999") as refused:
+        Settings.from_environ({"PORT": "9" * 5000})
+    assert len(refused.value.message) < 300
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -77,7 +83,8 @@ def test_a_variable_that_does_not_parse_is_named(variable: str, text: str) -> No
         ({"num_threads": 1025}, "--num-threads must be in 1..1024"),
         ({"max_batch_prefill_tokens": 10**12}, "--max-batch-prefill-tokens must be in 1..1048576"),
         ({"max_concurrent_requests": 10**30}, "--max-concurrent-requests must be at most 9007199254740991"),
-        ({"validation_workers": 0}, "--validation-workers must be at least 1"),
+        ({"validation_workers": 0}, "--validation-workers must be in 1..1024"),
+        ({"validation_workers": 2**32}, "--validation-workers must be in 1..1024"),
         ({"max_stop_sequences": -1}, "--max-stop-sequences must not be negative"),
         ({"reasoning_budget": -2}, "--reasoning-budget must be at least -1"),
         ({"block_size": 17}, "--block-size must be 16, 32 or 64"),
@@ -95,11 +102,23 @@ def test_a_variable_that_does_not_parse_is_named(variable: str, text: str) -> No
         ({"max_answer_memory": 0}, "--max-answer-memory must be at least 1"),
         ({"hostname": " "}, "--hostname must not be empty"),
         ({"uds": ""}, "--uds must not be empty"),
-        ({"otlp_endpoint": ""}, "--otlp-endpoint must not be empty"),
+        ({"otlp_endpoint": ""}, "--otlp-endpoint must be printable, and not be empty"),
+        ({"otlp_endpoint": "http://a\udcff"}, "--otlp-endpoint must be printable"),
+        ({"otlp_service_name": "a\udcff"}, "--otlp-service-name must be printable"),
+        ({"cors_allow_origin": ("https://a.example", "b.example")}, "--cors-allow-origin must be"),
+        ({"cors_allow_origin": ("https://a.example/chat",)}, "--cors-allow-origin must be"),
+        ({"cors_allow_origin": ("https://A.example",)}, "--cors-allow-origin must be"),
+        ({"cors_allow_origin": ("https://\udcff",)}, "--cors-allow-origin must be"),
+        ({"aip_predict_route": "predict"}, "--aip-predict-route must be a path"),
+        ({"aip_predict_route": "//"}, "--aip-predict-route must be a path"),
+        ({"aip_health_route": "/a?b"}, "--aip-health-route must be a path"),
+        ({"aip_health_route": "/{x}"}, "--aip-health-route must be a path"),
+        ({"requests_per_minute": 5}, "--requests-per-minute needs --api-key or --api-key-file"),
         ({"compute_type": "a\nb"}, "--compute-type must be printable"),
         ({"served_model_name": "a\nb"}, "--served-model-name must be printable"),
         ({"quantize": "q80"}, "--quantize must be q8_0 or q4_0"),
         ({"ssl_keyfile": "key.pem"}, "--ssl-keyfile needs --ssl-certfile"),
+        ({"step_timeout_s": 1e-7}, "--step-timeout-s must be at least 0.001"),
         ({"target_inter_token_ms": 0.0}, "--target-inter-token-ms must be positive"),
     ],
 )

@@ -35,6 +35,7 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.types import Adapters, Engine, Progress
 
 if TYPE_CHECKING:
+    from tgi_asgi.formats.sources import AdapterSource
     from tgi_asgi.runner.load import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,8 @@ class App:
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # a panic in a library written in Rust is no `Exception`
+            if isinstance(error, MemoryError):  # of numpy or the extension; where it ran out does not matter
+                error = ModelLoadError(f"the system refuses memory for the model: {error or 'none is left'}")
             context.failure = error
             if not isinstance(error, TgiError):
                 logger.exception("loading the model failed")
@@ -221,6 +224,7 @@ def load_model(settings: Settings, progress: Progress) -> Served:
     from tgi_asgi.formats.sources import resolve
 
     files = resolve(settings, progress)
+    named = named_adapters(settings, settings.served_model_name or files.model_id)
     progress("loading libraries", 0, None)
     from tgi_asgi.engine.engine import Engine
 
@@ -238,7 +242,7 @@ def load_model(settings: Settings, progress: Progress) -> Served:
         loaded.shards.others.watch(engine.mark_lost)
     return Served(
         engine, loaded.tokenizer, loaded.chat_template, loaded.info, engine.stats, loaded.image_processor,
-        make_adapters(settings, loaded),
+        make_adapters(settings, loaded, named),
     )  # fmt: skip
 
 
@@ -253,30 +257,36 @@ def _warn_guessed_tool_format(settings: Settings, loaded: LoadedModel) -> None:
             logger.warning(warning)
 
 
-def make_adapters(settings: Settings, loaded: LoadedModel) -> Adapters | None:
-    """Return the manager of a model's adapters, none of them read yet, or None if the model serves none.
+def named_adapters(settings: Settings, model_id: str) -> list[AdapterSource]:
+    """Return the adapters named in the settings; called before the model is read, which may take minutes.
 
     Raises:
         ModelLoadError: if an adapter option is malformed, or a name refers to the model itself.
     """
+    from tgi_asgi.formats.sources import adapter_sources
+
+    sources = adapter_sources(settings)
+    for source in sources:
+        if source.name in (*NO_NAMES, model_id):
+            raise ModelLoadError(
+                f"an adapter cannot be called {source.name!r}, the name of the model itself: write NAME=PATH"
+            )
+    return sources
+
+
+def make_adapters(settings: Settings, loaded: LoadedModel, named: list[AdapterSource]) -> Adapters | None:
+    """Return the manager of a model's adapters, none of them read yet, or None if the model serves none."""
     from tgi_asgi.engine import adapters
-    from tgi_asgi.formats.sources import adapter_sources, max_loaded_adapters, resolve_adapter
+    from tgi_asgi.formats.sources import max_loaded_adapters, resolve_adapter
 
     loader = loaded.adapters
     if loader is None:
         return None
-    sources = adapter_sources(settings)
-    taken = (*NO_NAMES, loaded.info.model_id)
-    for source in sources:
-        if source.name in taken:
-            raise ModelLoadError(
-                f"an adapter cannot be called {source.name!r}, the name of the model itself: write NAME=PATH"
-            )
     return adapters.Adapters(
         lambda source: loader.load(resolve_adapter(source)),
-        sources,
+        named,
         max_loaded=max_loaded_adapters(settings),
-        taken=taken,
+        taken=(*NO_NAMES, loaded.info.model_id),
     )
 
 

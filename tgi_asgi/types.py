@@ -192,6 +192,14 @@ class Lease(Protocol):
         """Release the reference. Idempotent."""
 
 
+MAX_ADAPTER_NAME = 256  # characters, as many as a request may name a model with
+
+
+def is_adapter_name(name: str) -> bool:
+    """Return whether an adapter may have this name, which answers and log lines repeat."""
+    return 0 < len(name) <= MAX_ADAPTER_NAME and name.isprintable()
+
+
 class Adapters(Protocol):
     """The adapters that requests may name: `engine/adapters.py`."""
 

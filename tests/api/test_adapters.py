@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-import types
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -14,10 +13,10 @@ import openai
 import pytest
 
 from tests.support.client import client_of, post
-from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say, scripted_app, toy_info
+from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say, scripted_app
 from tests.support.serving import serving as serving_at
 from tests.support.waiting import LONGEST_S, until
-from tgi_asgi.app import App, make_adapters
+from tgi_asgi.app import App, named_adapters
 from tgi_asgi.engine.adapters import Adapters
 from tgi_asgi.errors import ModelLoadError, TgiError
 from tgi_asgi.formats.sources import AdapterSource
@@ -262,10 +261,8 @@ async def test_a_replacement_that_cannot_be_read_leaves_the_one_that_works() -> 
 
 @pytest.mark.parametrize("name", ["tgi", "dummy", "toy/model"])
 def test_an_adapter_at_the_start_cannot_have_a_name_of_the_model(name: str) -> None:
-    loaded: Any = types.SimpleNamespace(adapters=object(), info=toy_info())
-    settings = Settings(model_id="toy/model", lora_modules=(f"{name}=/x",))
     with pytest.raises(ModelLoadError, match=f"an adapter cannot be called '{name}'"):
-        make_adapters(settings, loaded)
+        named_adapters(Settings(lora_modules=(f"{name}=/x",)), "toy/model")
 
 
 async def test_the_administrator_loads_and_unloads() -> None:

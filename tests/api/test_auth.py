@@ -104,7 +104,15 @@ async def test_keys_of_a_file_join_those_of_the_flags(tmp_path: Path) -> None:
     assert (await call("POST", "/generate", "Bearer # team a", settings)).status_code == 401
 
 
-@pytest.mark.parametrize("content", [None, b"", b"# only a comment\n", b"\xff\xfe"])
+async def test_a_key_file_from_windows_has_the_keys_that_it_shows(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(b"\xef\xbb\xbfalpha\r\nbeta\r\n")
+    for key in ("alpha", "beta"):
+        answer = await call("POST", "/generate", f"Bearer {key}", Settings(api_key_file=str(path)))
+        assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("content", [None, b"", b"# only a comment\n", b"\xff\xfe", b"a\0b\n", b"a\x1b b\n"])
 def test_a_key_file_without_a_key_stops_the_server(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "keys"
     if content is not None:

@@ -47,6 +47,13 @@ def test_threads_and_rays_cores_follow_each_other(
     assert model.settings.num_threads == threads
 
 
+def test_an_object_may_be_one_of_the_file_and_null_is_unset() -> None:
+    args = {"default_chat_template_kwargs": {"enable_thinking": False}, "max_total_tokens": None}
+    [model] = ClusterConfig.from_args(args).models
+    assert model.settings.template_variables == {"enable_thinking": False}
+    assert model.settings.max_total_tokens is None
+
+
 def test_models_share_what_is_said_once() -> None:
     listed = [{"model_id": "org/a"}, {"model_id": "org/b", "num_replicas": 3, "max_total_tokens": 100}]
     config = ClusterConfig.from_args({"models": listed, "num_replicas": 2, "max_total_tokens": 900})
@@ -68,6 +75,16 @@ def test_models_share_what_is_said_once() -> None:
         ({"models": [{"model_id": "a"}, {"model_id": "a"}]}, "same name"),
         ({"ingress": {"replicas": 2}}, "ingress"),
         ({"max_batch_size": "many"}, "MAX_BATCH_SIZE"),
+        ({"num_threads": "many"}, "NUM_THREADS"),
+        ({"max_batch_size": 2.5}, "`max_batch_size` must be an integer, got float"),
+        ({"max_batch_size": True}, "`max_batch_size` must be an integer, got bool"),
+        ({"prefix_cache": 0}, "`prefix_cache` must be true or false, got int"),
+        ({"queue_timeout_s": [1]}, "`queue_timeout_s` must be a number, got list"),
+        ({"api_key_file": {"a": "b"}}, "`api_key_file` must be text in quotes, got dict"),
+        ({"api_key": 12345}, "`api_key` must be text in quotes, or a list of it, got int$"),
+        ({"api_key": ["a", 12345]}, "`api_key` must be text in quotes, or a list of it, got list$"),
+        ({"ray_actor_options": "num_gpus=1"}, "`ray_actor_options` must be an object"),
+        ({"autoscaling_config": 3}, "`autoscaling_config` must be an object"),
     ],
 )
 def test_what_is_mistaken_is_named(args: dict[str, Any], named: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ def test_control_groups_bound_the_free_memory(
     monkeypatch.setattr(free_memory, "_MEMBERSHIP", membership)
     monkeypatch.setattr(free_memory, "_meminfo", lambda key: 1 << 40)
     assert free_memory.free_memory() == (1 << 40 if expected is None else expected)
+
+
+def test_the_limit_of_the_process_bounds_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    for room, expected in ((1 << 28, 1 << 28), (-(1 << 28), 0)):
+        limits = (mapped + room, resource.RLIM_INFINITY)
+        monkeypatch.setattr(resource, "getrlimit", lambda which, limits=limits: limits)
+        assert abs(free_memory.free_memory() - expected) < 1 << 27
 
 
 def test_this_machine_has_free_memory() -> None:

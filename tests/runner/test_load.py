@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tests.support.checkpoints import make_model, save, save_tokenizer
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.runner import load as load_module
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.settings import Settings
 
@@ -204,6 +205,26 @@ def test_prompts_in_bfloat16_are_refused_on_a_gpu(files: ModelFiles, monkeypatch
 def test_float16_is_refused_with_a_cure(files: ModelFiles) -> None:
     with pytest.raises(ModelLoadError, match="bfloat16 or float32"):
         load_closed(files, settings(dtype="float16"))
+
+
+def test_a_chat_template_that_is_not_there_is_found_out_before_the_weights_are_read(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int] = []
+    monkeypatch.setattr(load_module, "ThreadPoolExecutor", _AtOnce)
+    with pytest.raises(ModelLoadError, match="chat template"):
+        absent = settings(tokenizer_config_path="/nowhere/template.jinja")
+        load(absent, files, lambda stage, at, total: done.append(at))
+    assert done == []
+
+
+class _AtOnce(ThreadPoolExecutor):
+    """A thread whose calls have ended when `submit` returns."""
+
+    def submit(self, call: Any, /, *given: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = super().submit(call, *given, **named)
+        wait([future])
+        return future
 
 
 def test_a_failed_load_leaves_no_thread(files: ModelFiles) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from dataclasses import replace
 
@@ -65,6 +66,14 @@ def test_the_example_fits_the_model_and_the_keys() -> None:
     )
     assert "/predict" in example(classes, "http://h:1", has_chat=False, has_key=False)
     assert "/rerank" in example(scores, "http://h:1", has_chat=False, has_key=False)
+
+
+def test_the_example_works_on_a_socket_whatever_its_path() -> None:
+    command = example(INFO, "unix:/run/a b/s", has_chat=True, has_key=False)
+    assert shlex.split(command)[1:4] == [
+        "--unix-socket", "/run/a b/s", "http://localhost/v1/chat/completions",
+    ]  # fmt: skip
+    assert " https://localhost/" in example(INFO, "unix:/s", has_chat=True, has_key=False, is_tls=True)
 
 
 def test_a_model_that_keeps_nothing_has_no_cache_to_tell_of() -> None:

@@ -47,8 +47,11 @@ def test_hypercorn_takes_over_the_socket_and_none_of_its_short_limits() -> None:
 def test_a_certificate_that_cannot_be_used_is_one_clear_line(tls: ListeningAddress, tmp_path: Path) -> None:
     chain, key = tls.settings.ssl_certfile, tls.settings.ssl_keyfile
     for certfile, keyfile in ((chain, chain), (key, key), (str(tmp_path / "none.pem"), key), (chain, None)):
-        with pytest.raises(ModelLoadError, match=r"--ssl-certfile, --ssl-keyfile: cannot use .*pem"):
+        with pytest.raises(
+            ModelLoadError, match=r"--ssl-certfile, --ssl-keyfile: cannot use .*pem"
+        ) as caught:
             make_config(listen(LOCAL), Settings(ssl_certfile=certfile, ssl_keyfile=keyfile))
+        assert "lib" not in caught.value.message, "OpenSSL's own words say nothing to people"
 
 
 def test_the_key_may_be_in_the_certificate_s_file(tls: ListeningAddress, tmp_path: Path) -> None:

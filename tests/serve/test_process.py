@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from tgi_asgi import cli
+from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.serve import process
 
 STREAMS = """
@@ -48,6 +50,12 @@ def test_text_that_the_terminal_cannot_show_is_escaped() -> None:
     command = [sys.executable, "-c", script]
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     assert subprocess.run(command, check=True, env=env, capture_output=True).stdout == b"mod\\xe8le\n"
+
+
+def test_a_server_that_could_accept_nobody_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (20, 20))
+    with pytest.raises(ModelLoadError, match="may open 20 files"):
+        process.raise_file_limit()
 
 
 @pytest.mark.usefixtures("_restored")

@@ -1,9 +1,9 @@
 """The `tgi-asgi` command with the real engine and a runner without a model, for tests of a server's life.
 
-FAKE_MODEL sets its behaviour: `ok`; `waits:PATH` loads until something opens that FIFO; `missing` and `crash`
-fail to load; `dies` loses the device at the first step; `hangs` never ends its tenth step; `stuck` never
-stops; `faulty:SEED` raises, runs out of memory, computes NaN and is slow at random. FAKE_STEP_S is the
-duration of a step, FAKE_NUM_BLOCKS the size of the KV cache.
+FAKE_MODEL sets its behaviour: `ok`; `waits:PATH` loads until something opens that FIFO; `missing`, `crash`
+and `large` fail to load; `dies` loses the device at the first step; `hangs` never ends its tenth step;
+`stuck` never stops; `faulty:SEED` raises, runs out of memory, computes NaN and is slow at random. FAKE_STEP_S
+is the duration of a step, FAKE_NUM_BLOCKS the size of the KV cache.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ def load(settings: Settings, progress: Progress) -> Served:
         raise ModelLoadError("model.gguf: no such file")
     if behaviour == "crash":
         raise RuntimeError("a bug in a loader")
+    if behaviour == "large":
+        raise MemoryError("std::bad_alloc")
     runner = FakeRunner(
         step_s=float(os.environ.get("FAKE_STEP_S", "0.005")),
         num_blocks=int(os.environ.get("FAKE_NUM_BLOCKS", "256")),

@@ -206,15 +206,20 @@ def test_an_engine_that_does_not_stop_does_not_keep_the_process() -> None:
 def test_a_signal_while_the_model_loads_ends_the_process(tmp_path: Path) -> None:
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
-    with _server(f"waits:{fifo}") as server:
+    with _server(f"waits:{fifo}", "--json-output") as server:
         server.wait_until(503)
         server.signal()
         assert server.wait() == 0
+        assert json.loads(server.output().splitlines()[-1])["message"] == "stopped while loading"
 
 
 @pytest.mark.parametrize(
     ("model", "reason"),
-    [("missing", "model.gguf: no such file"), ("crash", "RuntimeError: a bug in a loader")],
+    [
+        ("missing", "model.gguf: no such file"),
+        ("crash", "RuntimeError: a bug in a loader"),
+        ("large", "the system refuses memory for the model: std::bad_alloc"),
+    ],
 )
 def test_a_failed_load_exits_with_1_and_the_reason_last(model: str, reason: str) -> None:
     with _server(model) as server:

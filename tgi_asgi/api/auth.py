@@ -98,10 +98,11 @@ def read_key_file(path: str) -> list[tuple[str, str]]:
     """Return (name, key) of each line: `key` or `name key`; empty lines and # comments are skipped.
 
     Raises:
-        ModelLoadError: if the file cannot be read or has no key, or a line has more than two words.
+        ModelLoadError: if the file cannot be read or has no key, or a line has more than two words or what
+            is not printable.
     """
     try:
-        text = Path(path).read_text("utf-8")
+        text = Path(path).read_text("utf-8-sig")  # Windows' editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise ModelLoadError(f"--api-key-file {path}: cannot be read: {error}") from None
     lines = [line.split() for line in text.splitlines() if not line.lstrip().startswith("#")]
@@ -109,6 +110,8 @@ def read_key_file(path: str) -> list[tuple[str, str]]:
     for words in filter(None, lines):
         if len(words) > 2:
             raise ModelLoadError(f"--api-key-file {path}: a line must be a key, or a name and a key")
+        if not all(map(str.isprintable, words)):
+            raise ModelLoadError(f"--api-key-file {path}: names and keys must be printable")
         keys.append((words[0] if len(words) == 2 else "", words[-1]))
     if not keys:
         raise ModelLoadError(f"--api-key-file {path}: contains no key")

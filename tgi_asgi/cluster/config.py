@@ -8,14 +8,15 @@ Does not depend on Ray; Ray's own options pass through unchanged.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.settings import DEMO_MODEL, Settings
+from tgi_asgi.settings import DEMO_MODEL, Settings, kinds
 
-_SETTINGS = {spec.name for spec in dataclasses.fields(Settings)}
+_SETTINGS = {spec.name: spec for spec in dataclasses.fields(Settings)}
 # Settings of a process that Serve decides: where it listens, and how replicas start and stop.
 _REFUSED = {
     "hostname": "set Serve's http_options.host",
@@ -90,28 +91,59 @@ def _model(args: Mapping[str, Any], *, is_only: bool) -> ModelDeployment:
     given.setdefault("model_id", DEMO_MODEL)
     if not is_only:  # otherwise the first model would answer a mistyped name
         given.setdefault("strict_model_names", True)
-    options = dict(args.get("ray_actor_options") or {})
+    options, autoscaling = (
+        _mapping(name, args.get(name)) for name in ("ray_actor_options", "autoscaling_config")
+    )
+    settings, options = _settings(given), dict(options or {})
     # A replica's threads and the cores that Ray reserves for it are the same.
-    if "num_threads" in given:
-        options.setdefault("num_cpus", int(given["num_threads"]))
-    elif options.get("num_cpus", 0) >= 1:
-        given["num_threads"] = int(options["num_cpus"])
-    autoscaling = args.get("autoscaling_config")
+    num_cpus = options.get("num_cpus")
+    if settings.num_threads is not None:
+        options.setdefault("num_cpus", settings.num_threads)
+    elif isinstance(num_cpus, int | float) and num_cpus >= 1:
+        settings = dataclasses.replace(settings, num_threads=int(num_cpus))
     if autoscaling is not None and args.get("num_replicas") is not None:
         raise InvalidRequest("num_replicas and autoscaling_config are exclusive", param="num_replicas")
     num_replicas = None if autoscaling is not None else _count("num_replicas", args.get("num_replicas", 1))
-    return ModelDeployment(_settings(given), num_replicas, autoscaling, options)
+    return ModelDeployment(settings, num_replicas, autoscaling, options)
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:
-    """Return settings from given values, typed as in a file or as text as on a command line."""
+    """Return settings from values, typed as in a file or text as on a command line; null is unset."""
     texts = {name.upper(): value for name, value in given.items() if isinstance(value, str) and value}
     values = {
-        name: tuple(value) if isinstance(value, list) else value
+        name: _typed(name, value)
         for name, value in given.items()
-        if not isinstance(value, str)
+        if value is not None and not isinstance(value, str)
     }
     return Settings.from_environ(texts, **values)
+
+
+def _typed(name: str, value: Any) -> Any:
+    """Return a file's value with the type of its setting.
+
+    Raises:
+        InvalidRequest: if it has another. The message does not show the value, which may be a key.
+    """
+    spec = _SETTINGS[name]
+    kind = str(spec.type).partition(" ")[0]
+    match kind, value:
+        case ("bool", bool()) | ("float", float()):
+            return value
+        case "int" | "float", int() if not isinstance(value, bool):
+            return value
+        case "str", Mapping() if spec.metadata["kind"] is kinds.JSON:
+            return json.dumps(value)
+        case "tuple[str,", list() if all(isinstance(each, str) for each in value):
+            return tuple(value)
+    rules = {"bool": "true or false", "int": "an integer", "float": "a number", "str": "text in quotes"}
+    rule = rules.get(kind, "text in quotes, or a list of it")
+    raise InvalidRequest(f"`{name}` must be {rule}, got {type(value).__name__}", param=name)
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any] | None:
+    if value is not None and not isinstance(value, Mapping):
+        raise InvalidRequest(f"`{name}` must be an object, got {type(value).__name__}", param=name)
+    return value
 
 
 def _count(name: str, value: Any) -> int:

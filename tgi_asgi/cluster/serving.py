@@ -199,7 +199,14 @@ def make_app(args: Mapping[str, Any], loader: Loader = load_model, router: str =
 def _replicas_of(model: ModelDeployment, loader: Loader, router: str) -> Any:
     settings = model.settings
     # Only the ingress checks keys, and a replica's start arguments are visible in Ray's dashboard.
-    bare = replace(settings, api_key=(), api_key_file=None, admin_api_key=None, otlp_endpoint=None)
+    bare = replace(
+        settings,
+        api_key=(),
+        api_key_file=None,
+        admin_api_key=None,
+        requests_per_minute=0,
+        otlp_endpoint=None,
+    )
     given: dict[str, Any] = {"num_replicas": model.num_replicas}
     if model.autoscaling_config is not None:
         given = {"autoscaling_config": dict(model.autoscaling_config)}

@@ -21,7 +21,7 @@ from tgi_asgi.formats.gguf_names import models_of
 from tgi_asgi.formats.peft import PeftAdapter
 from tgi_asgi.formats.weight_files import weight_names
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Progress
+from tgi_asgi.types import MAX_ADAPTER_NAME, Progress, is_adapter_name
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,10 @@ def adapter_sources(settings: Settings) -> list[AdapterSource]:
     ]
     for given in settings.lora_modules:
         found += _lora_modules(given)
+    for source in found:
+        if not is_adapter_name(source.name):
+            rule = f"must be 1 to {MAX_ADAPTER_NAME} printable characters"
+            raise ModelLoadError(f"an adapter's name {rule}, got {_shown(source.name)}: write NAME=PATH")
     counts = Counter(source.name for source in found)
     twice = next((name for name, count in counts.items() if count > 1), None)
     if twice is not None:

@@ -1,13 +1,15 @@
-"""The memory that this process may still use, on the machine and within its control groups (containers)."""
+"""The memory that this process may still use: on the machine, and within its limit and its control groups."""
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 from tgi_asgi.errors import ModelLoadError
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
+_OWN_SIZES = Path("/proc/self/statm")  # in pages; the first is the address space
 # cgroup versions 2 and 1: the hierarchy's name, the limit and usage files, the prefix of the statistics.
 _CONTROLLERS = (
     ("", ("memory.max", "memory.current", "")),
@@ -16,8 +18,16 @@ _CONTROLLERS = (
 
 
 def free_memory() -> int:
-    """Return the bytes that this process may still use, limited by the machine and its control groups."""
+    """Return the bytes that this process may still use.
+
+    They are limited by the machine, by the process's address space (`ulimit -v`, which schedulers of batch
+    jobs set) and by its control groups.
+    """
     free = _meminfo("MemAvailable")
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        mapped = int(_read_text(_OWN_SIZES).split()[0]) * resource.getpagesize()
+        free = min(free, max(most - mapped, 0))
     for controller, names in _CONTROLLERS:
         for group in _groups(controller):
             limit, used = _read_number(group / names[0]), _read_number(group / names[1])

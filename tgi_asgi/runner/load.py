@@ -99,8 +99,8 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         image_processor = opened.read_image_processor()
 
         def report(stage: str, done: int, total: int | None) -> None:
-            if reading.done():
-                reading.result()  # without a tokenizer, the rest of the weights would be read in vain
+            if reading.done():  # without a tokenizer or template, the rest would be read in vain
+                reading.result()
             progress(stage, done, total)
 
         weights = TrackedWeights(opened.weights, report)

@@ -7,6 +7,7 @@ follows.
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import time
 from typing import Any
@@ -53,7 +54,8 @@ class Console:
             logger.info("serving", extra=fields)
             return
         has_key = bool(self._settings.api_key or self._settings.api_key_file)
-        command = example(info, url, has_chat=has_chat, has_key=has_key)
+        is_tls = self._settings.ssl_certfile is not None
+        command = example(info, url, has_chat=has_chat, has_key=has_key, is_tls=is_tls)
         say(f"{describe(info, url, seconds)}\n\nTry it:\n{command}")
 
     def _draw(self, stage: str, done: int, total: int | None) -> None:
@@ -106,7 +108,7 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
 
 
-def example(info: ModelInfo, url: str, *, has_chat: bool, has_key: bool) -> str:
+def example(info: ModelInfo, url: str, *, has_chat: bool, has_key: bool, is_tls: bool = False) -> str:
     """Return a curl command that works as is."""
     path, body = "/generate", '{"inputs": "The sky is", "parameters": {"max_new_tokens": 20}}'
     if info.classification is not None and len(info.classification.labels) > 1:
@@ -122,6 +124,7 @@ def example(info: ModelInfo, url: str, *, has_chat: bool, has_key: bool) -> str:
             '"max_tokens": 60, "stream": true}'
         )
     if url.startswith("unix:"):
-        url = f"--unix-socket {url.removeprefix('unix:')} http://localhost"
+        socket = shlex.quote(url.removeprefix("unix:"))
+        url = f"--unix-socket {socket} {'https' if is_tls else 'http'}://localhost"
     key = ' -H "Authorization: Bearer $API_KEY"' if has_key else ""
     return f"curl {url}{path} -H 'Content-Type: application/json'{key} -d '{body}'"

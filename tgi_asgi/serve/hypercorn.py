@@ -24,6 +24,8 @@ from tgi_asgi.settings import Settings
 logger = logging.getLogger(__name__)
 
 KNOWN_VERSIONS = ("0.18.",)  # versions whose source the replaced classes were checked against
+# OpenSSL says only "PEM lib" of all of this.
+_NOT_PEM = "there is no certificate or no key in PEM's form, or the key is encrypted"
 _MAX_PER_TURN = 8  # reads parsed per turn of the event loop
 
 
@@ -55,7 +57,8 @@ def make_config(listener: socket.socket, settings: Settings) -> Config:
             config.create_ssl_context()
         except OSError as error:
             files = f"{config.certfile} and {config.keyfile}"
-            raise ModelLoadError(f"--ssl-certfile, --ssl-keyfile: cannot use {files}: {error}") from None
+            reason = _NOT_PEM if "PEM lib" in str(error) else error.strerror or error
+            raise ModelLoadError(f"--ssl-certfile, --ssl-keyfile: cannot use {files}: {reason}") from None
     return config
 
 

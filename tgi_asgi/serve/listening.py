@@ -51,7 +51,6 @@ def listen(settings: Settings) -> socket.socket:
     """
     address: Any
     if settings.uds is not None:
-        _remove_stale(Path(settings.uds))
         family, address, name, flags = socket.AF_UNIX, settings.uds, settings.uds, "--uds"
     else:
         family, address = _resolve(settings.hostname, settings.port)
@@ -66,6 +65,8 @@ def listen(settings: Settings) -> socket.socket:
         for option in limits.keys() & set(dir(socket)):
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), limits[option])
     try:
+        if settings.uds is not None:
+            _remove_stale(Path(settings.uds))
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as error:
@@ -87,7 +88,11 @@ def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove a socket left by a server that no longer listens on it."""
+    """Remove a socket left by a server that no longer listens on it.
+
+    Raises:
+        OSError: if the path cannot be looked at.
+    """
     if not path.is_socket():
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):

@@ -19,6 +19,7 @@ from typing import NoReturn
 from tgi_asgi.errors import ModelLoadError
 
 MAX_FILES = 65536
+MIN_FILES = 64  # a server without clients has about 30 open
 FLUSH_S = 1.0  # time for a stream's last events to be sent once generation has ended
 
 _claim: socket.socket | None = None  # held until the process ends; the kernel then frees the name
@@ -104,8 +105,15 @@ def raise_file_limit() -> None:
 
     Each connection uses one. Shells and container runtimes set it to 1,024 by default, for programs that use
     `select`.
+
+    Raises:
+        ModelLoadError: if that leaves none for connections.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if wanted < MIN_FILES:
+        raise ModelLoadError(
+            f"the process may open {wanted} files (ulimit -Hn): it needs {MIN_FILES} or more"
+        )
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

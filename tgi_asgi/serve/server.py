@@ -9,7 +9,7 @@ import asyncio
 import gc
 import logging
 import signal
-from typing import cast
+from typing import NoReturn, cast
 
 from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config
@@ -113,11 +113,11 @@ class Server:
         served = self._app.context.served
         if served is None:
             self._console.close()
-            end_process("stopped while loading", 0)
+            self._end("stopped while loading", 0)
         loop = asyncio.get_running_loop()
         if self._drain is not None:
             if loop.time() >= self._signalled_at + _ECHO_S:
-                end_process("stopped by a second signal", 128 + number)
+                self._end("stopped by a second signal", 128 + number)
             return
         self._signalled_at = loop.time()
         notify("STOPPING=1", "STATUS=finishing running requests")
@@ -140,4 +140,11 @@ class Server:
     def _close(self, reason: str | None, code: int) -> None:
         """Let hypercorn close, then end the process even if a connection or a step hangs."""
         self._stop.set()
-        asyncio.get_running_loop().call_later(CLOSE_S, end_process, reason, code)
+        asyncio.get_running_loop().call_later(CLOSE_S, self._end, reason, code)
+
+    def _end(self, reason: str | None, code: int) -> NoReturn:
+        """End the process; in JSON logs the reason is an object like all lines."""
+        if reason is not None and self._settings.json_output:
+            logger.log(logging.ERROR if code else logging.INFO, reason)
+            reason = None
+        end_process(reason, code)

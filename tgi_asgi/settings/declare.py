@@ -7,6 +7,7 @@ from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import kinds
+from tgi_asgi.settings.json_object import MAX_SHOWN
 
 _SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
@@ -54,5 +55,6 @@ def parsed(spec: dataclasses.Field[Any], variable: str, text: str) -> Any:
             case "float":
                 return float(text)
     except (KeyError, ValueError):
-        raise InvalidRequest(f"{variable}={text!r} is not a valid {kind}", param=spec.name) from None
+        shown = repr(text)[:MAX_SHOWN]
+        raise InvalidRequest(f"{variable}={shown} is not a valid {kind}", param=spec.name) from None
     return (text,) if kind.startswith("tuple") else text

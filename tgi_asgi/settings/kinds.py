@@ -39,9 +39,15 @@ def is_address(text: str) -> bool:
 PLAIN = Kind()
 HOST = Kind(None, "not be empty", str.strip)
 FILE = Kind("PATH", "not be empty", str.strip)
-URL = Kind("URL", "not be empty", str.strip)
-# For values that headers and log lines repeat.
+# For values that headers, spans and log lines repeat.
 WORDS = Kind(None, "be printable, and not be empty", lambda value: value.isprintable() and value.strip())
+URL = WORDS._replace(metavar="URL")
+# What browsers send as Origin, or any; another value would never equal it.
+ORIGIN = Kind(
+    "ORIGIN",
+    "be * or as https://example.org",
+    lambda value: all(re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[!-.0-@\[-~]+/?", each) for each in value),
+)
 # TGI's methods are named by its users' settings, but the files say how they are quantised.
 _METHODS = {
     "q8_0", "q4_0", "awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes",
@@ -50,19 +56,22 @@ _METHODS = {
 METHOD = Kind(None, "be q8_0 or q4_0", lambda value: value.lower() in _METHODS)
 KEY = Kind("KEY")  # one or several; never shown
 PORT = Kind(None, "be in 0..65535", lambda value: 0 <= value <= 65535)
-ROUTE = Kind("PATH", "be a path", lambda value: len(value) > 1 and value[0] == "/")
+# Of a request's path, so without a query; braces would be parameters of the route.
+ROUTE = Kind("PATH", "be a path", lambda value: re.fullmatch(r"(/[^\s/?#{}]+)+/?", value))
 COUNT = Kind(None, "be at least 1", lambda value: value >= 1)
 TOTAL = Kind(None, "be at least 2", lambda value: value >= 2)  # tokens: one of a prompt, one of an answer
 BYTES = COUNT._replace(metavar="BYTES")
 # A step has buffers of these sizes; beyond them, indices and allocations would fail one by one.
 ROWS = Kind(None, "be in 1..65536", lambda value: 1 <= value <= 65536)
-THREADS = Kind(None, "be in 1..1024", lambda value: 1 <= value <= 1024)  # of a team in the extension
+THREADS = Kind(None, "be in 1..1024", lambda value: 1 <= value <= 1024)  # of a team or a pool
 STEP_TOKENS = Kind(None, "be in 1..1048576", lambda value: 1 <= value <= 1 << 20)
 AMOUNT = Kind(None, "not be negative", lambda value: value >= 0)
 BUDGET = Kind(None, "be at least -1", lambda value: value >= -1)
 SECONDS, RATIO = AMOUNT._replace(metavar="SECONDS"), AMOUNT._replace(metavar="RATIO")
 DELAY = Kind("SECONDS", "be in 0..86400", lambda value: 0 <= value <= 86400)  # a day
 TIMEOUT = Kind("SECONDS", "be positive", lambda value: value > 0)
+# uvloop counts milliseconds; a shorter timer is none, and cannot be asked when it ends.
+STEP_TIMEOUT = Kind("SECONDS", "be at least 0.001", lambda value: value >= 0.001)
 PERIOD = TIMEOUT._replace(metavar="MS")
 FRACTION = Kind("SHARE", "be above 0 and at most 1", lambda value: 0 < value <= 1)
 NICE = Kind("0..19", "be in 0..19", lambda value: 0 <= value <= 19)

@@ -225,7 +225,9 @@ class Settings:
     admin_api_key: str | None = _server(
         "Serve the admin routes to clients that send this key.", None, kinds.KEY
     )
-    cors_allow_origin: tuple[str, ...] = _server("Origin that browsers may call from, or * (repeatable).", ())
+    cors_allow_origin: tuple[str, ...] = _server(
+        "Origin that browsers may call from, or * (repeatable).", (), kinds.ORIGIN
+    )
     allowed_media_domains: tuple[str, ...] = _server(
         "Host that images may be fetched from, or several separated by commas (repeatable; default: any "
         "public host).",
@@ -266,7 +268,9 @@ class Settings:
     debug_endpoints: bool = _server("Serve /debug/engine: current requests, sequences, blocks.", False)
     json_output: bool = _server("Write logs as JSON lines.", False)
     otlp_endpoint: str | None = _server("OTLP gRPC endpoint for spans (`otel` extra).", None, kinds.URL)
-    otlp_service_name: str = _server("Service name of the spans.", "text-generation-inference.router")
+    otlp_service_name: str = _server(
+        "Service name of the spans.", "text-generation-inference.router", kinds.WORDS
+    )
     log_level: str = _server("Lowest level that is logged.", "info", kinds.one_of("debug info warn error"))
     compute_type: str | None = _server(
         "Value of the x-compute-type header (default: <shards>-<device>).", None, kinds.WORDS
@@ -349,7 +353,7 @@ class Settings:
     step_timeout_s: float = _engine(
         "A step that takes longer is hung and the server exits (long prompts: ten times their estimate).",
         60.0,
-        kinds.TIMEOUT,
+        kinds.STEP_TIMEOUT,
     )
     block_size: int = _engine("Tokens per block of the KV cache: 16, 32 or 64.", 16, kinds.BLOCK)
     prefix_cache: bool = _engine("Reuse the KV blocks of earlier prompts.", True)
@@ -368,7 +372,7 @@ class Settings:
         None,
         kinds.NICE,
     )
-    validation_workers: int = _engine("Threads for chat templates and tokenisation.", 2, kinds.COUNT)
+    validation_workers: int = _engine("Threads for chat templates and tokenisation.", 2, kinds.THREADS)
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -386,6 +390,11 @@ class Settings:
                     _check(key.isprintable(), spec.name, "be printable UTF-8", "one that is not")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise InvalidRequest("--ssl-keyfile needs --ssl-certfile", param="ssl_keyfile")
+        if self.requests_per_minute and not (self.api_key or self.api_key_file):
+            raise InvalidRequest(
+                "--requests-per-minute needs --api-key or --api-key-file: it counts by key",
+                param="requests_per_minute",
+            )
         if self.speculative_config is not None:
             _check(
                 not self.speculate, "speculate", "not be combined with --speculative-config", self.speculate

@@ -7,9 +7,8 @@ from msgspec import Struct
 
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.errors import InvalidRequest, ModelNotSupported
-from tgi_asgi.types import Adapters
+from tgi_asgi.types import MAX_ADAPTER_NAME, Adapters, is_adapter_name
 
-MAX_NAME_CHARS = 256
 MAX_PATH_CHARS = 4096  # Linux's limit
 _TEXT = b"text/plain; charset=utf-8"
 
@@ -37,8 +36,8 @@ async def load(exchange: Exchange) -> None:
     body = await exchange.read_json(_LOAD)
     adapters = _adapters_of(exchange)
     name = body.lora_name
-    if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
-        message = f"`lora_name` must be 1 to {MAX_NAME_CHARS} printable characters"
+    if not is_adapter_name(name):
+        message = f"`lora_name` must be 1 to {MAX_ADAPTER_NAME} printable characters"
         raise InvalidRequest(message, param="lora_name")
     if not 0 < len(body.lora_path) <= MAX_PATH_CHARS:
         raise InvalidRequest(f"`lora_path` must be 1 to {MAX_PATH_CHARS} characters", param="lora_path")
