@@ -96,6 +96,12 @@ def test_bytes_of_bitsandbytes_stay_bytes(tmp_path: Path) -> None:
     torch.testing.assert_close(decoded(source), values, rtol=2**-11, atol=0)
 
 
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
+def test_bitsandbytes_may_be_named_by_what_it_loads(key: str) -> None:
+    found = Quantisation.from_json({"quantization_config": {key: True, "llm_int8_threshold": 6.0}})
+    assert found is not None and found.method == "bitsandbytes"
+
+
 def test_bytes_of_bitsandbytes_in_tiles_are_refused(tmp_path: Path) -> None:
     """As older versions saved them after a forward pass on a GPU: the shape is the same, the order is not."""
     tensors, values = recorded("int8")
