@@ -249,6 +249,15 @@ def test_a_quantisation_may_have_its_first_name(tmp_path: Path) -> None:
     assert read["quantization_config"] == config["compression_config"] and "compression_config" not in read
 
 
+def test_a_quantisation_may_be_that_of_the_text_part(tmp_path: Path) -> None:
+    """As in some models that read images; `transformers` looks there, too."""
+    inner, outer = {"quant_method": "fp8"}, {"quant_method": "awq"}
+    config: dict[str, Any] = {"text_config": {"quantization_config": inner}}
+    for given, expected in ((config, inner), ({**config, "quantization_config": outer}, outer)):
+        (tmp_path / "config.json").write_text(json.dumps(given))
+        assert read_config_file(tmp_path)["quantization_config"] == expected
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
