@@ -17,6 +17,7 @@ from tests.support.quantised import awq_tensors, random_codes
 from tests.support.recorded_cases import read_case
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.codes import Layout
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.ops.sources import decode
@@ -89,6 +90,11 @@ def test_a_shorter_last_group_is_read_without_the_groups_of_columns(tmp_path: Pa
     np.testing.assert_allclose(decode(source), values, rtol=2**-10, atol=2e-4)
 
 
+@pytest.mark.parametrize("size", [256, 10**30])
+def test_a_group_may_be_larger_than_its_matrix(size: int) -> None:
+    assert Layout(group=size).groups(96, 1) is None
+
+
 @pytest.mark.parametrize(
     ("packing", "case"), [(":auto_gptq", "int4"), (":gptqmodel", "int4-v2"), ("", "int4-v2")]
 )
@@ -118,7 +124,7 @@ def test_quark_with_rotated_inputs_is_refused(key: str) -> None:
             Quantisation.from_json({"quantization_config": {**options, "algo_config": algorithms}})
 
 
-@pytest.mark.parametrize("key", ["rotation", "rotation_config", "hadamard_config"])
+@pytest.mark.parametrize("key", ["rotation", "rotation_config", "hadamard_config", "spinquant_config"])
 def test_rotated_activations_are_refused(key: str) -> None:
     options = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq", key: "hadamard"}
     with pytest.raises(ModelLoadError, match=f"`{key}`: activations would have to be rotated"):

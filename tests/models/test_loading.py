@@ -130,6 +130,18 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     assert own.head is not own.embedding
 
 
+def test_a_text_model_without_a_head_is_refused(tmp_path: Path) -> None:
+    """GPT-2's class is called `GPT2LMHeadModel`, as if it gave vectors."""
+    config = transformers.GPT2Config(
+        vocab_size=160, n_embd=64, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=1
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}))
+    with pytest.raises(ModelLoadError, match=r"no tensor 'lm_head\.weight'"):
+        load_model(ModelFiles("headless", None, "directory", tmp_path))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("is_other", [False, True])
 def test_a_stored_head_that_is_not_the_embedding_is_used(

@@ -96,6 +96,12 @@ def test_bytes_of_bitsandbytes_stay_bytes(tmp_path: Path) -> None:
     torch.testing.assert_close(decoded(source), values, rtol=2**-11, atol=0)
 
 
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
+def test_bitsandbytes_may_be_named_by_what_it_loads(key: str) -> None:
+    found = Quantisation.from_json({"quantization_config": {key: True, "llm_int8_threshold": 6.0}})
+    assert found is not None and found.method == "bitsandbytes"
+
+
 def test_bytes_of_bitsandbytes_in_tiles_are_refused(tmp_path: Path) -> None:
     """As older versions saved them after a forward pass on a GPU: the shape is the same, the order is not."""
     tensors, values = recorded("int8")
@@ -241,6 +247,15 @@ def test_a_quantisation_may_have_its_first_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     read = read_config_file(tmp_path)
     assert read["quantization_config"] == config["compression_config"] and "compression_config" not in read
+
+
+def test_a_quantisation_may_be_that_of_the_text_part(tmp_path: Path) -> None:
+    """As in some models that read images; `transformers` looks there, too."""
+    inner, outer = {"quant_method": "fp8"}, {"quant_method": "awq"}
+    config: dict[str, Any] = {"text_config": {"quantization_config": inner}}
+    for given, expected in ((config, inner), ({**config, "quantization_config": outer}, outer)):
+        (tmp_path / "config.json").write_text(json.dumps(given))
+        assert read_config_file(tmp_path)["quantization_config"] == expected
 
 
 @pytest.mark.parametrize(

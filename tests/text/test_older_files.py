@@ -224,6 +224,7 @@ def test_mistral_s_tekken_is_read(tmp_path: Path) -> None:
         ({"tokenizer_model": b"damaged"}, "tokenizer.model is no model of sentencepiece"),
         ({"tokenizer_model": b"\x0a\x05\x0a\x01a\x18\x01" * 2}, "the vocabulary has the same token twice"),
         ({"tokenizer_model": b"\x0a\x03\x0a\x01a\x12\x02\x18\x03"}, "into words or characters"),
+        ({"tokenizer_model": b"\x0a\x03\x0a\x01a\x12\x03\xc0\x01\x01"}, "treat_whitespace_as_suffix"),
         ({"tokenizer_model": base64.b64encode(b"a") + b" 0\n"}, "cannot make one of what there is"),
         (
             {"vocab_json": {}, "merges_txt": b"", "tokenizer_config_json": {"tokenizer_class": "NoSuch"}},

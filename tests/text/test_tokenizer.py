@@ -341,3 +341,23 @@ def test_sentence_transformers_may_lower_the_case_of_texts(
         write(model_dir / f"sentence_{kind}_config.json", {"do_lower_case": given})
         found = Tokenizer.from_directory(model_dir).encode("HELLO There", add_special_tokens=False)
         assert found == tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "pieces", "text"),
+    [
+        (decoders.Metaspace(), ["\u2581a", "b", "\u2581c", "_d"], "ab c_d"),
+        (decoders.Metaspace(replacement="_"), ["_a", "b", "_c", "\u2581d"], "ab c\u2581d"),
+        (decoders.WordPiece(cleanup=False), ["a", "##b", "c", "@@d"], "ab c @@d"),
+        (decoders.WordPiece(prefix="@@", cleanup=False), ["a", "@@b", "c", "##d"], "ab c ##d"),
+    ],
+)
+def test_a_stream_has_the_decoder_s_marks_of_spaces_and_pieces(
+    decoder: Any, pieces: list[str], text: str
+) -> None:
+    backend = Backend(models.WordPiece({piece: at for at, piece in enumerate(pieces)}, unk_token=pieces[0]))
+    backend.decoder = decoder
+    tokenizer = Tokenizer(backend, {})
+    ids = range(len(pieces))
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == f" {text}"

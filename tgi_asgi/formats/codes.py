@@ -97,7 +97,7 @@ class Layout:
     def groups(self, columns: int, num_groups: int) -> npt.NDArray[np.int64] | None:
         """Return the group of each column; None if all groups have the same size."""
         size = self.group
-        if size and columns % size and -(-columns // size) == num_groups:
+        if size and size < columns and columns % size and -(-columns // size) == num_groups:
             return np.arange(columns) // size
         check(columns % num_groups == 0, f"{columns} columns cannot be {num_groups} equal groups")
         return None

@@ -14,7 +14,7 @@ _OF_MODELOPT = "hf_quant_config.json"  # the only description in checkpoints of 
 
 
 def read_config_file(directory: Path) -> dict[str, Any]:
-    """Return config.json; `quantization_config` may come from a file next to it, or have its first name.
+    """Return config.json; `quantization_config` may be its text part's, or come from a file next to it.
 
     Raises:
         ModelLoadError: if a file is absent or damaged.
@@ -22,6 +22,9 @@ def read_config_file(directory: Path) -> dict[str, Any]:
     config = read_json(directory / "config.json")
     if config.get("quantization_config") is None and isinstance(config.get(_OLD_NAME), dict):
         config["quantization_config"] = config.pop(_OLD_NAME)
+    text = config.get("text_config")
+    if config.get("quantization_config") is None and isinstance(text, dict):
+        config["quantization_config"] = text.get("quantization_config")
     for name, method in _OF_QUANTISERS.items():
         if config.get("quantization_config") is None and (directory / name).is_file():
             config["quantization_config"] = {"quant_method": method, **read_json(directory / name)}

@@ -61,6 +61,8 @@ class Quantisation:
             return None
         check(isinstance(options, dict), "`quantization_config` must be an object")
         method = str(options.get("quant_method") or options.get("method") or "").lower()
+        if not method and (options.get("load_in_4bit") or options.get("load_in_8bit")):
+            method = "bitsandbytes"  # whose files of 2023 name no method
         _refuse_rotations(options)
         if method == "gptq":
             return cls._gptq(options)
@@ -88,6 +90,8 @@ class Quantisation:
     def _gptq(cls, options: Mapping[str, Any]) -> Quantisation:
         bits = options.get("bits")
         layout = options.get("checkpoint_format") or options.get("format") or "gptq"
+        if options.get("is_marlin_format"):
+            layout = "marlin"  # as AutoGPTQ 0.7 said it
         check(
             type(bits) is int and bits in GPTQ_BITS,
             f"GPTQ of {bits!r} bits is not supported, only of {', '.join(map(str, GPTQ_BITS))}",
@@ -166,7 +170,7 @@ class Quantisation:
 
 def _refuse_rotations(options: Mapping[str, Any]) -> None:
     """Refuse models whose activations are rotated while they run, because nothing here would do so."""
-    for key in ("rotation", "rotation_config", "hadamard_config", "transform_config"):
+    for key in ("rotation", "rotation_config", "hadamard_config", "spinquant_config", "transform_config"):
         value = options.get(key)
         is_offline = key == "transform_config" and all(place in _OFFLINE for place in _places(value))
         check(
@@ -250,7 +254,9 @@ def _read_block(value: Any, key: str) -> tuple[int, int] | None:
     if isinstance(value, str) and (written := _BLOCK.fullmatch(value)):
         value = [int(size) for size in written.groups()]
     check(
-        isinstance(value, list) and len(value) == 2 and all(type(v) is int and v > 0 for v in value),
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(v) is int and 0 < v < 1 << 31 for v in value),
         f"`{key}` must be two positive integers, got {str(value)[:100]}",
     )
     check(value[1] % 32 == 0, f"`{key}` must have a multiple of 32 columns, got {value[1]}")

@@ -43,6 +43,7 @@ class SentencepieceModel:
     has_prefix: bool = True
     prefixes_parts: bool = True
     is_squeezed: bool = True
+    ends_words: bool = False  # whether a word's space is its last character, not its first
 
     def token(self, token_id: int) -> str | None:
         """Return the text of a special token; None if there is none."""
@@ -56,6 +57,8 @@ class SentencepieceModel:
         """
         if len(set(self.tokens)) != len(self.tokens):
             raise ModelLoadError("the vocabulary has the same token twice")
+        if self.ends_words:
+            raise ModelLoadError("words end with their space (treat_whitespace_as_suffix): not supported")
         unknown = self.unknown if self.token(self.unknown) is not None else None
         if self.kind == _BPE:
             merges = merges_by_score(self.tokens, self.types, self.scores)
@@ -98,7 +101,7 @@ def _read(data: bytes) -> SentencepieceModel:
         if number == 1:
             _read_piece(model, value)
         elif number == 2:
-            known = {3: "kind", 40: "unknown", 41: "bos", 42: "eos"}
+            known = {3: "kind", 24: "ends_words", 40: "unknown", 41: "bos", 42: "eos"}
             for name, each in _integers(value, known):
                 setattr(model, name, each)
         elif number == 3:

@@ -2,7 +2,7 @@
 
 Three families are supported: byte-level vocabularies (GPT-2's alphabet, one printable character per byte),
 sentencepiece vocabularies ("▁" for a space, "<0x0A>" for a byte) and BERT's word pieces ("##" if no word
-begins).
+begins). A decoder may name other marks of a space and of a word piece.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import tokenizers
 
@@ -46,13 +47,16 @@ def token_byte_table(backend: tokenizers.Tokenizer) -> list[bytes]:
     steps = _steps_of(backend)
     if "ByteLevel" in steps:
         _fill_byte_level(table, pieces)
-    elif steps & {"ByteFallback", "Metaspace"}:
-        _fill_sentencepiece(table, pieces)
+    elif steps.keys() & {"ByteFallback", "Metaspace"}:
+        space = str(steps.get("Metaspace", {}).get("replacement", _SPACE))
+        _fill_sentencepiece(table, pieces, space)
         for token_id, text in added.items():  # Gemma's runs of spaces are added tokens
-            table[token_id] = text.replace(_SPACE, " ").encode("utf-8", "replace")
+            table[token_id] = text.replace(space, " ").encode("utf-8", "replace")
     elif "WordPiece" in steps:
+        prefix = steps["WordPiece"]["prefix"]
         for token_id, text in pieces.items():
-            table[token_id] = (text[2:] if text.startswith("##") else f" {text}").encode("utf-8", "replace")
+            inside = text.removeprefix(prefix)
+            table[token_id] = (f" {text}" if inside == text else inside).encode("utf-8", "replace")
     else:
         raise ModelLoadError(
             f"the tokenizer's decoder ({', '.join(sorted(steps)) or 'none'}) is not supported; "
@@ -61,12 +65,12 @@ def token_byte_table(backend: tokenizers.Tokenizer) -> list[bytes]:
     return table
 
 
-def _steps_of(backend: tokenizers.Tokenizer) -> set[str]:
-    """Return the names of the decoder's steps."""
+def _steps_of(backend: tokenizers.Tokenizer) -> dict[str, Any]:
+    """Return the decoder's steps by name."""
     if backend.decoder is None:
-        return set()
+        return {}
     state = json.loads(backend.decoder.__getstate__())
-    return {step["type"] for step in state.get("decoders", [state])}
+    return {step["type"]: step for step in state.get("decoders", [state])}
 
 
 def _fill_byte_level(table: list[bytes], pieces: Mapping[int, str]) -> None:
@@ -87,9 +91,9 @@ def _fill_byte_level(table: list[bytes], pieces: Mapping[int, str]) -> None:
         at += len(text)
 
 
-def _fill_sentencepiece(table: list[bytes], pieces: Mapping[int, str]) -> None:
+def _fill_sentencepiece(table: list[bytes], pieces: Mapping[int, str], space: str) -> None:
     for token_id, text in pieces.items():
         byte = _BYTE_PIECE.fullmatch(text)
         table[token_id] = (
-            bytes([int(byte[1], 16)]) if byte else text.replace(_SPACE, " ").encode("utf-8", "replace")
+            bytes([int(byte[1], 16)]) if byte else text.replace(space, " ").encode("utf-8", "replace")
         )

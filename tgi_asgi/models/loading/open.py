@@ -159,7 +159,7 @@ class OpenModel:
     def _open_native(self, family: Family, read: ModelConfig) -> _Native:
         assert isinstance(self.weights, SafetensorsWeights)
         self.weights = weights = CheckpointWeights(self.weights, family.model.checkpoint, read)
-        is_bare = weights.is_bare or read.architecture.endswith("Model")
+        is_bare = weights.is_bare or produces_vectors(read.architecture)
         if is_bare and not read.has_tied_embeddings and "lm_head.weight" not in self.weights:
             read = replace(read, has_head=False)
         if read.generates and read.has_tied_embeddings and weights.has_own_head:
