@@ -746,6 +746,9 @@ class Program:
     def roll_back_to(self, num_steps: int) -> None:
         """Discard the recurrent states of a step that began after `num_steps` steps and then failed."""
 
+    def discard_states(self, slot: int, num_tokens: int) -> None:
+        """Discard the recurrent states of a slot after more than `num_tokens` tokens."""
+
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks of the pool, as pairs (from, to), in all shards."""
 

@@ -36,6 +36,10 @@ class Program : public Recording {
   void roll_back_to(int64_t num_steps) {
     if (num_steps_ > num_steps && states_ != nullptr) states_->roll_back();
   }
+  // Discards the states of a slot after more than `num_tokens` tokens.
+  void discard_states(int32_t slot, int64_t num_tokens) {
+    if (states_ != nullptr) states_->discard(slot, num_tokens);
+  }
   // Returns the logits of other rows of the last batch, which `run` must have computed.
   Floats run_head(const std::vector<int32_t>& rows);
   // Copies blocks of the pool (from, to), in all shards.

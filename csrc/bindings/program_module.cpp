@@ -187,6 +187,7 @@ void bind_program(py::module_& module) {
       .def("run_head", &Program::run_head, py::arg("rows"))
       .def_property_readonly("num_steps", &Program::num_steps)
       .def("roll_back_to", &Program::roll_back_to, py::arg("num_steps"))
+      .def("discard_states", &Program::discard_states, py::arg("slot"), py::arg("num_tokens"))
       .def("copy_blocks", &Program::copy_blocks, py::arg("pairs"))
       .def("follow", &Program::follow, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("num_operators", &Program::num_operators)

@@ -208,6 +208,11 @@ void StatePool::roll_back() {
   for (const step::StateSpan& span : spans_) places_[static_cast<size_t>(span.to)] = {};
 }
 
+void StatePool::discard(int32_t slot, int64_t num_tokens) {
+  check_range(&slot, 1, num_slots_, "slot");
+  for (const int32_t half : {0, 1}) clear(slot, half, num_tokens);
+}
+
 void bind_state_pool(py::module_& module) {
   py::class_<StatePool, std::shared_ptr<StatePool>>(module, "StatePool", "See ops.StatePool.")
       .def(py::init([](const std::vector<std::tuple<int64_t, int64_t, int64_t>>& layers,

@@ -47,6 +47,8 @@ class StatePool {
   // Voids a step after `commit`: the states that it wrote become invalid. A later step therefore
   // cannot start from them and overwrite the state with which the voided step started.
   void roll_back();
+  // Discards the states of a slot after more than `num_tokens` tokens.
+  void discard(int32_t slot, int64_t num_tokens);
 
  private:
   struct Place {

@@ -222,6 +222,14 @@ def test_starting_a_slot_again_forgets_its_past() -> None:
     assert int(eager_ops.sample(logits, state, slots(0)).token_ids) == 30
 
 
+def test_a_slot_that_was_sampled_before_its_first_start_has_no_past() -> None:
+    vocab = 40
+    state = ops.SampleState(1, vocab)
+    eager_ops.sample(torch.randn(1, vocab), state, slots(0))
+    state.start(0, replace(GREEDY, presence_penalty=0.5), choice=0, prompt_ids=[7])
+    assert state.counts[0].nonzero()[0].tolist() == [7]
+
+
 def test_masked_ids_cannot_be_sampled_before_min_tokens() -> None:
     logits = torch.tensor([[0.0, 5.0, 3.0, 4.0]])
     state = started(GREEDY, 4, prompt_ids=[0], min_tokens=2, masked_ids=[1, 3])

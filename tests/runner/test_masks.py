@@ -87,6 +87,24 @@ def test_a_resumed_sequence_goes_on_where_it_was(masks: SlotMasks, compiler: Gra
     assert allowed(masks, 0) == [{ord("z")}]
 
 
+def test_free_text_under_masks_goes_on_inside_a_character(
+    masks: SlotMasks, compiler: GrammarCompiler
+) -> None:
+    source = sources.GrammarSource(
+        'start: TEXT | opening CALL\nTEXT: /(.|\\n)*/\nopening[lazy]: /(.|\\n)*/ "~"\nCALL: /[0-9]+;/',
+        free=(sources.literal("~"),),
+    )
+    grammar = compiler.compile(source)
+    assert grammar.watch() is not None
+    text = list("aé".encode())[:-1]
+    masks.start(start(0, grammar, min_tokens=9))
+    for token_id in text:
+        accept(masks, 0, token_id)
+    masks.start(start(1, grammar, min_tokens=9, output_ids=text))
+    running, resumed = allowed(masks, 0, 1)
+    assert resumed == running == set(range(0x80, 0xC0))
+
+
 def test_min_tokens_forbids_the_end_unless_the_grammar_leaves_nothing_else(
     masks: SlotMasks, compiler: GrammarCompiler
 ) -> None:

@@ -14,8 +14,10 @@ from tgi_asgi.models.loading.recognise import is_native, read_config
 from tgi_asgi.runner import cpu_load
 from tgi_asgi.runner import load as loading
 from tgi_asgi.runner.memory import choose_kept_states, fitting_batch, kept_state_bytes, state_bytes
+from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
 from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import GivenRope
+from tgi_asgi.types import SamplingParams
 
 LFM2 = STATE_CASES[0]
 
@@ -44,6 +46,34 @@ def test_what_the_states_of_a_sequence_take_is_counted(
     assert "6 sequences run at once, not the 7 of --max-batch-size" in caplog.text
     with pytest.raises(ModelLoadError, match="the states of a sequence take"):
         fitting_batch(config, 7, 2 * each - 1)
+
+
+def test_a_step_behind_a_failed_one_cannot_begin_with_a_state_from_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = loading.load(settings(max_batch_size=1), checkpoint(LFM2), lambda *_: None).runner
+    assert isinstance(runner, HostRunner)
+    prompt, table = [5, 6, 7], [[0]]
+
+    def again(first: int, step_id: int) -> StepPlan:
+        start = SlotStart(0, SamplingParams(temperature=0.0), 0, prompt, output_ids=[first])
+        return StepPlan(step_id, [StepRow(0, [first], 3, table, samples=True)], [start])
+
+    begun = [SlotStart(0, SamplingParams(temperature=0.0), 0, prompt)]
+    first = runner.run(StepPlan(0, [StepRow(0, prompt, 0, table, samples=True)], begun)).sampled[0]
+    assert first is not None
+    expected = runner.run(StepPlan(1, [StepRow(0, None, 3, table, samples=True)])).sampled  # void
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="planted"):
+        patch.setattr(runner._masks, "start", _fail)
+        runner.run(again(first.token_id, 2))
+    with pytest.raises(ValueError, match="no state of 4 tokens"):
+        runner.run(StepPlan(3, [StepRow(0, None, 4, table, samples=True)]))
+    assert runner.run(again(first.token_id, 4)).sampled == expected
+    runner.close()
+
+
+def _fail(start: SlotStart) -> None:
+    raise RuntimeError("planted")
 
 
 def test_models_without_states_run_as_many_as_they_may() -> None:

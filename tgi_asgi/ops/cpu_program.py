@@ -81,6 +81,10 @@ class CpuProgram:
         """Discard the states of a step that was computed after the first `num_steps` and then failed."""
         self.native.roll_back_to(num_steps)
 
+    def discard_states(self, slot: int, num_tokens: int) -> None:
+        """Discard the states of a slot after more than `num_tokens` tokens."""
+        self.native.discard_states(slot, num_tokens)
+
     @property
     def residual(self) -> Floats:
         """The residual [max_tokens, padded columns] after the last step; the next step overwrites it."""

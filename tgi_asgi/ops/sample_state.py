@@ -63,6 +63,9 @@ class SampleState:
         self.num_slots = num_slots
         self.vocab_size = vocab_size
         self.records = np.zeros(num_slots, dtype=SLOT)
+        # A step may sample from a slot that the step before failed to start. With a penalty, it would count a
+        # token that `start` does not know of.
+        self.records["repetition_penalty"] = 1.0
         self.last_ids = self.records["last_id"]
         self.counts: npt.NDArray[np.int32] = np.zeros((num_slots, vocab_size), dtype=np.int32)
         self._is_counted = np.zeros(num_slots, dtype=bool)

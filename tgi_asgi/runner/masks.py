@@ -105,7 +105,9 @@ class _Slot:
 
     def __init__(self, start: SlotStart, num_bits: int) -> None:
         assert start.grammar is not None
-        self.matcher: Matcher = start.grammar.matcher(start.output_ids)
+        # With `min_tokens`, masks applied to free text, too (`Sequence.watch`).
+        has_free_text = not start.min_tokens
+        self.matcher: Matcher = start.grammar.matcher(start.output_ids, skips_free_text=has_free_text)
         # Samples before the first that may end the text, and the tokens that would end it.
         self._num_before_end = start.min_tokens - len(start.output_ids)
         self._end_bits = _bits(start.masked_ids, num_bits)

@@ -179,11 +179,24 @@ class HostRunner:
             PlanError: if the plan is inconsistent or out of bounds.
             MemoryError, DeviceLost: as in `StepGuard.computing`.
         """
-        with nullcontext() if self._device is None else self._device.computing():
-            return self._run(plan)
+        self._inputs.check(plan)
+        try:
+            with nullcontext() if self._device is None else self._device.computing():
+                return self._run(plan)
+        except BaseException:
+            self._discard_later_states(plan)
+            raise
+
+    def _discard_later_states(self, plan: StepPlan) -> None:
+        """Discard the states that the slots of a failed step have beyond the beginnings of its rows.
+
+        They are left from an earlier step whose rows were void. A step already in flight would begin with
+        them, and overwrite those with which the failed rows begin again.
+        """
+        for row, start in zip(plan.rows, self._starts(plan), strict=True):
+            self._program.discard_states(row.slot, start)
 
     def _run(self, plan: StepPlan) -> StepResult:
-        self._inputs.check(plan)
         if plan.copies and self._copy_blocks is not None:
             self._copy_blocks(plan.copies)
         for start in plan.starts:

@@ -74,6 +74,18 @@ def test_a_step_that_was_void_is_taken_back() -> None:
         states.begin([3], [4], [1])
 
 
+def test_what_a_void_step_left_can_be_discarded() -> None:
+    states = SlotStates(Cache)
+    for start, length in ((0, 4), (4, 1)):
+        advance(states, 3, start, length)
+        states.commit()
+    states.discard(3, 4)
+    states.discard(2, 0)
+    with pytest.raises(RuntimeError, match="slot 3 has no state of 5 tokens"):
+        states.begin([3], [5], [1])
+    assert advance(states, 3, 4, 1).layers[0].state.tolist() == [5, 5]
+
+
 def test_a_step_that_fails_behind_its_last_layer_is_taken_back() -> None:
     """Check that the step in flight fails, too, and that the state from before both steps remains."""
     states = SlotStates(Cache)

@@ -126,6 +126,10 @@ class ModuleProgram(Protocol):
         if self.num_steps > num_steps:
             self._states.forget()
 
+    def discard_states(self, slot: int, num_tokens: int) -> None:
+        """Discard the states of a slot after more than `num_tokens` tokens."""
+        self._states.discard(slot, num_tokens)
+
     def start(self, slot: int, prompt_ids: Sequence[int], images: Sequence[ImageInput]) -> None:
         """Assign a slot to a sequence with this prompt."""
         return None

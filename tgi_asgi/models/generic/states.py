@@ -120,6 +120,11 @@ class SlotStates(Generic[Cache]):
             self._states[slot].pop()
         self._done = ()
 
+    def discard(self, slot: int, num_tokens: int) -> None:
+        """Discard the states of a slot after more than `num_tokens` tokens."""
+        known = self._states.get(slot, [])
+        known[:] = [state for state in known if state.num_tokens <= num_tokens]
+
 
 def state_bytes(model: Any, cache_name: str | None) -> int:
     """Return the bytes of both states of a sequence, without its keys and values; needs no weights.

@@ -148,9 +148,14 @@ class Grammar:
         """Return the watch that tells when a choice needs a matcher; None if it needs one at once."""
         return None if self.free is None else self.free.watch()
 
-    def matcher(self, token_ids: Sequence[int] = ()) -> Matcher:
-        """Return the state of a choice after the tokens that it already has; free text is skipped."""
-        if self.free is not None:
+    def matcher(self, token_ids: Sequence[int] = (), *, skips_free_text: bool = True) -> Matcher:
+        """Return the state of a choice after the tokens that it already has.
+
+        Args:
+            skips_free_text: Whether the choice wrote free text without masks, so it may be none that the
+                grammar allows: it is skipped. Otherwise it is read, as it may end inside a character.
+        """
+        if self.free is not None and skips_free_text:
             token_ids = self.free.constrained(token_ids)
         return Matcher(self, self._prototype, self._executor, token_ids)
 
