@@ -8,6 +8,7 @@ import pytest
 
 from tgi_asgi.cluster.config import ClusterConfig, name_of
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.settings import DEMO_MODEL
 
 
 def test_texts_of_a_command_line_mean_what_a_file_says() -> None:
@@ -52,6 +53,11 @@ def test_an_object_may_be_one_of_the_file_and_null_is_unset() -> None:
     [model] = ClusterConfig.from_args(args).models
     assert model.settings.template_variables == {"enable_thinking": False}
     assert model.settings.max_total_tokens is None
+    shared = {"num_replicas": 2, "model_id": None, "strict_model_names": None}
+    listed = [{"num_replicas": None}, {"model_id": "org/b", "autoscaling_config": {}, "num_replicas": None}]
+    first, second = ClusterConfig.from_args({**shared, "models": listed}).models
+    assert (first.settings.model_id, first.num_replicas) == (DEMO_MODEL, 1)
+    assert (second.settings.strict_model_names, second.num_replicas) == (True, None)
 
 
 def test_models_share_what_is_said_once() -> None:

@@ -80,14 +80,15 @@ def name_of(model: ModelDeployment) -> str:
 
 
 def _model(args: Mapping[str, Any], *, is_only: bool) -> ModelDeployment:
-    given = {name: value for name, value in args.items() if name not in _PLACEMENT}
-    for name in given:
+    for name in args:
         if name in _REFUSED:
             raise InvalidRequest(f"`{name}` has no meaning in a cluster: {_REFUSED[name]}", param=name)
-        if name not in _SETTINGS:
+        if name not in _SETTINGS and name not in _PLACEMENT:
             raise InvalidRequest(
                 f"`{name}` is neither an option of the server nor of the cluster", param=name
             )
+    args = {name: value for name, value in args.items() if value is not None}  # null is unset
+    given = {name: value for name, value in args.items() if name not in _PLACEMENT}
     given.setdefault("model_id", DEMO_MODEL)
     if not is_only:  # otherwise the first model would answer a mistyped name
         given.setdefault("strict_model_names", True)
@@ -101,20 +102,16 @@ def _model(args: Mapping[str, Any], *, is_only: bool) -> ModelDeployment:
         options.setdefault("num_cpus", settings.num_threads)
     elif isinstance(num_cpus, int | float) and num_cpus >= 1:
         settings = dataclasses.replace(settings, num_threads=int(num_cpus))
-    if autoscaling is not None and args.get("num_replicas") is not None:
+    if autoscaling is not None and "num_replicas" in args:
         raise InvalidRequest("num_replicas and autoscaling_config are exclusive", param="num_replicas")
     num_replicas = None if autoscaling is not None else _count("num_replicas", args.get("num_replicas", 1))
     return ModelDeployment(settings, num_replicas, autoscaling, options)
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:
-    """Return settings from values, typed as in a file or text as on a command line; null is unset."""
+    """Return settings from values, typed as in a file or text as on a command line."""
     texts = {name.upper(): value for name, value in given.items() if isinstance(value, str) and value}
-    values = {
-        name: _typed(name, value)
-        for name, value in given.items()
-        if value is not None and not isinstance(value, str)
-    }
+    values = {name: _typed(name, value) for name, value in given.items() if not isinstance(value, str)}
     return Settings.from_environ(texts, **values)
 
 
