@@ -9,6 +9,7 @@ Importing this module does not import torch; the loading thread does if the mode
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NoReturn, Protocol, cast
@@ -323,13 +324,13 @@ class _EnvironmentApp:
             app = create_app(settings)
         except (InvalidRequest, ModelLoadError) as error:
             _exit(error)
-        app.on_fatal = _exit
+        app.on_fatal = functools.partial(_exit, is_logged=settings.json_output)
         return app
 
 
-def _exit(error: BaseException) -> NoReturn:
+def _exit(error: BaseException, *, is_logged: bool = False) -> NoReturn:
     """End the process with code 1: a server that stops normally would exit with 0 and hide the failure."""
-    end_process(str(error), 1)
+    end_process(str(error), 1, is_logged=is_logged)
 
 
 app = _EnvironmentApp()

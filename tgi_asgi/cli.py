@@ -187,11 +187,7 @@ def _run(print_env: bool, **options: Any) -> None:
     try:
         code = server.run(settings)
     except TgiError as error:
-        reason: str | None = error.message
-        if settings.json_output:  # each line is an object, the last one too
-            logger.error(reason)
-            reason = None
-        end_process(reason, 1)
+        end_process(error.message, 1, is_logged=settings.json_output)
     end_process(None, code)
 
 

@@ -271,6 +271,9 @@ def test_under_hypercorn_s_command_a_failed_load_ends_the_process() -> None:
     with _under_hypercorn("tgi_asgi.app:app", MODEL_ID="/nowhere") as server:
         assert server.wait() == 1
         assert "/nowhere" in server.output().splitlines()[-1]
+    with _under_hypercorn("tgi_asgi.app:app", MODEL_ID="/nowhere", JSON_OUTPUT="true") as server:
+        assert server.wait() == 1
+        assert "/nowhere" in json.loads(server.output().splitlines()[-1])["message"]
 
 
 def test_under_hypercorn_s_command_a_second_worker_is_refused() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import multiprocessing
 import os
 import resource
@@ -17,6 +18,8 @@ import sys
 from typing import NoReturn
 
 from tgi_asgi.errors import ModelLoadError
+
+logger = logging.getLogger(__name__)
 
 MAX_FILES = 65536
 MIN_FILES = 64  # a server without clients has about 30 open
@@ -86,12 +89,17 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def end_process(reason: str | None, code: int) -> NoReturn:
+def end_process(reason: str | None, code: int, *, is_logged: bool = False) -> NoReturn:
     """End the process now, with `reason` as its last line, without waiting for threads.
 
     A loading thread inside a download or an extension cannot be interrupted; a normal exit would wait for it.
+
+    Args:
+        is_logged: Whether the reason is a line of the log: of a JSON log, each line is an object.
     """
-    if reason is not None:
+    if reason is not None and is_logged:
+        logger.log(logging.ERROR if code else logging.INFO, reason)
+    elif reason is not None:
         with contextlib.suppress(OSError):  # a closed pipe or a full disk must not change the exit code
             print(f"tgi-asgi: {reason}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):

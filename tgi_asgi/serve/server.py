@@ -143,8 +143,4 @@ class Server:
         asyncio.get_running_loop().call_later(CLOSE_S, self._end, reason, code)
 
     def _end(self, reason: str | None, code: int) -> NoReturn:
-        """End the process; in JSON logs the reason is an object like all lines."""
-        if reason is not None and self._settings.json_output:
-            logger.log(logging.ERROR if code else logging.INFO, reason)
-            reason = None
-        end_process(reason, code)
+        end_process(reason, code, is_logged=self._settings.json_output)
