@@ -318,14 +318,15 @@ def implementation(model: Any, attention: str, experts: str | None = None) -> It
     configs = configurations(model)
     before = [(each, each._attn_implementation, each._experts_implementation) for each in configs]
     try:
-        for each, _, own in before:
+        for each in configs:
             each._attn_implementation_internal = attention
-            each._experts_implementation_internal = own if experts is None else experts
+            if experts is not None:
+                each._experts_implementation_internal = experts
         yield
     finally:
-        for each, attention, experts in before:
-            each._attn_implementation_internal = attention
-            each._experts_implementation_internal = experts
+        for each, own_attention, own_experts in before:
+            each._attn_implementation_internal = own_attention
+            each._experts_implementation_internal = own_experts
 
 
 def configurations(model: Any) -> list[Any]:
