@@ -66,23 +66,6 @@ def test_progress_counts_bytes_up_to_all_of_them(files: ModelFiles) -> None:
     assert total == done[-1] > 0
 
 
-def test_a_missing_tokenizer_is_told_before_all_weights_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class AtOnce(ThreadPoolExecutor):
-        def submit(self, *call: Any, **options: Any) -> Any:
-            future = super().submit(*call, **options)
-            wait([future])
-            return future
-
-    monkeypatch.setattr("tgi_asgi.runner.load.ThreadPoolExecutor", AtOnce)
-    model = save(make_model(), tmp_path)
-    calls: list[tuple[str, int, int | None]] = []
-    with pytest.raises(ModelLoadError, match=r"no such file: .*tokenizer\.json"):
-        load(settings(), model, lambda *call: calls.append(call))
-    assert not [call for call in calls if call[0] == "loading weights"]
-
-
 def test_the_administrator_s_limits_bound_a_sequence(files: ModelFiles) -> None:
     info = load_closed(files, settings(max_total_tokens=100, max_input_tokens=60)).info
     assert (info.max_total_tokens, info.max_input_tokens) == (100, 60)
@@ -207,15 +190,19 @@ def test_float16_is_refused_with_a_cure(files: ModelFiles) -> None:
         load_closed(files, settings(dtype="float16"))
 
 
-def test_a_chat_template_that_is_not_there_is_found_out_before_the_weights_are_read(
-    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+def test_a_tokenizer_or_chat_template_that_is_not_there_is_found_out_before_the_weights_are_read(
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[int] = []
     monkeypatch.setattr(load_module, "ThreadPoolExecutor", _AtOnce)
-    with pytest.raises(ModelLoadError, match="chat template"):
-        absent = settings(tokenizer_config_path="/nowhere/template.jinja")
-        load(absent, files, lambda stage, at, total: done.append(at))
-    assert done == []
+    template = settings(tokenizer_config_path="/nowhere/template.jinja")
+    for given, model, message in (
+        (template, files, "chat template"),
+        (settings(), save(make_model(), tmp_path), r"no such file: .*tokenizer\.json"),
+    ):
+        with pytest.raises(ModelLoadError, match=message):
+            load(given, model, lambda stage, at, total: done.append(at))
+        assert done == []
 
 
 class _AtOnce(ThreadPoolExecutor):

@@ -51,7 +51,7 @@ def test_a_certificate_that_cannot_be_used_is_one_clear_line(tls: ListeningAddre
             ModelLoadError, match=r"--ssl-certfile, --ssl-keyfile: cannot use .*pem"
         ) as caught:
             make_config(listen(LOCAL), Settings(ssl_certfile=certfile, ssl_keyfile=keyfile))
-        assert "lib" not in caught.value.message, "OpenSSL's own words say nothing to people"
+        assert "PEM lib" not in caught.value.message, "OpenSSL's own words say nothing to people"
 
 
 def test_the_key_may_be_in_the_certificate_s_file(tls: ListeningAddress, tmp_path: Path) -> None:
