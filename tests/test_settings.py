@@ -109,6 +109,8 @@ def test_a_variable_that_does_not_parse_is_shown_in_part() -> None:
         ({"cors_allow_origin": ("https://a.example/chat",)}, "--cors-allow-origin must be"),
         ({"cors_allow_origin": ("https://A.example",)}, "--cors-allow-origin must be"),
         ({"cors_allow_origin": ("https://\udcff",)}, "--cors-allow-origin must be"),
+        ({"cors_allow_origin": ("https://*.example",)}, "--cors-allow-origin must be"),
+        ({"cors_allow_origin": ("https://a.example,b.example",)}, "--cors-allow-origin must be"),
         ({"aip_predict_route": "predict"}, "--aip-predict-route must be a path"),
         ({"aip_predict_route": "//"}, "--aip-predict-route must be a path"),
         ({"aip_health_route": "/a?b"}, "--aip-health-route must be a path"),

@@ -112,6 +112,7 @@ async def test_what_is_no_object_is_a_400(body: bytes) -> None:
         ({"stop": "x" * 1025}, "stop"),
         ({"stop": 5}, "stop"),
         ({"stop": [5]}, "stop[0]"),
+        ({"logit_bias": [1]}, "logit_bias"),
         ({"logit_bias": {"a": 1}}, "logit_bias.a"),
         ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
         ({"logit_bias": {"1024": 1}}, "logit_bias.1024"),

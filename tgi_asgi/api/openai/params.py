@@ -87,7 +87,7 @@ def job_of(
     """Return the job of one prompt of a checked request, as far as the fields that all requests share say.
 
     Raises:
-        InvalidRequest: if `logit_bias` contains an invalid token id.
+        InvalidRequest: if `logit_bias` contains an invalid token id, or is an array without `--tgi-compat`.
     """
     given = {name: getattr(request, name) for name in _SAMPLING}
     if isinstance(request.logit_bias, list):
