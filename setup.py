@@ -79,7 +79,7 @@ def _require_compiler() -> None:
 
 
 def _compiler() -> str:
-    return os.environ.get("CXX", "c++")
+    return os.environ.get("CXX") or "c++"
 
 
 def _translation_units(sources: list[str], folder: Path) -> list[str]:
