@@ -109,16 +109,8 @@ def test_make_refuses_another_python_at_once(tmp_path: Path) -> None:
 def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     """By make before it downloads anything, and by setup.py, whose sentence is the last that pip shows."""
     assert "There is no C++ compiler (no-such-c++)" in _make(tmp_path, CXX="no-such-c++")
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-lib",
-        tmp_path,
-        "--build-temp",
-        tmp_path,
-    ]
+    folder = str(tmp_path)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder]
     for environ, named in (({"CXX": "no-such-c++"}, "no-such-c++"), ({"CXX": "", "PATH": "/nowhere"}, "c++")):
         env = {**os.environ, "TGI_CUDA": "0", **environ}
         built = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
