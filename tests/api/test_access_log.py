@@ -57,7 +57,7 @@ async def test_a_model_without_a_chat_template_is_not_said_to_have_one(
     async with client_of(scripted_app(ScriptedEngine(), chat_template=None)) as client:
         chat = {"messages": [{"role": "user", "content": "hi"}]}
         response = await client.post("/v1/chat/completions", json=chat)
-    assert "--chat-template" in response.json()["error"]["message"]
+    assert "--chat-template and a .jinja file" in response.json()["error"]["message"]
     [record] = caplog.records
     assert record.__dict__["error"] == "no chat template, or it refused the messages"
 

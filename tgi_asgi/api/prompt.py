@@ -32,7 +32,7 @@ MAX_COUNTED_CHARS = 4 * MIB  # of a text whose tokens are counted, if no longer 
 SLACK_TOKENS = 64  # beyond those kept of a long text, because cutting text shifts token boundaries
 _NO_TEMPLATE = (
     "The model has no chat template: use /v1/completions, or start the server with --chat-template "
-    "and a file that contains one"
+    "and a .jinja file, or a JSON file that has a chat_template"
 )
 
 

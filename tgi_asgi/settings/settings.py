@@ -58,7 +58,10 @@ class Settings:
     )
     revision: str | None = _model("Branch, tag, commit or refs/pr/N on the Hub.")
     tokenizer_config_path: str | None = _model(
-        "File with a chat template that replaces the model's.", None, kinds.FILE, alias="chat_template"
+        "Chat template that replaces the model's: a .jinja file, or a JSON file that has one.",
+        None,
+        kinds.FILE,
+        alias="chat_template",
     )
     default_chat_template_kwargs: str | None = _model(
         'Template variables for chats that do not set them: {"enable_thinking": false}.',
