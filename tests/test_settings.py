@@ -107,7 +107,6 @@ def test_a_variable_that_does_not_parse_is_shown_in_part() -> None:
         ({"otlp_service_name": "a\udcff"}, "--otlp-service-name must be printable"),
         ({"cors_allow_origin": ("https://a.example", "b.example")}, "--cors-allow-origin must be"),
         ({"cors_allow_origin": ("https://a.example/chat",)}, "--cors-allow-origin must be"),
-        ({"cors_allow_origin": ("https://A.example",)}, "--cors-allow-origin must be"),
         ({"cors_allow_origin": ("https://\udcff",)}, "--cors-allow-origin must be"),
         ({"cors_allow_origin": ("https://*.example",)}, "--cors-allow-origin must be"),
         ({"cors_allow_origin": ("https://a.example,b.example",)}, "--cors-allow-origin must be"),

@@ -30,7 +30,7 @@ class Cors:
 
     def __init__(self, settings: Settings) -> None:
         origins = settings.cors_allow_origin or ("*",) * settings.tgi_compat
-        self._origins = frozenset(origin.rstrip("/").encode() for origin in origins)
+        self._origins = frozenset(origin.rstrip("/").lower().encode() for origin in origins)
         self._is_any = b"*" in self._origins
 
     def preflight(self, exchange: Exchange) -> list[Header] | None:

@@ -47,7 +47,7 @@ ORIGIN = Kind(
     "ORIGIN",
     "be * or as https://example.org",
     lambda value: all(
-        re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+/?", each) for each in value
+        re.fullmatch(r"(?i)\*|null|[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+/?", each) for each in value
     ),
 )
 # TGI's methods are named by its users' settings, but the files say how they are quantised.
