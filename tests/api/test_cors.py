@@ -44,9 +44,8 @@ async def test_a_preflight_needs_no_key_and_allows_what_it_asks_for() -> None:
 
 
 async def test_refusals_can_be_read_as_well() -> None:
-    settings = Settings(
-        api_key=("k",), cors_allow_origin=("HTTPS://App.example/",)
-    )  # browsers send it in lower case
+    # Browsers send it in lower case.
+    settings = Settings(api_key=("k",), cors_allow_origin=("HTTPS://App.example/",))
     response = await call("POST", settings, {"origin": "https://app.example"})
     assert response.status_code == 401
     assert response.headers["access-control-allow-origin"] == "https://app.example"
