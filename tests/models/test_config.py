@@ -53,9 +53,7 @@ LLAMA3 = {
 
 def test_the_first_gguf_files_of_gemma2_lack_its_caps() -> None:
     """llama.cpp takes the model's own; without them, logits would be about half as large again."""
-    metadata = {name.replace("llama.", "gemma2."): value for name, value in GGUF.items()}
-    metadata |= {"general.architecture": "gemma2", "gemma2.attention.key_length": 64}
-    _, config = read_gguf(metadata, frozenset())
+    config = of_gguf({**gguf_of("gemma2"), "gemma2.attention.key_length": 64}, frozenset())
     assert config.logits_cap == 30.0
     assert {layer.soft_cap for layer in config.layers} == {50.0}
 
@@ -71,6 +69,12 @@ def of_json(config: dict[str, Any]) -> ModelConfig:
 
 def of_gguf(metadata: dict[str, Any], tensors: frozenset[str]) -> ModelConfig:
     return read_gguf(metadata, tensors)[1]
+
+
+def gguf_of(architecture: str) -> dict[str, Any]:
+    """Return `GGUF` as a file of another architecture."""
+    named = {key.replace("llama.", f"{architecture}."): value for key, value in GGUF.items()}
+    return {**named, "general.architecture": architecture}
 
 
 def rope_of(config: ModelConfig) -> RopeSpec:
@@ -207,11 +211,13 @@ def test_the_magnitude_of_yarn(keys: dict[str, float], magnitude: float) -> None
 
 
 def test_granite_s_gguf_file_may_switch_positions_off() -> None:
-    granite = {key.replace("llama.", "granite."): value for key, value in GGUF.items()}
-    granite["general.architecture"] = "granite"
+    experts = {"granitemoe.expert_count": 8, "granitemoe.expert_used_count": 2}
     for flag in (True, False):
-        config = of_gguf({**granite, "granite.rope.scaling.finetuned": flag}, frozenset())
+        config = of_gguf({**gguf_of("granite"), "granite.rope.scaling.finetuned": flag}, frozenset())
         assert {layer.rope is not None for layer in config.layers} == {flag}
+        # llama.cpp does not read the key in files with experts.
+        named = {**gguf_of("granitemoe"), **experts, "granitemoe.rope.scaling.finetuned": flag}
+        assert None not in {layer.rope for layer in of_gguf(named, frozenset()).layers}
 
 
 def test_what_a_family_s_configuration_class_defaults_to() -> None:
@@ -476,8 +482,15 @@ def test_json_that_cannot_be_served_is_refused(change: dict[str, Any], words: st
         ({"llama.context_length": 1 << 50}, "context_length"),
         ({"llama.block_count": [[1], [1]]}, "must be one integer"),
         ({"tokenizer.ggml.tokens": 5, "llama.vocab_size": None}, "vocab_size"),
+        # llama.cpp does not scale its logits then, and has no positions; transformers has other defaults.
+        ({"general.architecture": "command-r"}, "lacks `logit_scale`"),
+        ({"general.architecture": "mpt"}, "lacks `attention.max_alibi_bias`"),
+        (
+            {"general.architecture": "gemma3", "gemma3.rope.scaling.attn_factor": 1.7},
+            "`rope.scaling.attn_factor` is 1.7",
+        ),
     ],
 )
 def test_gguf_that_cannot_be_served_is_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelLoadError, match=words):
-        of_gguf({**GGUF, **change}, frozenset())
+        of_gguf({**gguf_of(change.get("general.architecture", "llama")), **change}, frozenset())

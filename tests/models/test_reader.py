@@ -10,6 +10,7 @@ from tests.models.test_config import GGUF, JSON
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.loading.recognise import read_config, read_gguf
 from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading_experts import read_corrected
 
 
 @pytest.mark.parametrize(
@@ -215,3 +216,13 @@ def test_a_magnitude_that_scores_have_too_is_refused(deepseek: dict[str, Any]) -
     read_gguf({**deepseek, "deepseek2.rope.scaling.attn_factor": 1.0}, frozenset())
     with pytest.raises(ModelLoadError, match=r"`rope\.scaling\.attn_factor` is 1\.7"):
         read_gguf({**deepseek, "deepseek2.rope.scaling.attn_factor": 1.7}, frozenset())
+
+
+@pytest.mark.parametrize("is_gguf", [False, True])
+def test_weights_of_experts_sum_to_one_by_default_in_config_json_alone(is_gguf: bool) -> None:
+    """llama.cpp's default of `expert_weights_norm` is false, that of transformers' `norm_topk_prob` true."""
+    sizes = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    named = {"expert_count": 8, "expert_used_count": 2, "expert_feed_forward_length": 64}
+    metadata = {"general.architecture": "dots1", **{f"dots1.{key}": named[key] for key in named}}
+    reader = Reader.of_gguf(metadata, frozenset()) if is_gguf else Reader.of_json(sizes)
+    assert read_corrected(reader).is_renormalised != is_gguf

@@ -51,7 +51,7 @@ def read_corrected(reader: Reader) -> ExpertsSpec:
         # A GGUF file lacks a correction that is all zeros in its source.
         has_correction=not reader.is_gguf or has_corrections(reader), num_groups=reader.integer("n_group", 1),
         top_groups=reader.integer("topk_group", 1), sums_top_two=True,
-        is_renormalised=reader.flag("norm_topk_prob", True), eps=1e-20,
+        is_renormalised=reader.flag("norm_topk_prob", not reader.is_gguf), eps=1e-20,
         scale=read_scale(reader),
         shared_size=size * reader.integer("n_shared_experts", 0),
     )  # fmt: skip

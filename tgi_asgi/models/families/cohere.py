@@ -41,7 +41,7 @@ def read_cohere2(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _read_common(reader: Reader) -> dict[str, Any]:
-    reader.defaults(tie_word_embeddings=True)
+    reader.defaults(tie_word_embeddings=True, logit_scale=0.0625)
     sizes = read_sizes(reader, eps="layer_norm_eps", default_eps=1e-5)
     return {
         **sizes,
@@ -50,7 +50,7 @@ def _read_common(reader: Reader) -> dict[str, Any]:
         "has_interleaved_rope": True,
         "is_parallel": True,
         "has_mlp_norm": False,
-        "logits_scale": reader.number("logit_scale", 0.0625),
+        "logits_scale": reader.number("logit_scale"),
     }
 
 

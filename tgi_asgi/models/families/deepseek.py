@@ -6,7 +6,6 @@ Sources: DeepSeek-AI, DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv 2412.194
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from tgi_asgi.errors import check
 from tgi_asgi.models.config import ExpertsSpec, ModelConfig
@@ -97,12 +96,12 @@ def _read_gguf(reader: Reader, architecture: str) -> ModelConfig:
     latent = read_latent(reader, is_interleaved=True)
     kind = reader.integer("expert_gating_func", SIGMOID if has_corrections(reader) else SOFTMAX)
     check(kind in (SOFTMAX, SIGMOID), f"expert_gating_func {kind} is not supported, only 1 and 2 are")
-    is_renormalised = reader.flag("norm_topk_prob", False)
     if kind == SOFTMAX:
+        is_renormalised = reader.flag("norm_topk_prob", False)
         check(not is_renormalised, "expert_weights_norm is not supported for softmax routing")
         experts = _read_softmax(reader, has_groups=True)
     else:
-        experts = replace(read_corrected(reader), is_renormalised=is_renormalised)
+        experts = read_corrected(reader)
     return _make(reader, architecture, latent, experts, after_first_dense(reader))
 
 

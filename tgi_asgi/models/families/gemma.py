@@ -65,6 +65,7 @@ def read_gemma3(reader: Reader, architecture: str) -> ModelConfig:
         not reader.number("attn_logit_softcapping", 0.0),
         "attn_logit_softcapping is given, which the code of Gemma 3 ignores",
     )
+    reader.require(**{"rope.scaling.attn_factor": 1.0})  # llama.cpp scales both rotary embeddings by it
     common = _read_common(reader)
     window = reader.integer("sliding_window", 0) or None
     slides = [window is not None and each for each in read_sliding(reader, 6)]

@@ -17,7 +17,8 @@ from tgi_asgi.models.reading_experts import everywhere, read_experts, with_exper
 def read_granite_moe(reader: Reader, architecture: str) -> ModelConfig:
     """Read the configuration of both."""
     reader.defaults(num_local_experts=8, num_experts_per_tok=2)
-    config = read_granite(reader, architecture)
+    # llama.cpp reads this key in files of dense and hybrid models alone.
+    config = read_granite(reader.without("rope.scaling.finetuned"), architecture)
     experts = read_experts(
         reader, count="num_local_experts", top_k="num_experts_per_tok", size="intermediate_size",
         is_renormalised=True, shared_size=reader.integer("shared_intermediate_size", 0),

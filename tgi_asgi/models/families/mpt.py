@@ -38,8 +38,9 @@ def read_mpt(reader: Reader, architecture: str) -> ModelConfig:
     reader.ignore("norm_type", "learned_pos_emb")  # positions are not learned with ALiBi
     sizes = read_sizes(reader, activation="gelu", eps="layer_norm_eps", default_eps=1e-5)
     attention = reader if reader.is_gguf else _attention_of(reader)
+    attention.defaults(alibi_bias_max=8.0)
     scale = attention.number("softmax_scale", sizes["head_dim"] ** -0.5)
-    largest = attention.number("alibi_bias_max", 8.0)
+    largest = attention.number("alibi_bias_max")
     check(0 < largest <= 64, f"alibi_bias_max must be in (0, 64], got {largest}")
     clip = attention.number("clip_qkv", 0.0) or None
     if attention is not reader:
