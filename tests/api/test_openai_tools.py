@@ -297,6 +297,14 @@ async def test_a_message_that_ends_in_its_reasoning_is_continued_there(content: 
     assert (message["reasoning_content"], message["content"]) == (", so.", "yes")
 
 
+async def test_what_was_held_back_as_a_marker_is_part_of_an_answer_that_ends() -> None:
+    script = say("see", " <tool", "_ca")
+    message = (await chat(script, tools=TOOLS))["choices"][0]["message"]
+    assert message["content"] == "see <tool_ca"
+    streamed = [choice["delta"].get("content") for choice in await deltas(script, tools=TOOLS)]
+    assert "".join(filter(None, streamed)) == "see <tool_ca"
+
+
 async def test_an_echo_before_a_call_is_the_continued_text() -> None:
     messages = [*HI, {"role": "assistant", "content": "Let me see"}]
     fields = {"continue_final_message": True, "add_generation_prompt": False, "echo": True}
