@@ -188,8 +188,8 @@ async def test_echo_puts_the_prompt_before_each_text() -> None:
     assert body["choices"][0]["text"] == "abc"
     for skips, shown in ((None, "ac"), (True, "ac"), (False, "</s>ac")):
         engine = ScriptedEngine(say("c", finish=None))
-        fields = {"prompt": [EOS, 97], "echo": True, "max_tokens": 1, "skip_special_tokens": skips}
-        body = (await complete(engine, **fields)).json()
+        fields: dict[str, Any] = {"prompt": [EOS, 97], "echo": True, "max_tokens": 1}
+        body = (await complete(engine, **fields, skip_special_tokens=skips)).json()
         assert body["choices"][0]["text"] == shown
 
 

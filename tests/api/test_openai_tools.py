@@ -307,7 +307,7 @@ async def test_what_was_held_back_as_a_marker_is_part_of_an_answer_that_ends() -
 
 async def test_an_echo_before_a_call_is_the_continued_text() -> None:
     messages = [*HI, {"role": "assistant", "content": "Let me see"}]
-    fields = {"continue_final_message": True, "add_generation_prompt": False, "echo": True}
+    fields: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False, "echo": True}
     answer = await chat(say(*CALLS[4:12]), messages=messages, tools=TOOLS, **fields)
     message = answer["choices"][0]["message"]
     assert (message["content"], len(message["tool_calls"])) == ("Let me see", 1)
