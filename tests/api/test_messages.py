@@ -130,6 +130,16 @@ async def test_the_reason_to_stop(fields: dict[str, Any], stop: tuple[str, str |
     assert (message["stop_reason"], message["stop_sequence"]) == stop
 
 
+async def test_tokens_that_the_cache_had_are_counted_apart() -> None:
+    engine, usages = ScriptedEngine(say("a")), []
+    for engine.num_cached in (0, 4):
+        async with client_of(app_of(engine)) as client:
+            answer = await client.post("/v1/messages", json={"messages": HI, "max_tokens": 50})
+        usages.append(answer.json()["usage"])
+    assert [usage["cache_read_input_tokens"] for usage in usages] == [0, 4]
+    assert usages[0]["input_tokens"] == usages[1]["input_tokens"] + 4
+
+
 async def test_an_answer_that_fills_the_context_says_so() -> None:
     _, message = await post({"max_tokens": 9_000}, say(*"ab" * 2_100, finish=None))
     assert message["stop_reason"] == "model_context_window_exceeded"

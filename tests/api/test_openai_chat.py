@@ -337,7 +337,7 @@ async def test_without_a_template_the_error_names_the_cure() -> None:
     call = await chat(app={"chat_template": None})
     assert call.status == 400
     assert "/v1/completions" in call.json()["error"]["message"]
-    assert "--tokenizer-config-path" in call.json()["error"]["message"]
+    assert "--chat-template" in call.json()["error"]["message"]
 
 
 async def test_what_the_template_raises_is_the_clients_error() -> None:

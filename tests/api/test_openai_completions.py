@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.asgi import Call, request, send
 from tests.support.scripted_engine import LOGPROB, ScriptedChannel, ScriptedEngine, say, scripted_app
-from tests.support.toy_tokenizer import BOS, ToyTokenizer
+from tests.support.toy_tokenizer import BOS, EOS, ToyTokenizer
 from tgi_asgi.errors import TgiError
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import FinishReason, TokenEvent
@@ -186,6 +186,11 @@ async def test_echo_puts_the_prompt_before_each_text() -> None:
     assert [choice["text"] for choice in body["choices"]] == ["abc", "abc", "xc", "xc"]
     body = (await complete(ScriptedEngine(say("c")), prompt=[97, 98], echo=True)).json()
     assert body["choices"][0]["text"] == "abc"
+    for skips, shown in ((None, "ac"), (True, "ac"), (False, "</s>ac")):
+        engine = ScriptedEngine(say("c", finish=None))
+        fields: dict[str, Any] = {"prompt": [EOS, 97], "echo": True, "max_tokens": 1}
+        body = (await complete(engine, **fields, skip_special_tokens=skips)).json()
+        assert body["choices"][0]["text"] == shown
 
 
 async def test_log_probabilities_have_the_legacy_shape_and_keep_eos() -> None:

@@ -87,6 +87,7 @@ async def test_held_back_entries_travel_with_their_text() -> None:
         for c in chunks
     ]
     assert found == [("", []), ("STx", ["S", "T", "x"]), ("S", ["S"]), ("", [])]
+    assert chunks[0]["logprobs"] is chunks[-1]["logprobs"] is None
 
 
 async def test_infinities_become_a_number() -> None:
@@ -113,6 +114,15 @@ def test_of_two_tokens_that_read_alike_the_larger_value_is_kept() -> None:
     taken = as_sent(tracker.take())
     assert taken["top_logprobs"] == [{"a": -0.5}]
     assert taken["token_logprobs"] == [-2.0]
+
+
+def test_a_token_whose_first_space_is_not_shown_has_one_name() -> None:
+    tracker = CompletionLogprobs(TokenNames(ToyTokenizer()), 1, "")  # type: ignore[arg-type]
+    token_id = ToyTokenizer().id_of(b" a")
+    tracker.push(TokenEvent(0, token_id, b"a", "a", -2.0, [(token_id, -2.0)], finish=FinishReason.LENGTH))
+    taken = as_sent(tracker.take())
+    assert (taken["tokens"], taken["top_logprobs"]) == (["a"], [{"a": -2.0}])
+    assert tracker.take() is None
 
 
 def test_the_token_that_ends_a_grammar_has_its_entry() -> None:

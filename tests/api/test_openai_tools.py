@@ -297,6 +297,22 @@ async def test_a_message_that_ends_in_its_reasoning_is_continued_there(content: 
     assert (message["reasoning_content"], message["content"]) == (", so.", "yes")
 
 
+async def test_what_was_held_back_as_a_marker_is_part_of_an_answer_that_ends() -> None:
+    script = say("see", " <tool", "_ca")
+    message = (await chat(script, tools=TOOLS))["choices"][0]["message"]
+    assert message["content"] == "see <tool_ca"
+    streamed = [choice["delta"].get("content") for choice in await deltas(script, tools=TOOLS)]
+    assert "".join(filter(None, streamed)) == "see <tool_ca"
+
+
+async def test_an_echo_before_a_call_is_the_continued_text() -> None:
+    messages = [*HI, {"role": "assistant", "content": "Let me see"}]
+    fields: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False, "echo": True}
+    answer = await chat(say(*CALLS[4:12]), messages=messages, tools=TOOLS, **fields)
+    message = answer["choices"][0]["message"]
+    assert (message["content"], len(message["tool_calls"])) == ("Let me see", 1)
+
+
 async def test_log_probabilities_are_those_of_the_content_alone() -> None:
     tokens = ["<think>", "a", "</think>", "x", "y", *CALLS[4:]]
     choice = (await chat(say(*tokens), template=THINKING, tools=TOOLS, logprobs=True))["choices"][0]

@@ -57,6 +57,15 @@ async def test_a_whole_response_through_the_sdk() -> None:
     assert response.metadata == {"a": "b"}
 
 
+async def test_tokens_that_the_cache_had_are_among_those_of_the_input() -> None:
+    engine = ScriptedEngine(say("a"))
+    engine.num_cached = 4
+    async with client_of(app_of(engine)) as client:
+        usage = (await client.post("/v1/responses", json={"input": "hi"})).json()["usage"]
+    assert usage["input_tokens_details"]["cached_tokens"] == 4 < usage["input_tokens"]
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+
+
 async def test_the_sdk_s_stream_adds_up_to_the_whole_response() -> None:
     async with sdk(say(*ALL), chat_template=THINKING) as client:
         whole = await client.responses.create(model="m", input="hi", tools=TOOLS)

@@ -284,6 +284,18 @@ async def test_a_token_that_comes_as_a_silence_is_filled_is_not_lost(
     assert text_of(call) == "abc"
 
 
+async def test_a_frame_that_would_have_to_wait_is_sent_before_the_next_token(steps: Steps) -> None:
+    call = chat()
+    call.scope["extensions"] = {sse.DIRECT_WRITE: lambda frames: False}
+    _, task = await start(steps, call)
+    await steps.deliver(token("a"))
+    await steps.deliver(token("b"))
+    await until(lambda: text_of(call) == "ab")
+    await steps.deliver(token("c", FinishReason.EOS))
+    await ended(task)
+    assert text_of(call) == "abc"
+
+
 @pytest.mark.parametrize("is_at_once", [True, False])
 async def test_a_send_that_fails_cancels_the_request(
     steps: Steps, caplog: pytest.LogCaptureFixture, is_at_once: bool

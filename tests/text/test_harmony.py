@@ -99,5 +99,11 @@ def test_a_grammar_lets_thoughts_come_first(compiler: GrammarCompiler, thought: 
     assert not accepts(compiler, chosen, f"{thought}{FINAL}no")
 
 
+def test_a_header_that_is_cut_is_no_text_if_a_call_must_follow() -> None:
+    for must_call, wanted in ((True, []), (False, [Content(" to=functions.f")])):
+        parser = HarmonyParser(SPECS, must_call=must_call)
+        assert parser.push(" to=functions.f") + parser.finish() == wanted
+
+
 def test_nothing_constrains_an_answer_without_tools_and_format() -> None:
     assert harmony_grammar(None, None) is None

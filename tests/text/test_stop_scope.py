@@ -55,6 +55,12 @@ def test_the_section_is_left_out(marks: ReasoningMarks | HarmonyMarks, answer: s
         assert searched(marks, *tokens) == content
 
 
+def test_a_blank_decides_that_no_section_begins() -> None:
+    scope = THINK.scope()
+    assert scope.push("<") == ("", "")
+    assert scope.push(" ") == ("", "< ")
+
+
 def test_a_run_of_blanks_is_held_back_in_time() -> None:
     def run() -> list[tuple[str, str]]:
         scope = THINK.scope()

@@ -57,6 +57,7 @@ OUTPUTS: dict[str, list[tuple[str, list[Any]]]] = {
         ('<tool_call>\n{"name": "no", "arguments": {"a": 1}}\n</tool_call>', ['<tool_call>\n{"name": "no", "arguments": {"a": 1}}\n</tool_call>']),
         ('<tool_call>\n{"name": "no", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "g"}\n</tool_call>', ['<tool_call>\n{"name": "no", "arguments": {}}\n</tool_call>', G]),
         ("a  <tool_call> is a marker  ", ["a  <tool_call> is a marker  "]),
+        ('<tool_call>\n{"name": "g"}\n</tool_call>\na <tool_call> is a marker', [G, "a <tool_call> is a marker"]),
         ('<tool_call>\n{"name": "f"', ['<tool_call>\n{"name": "f"']),
         ("<tool_call>\n{f(a=1)}\n</tool_call>", ["<tool_call>\n{f(a=1)}\n</tool_call>"]),
         ("<tool_call></tool_call>", ["<tool_call></tool_call>"]),

@@ -57,7 +57,7 @@ class ResponseStore:
 
     def add(self, stored: StoredResponse, tenant: str | None) -> None:
         """Store a tenant's answer; at the limit, drop the oldest of the tenant that holds most."""
-        if not self.is_on or sum(map(len, stored.parts)) > self._max_bytes:
+        if sum(map(len, stored.parts)) > self._max_bytes:
             return
         with self._lock:
             self._stores.setdefault(tenant, _TenantStore()).add(stored)

@@ -57,7 +57,7 @@ class AnswerParser:
         self._names = {spec.name for spec in specs}
         self._must_call = must_call
         self._tools = tools
-        self._early = early if tools is not None else None
+        self._early = early
         self._is_early = False  # whether the calls have begun inside the reasoning
         self._specs = specs
         self._calls: CallParser | None = None

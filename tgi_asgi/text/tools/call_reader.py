@@ -72,8 +72,6 @@ class CallReader(ABC):
 
     def finish(self) -> str:
         """Return the text that resembled a call but is none; nothing of a call that has begun."""
-        if self._arguments is not None:
-            return ""
         return self._skipped + self._held if self._skipped.strip() or not self._has_called else ""
 
     def _skip(self, size: int, *, may_be_text: bool = True) -> str:
