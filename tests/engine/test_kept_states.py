@@ -168,6 +168,21 @@ def test_answers_hold_half_of_the_places_at_most() -> None:
     assert runner.violations == []
 
 
+def test_an_answer_keeps_nothing_while_a_step_in_flight_writes_all_places() -> None:
+    scheduler, runner = make(num_kept_states=2)
+    ask(scheduler, runner, [*range(70), *range(100, 130)])
+    add_request(scheduler, make_request([200] * (BLOCK - 1), 4), 1)
+    run(scheduler, runner, plan_step(scheduler))
+    add_request(scheduler, make_request([*range(70), *range(160, 200)]), 2)
+    flying, following = plan_step(scheduler), plan_step(scheduler)
+    assert kept_at(flying.plan.rows[1]) == [64, 96]
+    assert following.plan.rows[0].start == BLOCK and kept_at(following.plan.rows[0]) == []
+    for step in (flying, following):
+        run(scheduler, runner, step)
+    run_all(scheduler, runner)
+    assert runner.violations == []
+
+
 def test_the_longest_unused_is_given_up() -> None:
     scheduler, runner = make(num_kept_states=2)
     for own in range(2):
@@ -274,6 +289,7 @@ def test_choices_begin_in_front_of_the_last_token(prompt_len: int) -> None:
     assert [row.start for row in step.plan.rows] == [prompt_len, prompt_len - 1, prompt_len - 1]
     assert states_of(scheduler).pool.num_used == (prompt_len > 1) + (prompt_len == 16)
     run(scheduler, runner, step)
+    assert states_of(scheduler).pool.num_used == (prompt_len == 16), "no choice needs the prompt's state any more"
     run_all(scheduler, runner)
     assert are_finished(sequences) and runner.violations == []
     assert states_of(scheduler).pool.num_used == 0
