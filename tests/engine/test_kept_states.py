@@ -168,15 +168,18 @@ def test_answers_hold_half_of_the_places_at_most() -> None:
     assert runner.violations == []
 
 
-def test_an_answer_keeps_nothing_while_a_step_in_flight_writes_all_places() -> None:
+@pytest.mark.parametrize("boundary", [BLOCK, 2 * BLOCK])
+def test_an_answer_takes_no_place_while_none_is_free_but_keeps_its_own(boundary: int) -> None:
     scheduler, runner = make(num_kept_states=2)
     ask(scheduler, runner, [*range(70), *range(100, 130)])
-    add_request(scheduler, make_request([200] * (BLOCK - 1), 4), 1)
-    run(scheduler, runner, plan_step(scheduler))
+    add_request(scheduler, make_request([200] * (BLOCK - 1), 40), 1)
+    for _ in range(boundary - BLOCK + 1):
+        run(scheduler, runner, plan_step(scheduler))
     add_request(scheduler, make_request([*range(70), *range(160, 200)]), 2)
     flying, following = plan_step(scheduler), plan_step(scheduler)
-    assert kept_at(flying.plan.rows[1]) == [64, 96]
-    assert following.plan.rows[0].start == BLOCK and kept_at(following.plan.rows[0]) == []
+    assert kept_at(flying.plan.rows[1]) and not states_of(scheduler).pool.num_free
+    assert following.plan.rows[0].start == boundary
+    assert kept_at(following.plan.rows[0]) == ([] if boundary == BLOCK else [boundary])
     for step in (flying, following):
         run(scheduler, runner, step)
     run_all(scheduler, runner)
