@@ -63,6 +63,28 @@ async def test_a_request_gets_its_tokens_and_one_finish(make_engine: MakeEngine)
     assert stats.arrival_s <= stats.scheduled_s <= stats.first_token_s <= stats.finished_s  # type: ignore[operator]
 
 
+async def test_the_wait_of_a_long_prompt_ends_with_its_first_chunk(make_engine: MakeEngine) -> None:
+    runner = FakeRunner(is_manual=True)
+    channel = submit(make_engine(runner, max_batch_prefill_tokens=32), make_request(200, max_tokens=1))
+    await until(lambda: runner.num_in_flight == 2)
+    scheduled_s = channel.stats.scheduled_s
+    runner.run_next()
+    await until(lambda: runner.num_in_flight == 2)
+    assert channel.stats.scheduled_s == scheduled_s is not None
+
+
+async def test_a_result_is_nothing_to_those_who_were_cancelled_before_it(make_engine: MakeEngine) -> None:
+    runner = FakeRunner(is_manual=True)
+    engine = make_engine(runner)
+    answers = [Answer(submit(engine, make_request(5, max_tokens=1))) for _ in range(2)]
+    await until(lambda: runner.num_in_flight == 1)
+    runner.run_next()
+    for answer in answers:
+        answer.channel.cancel()
+    for answer in answers:
+        assert isinstance((await answer.wait()).error, IncompleteGeneration) and not answer.events
+
+
 async def test_64_streams_are_interleaved_and_equal_to_running_alone(make_engine: MakeEngine) -> None:
     engine = make_engine(FakeRunner(num_blocks=400))
     rng = random.Random(0)
