@@ -44,6 +44,18 @@ def test_rows_that_decode_are_grouped_by_adapter_with_those_of_none_first() -> N
     assert runner.violations == []
 
 
+def test_prompts_that_start_again_do_so_by_urgency_whatever_their_adapters() -> None:
+    scheduler, runner = make_scheduler(), FakeRunner()
+    sequences = queue(scheduler, "b-a")
+    failed = plan_step(scheduler)
+    scheduler.rollback(failed)
+    again = plan_step(scheduler)
+    assert again.sequences == sequences
+    run(scheduler, runner, again)
+    run_all(scheduler, runner)
+    assert runner.violations == []
+
+
 def test_one_adapter_too_many_waits_and_those_without_pass() -> None:
     scheduler, runner = make_scheduler(max_adapters=2), FakeRunner(max_adapters=2)
     first = queue(scheduler, "abc-a")

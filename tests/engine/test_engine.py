@@ -6,7 +6,8 @@ import asyncio
 import dataclasses
 import random
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, count
+from types import SimpleNamespace
 
 import pytest
 
@@ -423,6 +424,19 @@ async def test_while_the_loop_lags_tokens_leave_together_but_first_ones_at_once(
     await until(lambda: len(new.calls) == 2)
     assert [len(call) for call in old.calls] == [1, 1, 1, 1, 2]
     assert [len(call) for call in new.calls] == [1, 1]
+
+
+async def test_tokens_wait_for_a_limited_time_while_the_loop_always_lags(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = count(step=0.001)
+    engine = Engine(FakeRunner(), FakeTokenizer(), Settings(), fake_info(), clock=lambda: float(next(clock)))
+    monkeypatch.setattr(engine._loop._delivery, "_pipeline", SimpleNamespace(has_done=True))
+    engine.start()
+    first, *between, _ = map(len, (await ask(engine, make_request(5, max_tokens=100))).batches)
+    assert first == 1
+    assert len(between) > 3 and all(1 < size < 20 for size in between)
+    await engine.stop()
 
 
 async def test_delivery_of_a_large_step_yields_to_the_loop(make_engine: MakeEngine) -> None:

@@ -292,7 +292,7 @@ def test_choices_begin_in_front_of_the_last_token(prompt_len: int) -> None:
     assert [row.start for row in step.plan.rows] == [prompt_len, prompt_len - 1, prompt_len - 1]
     assert states_of(scheduler).pool.num_used == (prompt_len > 1) + (prompt_len == 16)
     run(scheduler, runner, step)
-    assert states_of(scheduler).pool.num_used == (prompt_len == 16), "no choice needs the prompt's state any more"
+    assert states_of(scheduler).pool.num_used == (prompt_len == 16), "no choice needs it any more"
     run_all(scheduler, runner)
     assert are_finished(sequences) and runner.violations == []
     assert states_of(scheduler).pool.num_used == 0
