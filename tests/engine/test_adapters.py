@@ -11,7 +11,7 @@ import pytest
 
 from tests.engine.helpers import add_request, make_request, make_scheduler, plan_step, run, run_all
 from tests.support.fake_runner import FakeRunner
-from tests.support.waiting import until
+from tests.support.waiting import LONGEST_S, until
 from tgi_asgi.engine.adapters import Adapters, Lease
 from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, Overloaded, Unavailable, UnknownAdapter
@@ -230,6 +230,49 @@ async def test_one_that_a_request_waits_for_does_not_leave_before_the_request_ha
     adapters.close()
 
 
+async def test_requests_that_wait_for_the_same_one_read_it_once_and_then_let_it_go() -> None:
+    script = Script()
+    adapters = Adapters(script, sources("ab"), max_loaded=1)
+    adapters.start()
+    await settled(adapters, "a", "b")  # b has replaced a
+    script.go_on.clear()
+    waiting = [asyncio.create_task(adapters.lease("a")) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    script.go_on.set()
+    for lease in await asyncio.gather(*waiting):
+        lease.release()
+    assert script.loaded == ["a", "b", "a"]
+    await asyncio.wait_for(adapters.remove("a"), LONGEST_S)
+    adapters.close()
+
+
+async def test_one_that_is_removed_while_it_is_read_is_counted_until_then() -> None:
+    script = Script()
+    adapters = Adapters(script, sources("a"), max_loaded=1)
+    script.go_on.clear()
+    adapters.start()
+    await asyncio.sleep(0.01)
+    removal = asyncio.create_task(adapters.remove("a"))
+    await asyncio.sleep(0.01)
+    assert not removal.done() and adapters.num_loaded == 1
+    script.go_on.set()
+    await removal
+    assert adapters.num_loaded == 0
+    adapters.close()
+
+
+async def test_closing_cancels_what_is_being_read() -> None:
+    script = Script()
+    adapters = Adapters(script, sources("a"), max_loaded=1)
+    script.go_on.clear()
+    reading = adapters.start()
+    await asyncio.sleep(0.01)
+    adapters.close()
+    script.go_on.set()
+    await asyncio.wait({reading})
+    assert reading.cancelled()
+
+
 async def test_what_is_in_use_does_not_leave() -> None:
     script = Script()
     adapters = Adapters(script, sources("a"), max_loaded=1)
@@ -278,6 +321,8 @@ async def test_a_broken_one_fails_alone_and_is_tried_again_later(
             await adapters.lease("a")
         assert "tensor" not in refused.value.message, "details belong in the log"
     del script.failures["a"]
+    with pytest.raises(InvalidRequest):
+        await adapters.lease("a")  # too soon for another attempt
     clock.now += 31
     assert (await adapters.lease("a")).adapter.name == "a"
     with pytest.raises(OSError, match="disk"):
