@@ -6,8 +6,7 @@ import asyncio
 import dataclasses
 import random
 from collections.abc import Sequence
-from itertools import accumulate, count
-from types import SimpleNamespace
+from itertools import accumulate
 
 import pytest
 
@@ -62,28 +61,6 @@ async def test_a_request_gets_its_tokens_and_one_finish(make_engine: MakeEngine)
     stats = answer.stats
     assert None not in (stats.scheduled_s, stats.first_token_s, stats.finished_s)
     assert stats.arrival_s <= stats.scheduled_s <= stats.first_token_s <= stats.finished_s  # type: ignore[operator]
-
-
-async def test_the_wait_of_a_long_prompt_ends_with_its_first_chunk(make_engine: MakeEngine) -> None:
-    runner = FakeRunner(is_manual=True)
-    channel = submit(make_engine(runner, max_batch_prefill_tokens=32), make_request(200, max_tokens=1))
-    await until(lambda: runner.num_in_flight == 2)
-    scheduled_s = channel.stats.scheduled_s
-    runner.run_next()
-    await until(lambda: runner.num_in_flight == 2)
-    assert channel.stats.scheduled_s == scheduled_s is not None
-
-
-async def test_a_result_is_nothing_to_those_who_were_cancelled_before_it(make_engine: MakeEngine) -> None:
-    runner = FakeRunner(is_manual=True)
-    engine = make_engine(runner)
-    answers = [Answer(submit(engine, make_request(5, max_tokens=1))) for _ in range(2)]
-    await until(lambda: runner.num_in_flight == 1)
-    runner.run_next()
-    for answer in answers:
-        answer.channel.cancel()
-    for answer in answers:
-        assert isinstance((await answer.wait()).error, IncompleteGeneration) and not answer.events
 
 
 async def test_64_streams_are_interleaved_and_equal_to_running_alone(make_engine: MakeEngine) -> None:
@@ -424,19 +401,6 @@ async def test_while_the_loop_lags_tokens_leave_together_but_first_ones_at_once(
     await until(lambda: len(new.calls) == 2)
     assert [len(call) for call in old.calls] == [1, 1, 1, 1, 2]
     assert [len(call) for call in new.calls] == [1, 1]
-
-
-async def test_tokens_wait_for_a_limited_time_while_the_loop_always_lags(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = count(step=0.001)
-    engine = Engine(FakeRunner(), FakeTokenizer(), Settings(), fake_info(), clock=lambda: float(next(clock)))
-    monkeypatch.setattr(engine._loop._delivery, "_pipeline", SimpleNamespace(has_done=True))
-    engine.start()
-    first, *between, _ = map(len, (await ask(engine, make_request(5, max_tokens=100))).batches)
-    assert first == 1
-    assert len(between) > 3 and all(1 < size < 20 for size in between)
-    await engine.stop()
 
 
 async def test_delivery_of_a_large_step_yields_to_the_loop(make_engine: MakeEngine) -> None:
