@@ -1,90 +1,17 @@
-"""Adapters in the scheduler and in `Adapters`: loading, leases, capacity, removal, failures."""
+"""`Adapters`: loading, leases, capacity, removal, failures."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
-from tests.engine.helpers import add_request, make_request, make_scheduler, plan_step, run, run_all
-from tests.support.fake_runner import FakeRunner
-from tests.support.waiting import until
+from tests.support.waiting import LONGEST_S, until
 from tgi_asgi.engine.adapters import Adapters, Lease
-from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, Overloaded, Unavailable, UnknownAdapter
 from tgi_asgi.formats.sources import AdapterSource
-from tgi_asgi.types import Adapter
-
-A, B, C = (Adapter(name, f"key {name}", f"weights {name}") for name in "abc")
-
-
-def queue(scheduler: Any, adapters: str, max_tokens: int = 4) -> list[Sequence]:
-    """Queue a request for each letter; `-` means no adapter."""
-    by_name = {"a": A, "b": B, "c": C, "-": None}
-    return [
-        add_request(scheduler, make_request([index] * 5, max_tokens, adapter=by_name[name]), index)[0]
-        for index, name in enumerate(adapters)
-    ]
-
-
-def test_rows_that_decode_are_grouped_by_adapter_with_those_of_none_first() -> None:
-    scheduler, runner = make_scheduler(), FakeRunner()
-    queue(scheduler, "a-bab-")
-    run(scheduler, runner, plan_step(scheduler))
-    step = plan_step(scheduler)
-    assert [row.adapter for row in step.plan.rows] == [
-        None, None, "weights a", "weights a", "weights b", "weights b",
-    ]  # fmt: skip
-    assert [sequence.adapter for sequence in step.sequences] == [row.adapter for row in step.plan.rows]
-    run(scheduler, runner, step)
-    run_all(scheduler, runner)
-    assert runner.violations == []
-
-
-def test_one_adapter_too_many_waits_and_those_without_pass() -> None:
-    scheduler, runner = make_scheduler(max_adapters=2), FakeRunner(max_adapters=2)
-    first = queue(scheduler, "abc-a")
-    step = plan_step(scheduler)
-    assert step.sequences == [first[0], first[1], first[3]], "a's second request must wait for c"
-    assert scheduler.num_waiting == 2
-    run(scheduler, runner, step)
-    for _ in range(6):
-        if first[2].stage is Stage.RUNNING:
-            break
-        run(scheduler, runner, plan_step(scheduler))
-    assert first[2].stage is Stage.RUNNING
-    run_all(scheduler, runner)
-    assert runner.violations == []
-    assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
-
-
-def test_one_that_is_parked_can_be_given_up() -> None:
-    scheduler, runner = make_scheduler(max_adapters=1), FakeRunner(max_adapters=1)
-    one, parked = queue(scheduler, "ab")
-    run(scheduler, runner, plan_step(scheduler))
-    scheduler.remove(parked)
-    assert scheduler.num_waiting == 0
-    run_all(scheduler, runner)
-    assert (one.num_output, parked.num_output) == (4, 0)
-    [later] = queue(scheduler, "b")
-    run_all(scheduler, runner)
-    assert later.num_output == 4
-
-
-def test_one_that_is_given_up_holds_nobody() -> None:
-    """While it is parked, requests of a running adapter wait for it; its removal must release them."""
-    scheduler, runner = make_scheduler(max_adapters=1), FakeRunner(max_adapters=1)
-    one, parked, other = queue(scheduler, "aba", max_tokens=20)
-    run(scheduler, runner, plan_step(scheduler))
-    assert (one.stage, other.stage) == (Stage.RUNNING, Stage.WAITING)
-    scheduler.remove(parked)
-    run(scheduler, runner, plan_step(scheduler))
-    assert other.stage is Stage.RUNNING
-    run_all(scheduler, runner)
-    assert runner.violations == []
 
 
 @dataclass
@@ -218,6 +145,49 @@ async def test_one_that_a_request_waits_for_does_not_leave_before_the_request_ha
     adapters.close()
 
 
+async def test_requests_that_wait_for_the_same_one_read_it_once_and_then_let_it_go() -> None:
+    script = Script()
+    adapters = Adapters(script, sources("ab"), max_loaded=1)
+    adapters.start()
+    await settled(adapters, "a", "b")  # b has replaced a
+    script.go_on.clear()
+    waiting = [asyncio.create_task(adapters.lease("a")) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    script.go_on.set()
+    for lease in await asyncio.gather(*waiting):
+        lease.release()
+    assert script.loaded == ["a", "b", "a"]
+    await asyncio.wait_for(adapters.remove("a"), LONGEST_S)
+    adapters.close()
+
+
+async def test_one_that_is_removed_while_it_is_read_is_counted_until_then() -> None:
+    script = Script()
+    adapters = Adapters(script, sources("a"), max_loaded=1)
+    script.go_on.clear()
+    adapters.start()
+    await asyncio.sleep(0.01)
+    removal = asyncio.create_task(adapters.remove("a"))
+    await asyncio.sleep(0.01)
+    assert not removal.done() and adapters.num_loaded == 1
+    script.go_on.set()
+    await removal
+    assert adapters.num_loaded == 0
+    adapters.close()
+
+
+async def test_closing_cancels_what_is_being_read() -> None:
+    script = Script()
+    adapters = Adapters(script, sources("a"), max_loaded=1)
+    script.go_on.clear()
+    reading = adapters.start()
+    await asyncio.sleep(0.01)
+    adapters.close()
+    script.go_on.set()
+    await asyncio.wait({reading})
+    assert reading.cancelled()
+
+
 async def test_what_is_in_use_does_not_leave() -> None:
     script = Script()
     adapters = Adapters(script, sources("a"), max_loaded=1)
@@ -266,6 +236,8 @@ async def test_a_broken_one_fails_alone_and_is_tried_again_later(
             await adapters.lease("a")
         assert "tensor" not in refused.value.message, "details belong in the log"
     del script.failures["a"]
+    with pytest.raises(InvalidRequest):
+        await adapters.lease("a")  # too soon for another attempt
     clock.now += 31
     assert (await adapters.lease("a")).adapter.name == "a"
     with pytest.raises(OSError, match="disk"):

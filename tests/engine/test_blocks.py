@@ -163,3 +163,22 @@ def test_the_cache_grows_while_what_it_gave_up_is_wanted_again() -> None:
     assert all(hits[-20:])
     assert pool.num_touched <= 8
     assert not pool.miss(digest("never seen"))
+
+
+def test_the_cache_grows_from_what_it_has_touched_once_for_contents_that_it_gave_up() -> None:
+    pool = BlockPool(20, num_eager=2)
+    pool.release([pool.allocate() for _ in range(10)])
+    for index in range(11):
+        fill(pool, str(index))
+    assert pool.num_touched == 10
+    assert pool.miss(digest("0")) and not pool.miss(digest("0"))
+    for index in range(20):
+        fill(pool, f"new {index}")
+    assert pool.num_touched == 11
+
+
+def test_no_more_contents_are_remembered_than_there_are_blocks() -> None:
+    pool = BlockPool(3, num_eager=1)
+    for index in range(6):
+        fill(pool, str(index))
+    assert [pool.miss(digest(str(index))) for index in range(6)] == [False, False, True, True, True, False]

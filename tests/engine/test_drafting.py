@@ -47,6 +47,15 @@ async def test_drafts_are_counted(make_engine: MakeEngine) -> None:
     assert stats.inter_token_s.count >= stats.sampled_tokens - 1
 
 
+async def test_drafts_do_not_exceed_what_a_step_holds(make_engine: MakeEngine) -> None:
+    runner = FakeRunner(drafts=LIMITS, max_step_tokens=20)
+    engine = make_engine(runner)
+    await asyncio.gather(*(ask(engine, make_request(9 + own, max_tokens=30)) for own in range(4)))
+    assert any(row.num_drafts for plan in runner.plans for row in plan.rows)
+    sizes = [sum(row.num_tokens + row.num_drafts for row in plan.rows) for plan in runner.plans]
+    assert max(sizes) <= 20
+
+
 async def test_nobody_is_preempted_for_a_draft(make_engine: MakeEngine) -> None:
     requests = [make_request(range(at, at + 17), max_tokens=14) for at in (0, 60, 120)]
     runner = FakeRunner(num_blocks=6, drafts=LIMITS)  # two blocks for each request use them all

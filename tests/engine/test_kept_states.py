@@ -168,6 +168,24 @@ def test_answers_hold_half_of_the_places_at_most() -> None:
     assert runner.violations == []
 
 
+@pytest.mark.parametrize("boundary", [BLOCK, 2 * BLOCK])
+def test_an_answer_takes_no_place_while_none_is_free_but_keeps_its_own(boundary: int) -> None:
+    scheduler, runner = make(num_kept_states=2)
+    ask(scheduler, runner, [*range(70), *range(100, 130)])
+    add_request(scheduler, make_request([200] * (BLOCK - 1), 40), 1)
+    for _ in range(boundary - BLOCK + 1):
+        run(scheduler, runner, plan_step(scheduler))
+    add_request(scheduler, make_request([*range(70), *range(160, 200)]), 2)
+    flying, following = plan_step(scheduler), plan_step(scheduler)
+    assert kept_at(flying.plan.rows[1]) and not states_of(scheduler).pool.num_free
+    assert following.plan.rows[0].start == boundary
+    assert kept_at(following.plan.rows[0]) == ([] if boundary == BLOCK else [boundary])
+    for step in (flying, following):
+        run(scheduler, runner, step)
+    run_all(scheduler, runner)
+    assert runner.violations == []
+
+
 def test_the_longest_unused_is_given_up() -> None:
     scheduler, runner = make(num_kept_states=2)
     for own in range(2):
@@ -274,6 +292,7 @@ def test_choices_begin_in_front_of_the_last_token(prompt_len: int) -> None:
     assert [row.start for row in step.plan.rows] == [prompt_len, prompt_len - 1, prompt_len - 1]
     assert states_of(scheduler).pool.num_used == (prompt_len > 1) + (prompt_len == 16)
     run(scheduler, runner, step)
+    assert states_of(scheduler).pool.num_used == (prompt_len == 16), "no choice needs it any more"
     run_all(scheduler, runner)
     assert are_finished(sequences) and runner.violations == []
     assert states_of(scheduler).pool.num_used == 0

@@ -43,6 +43,9 @@ async def test_a_request_that_waits_too_long_is_refused_and_one_that_runs_is_not
     assert late.error.retry_after_s >= 1
     assert (await collect(running)).finish() is FinishReason.LENGTH
     assert engine.stats.failed == 1
+    quick = submit(engine, make_request(5, max_tokens=1))
+    await collect(quick)
+    assert quick.timer is not None and quick.timer.cancelled(), "it would keep the request in memory"
 
 
 async def test_only_requests_that_ran_teach_how_long_to_wait(make_engine: MakeEngine) -> None:
@@ -72,6 +75,19 @@ async def test_a_tenant_without_its_share_displaces_the_newest_that_waits(make_e
     answers = await asyncio.gather(*map(collect, greedy))
     assert [type(answer.error) for answer in answers] == [type(None)] * 3 + [Overloaded] * 3
     assert all(answer.error is None for answer in await asyncio.gather(*map(collect, modest)))
+
+
+async def test_a_request_that_was_just_cancelled_is_not_displaced_in_place_of_another(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(FakeRunner(max_batch_size=1), max_concurrent_requests=3)
+    greedy = [engine.submit(make_request(5, max_tokens=90), engine.acquire(1, "greedy")) for _ in range(3)]
+    await until(lambda: engine.stats.sampled_tokens > 0)
+    greedy[-1].cancel()
+    modest = engine.submit(make_request(6), engine.acquire(1, "modest"))
+    answers = await asyncio.gather(*map(collect, (*greedy, modest)))
+    errors = [type(answer.error) for answer in answers]
+    assert errors == [type(None), Overloaded, IncompleteGeneration, type(None)]
 
 
 async def test_nobody_is_displaced_for_a_call_that_finds_no_room_for_all_of_it(
@@ -154,6 +170,7 @@ async def test_what_has_not_finished_by_the_end_of_draining_is_told(make_engine:
     engine = make_engine(FakeRunner(is_manual=True))
     channels = [submit(engine, make_request(5, max_tokens=50)) for _ in range(3)]
     await engine.drain(0.01)
+    assert all(channel.is_ended for channel in channels)
     for channel in channels:
         assert isinstance((await collect(channel)).error, IncompleteGeneration)
 

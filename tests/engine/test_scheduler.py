@@ -128,15 +128,16 @@ def test_the_next_slot_goes_to_the_tenant_that_runs_least() -> None:
 
 
 def test_a_preempted_sequence_comes_back_before_new_ones_of_other_tenants() -> None:
-    scheduler, runner = make_scheduler(num_blocks=6, max_batch_size=4), FakeRunner()
+    scheduler, runner = make_scheduler(num_blocks=8, max_batch_size=4), FakeRunner()
     old = add_request(scheduler, make_request(range(30), max_tokens=40), 0, "a")[0]
     new = add_request(scheduler, make_request(range(100, 130), max_tokens=40), 1, "a")[0]
+    third = add_request(scheduler, make_request(range(200, 230), max_tokens=40), 2, "c")[0]
     while new.stage is not Stage.WAITING or not new.was_preempted:
         run(scheduler, runner, plan_step(scheduler))
-    other = add_request(scheduler, make_request(range(60, 80)), 2, "b")[0]
-    while new.stage is Stage.WAITING:
-        assert other.stage is Stage.WAITING
-        run(scheduler, runner, plan_step(scheduler))
+    other = add_request(scheduler, make_request(range(60, 80)), 3, "b")[0]
+    scheduler.remove(third)  # there are blocks again for one of the two that wait
+    run(scheduler, runner, plan_step(scheduler))
+    assert scheduler.running == (old, new)
     run_all(scheduler, runner)
     assert are_finished([old, new, other])
 

@@ -216,6 +216,7 @@ def test_further_choices_share_full_blocks_and_copy_the_partial_one(prompt_len: 
     run(scheduler, runner, forks)
     run_all(scheduler, runner)
     assert are_finished([leader, second, third])
+    assert scheduler._stats.prefix_query_tokens == prompt_len, "only the first choice looks its prompt up"
     assert scheduler.pool.num_used == 0
     assert runner.violations == []
 

@@ -49,7 +49,7 @@ class BlockPool:
         self.dependents: Dependents | None = None
         self.num_used = 0
         self.num_touched = 0  # blocks ever handed out; those with higher numbers are free but not listed
-        self._num_eager = num_blocks if num_eager is None else num_eager
+        self._num_eager = num_blocks if num_eager is None else min(num_eager, num_blocks)
         self._references = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
         self._by_digest: dict[bytes, int] = {}
@@ -81,8 +81,6 @@ class BlockPool:
         return block
 
     def _wants_new(self) -> bool:
-        if self.num_touched == self.num_blocks:
-            return False
         if not self._free:
             return True
         return self.num_touched < self._num_eager and self._digests[next(iter(self._free))] is not None

@@ -92,7 +92,6 @@ class Delivery:
         """Turn a token into an event, and end the sequence or request that it ends."""
         channel: RequestChannel = sequence.owner
         if not sampled.is_finite and sequence.request.grammar and sequence.request.sampling.logit_bias:
-            self._scheduler.remove(sequence)
             why = "`logit_bias` and the model's `suppress_tokens` leave no token that the grammar allows"
             self._loop.end(channel, InvalidRequest(why))
             return
@@ -105,7 +104,6 @@ class Delivery:
                 "request %s, choice %d: grammar: %s",
                 sequence.request.request_id, sequence.choice, sampled.failure,
             )  # fmt: skip
-            self._scheduler.remove(sequence, forget=True)
             self._loop.end(channel, InvalidRequest(f"the grammar cannot go on: {sampled.failure}"))
             return
         stats = channel.stats
@@ -140,7 +138,6 @@ class Delivery:
         self._recovery.note_good_row()
         channel.push(TokenEvent(0, 0, finish=FinishReason.STOP))
         self._touched[channel] = None
-        self._scheduler.remove(sequence)
         self._loop.end(channel, None)
 
     def _keep_prompt_logprobs(

@@ -215,8 +215,6 @@ class ServingLoop:
             stats = sequence.owner.stats
             if stats.scheduled_s is None:
                 stats.scheduled_s = flight.begun_s
-                if sequence.owner.timer is not None:
-                    sequence.owner.timer.cancel()
         return flight
 
     async def complete(self, flight: Flight) -> None:

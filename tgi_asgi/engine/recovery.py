@@ -142,7 +142,6 @@ class Recovery:
             return
         for flight in await self._pipeline.drain():
             await self._loop.complete(flight)
-        await self._loop.flush()  # if this is the end, successful requests get their tokens first
         step = self._scheduler.probe() if self.num_lost_rows >= _PROBE_AFTER else None
         if step is None:
             return

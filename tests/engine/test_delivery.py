@@ -1,0 +1,51 @@
+"""When tokens leave the engine, and to whom."""
+
+from __future__ import annotations
+
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
+
+from tests.engine.conftest import MakeEngine
+from tests.engine.helpers import Answer, ask, make_request, submit
+from tests.support.fake_runner import FakeRunner, FakeTokenizer, fake_info
+from tests.support.waiting import until
+from tgi_asgi.engine import Engine
+from tgi_asgi.errors import IncompleteGeneration
+from tgi_asgi.settings import Settings
+
+
+async def test_the_wait_of_a_long_prompt_ends_with_its_first_chunk(make_engine: MakeEngine) -> None:
+    runner = FakeRunner(is_manual=True)
+    channel = submit(make_engine(runner, max_batch_prefill_tokens=32), make_request(200, max_tokens=1))
+    await until(lambda: runner.num_in_flight == 2)
+    scheduled_s = channel.stats.scheduled_s
+    runner.run_next()
+    await until(lambda: runner.num_in_flight == 2)
+    assert channel.stats.scheduled_s == scheduled_s is not None
+
+
+async def test_a_result_is_nothing_to_those_who_were_cancelled_before_it(make_engine: MakeEngine) -> None:
+    runner = FakeRunner(is_manual=True)
+    engine = make_engine(runner)
+    answers = [Answer(submit(engine, make_request(5, max_tokens=1))) for _ in range(2)]
+    await until(lambda: runner.num_in_flight == 1)
+    runner.run_next()
+    for answer in answers:
+        answer.channel.cancel()
+    for answer in answers:
+        assert isinstance((await answer.wait()).error, IncompleteGeneration) and not answer.events
+
+
+async def test_tokens_wait_for_a_limited_time_while_the_loop_always_lags(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = count(step=0.001)
+    engine = Engine(FakeRunner(), FakeTokenizer(), Settings(), fake_info(), clock=lambda: float(next(clock)))
+    monkeypatch.setattr(engine._loop._delivery, "_pipeline", SimpleNamespace(has_done=True))
+    engine.start()
+    first, *between, _ = map(len, (await ask(engine, make_request(5, max_tokens=100))).batches)
+    assert first == 1
+    assert len(between) > 3 and all(1 < size < 20 for size in between)
+    await engine.stop()
