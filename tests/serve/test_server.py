@@ -37,7 +37,7 @@ async def app(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[_App]:
     """Yield the app of a server that receives this process's signals but must not end the process."""
     app = _App()
     monkeypatch.setattr(module, "create_app", lambda settings, loader: app)
-    monkeypatch.setattr(module, "end_process", lambda *how: app.calls.put_nowait(f"end {how}"))
+    monkeypatch.setattr(module, "end_process", lambda *how, is_logged: app.calls.put_nowait(f"end {how}"))
     yield app
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
