@@ -278,7 +278,7 @@ def test_kernels_that_the_machine_lacks_end_the_load_in_one_sentence(monkeypatch
         def __getattr__(self, name: str) -> object:
             raise ImportError("TGI_ISA must be one of portable, avx2 on this machine, got sse9")
 
-    monkeypatch.setattr(sources, "resolve", lambda settings, progress: None)
+    monkeypatch.setattr(sources, "resolve", lambda *given: types.SimpleNamespace(model_id="m"))
     monkeypatch.setitem(sys.modules, "tgi_asgi.runner.load", Refusing("tgi_asgi.runner.load"))
     with pytest.raises(ModelLoadError, match=r"^TGI_ISA must be one of"):
         load_model(Settings(model_id="m"), lambda *progress: None)
