@@ -7,9 +7,8 @@ The first needs no GPU, only g++: csrc/bindings/cuda is compiled together with o
 that cost nothing. Prints one JSON object: the number of operators in a mixed step of Llama-3-8B's shape and
 the median microseconds to launch them all; and for decode steps of 1 to 256 sequences the medians, with
 quartiles, of writing the inputs (`fill`), of submitting copies and graphs (`submit`), of the launch as a
-whole, and of reading the results (`fetch`). With `--pause-ms`, that long after each step nothing happens,
-as while a GPU computes: the next step then finds the processor's caches cold, which takes several times as
-long.
+whole, and of reading the results (`fetch`). With `--pause-ms`, nothing happens for that long after each step,
+as while a GPU computes; the next step then takes several times as long, probably because caches are cold.
 """
 
 from __future__ import annotations
