@@ -152,7 +152,8 @@ def test_one_limit_under_two_names_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "level"),
     [("info", "info"), ("WARN", "warn"), ("trace", "debug"), ("off", "error"), ("info,hyper=debug", "info"),
-     ("text_generation_router=debug", "info"), ("router=debug,warn", "warn")],
+     ("hyper=debug", "info"), ("router=debug,warn", "warn"), ("text_generation_router=debug", "debug"),
+     ("warn, text_generation_router=info,", "info"), ("loud", "loud")],
 )  # fmt: skip
 def test_levels_of_rust_filters_are_understood(text: str, level: str) -> None:
     assert simple_level(text) == level

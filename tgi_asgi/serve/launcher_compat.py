@@ -19,7 +19,7 @@ from tgi_asgi.settings.kinds import is_address
 _SHARDED = "sharded"  # says only that there are shards; the setting `num_shard` has their number
 _ON = frozenset({"1", "true", "yes", "on"})
 _OFF = frozenset({"", "0", "false", "no", "off"})
-_LEVELS = {"trace": "debug", "debug": "debug", "info": "info", "warn": "warn", "warning": "warn"}
+_LEVELS = {"trace": "debug", "warning": "warn", "off": "error"}  # others have the same name here
 SAGEMAKER_PORT = "8080"
 
 
@@ -175,6 +175,14 @@ def apply_paths(options: dict[str, Any], environ: MutableMapping[str, str]) -> N
 
 
 def simple_level(text: str) -> str:
-    """Return the global level of a Rust tracing filter: info for `info,router=debug`."""
-    bare = [part.strip().lower() for part in text.split(",") if "=" not in part]
-    return next((_LEVELS[part] for part in bare if part in _LEVELS), "error" if bare else "info")
+    """Return the level of TGI's router in a Rust tracing filter: info for `info,hyper=debug`.
+
+    A word that is no level is returned as it is, for the settings to refuse.
+    """
+    levels = {"": "info"}
+    for part in text.lower().split(","):
+        target, _, level = part.rpartition("=")
+        if level.strip():
+            levels[target.strip()] = level.strip()
+    level = levels.get("text_generation_router", levels[""])
+    return _LEVELS.get(level, level)
