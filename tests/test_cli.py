@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import logging
+import subprocess
 import sys
 
 import click
@@ -213,6 +213,7 @@ def test_env_prints_versions_and_settings_without_keys(run: _Run) -> None:
         (["--dtype", "int3"], {}, "'int3' is not one of"),
         (["--api-key", ""], {}, "--api-key must not be empty"),
         ([], {"PORT": "x"}, "PORT='x' is not a valid int"),
+        ([], {"LOG_LEVEL": "loud"}, "--log-level must be one of debug, info, warn, error, got 'loud'"),
         (["--max-input-tokens", "9", "--max-total-tokens", "9"], {}, "--max-input-tokens must be below"),
     ],
 )
@@ -246,6 +247,7 @@ def test_sagemaker_s_one_argument_means_its_port_and_its_variables(
     run: _Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["tgi-asgi", "serve"])
+    monkeypatch.setattr(cli_module, "end_on_signals", lambda: None)
     for name in ("PORT", "MODEL_ID", "HF_MODEL_ID"):  # monkeypatch then restores them
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("HF_MODEL_ID", "org/name")
@@ -261,8 +263,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_1(run: _Run) ->
     assert result.output == "tgi-asgi: m.gguf is cut short\n"
 
 
-def test_the_module_runs_as_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
-    monkeypatch.setattr(cli_module, "main", lambda: called.append(True))
-    importlib.import_module("tgi_asgi.__main__")
-    assert called
+@pytest.mark.parametrize("name", ["tgi_asgi", "tgi_asgi.cli"])
+def test_the_module_runs_as_a_command(name: str) -> None:
+    shown = subprocess.check_output([sys.executable, "-m", name, "--version"], text=True)
+    assert shown == f"tgi-asgi, version {__version__}\n"

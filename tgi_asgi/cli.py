@@ -22,7 +22,7 @@ from tgi_asgi.errors import InvalidRequest, TgiError
 from tgi_asgi.observe import logs
 from tgi_asgi.serve import launcher_compat
 from tgi_asgi.serve.launcher_compat import CompatOption
-from tgi_asgi.serve.process import end_on_sigterm, end_process, open_standard_streams, say
+from tgi_asgi.serve.process import end_on_signals, end_process, open_standard_streams, say
 from tgi_asgi.settings import DEMO_MODEL, Settings, flag_of
 from tgi_asgi.system import num_processors
 
@@ -234,10 +234,14 @@ def make_command() -> click.Command:
 def main() -> None:
     """Run the command; the entry point of `tgi-asgi` and of `python -m tgi_asgi`."""
     open_standard_streams()
-    end_on_sigterm()
+    end_on_signals()
     arguments = sys.argv[1:]
     try:
         os.environ.update(launcher_compat.environment_changes(os.environ, arguments))
     except InvalidRequest as error:
         end_process(error.message, 2)
     make_command().main([] if launcher_compat.is_sagemaker(arguments) else arguments, prog_name="tgi-asgi")
+
+
+if __name__ == "__main__":
+    main()

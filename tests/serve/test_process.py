@@ -27,10 +27,11 @@ end_process("nor this", 7 if opened == 3 and sys.stdin.read() == "" and sys.stde
 
 @pytest.fixture
 def _restored() -> Iterator[None]:
-    """Restore the handler of SIGTERM."""
-    handler = signal.getsignal(signal.SIGTERM)
+    """Restore the handlers of SIGINT and SIGTERM."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_closed_standard_streams_are_opened_on_the_null_device() -> None:
@@ -60,7 +61,7 @@ def test_a_server_that_could_accept_nobody_does_not_start(monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("_restored")
 @pytest.mark.parametrize(("pid", "is_handled"), [(1, True), (2, False)])
-def test_an_init_process_can_be_ended_from_the_start(
+def test_a_server_can_be_interrupted_from_the_start_and_an_init_process_also_terminated(
     monkeypatch: pytest.MonkeyPatch, pid: int, is_handled: bool
 ) -> None:
     monkeypatch.setattr(os, "getpid", lambda: pid)
@@ -70,5 +71,6 @@ def test_an_init_process_can_be_ended_from_the_start(
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the kernel treats it for an init process
     with pytest.raises(SystemExit):
         cli.main()
+    signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGTERM)
-    assert ended == ([(None, 143)] if is_handled else [])
+    assert ended == [(None, 130)] + [(None, 143)] * is_handled

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -51,10 +51,12 @@ async def _signal(app: _App, number: signal.Signals) -> None:
             await asyncio.sleep(0)
 
 
+def _server(**settings: Any) -> Server:
+    return Server(Settings(**settings), "http://127.0.0.1:1", loader=lambda *given: pytest.fail("no model"))
+
+
 def _serve(**settings: Any) -> None:
-    Server(
-        Settings(**settings), "http://127.0.0.1:1", loader=lambda *given: pytest.fail("no model")
-    ).handle_signals()
+    _server(**settings).handle_signals()
 
 
 async def test_a_hangup_reloads_the_app_again_and_again(app: _App) -> None:
@@ -89,6 +91,23 @@ async def test_a_person_at_the_terminal_does_not_wait_for_balancers(app: _App) -
     await _signal(app, signal.SIGINT)
     async with asyncio.timeout(LONGEST_S):
         assert await app.calls.get() == "drain within 90 s"
+
+
+async def test_an_interrupt_while_the_model_loads_ends_the_process_without_a_word(
+    app: _App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app.context.served = None
+    ended = []
+
+    def end(reason: str | None, code: int, *, is_logged: bool) -> NoReturn:
+        ended.append((reason, code))
+        raise SystemExit
+
+    monkeypatch.setattr(module, "end_process", end)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(SystemExit):
+            _server()._on_signal(number)
+    assert ended == [(None, 130), ("stopped while loading", 0)]
 
 
 async def test_a_second_signal_ends_the_delay_and_the_process(

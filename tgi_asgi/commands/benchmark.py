@@ -282,6 +282,7 @@ def own_server(model_id: str, flags: tuple[str, ...], api_key: str | None) -> It
     Raises:
         click.ClickException: if it ended before it was ready; the message is its last line.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # an exception: it must stop the server, too
     with tempfile.TemporaryDirectory(prefix="tgi-asgi-") as folder:
         path, log = Path(folder) / "socket", Path(folder) / "log"
         command = [sys.executable, "-m", "tgi_asgi", "--model-id", model_id, "--uds", str(path), *flags]

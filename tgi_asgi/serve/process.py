@@ -68,14 +68,19 @@ def open_standard_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def end_on_sigterm() -> None:
-    """End on SIGTERM from now on, if this process is the init process of its PID namespace.
+def end_on_signals() -> None:
+    """End quietly on SIGINT from now on, and on SIGTERM if this is the init process of its PID namespace.
 
-    The kernel ignores signals to such a process, a container's first, until it has handlers. One that is
+    The kernel ignores SIGTERM to such a process, a container's first, until it has a handler. One that is
     stopped while it imports libraries or downloads a model would run on until it is killed.
     """
+
+    def end(number: int, frame: object) -> None:
+        end_process(None, 128 + number)
+
+    signal.signal(signal.SIGINT, end)
     if os.getpid() == 1:
-        signal.signal(signal.SIGTERM, lambda number, frame: end_process(None, 128 + number))
+        signal.signal(signal.SIGTERM, end)
 
 
 def shorten_waits_for_gil() -> None:

@@ -113,6 +113,8 @@ class Server:
         served = self._app.context.served
         if served is None:
             self._console.close()
+            if number == signal.SIGINT:
+                self._end(None, 128 + number)
             self._end("stopped while loading", 0)
         loop = asyncio.get_running_loop()
         if self._drain is not None:
