@@ -111,7 +111,7 @@ def test_failures_are_counted_shown_and_the_exit_code(server: ServerProcess) -> 
     run = benchmark("--url", server.url, "-b", "1", "-s", "5000", "-r", "2", "-w", "0", API_KEY="secret")
     assert run.returncode == 1
     row, reason = run.stdout.splitlines()[-2:]
-    assert row.split() == ["1", *"-" * 6, "0.0", "0.0", "0.00", "2"]
+    assert row.split() == ["1", *"-" * 6, "0.0", "0.0", "0", "0.00", "2"]
     assert "first failure: 400:" in reason
 
 
@@ -203,7 +203,7 @@ def test_a_load_s_figures_are_those_of_its_answers() -> None:
     title, names = table_head().splitlines()
     row = table_row(figures)
     assert len(title) == len(names) == len(row) <= 110
-    assert " ".join(row.split()) == "2 500.0 1,000.0 1,000.0 1,000.00 1,000.00 1,000.0 7.5 1.0 0.50 1"
+    assert " ".join(row.split()) == "2 500.0 1,000.0 1,000.0 1,000.00 1,000.00 1,000.0 7.5 1.0 2 0.50 1"
 
 
 @pytest.mark.parametrize(

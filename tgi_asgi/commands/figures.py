@@ -73,27 +73,28 @@ _GROUPS: tuple[tuple[str, tuple[_Column, ...]], ...] = (
     (
         "first token, ms",
         (
-            ("p50", 11, 1, _of("time_to_first_token_ms", 50)),
+            ("p50", 10, 1, _of("time_to_first_token_ms", 50)),
             ("p90", 9, 1, _of("time_to_first_token_ms", 90)),
             ("p99", 9, 1, _of("time_to_first_token_ms", 99)),
         ),
     ),
     (
         "each token, ms",
-        (("p50", 11, 2, _of("time_per_token_ms", 50)), ("p99", 9, 2, _of("time_per_token_ms", 99))),
+        (("p50", 9, 2, _of("time_per_token_ms", 50)), ("p99", 9, 2, _of("time_per_token_ms", 99))),
     ),
-    ("pause, ms", (("p99", 11, 1, _of("pause_ms", 99)),)),
+    ("pause, ms", (("p99", 10, 1, _of("pause_ms", 99)),)),
     (
         "tokens a second",
         (
-            ("prompt", 11, 1, lambda figures: figures["prompt_tokens_per_s"]),
+            ("prompt", 10, 1, lambda figures: figures["prompt_tokens_per_s"]),
             ("answer", 9, 1, lambda figures: figures["output_tokens_per_s"]),
         ),
     ),
     (
         "requests",
         (
-            ("a second", 10, 2, lambda figures: figures["requests_per_s"]),
+            ("answered", 9, 0, lambda figures: figures["requests"]),
+            ("a second", 9, 2, lambda figures: figures["requests_per_s"]),
             ("failed", 8, 0, lambda figures: figures["failed"]),
         ),
     ),
