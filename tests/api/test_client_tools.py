@@ -145,6 +145,22 @@ async def test_a_function_with_the_name_of_such_a_tool_is_a_function() -> None:
     assert body["output"][0]["type"] == "function_call"
 
 
+async def test_a_shell_and_a_function_of_that_name_are_two_tools() -> None:
+    tools = [LOCAL, {"type": "function", "name": "shell", "parameters": {"type": "object"}}]
+    (_, arguments), item = BARE_SHELL
+    made = write("hermes", [("shell", arguments), ("builtin__shell", arguments)])
+    _, body = await post(say(*pieces_of(made)), tools=tools)
+    assert [own(each) for each in body["output"]] == [
+        {"type": "function_call", "name": "shell", "arguments": json.dumps(arguments)}, item
+    ]  # fmt: skip
+    shown = read_tools(ResponsesRequest(tools=tools))
+    assert [tool.name for tool in shown] == ["builtin__shell", "shell"]
+    [message] = read_items(body["output"], tools=shown)
+    assert [called["function"]["name"] for called in message["tool_calls"]] == ["shell", "builtin__shell"]
+    chosen = read_choice(shown, {"type": "shell"}, offered={"shell", "function"}, is_parallel=True)
+    assert chosen is not None and [spec.name for spec in chosen.specs] == ["builtin__shell"]
+
+
 def test_the_model_is_shown_functions_with_the_arguments_of_the_items() -> None:
     tools = {tool.name: tool for tool in read_tools(ResponsesRequest(tools=TOOLS))}
     required = {name: (tool.parameters or {})["required"] for name, tool in tools.items()}

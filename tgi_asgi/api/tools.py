@@ -81,12 +81,13 @@ class Tool:
 def distinct(tools: Sequence[Tool]) -> list[Tool]:
     """Return the tools with different names: those of namespaces get the namespace's name in front.
 
+    OpenAI's own types of tools are in a namespace, too: its API takes a `shell` beside a function `shell`.
     Only names that several tools have change, so that most tools keep the name that their texts mention.
     """
     counts = Counter(tool.name for tool in tools)
     return [
-        replace(tool, name=f"{tool.namespace.rstrip('_')}__{tool.name}", own_name=tool.name)
-        if tool.namespace and counts[tool.name] > 1
+        replace(tool, name=f"{namespace.rstrip('_')}__{tool.name}", own_name=tool.name)
+        if (namespace := tool.namespace or (tool.own_type and "builtin")) and counts[tool.name] > 1
         else tool
         for tool in tools
     ]

@@ -246,6 +246,7 @@ def _call(item: Item, kind: str, path: str, names: Mapping[Any, str]) -> dict[st
     arguments: Any
     if kind in CALLS:
         name, arguments = CALLS[kind].kind, CALLS[kind].arguments_of(item, path)
+        name = names.get((None, name), name)
     else:
         name, namespace = string_of(item, "name", path), item.get("namespace")
         if isinstance(namespace, str):
