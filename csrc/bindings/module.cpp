@@ -160,6 +160,7 @@ void bind_team(py::module_& module) {
 
 PYBIND11_MODULE(_C, module) {
   tgi::check_requested_isa();
+  tgi::cpu::raise_stack_size();
   module.doc() = "The engine's own arithmetic on CPUs; call it through tgi_asgi.ops.";
   module.def(
       "kernel_set", [] { return std::string(tgi::step::kernels().name); },

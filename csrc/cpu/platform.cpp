@@ -148,6 +148,19 @@ bool nice_thread(int nice) {
   return setpriority(PRIO_PROCESS, thread, nice) == 0;
 }
 
+void raise_stack_size() {
+  // Attention keeps 66 KB of tiles on the stack, and 128 KB in all have been too little.
+  constexpr size_t kNeededBytes = 512 << 10;
+  pthread_attr_t defaults;
+  size_t bytes = 0;
+  if (pthread_getattr_default_np(&defaults) != 0) return;
+  pthread_attr_getstacksize(&defaults, &bytes);
+  if (bytes < kNeededBytes && pthread_attr_setstacksize(&defaults, kNeededBytes) == 0) {
+    pthread_setattr_default_np(&defaults);
+  }
+  pthread_attr_destroy(&defaults);
+}
+
 void name_thread(const char* name) {
   char kept[16];
   std::snprintf(kept, sizeof(kept), "%s", name);
@@ -182,6 +195,7 @@ void wait_on(std::atomic<uint32_t>* word, uint32_t expected) {
 void wake_all(std::atomic<uint32_t>*) {}
 bool pin_thread(const std::vector<int>&) { return false; }
 bool nice_thread(int) { return false; }
+void raise_stack_size() {}
 void name_thread(const char*) {}
 void advise_huge_pages(void*, int64_t) {}
 

@@ -34,6 +34,10 @@ double thread_cpu_s();
 // Sets the calling thread's nice value. Returns false if the system refused.
 bool nice_thread(int nice);
 
+// Gives threads that start from now on, those of Python included, a stack that kernels fit in,
+// where the limit (ulimit -s) or the C library (musl) would give a smaller one.
+void raise_stack_size();
+
 // Names the calling thread for top and perf; at most 15 characters are kept.
 void name_thread(const char* name);
 

@@ -71,6 +71,20 @@ def test_the_default_is_what_the_process_may_use(team: None) -> None:
     assert _C.num_threads() == _C.default_num_threads() <= len(os.sched_getaffinity(0))
 
 
+def test_kernels_fit_the_stacks_of_threads_where_the_shell_s_limit_is_small() -> None:
+    script = """
+import ctypes
+from tgi_asgi import _C
+
+libc, defaults, size = ctypes.CDLL(None), ctypes.create_string_buffer(64), ctypes.c_size_t()
+libc.pthread_getattr_default_np(defaults)
+libc.pthread_attr_getstacksize(defaults, ctypes.byref(size))
+print(size.value)
+"""
+    command = ["sh", "-c", 'ulimit -s 128; exec "$0" -c "$1"', sys.executable, script]
+    assert int(subprocess.check_output(command)) >= 512 << 10
+
+
 @pytest.mark.parametrize("num_started", [0, 1])
 def test_a_thread_that_cannot_start_is_an_error_and_a_smaller_team_works(num_started: int) -> None:
     """Limit the address space to the stacks of this many threads, which acts like a limit on processes."""
