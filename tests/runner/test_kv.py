@@ -64,6 +64,8 @@ def test_a_cache_that_the_system_refuses_names_the_option(block_size: int) -> No
     assert size.num_tokens > 1 << 30
     with pytest.raises(ModelLoadError, match=r"GiB for a KV cache .* set --max-batch-total-tokens to less"):
         make_cpu_pool(config, size, kv.groups_of(config, size.dtype))
+    with pytest.raises(ModelLoadError, match=r"GiB for a KV cache .* set --max-batch-total-tokens to less"):
+        kv.check_address_space(size)
 
 
 def test_float32_arithmetic_has_a_float32_cache() -> None:

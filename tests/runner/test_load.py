@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import mmap
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -190,19 +192,31 @@ def test_float16_is_refused_with_a_cure(files: ModelFiles) -> None:
         load_closed(files, settings(dtype="float16"))
 
 
-def test_a_tokenizer_or_chat_template_that_is_not_there_is_found_out_before_the_weights_are_read(
+def test_what_is_wrong_with_texts_and_settings_is_found_out_before_the_weights_are_read(
     files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[int] = []
     monkeypatch.setattr(load_module, "ThreadPoolExecutor", _AtOnce)
+    monkeypatch.setattr(mmap, "mmap", _SmallMmap)
     template = settings(tokenizer_config_path="/nowhere/template.jinja")
     for given, model, message in (
         (template, files, "chat template"),
         (settings(), save(make_model(), tmp_path), r"no such file: .*tokenizer\.json"),
+        (settings(score_tokens="no such token"), files, "--score-tokens no such token"),
+        (settings(max_batch_total_tokens=1 << 24), files, "set --max-batch-total-tokens to less"),
     ):
         with pytest.raises(ModelLoadError, match=message):
             load(given, model, lambda stage, at, total: done.append(at))
         assert done == []
+
+
+class _SmallMmap(mmap.mmap):
+    """Maps at most 1 GiB, as on a small machine."""
+
+    def __new__(cls, file: int, length: int, *given: Any, **named: Any) -> Self:
+        if length > 1 << 30:
+            raise OSError(errno.ENOMEM, "no memory")
+        return super().__new__(cls, file, length, *given, **named)
 
 
 class _AtOnce(ThreadPoolExecutor):

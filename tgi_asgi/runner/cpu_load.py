@@ -16,7 +16,14 @@ from tgi_asgi.models.pooling import Dense, PoolingFiles
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner import prompt_precision
 from tgi_asgi.runner.drafts import max_drafts_per_row, speculation_of
-from tgi_asgi.runner.kv import KvSize, choose_cpu_dtype, choose_size, groups_of, step_tokens
+from tgi_asgi.runner.kv import (
+    KvSize,
+    check_address_space,
+    choose_cpu_dtype,
+    choose_size,
+    groups_of,
+    step_tokens,
+)
 from tgi_asgi.runner.load_by_team import load_by_team
 from tgi_asgi.runner.memory import (
     check_weights_fit,
@@ -221,6 +228,7 @@ def _divide(
         cache = choose_size(config, settings, groups, kv_dtype, longest, free, repeats=repeats)
     if opened.kind == "encoder":
         cache = replace(cache, bytes_per_token=0)
+    check_address_space(cache)
     return _MemoryBudget(cache, batch, num_kept, adapter_bytes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 
 from tgi_asgi import ops
@@ -136,6 +137,26 @@ def _check_holds(size: KvSize, max_total_tokens: int, settings: Settings, free_b
             if settings.max_batch_total_tokens is not None
             else f"free memory: a token needs {token_bytes} bytes, {free_bytes} are free"
         )
+    )
+
+
+def check_address_space(size: KvSize) -> None:
+    """Refuse a pool that the system has no address space for, before weights are read.
+
+    Raises:
+        ModelLoadError: if it does not grant that much now.
+    """
+    try:
+        mmap.mmap(-1, max(size.num_bytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except (OSError, OverflowError):
+        raise refusal(size) from None
+
+
+def refusal(size: KvSize) -> ModelLoadError:
+    """Return the error for a pool that the system has no address space for."""
+    return ModelLoadError(
+        f"the system refuses {size.num_bytes / (1 << 30):.1f} GiB for a KV cache of {size.num_tokens} "
+        "tokens: set --max-batch-total-tokens to less"
     )
 
 

@@ -25,7 +25,7 @@ from tgi_asgi.models.loading.open import OpenModel, ServedModel
 from tgi_asgi.runner.cpu_load import OnCpu
 from tgi_asgi.runner.free_memory import free_memory
 from tgi_asgi.runner.kv import KvSize
-from tgi_asgi.runner.load_pooling import with_pooling
+from tgi_asgi.runner.load_pooling import score_tokens, with_pooling
 from tgi_asgi.runner.memory import check_rope_fits, choose_context, kept_state_bytes
 from tgi_asgi.runner.placement import Placed, Placement, Runner
 from tgi_asgi.runner.shards import Shards
@@ -90,7 +90,13 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         ) as opened,
         ThreadPoolExecutor(1, thread_name_prefix="tgi-load") as executor,
     ):
-        reading = executor.submit(opened.read_text)  # in parallel with the weights: both take about as long
+        pooling = opened.companions.pooling()
+
+        def read_text() -> tuple[Tokenizer, ChatTemplate | None, tuple[int, ...]]:
+            tokenizer, template = opened.read_text()
+            return tokenizer, template, score_tokens(opened.config, pooling, settings, tokenizer)
+
+        reading = executor.submit(read_text)  # in parallel with the weights: both take about as long
         free = free_memory()
         longest = choose_context(opened.config, settings.max_total_tokens, free)
         place = _place(opened, files, settings, device, longest, free)
@@ -99,7 +105,7 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         image_processor = opened.read_image_processor()
 
         def report(stage: str, done: int, total: int | None) -> None:
-            if reading.done():  # without a tokenizer or template, the rest would be read in vain
+            if reading.done():  # if it has failed, the rest would be read in vain
                 reading.result()
             progress(stage, done, total)
 
@@ -108,11 +114,11 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         progress("loading weights", weights.num_bytes, weights.num_bytes)
         if opened.is_generic:
             _announce(model, opened.why_generic)
-        tokenizer, chat_template = reading.result()
-        pooling, generation = opened.companions.pooling(), opened.companions.generation_config()
+        tokenizer, chat_template, scored = reading.result()
+        generation = opened.companions.generation_config()
     placed = place.place(model, pooling)
     info = _describe(place, placed, opened, model, files, weights, tokenizer, num_threads)
-    info = with_pooling(info, opened, pooling, place.settings, tokenizer, chat_template)
+    info = with_pooling(info, opened, pooling, place.settings, scored, chat_template)
     info = _with_sampling(info, generation, place.settings)
     return LoadedModel(
         placed.runner, tokenizer, chat_template, info, image_processor, placed.adapters, place.shards

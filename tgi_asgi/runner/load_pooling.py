@@ -42,23 +42,24 @@ the answer can only be "yes" or "no".<|im_end|>
 
 {{ "" }}"""
 
+_NOT_POOLED = "an encoder-decoder gives no vectors and no scores here"
+
 
 def with_pooling(
-    info: ModelInfo, opened: OpenModel, files: PoolingFiles, settings: Settings, tokenizer: Tokenizer,
+    info: ModelInfo, opened: OpenModel, files: PoolingFiles, settings: Settings, tokens: tuple[int, ...],
     template: ChatTemplate | None,
 ) -> ModelInfo:  # fmt: skip
     """Return the API's description of a model with how it embeds, scores and classifies added.
 
+    Args:
+        tokens: The result of `score_tokens`.
+
     Raises:
-        ModelLoadError: if `--score-tokens` or the files name tokens that the model lacks, or a `Dense` layer
-            does not fit.
+        ModelLoadError: if a `Dense` layer does not fit.
     """
     config = opened.config
     if config.encoder_decoder is not None:
-        reason = "an encoder-decoder gives no vectors and no scores here"
-        if settings.pooling is not None or settings.score_tokens is not None:
-            raise ModelLoadError(f"--pooling and --score-tokens: {reason}")
-        return replace(info, why_no_pooling=reason)
+        return replace(info, why_no_pooling=_NOT_POOLED)
     kind = files.kind if settings.pooling is None else PoolingKind(settings.pooling)
     if kind is not None and files.reason:
         logger.warning("--pooling %s overrides all that the files ask for: %s", kind.value, files.reason)
@@ -71,7 +72,6 @@ def with_pooling(
     labels = opened.companions.labels() if config.num_labels else LabelFiles()
     # Encoders are run by transformers' own code, which decides for itself.
     pad_id = labels.pad_id if isinstance(config, ModelConfig) else None
-    tokens = _score_tokens(config, files, settings, tokenizer)
     if tokens:
         given["scoring"] = Scoring(
             Pooling(PoolingKind.LOGITS, tokens, pad_id), longest, _score_template(config, template)
@@ -110,10 +110,18 @@ def _dimensions(config: ServedConfig, files: PoolingFiles) -> int:
     return dimensions
 
 
-def _score_tokens(
+def score_tokens(
     config: ServedConfig, files: PoolingFiles, settings: Settings, tokenizer: Tokenizer
 ) -> tuple[int, ...]:
-    """Return the ids whose logits make a score: a classifier's labels, or tokens of files or settings."""
+    """Return the ids whose logits make a score: a classifier's labels, or tokens of files or settings.
+
+    Raises:
+        ModelLoadError: if the settings or files name tokens that the model lacks, or ask for what it cannot.
+    """
+    if config.encoder_decoder is not None:
+        if settings.pooling is not None or settings.score_tokens is not None:
+            raise ModelLoadError(f"--pooling and --score-tokens: {_NOT_POOLED}")
+        return ()
     if config.num_labels:
         return tuple(range(config.num_labels)) if config.num_labels <= 2 else ()
     if settings.score_tokens is None:

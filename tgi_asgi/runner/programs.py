@@ -9,12 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi import ops
-from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.family import Model, record
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.runner.groups import CacheGroups
-from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.kv import KvSize, refusal
 from tgi_asgi.runner.plan import DraftLimits
 
 if TYPE_CHECKING:
@@ -86,10 +85,7 @@ def make_cpu_pool(config: ServedConfig, size: KvSize, groups: CacheGroups) -> op
             dtype=size.dtype,
         )  # fmt: skip
     except MemoryError:
-        raise ModelLoadError(
-            f"the system refuses {size.num_bytes / (1 << 30):.1f} GiB for a KV cache of {size.num_tokens} "
-            "tokens: set --max-batch-total-tokens to less"
-        ) from None
+        raise refusal(size) from None
     pool.supply(SUPPLIED_BYTES)
     return pool
 
