@@ -225,7 +225,7 @@ def load_model(settings: Settings, progress: Progress) -> Served:
     from tgi_asgi.formats.sources import resolve
 
     files = resolve(settings, progress)
-    named = named_adapters(settings, settings.served_model_name or files.model_id)
+    named = named_adapters(settings, files.model_id)
     progress("loading libraries", 0, None)
     from tgi_asgi.engine.engine import Engine
 

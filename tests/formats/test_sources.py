@@ -35,6 +35,12 @@ class TestPaths:
         path.write_bytes(b"GGUF")
         assert find(path) == ModelFiles("m", None, "gguf", path)
 
+    def test_the_served_name_replaces_the_model_id(self, tmp_path: Path) -> None:
+        path = tmp_path / "m.gguf"
+        path.write_bytes(b"GGUF")
+        settings = Settings(model_id=str(path), served_model_name="mine")
+        assert resolve(settings, ignore_progress).model_id == "mine"
+
     def test_a_directory_needs_config_and_weights(self, tmp_path: Path) -> None:
         with pytest.raises(ModelLoadError, match=r"has no config\.json"):
             find(tmp_path)

@@ -118,10 +118,6 @@ def test_the_fingerprint_names_weights_and_arithmetic(files: ModelFiles, tmp_pat
     assert load_closed(other, settings()).info.fingerprint != first
 
 
-def test_the_served_name_replaces_the_model_id(files: ModelFiles) -> None:
-    assert load_closed(files, settings(served_model_name="mine")).info.model_id == "mine"
-
-
 def test_quantize_is_not_ignored_without_a_word(files: ModelFiles, caplog: pytest.LogCaptureFixture) -> None:
     load_closed(files, settings(quantize="q8_0"))
     assert not caplog.text

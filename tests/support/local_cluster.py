@@ -45,7 +45,7 @@ def toy_loader(*, num_blocks: int = 512, step_s: float = 0.0) -> Loader:
         )
         tokenizer = ToyTokenizer()
         info = toy_info(
-            model_id=settings.served_model_name or settings.model_id,
+            model_id=settings.model_name,
             max_total_tokens=CONTEXT,
             max_input_tokens=CONTEXT - 1,
         )

@@ -36,7 +36,7 @@ _FILE_SUFFIXES = _PICKLE_SUFFIXES | {".gguf", ".safetensors"}
 class ModelFiles:
     """Location of a model on the local disk."""
 
-    model_id: str  # as the administrator named it; for a path only its last part, since clients see it
+    model_id: str  # for clients: as the administrator named it, or a path's last part
     revision: str | None  # the Hub's commit, or the SHA-256 of a wheel's GGUF file
     kind: Literal["gguf", "directory"]
     path: Path  # the .gguf file, or the directory with config.json and safetensors
@@ -195,7 +195,8 @@ def resolve(settings: Settings, progress: Progress) -> ModelFiles:
         ModelLoadError: if there is no such model, it cannot be served, or it cannot be fetched.
     """
     found = _find(settings, progress)
-    return found if isinstance(found, ModelFiles) else _with_base(found, settings, progress)
+    files = found if isinstance(found, ModelFiles) else _with_base(found, settings, progress)
+    return replace(files, model_id=settings.served_model_name or files.model_id)
 
 
 @dataclass(frozen=True, slots=True)

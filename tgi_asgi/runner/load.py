@@ -154,7 +154,7 @@ def _describe(
     max_total_tokens = cache.longest_fitting(place.longest)
     num_kept = runner.traits.num_kept_states or 0
     return ModelInfo(
-        model_id=settings.served_model_name or files.model_id,
+        model_id=files.model_id,
         revision=files.revision,
         architecture=config.architecture,
         dtype=place.dtype,
