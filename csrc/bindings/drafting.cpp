@@ -13,7 +13,6 @@ std::vector<SlotPosition> slot_positions(const PlannedRows& planned, const Sampl
   for (size_t index = 0; index < places.size(); ++index) {
     const PlannedRows::Row& row = planned.rows[index];
     if (!row.is_from_slot) continue;
-    check(row.slot < state.num_slots(), "slot ", row.slot, " of ", state.num_slots());
     const SampleSlot& record = state.record(row.slot);
     places[index] = {record.last_id, record.position};
   }

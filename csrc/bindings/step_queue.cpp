@@ -80,7 +80,11 @@ void StepQueue::end(Item item) {
   signal_.raise();
 }
 
-void StepQueue::set_sampling(std::shared_ptr<SampleArrays> state) { sampling_ = std::move(state); }
+void StepQueue::set_sampling(std::shared_ptr<SampleArrays> state) {
+  check(!limits_ || state->num_slots() >= limits_->max_rows,
+        "the sampling state must have the slots of a queue's rows, got ", state->num_slots());
+  sampling_ = std::move(state);
+}
 
 void StepQueue::set_drafter(std::shared_ptr<cpu::Drafter> drafter) {
   check(!limits_ || drafter->num_slots() >= limits_->max_rows,
@@ -101,7 +105,16 @@ void StepQueue::compute(Step& step) {
     step.error = error.what();
   }
   program_->roll_back_to(num_steps);
+  discard_later_states(step.planned);
   step.has_failed = true;
+}
+
+void StepQueue::discard_later_states(const PlannedRows& planned) {
+  if (sampling_ == nullptr) return;  // no slot was ever started
+  for (const PlannedRows::Row& row : planned.rows) {
+    const int64_t end = row.is_floating ? sampling_->record(row.slot).position - 1 : row.start;
+    program_->discard_states(row.slot, end);
+  }
 }
 
 void StepQueue::run_and_sample(Step& step) {

@@ -79,6 +79,8 @@ class StepQueue {
   void end(Item item);
   void compute(Step& step);
   void run_and_sample(Step& step);
+  // Does what HostRunner._discard_later_states does for a failed step.
+  void discard_later_states(const PlannedRows& planned);
   static pybind11::object outcome_of(const Item& item);
 
   const std::shared_ptr<Program> program_;

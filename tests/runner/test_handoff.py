@@ -316,6 +316,8 @@ def test_a_drafter_has_the_slots_of_the_rows() -> None:
     with pytest.raises(ValueError, match="must have the slots of a queue's rows, got 1"):
         steps.set_drafter(ops.Drafter(num_slots=1, shortest=2, longest=4))
     steps.set_drafter(ops.Drafter(num_slots=2, shortest=2, longest=4))
+    with pytest.raises(ValueError, match="must have the slots of a queue's rows, got 1"):
+        steps.set_sampling(ops.SampleState(1, 8).arrays)
 
 
 def test_a_closed_queue_takes_no_steps() -> None:

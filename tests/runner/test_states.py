@@ -72,6 +72,24 @@ def test_a_step_behind_a_failed_one_cannot_begin_with_a_state_from_before_it(
     runner.close()
 
 
+async def test_a_step_that_fails_outside_of_python_leaves_no_state_from_before_it_either() -> None:
+    runner = loading.load(settings(max_batch_size=2), checkpoint(LFM2), lambda *_: None).runner
+    prompt, table = [5, 6, 7], [[0]]
+    begun = [SlotStart(0, SamplingParams(temperature=0.0), 0, prompt)]
+    result = await runner.submit(StepPlan(0, [StepRow(0, prompt, 0, table, samples=True)], begun))
+    [first] = result.sampled
+    assert first is not None
+    expected = await runner.submit(StepPlan(1, [StepRow(0, None, 3, table, samples=True)]))  # void
+    again = StepRow(0, [first.token_id], 3, table, samples=True)
+    other = StepRow(1, None, 5, [[1]], samples=True, stop=9)
+    with pytest.raises(RuntimeError, match="slot 1 is at"):
+        await runner.submit(StepPlan(2, [again, other]))
+    with pytest.raises(RuntimeError, match="no state of 4 tokens"):
+        await runner.submit(StepPlan(3, [StepRow(0, None, 4, table, samples=True)]))
+    assert (await runner.submit(StepPlan(4, [again]))).sampled == expected.sampled
+    runner.close()
+
+
 def _fail(start: SlotStart) -> None:
     raise RuntimeError("planted")
 
