@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import transformers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
@@ -343,11 +343,22 @@ def test_sentence_transformers_may_lower_the_case_of_texts(
         assert found == tokenizer.encode(text, add_special_tokens=False)
 
 
+def sentencepiece(*steps: Any) -> Any:
+    return decoders.Sequence([*steps, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+
+
 @pytest.mark.parametrize(
     ("decoder", "pieces", "text"),
     [
         (decoders.Metaspace(), ["\u2581a", "b", "\u2581c", "_d"], "ab c_d"),
         (decoders.Metaspace(replacement="_"), ["_a", "b", "_c", "\u2581d"], "ab c\u2581d"),
+        (sentencepiece(decoders.Replace("_", " ")), ["_a", "b", "_c", "\u2581d"], "ab c\u2581d"),
+        (sentencepiece(decoders.Replace(Regex("[_~]"), " ")), ["_a", "b", "~c", "<0x64>"], "ab cd"),
+        (
+            sentencepiece(decoders.Replace("_", " "), decoders.Replace("~", "-")),
+            ["_a", "~b", "c", "d"],
+            "a-bcd",
+        ),
         (decoders.WordPiece(cleanup=False), ["a", "##b", "c", "@@d"], "ab c @@d"),
         (decoders.WordPiece(prefix="@@", cleanup=False), ["a", "@@b", "c", "##d"], "ab c ##d"),
     ],

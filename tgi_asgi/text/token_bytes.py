@@ -2,14 +2,14 @@
 
 Three families are supported: byte-level vocabularies (GPT-2's alphabet, one printable character per byte),
 sentencepiece vocabularies ("▁" for a space, "<0x0A>" for a byte) and BERT's word pieces ("##" if no word
-begins). A decoder may name other marks of a space and of a word piece.
+begins). The decoder names the marks of a space and of a word piece.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -17,7 +17,6 @@ import tokenizers
 from tgi_asgi.errors import ModelLoadError
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_SPACE = "\u2581"
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -45,32 +44,52 @@ def token_byte_table(backend: tokenizers.Tokenizer) -> list[bytes]:
     for token_id, text in added.items():
         table[token_id] = text.encode("utf-8", "replace")
     steps = _steps_of(backend)
-    if "ByteLevel" in steps:
+    kinds = {step["type"] for step in steps}
+    if "ByteLevel" in kinds:
         _fill_byte_level(table, pieces)
-    elif steps.keys() & {"ByteFallback", "Metaspace"}:
-        space = str(steps.get("Metaspace", {}).get("replacement", _SPACE))
-        _fill_sentencepiece(table, pieces, space)
+    elif kinds & {"ByteFallback", "Metaspace"}:
+        changes = [change for step in steps if (change := _change_of(step)) is not None]
+        _fill_sentencepiece(table, pieces, changes)
         for token_id, text in added.items():  # Gemma's runs of spaces are added tokens
-            table[token_id] = text.replace(space, " ").encode("utf-8", "replace")
-    elif "WordPiece" in steps:
-        prefix = steps["WordPiece"]["prefix"]
+            table[token_id] = _changed(text, changes)
+    elif "WordPiece" in kinds:
+        prefix = next(step["prefix"] for step in steps if step["type"] == "WordPiece")
         for token_id, text in pieces.items():
             inside = text.removeprefix(prefix)
             table[token_id] = (f" {text}" if inside == text else inside).encode("utf-8", "replace")
     else:
         raise ModelLoadError(
-            f"the tokenizer's decoder ({', '.join(sorted(steps)) or 'none'}) is not supported; "
+            f"the tokenizer's decoder ({', '.join(sorted(kinds)) or 'none'}) is not supported; "
             "byte-level and sentencepiece vocabularies and word pieces are"
         )
     return table
 
 
-def _steps_of(backend: tokenizers.Tokenizer) -> dict[str, Any]:
-    """Return the decoder's steps by name."""
+def _steps_of(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
+    """Return the decoder's steps."""
     if backend.decoder is None:
-        return {}
+        return []
     state = json.loads(backend.decoder.__getstate__())
-    return {step["type"]: step for step in state.get("decoders", [state])}
+    steps: list[dict[str, Any]] = state.get("decoders", [state])
+    return steps
+
+
+def _change_of(step: Mapping[str, Any]) -> Callable[[str], str] | None:
+    """Return how a decoder's step changes the marks in a piece, if it does."""
+    match step:
+        case {"type": "Metaspace", "replacement": mark}:
+            return lambda text: text.replace(mark, " ")
+        case {"type": "Replace", "pattern": {"String": mark}, "content": content}:
+            return lambda text: text.replace(mark, content)
+        case {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}:
+            return tokenizers.normalizers.Replace(tokenizers.Regex(pattern), content).normalize_str
+    return None
+
+
+def _changed(text: str, changes: Sequence[Callable[[str], str]]) -> bytes:
+    for change in changes:
+        text = change(text)
+    return text.encode("utf-8", "replace")
 
 
 def _fill_byte_level(table: list[bytes], pieces: Mapping[int, str]) -> None:
@@ -91,9 +110,9 @@ def _fill_byte_level(table: list[bytes], pieces: Mapping[int, str]) -> None:
         at += len(text)
 
 
-def _fill_sentencepiece(table: list[bytes], pieces: Mapping[int, str], space: str) -> None:
+def _fill_sentencepiece(
+    table: list[bytes], pieces: Mapping[int, str], changes: Sequence[Callable[[str], str]]
+) -> None:
     for token_id, text in pieces.items():
         byte = _BYTE_PIECE.fullmatch(text)
-        table[token_id] = (
-            bytes([int(byte[1], 16)]) if byte else text.replace(space, " ").encode("utf-8", "replace")
-        )
+        table[token_id] = bytes([int(byte[1], 16)]) if byte else _changed(text, changes)
