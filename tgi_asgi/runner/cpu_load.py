@@ -48,7 +48,7 @@ class OnCpu:
     """A `Placement` of a model on this machine's CPU, made before its weights are read.
 
     Args:
-        longest: Maximum number of tokens in a sequence that the model supports.
+        max_context: Maximum number of tokens in a sequence that the model supports.
         free: Bytes of memory that are free now.
 
     Raises:
@@ -58,7 +58,7 @@ class OnCpu:
     device = "cpu"
 
     def __init__(
-        self, opened: OpenModel, files: ModelFiles, settings: Settings, longest: int, free: int
+        self, opened: OpenModel, files: ModelFiles, settings: Settings, max_context: int, free: int
     ) -> None:
         cuts = cuts_of(opened, settings, num_gpus=None)
         _check_settings(settings)
@@ -69,23 +69,23 @@ class OnCpu:
             rounds_floats=settings.dtype == "bfloat16",
             has_float_prompts=prompt_precision.is_bfloat16(opened, settings.prompt_precision),
         )
-        budget = _divide(opened, settings, self.arithmetic, longest, cuts, free)
+        budget = _divide(opened, settings, self.arithmetic, max_context, cuts, free)
         self._budget, self._opened = budget, opened
         self.settings = replace(settings, max_batch_size=budget.batch, max_kept_states=budget.num_kept_states)
-        self.longest = budget.cache.longest_fitting(longest)
+        self.max_context = budget.cache.longest_fitting(max_context)
         self.kernels = ops.kernel_set()
         self.prompt_precision: str | None = None
         self.shards: Shards | None = None
         if cuts:
             opened.use_cut(cuts[0])
             jobs = jobs_of(
-                opened.config, files, self.settings, cuts, self.arithmetic, budget.cache, self.longest
+                opened.config, files, self.settings, cuts, self.arithmetic, budget.cache, self.max_context
             )
             self.shards = Shards(jobs)
 
     def load(self, weights: Weights) -> ServedModel:
         """Load the model, as described in `Placement`."""
-        model = load_by_team(self._opened, self.arithmetic, self.longest, weights)
+        model = load_by_team(self._opened, self.arithmetic, self.max_context, weights)
         if self.shards is not None:
             self.shards.others.wait_ready()
         packing = self.arithmetic
@@ -121,7 +121,7 @@ class OnCpu:
                 budget.cache,
                 max_batch_size=settings.max_batch_size,
                 max_step_tokens=settings.max_batch_prefill_tokens,
-                max_context=self.longest,
+                max_context=self.max_context,
                 dense=dense,
             )
             return Placed(encoder, budget.cache)
@@ -130,7 +130,7 @@ class OnCpu:
             budget.cache,
             max_batch_size=settings.max_batch_size,
             max_step_tokens=step_tokens(settings),
-            max_context=self.longest,
+            max_context=self.max_context,
             image_cache=settings.image_cache,
             dense=dense,
             has_prompt_arithmetic=self.prompt_precision is not None,
@@ -189,7 +189,7 @@ def _divide(
     opened: OpenModel,
     settings: Settings,
     packing: ops.Packing,
-    longest: int,
+    max_context: int,
     cuts: Sequence[ModelCut],
     free: int,
 ) -> _MemoryBudget:
@@ -199,7 +199,7 @@ def _divide(
         ModelLoadError: if the weights, or a cache that the settings ask for, do not fit.
     """
     config = opened.config
-    free = max(free - opened.table_bytes(longest), 0)
+    free = max(free - opened.table_bytes(max_context), 0)
     vocabulary = config.vocab_size * config.hidden_size
     tensors = opened.packed_tensors()
     free -= check_weights_fit(tensors, packing, vocabulary, free)
@@ -217,7 +217,7 @@ def _divide(
     free -= batch * state_bytes(config, num_drafts)
     kv_dtype = choose_cpu_dtype(config, settings, is_exact=packing.is_exact)
     groups, repeats = groups_of(config, kv_dtype), repeats_of(cuts)
-    cache = choose_size(config, settings, groups, kv_dtype, longest, free, repeats=repeats)
+    cache = choose_size(config, settings, groups, kv_dtype, max_context, free, repeats=repeats)
     cache_bytes = cache.num_bytes if settings.prefix_cache else 0
     num_kept = choose_kept_states(config, settings.max_kept_states, cache_bytes, free)
     if settings.max_kept_states and not num_kept:
@@ -225,7 +225,7 @@ def _divide(
         logger.warning(f"--max-kept-states is ignored: {why}", config.architecture)
     if num_kept:
         free -= num_kept * kept_state_bytes(config)
-        cache = choose_size(config, settings, groups, kv_dtype, longest, free, repeats=repeats)
+        cache = choose_size(config, settings, groups, kv_dtype, max_context, free, repeats=repeats)
     if opened.kind == "encoder":
         cache = replace(cache, bytes_per_token=0)
     check_address_space(cache)

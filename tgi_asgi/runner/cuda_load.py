@@ -89,7 +89,7 @@ class OnCuda:
     """A `Placement` of a model on one or more GPUs.
 
     Args:
-        longest: Maximum number of tokens in a sequence.
+        max_context: Maximum number of tokens in a sequence.
 
     Raises:
         ModelLoadError: if a GPU cannot compute the model or what the settings ask for.
@@ -99,21 +99,21 @@ class OnCuda:
     kernels = None
 
     def __init__(
-        self, opened: OpenModel, files: ModelFiles, settings: Settings, device: Device, longest: int
+        self, opened: OpenModel, files: ModelFiles, settings: Settings, device: Device, max_context: int
     ) -> None:
         self._dtype = choose_dtype(settings.dtype)
         _check_prompt_precision(settings)
         if isinstance(opened.config, ModelConfig) and (reason := why_no_kernels(opened.config)):
             opened.leave_to_module(reason)
-            longest = min(longest, opened.config.longest_context)
+            max_context = min(max_context, opened.config.longest_context)
         # What a module may be asked for, unless loading may show that native code computes it.
-        self._is_checked = opened.is_generic and not opened.may_become_native(longest, _has_kernels)
+        self._is_checked = opened.is_generic and not opened.may_become_native(max_context, _has_kernels)
         if self._is_checked:
             _check_module_settings(settings, opened.config.architecture)
         cuts = cuts_of(opened, settings, num_gpus=device.count())
         self.dtype = dtype_name(self._dtype)
         self.arithmetic = Repacking(self._dtype, device.device)
-        self.longest, self.settings = longest, settings
+        self.max_context, self.settings = max_context, settings
         self._opened, self._device = opened, device
         device.limit_memory(settings.cuda_memory_fraction)
         self._kv_scales: list[tuple[float, float]] | None = None
@@ -122,12 +122,12 @@ class OnCuda:
         self.shards: CudaShards | None = None
         if cuts:
             opened.use_cut(cuts[0])
-            self.shards = make_shards(files, settings, cuts, device, self._dtype, longest)
+            self.shards = make_shards(files, settings, cuts, device, self._dtype, max_context)
 
     def load(self, weights: Weights) -> ServedModel:
         """Load the model, as described in `Placement`."""
         with must_fit():
-            model = self._opened.load(self.arithmetic, self.longest, weights, _has_kernels)
+            model = self._opened.load(self.arithmetic, self.max_context, weights, _has_kernels)
         if self.shards is not None:
             self.shards.others.wait_ready()
         self._kv_scales = kv_scales_of(self._opened, self.settings)
@@ -142,13 +142,13 @@ class OnCuda:
                 _check_module_settings(self.settings, model.config.architecture)
             with must_fit():
                 return place_module(
-                    model, self.settings, self._device, self._dtype, self.longest, pooling.dense
+                    model, self.settings, self._device, self._dtype, self.max_context, pooling.dense
                 )
         settings, is_split, adapters = self.settings, self.shards is not None, None
         if settings.serves_adapters:
             adapters = AdapterLoader(make_adapter_layout(model, settings, self._device, self._dtype))
         runner = make_runner(
-            model, settings, self._device, self._dtype, self.longest, self._kv_scales, self.shards,
+            model, settings, self._device, self._dtype, self.max_context, self._kv_scales, self.shards,
             adapters=None if adapters is None else adapters.layout, dense=pooling.dense,
             # All shards capture the same graphs, and the others do not know how the model pools.
             has_logits=is_split or uses_logits(model.config, pooling, settings),
@@ -319,7 +319,7 @@ def _choose_prompt_attention(settings: Settings) -> PromptAttention:
 
 def make_shards(
     files: ModelFiles, settings: Settings, cuts: Sequence[ModelCut], device: Device, dtype: torch.dtype,
-    max_total_tokens: int,
+    max_context: int,
 ) -> CudaShards:  # fmt: skip
     """Start the other shards, which begin to load their parts.
 
@@ -327,17 +327,17 @@ def make_shards(
         ModelLoadError: if the kernels cannot compute a part.
     """
     check_cuts(cuts)
-    limits = limits_of(settings, max_total_tokens)
+    limits = limits_of(settings, max_context)
     return CudaShards(files, settings, cuts, type(device), limits, types_of(settings, dtype))
 
 
-def limits_of(settings: Settings, max_total_tokens: int) -> StepLimits:
+def limits_of(settings: Settings, max_context: int) -> StepLimits:
     """Return the sizes that no step exceeds."""
-    return StepLimits(settings.block_size, settings.max_batch_size, step_tokens(settings), max_total_tokens)
+    return StepLimits(settings.block_size, settings.max_batch_size, step_tokens(settings), max_context)
 
 
 def make_runner(
-    model: Model, settings: Settings, device: Device, dtype: torch.dtype, max_total_tokens: int,
+    model: Model, settings: Settings, device: Device, dtype: torch.dtype, max_context: int,
     kv_scales: Sequence[tuple[float, float]] | None = None, shards: CudaShards | None = None, *,
     adapters: CudaAdapterLayout | None = None, dense: Sequence[Dense] = (), has_logits: bool = True,
     speculation: Speculation | None = None,
@@ -360,11 +360,11 @@ def make_runner(
 
     def choose(free_bytes: int) -> KvSize:
         usable, name = bytes_for_cache(free_bytes), dtype_name(kv_dtype)
-        return choose_size(model.config, settings, groups, name, max_total_tokens, usable, share=1.0)
+        return choose_size(model.config, settings, groups, name, max_context, usable, share=1.0)
 
     with must_fit():
         return CudaRunner(
-            model, device, choose, limits_of(settings, max_total_tokens), types,
+            model, device, choose, limits_of(settings, max_context), types,
             max_top=max(MAX_TOP, settings.max_top_n_tokens or 0), shards=shards, adapters=adapters,
             dense=dense, has_logits=has_logits, speculation=speculation,
         )  # fmt: skip

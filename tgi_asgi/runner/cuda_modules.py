@@ -42,14 +42,14 @@ _VISION_SHARE = 0.8  # of it for the cache beside a tower, which encodes images 
 
 
 def place_module(
-    model: GenericModel | EncoderModel, settings: Settings, device: Device, dtype: torch.dtype, longest: int,
-    dense: Sequence[Dense],
+    model: GenericModel | EncoderModel, settings: Settings, device: Device, dtype: torch.dtype,
+    max_context: int, dense: Sequence[Dense],
 ) -> Placed:  # fmt: skip
     """Create the cache and the runner of a module whose weights are on the device.
 
     Args:
         dtype: Type of keys and values.
-        longest: Maximum number of tokens in a sequence.
+        max_context: Maximum number of tokens in a sequence.
         dense: Dense layers applied to pooled vectors.
 
     Raises:
@@ -58,13 +58,13 @@ def place_module(
     config, kv_name = model.config, dtype_name(dtype)
     groups = gpu_groups_of(config, dtype.itemsize)
     if model.kind == "encoder":
-        cache = choose_size(config, settings, groups, kv_name, longest, device.free_bytes(), share=1.0)
+        cache = choose_size(config, settings, groups, kv_name, max_context, device.free_bytes(), share=1.0)
         encoder = EncoderRunner(
             model,
             cache,
             max_batch_size=settings.max_batch_size,
             max_step_tokens=settings.max_batch_prefill_tokens,
-            max_context=longest,
+            max_context=max_context,
             dense=dense,
             device=StepGuard(device),
         )
@@ -72,17 +72,17 @@ def place_module(
     rows = model.module.get_input_embeddings().weight.shape[0]
     if config.vocab_size > rows:  # a token without a row would end all work on the device
         raise ModelLoadError(f"the model has {rows} embeddings for {config.vocab_size} tokens")
-    free = _free_beside_steps(model, settings, device, kv_name, longest)
+    free = _free_beside_steps(model, settings, device, kv_name, max_context)
     batch = fitting_batch(config, settings.max_batch_size, free)
     settings = replace(settings, max_batch_size=batch)
     free -= batch * state_bytes(config)
-    cache = choose_size(config, settings, groups, kv_name, longest, free, share=_cache_share(model))
+    cache = choose_size(config, settings, groups, kv_name, max_context, free, share=_cache_share(model))
     runner = HostRunner(
         model,
         cache,
         max_batch_size=batch,
         max_step_tokens=step_tokens(settings),
-        max_context=longest,
+        max_context=max_context,
         image_cache=settings.image_cache,
         dense=dense,
         speculation=speculation_of(model, settings),
@@ -98,7 +98,7 @@ def _cache_share(model: GenericModel) -> float:
 
 
 def _free_beside_steps(
-    model: GenericModel, settings: Settings, device: Device, kv_name: ops.KvDtype, longest: int
+    model: GenericModel, settings: Settings, device: Device, kv_name: ops.KvDtype, max_context: int
 ) -> int:
     """Return the device's free memory without what the largest steps and the images take.
 
@@ -111,7 +111,7 @@ def _free_beside_steps(
         peak = device.peak_bytes(call)
         del call
     if not model.config.has_states:
-        call = decoding_step_of(model, settings.max_batch_size, longest, kv_name)
+        call = decoding_step_of(model, settings.max_batch_size, max_context, kv_name)
         peak = max(peak, device.peak_bytes(call))
         del call
     free = device.free_bytes()

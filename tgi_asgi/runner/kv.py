@@ -78,13 +78,13 @@ def choose_size(
     settings: Settings,
     groups: CacheGroups,
     kv_dtype: ops.KvDtype,
-    max_total_tokens: int,
+    max_context: int,
     free_bytes: int,
     *,
     share: float = _SHARE,
     repeats: float = 1.0,
 ) -> KvSize:
-    """Choose the pool's size for sequences of up to `max_total_tokens`.
+    """Choose the pool's size for sequences of up to `max_context`.
 
     If the administrator set `max_batch_total_tokens`, the pool holds at least that many tokens in all layers,
     regardless of what sliding windows free. Otherwise it holds all slots at full length, or as much as
@@ -107,7 +107,7 @@ def choose_size(
         # Rounded up: --max-total-tokens may be the same number.
         num_blocks = -(-settings.max_batch_total_tokens // size) * num_groups
     else:
-        wanted = settings.max_batch_size * needs.total_for(max_total_tokens)
+        wanted = settings.max_batch_size * needs.total_for(max_context)
         num_blocks = min(wanted, int(free_bytes * share) // (per_token * size))
     if num_blocks < num_groups:
         is_limited = settings.cuda_memory_fraction < 1
@@ -119,14 +119,14 @@ def choose_size(
     num_blocks = min(num_blocks, _MAX_TOKENS // size)
     chosen = KvSize(num_blocks, needs, per_token, kv_dtype)
     if settings.max_total_tokens is not None:
-        _check_holds(chosen, max_total_tokens, settings, free_bytes)
+        _check_holds(chosen, max_context, settings, free_bytes)
     return chosen
 
 
-def _check_holds(size: KvSize, max_total_tokens: int, settings: Settings, free_bytes: int) -> None:
+def _check_holds(size: KvSize, max_context: int, settings: Settings, free_bytes: int) -> None:
     """Raise `ModelLoadError` if a sequence as long as the administrator asks for does not fit the cache."""
-    longest = size.longest_fitting(max_total_tokens)
-    if longest >= max_total_tokens:
+    longest = size.longest_fitting(max_context)
+    if longest >= max_context:
         return
     token_bytes = size.bytes_per_token * len(size.windows)
     raise ModelLoadError(

@@ -98,10 +98,10 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
 
         reading = executor.submit(read_text)  # in parallel with the weights: both take about as long
         free = free_memory()
-        longest = choose_context(opened.config, settings.max_total_tokens, free)
-        place = _place(opened, files, settings, device, longest, free)
+        max_context = choose_context(opened.config, settings.max_total_tokens, free)
+        place = _place(opened, files, settings, device, max_context, free)
         failing.callback(place.abandon)
-        check_rope_fits(opened.config, place.longest, free)
+        check_rope_fits(opened.config, place.max_context, free)
         image_processor = opened.read_image_processor()
 
         def report(stage: str, done: int, total: int | None) -> None:
@@ -135,13 +135,14 @@ def find_device() -> Device | None:
 
 
 def _place(
-    opened: OpenModel, files: ModelFiles, settings: Settings, device: Device | None, longest: int, free: int
-) -> Placement:
+    opened: OpenModel, files: ModelFiles, settings: Settings, device: Device | None, max_context: int,
+    free: int,
+) -> Placement:  # fmt: skip
     if device is None:
-        return OnCpu(opened, files, settings, longest, free)
+        return OnCpu(opened, files, settings, max_context, free)
     from tgi_asgi.runner.cuda_load import OnCuda
 
-    return OnCuda(opened, files, settings, device, longest)
+    return OnCuda(opened, files, settings, device, max_context)
 
 
 def _describe(
@@ -151,7 +152,7 @@ def _describe(
     """Return the API's description of the model, without how it is sampled, embeds and scores."""
     settings, config = place.settings, opened.config
     runner, cache, kernels = placed.runner, placed.cache, place.kernels
-    max_total_tokens = cache.longest_fitting(place.longest)
+    max_total_tokens = cache.longest_fitting(place.max_context)
     num_kept = runner.traits.num_kept_states or 0
     return ModelInfo(
         model_id=files.model_id,
@@ -203,7 +204,7 @@ def _bits(place: Placement, cache: KvSize, config: ServedConfig) -> str:
         place.bits,
         f"{cache.dtype} {cache.block_size}",
         None if settings.given_rope is None else f"{settings.given_rope}",
-        f"for {place.longest}" if is_stretched else None,
+        f"for {place.max_context}" if is_stretched else None,
         f"by {settings.num_shard}" if settings.num_shard > 1 else None,
         tgi_asgi.__version__,
     ]

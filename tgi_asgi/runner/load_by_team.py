@@ -9,7 +9,7 @@ from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
 
 
-def load_by_team(opened: OpenModel, packing: ops.Packing, longest: int, weights: Weights) -> ServedModel:
+def load_by_team(opened: OpenModel, packing: ops.Packing, max_context: int, weights: Weights) -> ServedModel:
     """Load a model in a thread on member 0's core, so that its weights are allocated in that core's memory.
 
     The thread is a separate one because it keeps the core and nice value permanently; the caller's belongs to
@@ -18,7 +18,7 @@ def load_by_team(opened: OpenModel, packing: ops.Packing, longest: int, weights:
 
     def as_member() -> ServedModel:
         ops.join_threads()
-        return opened.load(packing, longest, weights)
+        return opened.load(packing, max_context, weights)
 
     with ThreadPoolExecutor(1, thread_name_prefix="tgi-pack") as executor:
         return executor.submit(as_member).result()

@@ -184,25 +184,25 @@ def choose_context(config: ServedConfig, max_total_tokens: int | None, free_byte
     needed, fitting = config.context_length * each, int(free_bytes * _ROPE_SHARE)
     if needed <= fitting:
         return config.context_length
-    longest = max(fitting // each, 1)
+    max_context = max(fitting // each, 1)
     logger.warning(
         "the model's context of %d tokens is cut to %d: its rotary tables would take %.1f GiB, %.1f GiB are "
         "free; --max-total-tokens allows more",
-        config.context_length, longest, needed / _GIB, free_bytes / _GIB,
+        config.context_length, max_context, needed / _GIB, free_bytes / _GIB,
     )  # fmt: skip
-    return longest
+    return max_context
 
 
-def check_rope_fits(config: ServedConfig, max_positions: int, free_bytes: int) -> None:
+def check_rope_fits(config: ServedConfig, max_context: int, free_bytes: int) -> None:
     """Refuse a context whose rotary tables would occupy more than half of the free memory.
 
     Raises:
         ModelLoadError: if they would; the message says which context fits.
     """
     each, fitting = _rope_bytes_per_position(config), int(free_bytes * _MAX_ROPE_SHARE)
-    if max_positions * each > fitting:
+    if max_context * each > fitting:
         raise ModelLoadError(
-            f"a context of {max_positions} tokens needs {max_positions * each / _GIB:.1f} GiB for its rotary "
+            f"a context of {max_context} tokens needs {max_context * each / _GIB:.1f} GiB for its rotary "
             f"tables, {free_bytes / _GIB:.1f} GiB are free: set --max-total-tokens to at most "
             f"{max(fitting // each, 1)}"
         )

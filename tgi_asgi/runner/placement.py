@@ -52,7 +52,7 @@ class Placement(Protocol):
         """The layout of packed weights."""
 
     @property
-    def longest(self) -> int:
+    def max_context(self) -> int:
         """Maximum number of tokens in a sequence."""
 
     @property

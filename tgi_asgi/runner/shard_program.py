@@ -29,7 +29,7 @@ class CpuShardJob:
     cut: ModelCut
     packing: ops.Packing
     kv_size: KvSize
-    longest: int  # tokens in a sequence
+    max_context: int  # tokens in a sequence
     memory: ops.ShardMemory
     descriptor: int  # of that memory
 
@@ -65,7 +65,7 @@ def load_program(job: CpuShardJob) -> ops.NativeProgram:
     )
     with OpenModel(job.files, model_impl=settings.model_impl, rope=settings.given_rope) as opened:
         opened.use_cut(cut)
-        model = load_by_team(opened, job.packing, job.longest, opened.weights)
+        model = load_by_team(opened, job.packing, job.max_context, opened.weights)
     pool = make_cpu_pool(opened.config, job.kv_size, groups_of(opened.config, job.kv_size.dtype))
     assert pool is not None and isinstance(model, Decoder)
     program = make_program(
@@ -73,7 +73,7 @@ def load_program(job: CpuShardJob) -> ops.NativeProgram:
         pool.layers,
         max_batch_size=settings.max_batch_size,
         max_step_tokens=job.memory.max_tokens,
-        max_context=job.longest,
+        max_context=job.max_context,
         drafts=None if how is None else DraftLimits(max_drafts_per_row(how), MAX_DRAFTS_PER_STEP),
         shard=ops.Shard(group, cut.vocab_ids.start),
     )

@@ -56,7 +56,7 @@ def repeats_of(cuts: Sequence[ModelCut]) -> float:
 
 def jobs_of(
     config: ServedConfig, files: ModelFiles, settings: Settings, cuts: Sequence[ModelCut],
-    packing: ops.Packing, kv_size: KvSize, longest: int,
+    packing: ops.Packing, kv_size: KvSize, max_context: int,
 ) -> list[CpuShardJob]:  # fmt: skip
     """Return what each shard needs to know, including shard 0.
 
@@ -68,13 +68,15 @@ def jobs_of(
         count=len(cuts), num_threads=ops.num_threads(), num_columns=config.hidden_size,
         max_tokens=step_tokens(settings), max_sequences=settings.max_batch_size,
         max_rows=settings.max_batch_size + drafts, vocab_size=config.vocab_size,
-        num_groups=len(kv_size.windows), table_width=-(-longest // kv_size.block_size),
+        num_groups=len(kv_size.windows), table_width=-(-max_context // kv_size.block_size),
     )  # fmt: skip
     try:
         descriptor = memory.create()
     except (OSError, AttributeError) as error:  # AttributeError: no memfd, as on macOS
         raise _no_memory(error) from error
-    return [CpuShardJob(files, settings, cut, packing, kv_size, longest, memory, descriptor) for cut in cuts]
+    return [
+        CpuShardJob(files, settings, cut, packing, kv_size, max_context, memory, descriptor) for cut in cuts
+    ]
 
 
 class Shards:
