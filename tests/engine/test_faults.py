@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -370,12 +371,19 @@ async def test_an_engine_whose_steps_all_fail_does_not_stay_up() -> None:
     assert engine.stats.failed_steps < 40
 
 
-async def test_an_engine_without_finite_logits_does_not_stay_up() -> None:
+BIASED = {"sampling": SamplingParams(logit_bias=((7, -1.0),)), "grammar": Grammar(lambda: None, None)}
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, BIASED], ids=["any requests", "requests whose bias could be the reason"]
+)
+async def test_an_engine_without_finite_logits_does_not_stay_up(fields: dict[str, Any]) -> None:
     runner, fatal_errors = FakeRunner(is_poisoned=lambda tokens: True), FatalErrors()
     engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=fatal_errors)
     engine.start()
-    answers = await asyncio.gather(*(ask(engine, make_request([index], 5)) for index in range(6)))
-    assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
+    requests = [make_request([index], 5, **fields) for index in range(6)]
+    answers = await asyncio.gather(*(ask(engine, request) for request in requests))
+    assert all(answer.error is not None for answer in answers)
     await assert_dead(engine, fatal_errors, "not finite")
 
 

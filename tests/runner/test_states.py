@@ -14,7 +14,7 @@ from tgi_asgi.models.loading.recognise import is_native, read_config
 from tgi_asgi.runner import cpu_load
 from tgi_asgi.runner import load as loading
 from tgi_asgi.runner.memory import choose_kept_states, fitting_batch, kept_state_bytes, state_bytes
-from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
+from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import GivenRope
 from tgi_asgi.types import SamplingParams
@@ -87,6 +87,29 @@ async def test_a_step_that_fails_outside_of_python_leaves_no_state_from_before_i
     with pytest.raises(RuntimeError, match="no state of 4 tokens"):
         await runner.submit(StepPlan(3, [StepRow(0, None, 4, table, samples=True)]))
     assert (await runner.submit(StepPlan(4, [again]))).sampled == expected.sampled
+    runner.close()
+
+
+def test_a_step_behind_one_that_failed_late_cannot_overwrite_the_state_from_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows with drafts begin where their slots are, and the failed step has moved them on."""
+    runner = loading.load(settings(max_batch_size=1), checkpoint(LFM2), lambda *_: None).runner
+    assert isinstance(runner, HostRunner)
+    compute = runner._compute
+    begun = [SlotStart(0, SamplingParams(temperature=0.0), 0, [5, 6, 7])]
+    runner.run(StepPlan(0, [StepRow(0, [5, 6, 7], 0, [[0]], samples=True)], begun))
+
+    def computed_in_vain(plan: StepPlan) -> StepResult:
+        compute(plan)
+        raise RuntimeError("planted")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="planted"):
+        patch.setattr(runner, "_compute", computed_in_vain)
+        runner.run(StepPlan(1, [StepRow(0, None, 3, [[0]], samples=True, stop=5)]))
+    with pytest.raises(ValueError, match="no state of 4 tokens"):
+        runner.run(StepPlan(2, [StepRow(0, None, 4, [[0]], samples=True, stop=6)]))
+    runner.run(StepPlan(3, [StepRow(0, [8], 3, [[0]], samples=True)], begun))
     runner.close()
 
 

@@ -180,10 +180,14 @@ class HostRunner:
             MemoryError, DeviceLost: as in `StepGuard.computing`.
         """
         self._inputs.check(plan)
+        num_steps = self._program.num_steps
         try:
             with nullcontext() if self._device is None else self._device.computing():
                 return self._run(plan)
         except BaseException:
+            # A step already in flight after it then fails, too; otherwise it would overwrite the state that
+            # this one began with.
+            self._program.roll_back_to(num_steps)
             self._discard_later_states(plan)
             raise
 
@@ -216,19 +220,6 @@ class HostRunner:
         return result
 
     def _compute(self, plan: StepPlan) -> StepResult:
-        """Compute a step's rows; if the step fails, even after its last operator, discard its states.
-
-        A step already in flight after it then fails too; otherwise it would overwrite the state this one
-        began with.
-        """
-        num_steps = self._program.num_steps
-        try:
-            return self._compute_rows(plan)
-        except BaseException:
-            self._program.roll_back_to(num_steps)
-            raise
-
-    def _compute_rows(self, plan: StepPlan) -> StepResult:
         drafts, mask = self._choose_drafts(plan)
         if self._device is None:
             ops.wake_threads()

@@ -49,7 +49,7 @@ def _call(request: CompletionRequest, exchange: Exchange, best_of: int) -> Call:
     is_compat, n = settings.tgi_compat, request.n or 1
     # Selecting the best of several choices needs their log-probabilities.
     logprobs = 0 if request.logprobs is None and best_of > n else request.logprobs
-    if request.echo and logprobs is not None and info.encoder_decoder is not None:
+    if request.echo and request.logprobs is not None and info.encoder_decoder is not None:
         refuse("echo", "`echo` cannot show log-probabilities: an encoder-decoder computes none of its prompt")
     hides_tokens = request.max_tokens == 0  # 0 asks only for scores: one token is sampled, and hidden
     common = dataclasses.replace(
