@@ -329,6 +329,8 @@ async def test_a_grammar_that_cannot_be_had_is_refused_in_tgi_s_words(
         ({"type": "json", "value": {"type": "null"}}, 'start: %json {"type": "null"'),
         ({"type": "json_object", "value": '{"type": "null"}'}, 'start: %json {"type": "null"'),
         ({"type": "json_schema", "value": {"schema": {"type": "null"}}}, 'start: %json {"type": "null"'),
+        # As in TGI, keywords that cannot be enforced are no reason to refuse the request.
+        ({"type": "json", "value": {"type": "array", "uniqueItems": True}}, 'start: %json {"type": "array"'),
     ],
     ids=str,
 )
