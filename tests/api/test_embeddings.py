@@ -418,7 +418,11 @@ async def _embed_with(client: ollama.AsyncClient, embedder: Embedder) -> None:
     answer = await client.embed(model="tiny", input=["one", "two"], truncate=True, keep_alive="5m")
     np.testing.assert_allclose(answer.embeddings[1], embedder.expected("two"), atol=1e-4)
     assert answer.prompt_eval_count == 8
+    assert answer.total_duration is not None and answer.load_duration is not None
+    assert 0 < answer.load_duration <= answer.total_duration
     assert len((await client.embed("tiny", "one", dimensions=5)).embeddings[0]) == 5
+    with pytest.raises(ollama.ResponseError, match="`dimensions` must be in 1..64"):
+        await client.embed("tiny", "one", dimensions=65)
     old = await client.embeddings(model="tiny", prompt="one")
     np.testing.assert_allclose(old.embedding, embedder.expected("one"), atol=1e-4)
     assert list((await client.embed("tiny", "")).embeddings) == []

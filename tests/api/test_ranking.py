@@ -142,6 +142,7 @@ async def test_vllms_newer_names_for_both_texts(server: PooledServer, names: tup
         ("/score", {"text_1": "a"}, 400, "text_2"),
         ("/score", {}, 400, "text_1"),
         ("/score", {"items": ["a"]}, 400, "queries"),
+        ("/score", {"text_1": "a", "text_2": "b", "model": "m" * 257}, 400, "model"),
         ("/score", {"queries": "a", "documents": ["b", ""]}, 400, "documents[1]"),
         ("/score", {"queries": ["a", "b"], "items": ["c"]}, 400, "queries"),
         ("/v1/embeddings", {"input": "a"}, 400, "model"),
