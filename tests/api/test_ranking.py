@@ -66,6 +66,7 @@ async def test_documents_come_back_best_first(
         assert result["document"] == {"text": DOCUMENTS[result["index"]]}
     assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] > 0
     assert answer["model"] == "tiny"
+    assert answer["meta"] == {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}  # Cohere's
 
 
 async def test_what_a_ranking_shows_is_asked_for(server: PooledServer) -> None:
@@ -111,6 +112,8 @@ async def test_pairs_are_scored_one_by_one_or_one_against_all(
         answer = (await server.post(path, text_1=first, text_2=second)).json()
         firsts = [first] * len(second) if isinstance(first, str) else first
         scores = [sigmoid(expected(a, b)) for a, b in zip(firsts, second, strict=True)]
+        assert list(answer) == ["id", "object", "created", "model", "data", "usage"]
+        assert answer["object"] == "list" and answer["usage"]["total_tokens"] > 0
         assert [entry["score"] for entry in answer["data"]] == pytest.approx(scores, abs=1e-4)
         assert [(entry["index"], entry["object"]) for entry in answer["data"]] == [
             (index, "score") for index in range(len(scores))
