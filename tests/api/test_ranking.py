@@ -66,7 +66,10 @@ async def test_documents_come_back_best_first(
         assert result["document"] == {"text": DOCUMENTS[result["index"]]}
     assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] > 0
     assert answer["model"] == "tiny"
-    assert answer["meta"] == {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}  # Cohere's
+    assert answer["meta"] == {
+        "api_version": {"version": "2"},
+        "billed_units": {"search_units": 1},
+    }  # Cohere's
 
 
 async def test_what_a_ranking_shows_is_asked_for(server: PooledServer) -> None:
