@@ -90,6 +90,7 @@ async def test_vllm_s_classes_have_their_probabilities_in_order(
     directory, model = classifier
     answer = (await server.post(path, model="tiny", input=TEXTS)).json()
     assert answer["id"].startswith("classify-") and answer["object"] == "list" and answer["model"] == "tiny"
+    assert list(answer) == ["id", "object", "created", "model", "data", "usage"]
     assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] > 0
     for index, (found, text) in enumerate(zip(answer["data"], TEXTS, strict=True)):
         expected = probabilities(model, directory, text)

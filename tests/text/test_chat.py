@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,12 @@ def test_system_messages_stay_where_the_template_shows_them(source: str) -> None
     assert template.accepts_scattered_system
     text = template.render([USER, SYSTEM, ASSISTANT, {"role": "system", "content": "And kind."}])
     assert text.index("Be  brief.") < text.index("Hello.") < text.index("And kind.")
+
+
+def test_a_template_may_write_the_date() -> None:
+    """As those of Llama 3 do; a template that finds no such function writes one of years ago."""
+    template = ChatTemplate("{{ strftime_now('%Y') if strftime_now is defined else '26 Jul 2024' }}", {})
+    assert template.render([USER]) == str(datetime.now().year)
 
 
 def test_a_tool_use_template_serves_requests_with_tools_only() -> None:
