@@ -286,11 +286,17 @@ async def test_a_call_with_much_text_needs_more_room(embedder: Embedder) -> None
         assert (await server.post("/embed", inputs=many)).status_code == 200
 
 
-async def test_a_client_that_leaves_frees_its_room(embedder: Embedder) -> None:
+async def test_a_call_that_is_aborted_or_left_frees_its_room(embedder: Embedder) -> None:
     async with pooled_server(embedder.directory, max_concurrent_requests=8) as server:
-        request = asyncio.create_task(server.post("/v1/embeddings", input=["y" * 400] * 400))
+        body, named = {"input": ["y" * 400] * 400}, {"x-request-id": "long"}
+        request = asyncio.create_task(server.http.post("/v1/embeddings", json=body, headers=named))
         assert server.app.context.served is not None
-        engine = server.app.context.served.engine
+        engine = cast(Engine, server.app.context.served.engine)
+        await until(lambda: bool(engine.describe()["requests"]))
+        assert engine.abort("long")
+        answer = await request
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "request_aborted")
+        request = asyncio.create_task(server.post("/v1/embeddings", **body))
         await until(lambda: bool(engine.describe()["requests"]))
         request.cancel()
         await until(lambda: not engine.describe()["requests"])
