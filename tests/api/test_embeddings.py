@@ -427,6 +427,8 @@ async def _embed_with(client: ollama.AsyncClient, embedder: Embedder) -> None:
     assert answer.total_duration is not None and answer.load_duration is not None
     assert 0 < answer.load_duration <= answer.total_duration
     assert len((await client.embed("tiny", "one", dimensions=5)).embeddings[0]) == 5
+    with pytest.raises(ollama.ResponseError, match=r"`input\[1\]` must not be empty"):
+        await client.embed("tiny", ["one", ""])
     with pytest.raises(ollama.ResponseError, match=r"`dimensions` must be in 1\.\.64"):
         await client.embed("tiny", "one", dimensions=65)
     old = await client.embeddings(model="tiny", prompt="one")

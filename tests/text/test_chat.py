@@ -360,7 +360,7 @@ def test_sources_in_their_order(tmp_path: Path) -> None:
         template = load_chat_template({}, directory=tmp_path, metadata=metadata, **extra)
         return None if template is None else template.render([USER])
 
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] = {"general.description": "a file without a template", "general.version": 3}
     assert render() is None
     metadata["tokenizer.chat_template"] = "from gguf"
     assert render() == "from gguf"
