@@ -89,10 +89,15 @@ async def test_ids_are_embedded_as_they_are(embedder: Embedder, server: PooledSe
     async with sdk(server) as client:
         one = await client.embeddings.create(model="tiny", input=[7, 8, 9])
         several = await client.embeddings.create(model="tiny", input=[[7, 8, 9], [4]])
+        bare = await client.embeddings.create(
+            model="tiny", input="text", extra_body={"add_special_tokens": False}
+        )
     assert one.data[0].embedding == several.data[0].embedding
     np.testing.assert_allclose(one.data[0].embedding, embedder.expected([7, 8, 9]), atol=1e-4)
     np.testing.assert_allclose(several.data[1].embedding, embedder.expected([4]), atol=1e-4)
     assert one.usage.prompt_tokens == 3
+    ids = embedder.tokenizer.encode("text", add_special_tokens=False)
+    np.testing.assert_allclose(bare.data[0].embedding, embedder.expected(ids), atol=1e-4)
 
 
 async def test_fewer_dimensions_have_length_one_again(embedder: Embedder, server: PooledServer) -> None:
