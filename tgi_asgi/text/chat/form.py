@@ -68,7 +68,7 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(function, dict) or isinstance(function.get("arguments"), dict):
         return call
     try:
-        arguments = parsed(function.get("arguments"))
+        arguments = parsed(function.get("arguments") or "{}")
     except (ValueError, TypeError, RecursionError):
         arguments = {}
     arguments = arguments if isinstance(arguments, dict) else {}
