@@ -131,7 +131,8 @@ def test_values_out_of_range_name_the_flag(values: dict[str, object], message: s
 def test_the_bounds_themselves_are_allowed() -> None:
     least: dict[str, Any] = {
         "port": 0, "max_batch_size": 1, "max_total_tokens": 2, "reasoning_budget": -1, "max_lora_rank": 1,
-        "max_stop_sequences": 0, "step_timeout_s": 0.001, "thread_nice": 0, "rope_factor": 1.0, "num_threads": 1,
+        "max_stop_sequences": 0, "step_timeout_s": 0.001, "thread_nice": 0, "rope_factor": 1.0,
+        "num_threads": 1,
     }  # fmt: skip
     most: dict[str, Any] = {
         "port": 65535, "max_batch_size": 65536, "max_batch_prefill_tokens": 1 << 20, "max_lora_rank": 512,
