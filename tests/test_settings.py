@@ -128,6 +128,21 @@ def test_values_out_of_range_name_the_flag(values: dict[str, object], message: s
         Settings(**values)  # type: ignore[arg-type]
 
 
+def test_the_bounds_themselves_are_allowed() -> None:
+    least: dict[str, Any] = {
+        "port": 0, "max_batch_size": 1, "max_total_tokens": 2, "reasoning_budget": -1, "max_lora_rank": 1,
+        "max_stop_sequences": 0, "step_timeout_s": 0.001, "thread_nice": 0, "rope_factor": 1.0,
+        "num_threads": 1,
+    }  # fmt: skip
+    most: dict[str, Any] = {
+        "port": 65535, "max_batch_size": 65536, "max_batch_prefill_tokens": 1 << 20, "max_lora_rank": 512,
+        "drain_delay_s": 86400.0, "cuda_memory_fraction": 1.0, "thread_nice": 19, "rope_factor": 1000.0,
+        "num_threads": 1024, "speculate": 64, "max_image_pixels": 89_478_485,
+    }  # fmt: skip
+    for values in (least, most):
+        assert {name: getattr(Settings(**values), name) for name in values} == values
+
+
 def test_a_variable_that_only_names_the_machine_does_not_say_where_to_listen() -> None:
     """Docker and shells set HOSTNAME for every process; as in TGI, only an address says where to listen."""
     for name in (socket.gethostname(), "tgi-service", "10.0.0"):

@@ -35,8 +35,8 @@ async def test_an_answer_is_logged_with_its_sizes_and_times(
     [record] = caplog.records
     assert record.getMessage() == "POST /generate 200"
     fields = record.__dict__
-    assert (fields["request_id"], fields["status"]) == ("req-7", 200)
-    assert (fields["prompt_tokens"], fields["generated_tokens"]) == (2, 3)
+    assert (fields["request_id"], fields["client"], fields["status"]) == ("req-7", "127.0.0.1", 200)
+    assert (fields["prompt_tokens"], fields["cached_tokens"], fields["generated_tokens"]) == (2, 0, 3)
     times = ("total_ms", "validation_ms", "queue_ms", "inference_ms", "first_token_ms")
     assert all(fields[name] >= 0 for name in times)
 

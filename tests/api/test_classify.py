@@ -90,12 +90,17 @@ async def test_vllm_s_classes_have_their_probabilities_in_order(
     directory, model = classifier
     answer = (await server.post(path, model="tiny", input=TEXTS)).json()
     assert answer["id"].startswith("classify-") and answer["object"] == "list" and answer["model"] == "tiny"
+    assert list(answer) == ["id", "object", "created", "model", "data", "usage"]
     assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] > 0
     for index, (found, text) in enumerate(zip(answer["data"], TEXTS, strict=True)):
         expected = probabilities(model, directory, text)
         assert found["probs"] == pytest.approx(expected, abs=1e-4)
         assert (found["index"], found["num_classes"]) == (index, 3)
         assert found["label"] == LABELS[int(np.argmax(expected))]
+    plain, bare = [
+        (await server.post(path, input=TEXTS[0], add_special_tokens=adds)).json() for adds in (True, False)
+    ]
+    assert plain["usage"]["prompt_tokens"] > bare["usage"]["prompt_tokens"]
     logits = (await server.post(path, input=TEXTS[0], use_activation=False)).json()["data"][0]["probs"]
     assert torch.tensor(logits).softmax(0).tolist() == pytest.approx(answer["data"][0]["probs"], abs=1e-6)
 

@@ -171,7 +171,7 @@ async def test_more_instances_than_ever_run_together_are_refused_for_good() -> N
     engine = ScriptedEngine(say("!"), num_permits=2)
     response = await post("/vertex", body, engine, max_concurrent_requests=2)
     assert response.status_code == 422
-    assert "3 choices" in response.json()["error"]
+    assert "`instances` ask for 3 choices" in response.json()["error"]
     assert engine.num_permits == 2
 
 

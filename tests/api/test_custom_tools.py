@@ -136,7 +136,7 @@ async def test_a_response_streams_the_input_of_a_custom_tool(is_cut: bool) -> No
     (item,) = whole["output"]
     assert len(deltas) > 1 and all(deltas)
     assert "".join(deltas) == done == item["input"]
-    assert (item["type"], item["name"]) == ("custom_tool_call", "patch")
+    assert (item["type"], item["name"]) == ("custom_tool_call", "patch") and item["id"].startswith("ctc_")
     if is_cut:
         assert PATCH.startswith(done) and 0 < len(done) < len(PATCH) and item["status"] == "incomplete"
     else:

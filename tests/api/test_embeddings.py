@@ -89,10 +89,15 @@ async def test_ids_are_embedded_as_they_are(embedder: Embedder, server: PooledSe
     async with sdk(server) as client:
         one = await client.embeddings.create(model="tiny", input=[7, 8, 9])
         several = await client.embeddings.create(model="tiny", input=[[7, 8, 9], [4]])
+        bare = await client.embeddings.create(
+            model="tiny", input="text", extra_body={"add_special_tokens": False}
+        )
     assert one.data[0].embedding == several.data[0].embedding
     np.testing.assert_allclose(one.data[0].embedding, embedder.expected([7, 8, 9]), atol=1e-4)
     np.testing.assert_allclose(several.data[1].embedding, embedder.expected([4]), atol=1e-4)
     assert one.usage.prompt_tokens == 3
+    ids = embedder.tokenizer.encode("text", add_special_tokens=False)
+    np.testing.assert_allclose(bare.data[0].embedding, embedder.expected(ids), atol=1e-4)
 
 
 async def test_fewer_dimensions_have_length_one_again(embedder: Embedder, server: PooledServer) -> None:
@@ -286,11 +291,17 @@ async def test_a_call_with_much_text_needs_more_room(embedder: Embedder) -> None
         assert (await server.post("/embed", inputs=many)).status_code == 200
 
 
-async def test_a_client_that_leaves_frees_its_room(embedder: Embedder) -> None:
+async def test_a_call_that_is_aborted_or_left_frees_its_room(embedder: Embedder) -> None:
     async with pooled_server(embedder.directory, max_concurrent_requests=8) as server:
-        request = asyncio.create_task(server.post("/v1/embeddings", input=["y" * 400] * 400))
+        body, named = {"input": ["y" * 400] * 400}, {"x-request-id": "long"}
+        request = asyncio.create_task(server.http.post("/v1/embeddings", json=body, headers=named))
         assert server.app.context.served is not None
-        engine = server.app.context.served.engine
+        engine = cast(Engine, server.app.context.served.engine)
+        await until(lambda: bool(engine.describe()["requests"]))
+        assert engine.abort("long")
+        answer = await request
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "request_aborted")
+        request = asyncio.create_task(server.post("/v1/embeddings", **body))
         await until(lambda: bool(engine.describe()["requests"]))
         request.cancel()
         await until(lambda: not engine.describe()["requests"])
@@ -418,7 +429,13 @@ async def _embed_with(client: ollama.AsyncClient, embedder: Embedder) -> None:
     answer = await client.embed(model="tiny", input=["one", "two"], truncate=True, keep_alive="5m")
     np.testing.assert_allclose(answer.embeddings[1], embedder.expected("two"), atol=1e-4)
     assert answer.prompt_eval_count == 8
+    assert answer.total_duration is not None and answer.load_duration is not None
+    assert 0 < answer.load_duration <= answer.total_duration
     assert len((await client.embed("tiny", "one", dimensions=5)).embeddings[0]) == 5
+    with pytest.raises(ollama.ResponseError, match=r"`input\[1\]` must not be empty"):
+        await client.embed("tiny", ["one", ""])
+    with pytest.raises(ollama.ResponseError, match=r"`dimensions` must be in 1\.\.64"):
+        await client.embed("tiny", "one", dimensions=65)
     old = await client.embeddings(model="tiny", prompt="one")
     np.testing.assert_allclose(old.embedding, embedder.expected("one"), atol=1e-4)
     assert list((await client.embed("tiny", "")).embeddings) == []

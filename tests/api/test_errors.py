@@ -55,7 +55,12 @@ def test_each_class_is_mapped(kind: type[errors.TgiError]) -> None:
         (errors.TemplateError("x"), 422, 400),
         (errors.ToolError("x"), 422, 400),
         (errors.Unauthorized("x"), 401, 401),
+        (errors.Forbidden("x"), 403, 403),
         (errors.NotFound("x"), 404, 404),
+        (errors.MethodNotAllowed("x", allow=("GET",)), 405, 405),
+        (errors.ImageTimeout("x"), 408, 408),
+        (errors.ImageTooLarge("x"), 413, 413),
+        (errors.NoWebSockets("x"), 426, 426),
         (errors.PayloadTooLarge("x"), 413, 413),
         (errors.RequestTimeout("x"), 408, 400),
         (errors.UnsupportedMediaType("x"), 415, 415),
@@ -63,12 +68,32 @@ def test_each_class_is_mapped(kind: type[errors.TgiError]) -> None:
         (errors.Unavailable("x"), 503, 503),
         (errors.GenerationFailed("x"), 424, 500),
         (errors.IncompleteGeneration("x"), 500, 500),
+        (errors.RequestAborted("x"), 500, 500),
+        (errors.ModelLoadError("x"), 503, 503),
         (ValueError("secret"), 500, 500),
     ],
 )
 def test_statuses(error: BaseException, native: int, openai: int) -> None:
     assert NATIVE.status(error) == native
     assert OPENAI.status(error) == openai
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.Unavailable("x"), "overloaded"),
+        (errors.GenerationFailed("x"), "generation_failed"),
+        (errors.IncompleteGeneration("x"), "incomplete_generation"),
+        (errors.RequestAborted("x"), "request_aborted"),
+        (errors.ModelLoadError("x"), "model_load_failed"),
+        (ValueError("secret"), "internal_error"),
+    ],
+)
+def test_what_the_server_did_wrong_has_a_code_that_programs_can_tell_apart(
+    error: BaseException, code: str
+) -> None:
+    shown = OPENAI.envelope(error)["error"]
+    assert (shown["type"], shown["code"]) == ("server_error", code)
 
 
 def test_what_a_client_did_wrong_is_an_invalid_request_to_anthropics_clients() -> None:

@@ -148,7 +148,8 @@ async def test_each_request_is_counted_once_with_its_end() -> None:
     assert found['tgi_request_failure{err="overloaded"}'] == 1
     assert found["tgi_request_duration_count"] == 4
     assert found["tgi_request_generated_tokens_sum"] == 3 + 3 + 3 + 9
-    assert found["tgi_request_input_length_count"] == 6  # every submitted request
+    for name in ("input_length", "max_new_tokens"):
+        assert found[f"tgi_request_{name}_count"] == 6  # every submitted request
     assert found["tgi_request_queue_duration_count"] == 6
     assert found["tgi_time_to_first_token_seconds_count"] == 5  # one failed before its first token, one after
 

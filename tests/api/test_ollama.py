@@ -138,6 +138,12 @@ async def test_calls_are_whole_and_their_results_go_back() -> None:
     assert final.message.content == "Fine."
 
 
+async def test_calls_have_ids_for_clients_that_read_them() -> None:
+    _, [answer], _ = await post("/api/chat", {"messages": HI, "tools": TOOLS, "stream": False}, say(*CALLS))
+    one, other = (call["id"] for call in answer["message"]["tool_calls"])
+    assert one.startswith("call_") and one != other
+
+
 async def test_half_a_call_is_none() -> None:
     body = {"messages": HI, "tools": TOOLS, "stream": False, "options": {"num_predict": 6}}
     _, [answer], _ = await post("/api/chat", body, say(*CALLS[4:]))
@@ -256,6 +262,7 @@ async def test_defaults_are_ollamas_and_the_context_bounds_the_answer(num_predic
     assert request is not None
     assert (request.sampling.temperature, request.sampling.top_p) == (0.8, 0.9)
     assert request.sampling.repetition_penalty == 1.0
+    assert request.sampling.seed != -1 % 2**63  # but a random one
     assert request.stop.max_tokens == 4096 - 2
     _, _, request = await post("/api/chat", {"messages": HI})
     assert request is not None and request.sampling.top_k == 40

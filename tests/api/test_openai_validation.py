@@ -304,6 +304,14 @@ async def test_the_administrators_limits_hold_on_v1() -> None:
         assert (await refused(CHAT, {"messages": HI, **fields}, settings))["param"] == param
     error = await refused("/v1/completions", {"prompt": ["a", "b", "c"]}, settings)
     assert error["message"] == "Number of prompts exceeds the maximum allowed batch size of 2"
+    few_logprobs = await refused("/v1/responses", {"input": "hi", "top_logprobs": 4}, settings)
+    assert few_logprobs["param"] == "top_logprobs"
+    app = scripted_app(ScriptedEngine(), settings)
+    for path, body in (
+        (CHAT, {"messages": HI, "stop": ["a"], "n": 2, "logprobs": True, "top_logprobs": 3}),
+        ("/v1/completions", {"prompt": ["a", "b"]}),
+    ):
+        assert (await send(app, request("POST", path, body))).status == 200
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,10 @@ async def test_documents_come_back_best_first(
         assert result["document"] == {"text": DOCUMENTS[result["index"]]}
     assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] > 0
     assert answer["model"] == "tiny"
+    assert answer["meta"] == {
+        "api_version": {"version": "2"},
+        "billed_units": {"search_units": 1},
+    }  # Cohere's
 
 
 async def test_what_a_ranking_shows_is_asked_for(server: PooledServer) -> None:
@@ -111,6 +115,8 @@ async def test_pairs_are_scored_one_by_one_or_one_against_all(
         answer = (await server.post(path, text_1=first, text_2=second)).json()
         firsts = [first] * len(second) if isinstance(first, str) else first
         scores = [sigmoid(expected(a, b)) for a, b in zip(firsts, second, strict=True)]
+        assert list(answer) == ["id", "object", "created", "model", "data", "usage"]
+        assert answer["object"] == "list" and answer["usage"]["total_tokens"] > 0
         assert [entry["score"] for entry in answer["data"]] == pytest.approx(scores, abs=1e-4)
         assert [(entry["index"], entry["object"]) for entry in answer["data"]] == [
             (index, "score") for index in range(len(scores))
@@ -142,6 +148,7 @@ async def test_vllms_newer_names_for_both_texts(server: PooledServer, names: tup
         ("/score", {"text_1": "a"}, 400, "text_2"),
         ("/score", {}, 400, "text_1"),
         ("/score", {"items": ["a"]}, 400, "queries"),
+        ("/score", {"text_1": "a", "text_2": "b", "model": "m" * 257}, 400, "model"),
         ("/score", {"queries": "a", "documents": ["b", ""]}, 400, "documents[1]"),
         ("/score", {"queries": ["a", "b"], "items": ["c"]}, 400, "queries"),
         ("/v1/embeddings", {"input": "a"}, 400, "model"),

@@ -361,7 +361,8 @@ async def test_the_sdk_pages_through_what_a_response_answers() -> None:
             found: list[Any] = [item async for item in pages]
             said = ["one", "yes", "no. 0", "no. 1", "no. 2"][::wanted]
             assert [item.content[0].text for item in found] == said
-            assert len({item.id for item in found}) == 5
+            ids = {item.id for item in found}
+            assert len(ids) == 5 and first.output[0].id in ids  # by which `item_reference` finds it
         with pytest.raises(openai.NotFoundError):
             await client.with_options(api_key="b").responses.input_items.list(second.id)
 

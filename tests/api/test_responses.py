@@ -111,6 +111,20 @@ async def test_events_come_in_order_and_say_where_they_belong() -> None:
     assert item["status"] == "completed" and item["content"][0]["text"] == "ab"
 
 
+async def test_each_event_says_where_its_item_is() -> None:
+    """The SDK and agents put the deltas together by these numbers; a call has no content."""
+    _, events = await post(say(*ALL), template=THINKING, stream=True, tools=TOOLS)
+    items: list[Any] = []
+    for event in events:
+        items += [event["item"]] if event["type"] == "response.output_item.added" else []
+        if "output_index" in event:
+            assert event["output_index"] == len(items) - 1
+        if "item_id" in event:
+            assert event["item_id"] == items[-1]["id"]
+            assert event.get("content_index") == (0 if "content" in items[-1] else None)
+    assert [item["id"].split("_")[0] for item in items] == ["rs", "msg", "fc", "fc"]
+
+
 async def test_the_answer_has_what_the_request_said() -> None:
     named: dict[str, Any] = {
         "prompt_cache_key": "k",

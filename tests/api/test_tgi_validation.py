@@ -239,7 +239,7 @@ def test_parameters_reach_the_engine() -> None:
     assert (sampling.temperature, sampling.top_p, sampling.typical_p) == (0.7, 0.9, 0.8)
     assert (sampling.repetition_penalty, sampling.frequency_penalty) == (1.2, -1.0)
     assert sampling.top_k == 1024  # capped at the vocabulary size
-    assert 0 <= sampling.seed < 2**63
+    assert sampling.seed == (2**64 - 1) % 2**63  # the engine's have a bit less
     assert (sampling.logprobs, sampling.logprobs_mode) == (2, LogprobsMode.PROCESSED)
     assert (got.stop.max_tokens, got.stop.stop, got.stop.include_stop) == (7, ("a", "b"), True)
 
@@ -329,6 +329,8 @@ async def test_a_grammar_that_cannot_be_had_is_refused_in_tgi_s_words(
         ({"type": "json", "value": {"type": "null"}}, 'start: %json {"type": "null"'),
         ({"type": "json_object", "value": '{"type": "null"}'}, 'start: %json {"type": "null"'),
         ({"type": "json_schema", "value": {"schema": {"type": "null"}}}, 'start: %json {"type": "null"'),
+        # As in TGI, keywords that cannot be enforced are no reason to refuse the request.
+        ({"type": "json", "value": {"type": "array", "uniqueItems": True}}, 'start: %json {"type": "array"'),
     ],
     ids=str,
 )

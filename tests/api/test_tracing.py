@@ -10,6 +10,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, fail_with, say, scripted_app
@@ -64,9 +65,11 @@ async def test_a_request_has_a_span_in_its_clients_trace_and_its_parts_lie_withi
 
 
 async def test_a_failure_is_an_error_span_and_a_refusal_is_none() -> None:
+    """Also where TGI's status for it, 424, is not one of a server's failures."""
     *_, failed = await spans_of(ScriptedEngine(fail_with(GenerationFailed("why"))), {"inputs": "x"})
     assert failed.attributes is not None
     assert failed.attributes["http.response.status_code"] == 424
+    assert (failed.status.status_code, failed.status.description) == (StatusCode.ERROR, "GenerationFailed")
     [refused] = await spans_of(ScriptedEngine(), {"inputs": ""}, traceparent="garbage")
     assert refused.status.is_unset
     assert refused.parent is None

@@ -105,6 +105,21 @@ def test_all_of_opens_no_object(
         assert not accepts(compiler, source, f'{{"a":{{"name":null,"x":1}},"b":{inside[0]}}}')
 
 
+def test_the_same_all_of_holds_each_time(compiler: GrammarCompiler) -> None:
+    status = {"allOf": [{"$ref": "#/$defs/Status"}], "title": "S"}
+    properties = {"properties": {"a": status, "b": status}, "required": ["a", "b"]}
+    source = sources.json_schema({**properties, **DEFINITIONS})
+    assert accepts(compiler, source, '{"a":"new","b":"paid"}')
+    assert not accepts(compiler, source, '{"a":"new","b":"other"}')
+
+
+def test_a_condition_beside_a_reference_holds(compiler: GrammarCompiler) -> None:
+    customer = {"$ref": "#/$defs/Customer", "required": ["age"]}
+    source = sources.json_schema({"allOf": [customer, {"properties": {"age": {"const": 1}}}], **DEFINITIONS})
+    assert accepts(compiler, source, '{"name":null,"age":1}')
+    assert not accepts(compiler, source, '{"name":null}')
+
+
 def test_all_of_that_leads_back_to_itself_is_judged(compiler: GrammarCompiler) -> None:
     for target in ("#/$defs/a", "#/$defs/b", "#", "#/nowhere", "#anchor"):
         schema = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,12 @@ def test_system_messages_stay_where_the_template_shows_them(source: str) -> None
     assert text.index("Be  brief.") < text.index("Hello.") < text.index("And kind.")
 
 
+def test_a_template_may_write_the_date() -> None:
+    """As those of Llama 3 do; a template that finds no such function writes one of years ago."""
+    template = ChatTemplate("{{ strftime_now('%Y') if strftime_now is defined else '26 Jul 2024' }}", {})
+    assert template.render([USER]) == str(datetime.now().year)
+
+
 def test_a_tool_use_template_serves_requests_with_tools_only() -> None:
     template = ChatTemplate("plain", SPECIAL, tool_use_source="{{ tools | length }} tools")
     assert template.render([USER]) == "plain"
@@ -353,7 +360,7 @@ def test_sources_in_their_order(tmp_path: Path) -> None:
         template = load_chat_template({}, directory=tmp_path, metadata=metadata, **extra)
         return None if template is None else template.render([USER])
 
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] = {"general.description": "a file without a template", "general.version": 3}
     assert render() is None
     metadata["tokenizer.chat_template"] = "from gguf"
     assert render() == "from gguf"

@@ -197,6 +197,7 @@ _ENDLESS = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["
             lambda: sources.json_schema({"type": "number", "minimum": 1e-100}),
             "bound of a number.*too many digits",
         ),
+        (lambda: sources.json_schema({"type": "number", "multipleOf": 0.0}), "invalid multiple of"),
         (lambda: sources.json_schema({"type": "string", "format": "regex"}), "`format` regex"),
         (lambda: sources.regex("(a"), "regex"),
         (lambda: sources.regex("a(?=b)"), "regex"),

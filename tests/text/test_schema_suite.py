@@ -282,6 +282,7 @@ def test_a_pydantic_model_of_what_can_be_enforced_is_strict(
             (),
             "[1]",
         ),
+        ({"properties": {f"p{i}": {"pattern": "^a$"} for i in range(9)}}, (), '{"p0":"a"}'),
         (True, (), "1"),
     ],
 )

@@ -283,6 +283,7 @@ def test_an_end_tag_within_a_line_of_a_text_is_part_of_it(
     [
         ("^a+$", ["a"], ["", "ab"]),
         ("a|^b", ["xay", "bx"], ["xb"]),
+        ("^(a|b)c|d$", ["acx", "xd"], ["xac", "b"]),
         (r"\$x$", ["a$x"], ["$xa"]),
         ("a/b", ["\na/b"], ["ab"]),
         ("^[^|]$", ["a"], ["|"]),

@@ -123,7 +123,6 @@ class Dialect:
         except InvalidRequest as error:
             if where:
                 self.translate(error)
-                error.param = ".".join(filter(None, (where, error.param)))
                 error.message = f"{where}: {error.message}"
             raise
 

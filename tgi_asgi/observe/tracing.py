@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.errors import GenerationFailed, ModelLoadError
 from tgi_asgi.observe.access_log import CLIENT_CLOSED
 from tgi_asgi.observe.summary import RequestSummary
 from tgi_asgi.settings import Settings
@@ -94,7 +94,8 @@ class Tracing:
             start_time=epoch_ns(exchange.started_s),
             attributes=_attributes(exchange, summary, status),
         )
-        if status >= 500 or (exchange.error is not None and exchange.status == 200):
+        has_failed = isinstance(exchange.error, GenerationFailed)  # TGI's status for it is 424
+        if status >= 500 or has_failed or (exchange.error is not None and exchange.status == 200):
             span.set_status(self._trace.StatusCode.ERROR, type(exchange.error).__name__)
         context = self._trace.set_span_in_context(span)
         for name, begin_s, end_s in summary.phases:

@@ -100,7 +100,7 @@ def check_options(
         if option.name == _SHARDED and num_shard > 1 and value.lower() in _ON:
             continue
         if option.is_refused:
-            raise InvalidRequest(f"{source}={value} is not supported: {option.reason}", param=option.name)
+            raise InvalidRequest(f"{source}={value} is not supported: {option.reason}")
         # A value may be a secret (ngrok's token), so only the name is logged.
         warnings.append(f"{source} is ignored: {option.reason}")
     host = environ.get("HOSTNAME", "")
@@ -144,14 +144,12 @@ def environment_changes(environ: Mapping[str, str], arguments: Sequence[str] = (
         changes["HF_TOKEN"] = environ["HF_API_TOKEN"]
     if is_sagemaker(arguments):
         if not environ.get("HF_MODEL_ID"):
-            raise InvalidRequest("HF_MODEL_ID must be set: it names the model to serve", param="model_id")
+            raise InvalidRequest("HF_MODEL_ID must be set: it names the model to serve")
         changes["PORT"] = SAGEMAKER_PORT
     if environ.get("AIP_HTTP_PORT"):
         changes["PORT"] = environ["AIP_HTTP_PORT"]
     if environ.get("MAX_INPUT_TOKENS") and environ.get("MAX_INPUT_LENGTH"):
-        raise InvalidRequest(
-            "MAX_INPUT_TOKENS and MAX_INPUT_LENGTH are the same setting: give one", param="max_input_tokens"
-        )
+        raise InvalidRequest("MAX_INPUT_TOKENS and MAX_INPUT_LENGTH are the same setting: give one")
     if environ.get("LOG_LEVEL"):
         changes["LOG_LEVEL"] = simple_level(environ["LOG_LEVEL"])
     return changes

@@ -56,5 +56,5 @@ def parsed(spec: dataclasses.Field[Any], variable: str, text: str) -> Any:
                 return float(text)
     except (KeyError, ValueError):
         shown = repr(text)[:MAX_SHOWN]
-        raise InvalidRequest(f"{variable}={shown} is not a valid {kind}", param=spec.name) from None
+        raise InvalidRequest(f"{variable}={shown} is not a valid {kind}") from None
     return (text,) if kind.startswith("tuple") else text

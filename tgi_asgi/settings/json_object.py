@@ -30,4 +30,4 @@ def parse_object(option: str, text: str) -> dict[str, Any]:
 def bad_option(option: str, rule: str, value: str) -> InvalidRequest:
     """Return an error that says what the option must do or be, and the beginning of what was given."""
     shown = value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}..."
-    return InvalidRequest(f"--{option.replace('_', '-')} must {rule}, got {shown}", param=option)
+    return InvalidRequest(f"--{option.replace('_', '-')} must {rule}, got {shown}")

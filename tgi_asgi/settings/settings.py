@@ -392,12 +392,9 @@ class Settings:
                     # A variable's bytes that are not UTF-8 are lone surrogates in Python.
                     _check(key.isprintable(), spec.name, "be printable UTF-8", "one that is not")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
-            raise InvalidRequest("--ssl-keyfile needs --ssl-certfile", param="ssl_keyfile")
+            raise InvalidRequest("--ssl-keyfile needs --ssl-certfile")
         if self.requests_per_minute and not (self.api_key or self.api_key_file):
-            raise InvalidRequest(
-                "--requests-per-minute needs --api-key or --api-key-file: it counts by key",
-                param="requests_per_minute",
-            )
+            raise InvalidRequest("--requests-per-minute needs --api-key or --api-key-file: it counts by key")
         if self.speculative_config is not None:
             _check(
                 not self.speculate, "speculate", "not be combined with --speculative-config", self.speculate
@@ -486,4 +483,4 @@ class Settings:
 
 def _check(holds: object, name: str, rule: str, value: object) -> None:
     if not holds:
-        raise InvalidRequest(f"{flag_of(name)} must {rule}, got {value}", param=name)
+        raise InvalidRequest(f"{flag_of(name)} must {rule}, got {value}")

@@ -153,15 +153,15 @@ def _check_before_permit(p: GenerateParameters, limits: Limits, *, is_stream: bo
     """Make the checks that TGI makes before taking a permit; return the number of sequences."""
     best_of = 1 if p.best_of is None else p.best_of
     message = f"`parameters.seed` must be at most {MAX_SEED}. Given: {p.seed}"
-    _require((p.seed or 0) <= MAX_SEED, message, "seed")
+    _require((p.seed or 0) <= MAX_SEED, message)
     if is_stream:
-        _require(best_of == 1, "`best_of` != 1 is not supported when streaming tokens", "best_of")
+        _require(best_of == 1, "`best_of` != 1 is not supported when streaming tokens")
         message = "`decoder_input_details` == true is not supported when streaming tokens"
-        _require(not p.decoder_input_details, message, "decoder_input_details")
+        _require(not p.decoder_input_details, message)
     if best_of > 1:
-        _require(limits.best_of != 1, "`best_of` != 1 is not allowed for this endpoint", "best_of")
+        _require(limits.best_of != 1, "`best_of` != 1 is not allowed for this endpoint")
         message = f"`best_of` must be > 0 and <= {limits.best_of}. Given: {best_of}"
-        _require(best_of <= limits.best_of, message, "best_of")
+        _require(best_of <= limits.best_of, message)
     return max(best_of, 1)
 
 
@@ -170,24 +170,24 @@ def _check(
 ) -> None:
     """Check the values, in TGI's order and wording."""
     asks_to_sample = p.do_sample or (p.temperature, p.top_k, p.top_p, p.typical_p) != (None,) * 4
-    _require(n == 1 or asks_to_sample, "you must use sampling when `best_of` is > 1", "best_of")
+    _require(n == 1 or asks_to_sample, "you must use sampling when `best_of` is > 1")
     for name, holds, words in _RULES:
         value = getattr(p, name)
-        _require(value is None or holds(value), f"`{name}` must be {words}", name)
+        _require(value is None or holds(value), f"`{name}` must be {words}")
     stop, limit = p.stop or (), limits.stops
-    _require(len(stop) <= limit, f"`stop` supports up to {limit} stop sequences. Given: {len(stop)}", "stop")
+    _require(len(stop) <= limit, f"`stop` supports up to {limit} stop sequences. Given: {len(stop)}")
     # TGI ends such a request after its first token, which cannot be intended.
-    _require("" not in stop, "`stop` must not hold an empty string", "stop")
+    _require("" not in stop, "`stop` must not hold an empty string")
     longest = max(map(len, stop), default=0)
     message = f"`stop` sequences may have up to {MAX_STOP_CHARS} characters. Given: {longest}"
-    _require(longest <= MAX_STOP_CHARS, message, "stop")
-    _require(p.seed is None or n == 1, "`seed` must not be set when `best_of` > 1", "seed")
+    _require(longest <= MAX_STOP_CHARS, message)
+    _require(p.seed is None or n == 1, "`seed` must not be set when `best_of` > 1")
     message = f"`top_n_tokens` must be >= 0 and <= {limits.top_logprobs}. Given: {top_n}"
-    _require(top_n <= limits.top_logprobs, message, "top_n_tokens")
-    _require(inputs, "`inputs` cannot be empty", "inputs")
+    _require(top_n <= limits.top_logprobs, message)
+    _require(inputs, "`inputs` cannot be empty")
     max_input = context.ready().info.max_input_tokens
     message = f"`truncate` must be strictly positive and less than {max_input}. Given: {p.truncate}"
-    _require(p.truncate is None or 0 < p.truncate <= max_input, message, "truncate")
+    _require(p.truncate is None or 0 < p.truncate <= max_input, message)
     if p.adapter_id is not None:
         _check_adapter(p.adapter_id, context)
     if p.watermark:
@@ -200,7 +200,7 @@ def _check_adapter(name: str, context: ServerContext) -> None:
     message = f"`adapter_id` must name an adapter that is served. Given: {name[:256]}"
     if adapters is None:
         message = f"`adapter_id` is not supported: no adapters are served. Given: {name[:256]}"
-    _require(known, message, "adapter_id")
+    _require(known, message)
 
 
 def native_grammar(grammar: Grammar) -> GrammarSource:
@@ -227,6 +227,6 @@ def native_grammar(grammar: Grammar) -> GrammarSource:
     raise InvalidRequest(message, param=_GRAMMAR)
 
 
-def _require(holds: object, message: str, field: str) -> None:
+def _require(holds: object, message: str) -> None:
     if not holds:
-        raise InvalidRequest(message, param=field if field == "inputs" else f"parameters.{field}")
+        raise InvalidRequest(message)
