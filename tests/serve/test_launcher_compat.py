@@ -151,7 +151,8 @@ def test_one_limit_under_two_names_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("text", "level"),
-    [("info", "info"), ("WARN", "warn"), ("trace", "debug"), ("off", "error"), ("info,hyper=debug", "info"),
+    [("info", "info"), ("WARN", "warn"), ("trace", "debug"), ("off", "error"), ("CRITICAL", "error"),
+     ("info,hyper=debug", "info"),
      ("hyper=debug", "info"), ("router=debug,warn", "warn"), ("text_generation_router=debug", "debug"),
      ("warn, text_generation_router=info,", "info"), ("loud", "loud")],
 )  # fmt: skip

@@ -19,7 +19,8 @@ from tgi_asgi.settings.kinds import is_address
 _SHARDED = "sharded"  # says only that there are shards; the setting `num_shard` has their number
 _ON = frozenset({"1", "true", "yes", "on"})
 _OFF = frozenset({"", "0", "false", "no", "off"})
-_LEVELS = {"trace": "debug", "warning": "warn", "off": "error"}  # others have the same name here
+# Levels of Rust's and Python's loggers that have another name here.
+_LEVELS = {"trace": "debug", "warning": "warn", "critical": "error", "fatal": "error", "off": "error"}
 SAGEMAKER_PORT = "8080"
 
 
