@@ -60,8 +60,9 @@ async def test_steps_that_decode_need_no_python(runner: HostRunner, monkeypatch:
     forbid_python(runner, monkeypatch)
     results = [await runner.submit(continue_plan(index)) for index in range(3)]
     assert [result.step_id for result in results] == [1, 2, 3]
-    with pytest.raises(AssertionError, match="Python"):
-        await runner.submit(start_plan(1))
+    for plan in (start_plan(1), StepPlan(4, continue_plan(3).rows, copies=[(0, 9)])):
+        with pytest.raises(AssertionError, match="Python"):
+            await runner.submit(plan)
 
 
 async def test_the_second_chunk_of_a_prompt_needs_none(
