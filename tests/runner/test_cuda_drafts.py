@@ -118,6 +118,13 @@ def test_more_drafts_than_spare_slots_are_refused(drafts: CudaDrafts) -> None:
         laid(drafts, plan(row(1, 2, 15, 12), row(0, 5, 8, 2)))
 
 
+def test_more_rows_than_a_step_has_room_for_are_refused(drafts: CudaDrafts) -> None:
+    chunks = [StepRow(3, [8], at, [[3]], samples=False) for at in range(14)]
+    assert len(laid(drafts, plan(row(0, 5, 8, 2), *chunks[1:])).plan.rows) == drafts.max_rows == 16
+    with pytest.raises(PlanError, match="at most 16 rows, drafts included, got 17"):
+        laid(drafts, plan(row(0, 5, 8, 2), *chunks))
+
+
 def test_a_step_whose_rows_are_where_they_were_planned_is_as_planned(drafts: CudaDrafts) -> None:
     given = plan(row(1, 2, 5, 2))
     found = laid(drafts, given)
