@@ -211,6 +211,15 @@ def test_further_choices_share_the_prompt_while_its_window_is_there(
     assert runner.violations == []
 
 
+def test_one_of_many_that_need_a_block_in_each_group_at_once_gives_way() -> None:
+    sizes: dict[str, Any] = {"num_blocks": 30, "windows": (None, 40), "max_step_tokens": 200}
+    scheduler, runner = make_scheduler(max_prefill_tokens=128, **sizes), FakeRunner(**sizes)
+    eight = [add_request(scheduler, make_request(range(at, at + 16), 3), at)[0] for at in range(8)]
+    run(scheduler, runner, plan_step(scheduler))
+    assert scheduler.pool.num_free == 14, "less than two for each"
+    assert plan_step(scheduler).sequences == eight[:7]
+
+
 def test_an_urgent_prompt_takes_its_next_block_from_who_is_less_urgent() -> None:
     scheduler, runner = make((None, 40))
     [other] = add_request(scheduler, make_request(range(17), 99), arrival=1)
