@@ -232,6 +232,17 @@ def test_an_urgent_prompt_takes_its_next_block_from_who_is_less_urgent() -> None
     scheduler.pool.release(taken)
 
 
+def test_a_prompt_without_a_free_block_has_no_row() -> None:
+    scheduler, runner = make((None, 40))
+    add_request(scheduler, make_request(range(500)))
+    in_flight = plan_step(scheduler)
+    taken = [scheduler.pool.allocate() for _ in range(scheduler.pool.num_free)]
+    assert scheduler.plan() is None
+    run(scheduler, runner, in_flight)
+    scheduler.pool.release(taken)
+    assert [row.start for row in plan_step(scheduler).plan.rows] == [32]
+
+
 def test_a_prompt_that_goes_on_leaves_blocks_to_all_that_run() -> None:
     scheduler, runner = make((None, 40))
     for arrival, length in enumerate((17, 500)):
