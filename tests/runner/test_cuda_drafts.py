@@ -149,7 +149,7 @@ def test_a_step_waits_for_tokens_that_decide_how_it_is_laid_out(drafts: CudaDraf
 
 
 def test_what_follows_a_wrong_draft_does_not_count() -> None:
-    rows = DraftedRows([0, 0, 0, 1, 1, 2, 2], [4, 4, 4, 6, 6, 8, 8], [-1, 1, 2, -1, 0, -1, 5], 3)
+    rows = DraftedRows([0, 0, 0, 1, 1, 2, 2], [4, 4, 4, 6, 6, 8, 8], [-1, 1, 0, -1, 0, -1, 5], 3)
     sampled = [
         *(Sampled(1), Sampled(7), Sampled(8)),
         *(Sampled(0), Sampled(9)),
