@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
 from tests.engine.helpers import (
     add_request,
     are_finished,
@@ -278,15 +280,27 @@ def test_each_slot_is_told_what_was_sampled_and_what_may_not_be() -> None:
     assert back.output_ids == new.token_ids[28 : 28 + len(back.output_ids)] != []
 
 
-def test_cancelling_a_queued_request_leaves_nothing() -> None:
+def test_a_probe_gives_back_its_slot_and_its_blocks() -> None:
+    scheduler = make_scheduler(max_batch_size=1, num_blocks=2, windows=(None, 40))
+    for _ in range(2):
+        probe = scheduler.probe()
+        assert probe is not None
+        assert (scheduler.probe(), scheduler.pool.num_free) == (None, 0)
+        scheduler.end_probe(probe)
+    assert scheduler.pool.num_used == 0
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_cancelling_a_queued_request_leaves_nothing(order: int) -> None:
     scheduler = make_scheduler(max_batch_size=1)
     add_request(scheduler, make_request(5, max_tokens=1), arrival=0)
     queued = add_request(scheduler, make_request(5, n=3), arrival=1)
     plan_step(scheduler)
     assert scheduler.num_waiting == 3
-    for sequence in queued:
+    for sequence in queued[::order]:
         scheduler.remove(sequence)
     assert scheduler.num_waiting == 0
+    assert are_finished(queued)
     assert scheduler.plan() is None
 
 

@@ -79,6 +79,16 @@ def test_what_a_step_in_flight_computes_is_found(has_ended: bool) -> None:
     assert runner.violations == []
 
 
+@pytest.mark.parametrize("has_prompt_arithmetic", [False, True])
+def test_a_prompt_that_was_cancelled_is_found_as_far_as_it_is_computed(has_prompt_arithmetic: bool) -> None:
+    scheduler = make_scheduler(max_prefill_tokens=32, has_prompt_arithmetic=has_prompt_arithmetic)
+    [cancelled] = add_request(scheduler, make_request(range(100)), 0)
+    plan_step(scheduler)
+    scheduler.remove(cancelled)
+    add_request(scheduler, make_request(range(100)), 1)
+    assert [row.start for row in plan_step(scheduler).plan.rows] == [32]
+
+
 def test_what_is_left_of_a_budget_below_a_block_starts_nobody() -> None:
     """Otherwise it would query the cache for blocks that the prompt before it is about to compute."""
     scheduler, runner = make_scheduler(max_prefill_tokens=40), FakeRunner()
@@ -228,6 +238,13 @@ def test_further_choices_whose_first_is_gone_go_through_the_cache() -> None:
     assert are_finished(sequences)
     starts = [row.start for step in steps for row in step.plan.rows if (row.token_ids or ())[1:]]
     assert starts == [0, 32, 32]
+
+
+def test_further_choices_compute_a_prompt_that_their_first_never_did() -> None:
+    scheduler = make_scheduler()
+    first, second = add_request(scheduler, make_request(40, n=2))
+    scheduler.remove(first)
+    assert plan_step(scheduler).sequences == [second]
 
 
 def test_what_a_poisoned_sequence_wrote_is_not_found() -> None:

@@ -82,6 +82,7 @@ def test_a_stream_that_decodes_holds_no_more_than_its_window() -> None:
     most = []
     while (step := scheduler.plan()) is not None:
         most.append(held(sequence)[1])
+        assert scheduler.tables.num_held(sequence) == sum(held(sequence)), "as who holds most is preempted"
         run(scheduler, runner, step)
     assert max(most) == 4
 
@@ -184,26 +185,73 @@ def test_a_hit_is_the_longest_that_all_groups_serve(
         assert blocks == [pool.find(key) for key in keys]
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 60])
-def test_further_choices_share_the_prompt_while_its_window_is_there(num_steps: int) -> None:
+@pytest.mark.parametrize(
+    ("prompt_len", "num_steps", "shares"), [(101, 1, True), (101, 2, True), (101, 60, False), (102, 2, False)]
+)
+def test_further_choices_share_the_prompt_while_its_window_is_there(
+    prompt_len: int, num_steps: int, shares: bool
+) -> None:
     """The first choice runs alone for some steps; then the second copies its blocks or looks them up."""
     scheduler, runner = make((None, 40), max_batch_size=1)
-    prompt = range(101)
+    prompt = range(prompt_len)
     first, second = add_request(scheduler, make_request(prompt, 90, n=2, sampling=SamplingParams(seed=3)))
     for _ in range(3 + num_steps):
         run(scheduler, runner, plan_step(scheduler))
     scheduler._running.free_slots.append(1)
     step = plan_step(scheduler)
     assert step.sequences == [first, second]
-    assert step.plan.rows[1].start == (100 if num_steps < 60 else 96)
-    assert len(step.plan.copies) == (2 if num_steps < 60 else 0)
+    assert step.plan.rows[1].start == (prompt_len - 1 if shares else 96)
+    assert len(step.plan.copies) == (2 if shares else 0)
     run(scheduler, runner, step)
     run_all(scheduler, runner)
     for sequence in (first, second):
-        assert sequence.token_ids[101:] == expected_tokens(
+        assert sequence.token_ids[prompt_len:] == expected_tokens(
             prompt, 90, sampling=sequence.request.sampling, choice=sequence.choice
         )
     assert runner.violations == []
+
+
+def test_one_of_many_that_need_a_block_in_each_group_at_once_gives_way() -> None:
+    sizes: dict[str, Any] = {"num_blocks": 30, "windows": (None, 40), "max_step_tokens": 200}
+    scheduler, runner = make_scheduler(max_prefill_tokens=128, **sizes), FakeRunner(**sizes)
+    eight = [add_request(scheduler, make_request(range(at, at + 16), 3), at)[0] for at in range(8)]
+    run(scheduler, runner, plan_step(scheduler))
+    assert scheduler.pool.num_free == 14, "less than two for each"
+    assert plan_step(scheduler).sequences == eight[:7]
+
+
+def test_an_urgent_prompt_takes_its_next_block_from_who_is_less_urgent() -> None:
+    scheduler, runner = make((None, 40))
+    [other] = add_request(scheduler, make_request(range(17), 99), arrival=1)
+    run(scheduler, runner, plan_step(scheduler))
+    [urgent] = add_request(scheduler, make_request(range(500)), arrival=0)
+    run(scheduler, runner, plan_step(scheduler))
+    taken = [scheduler.pool.allocate() for _ in range(scheduler.pool.num_free)]
+    assert plan_step(scheduler).sequences == [urgent]
+    assert other.stage is Stage.WAITING
+    scheduler.pool.release(taken)
+
+
+def test_a_prompt_without_a_free_block_has_no_row() -> None:
+    scheduler, runner = make((None, 40))
+    add_request(scheduler, make_request(range(500)))
+    in_flight = plan_step(scheduler)
+    taken = [scheduler.pool.allocate() for _ in range(scheduler.pool.num_free)]
+    assert scheduler.plan() is None
+    run(scheduler, runner, in_flight)
+    scheduler.pool.release(taken)
+    assert [row.start for row in plan_step(scheduler).plan.rows] == [32]
+
+
+def test_a_prompt_that_goes_on_leaves_blocks_to_all_that_run() -> None:
+    scheduler, runner = make((None, 40))
+    for arrival, length in enumerate((17, 500)):
+        add_request(scheduler, make_request(range(length), 99), arrival)
+        run(scheduler, runner, plan_step(scheduler))
+    taken = [scheduler.pool.allocate() for _ in range(scheduler.pool.num_free - 5)]
+    # Of the five blocks, the next tokens of the two sequences need one in each group.
+    assert [row.num_tokens for row in plan_step(scheduler).plan.rows] == [1, 16]
+    scheduler.pool.release(taken)
 
 
 def test_prompts_that_share_blocks_behind_their_windows_all_end_in_a_tight_pool() -> None:

@@ -118,6 +118,13 @@ def test_more_drafts_than_spare_slots_are_refused(drafts: CudaDrafts) -> None:
         laid(drafts, plan(row(1, 2, 15, 12), row(0, 5, 8, 2)))
 
 
+def test_more_rows_than_a_step_has_room_for_are_refused(drafts: CudaDrafts) -> None:
+    chunks = [StepRow(3, [8], at, [[3]], samples=False) for at in range(14)]
+    assert len(laid(drafts, plan(row(0, 5, 8, 2), *chunks[1:])).plan.rows) == drafts.max_rows == 16
+    with pytest.raises(PlanError, match="at most 16 rows, drafts included, got 17"):
+        laid(drafts, plan(row(0, 5, 8, 2), *chunks))
+
+
 def test_a_step_whose_rows_are_where_they_were_planned_is_as_planned(drafts: CudaDrafts) -> None:
     given = plan(row(1, 2, 5, 2))
     found = laid(drafts, given)
@@ -142,10 +149,10 @@ def test_a_step_waits_for_tokens_that_decide_how_it_is_laid_out(drafts: CudaDraf
 
 
 def test_what_follows_a_wrong_draft_does_not_count() -> None:
-    rows = DraftedRows([0, 0, 0, 1, 1, 2, 2], [4, 4, 4, 6, 6, 8, 8], [-1, 1, 2, -1, 3, -1, 5], 3)
+    rows = DraftedRows([0, 0, 0, 1, 1, 2, 2], [4, 4, 4, 6, 6, 8, 8], [-1, 1, 0, -1, 0, -1, 5], 3)
     sampled = [
         *(Sampled(1), Sampled(7), Sampled(8)),
-        *(Sampled(3), Sampled(9)),
+        *(Sampled(0), Sampled(9)),
         *(Sampled(5, is_finite=False), Sampled(6)),
     ]
     result, slots, kept = rows.collect(StepResult(1, [None] * 7), range(7), sampled)

@@ -12,6 +12,7 @@ import pytest
 
 from tgi_asgi.ops import DeviceRows, PlanError, RowLimits
 from tgi_asgi.runner.cuda_buffers import StepShape
+from tgi_asgi.runner.cuda_layout import graph_layout, plain_layout
 from tgi_asgi.runner.plan import StateMoves, StepRow
 from tgi_asgi.types import Pooling, PoolingKind
 
@@ -83,6 +84,25 @@ def test_without_a_graph_only_rows_that_need_logits_have_some(rows: DeviceRows) 
     assert (found["rows"], found["row_slots"], found["query_start"]) == ([2], [-1], [0, 1, 3])
     assert found["slots"] == [5 * 4 + 3, 6 * 4, 6 * 4 + 1]
     assert lists(written(rows, StepShape(3, 2, 0, 1, 2, num_columns=1), needing=[]))["rows"] == []
+
+
+def test_samples_and_vectors_are_found_behind_the_padding_of_a_graph(rows: DeviceRows) -> None:
+    rows.read(
+        [
+            StepRow(2, None, 5, [[7, 9]], samples=True),
+            StepRow(0, [50], 4, [[1, 3]], samples=False),
+            StepRow(6, [60, 61, 62], 3, [[8, 2, 4]], samples=True),
+        ]
+    )
+    padded = graph_layout(StepShape(11, 6, 6, 4, 4), rows)
+    assert padded.shape == StepShape(11, 6, 6, 4, 4, num_columns=2)
+    assert ([padded.end(index) for index in range(3)], padded.logits_rows([0, 2])) == ([1, 2, 7], [0, 4])
+    exact = graph_layout(StepShape(5, 3, 3, 2, 3), rows)
+    assert ([exact.end(index) for index in range(3)], exact.logits_rows([0, 2])) == ([1, 2, 5], [0, 2])
+    plain = plain_layout(rows, [0, 2])
+    assert plain.shape == StepShape(5, 3, 2, 2, 3, num_columns=2, prompt_lens=((3, 6),))
+    assert ([plain.end(index) for index in range(3)], plain.logits_rows([0, 2])) == ([1, 2, 5], [0, 1])
+    assert plain.logits_rows([2]) == [1]
 
 
 def random_rows(random_: random.Random, tables: dict[int, list[int]], start: dict[int, int]) -> list[StepRow]:

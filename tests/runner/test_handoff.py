@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.memory import resident_bytes
@@ -60,8 +61,9 @@ async def test_steps_that_decode_need_no_python(runner: HostRunner, monkeypatch:
     forbid_python(runner, monkeypatch)
     results = [await runner.submit(continue_plan(index)) for index in range(3)]
     assert [result.step_id for result in results] == [1, 2, 3]
-    with pytest.raises(AssertionError, match="Python"):
-        await runner.submit(start_plan(1))
+    for plan in (start_plan(1), StepPlan(4, continue_plan(3).rows, copies=[(0, 9)])):
+        with pytest.raises(AssertionError, match="Python"):
+            await runner.submit(plan)
 
 
 async def test_the_second_chunk_of_a_prompt_needs_none(
@@ -228,14 +230,27 @@ async def test_a_queue_without_a_program_gives_all_to_its_taker() -> None:
     assert taken == [0, 5]
 
 
-async def test_what_is_no_exception_fails_its_step_alone() -> None:
-    """Libraries written in Rust panic with exceptions that are not `Exception`s."""
+class PanicException(BaseException): ...
 
-    class PanicException(BaseException): ...
 
+def panic() -> None:
+    raise PanicException("called `Option::unwrap()` on a `None` value")
+
+
+@pytest.mark.parametrize(
+    ("fail", "kind", "message"),
+    [
+        pytest.param(panic, RuntimeError, "unwrap", id="no `Exception`, as libraries written in Rust raise"),
+        # The engine runs a step that lacked memory again in smaller parts.
+        pytest.param(lambda: torch.empty(1 << 60), MemoryError, "allocate", id="torch, without memory"),
+    ],
+)
+async def test_what_a_library_raises_fails_its_step_alone(
+    fail: Callable[[], object], kind: type[Exception], message: str
+) -> None:
     def compute(plan: StepPlan) -> StepResult:
         if plan.step_id == 0:
-            raise PanicException("called `Option::unwrap()` on a `None` value")
+            fail()
         return StepResult(plan.step_id, [])
 
     handoff = StepHandoff()
@@ -243,7 +258,7 @@ async def test_what_is_no_exception_fails_its_step_alone() -> None:
     thread.start()
     try:
         failing, good = handoff.submit(StepPlan(0, [])), handoff.submit(StepPlan(1, []))
-        with pytest.raises(RuntimeError, match="unwrap"):
+        with pytest.raises(kind, match=message):
             await asyncio.wait_for(failing, LONGEST_S)
         assert await good == StepResult(1, [])
     finally:

@@ -187,6 +187,7 @@ async def test_prompt_logprobs_equal_the_reference(
         row = logprobs[position - 1]
         assert logprob == pytest.approx(float(row[prompt[position]]), abs=1e-4)
         assert [value for _, value in top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+    assert job.token_ids == [int(logprobs[-1].argmax())]
 
 
 async def test_rows_that_are_not_finite_are_flagged_alone(
@@ -215,7 +216,14 @@ async def test_a_failed_step_fails_its_future_only(runner: HostRunner) -> None:
     assert (await runner.submit(after)).step_id == 2
 
 
+async def test_no_block_outside_of_the_cache_is_copied(runner: HostRunner) -> None:
+    with pytest.raises(PlanError, match="a block must be in"):
+        await runner.submit(StepPlan(0, [], copies=[(0, runner.traits.num_blocks)]))
+
+
 async def test_prompt_logprobs_of_an_unscored_prefix_fail(runner: HostRunner) -> None:
+    scored = StepRow(0, PROMPT, 0, [[1, 2]], samples=False, prompt_logprobs=1)
+    await runner.submit(StepPlan(0, [scored], [start(0)]))  # another sequence, which had the slot before
     await runner.submit(StepPlan(0, [StepRow(0, PROMPT, 0, [[1, 2]], samples=False)], [start(0)]))
     row = StepRow(0, [1, 2], len(PROMPT), [[1, 2]], samples=False, prompt_logprobs=1)
     with pytest.raises(ValueError, match="before position 18"):

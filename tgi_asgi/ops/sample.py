@@ -23,8 +23,8 @@ class SampleResult:
     top_ids: Ints  # [n_rows, max_top] int32, most probable first, lowest id first on ties
     top_logprobs: Floats  # [n_rows, max_top] float32
     num_top: Ints  # [n_rows] int32: number of a row's top entries that are filled
-    # [n_rows] bool: False if a draft before the row was rejected (another token was sampled); None: no
-    # drafts.
+    # [n_rows] bool: False if a draft before the row was rejected (another token was sampled); None on a GPU,
+    # whose runner finds out.
     is_accepted: Bools | None = None
 
 

@@ -89,8 +89,6 @@ class SlotMasks:
 
     def _bound(self, slots: Sequence[int]) -> list[tuple[int, _Slot]]:
         """Return (row, slot) pairs for grammars that have not ended; after its end any token is allowed."""
-        if not self._slots:
-            return []
         return [
             (row, constrained)
             for row, slot in enumerate(slots)
@@ -120,10 +118,9 @@ class _Slot:
         """
         self.matcher.fill_mask(masks[0])
         self.correct(masks[0])
-        if self.matcher.error is not None:
-            return 0
         ahead = self.matcher.copy()
         for count, token_id in enumerate(drafts):
+            # To the matcher a forbidden token is an error, which takes 0.6 ms.
             if not masks[count].view(np.uint32)[token_id // 32] >> token_id % 32 & 1:
                 return count
             ahead.accept(token_id)

@@ -283,8 +283,6 @@ class HostRunner:
             for row in samples.rows:
                 result.sampled[row] = Sampled(0)
             return None
-        if not samples.rows:
-            return None
         return ops.sample(logits, self._sampling, samples.slots, mask=mask, drafts=samples.drafts)
 
     def _starts(self, plan: StepPlan) -> list[int]:

@@ -68,9 +68,8 @@ class StepSamples:
 
     def collect(self, results: SampleResult, result: StepResult) -> tuple[list[int], list[Sampled]]:
         """Store the samples that count in a step's result; return their slots and the samples."""
-        are_accepted: list[bool] = (
-            [True] * len(self.rows) if results.is_accepted is None else results.is_accepted.tolist()
-        )
+        assert results.is_accepted is not None
+        are_accepted: list[bool] = results.is_accepted.tolist()
         return collect(self.rows, self.slots, self.drafts, unpack(results), are_accepted, result)
 
 
