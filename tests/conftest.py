@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.support.garbage import Garbage
 from tests.support.llama_cpp import package_source
+from tests.support.loggers import Loggers
 from tests.support.scale import Scale
 from tests.support.selection import Selection
 from tests.support.skips import Skips
@@ -36,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Selection(nightly))
     config.pluginmanager.register(TimeLimit(nightly))
     config.pluginmanager.register(Garbage())
+    config.pluginmanager.register(Loggers())
     if not hasattr(config, "workerinput"):  # only pytest-xdist's controller sees all tests
         config.pluginmanager.register(Skips())
 

@@ -48,7 +48,24 @@ emu_switch:
 .size emu_switch, .-emu_switch
 )");
 
-void leave() { emu_switch(&machine.current->stack_pointer, scheduler_stack); }
+// Makes a random ready thread the running one, and returns where it continues.
+void* choose_next() {
+  const size_t choice = next_random(ready.size());
+  std::swap(ready[choice], ready.back());
+  machine.current = &machine.threads[ready.back()];
+  ready.pop_back();
+  return machine.current->stack_pointer;
+}
+
+// Continues another ready thread, or the scheduler if there is none. A way through the scheduler
+// would be two switches, whose returns the processor would predict wrongly: threads mostly wait in
+// the same place.
+void leave() {
+  Thread* thread = machine.current;
+  void* next = ready.empty() ? scheduler_stack : choose_next();
+  if (machine.current != thread || next == scheduler_stack)
+    emu_switch(&thread->stack_pointer, next);
+}
 
 void make_ready(Thread& thread) {
   thread.state = State::kReady;
@@ -141,14 +158,8 @@ void run_block(dim3 index) {
     make_ready(thread);
   }
   begin_block();
-  while (!ready.empty()) {
-    const size_t choice = next_random(ready.size());
-    std::swap(ready[choice], ready.back());
-    machine.current = &machine.threads[ready.back()];
-    ready.pop_back();
-    emu_switch(&scheduler_stack, machine.current->stack_pointer);
-    machine.current = nullptr;
-  }
+  emu_switch(&scheduler_stack, choose_next());
+  machine.current = nullptr;
   if (block.num_living > 0) {
     report_deadlock();
     machine.is_aborted = true;

@@ -49,22 +49,28 @@ def build(variant: Variant | None = None) -> Path:
         AssertionError: if a variant's old text does not occur exactly once.
         CalledProcessError: if the code does not compile; the compiler's messages are on stderr.
     """
-    files = _read_sources()
-    jobs = [(files, name) for name in files if name.endswith(".cu")]
+    objects = _objects()
     if variant is not None:
-        changed = variant.apply(files)
-        jobs = [(changed if name == variant.kernel else files, name) for _, name in jobs]
-    with ThreadPoolExecutor(2) as executor:
-        objects = list(executor.map(lambda job: _compile(job[0], job[1], _KERNEL_FLAGS), jobs))
-        runtime = {
-            path.name: path.read_text() for path in sorted(_HERE.iterdir()) if path.suffix in (".cpp", ".h")
-        }
-        names = [name for name in runtime if name.endswith(".cpp")]
-        objects += executor.map(lambda name: _compile(files | runtime, name, _RUNTIME_FLAGS), names)
-    library = CACHE / f"emulated-{digest(*(path.name for path in objects))}.so"
+        changed = _compile(variant.apply(_read_sources()), variant.kernel, _KERNEL_FLAGS)
+        objects = {**objects, variant.kernel: changed}
+    library = CACHE / f"emulated-{digest(*(path.name for path in objects.values()))}.so"
     if not library.exists():
-        run(["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects)], library)
+        run(["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects.values())], library)
     return library
+
+
+@functools.cache
+def _objects() -> dict[str, Path]:
+    """Return the unchanged sources' objects by the sources' names; hundreds of variants share them."""
+    files = _read_sources()
+    runtime = {
+        path.name: path.read_text() for path in sorted(_HERE.iterdir()) if path.suffix in (".cpp", ".h")
+    }
+    jobs = {name: (files, _KERNEL_FLAGS) for name in files if name.endswith(".cu")}
+    jobs |= {name: (files | runtime, _RUNTIME_FLAGS) for name in runtime if name.endswith(".cpp")}
+    with ThreadPoolExecutor(2) as executor:
+        objects = executor.map(lambda name: _compile(jobs[name][0], name, jobs[name][1]), jobs)
+        return dict(zip(jobs, objects, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,7 @@ class Variant:
         return changed
 
 
+@functools.cache
 def _read_sources() -> dict[str, str]:
     """Return the files that a kernel's source can include, keyed by the name used to include them."""
     files = {path.name: path.read_text() for path in sorted((_CSRC / "cuda").iterdir())}

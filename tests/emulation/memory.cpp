@@ -78,12 +78,11 @@ void open_arena() {
 }
 
 void set_allocated(size_t offset, size_t bytes, bool is_allocated) {
-  for (size_t i = offset; i < offset + bytes; ++i) {
-    const uint8_t bit = uint8_t(1u << (i & 1));
-    Cell& cell = cells[i / 2];
-    if (i == offset || (i & 1) == 0) cell.forbidden = 0;
-    cell.allocated = uint8_t(is_allocated ? cell.allocated | bit : cell.allocated & ~bit);
+  for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {  // the offset is even
+    cells[i].forbidden = 0;
+    cells[i].allocated = is_allocated ? 3 : 0;
   }
+  if (is_allocated && bytes % 2) cells[(offset + bytes) / 2].allocated = 1;
 }
 
 size_t allocate_shared(size_t bytes) {

@@ -89,7 +89,8 @@ class TimeLimit:
         marker = item.get_closest_marker("time_limit")
         if marker is not None:
             return float(marker.args[0])
-        return NIGHTLY_S if any(map(item.get_closest_marker, self._nightly)) else usual_s
+        is_nightly = not self._nightly.isdisjoint(marker.name for marker in item.iter_markers())
+        return NIGHTLY_S if is_nightly else usual_s
 
 
 def stacks() -> str:
