@@ -11,6 +11,7 @@ import pytest
 # pools, references took up to ten times as long. Set it before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests.emulation import library
 from tests.support.garbage import Garbage
 from tests.support.llama_cpp import package_source
 from tests.support.loggers import Loggers
@@ -40,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Loggers())
     if not hasattr(config, "workerinput"):  # only pytest-xdist's controller sees all tests
         config.pluginmanager.register(Skips())
+        config.add_cleanup(library.discard_old)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Builds the emulated kernels into a shared library; objects are cached by a hash of their inputs."""
+"""Builds the emulated kernels into a shared library; what is built is kept, by a hash of its inputs."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ import pytest
 _HERE = Path(__file__).parent
 _CSRC = _HERE.parents[1] / "csrc"
 CACHE = _HERE.parents[1] / "build" / "emulation"
+_MAX_KEPT_BYTES = 6 << 30  # twice what a run of all tests needs
 _COMMON = [
     "-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-mf16c", "-Wall", "-Wno-unknown-pragmas", "-Werror",
 ]  # fmt: skip
@@ -54,7 +55,7 @@ def build(variant: Variant | None = None) -> Path:
         changed = _compile(variant.apply(_read_sources()), variant.kernel, _KERNEL_FLAGS)
         objects = {**objects, variant.kernel: changed}
     library = CACHE / f"emulated-{digest(*(path.name for path in objects.values()))}.so"
-    if not library.exists():
+    if not is_kept(library):
         run(["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects.values())], library)
     return library
 
@@ -129,7 +130,7 @@ def _compile(files: Mapping[str, str], name: str, flags: list[str]) -> Path:
     closure = _closure(files, name)
     key = f"{Path(name).stem}-{digest(closure, flags, _compiler())}"
     target, folder = CACHE / f"{key}.o", CACHE / f"{key}.src"
-    if target.exists():
+    if is_kept(target):
         return target
     with locked(folder):
         if not target.exists():
@@ -137,6 +138,25 @@ def _compile(files: Mapping[str, str], name: str, flags: list[str]) -> Path:
                 (folder / part).write_text(text)
             run(["g++", *flags, f"-I{folder}", "-c", str(folder / name)], target)
     return target
+
+
+def is_kept(target: Path) -> bool:
+    """Return whether a file has been built before, and note that it is needed."""
+    try:
+        os.utime(target)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def discard_old(folder: Path = CACHE, max_bytes: int = _MAX_KEPT_BYTES) -> None:
+    """Remove what was needed longest ago: each change of a header that kernels share builds everything anew."""
+    kept = [path for path in folder.glob("*.*") if path.is_file()]
+    for path in sorted(kept, key=lambda path: path.stat().st_mtime, reverse=True):
+        max_bytes -= path.stat().st_size
+        if max_bytes < 0:
+            path.unlink()
+            shutil.rmtree(path.with_suffix(".src"), ignore_errors=True)
 
 
 @contextlib.contextmanager
