@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import numpy.typing as npt
 
 from bench.report import emit, machine, median, table
 
@@ -29,16 +30,21 @@ def read_bandwidth(*, num_threads: int | None = None, mib: int = MODEL_MIB, repe
     memory, starts no threads of its own and releases the GIL.
     """
     num_threads = num_threads or len(os.sched_getaffinity(0))
-    memory = mmap.mmap(-1, mib * MIB)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    values = np.frombuffer(memory, np.int64)
+    values = memory_in_huge_pages(mib * MIB)
     values[:] = 1  # pages exist only once they are written
     shares = np.array_split(values, num_threads)
     with ThreadPoolExecutor(num_threads) as threads:
         list(threads.map(np.max, shares))  # the first pass starts the threads
         times = [_timed(lambda: list(threads.map(np.max, shares))) for _ in range(repeats)]
     return median((mib * MIB / seconds / 1e9 for seconds in times), 1)
+
+
+def memory_in_huge_pages(num_bytes: int) -> npt.NDArray[np.int64]:
+    """Return zeros of the program's own memory: what other processes could map has small pages."""
+    memory = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.int64)
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -179,7 +179,9 @@ def decode(
     assert first is not None
     text, times, stop = [*prompt, first.token_id], [], len(prompt) + count
     while len(text) < stop:
-        row = StepRow(0, None, len(text) - 1, [table], True, stop=stop, num_drafts=num_drafts)
+        row = StepRow(
+            0, None, len(text) - 1, [table], True, is_generated=True, stop=stop, num_drafts=num_drafts
+        )
         start_s = time.perf_counter()
         result = runner.run(StepPlan(0, [row]))
         times.append(time.perf_counter() - start_s)

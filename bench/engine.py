@@ -107,7 +107,9 @@ class Engine:
     def decode_rows(self, sequences: list[Sequence]) -> list[StepRow]:
         """Return rows that sample one token per sequence, which the next step then computes."""
         rows = [
-            StepRow(s.slot, None, s.num_computed, s.tables, samples=True, adapter=s.adapter)
+            StepRow(
+                s.slot, None, s.num_computed, s.tables, samples=True, is_generated=True, adapter=s.adapter
+            )
             for s in sequences
         ]
         for sequence in sequences:
