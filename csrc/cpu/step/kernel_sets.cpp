@@ -41,8 +41,7 @@ bool has_avx_vnni() {  // not known to __builtin_cpu_supports of GCC 12
 #endif
 
 // Measured with one sequence and with 16 (bench/README.md): prefetching into L1 loses 11 % and more
-// on Zen 4, prefetching into L2 loses it on Zen 5. Other processors are treated like Zen 4: Intel's
-// cores allow 10 to 16 misses in flight in L1 and 48 in L2.
+// on Zen 4, prefetching into L2 loses it on Zen 5. Other processors are treated like Zen 4.
 bool is_zen5_or_later() {
 #if defined(__x86_64__)
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -54,9 +53,10 @@ bool is_zen5_or_later() {
   return false;
 }
 
-// Prefetch distance: a prototype on an Intel core read Q4_K at 0.82 to 0.87 of the speed of a plain
-// read with 2.4 KB (one super-block), and at 0.79 with 5 KB. On Zen 4, 2.4 KB takes 1.4 times as
-// long.
+// On Intel's cores, panels that are prefetched a whole unit ahead come at half to two thirds of the
+// memory's speed while several tokens are computed. Probably a prefetch into L2 takes one of the
+// few places for misses in L1, too, and lines that come into L1 that early are gone when they are
+// read. At 2 to 7 KB, steps of 1 to 8 sequences take 0.7 to 0.95 of the time (bench/README.md).
 bool is_intel() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("intel") != 0;
@@ -169,7 +169,7 @@ std::atomic<const Kernels*>& chosen() {
 }  // namespace
 
 const bool kStreamsIntoL1 = is_zen5_or_later();
-const int64_t kSuperDistance = is_intel() ? 2400 : kStreamDistance;
+const int64_t kPanelDistance = is_intel() ? 4096 : 0;
 
 const std::vector<const Kernels*>& kernel_sets() { return found().sets; }
 

@@ -113,6 +113,8 @@ void run_groups(const LinearParams& p, int64_t num_tokens, Range units, int64_t 
     const int64_t end = first + at_once < num_tokens ? first + at_once : num_tokens;
     const int64_t groups = num_groups<S>(end - first);
     const int64_t lines = is_scratch ? 0 : (block_lines + groups - 1) / groups;
+    // The first group reads from memory; of three and more, each fetches a part of the next unit.
+    const bool is_near = kPanelDistance > 0 && groups <= 2 && p.in.precision == Precision::kInt8;
     for (int64_t unit = units.begin; unit < units.end; ++unit) {
       const uint8_t* weights = p.weight.panel(2 * unit * unit_strips);
       if (is_scratch) {
@@ -129,8 +131,9 @@ void run_groups(const LinearParams& p, int64_t num_tokens, Range units, int64_t 
         prologue(unit, token, count);
         for (int64_t strip = 0; strip < unit_strips; ++strip) {
           const uint8_t* panel = weights + 2 * strip * panel_size;
-          const Ahead ahead = {panel + 2 * unit_strips * panel_size + fetched * num_blocks * 64,
-                               fetched < block_lines ? lines : 0};
+          Ahead ahead = {panel + 2 * unit_strips * panel_size + fetched * num_blocks * 64,
+                         fetched < block_lines ? lines : 0};
+          if (is_near) ahead.lines = token == first ? Ahead::kNear : 0;
           functions[count - 1](panel, panel + panel_size, group, num_blocks,
                                out + strip * kStripFloats, ahead);
         }

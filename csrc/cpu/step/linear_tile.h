@@ -21,6 +21,8 @@ constexpr int kMemoryBoundTokens = 4;
 
 // Prefetches the cache lines that are read next, `lines` of them with each block.
 struct Ahead {
+  static constexpr int64_t kNear = -1;  // instead of `lines`: as PanelsNear does
+
   const uint8_t* next;
   int64_t lines;
 
@@ -36,15 +38,38 @@ struct Ahead {
   }
 };
 
-// Prefetches the cache lines of the current panel and of what follows it, at a fixed distance: each
-// line once, evenly spread over the blocks.
-struct StreamPrefetch {
+// Prefetches the cache lines of two panels that are read side by side, and then of the two behind
+// them, into L1: each line kPanelDistance before it is read. With a size of 0, those of one panel
+// and of what follows it.
+struct PanelsNear {
   const uint8_t* next;
-  int64_t distance;
+  const uint8_t* end;  // of the first panel
+  int64_t size;
+
+  PanelsNear(const uint8_t* panel, int64_t size)
+      : next(panel + kPanelDistance), end(panel + size), size(size) {}
 
   template <class S, int>
   inline void fetch(const uint8_t* block) {
-    for (const uint8_t* const end = block + distance; next < end; next += 64) S::prefetch_l2(next);
+    for (const uint8_t* const until = block + kPanelDistance; next < until; next += 64) {
+      const uint8_t* const line = next < end ? next : next + size;
+      S::prefetch(line);
+      if (size > 0) S::prefetch(line + size);
+    }
+  }
+};
+
+// Prefetches the cache lines of the current panel and of what follows it into L2, at a fixed
+// distance: each line once, evenly spread over the blocks.
+struct StreamPrefetch {
+  const uint8_t* next;
+
+  explicit StreamPrefetch(const uint8_t* panel) : next(panel + kStreamDistance) {}
+
+  template <class S, int>
+  inline void fetch(const uint8_t* block) {
+    const uint8_t* const end = block + kStreamDistance;
+    for (; next < end; next += 64) S::prefetch_l2(next);
   }
 };
 
@@ -305,14 +330,6 @@ template <class S>
 using GroupFunction = void (*)(const uint8_t* panel0, const uint8_t* panel1, TokenGroup<S> x,
                                int64_t num_blocks, float* out, Ahead ahead);
 
-// For one token, if streams are prefetched into L2: one panel after the other, because two streams
-// at once are slower. (When prefetched into L1, two streams are 4 to 8 % faster than this.)
-template <class Fmt>
-inline StreamPrefetch stream_prefetch(const uint8_t* panel) {
-  const int64_t distance = Fmt::kPanel.header_blocks == 8 ? kSuperDistance : kStreamDistance;
-  return {panel + distance, distance};
-}
-
 // Runs a strip panel by panel; each panel prefetches its part of what is ahead.
 template <class Tile>
 inline void each_panel(const uint8_t* panel0, const uint8_t* panel1, int64_t num_blocks, float* out,
@@ -325,14 +342,25 @@ inline void each_panel(const uint8_t* panel0, const uint8_t* panel1, int64_t num
 template <class S, class Fmt, int Tokens>
 void int8_strip(const uint8_t* panel0, const uint8_t* panel1, TokenGroup<S> x, int64_t num_blocks,
                 float* out, Ahead ahead) {
+  const bool is_near = ahead.lines == Ahead::kNear;
   if constexpr (Tokens > S::paired_tokens(Precision::kInt8)) {
-    each_panel(panel0, panel1, num_blocks, out, ahead,
-               [&](const uint8_t* panel, float* to, Ahead its) {
-                 int8_tile<S, Fmt, 1, Tokens>({panel}, x, num_blocks, to, its);
-               });
+    const auto tile = [&](const uint8_t* panel, float* to, auto its) {
+      int8_tile<S, Fmt, 1, Tokens>({panel}, x, num_blocks, to, its);
+    };
+    if (is_near) {
+      tile(panel0, out, PanelsNear(panel0, 0));
+      tile(panel1, out + kPanelRows, PanelsNear(panel1, 0));
+    } else {
+      each_panel(panel0, panel1, num_blocks, out, ahead, tile);
+    }
+  } else if (is_near) {
+    int8_tile<S, Fmt, 2, Tokens>({panel0, panel1}, x, num_blocks, out,
+                                 PanelsNear(panel0, panel1 - panel0));
   } else if (Tokens == 1 && !kStreamsIntoL1) {
-    int8_tile<S, Fmt, 1, 1>({panel0}, x, num_blocks, out, stream_prefetch<Fmt>(panel0));
-    int8_tile<S, Fmt, 1, 1>({panel1}, x, num_blocks, out + 16, stream_prefetch<Fmt>(panel1));
+    // One panel after the other, because two streams into L2 at once are slower. (Into L1, two are
+    // 4 to 8 % faster than this.)
+    int8_tile<S, Fmt, 1, 1>({panel0}, x, num_blocks, out, StreamPrefetch(panel0));
+    int8_tile<S, Fmt, 1, 1>({panel1}, x, num_blocks, out + 16, StreamPrefetch(panel1));
   } else {
     int8_tile<S, Fmt, 2, Tokens>({panel0, panel1}, x, num_blocks, out, ahead);
   }

@@ -423,10 +423,12 @@ struct Kernels {
 // Whether data read from memory is best prefetched into the L1 cache, see stream.h.
 extern const bool kStreamsIntoL1;
 
-// How far ahead of its use a panel is prefetched into L2, in bytes; K-quants have their own
-// distance.
+// How far ahead of its use a panel is prefetched into L2, in bytes.
 constexpr int64_t kStreamDistance = 5120;
-extern const int64_t kSuperDistance;
+
+// How far ahead of its use a panel is prefetched into L1, in bytes; 0: the next unit's panels are
+// prefetched instead, while this one's are read.
+extern const int64_t kPanelDistance;
 
 // Tokens of context whose softmax is taken at once. Chunks begin at multiples of it whatever the
 // batch, so a split does not change a bit.
