@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,17 @@ def llama_cpp(llama_cpp_package: Path) -> Path:
 def vllm_examples() -> Path:
     """Return vLLM's chat templates for tools, fetched once into build/ (47 MB)."""
     return vllm_templates()
+
+
+@pytest.fixture
+def restored_loggers() -> Iterator[None]:
+    """Restore the handlers and levels that the server sets."""
+    loggers = [logging.getLogger(), logging.getLogger("tgi_asgi")]
+    before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
+    yield
+    for logger, handlers, level in before:
+        logger.handlers = handlers
+        logger.setLevel(level)
 
 
 @pytest.fixture(params=["small", pytest.param("full", marks=pytest.mark.soak)])

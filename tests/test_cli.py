@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import subprocess
 import sys
 
@@ -27,7 +26,6 @@ class _Run:
         self.settings: Settings | None = None
         self.ended: list[int] = []  # with these codes
         self.error: ModelLoadError | None = None
-        monkeypatch.setattr(logging.getLogger(), "handlers", [])  # restored: the command sets its own
         monkeypatch.setattr(server, "run", self._serve)
         monkeypatch.setattr("os._exit", self.ended.append)
         for spec in dataclasses.fields(Settings):
@@ -44,7 +42,7 @@ class _Run:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> _Run:
+def run(monkeypatch: pytest.MonkeyPatch, restored_loggers: None) -> _Run:
     return _Run(monkeypatch)
 
 

@@ -5,23 +5,13 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 
 from tgi_asgi.observe import logs
 from tgi_asgi.settings import Settings
 
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    """Restore the loggers' handlers and levels."""
-    loggers = [logging.getLogger(), logging.getLogger("tgi_asgi")]
-    before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
-    yield
-    for logger, handlers, level in before:
-        logger.handlers = handlers
-        logger.setLevel(level)
+pytestmark = pytest.mark.usefixtures("restored_loggers")
 
 
 def test_json_lines_carry_the_fields_of_the_record(capsys: pytest.CaptureFixture[str]) -> None:
