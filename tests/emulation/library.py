@@ -150,7 +150,7 @@ def is_kept(target: Path) -> bool:
 
 
 def discard_old(folder: Path = CACHE, max_bytes: int = _MAX_KEPT_BYTES) -> None:
-    """Remove what was needed longest ago: each change of a header that kernels share builds everything anew."""
+    """Remove what was needed longest ago: a change of a header that kernels share builds all anew."""
     kept = [path for path in folder.glob("*.*") if path.is_file()]
     for path in sorted(kept, key=lambda path: path.stat().st_mtime, reverse=True):
         max_bytes -= path.stat().st_size
