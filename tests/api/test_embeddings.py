@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
@@ -16,23 +15,12 @@ import openai
 import pytest
 import torch
 
-from tests.support.pooling_models import (
-    EOS,
-    QUERIES,
-    RECORDED,
-    pooled,
-    save_embedder,
-    save_recorded,
-    save_recorded_classifier,
-    states,
-)
-from tests.support.pooling_models import TEXTS as RECORDED_TEXTS
+from tests.support.pooling_models import EOS, pooled, save_embedder, states
 from tests.support.pooling_server import PooledServer, pooled_server
 from tests.support.waiting import until
 from tgi_asgi.engine import Engine
 from tgi_asgi.text.tokenizer import Tokenizer
 
-ORACLE = Path(__file__).parents[1] / "models/oracle/sentence-transformers.json"
 TEXTS = ["short", "a-much-longer-text-" * 8, "another", "x"]
 
 
@@ -465,16 +453,6 @@ async def test_the_paths_of_a_list_s_texts_have_their_index(server: PooledServer
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
-@pytest.mark.parametrize("key", ["max_seq_length", "model_max_length"])  # of sentence-transformers 5, and 6
-async def test_a_model_s_own_length_bounds_its_texts(tmp_path: Path, key: str) -> None:
-    save_embedder(tmp_path, max_length=20 if key == "max_seq_length" else None)
-    if key == "model_max_length":
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 20}))
-    async with pooled_server(tmp_path) as server:
-        assert (await server.post("/v1/embeddings", input="y" * 19)).status_code == 200
-        assert (await server.post("/v1/embeddings", input="y" * 20)).status_code == 400
-
-
 async def test_cosines_stand_in_for_scores(embedder: Embedder, server: PooledServer) -> None:
     a, *others = (embedder.expected(text) for text in ("query", "one", "two", "three"))
     cosines = [float(a @ other) for other in others]
@@ -483,23 +461,3 @@ async def test_cosines_stand_in_for_scores(embedder: Embedder, server: PooledSer
     answer = (await server.post("/rerank", query="query", documents=["one", "two", "three"])).json()
     for result in answer["results"]:
         assert result["relevance_score"] == pytest.approx(cosines[result["index"]], abs=1e-4)
-
-
-@pytest.mark.parametrize("name", RECORDED)
-async def test_vectors_are_those_of_sentence_transformers(tmp_path: Path, name: str) -> None:
-    save_recorded(name, tmp_path)
-    recorded = json.loads(ORACLE.read_text())[name]
-    async with pooled_server(tmp_path) as server:
-        answer = await server.post("/v1/embeddings", input=list(RECORDED_TEXTS))
-    for entry, vector in zip(answer.json()["data"], recorded, strict=True):
-        np.testing.assert_allclose(entry["embedding"], vector, atol=2e-4)
-
-
-async def test_scores_are_those_of_its_cross_encoder(tmp_path: Path) -> None:
-    save_recorded_classifier(tmp_path)
-    recorded = json.loads(ORACLE.read_text())["classifier"]
-    async with pooled_server(tmp_path) as server:
-        for query, scores in zip(QUERIES, recorded, strict=True):
-            answer = await server.post("/score", text_1=query, text_2=list(RECORDED_TEXTS))
-            found = [entry["score"] for entry in answer.json()["data"]]
-            np.testing.assert_allclose(found, scores, atol=1e-4)

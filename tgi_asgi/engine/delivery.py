@@ -93,7 +93,7 @@ class Delivery:
         channel: RequestChannel = sequence.owner
         if not sampled.is_finite and sequence.request.grammar and sequence.request.sampling.logit_bias:
             why = "`logit_bias` and the model's `suppress_tokens` leave no token that the grammar allows"
-            self._recovery.num_lost_rows += 1  # the logits may be NaN instead: a probe finds out
+            self._recovery.note_lost_row()  # the logits may be NaN instead: a probe finds out
             self._loop.end(channel, InvalidRequest(why))
             return
         if not sampled.is_finite:

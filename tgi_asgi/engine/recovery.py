@@ -123,8 +123,12 @@ class Recovery:
 
     def fail_row(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None:
         """Fail the request of a row that the model could not compute."""
-        self.num_lost_rows += 1
+        self.note_lost_row()
         self._loop.fail_request(sequence, reason, cause)
+
+    def note_lost_row(self) -> None:
+        """Note that a row has failed; `probe_engine` counts those in a row."""
+        self.num_lost_rows += 1
 
     def note_good_row(self) -> None:
         """Note that a row has been computed: the engine works."""

@@ -56,7 +56,7 @@ bool is_zen5_or_later() {
 // On Intel's cores, panels that are prefetched a whole unit ahead come at half to two thirds of the
 // memory's speed while several tokens are computed. Probably a prefetch into L2 takes one of the
 // few places for misses in L1, too, and lines that come into L1 that early are gone when they are
-// read. At 2 to 7 KB, steps of 1 to 8 sequences take 0.7 to 0.95 of the time (bench/README.md).
+// read. At 4 KB, a step of four sequences takes 0.76 to 0.90 of the time (bench/README.md).
 bool is_intel() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("intel") != 0;
