@@ -60,7 +60,7 @@ def _load(path: Path, implementation: str, quantise: str | None) -> Program:
         model = opened.load(ops.Packing(False, quantise), _CONTEXT)
         config = opened.config
     assert not isinstance(model, EncoderModel)
-    size = KvSize(16 * _CONTEXT // _BLOCK, BlockNeeds((None,), _BLOCK, _CONTEXT), 0, "bfloat16")
+    size = KvSize(16 * _CONTEXT // _BLOCK, BlockNeeds((None,), _BLOCK, _CONTEXT), 1, "bfloat16")
     pool = make_pool(model, size, CacheGroups((None,), (0,) * len(config.caches), 0))
     caches = [] if pool is None else pool.layers
     return make_program(model, caches, max_batch_size=16, max_step_tokens=_CONTEXT, max_context=_CONTEXT)

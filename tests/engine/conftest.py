@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -23,12 +22,9 @@ async def make_engine() -> AsyncIterator[MakeEngine]:
     """
     engines: list[tuple[Engine, FakeRunner]] = []
 
-    def make(
-        runner: FakeRunner | None = None, *, max_total_tokens: int = 4096, kv_bytes: int = 0, **settings: Any
-    ) -> Engine:
+    def make(runner: FakeRunner | None = None, *, max_total_tokens: int = 4096, **settings: Any) -> Engine:
         runner = runner or FakeRunner()
-        info = dataclasses.replace(fake_info(max_total_tokens), kv_bytes=kv_bytes)
-        engine = Engine(runner, FakeTokenizer(), Settings(**settings), info)
+        engine = Engine(runner, FakeTokenizer(), Settings(**settings), fake_info(max_total_tokens))
         engines.append((engine, runner))
         engine.start()
         return engine

@@ -330,8 +330,8 @@ async def test_a_sink_that_raises_loses_its_own_request_only(
 
 
 async def test_a_cpu_cache_takes_memory_where_conversations_come_back_for_it(make_engine: MakeEngine) -> None:
-    """New prompts fill only 256 MiB of 2 GiB; prompts that are sent again make the cache grow further."""
-    engine = make_engine(FakeRunner(num_blocks=128), kv_bytes=2 << 30)
+    """New prompts fill only 16 of 128 blocks; prompts that are sent again make the cache grow further."""
+    engine = make_engine(FakeRunner(num_blocks=128, num_eager_blocks=16))
     pool, rng = engine.scheduler.pool, random.Random(2)
     for _ in range(30):
         await ask(engine, make_request([rng.randrange(256) for _ in range(100)], max_tokens=2))

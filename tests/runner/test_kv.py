@@ -46,6 +46,12 @@ def test_all_slots_fit_where_memory_allows() -> None:
     assert size.num_bytes == size.num_tokens * TOKEN_BYTES
 
 
+def test_what_is_committed_at_load_is_filled_first() -> None:
+    size = choose(Settings(max_batch_total_tokens=4_000_000))
+    assert size.num_eager_blocks == kv.EAGER_BYTES // (16 * TOKEN_BYTES) < size.num_blocks
+    assert choose(Settings(max_batch_total_tokens=1000)).num_eager_blocks == 63
+
+
 def test_half_of_the_free_memory_is_the_bound() -> None:
     size = choose(Settings(), free_bytes=100 * 16 * TOKEN_BYTES)
     assert size.num_blocks == 50

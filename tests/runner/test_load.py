@@ -50,6 +50,13 @@ def test_what_was_loaded_is_told(files: ModelFiles) -> None:
     assert info.num_threads == 1
 
 
+def test_the_runner_says_how_much_of_the_cache_is_committed(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tgi_asgi.runner.kv.EAGER_BYTES", 10 * 16 * 2 * 3 * 2 * 16 * 4)
+    assert load_closed(files, settings(dtype="float32")).runner.traits.num_eager_blocks == 10
+
+
 def test_there_are_no_more_threads_than_processors(
     files: ModelFiles, caplog: pytest.LogCaptureFixture
 ) -> None:

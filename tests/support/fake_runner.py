@@ -155,6 +155,7 @@ class FakeRunner:
     block_size: int = 16
     max_batch_size: int = 64
     max_step_tokens: int = 4096
+    num_eager_blocks: int | None = None
     num_kept_states: int | None = None
     vision: Bidirectional | None = None
     encode_steps: int = 2

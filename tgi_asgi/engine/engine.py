@@ -36,12 +36,10 @@ from tgi_asgi.errors import (
 )
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.runner.plan import Runner
-from tgi_asgi.settings import MIB, Settings
+from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState, GenerationRequest, Permit
 
 log = logging.getLogger(__name__)
-
-_EAGER_BYTES = 256 * MIB  # of KV cache on a CPU, where the system commits memory as blocks are first written
 
 
 class Engine:
@@ -74,7 +72,6 @@ class Engine:
             tokenizer,
             settings,
             eos_ids=eos_ids,
-            num_eager_blocks=_num_eager_blocks(runner.traits.num_blocks, info),
             stats=self.stats,
             on_hang=self._on_hang,
             clock=clock,
@@ -256,13 +253,3 @@ class Engine:
         self._loop.end_all(GenerationFailed("the engine has failed"))  # the cause is in the log
         if self.on_fatal is not None:
             self.on_fatal(error)
-
-
-def _num_eager_blocks(num_blocks: int, info: ModelInfo) -> int:
-    """Return how many blocks of the KV cache are filled before cached contents are evicted.
-
-    On a GPU all of them, as their memory is allocated at the start.
-    """
-    if info.device != "cpu" or not info.kv_bytes:
-        return num_blocks
-    return min(num_blocks, max(num_blocks * _EAGER_BYTES // info.kv_bytes, 1))

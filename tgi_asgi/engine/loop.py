@@ -39,7 +39,6 @@ class ServingLoop:
 
     Args:
         eos_ids: End-of-sequence ids of the model.
-        num_eager_blocks: As in `SchedulingPolicy`.
         on_hang: Called once when a step has run for longer than its limit, with its duration in seconds.
     """
 
@@ -50,7 +49,6 @@ class ServingLoop:
         settings: Settings,
         *,
         eos_ids: frozenset[int],
-        num_eager_blocks: int,
         stats: EngineStats,
         on_hang: Callable[[float], None],
         clock: Callable[[], float],
@@ -62,7 +60,7 @@ class ServingLoop:
             target_s=settings.target_inter_token_ms / 1000,
             min_tokens=traits.min_chunk,
         )
-        policy = SchedulingPolicy.of(settings, traits, num_eager_blocks=num_eager_blocks)
+        policy = SchedulingPolicy.of(settings, traits)
         self.scheduler = Scheduler(traits, policy, self._budget, stats)
         self.pipeline = Pipeline(runner, on_done=self._wake, on_hang=on_hang, clock=clock)
         self._recovery = Recovery(self, self.scheduler, self.pipeline, self._budget, stats)

@@ -13,10 +13,9 @@ from tgi_asgi.types import Bidirectional
 class SchedulingPolicy:
     """Choices of the scheduler that no runner makes.
 
-        policy = SchedulingPolicy.of(settings, runner.traits, num_eager_blocks=runner.traits.num_blocks)
+        policy = SchedulingPolicy.of(settings, runner.traits)
 
     Attributes:
-        num_eager_blocks: Number of blocks to fill before cached ones are evicted; None: all.
         prefix_cache: Whether prompts look for their beginnings among those computed before.
         waiting_served_ratio: Minimum ratio of waiting to decoding sequences at which new prompts start; below
             it they wait for up to `max_waiting_steps` steps, because steps without prompts are shorter. 0:
@@ -24,20 +23,16 @@ class SchedulingPolicy:
         max_adapters: Maximum number of different adapters in a step.
     """
 
-    num_eager_blocks: int | None = None
     prefix_cache: bool = True
     waiting_served_ratio: float = 0.0
     max_waiting_steps: int = 20
     max_adapters: int = 8
 
     @classmethod
-    def of(
-        cls, settings: Settings, traits: RunnerTraits, *, num_eager_blocks: int | None
-    ) -> SchedulingPolicy:
+    def of(cls, settings: Settings, traits: RunnerTraits) -> SchedulingPolicy:
         """Return the policy that the settings ask for; the prefix cache only if the runner can use it."""
         can_resume = traits.num_kept_states != 0 and traits.vision is not Bidirectional.PROMPT
         return cls(
-            num_eager_blocks=num_eager_blocks,
             prefix_cache=settings.prefix_cache and can_resume,
             waiting_served_ratio=settings.waiting_served_ratio,
             max_waiting_steps=settings.max_waiting_tokens,

@@ -67,7 +67,7 @@ class Scheduler:
     ) -> None:
         self.traits = traits
         self.block_size = traits.block_size
-        self.pool = BlockPool(traits.num_blocks, policy.num_eager_blocks)
+        self.pool = BlockPool(traits.num_blocks, traits.num_eager_blocks)
         self.chunk_boundaries = ChunkBoundaries(traits.vision)
         self.tables = BlockTables(
             self.pool, BlockNeeds(traits.windows, traits.block_size, traits.max_step_tokens),

@@ -13,6 +13,9 @@ from tgi_asgi.runner.groups import BlockNeeds, CacheGroups
 from tgi_asgi.settings import Settings
 
 _MAX_TOKENS = (1 << 31) - 128  # of all groups: kernels number them in 31 bits, less up to two blocks of 64
+# Of a CPU's cache: what is committed when the model is loaded, and filled before cached contents are evicted.
+# The first write to anything else waits for the system. (8,000 tokens of the default model.)
+EAGER_BYTES = 192 << 20
 _MIN_BYTES = 64  # minimum per token, when a model keeps no keys and values
 _SHARE = 0.5  # of the free memory; the rest is for the page cache and the operating system
 
@@ -45,6 +48,11 @@ class KvSize:
     def num_bytes(self) -> int:
         """Address space of the pool; the system commits memory when blocks are first written."""
         return self.num_blocks * self.block_size * self.bytes_per_token
+
+    @property
+    def num_eager_blocks(self) -> int:
+        """Number of blocks, at least one, that `EAGER_BYTES` holds."""
+        return min(max(EAGER_BYTES // (self.block_size * self.bytes_per_token), 1), self.num_blocks)
 
     def longest_fitting(self, max_tokens: int) -> int:
         """Return the most tokens, up to `max_tokens`, that a sequence can have."""

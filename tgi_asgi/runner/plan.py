@@ -170,6 +170,8 @@ class RunnerTraits:
     """What a runner and its model ask of the plans: sizes, and what a plan may and must contain.
 
     Attributes:
+        num_eager_blocks: Number of blocks to fill before cached contents are evicted, because their memory is
+            committed early; None: all.
         max_step_tokens: Maximum number of tokens in a step, drafts included.
         min_chunk: Number of prompt tokens below which a chunk does not make a step faster.
         num_kept_states: Places for states of sequences, besides those of the slots. A sequence can continue
@@ -189,6 +191,7 @@ class RunnerTraits:
     block_size: int
     max_batch_size: int
     max_step_tokens: int
+    num_eager_blocks: int | None = None
     min_chunk: int = 0
     num_kept_states: int | None = None
     vision: Bidirectional | None = None

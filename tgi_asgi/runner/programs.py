@@ -13,7 +13,7 @@ from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.family import Model, record
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.runner.groups import CacheGroups
-from tgi_asgi.runner.kv import KvSize, refusal
+from tgi_asgi.runner.kv import EAGER_BYTES, KvSize, refusal
 from tgi_asgi.runner.plan import DraftLimits
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from tgi_asgi.models.generic.model import GenericModel
     from tgi_asgi.models.generic.program import ModuleProgram
     from tgi_asgi.models.generic.vision.program import VisionProgram
-
-SUPPLIED_BYTES = 192 << 20  # of the cache to commit ahead of its use: 8,000 tokens of the default model
 
 
 class Program(Protocol):
@@ -86,7 +84,7 @@ def make_cpu_pool(config: ServedConfig, size: KvSize, groups: CacheGroups) -> op
         )  # fmt: skip
     except MemoryError:
         raise refusal(size) from None
-    pool.supply(SUPPLIED_BYTES)
+    pool.supply(EAGER_BYTES)
     return pool
 
 

@@ -104,6 +104,7 @@ class HostRunner:
             block_size=kv_size.block_size,
             max_batch_size=max_batch_size,
             max_step_tokens=max_step_tokens,
+            num_eager_blocks=None if device is not None else kv_size.num_eager_blocks,
             min_chunk=0 if device is None else device.min_chunk,
             num_kept_states=num_kept_states if config.has_states else None,
             vision=None if self._vision_program is None else self._vision_program.bidirectional,
