@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import tgi_asgi
 from tests.support.client import client_of
 from tests.support.scripted_engine import (
     Script,
@@ -340,13 +341,14 @@ async def test_info_has_tgis_keys_and_the_effective_limits() -> None:
         info = (await client.get("/info")).json()
     assert info["model_id"] == "toy/model"
     assert info["model_sha"] == "abc123"
-    assert info["router"] == "text-generation-router"
+    assert (info["router"], info["version"]) == ("text-generation-router", "3.3.7")
+    assert info["tgi_asgi_version"] == tgi_asgi.__version__
     assert (info["max_best_of"], info["max_stop_sequences"]) == (2, 9)
     assert (info["max_input_tokens"], info["max_total_tokens"]) == (511, 512)
     assert (info["max_batch_total_tokens"], info["model_device_type"]) == (4096, "cuda")
     assert {
         "model_pipeline_tag", "max_concurrent_requests", "validation_workers", "max_client_batch_size",
-        "version", "sha", "docker_label",
+        "sha", "docker_label",
     } <= set(info)  # fmt: skip
 
 
