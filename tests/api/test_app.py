@@ -229,6 +229,22 @@ async def test_compat_mode_speaks_tgis_envelope_on_v1() -> None:
     assert (call.status, call.json()["error_type"]) == (404, "not_found")
 
 
+@pytest.mark.parametrize(
+    "agent", ["unknown/None; hf_hub/0.23.5; python/3.11.7", "@huggingface/inference/3.13.2 Node.js/20"]
+)
+async def test_hugging_faces_clients_get_tgis_errors_on_v1(agent: str) -> None:
+    app = scripted_app(ScriptedEngine())
+    for body, error in (
+        ({"messages": []}, "`messages` must have at least one message"),
+        (HI | {"top_p": 7}, "`top_p` must be in [0, 1], got 7.0"),
+    ):
+        call = await send(app, request("POST", CHAT, body, {"user-agent": agent}))
+        assert call.status == 422
+        assert call.json() == {"error": f"Input validation error: {error}", "error_type": "validation"}
+    call = await send(app, request("POST", CHAT, {"messages": []}, {"user-agent": "python-httpx/0.28"}))
+    assert (call.status, call.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
 def run_python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("MODEL_ID", "PORT")}
     return subprocess.run(

@@ -75,7 +75,7 @@ async def test_a_stream_without_a_token_yet_begins_with_a_comment(path: str, ste
     async with waiting(path, steps) as (call, _):
         assert await bodies(call, 1) == [COMMENT]
         assert call.status == 200
-        assert call.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert call.headers["content-type"].startswith("text/event-stream")
         assert "x-request-id" in call.headers and "content-length" not in call.headers
         await steps.deliver(token("a", FinishReason.EOS))
     rest = call.content.removeprefix(COMMENT)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import tgi_asgi
 from tests.support.client import client_of
 from tests.support.scripted_engine import (
     Script,
@@ -61,7 +62,7 @@ async def test_details_have_tgis_keys_in_tgis_order() -> None:
 
 async def test_a_stream_has_tgis_frames_and_no_done() -> None:
     response = await post("/generate_stream", parameters(details=True), say("Hel", "lo"))
-    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["content-type"] == "text/event-stream"  # old clients compare it exactly
     assert response.content == (
         b'data: {"index":1,"token":{"id":260,"text":"Hel","logprob":-0.5,"special":false},'
         b'"generated_text":null,"details":null}\n\n'
@@ -340,13 +341,14 @@ async def test_info_has_tgis_keys_and_the_effective_limits() -> None:
         info = (await client.get("/info")).json()
     assert info["model_id"] == "toy/model"
     assert info["model_sha"] == "abc123"
-    assert info["router"] == "text-generation-router"
+    assert (info["router"], info["version"]) == ("text-generation-router", "3.3.7")
+    assert info["tgi_asgi_version"] == tgi_asgi.__version__
     assert (info["max_best_of"], info["max_stop_sequences"]) == (2, 9)
     assert (info["max_input_tokens"], info["max_total_tokens"]) == (511, 512)
     assert (info["max_batch_total_tokens"], info["model_device_type"]) == (4096, "cuda")
     assert {
         "model_pipeline_tag", "max_concurrent_requests", "validation_workers", "max_client_batch_size",
-        "version", "sha", "docker_label",
+        "sha", "docker_label",
     } <= set(info)  # fmt: skip
 
 

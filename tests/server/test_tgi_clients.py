@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import AsyncInferenceClient, InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
 
 from tests.support.live_server import LiveServer
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
@@ -111,6 +112,14 @@ def test_todays_huggingface_hub() -> None:
         assert answer.choices[0].message.content == TEXT
         chunks = client.chat_completion(MESSAGES, max_tokens=8, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == TEXT
+
+
+def test_huggingface_hub_shows_a_refused_chats_reason() -> None:
+    with serve() as server:
+        client = InferenceClient(server.url)
+        for stream in (False, True):
+            with pytest.raises(HfHubHTTPError, match="\n\nInput validation error: `top_p` must be in"):
+                client.chat_completion(MESSAGES, top_p=7.0, stream=stream)
 
 
 async def test_todays_huggingface_hub_with_asyncio() -> None:

@@ -37,7 +37,8 @@ def server(script: Script = WORDS, **settings: Any) -> Iterator[httpx.Client]:
 
 def events(response: httpx.Response) -> list[Any]:
     """Return a stream's events; check that each is one `data:` line."""
-    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    parameter = "; charset=utf-8" if response.url.path.startswith("/v1/") else ""  # TGI's streams had none
+    assert response.headers["content-type"] == "text/event-stream" + parameter
     *frames, rest = response.content.split(b"\n\n")
     assert rest == b""
     assert all(frame.startswith(b"data: ") and b"\n" not in frame for frame in frames)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -101,6 +101,10 @@ class Dialect:
     def is_openai(self) -> bool:
         """Whether errors have OpenAI's envelope."""
         return self.envelope is _openai_envelope
+
+    def with_tgi_errors(self) -> Dialect:
+        """Return the same dialect with TGI's statuses and error envelope, in which the error is a text."""
+        return replace(self, envelope=_native_envelope, status=_native_status)
 
     def field_name(self, path: Field) -> str:
         """Return a field in the notation of the API's clients: `tools[2].function.name`."""

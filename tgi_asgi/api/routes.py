@@ -20,6 +20,10 @@ from tgi_asgi.errors import MethodNotAllowed, NotFound
 
 Check = Callable[[Exchange], None]
 
+# In the `User-Agent` of Hugging Face's clients, which expect TGI's errors on /v1, too. After a 400,
+# huggingface_hub 0.23 takes the server for one without chats. Until 0.25 it fails on an error that is an
+# object, and later versions show the object, as the JavaScript client does.
+_TGI_CLIENTS = (b"hf_hub/", b"@huggingface/inference/")
 _SLASHES = re.compile("//+")
 _MAX_FOLDERS = 4  # of an unknown path that are compared with the routes: a path may have thousands
 _EXCHANGE = "tgi_asgi.exchange"  # key in the scope for the endpoint's exchange
@@ -156,7 +160,13 @@ class _Endpoint:
 
 
 def _effective_dialect(dialect: Dialect, exchange: Exchange) -> Dialect:
-    return NATIVE if dialect.is_openai and exchange.context.settings.tgi_compat else dialect
+    """Return the dialect of an answer, which may differ from its route's."""
+    if not dialect.is_openai:
+        return dialect
+    if exchange.context.settings.tgi_compat:
+        return NATIVE
+    agent = exchange.header(b"user-agent") or b""
+    return dialect.with_tgi_errors() if any(name in agent for name in _TGI_CLIENTS) else dialect
 
 
 def path_of(target: str) -> str:

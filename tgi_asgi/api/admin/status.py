@@ -18,6 +18,8 @@ from tgi_asgi.observe.prometheus import CONTENT_TYPE
 from tgi_asgi.types import EngineState
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+# The last release of TGI. LlamaIndex takes a server below 2.0.1 for one without tools.
+_TGI_VERSION = "3.3.7"
 _TEXT = b"text/plain; charset=utf-8"
 
 
@@ -73,9 +75,10 @@ async def info(exchange: Exchange) -> None:
         "max_batch_total_tokens": model.kv_tokens,
         "max_batch_size": model.max_batch_size or settings.max_batch_size,
         "max_kept_states": model.num_kept_states,
-        # Dashboards and clients expect this name; `version` is this server's.
+        # Dashboards and clients expect this name, and versions of TGI.
         "router": "text-generation-router",
-        "version": tgi_asgi.__version__,
+        "version": _TGI_VERSION,
+        "tgi_asgi_version": tgi_asgi.__version__,
         "sha": None,
         "docker_label": os.environ.get("DOCKER_LABEL"),
     }

@@ -34,6 +34,8 @@ from tgi_asgi.text.constrain.source import GrammarSource
 from tgi_asgi.types import LogprobsMode
 
 _ABSENT = GenerateParameters()
+# TGI's own, without a charset: `@huggingface/inference` compared it exactly until its version 2.6.1.
+_STREAM_TYPE = b"text/event-stream"
 _MARKDOWN = re.compile(r"!\[\]\(([^()]*)\)")  # no "(" inside, otherwise each of many would search to the end
 _GRAMMAR = "parameters.grammar.value"
 # Conditions on given values, in TGI's order and wording.
@@ -51,7 +53,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 def parse_generate(body: bytes, exchange: Exchange, *, is_stream: bool = False) -> Call:
     """Parse the body of `/generate` or `/generate_stream`."""
     job, options = read_request(decode_json(body, GENERATE), exchange.context, is_stream=is_stream)
-    return Call(jobs=[job], render=partial(NativeRenderer, options=options), stream=is_stream)
+    render = partial(NativeRenderer, options=options)
+    return Call(jobs=[job], render=render, stream=is_stream, stream_type=_STREAM_TYPE)
 
 
 def parse_root(body: bytes, exchange: Exchange) -> Call:
@@ -65,7 +68,8 @@ def parse_root(body: bytes, exchange: Exchange) -> Call:
     served = exchange.context.ready()
     full_text = not served.accepts_images and served.info.encoder_decoder is None
     job, options = read_request(request, exchange.context, is_stream=is_stream, full_text=full_text)
-    return Call(jobs=[job], render=partial(NativeRenderer, options=options, is_list=True), stream=is_stream)
+    render = partial(NativeRenderer, options=options, is_list=True)
+    return Call(jobs=[job], render=render, stream=is_stream, stream_type=_STREAM_TYPE)
 
 
 def read_inputs(inputs: str, context: ServerContext) -> Text:
