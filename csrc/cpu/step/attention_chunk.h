@@ -293,14 +293,31 @@ void chunk_softmax(const Chunk& chunk, int64_t value_dim, const RowResults& out,
     shift[r] = S::set1(maximum == kMinusInfinity ? 0.0f : maximum);
     total[r] = S::zero();
   }
-  for (int64_t b = 0; b < chunk.num_blocks; ++b) {
+  const auto weigh = [&](int r, int64_t at) {
+    const auto score = S::sub(S::load(scores + at), shift[r]);  // at most 0
+    const auto weight = exp2_below_128<S, precision != Precision::kFloat32>(score);
+    total[r] = S::add(total[r], weight);
+    return weight;
+  };
+  int64_t b = 0;
+  if constexpr (kIsBF16 && S::kStoresBF16Pairs) {
+    for (; b + 2 <= chunk.num_blocks; b += 2) {
+      if (is_fetching) values.step();
+      if (is_fetching) values.step();
+      TGI_UNROLL(16)
+      for (int r = 0; r < Rows; ++r) {
+        const int64_t at = r * kChunkTokens + 16 * b;
+        const auto first = weigh(r, at), second = weigh(r, at + 16);
+        store_both_bf16<S>(weights + at * 2, first, second);
+      }
+    }
+  }
+  for (; b < chunk.num_blocks; ++b) {
     if (is_fetching) values.step();
     TGI_UNROLL(16)
     for (int r = 0; r < Rows; ++r) {
       const int64_t at = r * kChunkTokens + 16 * b;
-      const auto p =
-          exp2<S, precision != Precision::kFloat32>(S::sub(S::load(scores + at), shift[r]));
-      total[r] = S::add(total[r], p);
+      const auto p = weigh(r, at);
       if constexpr (kIsBF16) {
         S::store_bf16(weights + at * 2, p);
       } else {

@@ -319,8 +319,8 @@ void attend_tile(const AttentionParams& p, const StepHeader& step, const Attenti
     function(tile, chunk_of<S, precision>(p, step, at, next, tile, 0), shape, state);
     return write_rows<S>(p, tile, state);
   }
-  clear(merged);
-  for (int64_t c = tile.first_chunk; c * kChunkTokens < tile.longest; ++c) {
+  function(tile, chunk_of<S, precision>(p, step, at, next, tile, tile.first_chunk), shape, merged);
+  for (int64_t c = tile.first_chunk + 1; c * kChunkTokens < tile.longest; ++c) {
     function(tile, chunk_of<S, precision>(p, step, at, next, tile, c), shape, state);
     merge<S>(merged, state, tile.count);
   }

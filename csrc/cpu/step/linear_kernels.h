@@ -352,6 +352,9 @@ inline typename S::F biased(const float* bias, int64_t row, const float* out) {
   return bias == nullptr ? S::load(out) : S::add(S::load(out), S::load(bias + row));
 }
 
+// How many tokens ahead of its use the residual is prefetched, when many tokens are added at once.
+constexpr int64_t kResidualAhead = 32;
+
 template <class S>
 void linear_add(const LinearAddParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t width = p.linear.weight.num_rows;
@@ -367,6 +370,10 @@ void linear_add(const LinearAddParams& p, const StepHeader& step, int member, in
   const auto add = [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
     for (int64_t t = 0; t < count; ++t) {
       float* x = p.x + (token + t) * width + unit * kStripRows;
+      if (token + t + kResidualAhead < step.num_tokens) {
+        S::prefetch_write(x + kResidualAhead * width);
+        S::prefetch_write(x + kResidualAhead * width + 16);
+      }
       for (int64_t half = 0; half < 32; half += 16) {
         auto sum = biased<S>(p.linear.bias, unit * kStripRows + half, out.row(0, t) + half);
         if (p.factor != 1.0f) sum = S::mul(sum, S::set1(p.factor));

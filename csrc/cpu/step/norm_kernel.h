@@ -137,6 +137,14 @@ inline void write_packed(const float* from, int64_t k, int64_t row, const Activa
   write_blocks<S, Count>(out.precision, a, b, to);
 }
 
+// How many rows ahead of its use a row is prefetched: other members have written most of it.
+constexpr int64_t kRowsAhead = 2;
+
+template <class S>
+inline void fetch_row(const float* row, int64_t width) {
+  for (int64_t k = 0; k < width; k += 16) S::prefetch(row + k);
+}
+
 // Rows are divided so that two members never write to the same cache line.
 template <class S>
 void norm(const NormParams& p, const StepHeader& step, int member, int num_members) {
@@ -149,6 +157,9 @@ void norm(const NormParams& p, const StepHeader& step, int member, int num_membe
     ActivationRow to = row_of(p.out, step, row);
     if (is_private) to.part.data += member * to.part.tile_bytes(S::kTileTokens);
     const float* const x = p.x + token * p.out.num_columns;
+    if (!p.for_logits && row + kRowsAhead < rows.end) {
+      fetch_row<S>(x + kRowsAhead * p.out.num_columns, p.out.num_columns);
+    }
     if (p.bias != nullptr) {
       layer_norm_row<S>(p, x, to.row, to.part);
     } else {

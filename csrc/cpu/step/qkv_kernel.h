@@ -137,8 +137,8 @@ inline void join_pairs(typename S::F first, typename S::F second, int64_t dims, 
 // Writes strip `strip` of a query, which is head `row` of `out`. As for keys, float32 stores the
 // two halves of the pairs one after the other.
 template <class S>
-inline void store_query(const KvLayerView& kv, float scale, void* out, int64_t row, int64_t strip,
-                        typename S::F first, typename S::F second) {
+TGI_INLINE void store_query(const KvLayerView& kv, float scale, void* out, int64_t row,
+                            int64_t strip, typename S::F first, typename S::F second) {
   const int64_t offset = row * kv.head_dim + strip * kStripRows, dims = kv.strip_dims(strip);
   first = S::mul(first, S::set1(scale));
   second = S::mul(second, S::set1(scale));
@@ -172,8 +172,8 @@ inline void store_scale(uint8_t* block, int64_t head_dim, int64_t strip, int64_t
 }
 
 template <class S>
-inline void store_key(const KvLayerView& kv, int64_t head, int64_t slot, int64_t strip,
-                      typename S::F first, typename S::F second) {
+TGI_INLINE void store_key(const KvLayerView& kv, int64_t head, int64_t slot, int64_t strip,
+                          typename S::F first, typename S::F second) {
   uint8_t* const block = kv.keys(head, slot / kv.block_size, slot % kv.block_size);
   uint8_t* keys = block + slot % 16 * 4;
   alignas(64) int32_t lanes[32];
@@ -197,8 +197,8 @@ inline void store_key(const KvLayerView& kv, int64_t head, int64_t slot, int64_t
 }
 
 template <class S>
-inline void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64_t strip,
-                        typename S::F first, typename S::F second) {
+TGI_INLINE void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64_t strip,
+                            typename S::F first, typename S::F second) {
   uint8_t* const block = kv.values(head, slot / kv.block_size, slot % kv.block_size);
   const int64_t offset = slot % 16, dim = strip * kStripRows, dims = kv.value_strip_dims(strip);
   if (kv.precision == Precision::kInt8) {
@@ -236,8 +236,8 @@ inline void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64
 
 // Rotates strips [strip, strip + num_strips) of a token's head.
 template <class S>
-inline void rotate_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t strip,
-                        int64_t num_strips, HeadRows<S>& rows) {
+TGI_INLINE void rotate_head(const HeadParams& p, const StepHeader& step, int64_t token,
+                            int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
   const int64_t angles = (step.positions[token] * p.kv.num_strips() + strip) * 16;
   for (int64_t i = 0; i < num_strips; ++i) {
     const int64_t at = angles + i * 16;
@@ -264,8 +264,8 @@ inline void with_kind(const HeadParams& p, int64_t head, const Function& functio
 
 // Writes strips [strip, strip + num_strips) of a finished head to the query buffer or the cache.
 template <class S, HeadKind Kind>
-inline void store_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
-                       int64_t strip, int64_t num_strips, const HeadRows<S>& rows) {
+TGI_INLINE void store_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
+                           int64_t strip, int64_t num_strips, const HeadRows<S>& rows) {
   if constexpr (Kind == HeadKind::kQuery) {
     float scale = p.q_scale;
     if (p.query_scales != nullptr) scale *= p.query_scales[step.positions[token]];
@@ -287,8 +287,8 @@ inline void store_head(const HeadParams& p, const StepHeader& step, int64_t toke
 
 // Rotates and writes strips of a normalised head.
 template <class S, HeadKind Kind>
-inline void place_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
-                       int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
+TGI_INLINE void place_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
+                           int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
   if constexpr (Kind != HeadKind::kValue) {
     if (p.cosines != nullptr) rotate_head<S>(p, step, token, strip, num_strips, rows);
   }
@@ -311,8 +311,8 @@ inline void norm_head(const HeadParams& p, int64_t head, int64_t num_strips, Hea
 
 // Applies all steps to strips of a head; a head that is normalised must be whole.
 template <class S, HeadKind Kind>
-inline void finish_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
-                        int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
+TGI_INLINE void finish_head(const HeadParams& p, const StepHeader& step, int64_t token,
+                            int64_t head, int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
   if (p.clip != 0) clip_head<S>(rows, num_strips, p.clip);
   const bool is_normed = p.q_norm != nullptr && Kind != HeadKind::kValue;
   if (!is_normed) return place_head<S, Kind>(p, step, token, head, strip, num_strips, rows);

@@ -9,6 +9,7 @@ namespace {
 
 struct SetSizes {
   static constexpr bool kHasTiles = false;           // AMX tiles, see amx_set.h
+  static constexpr bool kStoresBF16Pairs = false;    // store_bf16 also takes two vectors
   static constexpr int kGroupTokens = 6;             // multiplied together
   static constexpr int kTileTokens = kGroupTokens;   // of an activation: one or more groups
   static constexpr int kSharedTokens = kTileTokens;  // tokens written entirely by one member

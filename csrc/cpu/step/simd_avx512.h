@@ -20,6 +20,7 @@ struct Avx512 : SetSizes {
   static constexpr int kNumRegisters = 32;  // of sixteen lanes
 #if defined(TGI_HAS_BF16)
   static constexpr const char* kArithmetic = "vdpbf16ps";
+  static constexpr bool kStoresBF16Pairs = true;
 #else
   static constexpr const char* kArithmetic = "fma";
 #endif
@@ -56,11 +57,8 @@ struct Avx512 : SetSizes {
   }
   // p * 2^n for integral n, if neither p nor the result is denormal.
   static inline F mul_pow2(F p, F n) { return _mm512_scalef_ps(p, n); }
-  // p * 2^n for integral n, and 0 if x < -126, so that no result is denormal.
-  static inline F scale_pow2(F p, F n, F x) {
-    const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-    return _mm512_maskz_scalef_ps(keep, p, n);
-  }
+  // p * 2^n, where n is floor(x), and 0 if x < -126, because members flush denormals to zero.
+  static inline F scale_pow2(F p, F n, F) { return _mm512_scalef_ps(p, n); }
   // a in lanes < count, else b.
   static inline F select_head(int count, F a, F b) {
     return _mm512_mask_blend_ps(head(count), b, a);
@@ -156,6 +154,10 @@ struct Avx512 : SetSizes {
   }
   static inline void store_bf16(void* p, F a) {
     _mm256_storeu_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
+  }
+  // The same for a, then b.
+  static inline void store_bf16(void* p, F a, F b) {
+    istore(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
   }
   // Lane i: bf16(a[i]) in the low half, bf16(b[i]) in the high half.
   static inline I pair_bf16(F a, F b) {

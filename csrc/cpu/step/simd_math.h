@@ -10,11 +10,10 @@
 namespace tgi::cpu::step {
 namespace {
 
-// Returns 2^x with a relative error of 4e-6 (Coarse: enough below bf16) or 1e-7; 0 below 2^-126,
-// NaN for NaN. Uses minimax polynomials.
+// Returns 2^x, for x below 128, with a relative error of 4e-6 (Coarse: enough below bf16) or 1e-7;
+// 0 below 2^-126, NaN for NaN. Uses minimax polynomials.
 template <class S, bool Coarse>
-inline typename S::F exp2(typename S::F x) {
-  x = S::min(S::set1(127.999f), x);  // this order keeps NaN
+inline typename S::F exp2_below_128(typename S::F x) {
   const auto n = S::floor(x);
   const auto f = S::sub(x, n);
   typename S::F p;
@@ -36,7 +35,24 @@ inline typename S::F exp2(typename S::F x) {
   return S::scale_pow2(p, n, x);
 }
 
+// The same for any x, and at least 2^127 from there on.
+template <class S, bool Coarse>
+inline typename S::F exp2(typename S::F x) {
+  return exp2_below_128<S, Coarse>(S::min(S::set1(127.999f), x));  // this order keeps NaN
+}
+
 constexpr float kFloatLog2E = static_cast<float>(kLog2E);
+
+// Writes 16 values of a, then of b, as bf16.
+template <class S>
+inline void store_both_bf16(void* p, typename S::F a, typename S::F b) {
+  if constexpr (S::kStoresBF16Pairs) {
+    S::store_bf16(p, a, b);
+  } else {
+    S::store_bf16(p, a);
+    S::store_bf16(static_cast<uint8_t*>(p) + 32, b);
+  }
+}
 
 // Where a block of 32 values of one token is written: a tile's block, and the token's slot in it.
 struct BlockSlot {
@@ -147,8 +163,7 @@ inline void write_blocks(Precision precision, const typename S::F (&a)[Count],
   for (int i = 0; i < Count; ++i) {
     if (precision == Precision::kBF16) {
       uint8_t* const values = to[i].block + 64 * to[i].slot;
-      S::store_bf16(values, a[i]);
-      S::store_bf16(values + 32, b[i]);
+      store_both_bf16<S>(values, a[i], b[i]);
     } else {
       auto* const values = reinterpret_cast<float*>(to[i].block + 128 * to[i].slot);
       S::store(values, a[i]);
