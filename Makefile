@@ -76,14 +76,14 @@ soak: $(VENV)/.test-tools
 
 # The kernels under ASan and UBSan, built in a copy of the tree; libstdc++ is preloaded for its exceptions. The thread
 # sanitizer, which cannot be combined with these, has a test of its own (test_team_races.py). The sanitizers keep freed
-# memory, so that tests of what the system gets back are left out.
+# memory, so that tests of what the system gets back are left out. An impossible allocation fails, as without them.
 OF_MEMORY = tests/ops/test_drafter.py::test_a_short_sequence_does_not_keep_the_memory_of_a_long_one \
   tests/runner/test_handoff.py::test_an_idle_thread_returns_the_memory_of_dropped_tensors
 sanitize: $(VENV)/.test-tools
 	rm -rf build/sanitized; mkdir -p build/sanitized; git ls-files -z | xargs -0 cp --parents -t build/sanitized
 	cd build/sanitized && TGI_SANITIZE=1 TGI_CUDA=0 $(abspath $(BIN))/python setup.py build_ext --inplace
 	cd build/sanitized && LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/ops tests/csrc \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(abspath $(BIN))/python -m pytest tests/ops tests/csrc \
 	  tests/runner/test_inputs.py tests/runner/test_handoff.py \
 	  --ignore tests/csrc/test_team_races.py $(addprefix --deselect ,$(OF_MEMORY)) $(PYTEST_ARGS)
 

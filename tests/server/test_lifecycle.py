@@ -282,7 +282,7 @@ def test_under_hypercorn_s_command_a_second_worker_is_refused() -> None:
         assert "start hypercorn with --workers 0" in server.output()
 
 
-def test_the_port_answers_before_the_code_of_models_is_imported(tmp_path: Path) -> None:
+def test_the_port_answers_before_the_code_of_models_is_imported(demo_gguf: Path, tmp_path: Path) -> None:
     """With the real command and model. It takes 0.7 to 1.2 s of processor time on a Zen 3 at work."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)

@@ -84,7 +84,9 @@ async def test_adapters_that_come_and_go_change_no_answer_and_leave_nothing(
     assert num_compared > 0 and memory
     assert counters["failed"] == counters["failed_steps"] == 0
     if scale.is_full:
-        early, late = memory[len(memory) // 5], memory[-1]
+        # The least of many turns: single ones may include adapters that are not freed yet (10 MB each).
+        fifth = len(memory) // 5
+        early, late = min(memory[fifth : 2 * fifth]), min(memory[-fifth:])
         assert abs(late - early) <= 0.03 * early, f"{early} bytes became {late} in {len(memory)} turns"
 
 
