@@ -88,9 +88,10 @@ sanitize: $(VENV)/.test-tools
 	  --ignore tests/csrc/test_team_races.py $(addprefix --deselect ,$(OF_MEMORY)) $(PYTEST_ARGS)
 
 # Without a network and without cached downloads: the tests that `-m "not demo"` selects, in a copy of the tree and in a
-# network namespace with only a loopback device.
+# network namespace with only a loopback device. The copy is a repository, because some tests ask git what belongs to it.
 test-offline: $(VENV)/.test-tools
 	rm -rf build/offline; mkdir -p build/offline; git ls-files -z | xargs -0 cp --parents -t build/offline
+	cd build/offline && git init --quiet && git add .
 	cp tgi_asgi/*.so build/offline/tgi_asgi/
 	cd build/offline && XDG_CACHE_HOME=$(abspath build/offline)/cache unshare --net --map-root-user sh -c \
 	  'ip link set lo up && exec $(abspath $(BIN))/python -m pytest -m "not demo" $(PYTEST_ARGS)'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,7 +34,7 @@ def answer_of(name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def portable() -> Any:
+def portable(demo_gguf: Path) -> Any:
     """Return the answer of the kernels in plain C++."""
     return answer_of("portable")
 
