@@ -1,10 +1,17 @@
-"""Adapters in the scheduler: how rows are grouped, and which sequences wait for an adapter."""
+"""Adapters in the engine: how rows are grouped, which sequences wait for an adapter, and when it is freed."""
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
-from tests.engine.helpers import add_request, make_request, make_scheduler, plan_step, run, run_all
+import pytest
+
+from tests.engine.conftest import MakeEngine
+from tests.engine.helpers import add_request, ask, make_request, make_scheduler, plan_step, run, run_all
 from tests.support.fake_runner import FakeRunner
 from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.types import Adapter
@@ -88,3 +95,31 @@ def test_one_that_is_given_up_holds_nobody() -> None:
     assert other.stage is Stage.RUNNING
     run_all(scheduler, runner)
     assert runner.violations == []
+
+
+class _Weights:
+    pass
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("without_collector")
+async def test_an_adapter_leaves_memory_with_its_last_request(make_engine: MakeEngine) -> None:
+    """A collection of all generations may be minutes away."""
+    engine = make_engine(FakeRunner(num_blocks=4, keeps_plans=False))
+    weights = _Weights()
+    is_there = weakref.ref(weights)
+    request = dataclasses.replace(make_request(5, max_tokens=4), adapter=Adapter("a", "k", weights))
+    del weights
+    await ask(engine, request)
+    del request
+    await ask(
+        engine, make_request([9] * 40, max_tokens=20)
+    )  # overwrites what the fake cache has of the first
+    assert is_there() is None

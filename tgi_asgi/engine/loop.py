@@ -271,6 +271,7 @@ class ServingLoop:
         self._open.remove(channel)
         for sequence in channel.sequences:
             self.scheduler.remove(sequence)
+        channel.sequences.clear()  # they know the channel, see its `flush`
         channel.permit.release(has_run=channel.stats.scheduled_s is not None)
         if channel.timer is not None:
             channel.timer.cancel()
