@@ -8,8 +8,9 @@ import pytest
 
 from tgi_asgi.api import asgi, images, limits, parse, pool_call, pooled, sse
 from tgi_asgi.api.openai import response_store, responses
-from tgi_asgi.engine import delivery, engine, sequence
+from tgi_asgi.engine import delivery, sequence
 from tgi_asgi.images import fetch, headers
+from tgi_asgi.runner import kv
 from tgi_asgi.serve import connections, process
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.chat import sandbox, time_limit
@@ -80,4 +81,4 @@ def test_the_page_has_each_limit_as_it_is(row: str, values: list[float]) -> None
 def test_the_page_has_the_figures_of_its_sentences_as_they_are() -> None:
     assert f"at most {delivery._MAX_DELAY_S * 1000:.0f} ms" in TEXT
     assert f"{sequence.AGING_S:.0f} s of waiting" in TEXT
-    assert f"{engine._EAGER_BYTES // MIB} MiB are filled" in " ".join(TEXT.split())
+    assert f"except for the first {kv.EAGER_BYTES // MIB} MiB" in " ".join(TEXT.split())
