@@ -55,6 +55,21 @@ def test_a_sink_gets_what_waited_then_each_flush_once() -> None:
     assert sink.seen == [[1], [2, 3], error]
 
 
+def test_a_sink_that_raises_still_gets_the_error() -> None:
+    class Broken(Recorder):
+        def on_events(self, events: Sequence[TokenEvent]) -> None:
+            raise ValueError("broken")
+
+    channel, cancelled = make_channel()
+    sink = Broken()
+    channel.attach(sink)
+    channel.push(event(1))
+    error = GenerationFailed("broken")
+    channel.fail(error)
+    channel.flush()
+    assert (sink.seen, cancelled) == ([error], [])  # nothing is left to cancel
+
+
 def test_an_error_before_a_sink_was_attached_is_not_lost_and_comes_last() -> None:
     channel, _ = make_channel()
     channel.push(event(1))

@@ -87,5 +87,5 @@ class RequestChannel(Outbox):
         """Pass new events on, in one call of the sink."""
         self._has_begun |= bool(self._events)
         super().flush()
-        if self.is_ended:
+        if self.is_ended and self._error is None:  # nothing follows
             self._sink = None  # it knows this channel: a cycle would keep the request's adapter in memory
