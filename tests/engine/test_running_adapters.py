@@ -115,11 +115,10 @@ async def test_an_adapter_leaves_memory_with_its_last_request(make_engine: MakeE
     engine = make_engine(FakeRunner(num_blocks=4, keeps_plans=False))
     weights = _Weights()
     is_there = weakref.ref(weights)
-    request = dataclasses.replace(make_request(5, max_tokens=4), adapter=Adapter("a", "k", weights))
+    request = dataclasses.replace(make_request(5, max_tokens=4, n=3), adapter=Adapter("a", "k", weights))
     del weights
     await ask(engine, request)
     del request
-    await ask(
-        engine, make_request([9] * 40, max_tokens=20)
-    )  # overwrites what the fake cache has of the first
+    # The fake cache remembers who wrote it; this request writes over the first one's tokens.
+    await ask(engine, make_request([9] * 40, max_tokens=20))
     assert is_there() is None
