@@ -84,10 +84,11 @@ async def test_adapters_that_come_and_go_change_no_answer_and_leave_nothing(
     assert num_compared > 0 and memory
     assert counters["failed"] == counters["failed_steps"] == 0
     if scale.is_full:
-        # The least of many turns: single ones may include adapters that are not freed yet (10 MB each).
+        # The least of many turns, because a single one may hold an adapter more (10 MB).
         fifth = len(memory) // 5
         early, late = min(memory[fifth : 2 * fifth]), min(memory[-fifth:])
-        assert abs(late - early) <= 0.03 * early, f"{early} bytes became {late} in {len(memory)} turns"
+        # The allocator may come to keep a buffer (16 MB); an adapter lost in a hundred turns would be 90 MB.
+        assert abs(late - early) <= 0.1 * early, f"{early} bytes became {late} in {len(memory)} turns"
 
 
 async def _until_listed(client: httpx.AsyncClient, names: set[str]) -> None:

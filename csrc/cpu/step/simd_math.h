@@ -35,7 +35,7 @@ inline typename S::F exp2_below_128(typename S::F x) {
   return S::scale_pow2(p, n, x);
 }
 
-// The same for any x, and at least 2^127 from there on.
+// The same for any x; results above 2^127.999 are cut to that.
 template <class S, bool Coarse>
 inline typename S::F exp2(typename S::F x) {
   return exp2_below_128<S, Coarse>(S::min(S::set1(127.999f), x));  // this order keeps NaN
