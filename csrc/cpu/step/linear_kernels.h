@@ -222,7 +222,6 @@ void run_int8_tiles(const LinearParams& p, const Int8TileFunctions<S>& functions
   for (int64_t first = 0; first < num_tokens; first += at_once) {
     const int64_t end = first + at_once < num_tokens ? first + at_once : num_tokens;
     const int64_t num_tiles = (end - first + kTileRows - 1) / kTileRows;
-    const int64_t lines = (block_lines + num_tiles - 1) / num_tiles;
     for (int64_t unit = units.begin; unit < units.end; ++unit) {
       for (int64_t panel = 0; panel < 2 * unit_strips; ++panel) {
         functions.decode(p.weight.panel(2 * unit * unit_strips + panel), num_blocks,
@@ -231,14 +230,16 @@ void run_int8_tiles(const LinearParams& p, const Int8TileFunctions<S>& functions
       for (int64_t token = first; token < end; token += kTileRows) {
         const int64_t last = token + kTileRows < end ? token + kTileRows : end;
         const TokenGroup<S> x = {p.in.data + token / kTileRows * tile_bytes, 0};
-        const int64_t fetched =
-            (token - first) / kTileRows * lines;  // of a block, by earlier tiles
+        // Each tile fetches its share of the next unit's lines.
+        const int64_t tile = (token - first) / kTileRows;
+        const int64_t fetched = block_lines * tile / num_tiles;
+        const int64_t lines = block_lines * (tile + 1) / num_tiles - fetched;
         prologue(unit, token, last - token);
         for (int64_t panel = 0; panel < 2 * unit_strips; ++panel) {
           const uint8_t* const next = p.weight.panel(2 * (unit + 1) * unit_strips + panel);
           functions.multiply(decoded + panel * decoded_bytes, x, num_blocks,
                              out + panel / 2 * kTileFloats + panel % 2 * kPanelRows,
-                             {next + fetched * num_blocks * 64, fetched < block_lines ? lines : 0});
+                             {next + fetched * num_blocks * 64, lines});
         }
         finish_groups<S>(unit, token, last, {out, kTileFloats}, epilogue);
       }
@@ -410,6 +411,9 @@ void logits(const LogitsParams& p, const StepHeader& step, int member, int num_m
         for (int64_t t = 0; t < count; ++t) {
           float* logits = p.logits + (row + t) * p.vocab_size + column;
           alignas(64) float values[32];
+          // Whole units go straight to their place: a copy of varying size is a call.
+          const int64_t width = p.vocab_size - column;
+          float* const to = width >= 32 ? logits : values;
           for (int64_t half = 0; half < 32; half += 16) {
             auto value = biased<S>(p.linear.bias, column + half, out.row(0, t) + half);
             if (p.scale != 1.0f) value = S::mul(value, S::set1(p.scale));
@@ -418,9 +422,9 @@ void logits(const LogitsParams& p, const StepHeader& step, int member, int num_m
               const auto part = S::div(S::set1(2.0f), S::add(e, S::set1(1.0f)));
               value = S::mul(S::set1(p.cap), S::sub(S::set1(1.0f), part));
             }
-            S::store(values + half, value);
+            S::store(to + half, value);
           }
-          const int64_t width = p.vocab_size - column;
+          if (to == logits) continue;
           std::memcpy(logits, values, (width < 32 ? (width > 0 ? width : 0) : 32) * sizeof(float));
         }
       });
