@@ -404,30 +404,27 @@ void linear_rows(const LinearRowsParams& p, const StepHeader& step, int member, 
 template <class S>
 void logits(const LogitsParams& p, const StepHeader& step, int member, int num_members) {
   const Range units = split(p.linear.weight.num_strips(), member, num_members);
-  run_linear<S>(
-      p.linear, {step.num_rows, 0}, units, 1, member,
-      [&](int64_t unit, int64_t row, int64_t count, const UnitOutputs& out) {
-        const int64_t column = unit * kStripRows;
-        for (int64_t t = 0; t < count; ++t) {
-          float* logits = p.logits + (row + t) * p.vocab_size + column;
-          alignas(64) float values[32];
-          // Whole units go straight to their place: a copy of varying size is a call.
-          const int64_t width = p.vocab_size - column;
-          float* const to = width >= 32 ? logits : values;
-          for (int64_t half = 0; half < 32; half += 16) {
-            auto value = biased<S>(p.linear.bias, column + half, out.row(0, t) + half);
-            if (p.scale != 1.0f) value = S::mul(value, S::set1(p.scale));
-            if (p.cap != 0) {  // cap * tanh(x / cap), where tanh(y) = 1 - 2 / (e^2y + 1)
-              const auto e = exp2<S, false>(S::mul(value, S::set1(2 * kFloatLog2E / p.cap)));
-              const auto part = S::div(S::set1(2.0f), S::add(e, S::set1(1.0f)));
-              value = S::mul(S::set1(p.cap), S::sub(S::set1(1.0f), part));
-            }
-            S::store(to + half, value);
-          }
-          if (to == logits) continue;
-          std::memcpy(logits, values, (width < 32 ? (width > 0 ? width : 0) : 32) * sizeof(float));
+  const auto store = [&](int64_t unit, int64_t row, int64_t count, const UnitOutputs& out) {
+    const int64_t column = unit * kStripRows, width = p.vocab_size - column;
+    for (int64_t t = 0; t < count; ++t) {
+      float* const logits = p.logits + (row + t) * p.vocab_size + column;
+      // Whole units go straight to their place: a copy of varying size is a call.
+      alignas(64) float values[kStripRows];
+      float* const to = width >= kStripRows ? logits : values;
+      for (int64_t half = 0; half < 32; half += 16) {
+        auto value = biased<S>(p.linear.bias, column + half, out.row(0, t) + half);
+        if (p.scale != 1.0f) value = S::mul(value, S::set1(p.scale));
+        if (p.cap != 0) {  // cap * tanh(x / cap), where tanh(y) = 1 - 2 / (e^2y + 1)
+          const auto e = exp2<S, false>(S::mul(value, S::set1(2 * kFloatLog2E / p.cap)));
+          const auto part = S::div(S::set1(2.0f), S::add(e, S::set1(1.0f)));
+          value = S::mul(S::set1(p.cap), S::sub(S::set1(1.0f), part));
         }
-      });
+        S::store(to + half, value);
+      }
+      if (to == values && width > 0) std::memcpy(logits, values, width * sizeof(float));
+    }
+  };
+  run_linear<S>(p.linear, {step.num_rows, 0}, units, 1, member, store);
 }
 
 }  // namespace
