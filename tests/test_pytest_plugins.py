@@ -123,6 +123,25 @@ def test_stacks_that_are_long_in_coming_come_whole(tmp_path: Path) -> None:
     assert "1 failed, 1 passed" in output and "all of them" in output
 
 
+def test_a_test_may_take_its_whole_limit_if_it_returns_to_python(tmp_path: Path) -> None:
+    """The process would exit after 0.3 s, if each step of 0.1 s did not postpone that."""
+    status, output = run(
+        tmp_path,
+        """
+        from tests.support import time_limit
+
+        time_limit.CALL_S = 0.1
+
+        @pytest.mark.time_limit(60)
+        def test_sleeps():
+            time.sleep(0.8)
+        """,
+        grace_s=0.1,
+    )
+    assert status == 0, output
+    assert "1 passed" in output
+
+
 def test_a_test_that_never_returns_to_python_ends_the_process_with_stacks(tmp_path: Path) -> None:
     status, output = run(
         tmp_path,
