@@ -28,7 +28,30 @@ struct Cell {  // state of two bytes; the masks have one bit per byte
   uint16_t write_epoch, write_warp_epoch, write_thread;
   uint16_t read_epoch, read_warp_epoch;
   uint8_t read_warp, read_lane;
-  uint8_t allocated, forbidden, written, is_atomic, is_pending, is_constant;
+  uint8_t allocated : 2, forbidden : 2, written : 2, is_atomic : 1, is_pending : 1;
+  uint8_t is_constant;
+};
+
+// An access, and the state of the thread that makes it: read once for all cells of the access.
+struct Access {
+  const void* site;
+  uint32_t run, first_run;
+  uint16_t epoch, warp_epoch, thread;
+  uint8_t warp, lane;
+  bool is_write, is_atomic, has_waited;
+
+  Access(bool writes, bool atomic, const void* place)
+      : site(place),
+        run(machine.block.run),
+        first_run(machine.first_run),
+        epoch(machine.block.epoch),
+        warp_epoch(machine.warps[machine.current->warp].epoch),
+        thread(machine.current->index),
+        warp(machine.current->warp),
+        lane(machine.current->lane),
+        is_write(writes),
+        is_atomic(atomic),
+        has_waited(machine.current->has_waited) {}
 };
 
 struct Copy {
@@ -97,114 +120,109 @@ size_t allocate_shared(size_t bytes) {
   return offset;
 }
 
-// Returns whether an earlier access by another thread of this warp or block is ordered before now.
-bool is_ordered(int warp, uint16_t warp_epoch, uint16_t epoch) {
-  const int own = machine.current->warp;
-  return warp == own ? warp_epoch != machine.warps[own].epoch : epoch != machine.block.epoch;
+const char* space_of(size_t offset) { return offset < kSharedBytes ? "shared" : "device"; }
+
+// Returns whether an earlier access by another thread of a warp of this block is ordered before
+// this one.
+inline bool is_ordered(const Access& access, int warp, uint16_t warp_epoch, uint16_t epoch) {
+  return warp == access.warp ? warp_epoch != access.warp_epoch : epoch != access.epoch;
 }
 
-bool check_write_before(const Cell& cell, uint8_t mask, bool is_atomic, const void* site,
-                        size_t offset) {
-  if ((cell.written & mask) == 0 || (is_atomic && cell.is_atomic)) return true;
-  const Thread& thread = *machine.current;
-  if (cell.write_run == machine.block.run) {
-    if (cell.write_thread == thread.index) return true;
-    if (is_ordered(cell.write_thread / kWarpSize, cell.write_warp_epoch, cell.write_epoch))
+inline bool check_write_before(const Cell& cell, const Access& access, uint8_t mask,
+                               size_t offset) {
+  if ((cell.written & mask) == 0 || (access.is_atomic && cell.is_atomic)) return true;
+  if (cell.write_run == access.run) {
+    if (cell.write_thread == access.thread) return true;
+    if (is_ordered(access, cell.write_thread / kWarpSize, cell.write_warp_epoch, cell.write_epoch))
       return true;
-    report("race", site, "thread %d meets thread %d's write at %s + %zu", thread.index,
-           cell.write_thread, offset < kSharedBytes ? "shared" : "device", offset);
+    report("race", access.site, "thread %d meets thread %d's write at %s + %zu", access.thread,
+           cell.write_thread, space_of(offset), offset);
     return false;
   }
-  if (offset >= kSharedBytes && cell.write_run >= machine.first_run) {
-    report("blocks", site, "memory that another block of this launch wrote, at device + %zu",
+  if (offset >= kSharedBytes && cell.write_run >= access.first_run) {
+    report("blocks", access.site, "memory that another block of this launch wrote, at device + %zu",
            offset);
     return false;
   }
   return true;
 }
 
-bool check_read_before(const Cell& cell, const void* site, size_t offset) {
-  const Thread& thread = *machine.current;
-  if (cell.read_run != machine.block.run) {
-    if (offset < kSharedBytes || cell.read_run < machine.first_run) return true;
-    report("blocks", site, "memory that another block of this launch read, at device + %zu",
+inline bool check_read_before(const Cell& cell, const Access& access, size_t offset) {
+  if (cell.read_run != access.run) {
+    if (offset < kSharedBytes || cell.read_run < access.first_run) return true;
+    report("blocks", access.site, "memory that another block of this launch read, at device + %zu",
            offset);
     return false;
   }
-  if (cell.read_warp == thread.warp) {
-    if (cell.read_lane == thread.lane || is_ordered(thread.warp, cell.read_warp_epoch, 0))
-      return true;
-  } else if (cell.read_epoch != machine.block.epoch) {
+  if (cell.read_warp == access.warp) {
+    if (cell.read_lane == access.lane || cell.read_warp_epoch != access.warp_epoch) return true;
+  } else if (cell.read_epoch != access.epoch) {
     return true;
   }
-  report("race", site, "thread %d writes what another thread still reads at %s + %zu", thread.index,
-         offset < kSharedBytes ? "shared" : "device", offset);
+  report("race", access.site, "thread %d writes what another thread still reads at %s + %zu",
+         access.thread, space_of(offset), offset);
   return false;
 }
 
-void note_read(Cell& cell) {
-  const Thread& thread = *machine.current;
-  const uint16_t warp_epoch = machine.warps[thread.warp].epoch;
-  const bool is_same_epoch =
-      cell.read_run == machine.block.run && cell.read_epoch == machine.block.epoch;
-  if (is_same_epoch && cell.read_warp != thread.warp) {
+inline void note_read(Cell& cell, const Access& access) {
+  const bool is_same_epoch = cell.read_run == access.run && cell.read_epoch == access.epoch;
+  if (is_same_epoch && cell.read_warp != access.warp) {
     cell.read_warp = kManyWarps;
-  } else if (is_same_epoch && cell.read_warp_epoch == warp_epoch) {
-    if (cell.read_lane != thread.lane) cell.read_lane = kManyLanes;
+  } else if (is_same_epoch && cell.read_warp_epoch == access.warp_epoch) {
+    if (cell.read_lane != access.lane) cell.read_lane = kManyLanes;
   } else {
-    cell.read_run = machine.block.run;
-    cell.read_epoch = machine.block.epoch;
-    cell.read_warp = thread.warp;
-    cell.read_lane = thread.lane;
+    cell.read_run = access.run;
+    cell.read_epoch = access.epoch;
+    cell.read_warp = access.warp;
+    cell.read_lane = access.lane;
   }
-  cell.read_warp_epoch = warp_epoch;
+  cell.read_warp_epoch = access.warp_epoch;
 }
 
-void note_write(Cell& cell, uint8_t mask, bool is_atomic) {
-  const Thread& thread = *machine.current;
-  const bool is_mine = cell.write_run == machine.block.run && cell.write_thread == thread.index;
-  const bool is_kept = is_mine || (cell.write_run == machine.block.run && machine.block.run != 0);
+inline void note_write(Cell& cell, const Access& access, uint8_t mask) {
+  const bool is_of_run = cell.write_run == access.run;
+  const bool is_kept = is_of_run && (access.run != 0 || cell.write_thread == access.thread);
   cell.written = uint8_t(is_kept ? cell.written | mask : mask);
-  cell.write_run = machine.block.run;
-  cell.write_thread = thread.index;
-  cell.write_epoch = machine.block.epoch;
-  cell.write_warp_epoch = machine.warps[thread.warp].epoch;
-  cell.is_atomic = is_atomic;
+  cell.write_run = access.run;
+  cell.write_thread = access.thread;
+  cell.write_epoch = access.epoch;
+  cell.write_warp_epoch = access.warp_epoch;
+  cell.is_atomic = access.is_atomic;
 }
 
-void check_cell(Cell& cell, uint8_t mask, size_t offset, bool is_write, bool is_atomic,
-                const void* site) {
+inline void check_cell(Cell& cell, const Access& access, uint8_t mask, size_t offset) {
+  const char* const what = access.is_write ? "a write" : "a read";
   if ((cell.allocated & mask) != mask) {
-    report("bounds", site, "%s outside of any buffer, at %s + %zu", is_write ? "a write" : "a read",
-           offset < kSharedBytes ? "shared" : "device", offset);
+    report("bounds", access.site, "%s outside of any buffer, at %s + %zu", what, space_of(offset),
+           offset);
     return;
   }
   if (cell.forbidden & mask) {
-    report("bounds", site, "%s of forbidden memory, at device + %zu",
-           is_write ? "a write" : "a read", offset);
-    return;
-  }
-  if (offset >= kSharedBytes && !machine.current->has_waited && (is_write || !cell.is_constant)) {
-    report("dependent", site, "%s before the wait for the kernel before, at device + %zu",
-           is_write ? "a write" : "a read", offset);
-    return;
-  }
-  if (cell.is_pending) {
-    report("async", site, "memory that a copy is still to fill, at shared + %zu", offset);
+    report("bounds", access.site, "%s of forbidden memory, at device + %zu", what, offset);
     return;
   }
   const bool is_shared = offset < kSharedBytes;
-  if (is_shared && !is_write &&
-      (cell.write_run != machine.block.run || (cell.written & mask) != mask)) {
-    report("uninit", site, "shared memory that this block never wrote, at shared + %zu", offset);
+  if (!is_shared && !access.has_waited && (access.is_write || !cell.is_constant)) {
+    report("dependent", access.site, "%s before the wait for the kernel before, at device + %zu",
+           what, offset);
     return;
   }
-  if (!check_write_before(cell, mask, is_atomic, site, offset)) return;
-  if (is_write || is_atomic) {
-    if (!is_atomic && !check_read_before(cell, site, offset)) return;
-    note_write(cell, mask, is_atomic);
+  if (cell.is_pending) {
+    report("async", access.site, "memory that a copy is still to fill, at shared + %zu", offset);
+    return;
+  }
+  if (is_shared && !access.is_write &&
+      (cell.write_run != access.run || (cell.written & mask) != mask)) {
+    report("uninit", access.site, "shared memory that this block never wrote, at shared + %zu",
+           offset);
+    return;
+  }
+  if (!check_write_before(cell, access, mask, offset)) return;
+  if (access.is_write || access.is_atomic) {
+    if (!access.is_atomic && !check_read_before(cell, access, offset)) return;
+    note_write(cell, access, mask);
   } else {
-    note_read(cell);
+    note_read(cell, access);
   }
 }
 
@@ -251,10 +269,11 @@ void check_access(const void* address, int size, bool is_write, bool is_atomic, 
   const size_t offset = static_cast<const uint8_t*>(address) - arena;
   if (offset >= kArenaBytes)
     return check_elsewhere(reinterpret_cast<uintptr_t>(address), is_write, site);
+  const Access access(is_write, is_atomic, site);
   const size_t end = offset + size_t(size);
   for (size_t i = offset & ~size_t{1}; i < end; i += 2) {
     const uint8_t mask = uint8_t((i >= offset ? 1 : 0) | (i + 1 < end ? 2 : 0));
-    check_cell(cells[i / 2], mask, i, is_write, is_atomic, site);
+    check_cell(cells[i / 2], access, mask, i);
   }
 }
 
@@ -357,8 +376,8 @@ EXPORT void emu_forbid(void* begin, size_t bytes, bool is_forbidden) {
   const size_t offset = static_cast<uint8_t*>(begin) - arena;
   for (size_t i = offset; i < offset + bytes; ++i) {
     const uint8_t bit = uint8_t(1u << (i & 1));
-    uint8_t& forbidden = cells[i / 2].forbidden;
-    forbidden = uint8_t(is_forbidden ? forbidden | bit : forbidden & ~bit);
+    Cell& cell = cells[i / 2];
+    cell.forbidden = (is_forbidden ? cell.forbidden | bit : cell.forbidden & ~bit) & 3;
   }
 }
 
