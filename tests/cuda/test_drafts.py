@@ -98,7 +98,7 @@ def request_of(rng: random.Random, number: int, grammars: list[Grammar]) -> Gene
 
 @pytest.mark.parametrize(
     ("seed", "num_drafts", "num_blocks", "at_once"),
-    [(1, 8, 40, 3), (2, 3, 30, 8), (3, 16, 16, 6)],
+    [pytest.param(1, 8, 40, 3, marks=pytest.mark.soak), (2, 3, 30, 8), (3, 16, 16, 6)],
 )
 async def test_answers_are_the_same_with_and_without_drafts(
     model: Model, grammars: list[Grammar], seed: int, num_drafts: int, num_blocks: int, at_once: int
