@@ -253,6 +253,18 @@ async def test_one_constraint_in_several_fields_is_accepted() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "value"), [("json", {"type": "object", "maxProperties": 1}), ("choice", ["a", "b"])]
+)
+async def test_equal_constraints_in_vllms_old_field_and_its_new_one_are_one(kind: str, value: Any) -> None:
+    both = {f"guided_{kind}": value, "structured_outputs": {kind: value}}
+    engine = ScriptedEngine()
+    assert (await send(scripted_app(engine), request("POST", CHAT, {"messages": HI, **both}))).status == 200
+    assert engine.requests[0].grammar is not None
+    other = {**both, "structured_outputs": {kind: value[::-1] if isinstance(value, list) else {}}}
+    assert (await refused(CHAT, {"messages": HI, **other}))["param"] == f"guided_{kind}"
+
+
+@pytest.mark.parametrize(
     ("fields", "same"),
     [
         ({"grammar": 'root ::= "a"{5,5}'}, {"grammar": 'root ::= "a"{5,5}'}),

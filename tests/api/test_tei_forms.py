@@ -51,6 +51,20 @@ def test_teis_errors_have_its_types(error: Exception, kind: str) -> None:
     assert TEI.envelope(error)["error_type"] == kind
 
 
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/embed", {"inputs": "a"}),
+        ("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b"]}}),
+        ("/predict", {"inputs": "a"}),
+        ("/rerank", {"query": "a", "texts": ["b"]}),
+    ],
+)
+async def test_what_the_model_cannot_do_fails_as_in_tei(route: str, body: dict[str, Any]) -> None:
+    answer = await post(route, body)
+    assert (answer.status_code, answer.json()["error_type"]) == (424, "Backend")
+
+
 async def test_a_model_that_only_embeds_tokenises_as_tei_does(tmp_path: Path) -> None:
     save_embedder(tmp_path, "mean")
     async with pooled_server(tmp_path) as server:

@@ -333,6 +333,16 @@ async def test_a_trailing_slash_is_the_same_route(path: str) -> None:
     assert (await post(path, parameters())).status_code == 200
 
 
+async def test_info_has_no_limits_beyond_what_a_request_may_have() -> None:
+    settings = Settings(max_best_of=500, max_client_batch_size=500)
+    async with client_of(scripted_app(ScriptedEngine(), settings)) as client:
+        info = (await client.get("/info")).json()
+        too_many = {"model": "tgi", "prompt": ["a"] * 129, "max_tokens": 1}
+        refused = (await client.post("/v1/completions", json=too_many)).json()["error"]
+    assert (info["max_best_of"], info["max_client_batch_size"]) == (128, 128)
+    assert refused["param"] == "prompt" and "128" in refused["message"]
+
+
 async def test_info_has_tgis_keys_and_the_effective_limits() -> None:
     app = scripted_app(
         ScriptedEngine(), Settings(max_stop_sequences=9), info=toy_info(kv_tokens=4096, device="cuda")

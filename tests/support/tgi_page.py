@@ -87,7 +87,7 @@ _NOTES = {  # what the help does not say to somebody who has used TGI
     "waiting_served_ratio": " TGI 3 ignores it, as it computes prompts in chunks: leave it out.",
     "max_waiting_tokens": " TGI 3 ignores it, too.",
     "cors_allow_origin": " Without it none may; TGI's default is `*`.",
-    "max_client_batch_size": " Native: 4; `/v1`: 128, with `--tgi-compat` 4.",
+    "max_client_batch_size": " Native: 1; `/v1`: 128, with `--tgi-compat` 4.",
     "json_output": " [The fields](#logs) have other names.",
     "otlp_endpoint": " Spans and their attributes have other names.",
 }

@@ -31,12 +31,12 @@ class Limits:
     @classmethod
     def of(cls, settings: Settings, *, is_tgi: bool = False) -> Limits:
         """Return the limits of `/v1`, or of the native routes and the compatible mode."""
-        best_of, stops, top_logprobs, prompts = (2, 4, 5, 4) if is_tgi else (MAX_CHOICES, 16, 20, 128)
+        best_of, stops, top_logprobs, prompts = (2, 4, 5, 4) if is_tgi else (MAX_CHOICES, 16, 20, MAX_CHOICES)
         return cls(
-            best_of=best_of if settings.max_best_of is None else settings.max_best_of,
+            best_of=min(settings.max_best_of or best_of, MAX_CHOICES),
             stops=stops if settings.max_stop_sequences is None else settings.max_stop_sequences,
             top_logprobs=top_logprobs if settings.max_top_n_tokens is None else settings.max_top_n_tokens,
-            prompts=prompts if settings.max_client_batch_size is None else settings.max_client_batch_size,
+            prompts=min(settings.max_client_batch_size or prompts, MAX_CHOICES),
             choices=min(MAX_CHOICES, settings.max_concurrent_requests),
         )
 

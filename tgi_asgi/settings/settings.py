@@ -310,12 +310,16 @@ class Settings:
     max_total_tokens: int | None = _limit(
         "Tokens of prompt and output (default: the context).", None, kinds.TOTAL
     )
-    max_best_of: int | None = _limit("Largest best_of and n (native: 2).", None, kinds.COUNT)
+    max_best_of: int | None = _limit("Largest best_of and n (native: 2), up to 128.", None, kinds.COUNT)
     max_stop_sequences: int | None = _limit("Maximum number of stop strings (native: 4).", None, kinds.AMOUNT)
     max_top_n_tokens: int | None = _limit(
         "Maximum top_n_tokens, top_logprobs (native: 5).", None, kinds.AMOUNT
     )
-    max_client_batch_size: int | None = _limit("Maximum prompts per /v1/completions call.", None, kinds.COUNT)
+    max_client_batch_size: int | None = _limit(
+        "Maximum prompts of a completions call, up to 128; inputs of a call for embeddings or scores.",
+        None,
+        kinds.COUNT,
+    )
     enable_prefill_logprobs: bool = _limit("Let decoder_input_details return prompt logprobs.", False)
     disable_grammar_support: bool = _limit("Refuse constrained output, tools included.", False)
 

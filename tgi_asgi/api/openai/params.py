@@ -5,6 +5,7 @@ Pure functions over decoded requests; every refusal names the field and the allo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -164,13 +165,17 @@ def one_constraint(
         wanted[field] = form
     if not wanted:
         return None
-    # guidance's VLLMModel sends one grammar under vLLM's old name and its new one. Schemas are not compared:
-    # for Python, `true` equals 1.
+    # guidance's VLLMModel sends one grammar under vLLM's old name and its new one.
     (param, (kind, value)), *others = wanted.items()
     for other, constraint in others:
-        if not isinstance(value, str) or constraint != (kind, value):
+        if constraint[0] != kind or _as_json(constraint[1]) != _as_json(value):
             refuse(other, f"`{param}` and `{other}` exclude each other")
     return Constraint.of(param, kind, value, is_strict=is_strict)
+
+
+def _as_json(value: Any) -> str:
+    """Return what only equal values share; for Python, `true` equals 1."""
+    return json.dumps(value, sort_keys=True)
 
 
 def structured_of(given: dict[str, Any]) -> tuple[str, Any]:

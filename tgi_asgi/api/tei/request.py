@@ -27,8 +27,10 @@ from tgi_asgi.model_info import Embedding
 
 
 def _status(error: BaseException) -> int:
-    """Return TEI's status, which is 413 for inputs that are too long or too many."""
-    return 413 if isinstance(error, ContextExceeded | TooManyPrompts) else NATIVE.status(error)
+    """Return TEI's status: 413 for inputs that are too long or too many, 424 for what the model cannot do."""
+    if isinstance(error, ContextExceeded | TooManyPrompts):
+        return 413
+    return 424 if isinstance(error, ModelNotSupported) else NATIVE.status(error)
 
 
 def _envelope(error: BaseException) -> dict[str, Any]:
