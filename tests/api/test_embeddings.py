@@ -344,7 +344,7 @@ async def test_a_model_that_cannot_embed_says_what_would_help(tmp_path: Path) ->
             assert answer.json()["error"]["code"] == "model_not_supported"
             assert "--pooling" in answer.json()["error"]["message"]
         answer = await server.post("/embed", inputs="a")
-        assert (answer.status_code, answer.json()["error_type"]) == (400, "Backend")
+        assert (answer.status_code, answer.json()["error_type"]) == (424, "Backend")
         answer = await server.post("/api/embed", input="a")
         assert (answer.status_code, list(answer.json())) == (400, ["error"])
 
