@@ -34,8 +34,8 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.types import GenerationRequest, SamplingParams, StopConditions, TokenEvent
 
 GREEDY = SamplingParams(temperature=0.0)
-# Both engines learn what a step costs, and with it how many prompt tokens fit: while one had learned less, 64
-# prompts took it two steps more of 50.
+# Both engines learn what a step costs, and from it how many prompt tokens fit into one: while one engine had
+# learned less than the other, 64 prompts took it two steps more, of 50.
 _WARM_TURNS = 4
 STORY = """The harbour of Ostrava lay quiet in the early morning. Captain Miller walked along the pier, past
 the nets and the barrels, and looked for the boat that had come in during the night. It was a small

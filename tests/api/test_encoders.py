@@ -15,6 +15,7 @@ import torch
 from tests.support.encoders import RECORDED, TEXTS, logits_of, save_encoder, save_recorded, states_of
 from tests.support.pooling_models import QUERIES, pooled
 from tests.support.pooling_server import pooled_server
+from tgi_asgi.api.pool_call import MAX_INPUTS
 from tgi_asgi.text.tokenizer import Tokenizer
 
 ORACLE = Path(__file__).parents[1] / "models/oracle/sentence-transformers-encoders.json"
@@ -109,6 +110,15 @@ async def test_an_encoder_does_not_generate(tmp_path: Path) -> None:
             assert answer.json()["error"]["code"] == "model_not_supported"
         info = (await server.http.get("/info")).json()
         assert (info["model_id"], info["model_pipeline_tag"]) == ("tiny", "feature-extraction")
+        assert info["max_client_batch_size"] == MAX_INPUTS
+
+
+async def test_info_says_how_many_inputs_a_call_may_have(tmp_path: Path) -> None:
+    save_encoder(tmp_path, "Bert")
+    async with pooled_server(tmp_path, max_client_batch_size=300) as server:
+        assert (await server.http.get("/info")).json()["max_client_batch_size"] == 300
+        answers = [await server.post("/embed", inputs=["a"] * count) for count in (300, 301)]
+        assert [answer.status_code for answer in answers] == [200, 413]
 
 
 @pytest.mark.parametrize("name", [name for name, (_, _, mode) in RECORDED.items() if mode])

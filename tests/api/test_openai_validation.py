@@ -264,6 +264,16 @@ async def test_equal_constraints_in_vllms_old_field_and_its_new_one_are_one(kind
     assert (await refused(CHAT, {"messages": HI, **other}))["param"] == f"guided_{kind}"
 
 
+async def test_constraints_nested_to_the_limit_of_a_body_are_refused() -> None:
+    """Comparing them may need more of the stack than reading them."""
+    app = scripted_app(ScriptedEngine())
+    for depth in range(900, 1000):
+        nested = '{"a":' * depth + "1" + "}" * depth
+        both = f'"guided_json": {nested}, "structured_outputs": {{"json": {nested}}}'
+        body = f'{{"messages": [{{"role": "user", "content": "hi"}}], {both}}}'
+        assert (await send(app, request("POST", CHAT, body.encode()))).status == 400, depth
+
+
 @pytest.mark.parametrize(
     ("fields", "same"),
     [

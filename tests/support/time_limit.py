@@ -103,10 +103,10 @@ class TimeLimit:
 
 
 class LateExit:
-    """Ends the process, with its threads' stacks, unless it is postponed again and again.
+    """Ends the process and prints its threads' stacks, unless it is postponed again and again.
 
-    It needs no Python to run. Starting and stopping it takes as long as a small test does, so it is started
-    anew only if it would come too early or by more than the grace too late.
+    A thread of faulthandler's does it, which needs no interpreter. Each new time is a new thread, which takes
+    as long as a small test does, so the old time is kept if it is late enough and at most the grace too late.
     """
 
     def __init__(self, grace_s: float) -> None:

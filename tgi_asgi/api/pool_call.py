@@ -131,11 +131,16 @@ def classification_of(info: ModelInfo) -> Classification:
     return info.classification
 
 
+def max_inputs(settings: Settings) -> int:
+    """Return how many inputs a call may have."""
+    return settings.max_client_batch_size or MAX_INPUTS
+
+
 def check_num_inputs(num_inputs: int, name: str, settings: Settings) -> None:
     """Refuse a call without inputs or with too many."""
     if not num_inputs:
         refuse_field(name, "must not be empty")
-    max_inputs = settings.max_client_batch_size or MAX_INPUTS
-    if num_inputs > max_inputs:
-        message = f"`{name}` takes at most {max_inputs} inputs, got {num_inputs}"
+    limit = max_inputs(settings)
+    if num_inputs > limit:
+        message = f"`{name}` takes at most {limit} inputs, got {num_inputs}"
         raise TooManyPrompts(message, param=name)

@@ -12,6 +12,7 @@ import tgi_asgi
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
+from tgi_asgi.api.pool_call import max_inputs
 from tgi_asgi.errors import UnknownModel
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.observe.prometheus import CONTENT_TYPE
@@ -71,7 +72,11 @@ async def info(exchange: Exchange) -> None:
         "max_input_tokens": model.max_input_tokens,
         "max_total_tokens": model.max_total_tokens,
         "validation_workers": settings.validation_workers,
-        "max_client_batch_size": Limits.of(settings, is_tgi=settings.tgi_compat).prompts,
+        "max_client_batch_size": (
+            Limits.of(settings, is_tgi=settings.tgi_compat).prompts
+            if model.generates
+            else max_inputs(settings)
+        ),
         "max_batch_total_tokens": model.kv_tokens,
         "max_batch_size": model.max_batch_size or settings.max_batch_size,
         "max_kept_states": model.num_kept_states,

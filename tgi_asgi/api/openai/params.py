@@ -168,14 +168,17 @@ def one_constraint(
     # guidance's VLLMModel sends one grammar under vLLM's old name and its new one.
     (param, (kind, value)), *others = wanted.items()
     for other, constraint in others:
-        if constraint[0] != kind or _as_json(constraint[1]) != _as_json(value):
+        if constraint[0] != kind or not _are_equal(constraint[1], value):
             refuse(other, f"`{param}` and `{other}` exclude each other")
     return Constraint.of(param, kind, value, is_strict=is_strict)
 
 
-def _as_json(value: Any) -> str:
-    """Return what only equal values share; for Python, `true` equals 1."""
-    return json.dumps(value, sort_keys=True)
+def _are_equal(one: Any, other: Any) -> bool:
+    """Return whether two JSON values are equal. `==` would not do: in Python, `True` equals 1."""
+    try:
+        return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+    except RecursionError:  # nested almost as deeply as a body may be, and refused as a schema anyway
+        return False
 
 
 def structured_of(given: dict[str, Any]) -> tuple[str, Any]:
