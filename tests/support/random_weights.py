@@ -31,6 +31,7 @@ _HALVES = {
 # Values of MXFP4's codes.
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 _EXPONENT = "MXFP4"  # its first byte is an E8M0 exponent
+_MAX_ZERO = 128  # of INT4's zero points, which follow the scale
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTISED = (*_HALVES, _EXPONENT)
 FORMATS = (*_FLOATS, *QUANTISED)  # the GGUF formats that the CPU kernels multiply directly
@@ -62,6 +63,8 @@ def _with_scales(
         blocks[:, offset : offset + 2] = scales.astype(np.float16).view(np.uint8).reshape(-1, 2)
     if format == _EXPONENT:
         blocks[:, 0] = rng.integers(118, 122, len(blocks))
+    if format.startswith("INT4"):
+        blocks[:, 2] = rng.integers(0, _MAX_ZERO + 1, len(blocks))
     return WeightSource(blocks.reshape(-1), format, shape)
 
 

@@ -21,7 +21,7 @@ FORMATS: dict[str, _C.WeightFormat] = {row.name: row for row in _C.formats()}
 def int4_blocks(codes: _Array, scales: _Array, zeros: _Array) -> tuple[_Array, str] | None:
     """Make blocks of weights scale * (code - zero); return None if no format can hold them.
 
-    Groups must be multiples of 32 columns, and scales must be exact in float16.
+    Groups must be multiples of 32 columns, scales must be exact in float16, and zero points at most 128.
 
     Args:
         codes: [rows, columns / 2] uint8, the first of each pair in the low half.
@@ -32,7 +32,7 @@ def int4_blocks(codes: _Array, scales: _Array, zeros: _Array) -> tuple[_Array, s
     """
     rows, group = codes.shape[0], codes.shape[1] * 2 // scales.shape[1]
     run = next((run for run in RUNS if group % run == 0), None)
-    if run is None or not _are_halves(scales):
+    if run is None or not _are_halves(scales) or (zeros > 128).any():
         return None
     name, num_runs = f"INT4_{run}", codes.shape[1] * 2 // run
     blocks = np.zeros((rows, num_runs, FORMATS[name].block_bytes), np.uint8)

@@ -135,22 +135,6 @@ inline void add_bf16_blocks(const TileOperands& in, int64_t num_blocks, bool is_
   }
 }
 
-// Lines of two panels that are fetched between products, some with each pair of token tiles.
-struct PanelsAhead {
-  const uint8_t* panels[2];
-  int64_t lines;
-
-  template <class S>
-  inline void fetch() {
-    for (int64_t i = 0; i < lines; ++i) {
-      for (const uint8_t*& panel : panels) {
-        S::prefetch_l2(panel);
-        panel += 64;
-      }
-    }
-  }
-};
-
 // The same for all pairs of tiles, with all sums stored.
 template <class S>
 void add_bf16_chunk(TileOperands in, int64_t num_blocks, bool is_first, int64_t num_tiles,
@@ -233,109 +217,85 @@ inline bool is_for_tiles(int64_t num_tokens) {
   return num_tokens >= 32 && 5 * num_tokens >= 4 * whole;
 }
 
-// A decoded block of a panel, shared by all tokens: one byte per code, then each row's scale, and
-// its min or zero point.
-constexpr int64_t kDecodedScale = 512, kDecodedOther = 576, kDecodedBytes = 640;
-
 // Whether tiles sum up a format's codes. Formats with one scale per half block would need two
 // products of half a tile and gain nothing.
 template <class Fmt>
 constexpr bool kIsByTiles = Fmt::kNumHalves == 1;
 
-template <class S, class Fmt>
-void decode_panel(const uint8_t* panel, int64_t num_blocks, uint8_t* out) {
-  for (int64_t b = 0; b < num_blocks; ++b, out += kDecodedBytes) {
-    const auto block = Fmt::block(panel, b);
-    TGI_UNROLL(8)
-    for (int j = 0; j < 8; ++j) S::istore(out + 64 * j, Fmt::quad(block.codes, j));
-    S::store(reinterpret_cast<float*>(out + kDecodedScale), Fmt::scale(block, 0));
-    if constexpr (Fmt::kHasMin) {
-      S::store(reinterpret_cast<float*>(out + kDecodedOther), Fmt::min(block, 0));
-    }
-    if constexpr (Fmt::kHasZeros) S::istore(out + kDecodedOther, Fmt::zeros(block));
-  }
-}
-
 // Does the work of add_block and add_mins for one panel and sixteen tokens. sums: [16 tokens][16
 // rows].
-template <class S, class Fmt>
-inline void add_tile_sums(const uint8_t* decoded, const TokenBlock<S>& x, const int32_t* sums,
-                          typename S::F (&out)[kTileRows]) {
-  const auto scale = S::load(reinterpret_cast<const float*>(decoded + kDecodedScale));
+template <class S, class D>
+inline void add_tile_sums(const typename D::Block& decoded, const TokenBlock<S>& x,
+                          const int32_t* sums, typename S::F (&out)[kTileRows]) {
+  const auto scale = D::scale(decoded, 0);
   TGI_UNROLL(16)
   for (int t = 0; t < kTileRows; ++t) {
     auto sum = S::iload(sums + kPanelRows * t);
-    if constexpr (Fmt::kZeroShift >= 0 || Fmt::kHasZeros) {
-      constexpr int kShift = Fmt::kHasZeros ? 7 : Fmt::kZeroShift;
-      auto start = sum_start<S, 0, 8>(x, t);
-      if constexpr (kShift > 0) start = S::isar(start, kShift);
-      if constexpr (Fmt::kHasZeros) start = S::imul_short(start, S::iload(decoded + kDecodedOther));
-      sum = S::iadd(sum, start);
-    }
+    if constexpr (D::kZeroShift >= 0) sum = S::iadd(sum, sum_start<S, 0, 8>(x, t));
     out[t] = S::fma(S::mul(S::to_float(sum), S::set1(x.scale(t))), scale, out[t]);
   }
-  if constexpr (Fmt::kHasMin) {
-    const auto min = S::load(reinterpret_cast<const float*>(decoded + kDecodedOther));
+  if constexpr (D::kHasMin) {
+    const auto min = D::min(decoded, 0);
     TGI_UNROLL(16)
     for (int t = 0; t < kTileRows; ++t) out[t] = S::fma(min, S::set1(x.sum(t)), out[t]);
   }
 }
 
 template <class S, int Turn>
-inline void multiply_codes(const uint8_t* decoded, const TokenBlock<S>& x) {
+inline void multiply_codes(const uint8_t* codes, const TokenBlock<S>& x) {
   using T = typename S::Tiles;
-  T::template load<6 + Turn>(decoded, kTileRowBytes);
+  T::template load<6 + Turn>(codes, kTileRowBytes);
   T::template load<4 + Turn>(x.first_values, kBlockColumns);
   T::template zero<Turn>();
   T::template dot_int8<Turn, 4 + Turn, 6 + Turn>();
 }
 
-// Multiplies a panel by a tile of tokens: out [16 tokens][32], of which the panel fills sixteen
-// columns. Prefetches lines of a later panel with each block.
-template <class S, class Fmt>
-void int8_tiles_panel(const uint8_t* decoded, const TokenGroup<S>& group, int64_t num_blocks,
+// Multiplies a decoded panel by a tile of tokens: out [16 tokens][32], of which the panel fills
+// sixteen columns. Prefetches lines of a later panel with each block.
+template <class S, class D>
+void int8_tiles_panel(const uint8_t* panel, const TokenGroup<S>& group, int64_t num_blocks,
                       float* out, Ahead ahead) {
-  static_assert(!Fmt::kIsSigned, "codes are multiplied as unsigned bytes");
   using T = typename S::Tiles;
   TokenBlock<S> x(group);
   alignas(64) int32_t sums[2][kTileRows * kPanelRows];
   typename S::F total[kTileRows];
   TGI_UNROLL(16)
   for (int t = 0; t < kTileRows; ++t) total[t] = S::zero();
-  multiply_codes<S, 0>(decoded, x);
+  multiply_codes<S, 0>(panel, x);
   // The next block is multiplied while a block's sums are stored and added up.
   for (int64_t b = 0; b < num_blocks; b += 2) {
     TokenBlock<S> next = x;
     next.advance();
     const bool has_next = b + 1 < num_blocks;
     for (int64_t i = 0; i < 2 * ahead.lines; ++i, ahead.next += 64) S::prefetch_l2(ahead.next);
-    if (has_next) multiply_codes<S, 1>(decoded + kDecodedBytes, next);
+    if (has_next) multiply_codes<S, 1>(D::block(panel, b + 1).codes, next);
     T::template store<0>(sums[0], kTileRowBytes);
-    add_tile_sums<S, Fmt>(decoded, x, sums[0], total);
+    add_tile_sums<S, D>(D::block(panel, b), x, sums[0], total);
     if (!has_next) break;
     TokenBlock<S> after = next;
     after.advance();
-    if (b + 2 < num_blocks) multiply_codes<S, 0>(decoded + 2 * kDecodedBytes, after);
+    if (b + 2 < num_blocks) multiply_codes<S, 0>(D::block(panel, b + 2).codes, after);
     T::template store<1>(sums[1], kTileRowBytes);
-    add_tile_sums<S, Fmt>(decoded + kDecodedBytes, next, sums[1], total);
+    add_tile_sums<S, D>(D::block(panel, b + 1), next, sums[1], total);
     x = after;
-    decoded += 2 * kDecodedBytes;
   }
   TGI_UNROLL(16)
   for (int t = 0; t < kTileRows; ++t) S::store(out + kStripRows * t, total[t]);
 }
 
-// The functions that multiply a format's weights by tiles of tokens; null if there are none.
+// The functions that decode a format's panels and multiply them by tiles of tokens; null if there
+// are none.
 template <class S>
 struct Int8TileFunctions {
   void (*decode)(const uint8_t* panel, int64_t num_blocks, uint8_t* out) = nullptr;
-  void (*multiply)(const uint8_t* decoded, const TokenGroup<S>& group, int64_t num_blocks,
-                   float* out, Ahead ahead) = nullptr;
+  void (*multiply)(const uint8_t* panel, const TokenGroup<S>& group, int64_t num_blocks, float* out,
+                   Ahead ahead) = nullptr;
 };
 
 template <class S, class Fmt>
 constexpr Int8TileFunctions<S> int8_tile_functions() {
-  if constexpr (kIsByTiles<Fmt>) return {decode_panel<S, Fmt>, int8_tiles_panel<S, Fmt>};
+  if constexpr (kIsByTiles<Fmt>)
+    return {decode_codes<S, Fmt>, int8_tiles_panel<S, DecodedOf<S, Fmt>>};
   return {};
 }
 
@@ -363,10 +323,8 @@ inline int64_t tile_scratch_floats(const PackedMatrix& weight, Precision precisi
     const TilePortion portion = tile_portion(weight.num_columns, unit_strips);
     return portion.strips * kMaxTileTokens * kStripRows + decoded_bytes / 4;
   }
-  if (precision == Precision::kFloat32 || int8_tile_functions<S>(weight.format).decode == nullptr) {
-    return 0;
-  }
-  return unit_strips * 2 * (weight.num_columns / kBlockColumns) * kDecodedBytes / 4;
+  const int64_t num_blocks = weight.num_columns / kBlockColumns;
+  return 2 * unit_strips * num_blocks * decoded_block_bytes<S>(weight.format) / 4;
 }
 
 }  // namespace

@@ -4,6 +4,8 @@
 // 1805.02867. Included only by the step_<isa>.cpp files.
 #pragma once
 
+#include <cstring>
+
 #include "simd_math.h"
 #include "step.h"
 #include "stream.h"
@@ -79,16 +81,19 @@ struct Chunk {
   bool is_cold;       // not read just before, so keys and values are prefetched
 };
 
-// How keys and values are multiplied: a vector of sixteen lanes by one broadcast value.
-template <class S, Precision precision>
+// How keys and values are multiplied by their factors, which are queries and softmax weights. A
+// vector of sixteen lanes holds kNumbers numbers per lane: dims of a key, or tokens of values. It
+// is multiplied in kParts parts, each by one broadcast factor, which is at factor_at(part).
+template <class S, Precision precision, bool has_dot = S::kHasBF16Dot>
 struct KvTraits;
 
 template <class S>
-struct KvTraits<S, Precision::kBF16> {
+struct KvTraits<S, Precision::kBF16, true> {
   using Vector = typename S::I;  // two bf16 per lane
-  static constexpr bool kIsBF16 = true;
-  static inline int64_t key_steps(int64_t head_dim) { return head_dim / 2; }
-  static inline Vector load(const uint8_t* p) { return S::iload(p); }
+  static constexpr int kNumbers = 2, kParts = 1;
+  static constexpr int64_t kFactorBytes = 2;
+  static constexpr int64_t factor_at(int) { return 0; }
+  static inline Vector load(const uint8_t* p, int) { return S::iload(p); }
   static inline Vector broadcast(const uint8_t* p) { return S::ibroadcast(p); }
   static inline typename S::F multiply(typename S::F sum, Vector a, Vector b) {
     return S::dot_bf16(sum, a, b);
@@ -96,11 +101,14 @@ struct KvTraits<S, Precision::kBF16> {
 };
 
 template <class S>
-struct KvTraits<S, Precision::kFloat32> {
+struct KvTraits<S, Precision::kFloat32, true> {
   using Vector = typename S::F;
-  static constexpr bool kIsBF16 = false;
-  static inline int64_t key_steps(int64_t head_dim) { return head_dim; }
-  static inline Vector load(const uint8_t* p) { return S::load(reinterpret_cast<const float*>(p)); }
+  static constexpr int kNumbers = 1, kParts = 1;
+  static constexpr int64_t kFactorBytes = 4;
+  static constexpr int64_t factor_at(int) { return 0; }
+  static inline Vector load(const uint8_t* p, int) {
+    return S::load(reinterpret_cast<const float*>(p));
+  }
   static inline Vector broadcast(const uint8_t* p) {
     return S::set1(*reinterpret_cast<const float*>(p));
   }
@@ -108,6 +116,42 @@ struct KvTraits<S, Precision::kFloat32> {
     return S::fma(a, b, sum);
   }
 };
+
+template <class S>
+struct KvTraits<S, Precision::kFloat32, false> : KvTraits<S, Precision::kFloat32, true> {};
+
+// Without an instruction for bf16, factors are float32: only the cached numbers are bf16. The
+// second number of each lane, its upper half, is multiplied first.
+template <class S>
+struct KvTraits<S, Precision::kBF16, false> : KvTraits<S, Precision::kFloat32, true> {
+  static constexpr int kNumbers = 2, kParts = 2;
+  static constexpr int64_t factor_at(int part) { return part == 0 ? 4 : 0; }
+  static inline typename S::F load(const uint8_t* p, int part) {
+    const auto pairs = S::iload(p);
+    return S::as_float(part == 0 ? S::iand(pairs, S::iset1(static_cast<int32_t>(0xFFFF0000u)))
+                                 : S::ishl(pairs, 16));
+  }
+};
+
+// Whether queries, which are stored as bf16, become float32 before they are multiplied.
+template <class S, Precision precision>
+constexpr bool kWidensQueries = precision == Precision::kBF16 && !S::kHasBF16Dot;
+
+// Widens a tile's queries into `out`, [rows][head_dim].
+template <class S, int MaxRows>
+inline void widen_queries(RowTile<MaxRows>& tile, int64_t head_dim, float* out) {
+  for (int64_t r = 0; r < tile.count; ++r, out += head_dim) {
+    int64_t d = 0;
+    for (; d + 16 <= head_dim; d += 16) S::store(out + d, S::load_bf16(tile.query[r] + 2 * d));
+    for (; d < head_dim; ++d) {
+      uint16_t half;
+      std::memcpy(&half, tile.query[r] + 2 * d, sizeof(half));
+      const uint32_t bits = static_cast<uint32_t>(half) << 16;
+      std::memcpy(out + d, &bits, sizeof(bits));
+    }
+    tile.query[r] = reinterpret_cast<const uint8_t*>(out);
+  }
+}
 
 // Returns the first `seen` of sixteen values, and `other` in the remaining lanes.
 template <class S>
@@ -134,7 +178,7 @@ template <class S, Precision precision, int Rows, int Blocks>
 inline void block_scores(const Tile<S, precision>& tile, const Chunk& chunk, int64_t head_dim,
                          int64_t b, float* scores) {
   using Kv = KvTraits<S, precision>;
-  const int64_t steps = Kv::key_steps(head_dim);
+  const int64_t steps = head_dim / Kv::kNumbers;
   const bool is_cold = chunk.is_cold;
   const uint8_t* ahead[Blocks] = {};  // later keys; after the last keys, the first values
   typename S::F sums[Rows][Blocks];
@@ -150,17 +194,22 @@ inline void block_scores(const Tile<S, precision>& tile, const Chunk& chunk, int
     for (int r = 0; r < Rows; ++r) sums[r][i] = S::zero();
   }
   for (int64_t k = 0; k < steps; ++k) {
-    typename Kv::Vector keys[Blocks];
     TGI_UNROLL(4)
     for (int i = 0; i < Blocks; ++i) {
       if (is_cold) fetch_stream<S>(ahead[i] + 64 * k);
-      keys[i] = Kv::load(chunk.keys[b + i] + 64 * k);
     }
-    TGI_UNROLL(16)
-    for (int r = 0; r < Rows; ++r) {
-      const auto value = Kv::broadcast(tile.query[r] + 4 * k);
+    TGI_UNROLL(2)
+    for (int part = 0; part < Kv::kParts; ++part) {
+      const int64_t at = Kv::kNumbers * Kv::kFactorBytes * k + Kv::factor_at(part);
+      typename Kv::Vector keys[Blocks];
       TGI_UNROLL(4)
-      for (int i = 0; i < Blocks; ++i) sums[r][i] = Kv::multiply(sums[r][i], keys[i], value);
+      for (int i = 0; i < Blocks; ++i) keys[i] = Kv::load(chunk.keys[b + i] + 64 * k, part);
+      TGI_UNROLL(16)
+      for (int r = 0; r < Rows; ++r) {
+        const auto value = Kv::broadcast(tile.query[r] + at);
+        TGI_UNROLL(4)
+        for (int i = 0; i < Blocks; ++i) sums[r][i] = Kv::multiply(sums[r][i], keys[i], value);
+      }
     }
   }
   float* const out = scores + 16 * b;
@@ -183,21 +232,25 @@ inline void block_scores(const Tile<S, precision>& tile, const Chunk& chunk, int
   }
 }
 
-// scores: [Rows][256]. Several sub-blocks at a time keep enough sums in flight: products have a
-// latency of six cycles, and two start in each cycle.
+// How many sub-blocks, or vectors of values, are multiplied by all rows at once: as many as leave
+// the sums in registers.
+template <class S>
+constexpr int kMostAtOnce = S::kNumRegisters >= 32 ? 4 : 1;
+
+// scores: [Rows][256].
 template <class S, Precision precision, int Rows>
 void chunk_scores(const Tile<S, precision>& tile, const Chunk& chunk, int64_t head_dim,
                   float* scores) {
   int64_t b = 0;
-  if constexpr (S::kNumRegisters >= 32) {
+  if constexpr (kMostAtOnce<S> == 4) {
     for (; b + 4 <= chunk.num_blocks; b += 4) {
       block_scores<S, precision, Rows, 4>(tile, chunk, head_dim, b, scores);
     }
+    for (; b + 2 <= chunk.num_blocks; b += 2) {
+      block_scores<S, precision, Rows, 2>(tile, chunk, head_dim, b, scores);
+    }
   }
-  for (; b + 2 <= chunk.num_blocks; b += 2) {
-    block_scores<S, precision, Rows, 2>(tile, chunk, head_dim, b, scores);
-  }
-  if (b < chunk.num_blocks) {
+  for (; b < chunk.num_blocks; ++b) {
     block_scores<S, precision, Rows, 1>(tile, chunk, head_dim, b, scores);
   }
 }
@@ -272,7 +325,7 @@ struct RowResults {
 // is_fetching: whether to prefetch the chunk's values, if they are cold.
 template <class S, Precision precision, int Rows>
 void chunk_softmax(const Chunk& chunk, int64_t value_dim, const RowResults& out, bool is_fetching) {
-  constexpr bool kIsBF16 = precision == Precision::kBF16;
+  constexpr bool kIsBF16 = precision == Precision::kBF16 && S::kHasBF16Dot;
   const float* const scores = out.scores;
   uint8_t* const weights = out.weights;
   ValueFetch<S, precision> values(chunk, value_dim, chunk.num_blocks);
@@ -343,8 +396,8 @@ template <class S, Precision precision, int Rows, int Vectors>
 void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t row_dim, int64_t first_dim,
                   State<S, precision>& state) {
   using Kv = KvTraits<S, precision>;
-  constexpr int kStepTokens = Kv::kIsBF16 ? 2 : 1;
-  constexpr int64_t kWeightBytes = Kv::kIsBF16 ? 2 : 4;
+  constexpr int kStepTokens = Kv::kNumbers;
+  constexpr int64_t kWeightBytes = Kv::kFactorBytes;
   typename S::F sums[Rows][Vectors];
   const bool is_cold = chunk.is_cold;
   TGI_UNROLL(16)
@@ -364,21 +417,27 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t row_dim, i
       for (int v = 0; v < Vectors; ++v) {
         if (is_cold) fetch_stream<S>(ahead + row_bytes + 64 * v);
       }
-      typename Kv::Vector vector[Vectors];
-      TGI_UNROLL(4)
-      for (int v = 0; v < Vectors; ++v) vector[v] = Kv::load(values + row_bytes + 64 * v);
-      if constexpr (Kv::kIsBF16) {
-        // The second token of the last pair may be past the context, where the contents are
-        // undefined.
-        const auto mask = S::iset1(t + 1 < tokens ? -1 : 0xFFFF);
+      // The second token of the last pair may be past the context, where the contents are
+      // undefined.
+      const bool is_pair = t + 1 < tokens;
+      TGI_UNROLL(2)
+      for (int part = 0; part < Kv::kParts; ++part) {
+        if (Kv::kParts == 2 && part == 0 && !is_pair) continue;
+        typename Kv::Vector vector[Vectors];
         TGI_UNROLL(4)
-        for (int v = 0; v < Vectors; ++v) vector[v] = S::iand(vector[v], mask);
-      }
-      TGI_UNROLL(16)
-      for (int r = 0; r < Rows; ++r) {
-        const auto p = Kv::broadcast(weight + (r * kChunkTokens + t) * kWeightBytes);
-        TGI_UNROLL(4)
-        for (int v = 0; v < Vectors; ++v) sums[r][v] = Kv::multiply(sums[r][v], vector[v], p);
+        for (int v = 0; v < Vectors; ++v) vector[v] = Kv::load(values + row_bytes + 64 * v, part);
+        if constexpr (Kv::kNumbers == 2 && Kv::kParts == 1) {
+          const auto mask = S::iset1(is_pair ? -1 : 0xFFFF);
+          TGI_UNROLL(4)
+          for (int v = 0; v < Vectors; ++v) vector[v] = S::iand(vector[v], mask);
+        }
+        TGI_UNROLL(16)
+        for (int r = 0; r < Rows; ++r) {
+          const int64_t at = (r * kChunkTokens + t) * kWeightBytes + Kv::factor_at(part);
+          const auto p = Kv::broadcast(weight + at);
+          TGI_UNROLL(4)
+          for (int v = 0; v < Vectors; ++v) sums[r][v] = Kv::multiply(sums[r][v], vector[v], p);
+        }
       }
     }
   }
@@ -393,7 +452,7 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t row_dim, i
 template <class S, Precision precision, int Rows>
 void attend_with_scores(const Tile<S, precision>& tile, const Chunk& chunk, const ChunkShape& shape,
                         float* scores, State<S, precision>& state) {
-  alignas(64) uint8_t weights[Rows * kChunkTokens * (precision == Precision::kBF16 ? 2 : 4)];
+  alignas(64) uint8_t weights[Rows * kChunkTokens * KvTraits<S, precision>::kFactorBytes];
   const int64_t value_dim = shape.value_dim, row_dim = shape.row_dim;
   if (shape.scores != nullptr)
     change_scores<S, precision>(tile, Rows, chunk, *shape.scores, scores);
@@ -401,13 +460,17 @@ void attend_with_scores(const Tile<S, precision>& tile, const Chunk& chunk, cons
                                     true);
   // The last vector may read past the head, into memory that also belongs to the pool.
   int64_t dim = 0;
-  for (; dim + 48 < value_dim; dim += 64) {
-    chunk_values<S, precision, Rows, 4>(chunk, weights, row_dim, dim, state);
+  if constexpr (kMostAtOnce<S> == 4) {
+    for (; dim + 48 < value_dim; dim += 64) {
+      chunk_values<S, precision, Rows, 4>(chunk, weights, row_dim, dim, state);
+    }
+    for (; dim + 16 < value_dim; dim += 32) {
+      chunk_values<S, precision, Rows, 2>(chunk, weights, row_dim, dim, state);
+    }
   }
-  for (; dim + 16 < value_dim; dim += 32) {
-    chunk_values<S, precision, Rows, 2>(chunk, weights, row_dim, dim, state);
+  for (; dim < value_dim; dim += 16) {
+    chunk_values<S, precision, Rows, 1>(chunk, weights, row_dim, dim, state);
   }
-  if (dim < value_dim) chunk_values<S, precision, Rows, 1>(chunk, weights, row_dim, dim, state);
 }
 
 template <class S, Precision precision, int Rows>

@@ -360,8 +360,11 @@ void attend(const AttentionParams& p, const StepHeader& step, int member, int nu
   const AttentionPoint stop = split[member + 1];
   bool is_cold = true;
   TilesOfRows<S, precision> tiles;
+  constexpr int64_t kWideRows = kWidensQueries<S, precision> ? S::attention_rows(precision) : 0;
+  alignas(64) float queries[kWideRows * kMaxHeadDim + 1];
   while (!same_point(at, stop)) {
-    const RowTile tile = row_tile<S, precision>(p, step, at, is_cold);
+    Tile<S, precision> tile = row_tile<S, precision>(p, step, at, is_cold);
+    if (kWideRows > 0 && !p.kv.is_latent) widen_queries<S>(tile, p.kv.head_dim, queries);
     tiles.use(tile.count);
     const AttentionPoint next = tile_after<S, precision>(p, step, at);
     const int64_t num_chunks = (tile.longest + kChunkTokens - 1) / kChunkTokens;

@@ -170,6 +170,7 @@ std::atomic<const Kernels*>& chosen() {
 
 const bool kStreamsIntoL1 = is_zen5_or_later();
 const int64_t kPanelDistance = is_intel() ? 4096 : 0;
+const bool kUnpackingIsSlow = is_intel();  // AMD's cores have other ports for it
 
 const std::vector<const Kernels*>& kernel_sets() { return found().sets; }
 

@@ -2,6 +2,7 @@
 // write, gate times up, logits. Included only by the step_<isa>.cpp files.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -9,6 +10,7 @@
 #include "adapter_kernel.h"
 #include "amx_linear.h"
 #include "decode_weights.h"
+#include "decoded_linear.h"
 #include "linear_tile.h"
 #include "simd_math.h"
 #include "step.h"
@@ -87,6 +89,9 @@ inline int64_t cached_tokens(const LinearParams& p) {
   return (is_wide ? 192 : 576) / S::kTileTokens * S::kTileTokens;
 }
 
+// Of many tokens, a product's prologue sees only the first ones.
+constexpr int64_t kPrologueTokens = 32;
+
 inline float* scratch_of(const LinearParams& p, int member) {
   return p.scratch == nullptr ? nullptr : p.scratch + member * p.scratch_floats;
 }
@@ -155,6 +160,65 @@ inline void finish_groups(int64_t unit, int64_t begin, int64_t end, UnitOutputs 
   }
 }
 
+// Multiplies tokens [first, end) by one strip, whose codes are decoded: out [tokens][32].
+template <class S>
+void run_decoded_strip(const LinearParams& p, const PartFunctions<S>& functions, int64_t first,
+                       int64_t end, int64_t strip, uint8_t* decoded, float* out) {
+  const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
+  const int64_t num_parts = (num_blocks + kPartBlocks - 1) / kPartBlocks;
+  const int64_t part_blocks = (num_blocks + num_parts - 1) / num_parts;
+  const int64_t tile_bytes = p.in.tile_bytes(S::kTileTokens);
+  const int64_t block_bytes = tile_block_bytes(Precision::kInt8, S::kTileTokens);
+  const int64_t groups = num_groups<S>(end - first);
+  StripPart part = {{p.weight.panel(2 * strip), p.weight.panel(2 * strip + 1)}, 0, 0};
+  for (; part.begin < num_blocks; part.begin += part_blocks) {
+    const int64_t stop = std::min(part.begin + part_blocks, num_blocks);
+    part.num_blocks = stop - part.begin;
+    // After the last part comes the next strip's first one.
+    const bool is_last = stop == num_blocks;
+    const int64_t from = block_offset(p.weight.format, is_last ? 0 : stop);
+    const int64_t lines = (part.num_blocks * p.weight.panel_size() / num_blocks + 63) / 64;
+    PanelsAhead ahead = {{p.weight.panel(2 * strip + (is_last ? 2 : 0)) + from,
+                          p.weight.panel(2 * strip + (is_last ? 3 : 1)) + from},
+                         (lines + groups - 1) / groups};
+    for (int64_t token = first; token < end;) {
+      const int64_t count = group_size<S>(token, end);
+      const TokenGroup<S> x = {
+          p.in.data + token / S::kTileTokens * tile_bytes + part.begin * block_bytes,
+          token % S::kTileTokens};
+      const auto function = token == first ? functions.decode : functions.multiply[count - 1];
+      function(part, x, decoded, out + (token - first) * kStripRows);
+      ahead.template fetch<S>();
+      token += count;
+    }
+  }
+}
+
+// The same as run_groups, with codes that are decoded once for all tokens.
+template <class S, class Prologue, class Epilogue>
+void run_decoded(const LinearParams& p, const PartFunctions<S>& functions, int64_t num_tokens,
+                 Range units, int64_t unit_strips, int member, const Prologue& prologue,
+                 const Epilogue& epilogue) {
+  // Batches of about the same size, so that none has only a few tokens.
+  const int64_t num_batches = (num_tokens + cached_tokens<S>(p) - 1) / cached_tokens<S>(p);
+  const int64_t num_tiles = (num_tokens + S::kTileTokens - 1) / S::kTileTokens;
+  const int64_t at_once = (num_tiles + num_batches - 1) / num_batches * S::kTileTokens;
+  auto* const decoded = reinterpret_cast<uint8_t*>(scratch_of(p, member));
+  float* const sums = scratch_of(p, member) + part_floats<S>(p.weight.format);
+  for (int64_t first = 0; first < num_tokens; first += at_once) {
+    const int64_t end = std::min(first + at_once, num_tokens);
+    const int64_t strip_floats = (end - first) * kStripRows;
+    for (int64_t unit = units.begin; unit < units.end; ++unit) {
+      prologue(unit, first, std::min(end - first, kPrologueTokens));
+      for (int64_t strip = 0; strip < unit_strips; ++strip) {
+        run_decoded_strip<S>(p, functions, first, end, unit * unit_strips + strip, decoded,
+                             sums + strip * strip_floats);
+      }
+      finish_groups<S>(unit, first, end, {sums, strip_floats}, epilogue);
+    }
+  }
+}
+
 // Multiplies tokens [first, end) by some units, part of the columns after part, with bf16 tiles.
 // sums: [units][strips][tokens][32].
 template <class S, class Prologue>
@@ -169,8 +233,7 @@ void add_bf16_units(const LinearParams& p, int64_t first, int64_t end, Range uni
     const int64_t stop = block + part_blocks < num_blocks ? block + part_blocks : num_blocks;
     float* out = sums;
     for (int64_t unit = units.begin; unit < units.end; ++unit) {
-      const int64_t count = end - first < 2 * kTileRows ? end - first : 2 * kTileRows;
-      if (block == 0) prologue(unit, first, count);
+      if (block == 0) prologue(unit, first, std::min(end - first, kPrologueTokens));
       for (int64_t strip = 0; strip < unit_strips; ++strip, out += num_tiles * kTileFloats) {
         const int64_t panel = 2 * (unit * unit_strips + strip);
         const TileOperands in = {{p.weight.panel(panel), p.weight.panel(panel + 1)}, x, tile_bytes};
@@ -215,7 +278,7 @@ void run_int8_tiles(const LinearParams& p, const Int8TileFunctions<S>& functions
   const TileScope<typename S::Tiles> scope(kInt8Tiles);
   const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
   const int64_t at_once = cached_tokens<S>(p), tile_bytes = p.in.tile_bytes(kTileRows);
-  const int64_t decoded_bytes = num_blocks * kDecodedBytes;  // per panel
+  const int64_t decoded_bytes = num_blocks * decoded_block_bytes<S>(p.weight.format);  // per panel
   const int64_t block_lines = (p.weight.panel_size() / num_blocks + 63) / 64;
   auto* const decoded = reinterpret_cast<uint8_t*>(scratch_of(p, member));
   alignas(64) float out[kMaxUnitStrips * kTileFloats];
@@ -260,6 +323,15 @@ void run_one_kind(const LinearParams& p, int64_t num_tokens, Range units, int64_
       if (functions.decode != nullptr) {
         return run_int8_tiles<S>(p, functions, num_tokens, units, unit_strips, member, prologue,
                                  epilogue);
+      }
+    }
+  }
+  if constexpr (S::kDecodesCodes) {
+    if (kUnpackingIsSlow && p.in.precision == Precision::kInt8) {
+      const auto functions = part_functions<S>(p.weight.format);
+      if (num_groups<S>(num_tokens) >= functions.min_groups) {
+        return run_decoded<S>(p, functions, num_tokens, units, unit_strips, member, prologue,
+                              epilogue);
       }
     }
   }
@@ -319,11 +391,18 @@ void run_linear(const LinearParams& p, TokenCount tokens, Range units, int64_t u
 // A member's work memory, in floats, for units of `unit_strips` strips.
 template <class S>
 int64_t scratch_floats(const PackedMatrix& weight, Precision precision, int64_t unit_strips) {
-  if constexpr (S::kHasTiles) {
-    if (precision != Precision::kFloat32) {
-      return tile_scratch_floats<S>(weight, precision, unit_strips);
+  int64_t decoded = 0;
+  if constexpr (S::kDecodesCodes) {
+    if (kUnpackingIsSlow && precision == Precision::kInt8) {
+      decoded = decoded_scratch_floats<S>(weight.format, unit_strips);
     }
   }
+  if constexpr (S::kHasTiles) {
+    if (precision != Precision::kFloat32) {
+      return std::max(decoded, tile_scratch_floats<S>(weight, precision, unit_strips));
+    }
+  }
+  if (decoded > 0) return decoded;
   return 2 * unit_strips * scratch_panel_size(weight, precision) / 4;
 }
 

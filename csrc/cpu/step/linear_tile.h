@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "decoded_codes.h"
 #include "linear_formats.h"
 #include "stream.h"
 
@@ -70,6 +71,27 @@ struct StreamPrefetch {
   inline void fetch(const uint8_t* block) {
     const uint8_t* const end = block + kStreamDistance;
     for (; next < end; next += 64) S::prefetch_l2(next);
+  }
+};
+
+struct NothingAhead {
+  template <class, int>
+  inline void fetch(const uint8_t*) {}
+};
+
+// Lines of two panels that are prefetched into L2, some between two products of other panels.
+struct PanelsAhead {
+  const uint8_t* panels[2];
+  int64_t lines;
+
+  template <class S>
+  inline void fetch() {
+    for (int64_t i = 0; i < lines; ++i) {
+      for (const uint8_t*& panel : panels) {
+        S::prefetch_l2(panel);
+        panel += 64;
+      }
+    }
   }
 };
 
@@ -248,16 +270,19 @@ inline void add_half_mins(const typename Fmt::Block (&w)[Panels], const TokenBlo
   }
 }
 
-// out: [Tokens][32], panel p at columns 16p. group: tokens of an int8 tile.
+// out: [Tokens][32], panel p at columns 16p; added to unless is_first. group: tokens of an int8
+// tile.
 template <class S, class Fmt, int Panels, int Tokens, class Fetched>
 inline void int8_tile(const uint8_t* const (&w)[Panels], const TokenGroup<S>& group,
-                      int64_t num_blocks, float* out, Fetched ahead) {
+                      int64_t num_blocks, float* out, Fetched ahead, bool is_first = true) {
   TokenBlock<S> x(group);
   typename S::F total[Panels][Tokens];
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) {
     TGI_UNROLL(16)
-    for (int t = 0; t < Tokens; ++t) total[p][t] = S::zero();
+    for (int t = 0; t < Tokens; ++t) {
+      total[p][t] = is_first ? S::zero() : S::load(out + 32 * t + 16 * p);
+    }
   }
   for (int64_t b = 0; b < num_blocks; ++b, x.advance()) {
     typename Fmt::Block block[Panels];

@@ -9,7 +9,9 @@ namespace {
 
 struct SetSizes {
   static constexpr bool kHasTiles = false;           // AMX tiles, see amx_set.h
+  static constexpr bool kHasBF16Dot = false;         // one instruction; else dot_bf16 is two fma
   static constexpr bool kStoresBF16Pairs = false;    // store_bf16 also takes two vectors
+  static constexpr bool kDecodesCodes = false;       // can decode codes for many tokens
   static constexpr int kGroupTokens = 6;             // multiplied together
   static constexpr int kTileTokens = kGroupTokens;   // of an activation: one or more groups
   static constexpr int kSharedTokens = kTileTokens;  // tokens written entirely by one member

@@ -18,8 +18,10 @@ namespace {
 
 struct Avx512 : SetSizes {
   static constexpr int kNumRegisters = 32;  // of sixteen lanes
+  static constexpr bool kDecodesCodes = true;
 #if defined(TGI_HAS_BF16)
   static constexpr const char* kArithmetic = "vdpbf16ps";
+  static constexpr bool kHasBF16Dot = true;
   static constexpr bool kStoresBF16Pairs = true;
 #else
   static constexpr const char* kArithmetic = "fma";

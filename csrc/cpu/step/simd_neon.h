@@ -21,6 +21,7 @@ struct Neon : SetSizes {
   static constexpr int kNumRegisters = 8;  // of sixteen lanes
 #if defined(TGI_NEON_I8MM)
   static constexpr const char* kArithmetic = "bfdot";
+  static constexpr bool kHasBF16Dot = true;
 #else
   static constexpr const char* kArithmetic = "fma";
 #endif

@@ -430,6 +430,10 @@ constexpr int64_t kStreamDistance = 5120;
 // prefetched instead, while this one's are read.
 extern const int64_t kPanelDistance;
 
+// Whether unpacking codes takes the ports that multiply, so that many tokens are better multiplied
+// by bytes, see decoded_linear.h.
+extern const bool kUnpackingIsSlow;
+
 // Tokens of context whose softmax is taken at once. Chunks begin at multiples of it whatever the
 // batch, so a split does not change a bit.
 constexpr int64_t kChunkTokens = 256;
