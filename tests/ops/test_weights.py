@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ops.helpers import EXACT, FAST, random_source
+from tests.ops.helpers import EXACT, FAST, as_int8, random_source
+from tests.reference.compare import assert_close
+from tests.support import eager_ops
 from tests.support.random_weights import random_weight
 from tgi_asgi import _C, ops
-from tgi_asgi.ops.sources import decode
+from tgi_asgi.ops.sources import decode, integer_source
 from tgi_asgi.ops.tensors import from_tensor, plain_tensor
 
 
@@ -31,6 +33,25 @@ def test_sources_whose_bytes_are_not_what_they_say_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         ops.WeightSource(*source)
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_four_bits_hold_zero_points_up_to_128(tokens: int, kernel_set: str) -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (32, 32), np.uint8)
+    scales = np.full((32, 2), 0.0625, np.float32)
+    zeros = rng.integers(0, 129, (32, 2), np.uint8)
+    zeros[:2, 0] = 0, 128
+    source = integer_source(codes, scales, zeros, 4)
+    assert source is not None
+    nibbles = np.stack([codes & 15, codes >> 4], axis=-1).reshape(32, 64).astype(np.float64)
+    matrix = 0.0625 * (nibbles - np.repeat(zeros, 32, axis=1))
+    assert np.array_equal(decode(source), matrix)
+    x = torch.randn(tokens, 64)
+    found = eager_ops.linear(x, ops.linear_weight(source, FAST))
+    assert_close(found, as_int8(x) @ torch.from_numpy(matrix).T, length=64)
+    zeros[0, 0] = 129
+    assert integer_source(codes, scales, zeros, 4) is None
 
 
 def test_matrices_and_biases_of_another_shape_are_refused() -> None:

@@ -364,7 +364,11 @@ void attend(const AttentionParams& p, const StepHeader& step, int member, int nu
   alignas(64) float queries[kWideRows * kMaxHeadDim + 1];
   while (!same_point(at, stop)) {
     Tile<S, precision> tile = row_tile<S, precision>(p, step, at, is_cold);
-    if (kWideRows > 0 && !p.kv.is_latent) widen_queries<S>(tile, p.kv.head_dim, queries);
+    for (int64_t r = 0; kWideRows > 0 && !p.kv.is_latent && r < tile.count; ++r) {
+      float* const wide = queries + r * p.kv.head_dim;
+      widen_query<S>(tile.query[r], p.kv.head_dim, wide);
+      tile.query[r] = reinterpret_cast<const uint8_t*>(wide);
+    }
     tiles.use(tile.count);
     const AttentionPoint next = tile_after<S, precision>(p, step, at);
     const int64_t num_chunks = (tile.longest + kChunkTokens - 1) / kChunkTokens;

@@ -64,24 +64,6 @@ inline GroupFunctions<S> group_functions(Format format, Precision precision) {
   }
 }
 
-// Returns the size of the group that begins at `token`, among the tokens before `end`. A tile's
-// last group may be short.
-template <class S>
-inline int64_t group_size(int64_t token, int64_t end) {
-  const int64_t tile_left = S::kTileTokens - token % S::kTileTokens;
-  const int64_t left = end - token < tile_left ? end - token : tile_left;
-  return left < S::kGroupTokens ? left : S::kGroupTokens;
-}
-
-template <class S>
-inline int64_t num_groups(int64_t num_tokens) {
-  const auto groups_of = [](int64_t tokens) {
-    return (tokens + S::kGroupTokens - 1) / S::kGroupTokens;
-  };
-  return num_tokens / S::kTileTokens * groups_of(S::kTileTokens) +
-         groups_of(num_tokens % S::kTileTokens);
-}
-
 // Tokens whose activations stay in L2.
 template <class S>
 inline int64_t cached_tokens(const LinearParams& p) {
@@ -157,40 +139,6 @@ inline void finish_groups(int64_t unit, int64_t begin, int64_t end, UnitOutputs 
     const int64_t count = group_size<S>(token, end);
     epilogue(unit, token, count, outputs.from(token - begin));
     token += count;
-  }
-}
-
-// Multiplies tokens [first, end) by one strip, whose codes are decoded: out [tokens][32].
-template <class S>
-void run_decoded_strip(const LinearParams& p, const PartFunctions<S>& functions, int64_t first,
-                       int64_t end, int64_t strip, uint8_t* decoded, float* out) {
-  const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
-  const int64_t num_parts = (num_blocks + kPartBlocks - 1) / kPartBlocks;
-  const int64_t part_blocks = (num_blocks + num_parts - 1) / num_parts;
-  const int64_t tile_bytes = p.in.tile_bytes(S::kTileTokens);
-  const int64_t block_bytes = tile_block_bytes(Precision::kInt8, S::kTileTokens);
-  const int64_t groups = num_groups<S>(end - first);
-  StripPart part = {{p.weight.panel(2 * strip), p.weight.panel(2 * strip + 1)}, 0, 0};
-  for (; part.begin < num_blocks; part.begin += part_blocks) {
-    const int64_t stop = std::min(part.begin + part_blocks, num_blocks);
-    part.num_blocks = stop - part.begin;
-    // After the last part comes the next strip's first one.
-    const bool is_last = stop == num_blocks;
-    const int64_t from = block_offset(p.weight.format, is_last ? 0 : stop);
-    const int64_t lines = (part.num_blocks * p.weight.panel_size() / num_blocks + 63) / 64;
-    PanelsAhead ahead = {{p.weight.panel(2 * strip + (is_last ? 2 : 0)) + from,
-                          p.weight.panel(2 * strip + (is_last ? 3 : 1)) + from},
-                         (lines + groups - 1) / groups};
-    for (int64_t token = first; token < end;) {
-      const int64_t count = group_size<S>(token, end);
-      const TokenGroup<S> x = {
-          p.in.data + token / S::kTileTokens * tile_bytes + part.begin * block_bytes,
-          token % S::kTileTokens};
-      const auto function = token == first ? functions.decode : functions.multiply[count - 1];
-      function(part, x, decoded, out + (token - first) * kStripRows);
-      ahead.template fetch<S>();
-      token += count;
-    }
   }
 }
 

@@ -102,6 +102,24 @@ struct TokenGroup {
   int64_t first;
 };
 
+// Returns the size of the group that begins at `token`, among the tokens before `end`. A tile's
+// last group may be short.
+template <class S>
+inline int64_t group_size(int64_t token, int64_t end) {
+  const int64_t tile_left = S::kTileTokens - token % S::kTileTokens;
+  const int64_t left = end - token < tile_left ? end - token : tile_left;
+  return left < S::kGroupTokens ? left : S::kGroupTokens;
+}
+
+template <class S>
+inline int64_t num_groups(int64_t num_tokens) {
+  const auto groups_of = [](int64_t tokens) {
+    return (tokens + S::kGroupTokens - 1) / S::kGroupTokens;
+  };
+  return num_tokens / S::kTileTokens * groups_of(S::kTileTokens) +
+         groups_of(num_tokens % S::kTileTokens);
+}
+
 // A block of a group's int8 values. Values and numbers have addresses of their own, since an index
 // would make two operations of each product with a broadcast operand, unless the group is a whole
 // tile: then they are a constant apart.
