@@ -1,6 +1,6 @@
-// Compares products of codes that are decoded part by part with products of the codes as stored,
-// for all formats: the bits must be the same. Prints the number of products, or an error with
-// status 1.
+// Compares products of decoded codes, by vectors part by part and by a model of AMX's tiles, with
+// products of the codes as stored, for all formats: the bits must be the same. Prints the number of
+// formats, or an error with status 1.
 #include <array>
 #include <cstdint>
 #include <cstdio>
@@ -10,6 +10,7 @@
 
 #include "cpu/step/simd_portable.h"
 // Must come after the simd type.
+#include "cpu/step/amx_linear.h"
 #include "cpu/step/decoded_linear.h"
 
 using namespace tgi::cpu::step;
@@ -19,6 +20,12 @@ namespace {
 // As on processors without products of signed bytes, whose sets decode codes.
 struct Set : Portable {
   static constexpr bool kHasSignedDot = false;
+};
+
+struct TileSet : Set {
+  using Tiles = ModelTiles<Set>;
+  static constexpr bool kHasTiles = true;
+  static constexpr int kTileTokens = 16;
 };
 
 constexpr int64_t kBlocks = 40;  // four parts of ten
@@ -55,6 +62,7 @@ std::vector<uint8_t> random_panel(Format format) {
   return panel;
 }
 
+template <int kTokens>
 std::vector<uint8_t> random_tile() {
   constexpr int64_t kBytes = tile_block_bytes(Precision::kInt8, kTokens);
   std::vector<uint8_t> tile(kBlocks * kBytes);
@@ -82,11 +90,11 @@ std::vector<uint8_t> random_tile() {
 }
 
 template <class Fmt>
-bool is_same(const char* name, Format format) {
+bool is_same_by_parts(const char* name, Format format) {
   using D = DecodedOf<Set, Fmt>;
   constexpr int64_t kTileBlock = tile_block_bytes(Precision::kInt8, kTokens);
   const std::vector<uint8_t> panels[2] = {random_panel<Fmt>(format), random_panel<Fmt>(format)};
-  const std::vector<uint8_t> tiles[2] = {random_tile(), random_tile()};
+  const std::vector<uint8_t> tiles[2] = {random_tile<kTokens>(), random_tile<kTokens>()};
   const uint8_t* const stored[2] = {panels[0].data(), panels[1].data()};
   Outputs expected[2] = {}, found[2];
   for (Outputs& out : found) out.fill(1e30f);  // whatever the memory held before
@@ -104,8 +112,36 @@ bool is_same(const char* name, Format format) {
   }
   const bool is_equal = found[0] == expected[0] && std::memcmp(found[1].data(), expected[1].data(),
                                                                (kTokens - 1) * kStripRows * 4) == 0;
-  if (!is_equal) std::printf("%s: other bits\n", name);
+  if (!is_equal) std::printf("%s: other bits by parts\n", name);
   return is_equal;
+}
+
+template <class Fmt>
+bool is_same_by_tiles(const char* name, Format format) {
+  if constexpr (!kIsByTiles<Fmt>) return true;
+  using D = DecodedOf<TileSet, Fmt>;
+  constexpr int kRows = TileSet::kTileTokens;
+  const std::vector<uint8_t> panels[2] = {random_panel<Fmt>(format), random_panel<Fmt>(format)};
+  const std::vector<uint8_t> tile = random_tile<kRows>();
+  const uint8_t* const stored[2] = {panels[0].data(), panels[1].data()};
+  std::array<float, kRows * kStripRows> expected = {}, found = {};
+  const auto expect = [&]<int Tokens>(std::integral_constant<int, Tokens>, int64_t first) {
+    int8_tile<TileSet, Fmt, 2, Tokens>(stored, {tile.data(), first}, kBlocks,
+                                       expected.data() + first * kStripRows, NothingAhead());
+  };
+  expect(std::integral_constant<int, 6>(), 0);
+  expect(std::integral_constant<int, 6>(), 6);
+  expect(std::integral_constant<int, 4>(), 12);
+  TileSet::Tiles::configure(kInt8Tiles);
+  std::vector<uint8_t> decoded(kBlocks * D::kBlockBytes);
+  for (int p = 0; p < 2; ++p) {
+    decode_codes<TileSet, Fmt>(stored[p], kBlocks, decoded.data());
+    int8_tiles_panel<TileSet, D>(decoded.data(), {tile.data(), 0}, kBlocks,
+                                 found.data() + p * kPanelRows, {nullptr, 0});
+  }
+  TileSet::Tiles::release();
+  if (found != expected) std::printf("%s: other bits by tiles\n", name);
+  return found == expected;
 }
 
 }  // namespace
@@ -113,8 +149,9 @@ bool is_same(const char* name, Format format) {
 int main() {
   int count = 0;
 #define TGI_FLOAT_FORMAT(...)
-#define TGI_CODE_FORMAT(name, ...)                           \
-  if (!is_same<name<Set>>(#name, Format::k##name)) return 1; \
+#define TGI_CODE_FORMAT(name, ...)                                        \
+  if (!is_same_by_parts<name<Set>>(#name, Format::k##name)) return 1;     \
+  if (!is_same_by_tiles<name<TileSet>>(#name, Format::k##name)) return 1; \
   ++count;
 #define TGI_DECODED_FORMAT(...)
 #include "formats.def"

@@ -323,6 +323,7 @@ inline int64_t tile_scratch_floats(const PackedMatrix& weight, Precision precisi
     const TilePortion portion = tile_portion(weight.num_columns, unit_strips);
     return portion.strips * kMaxTileTokens * kStripRows + decoded_bytes / 4;
   }
+  if (int8_tile_functions<S>(weight.format).decode == nullptr) return 0;
   const int64_t num_blocks = weight.num_columns / kBlockColumns;
   return 2 * unit_strips * num_blocks * decoded_block_bytes<S>(weight.format) / 4;
 }

@@ -141,12 +141,13 @@ void run_decoded_strip(const LinearParams& p, const PartFunctions<S>& functions,
   }
 }
 
-// A member's work memory, in floats, for units of `unit_strips` strips: a decoded part, then sums.
+// The size of a decoded part, in floats.
 template <class S>
 inline int64_t part_floats(Format format) {
   return 2 * kPartBlocks * decoded_block_bytes<S>(format) / 4;
 }
 
+// A member's work memory, in floats, for units of `unit_strips` strips: a decoded part, then sums.
 template <class S>
 inline int64_t decoded_scratch_floats(Format format, int64_t unit_strips) {
   if (part_functions<S>(format).decode == nullptr) return 0;

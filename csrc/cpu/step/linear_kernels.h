@@ -336,7 +336,8 @@ void run_linear(const LinearParams& p, TokenCount tokens, Range units, int64_t u
   }
 }
 
-// A member's work memory, in floats, for units of `unit_strips` strips.
+// A member's work memory, in floats, for units of `unit_strips` strips. A set with tiles shares it
+// between them and the vector kernels.
 template <class S>
 int64_t scratch_floats(const PackedMatrix& weight, Precision precision, int64_t unit_strips) {
   int64_t decoded = 0;

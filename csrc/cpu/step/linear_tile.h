@@ -74,6 +74,7 @@ struct StreamPrefetch {
   }
 };
 
+// Prefetches nothing: what is read is in L1.
 struct NothingAhead {
   template <class, int>
   inline void fetch(const uint8_t*) {}
