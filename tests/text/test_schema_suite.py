@@ -354,6 +354,17 @@ def test_dates_are_days_that_there_are(
         assert not any(accepts(compiler, source, f'"{text}"') for text in invalid)
 
 
+def test_names_of_properties_are_strings(compiler: GrammarCompiler) -> None:
+    """zod's `z.record(z.string(), …)` says so."""
+    values = {"type": "object", "additionalProperties": {"type": "integer"}}
+    for names in ({"type": "string"}, {}, True):
+        source = sources.json_schema({**values, "propertyNames": names})
+        assert accepts(compiler, source, '{"any name":1}')
+        assert not accepts(compiler, source, '{"any name":"1"}')
+    with pytest.raises(InvalidRequest, match="propertyNames"):
+        sources.json_schema({**values, "propertyNames": {"type": "string", "maxLength": 3}})
+
+
 def test_formats_of_somebody_s_tools_are_annotations(compiler: GrammarCompiler) -> None:
     port = {"type": "string", "format": "int-or-string"}
     schema = {"properties": {"format": port, "const": {"const": {"format": "x"}}}, "uniqueItems": False}

@@ -23,6 +23,7 @@ from tgi_asgi.text.constrain.plain_strings import whole_pattern, without
 from tgi_asgi.text.constrain.source import GrammarSource
 from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, ToolSpec
 from tgi_asgi.text.tools.answer import AnswerParser
+from tgi_asgi.text.tools.arguments import freed
 from tgi_asgi.text.tools.gemma_format import GemmaFormat
 from tgi_asgi.text.tools.pythonic_format import PythonicFormat
 from tgi_asgi.text.tools.xml_format import XmlFormat
@@ -92,6 +93,17 @@ def test_arguments_of_alternatives_are_all_allowed_and_needed_if_all_need_them(
         assert not accepts(compiler, grammar, write(name, [("f", wrong)])), wrong
     with pytest.raises(InvalidRequest, match=key):
         grammar_of(name, ToolSpec("f", {key: [one, two]}))
+
+
+@pytest.mark.parametrize("name", [name for name in EACH if isinstance(FORMATS[name], GemmaFormat)])
+def test_keys_within_values_may_be_any_names(compiler: GrammarCompiler, name: str) -> None:
+    parameters = {"properties": {"files": {"type": "object", "additionalProperties": B}}}
+    given = {
+        "files": {key: "x" for key in ("src/main.py", "First Name", "a.b", "naïve", "$set", "a[0]", "k")}
+    }
+    call = write(name, [("f", given)])
+    assert accepts(compiler, grammar_of(name, ToolSpec("f", parameters, is_strict=False)), call)
+    assert read(name, call, parameters) == given
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -213,6 +225,95 @@ def test_a_value_of_several_types_is_plain_text_unless_it_is_one_of_the_others(
         assert read(name, call, parameters) == {"s": value}
     for wrong in ([1.5], 4):
         assert not accepts(compiler, grammar, write(name, [("f", {"s": wrong})])), wrong
+
+
+# Texts that begin as other values do, but have the form of none.
+LIKE_OTHERS = [
+    "2024-05-01", "192.168.0.1", "3 apples", "1st", "-la /tmp", "- item", ".5.", "+49 30 1234", "+5", "1_000",
+    "0x1F", "007", "(none)", "(1, 2)", "(defun f ())", "[TODO] x", "{ printf }", "{{ x }}",
+    '"a" and "b"', '"a" "b"',
+    '"""Docstring."""\nx = 1', "---\ntitle: x\n---", "truely", "None of them", "  indented",
+    " \n3 lines", "NaN",
+]  # fmt: skip
+UNRESTRICTED = [
+    {}, {"description": "anything"}, {"type": ["string", "number"]}, {"anyOf": [B, {"type": "integer"}]},
+    {"type": ["string", "integer", "boolean", "object", "array", "null"]},
+    {"anyOf": [{"type": "string"}, {"type": "array"}]},
+    {"type": ["string", "number"], "description": "a number", "default": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAGS)
+@pytest.mark.parametrize("schema", UNRESTRICTED, ids=json.dumps)
+def test_a_text_may_begin_as_a_value_of_another_type_does(
+    compiler: GrammarCompiler, name: str, schema: dict[str, Any]
+) -> None:
+    parameters = {"properties": {"s": schema}}
+    grammar = grammar_of(name, ToolSpec("f", parameters))
+    for text in LIKE_OTHERS:
+        call = write(name, [("f", {"s": text})])
+        assert accepts(compiler, grammar, call), text
+        assert read(name, call, parameters) == {"s": text}
+
+
+@pytest.mark.parametrize("name", TAGS)
+def test_arguments_that_may_be_anything_may_be_any_text(compiler: GrammarCompiler, name: str) -> None:
+    """Those of tools that are too many for one grammar; the parser still knows their types."""
+    parameters = {"properties": {"s": {"type": "string"}, "n": {"type": "integer"}}, "required": ["s"]}
+    spec = ToolSpec("f", parameters, is_strict=False)
+    grammar = answer_grammar(None, ToolUse(FORMATS[name], freed([spec]), must_call=True))
+    assert grammar is not None
+    for text in [*LIKE_OTHERS, "5", "null", "[1]", '{"a": 1}', '"a"', ""]:
+        call = write(name, [("f", {"s": text, "n": 5})])
+        assert accepts(compiler, grammar, call), text
+        assert read(name, call, parameters) == {"s": text, "n": 5}
+
+
+@pytest.mark.parametrize("name", [name for name in TAGS if "%t" not in FORMATS[name].argument[1]])  # type: ignore[attr-defined]
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_allowed_for_values_of_several_types_is_valid(
+    compiler: GrammarCompiler, name: str, seed: int
+) -> None:
+    rng = random.Random(seed)
+    texts = rng.choice(
+        [{"type": "string"}, {"type": "string", "minLength": 3}, {"enum": ["5", "a", "null", "[1]"]}]
+    )
+    others = [
+        {"type": "number"}, {"type": "integer", "minimum": 6}, {"enum": [1, 5, [1], None]}, {"const": True},
+        {"type": "array"}, {"type": "array", "items": B}, {"type": "object"}, {"type": "null"},
+        {"type": "object", "properties": {"a": B}, "required": ["a"], "additionalProperties": False},
+        {"type": ["number", "array"], "maximum": 5},
+        {"not": {"type": "integer"}, "type": ["integer", "object"]},
+    ]  # fmt: skip
+    schema = {"anyOf": [texts, *rng.sample(others, rng.choice([1, 2]))]}
+    parameters = {"properties": {"s": schema}, "required": ["s"], "additionalProperties": False}
+    grammar = grammar_of(name, ToolSpec("f", parameters, is_strict=False))
+    own = [
+        "5",
+        "-7.5",
+        "1e2",
+        "true",
+        "False",
+        "None",
+        '"5"',
+        '"a"',
+        '"ab',
+        "[1]",
+        ' ["a"]',
+        "['a']",
+        '{"a": "b"}',
+        "{'a': 1}",
+        "abc",
+    ]
+    num_allowed = 0
+    for text in own + LIKE_OTHERS:
+        call = write(name, [("f", {"s": text})])
+        if accepts(compiler, grammar, call):
+            num_allowed += 1
+            found = read(name, call, parameters)
+            if "not" not in json.dumps(schema):  # left out
+                check(json.dumps(found), parameters)
+    assert num_allowed
 
 
 @pytest.mark.parametrize("name", TAGS)

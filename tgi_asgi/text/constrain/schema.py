@@ -120,6 +120,8 @@ class _Adapter:
         """Remove from one schema what cannot be enforced."""
         if schema.get("uniqueItems") is False:
             del schema["uniqueItems"]
+        if schema.get("propertyNames") in (True, {}, {"type": "string"}):  # as every name is
+            del schema["propertyNames"]
         for name in sorted(_UNENFORCEABLE & schema.keys()):
             self._drop(schema, name)
         for name in _VALUES:

@@ -18,15 +18,15 @@ _CALL = "call:"
 # Keywords that restrict no value beyond its type; a schema's others are its conditions.
 _ANNOTATIONS = frozenset({"type", "description", "title", "default", "examples"})
 _OF_OBJECTS = frozenset({"properties", "required", "additionalProperties"})
-_NAME = r'[^\s{}:,"<>]{1,128}'  # of an item that is not listed
+_NAME = r'[^\s{}:,"<>]([^{}:,"<>\n]{0,126}[^\s{}:,"<>])?'  # of an item that is not listed
 _MAX_VALUES = 3_000  # with those that are referred to, which may double at each level
 _MAX_DEPTH = 16  # of the enforced part: references may be circular
 _SCALARS = ("integer", "number", "boolean", "null")
-_FREE = """gemma_value: gemma_text | /-?[0-9]+(\\.[0-9]+)?([eE][+-]?[0-9]+)?/ | "true" | "false" | "null" \
+_FREE = f"""gemma_value: gemma_text | /-?[0-9]+(\\.[0-9]+)?([eE][+-]?[0-9]+)?/ | "true" | "false" | "null" \
 | gemma_list | gemma_object
 gemma_list: "[" (gemma_value ("," gemma_value)*)? "]"
-gemma_object: "{" (gemma_item ("," gemma_item)*)? "}"
-gemma_item: /[a-zA-Z0-9_-]+/ ":" gemma_value"""
+gemma_object: "{{" (gemma_item ("," gemma_item)*)? "}}"
+gemma_item: /{_NAME}/ ":" gemma_value"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from tgi_asgi.text.constrain.plain_strings import ANY, escaped, without
 from tgi_asgi.text.constrain.source import literal
+from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import ToolArguments
-from tgi_asgi.text.tools.literals import as_json
 from tgi_asgi.text.tools.value_forms import Forms
+
+_BLANK = r" \t\r\n"
+_BLANKS = f"[{_BLANK}]*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +76,27 @@ class PlainTexts:
             is_named: Whether something beside the value says that it is a text.
         """
         not_first = "" if is_named else forms.not_first()
-        return " | ".join(self._text(schema, not_first, tool, then) for schema in forms.texts)
+        any_text = f"{_BLANKS}([^{_BLANK}{not_first}]{ANY})?" if not_first else ANY
+        found = []
+        for schema in forms.texts:
+            if "enum" in schema:
+                tool.leave_out(schema.keys() - {"enum", "type"})
+                texts = schema["enum"] if is_named else [_told_apart(text, forms) for text in schema["enum"]]
+                found.append(f"({' | '.join(map(literal, texts))}) {self.end} {then.rest}")
+            else:
+                regexes = tool.text_rules(schema) if schema.keys() - {"type"} else []
+                if regexes and not_first:
+                    regexes.append(f"/{any_text}/")
+                found.append(self._text(regexes, any_text, then))
+        return " | ".join(found)
 
-    def _text(self, schema: Mapping[str, Any], not_first: str, tool: ToolArguments, then: Then) -> str:
-        if "enum" in schema:
-            tool.leave_out(schema.keys() - {"enum", "type"})
-            texts = (_quoted(text) if not_first else text for text in schema["enum"])
-            return f"({' | '.join(map(literal, texts))}) {self.end} {then.rest}"
-        regexes = tool.text_rules(schema) if schema.keys() - {"type"} else []
-        any_text = f"([^{not_first}]{ANY})?" if not_first else ANY
+    def _text(self, regexes: list[str], any_text: str, then: Then) -> str:
+        """Return the expression of a text that matches all of these; if there are none, of any text."""
         if not regexes and self.are_on_lines:
             return self._on_lines(any_text, then)
         if regexes:
             unended = [] if self._after else [without(self._end)]
-            every = " & ".join([*regexes, *unended, *([f"/{any_text}/"] if not_first else [])])
+            every = " & ".join([*regexes, *unended])
             line = [literal(self._line)] if self._line else []
             name = self._named(" ".join([f": ({every})", *line, self._before]))
         else:
@@ -110,6 +119,6 @@ class PlainTexts:
         return self._names.setdefault(rule, f"{kind}_{len(self._names)}")
 
 
-def _quoted(text: str) -> str:
+def _told_apart(text: str, forms: Forms) -> str:
     """Return one of several texts as it is, or in quotes if it would be read as another value."""
-    return text if as_json(text.strip()) is None else literal(text)
+    return text if forms.may_be_null or forms.read(text) == dumped(text) else dumped(text)

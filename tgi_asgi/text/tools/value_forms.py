@@ -5,7 +5,9 @@
     others    {"type": "null", "minLength": 1}
 
 Models of these formats write each string as plain text, whatever its schema says besides. The grammar and the
-parser must therefore agree on when a text is one, and when it is JSON.
+parser must therefore agree on when a text is one, and when it is JSON. What reads as a value of another type
+that the schema allows is that value, and everything else is a text: `3` is a number, `3 apples` and `1.2.3`
+are not. The grammar need then exclude nothing, unless the schema restricts more than types.
 """
 
 from __future__ import annotations
@@ -24,9 +26,29 @@ _BEYOND = frozenset({"not", "if", "$dynamicRef"})
 _KINDS = ("object", "array", "number", "integer", "boolean", "null")
 NULLS = ("null", "None")  # Qwen 3.5's template writes null as Python does
 _MAX_PARTS = 64  # of a schema, with those that it refers to
-# What values that are no texts may begin with, as JSON or in Python; a text in quotes might be JSON, too.
-_NUMBER = "-+.(0123456789"
-_BEGINNINGS = {"object": "{", "array": "[(", "number": _NUMBER, "integer": _NUMBER}
+_BLANKS = " \t\r\n"  # JSON's
+# What values that are no texts begin with, and which of them may be written as in Python, too. Other Python
+# literals are texts: +49 30 1234, 0x1F, 1_000, (none).
+_NUMBER = "-0123456789"
+_BEGINNINGS = {"object": "{", "array": "[", "number": _NUMBER, "integer": _NUMBER}
+_PYTHON_S = ("{", "[", "True", "False", "None")
+# Keywords that restrict the values of one type only.
+_OF_NUMBERS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
+_OF_ARRAYS = frozenset(
+    {
+        "items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems", "contains",
+        "minContains", "maxContains", "unevaluatedItems",
+    }
+)  # fmt: skip
+_OF_OBJECTS = frozenset(
+    {
+        "properties", "required", "additionalProperties", "patternProperties", "propertyNames",
+        "minProperties", "maxProperties", "dependentRequired", "dependentSchemas", "dependencies",
+        "unevaluatedProperties",
+    }
+)  # fmt: skip
+_OF_ONE_TYPE = _OF_TEXTS | _OF_NUMBERS | _OF_ARRAYS | _OF_OBJECTS
+_RULES = {"object": _OF_OBJECTS, "array": _OF_ARRAYS, "number": _OF_NUMBERS, "integer": _OF_NUMBERS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +68,42 @@ class Forms:
         """Whether the only value that is no text is null."""
         return bool(self.texts and self.others) and self._kinds() == {"null"}
 
+    @property
+    def are_all_plain(self) -> bool:
+        """Whether every text is allowed: it is a string, or reads as one of the other values."""
+        return self._has_any_text() and not self.not_first()
+
     def not_first(self) -> str:
-        """Return the characters, for a regex's class, that begin other values, and therefore no text."""
+        """Return the characters, for a regex's class, that begin other values: no text begins with them.
+
+        Blanks may precede them. Where any text is allowed, only types of which not every value is count.
+        """
         kinds = self._kinds()
         if kinds <= {"null"}:
             return ""
+        if self._has_any_text():
+            kinds = {kind for schema in self.others for kind in _restricted_kinds(schema)}
         firsts = sorted({each for kind in kinds for each in _BEGINNINGS.get(kind, "")})
-        return '"\\s' + "".join(f"\\{each}" if each in "[-" else each for each in firsts)
+        if not self._has_any_text():
+            firsts.append('"')
+        return "".join(f"\\{each}" if each in "[-" else each for each in firsts)
 
     def read(self, written: str) -> str:
         """Return the JSON of a value that a model has written."""
         if not self.others:
             return dumped(written)
-        text = written.strip()
-        found = as_json(text)
-        if found is None:
-            return dumped(written)
         if not self.texts:
-            return found
-        kind, kinds = _kind(literal_value(text)), self._kinds()
-        is_quoted = kind == "string" and text.startswith('"') and not self.may_be_null
-        is_other = kind in kinds or (kind == "integer" and "number" in kinds)
-        return found if is_quoted or is_other else dumped(written)
+            found = as_json(written.strip())
+            return dumped(written) if found is None else found
+        text = written.strip(_BLANKS)
+        found = as_json(text)
+        if found is None or (found != text and not text.startswith(_PYTHON_S)):
+            return dumped(written)
+        value = literal_value(text)
+        is_quoted = isinstance(value, str) and not self.may_be_null
+        return (
+            found if is_quoted or any(_allows(schema, value) for schema in self.others) else dumped(written)
+        )
 
     def read_json(self, written: str) -> str:
         """Return the JSON of a value that a model has marked as JSON."""
@@ -75,6 +111,9 @@ class Forms:
             return Forms(others=self.others).read(written)
         found = as_json(written.strip())
         return dumped(written) if found is None or found[0] != '"' else found
+
+    def _has_any_text(self) -> bool:
+        return any(schema.keys() <= {"type"} for schema in self.texts)
 
     def _kinds(self) -> set[str]:
         return {kind for schema in self.others for kind in _kinds_of(schema)}
@@ -164,11 +203,37 @@ def _kinds_of(schema: Any) -> list[str]:
     """Return the types of the values that are no texts."""
     if not isinstance(schema, Mapping):
         return list(_KINDS)
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list):
+    if (values := _listed(schema)) is not None:
         return [_kind(value) for value in values]
     kinds = _types(schema, ["object"] if "properties" in schema else list(_KINDS))
     return [kind for kind in kinds if isinstance(kind, str)]
+
+
+def _restricted_kinds(schema: Any) -> set[str]:
+    """Return the types of which a schema does not allow every value, except those of which it lists all."""
+    if not isinstance(schema, Mapping) or _listed(schema) is not None:
+        return set()
+    rules = schema.keys() - _ANNOTATIONS - {"type"}
+    if rules - _OF_ONE_TYPE:
+        return set(_kinds_of(schema))
+    return {kind for kind in _kinds_of(schema) if rules & _RULES.get(kind, frozenset())}
+
+
+def _allows(schema: Any, value: Any) -> bool:
+    """Return whether a schema lists a value, or allows its type."""
+    kind, listed = _kind(value), _listed(schema)
+    if listed is not None:
+        return any(_kind(each) == kind and each == value for each in listed)
+    kinds = _kinds_of(schema)
+    return kind in kinds or (kind == "integer" and "number" in kinds)
+
+
+def _listed(schema: Any) -> list[Any] | None:
+    """Return the only values that a schema allows, if it lists them."""
+    if not isinstance(schema, Mapping):
+        return None
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    return values if isinstance(values, list) else None
 
 
 def _kind(value: Any) -> str:

@@ -112,11 +112,12 @@ class XmlFormat(ToolFormat):
         """Return the expression of an argument's value after its name, and of what follows it."""
         (_, middle, behind), spell = self.argument, texts.spell
         forms = forms_of(schema, tool.definition)
+        is_named = "%t" in middle or not self.quotes_all
         values = []
         if forms.texts:
-            value = texts.expression(forms, tool, then, is_named="%t" in middle or not self.quotes_all)
+            value = texts.expression(forms, tool, then, is_named=is_named)
             values.append(f"{spell(middle.replace('%t', 'true') + self.quotes[0])} ({value})")
-        if forms.others:
+        if forms.others and (is_named or not forms.are_all_plain):
             begin, end = (self.quotes[0], texts.end) if self.quotes_all else ("", spell(behind))
             head, value = spell(middle.replace("%t", "false") + begin), tool.others_of(forms)
             values.append(f"{head} ({value}) {end} {then.rest}")
