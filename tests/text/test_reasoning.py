@@ -143,6 +143,7 @@ def test_the_beginning_of_a_call_ends_reasoning_that_the_model_has_not_ended(nam
     assert read(f"{mention}So.\n{calls}") == [Reasoning(f"{mention}So."), *CALLED]
     assert read(f"{mention}</think>\n\nDone.") == [Reasoning(mention), Content("Done.")]
     assert read(mention) == [Reasoning(mention)]
+    assert read(f"hm</think>So {form.marker}")[0] == Reasoning("hm")
     begun = calls[: calls.index(form.marker) + len(form.marker) + 1]
     assert read(f"hm {begun}") == [Reasoning(f"hm {begun}")]
 

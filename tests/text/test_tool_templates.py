@@ -198,7 +198,7 @@ def test_calls_of_the_history_are_written_as_answers_are_read(name: str, num_cal
     form = choose_format(TEMPLATES[name])
     answer = text[text.index("Which weather") :]
     if not form.marker:
-        answer = answer[answer.index('{"name": "weather"' if form.first == "{" else "[weather(") :]
+        answer = answer[answer.index(form.written([("weather", {})])[:8]) :]
     answer = answer[: answer.index("20 degrees")]
     parser = AnswerParser(None, form, [ToolSpec("weather", PARAMETERS)])
     pieces = parser.push(answer) + parser.finish()

@@ -62,7 +62,7 @@ def test_calls_are_allowed_and_held_to_where_their_markers_are_tokens(name: str)
     for must_call in (True, False):
         grammar = answer_grammar(None, ToolUse(form, SPECS, must_call), mark=tokenizer.mark)
         assert takes(tokenizer, grammar, write(name, CALLS))
-        if form.marker + form.first:
+        if form.marker or must_call:
             assert not takes(tokenizer, grammar, write(name, [("f", {"a": 1}), ("h", {})]))
         if form.marker and not must_call:
             assert takes(tokenizer, grammar, "Let me see.\n" + write(name, CALLS))

@@ -34,6 +34,7 @@ from tgi_asgi.text.tools import (
 )
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.harmony import HarmonyParser
+from tgi_asgi.text.tools.json_format import BareJsonFormat
 from tgi_asgi.text.tools.reasoning import STYLES, style_of
 
 THINK = STYLES[0]
@@ -44,10 +45,19 @@ PARAMETERS = {
 }
 SPECS = [ToolSpec("f", PARAMETERS), ToolSpec("g", None)]
 TWO_CALLS = {name: write(name, [("f", {"a": 1, "s": '}"<'}), ("g", {})]) for name in FORMATS}
-# Formats whose calls may be text.
-UNMARKED_FORMATS = {name for name, form in FORMATS.items() if not form.marker + form.first}
 LOOSELY_CONSTRAINED = ("gemma4", "functiongemma")  # formats whose grammar cannot enforce all of a schema
 names = pytest.mark.parametrize("name", sorted(FORMATS))
+
+
+def beside_json(name: str, calls: str) -> str:
+    """Calls without the blanks that they cannot have where the answer may be JSON instead."""
+    form = FORMATS[name]
+    for part in form.call[:2] if isinstance(form, BareJsonFormat) else ():
+        calls = calls.replace(part, part.replace(" ", ""))
+    return calls
+
+
+TWO_CALLS_OR_JSON = {name: beside_json(name, calls) for name, calls in TWO_CALLS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +99,7 @@ def test_a_required_answer_is_calls_and_nothing_else(compiler: GrammarCompiler, 
 
 @names
 def test_one_call_is_the_most_where_calls_are_not_parallel(compiler: GrammarCompiler, name: str) -> None:
-    for must_call in (True, False) if name not in UNMARKED_FORMATS else (True,):
+    for must_call in (True, False):
         grammar = answer_grammar(None, use(name, must_call=must_call, is_parallel=False))
         assert grammar is not None
         assert not accepts(compiler, grammar, TWO_CALLS[name])
@@ -112,11 +122,73 @@ def test_an_automatic_answer_is_free_text_or_ends_in_calls(compiler: GrammarComp
     assert grammar is not None
     for text in (TWO_CALLS[name], "", "hello [x] {y} <tool"):
         assert accepts(compiler, grammar, text), text
-    if name in UNMARKED_FORMATS:
-        return
     assert not accepts(compiler, grammar, write(name, [("f", {"a": 1}), ("h", {})]))
-    if FORMATS[name].marker:
-        assert accepts(compiler, grammar, "Let me see.\n" + TWO_CALLS[name])
+    assert accepts(compiler, grammar, "Let me see.\n" + TWO_CALLS[name])
+
+
+# Answers of formats without a marker that begin as a call may, but are none of a tool.
+LIKE_CALLS = [
+    '{"result": 5}',
+    '{\n  "a": [1, 2],\n  "name": "f"\n}',
+    '{"name": "Ada", "parameters": {"a": 1}}',
+    '{ "name" : "fg", "age": 3}',
+    '{"name": 5}',
+    "{",
+    "[1, 2, 3]",
+    '[{"name": "Ada", "arguments": {}}, {"name": "f"}]',
+    "[f](https://example.org)",
+    "[fg(a=1)]",
+    "[x] done",
+    "f",
+    "fg\n{}",
+    "g is a tool",
+    " \n {}",
+]
+
+
+@pytest.mark.parametrize("name", sorted(name for name, form in FORMATS.items() if not form.marker))
+def test_an_automatic_answer_may_begin_as_a_call_does(compiler: GrammarCompiler, name: str) -> None:
+    for is_parallel in (True, False):
+        grammar = answer_grammar(None, use(name, is_parallel=is_parallel))
+        assert grammar is not None
+        for text in LIKE_CALLS:
+            assert accepts(compiler, grammar, text), text
+            assert parse(AnswerParser(None, FORMATS[name], SPECS), text, 1) == [Content(text)]
+        for written in (write(name, [("f", {"a": "1"})]), write(name, [("f", {})])):
+            assert not accepts(compiler, grammar, written), written
+
+
+@pytest.mark.parametrize("name", ["llama3_json", "xlam"])
+def test_the_blanks_of_a_call_s_beginning_may_be_others(compiler: GrammarCompiler, name: str) -> None:
+    grammar = answer_grammar(None, use(name))
+    assert grammar is not None
+    call = write(name, [("f", {"a": 1})]).replace('{"name": "f"', ' {\n"name" :"f"', 1)
+    assert accepts(compiler, grammar, call)
+    arguments = json.dumps({"a": 1})
+    assert parse(AnswerParser(None, FORMATS[name], SPECS), call, 1) == [
+        CallStart("f"),
+        CallArguments(arguments),
+    ]
+
+
+@names
+def test_an_answer_that_is_no_call_can_be_json_of_any_schema(compiler: GrammarCompiler, name: str) -> None:
+    """Such as a call's object: only the name's value may tell them apart."""
+    person = {
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+    }
+    schemas = [
+        ({"type": "object", **person, "additionalProperties": False}, {"name": "Ada", "age": 3}),
+        ({"type": "object"}, {"name": "Ada", "result": [1]}),
+        ({"type": "array"}, [{"name": "Ada"}, 1]),
+    ]
+    for schema, value in schemas:
+        grammar = answer_grammar(sources.json_schema(schema), use(name))
+        assert grammar is not None
+        assert accepts(compiler, grammar, json.dumps(value, separators=(",", ":")))
+        assert accepts(compiler, grammar, TWO_CALLS_OR_JSON[name])
+        assert not accepts(compiler, grammar, "Ada")
 
 
 @names
@@ -124,7 +196,7 @@ def test_an_answer_that_is_no_call_can_be_constrained(compiler: GrammarCompiler,
     grammar = answer_grammar(sources.choice(["yes"]), use(name))
     assert grammar is not None
     assert accepts(compiler, grammar, "yes")
-    assert accepts(compiler, grammar, TWO_CALLS[name])
+    assert accepts(compiler, grammar, TWO_CALLS_OR_JSON[name])
     assert not accepts(compiler, grammar, "no")
 
 
@@ -178,7 +250,7 @@ def test_text_that_only_looks_like_a_call_is_given_whole(name: str) -> None:
 def test_the_beginning_of_a_call_that_must_follow_is_no_text(name: str) -> None:
     """The answer was cut off inside the marker, or before it can be distinguished from JSON."""
     form = FORMATS[name]
-    text = form.marker or form.first
+    text = form.marker or form.written([("f", {})])[:1]
     for size in range(1, len(text)):
         assert parse(AnswerParser(None, form, must_call=True), text[:size], 1) == []
     for size in (1, 1000):
@@ -401,8 +473,8 @@ def test_one_tool_whose_schema_cannot_be_had_is_free_and_named_unless_it_is_stri
     )
     assert grammar is not None
     assert grammar.ignored == ("tools.big", "uniqueItems")
-    assert accepts(compiler, grammar, TWO_CALLS[name])
-    assert accepts(compiler, grammar, write(name, [("big", {"a": 1}), ("g", {})]))
+    assert accepts(compiler, grammar, TWO_CALLS_OR_JSON[name])
+    assert accepts(compiler, grammar, beside_json(name, write(name, [("big", {"a": 1}), ("g", {})])))
     with pytest.raises(InvalidRequest):
         wanted = answer_grammar(None, ToolUse(FORMATS[name], [ToolSpec("big", parameters)]))
         assert wanted is not None

@@ -140,16 +140,19 @@ def _body(
     if tools is None:
         return answer, []
     kind = tools.format
+    openings = kind.openings(each.name for each in arguments)
+    if openings and content is None and not tools.must_call:
+        text = f"PLAIN: /(.|\\n)+/ & ~/({'|'.join(openings)})(.|\\n)*/"
+        return 'PLAIN | "" | calls', [kind.rules_beside_text(arguments, is_parallel=tools.is_parallel), text]
     marker = marked_expression(kind.marker, mark, kind.markers) if kind.marker else ""
-    rules = [kind.rules(arguments, mark, is_parallel=tools.is_parallel)]
+    are_all = content is None or tools.must_call
+    make_rules = kind.rules if are_all else kind.rules_beside_json
+    rules = [make_rules(arguments, mark, is_parallel=tools.is_parallel)]
     calls = f"({marker})? calls" if marker and kind.may_begin else f"{marker} calls".strip()
     if tools.must_call:
         return calls, rules
     if content is not None:
         return f"{answer} | {calls}", rules
-    if not kind.marker and kind.first:
-        rules.append(f"PLAIN: /\\s*[^\\s\\{kind.first}](.|\\n)*/")
-        return 'PLAIN | "" | calls', rules
     rules.append(f"TEXT: {_ANY}")
     text = f"{begin} TEXT {end}" if "<[" in begin + end else "TEXT"  # otherwise both are text
     if not marker:

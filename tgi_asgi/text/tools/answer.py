@@ -142,9 +142,9 @@ class AnswerParser:
         if held.text.startswith(self._label):
             held.take(len(self._label))
         self._label = ""
-        early = self._find_early_call(is_end)
         found = held.find([end])
-        if early is not None and (found is None or early < found[0]):
+        early = self._find_early_call(found[0] if found else len(held.text), is_end)
+        if early is not None:
             return self._begin_early_call(pieces, early)
         ends = [end] if self._early is None or self._tools is None else [end, self._tools.marker]
         num_undecided = 0 if is_end else max(map(held.num_undecided, ends))
@@ -161,11 +161,11 @@ class AnswerParser:
             pieces.append(Reasoning(self._gap + text))
             self._gap, self._has_reasoned = "", True
 
-    def _find_early_call(self, is_end: bool) -> int | None:
-        """Return where a call begins inside the reasoning, or may begin."""
+    def _find_early_call(self, end: int, is_end: bool) -> int | None:
+        """Return where a call begins, or may begin, inside the reasoning, which goes up to `end` at most."""
         while self._early is not None and self._tools is not None:
             found = self._held.find([self._tools.marker])
-            if found is None:
+            if found is None or found[0] >= end:
                 return None
             follows = "".join(self._held.text[found[0] + len(found[1]) :].split())
             if follows.startswith(self._early) or (self._early.startswith(follows) and not is_end):
@@ -236,7 +236,7 @@ class AnswerParser:
         is_call: bool | None = False
         if not self._has_begun and not head:
             is_call = None
-        elif not self._has_begun and head.startswith(tools.first):
+        elif not self._has_begun:
             is_call = tools.begins(head, self._names)
         if is_call:
             self._has_begun = True

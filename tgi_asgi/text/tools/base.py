@@ -84,8 +84,6 @@ class ToolFormat(ABC):
         head, between, tail: Texts before, between and after calls, starting after the marker.
         openers: Alternative texts that some models write instead; the parser reads them, too.
         markers: Every text of the format for which some tokenizers have a single token.
-        first: If `marker` is "": the character that begins a call and must not begin text; "" if any
-            character may begin either.
     """
 
     name: str
@@ -98,7 +96,6 @@ class ToolFormat(ABC):
     tail: str = ""
     openers: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
-    first: str = ""
 
     @property
     def may_begin(self) -> bool:
@@ -141,6 +138,22 @@ class ToolFormat(ABC):
         In some formats, `begun` is what follows the text `self.begun` after it.
         """
 
+    def openings(self, names: Iterable[str]) -> list[str]:
+        """Return a regex for each tool of how its calls begin, and no text; [] if a marker opens calls."""
+        return []
+
+    def rules_beside_text(self, tools: Sequence[ToolArguments], *, is_parallel: bool) -> str:
+        """Return `rules` for answers that may also be any text that begins with none of `openings`.
+
+        Each opening is one lexeme: the compiler's lexer never backtracks, and would take a shorter one for
+        the beginning of a text.
+        """
+        raise NotImplementedError
+
+    def rules_beside_json(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
+        """Return `rules` for answers that may be compact JSON instead."""
+        return self.rules(tools, mark, is_parallel=is_parallel)
+
     def written(self, calls: Sequence[WrittenCall]) -> str:
         """Return calls as its templates write them, from the marker on."""
         texts = [self.written_call(number, *call) for number, call in enumerate(calls)]
@@ -159,6 +172,38 @@ class ToolFormat(ABC):
 def alternatives(rule: str, expressions: Sequence[str]) -> str:
     """Return a rule with several alternatives."""
     return f"{rule}: " + " | ".join(expressions)
+
+
+def bare_rules(
+    form: ToolFormat,
+    head: str,
+    begun: Sequence[str],
+    rests: Sequence[str],
+    *,
+    is_parallel: bool,
+    openings: Sequence[str] = (),
+) -> str:
+    """Return rules of calls that no marker opens.
+
+    Args:
+        head: Expression of what precedes the first call.
+        begun: For each tool, the expression of its calls up to the name.
+        rests: The expressions of what follows.
+        openings: Regexes of the first call up to the name, instead of `head` and `begun`.
+    """
+    numbered = [(f"rest_{index}", rest) for index, rest in enumerate(rests)]
+    first = "opened" if openings else f"{head} call".strip()
+    more = f" ({literal(form.between)} call)*" if is_parallel else ""
+    tail = f" {literal(form.tail)}" if form.tail else ""
+    calls = [f"{each} {name}" for each, (name, _) in zip(begun, numbered, strict=True)]
+    rules = [f"calls: {first}{more}{tail}", alternatives("call", calls)]
+    rules += [f"{name}: {rest}" for name, rest in numbered]
+    if openings:
+        rules.append(
+            alternatives("opened", [f"OPENING_{index} rest_{index}" for index in range(len(openings))])
+        )
+        rules += [f"OPENING_{index}: /{opening}/" for index, opening in enumerate(openings)]
+    return "\n".join(rules)
 
 
 def free_name(pattern: str, listed: Iterable[str]) -> str:

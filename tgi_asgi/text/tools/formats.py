@@ -94,7 +94,6 @@ _ROWS: tuple[ToolFormat, ...] = (
         families="Llama 3.1 to 3.3, Llama 4 with its JSON template",
         shows=(("<|python_tag|>",), ('{"name": function name, "parameters"',)),
         lacks=("</function>", "[func_name1("),
-        first="{",
         call=PARAMETERS,
         between="; ",
     ),
@@ -102,7 +101,6 @@ _ROWS: tuple[ToolFormat, ...] = (
         name="pythonic",
         families="Llama 3.2 and 4, Gemma 3 and ToolACE with vLLM's templates",
         shows=(("[func_name1(",),),
-        first="[",
     ),
     PythonicFormat(
         name="olmo3",
@@ -218,7 +216,6 @@ _ROWS: tuple[ToolFormat, ...] = (
         name="xlam",
         families="xLAM 2",
         shows=(("make calls in a single JSON array",), ("xLAM",)),
-        first="[",
         tail="]",
         head="[",
         between=", ",

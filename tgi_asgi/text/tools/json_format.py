@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from tgi_asgi.text.constrain.plain_strings import escaped
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
@@ -16,6 +17,7 @@ from tgi_asgi.text.tools.base import (
     Mark,
     ToolFormat,
     alternatives,
+    bare_rules,
     begun_text,
     marked_expression,
     plain_text,
@@ -84,7 +86,32 @@ _ARGUMENTS = (',"parameters":{', ',"arguments":{')
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BareJsonFormat(JsonFormat):
-    """Calls without a marker: an answer that begins with a call is calls, as a list if `head` is "["."""
+    """Calls without a marker: an answer that begins with a call is calls, as a list if `head` is "[".
+
+    Any other JSON is text, also an object whose `name` is that of no tool.
+    """
+
+    def openings(self, names: Iterable[str]) -> list[str]:
+        return [self._opening(name) for name in names]
+
+    def _opening(self, name: str) -> str:
+        return "".join(rf"\s*{escaped(lexeme)}" for lexeme in _lexemes(f'{self.head}{self.call[0]}{name}"'))
+
+    def rules_beside_text(self, tools: Sequence[ToolArguments], *, is_parallel: bool) -> str:
+        openings = self.openings(tool.name for tool in tools)
+        return bare_rules(self, *self._parts(tools, literal), is_parallel=is_parallel, openings=openings)
+
+    def rules_beside_json(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
+        return bare_rules(self, *self._parts(tools, _compact), is_parallel=is_parallel)
+
+    def _parts(
+        self, tools: Sequence[ToolArguments], spell: Callable[[str], str]
+    ) -> tuple[str, list[str], list[str]]:
+        """Return the expressions of what precedes all calls, of each tool's name, and of the rest."""
+        before, middle, behind = self.call
+        begun = [spell(f'{before}{tool.name}"') for tool in tools]
+        rests = [f"{spell(middle[1:])} {tool.whole()} {literal(behind)}" for tool in tools]
+        return spell(self.head) if self.head else "", begun, rests
 
     def begins(self, text: str, names: Collection[str]) -> bool | None:
         squeezed = "".join(text.split())
@@ -97,9 +124,28 @@ class BareJsonFormat(JsonFormat):
         return rest.startswith(_ARGUMENTS)
 
 
+def _lexemes(text: str) -> list[str]:
+    """Return the lexemes of a part of a JSON text."""
+    return re.findall(r'"[^"]*"|[^"\s]', text)
+
+
+def _compact(text: str) -> str:
+    """Return a part of a JSON text as an expression of the same lexemes as other JSON, without blanks."""
+    return " ".join(map(literal, _lexemes(text)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BareNameFormat(JsonFormat):
     """Calls without a marker that begin with their name: an answer that begins with a tool's is one."""
+
+    def openings(self, names: Iterable[str]) -> list[str]:
+        return [] if self.marker else [escaped(name + self.call[1]) for name in names]
+
+    def rules_beside_text(self, tools: Sequence[ToolArguments], *, is_parallel: bool) -> str:
+        begun = [literal(tool.name + self.call[1]) for tool in tools]
+        rests = [tool.whole() for tool in tools]
+        openings = self.openings(tool.name for tool in tools)
+        return bare_rules(self, "", begun, rests, is_parallel=is_parallel, openings=openings)
 
     @property
     def may_begin(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tgi_asgi.text.constrain.plain_strings import escaped
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
@@ -15,6 +16,7 @@ from tgi_asgi.text.tools.base import (
     Mark,
     ToolFormat,
     alternatives,
+    bare_rules,
     free_name,
     marked_expression,
 )
@@ -51,19 +53,34 @@ class PythonicFormat(ToolFormat):
             marked_expression(each, mark, self.markers) for each in (self.head, self.between, self.tail)
         )
         more = f" ({between} call)*" if is_parallel else ""
-        rules = [f"calls: {head} call{more} {tail}"]
-        names = [f"call_{index}" for index in range(len(tools))]
-        rules.append(alternatives("call", names))
-        for index, (name, tool) in enumerate(zip(names, tools, strict=True)):
-            rules.append(f'{name}: {literal(tool.name + "(")} {name}_first_0 ")"')
+        begun, rests, arguments = self._parts(tools)
+        calls = [f"{each} {rest}" for each, rest in zip(begun, rests, strict=True)]
+        return "\n".join([f"calls: {head} call{more} {tail}", alternatives("call", calls), *arguments])
+
+    def openings(self, names: Iterable[str]) -> list[str]:
+        return [] if self.marker else [rf"\s*\[\s*{escaped(name)}\(" for name in names]
+
+    def rules_beside_text(self, tools: Sequence[ToolArguments], *, is_parallel: bool) -> str:
+        begun, rests, arguments = self._parts(tools)
+        openings = self.openings(tool.name for tool in tools)
+        calls = bare_rules(self, self.head, begun, rests, is_parallel=is_parallel, openings=openings)
+        return "\n".join([calls, *arguments])
+
+    @staticmethod
+    def _parts(tools: Sequence[ToolArguments]) -> tuple[list[str], list[str], list[str]]:
+        """Return each tool's name as an expression, what follows it, and the rules of arguments."""
+        begun = [literal(f"{tool.name}(") for tool in tools]
+        rests = [f'arguments_{index}_first_0 ")"' for index in range(len(tools))]
+        rules = []
+        for index, tool in enumerate(tools):
             listed = list(tool.each())
             keys = [(literal(f"{key}="), tool.value(value), needed) for key, value, needed in listed]
             free = None
             if (others := tool.others()) is not None:
                 free = f'FREE_{index} "=" {tool.value(others)}'
                 rules.append(f"FREE_{index}: {free_name(_NAME, [key for key, *_ in listed])}")
-            rules += argument_rules(name, keys, ", ", free)
-        return "\n".join(rules)
+            rules += argument_rules(f"arguments_{index}", keys, ", ", free)
+        return begun, rests, rules
 
     def written_call(self, number: int, name: str, arguments: Mapping[str, Any]) -> str:
         return f"{name}({', '.join(f'{key}={dumped(value)}' for key, value in arguments.items())})"
