@@ -16,8 +16,8 @@ from torch import Tensor
 from tests.support import architectures
 from tests.support.generic import MAX_CONTEXT, load_generic, measure, open_generic, run_steps
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic import check, model, program
 from tgi_asgi.models.generic import discover as discovery
-from tgi_asgi.models.generic import model, program
 from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.discover import AttentionLayer
 from tgi_asgi.models.generic.model import GenericConfig
@@ -140,6 +140,19 @@ def test_a_state_that_is_lost_between_chunks_refuses_the_model(
     monkeypatch.setattr(program, "SlotStates", Forgetful)
     with pytest.raises(ModelLoadError, match=REFUSAL):
         load_generic(checkpoint(model_type))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "by_token"),
+    [("mamba", True), ("zamba", True), ("mamba2", False), ("lfm2", False), ("qwen3_next", False)],
+)
+def test_a_layer_that_loses_a_little_of_its_state_continues_token_by_token(
+    model_type: str, by_token: bool, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zamba's scan loses so little of it that the difference may be within the limit."""
+    monkeypatch.setattr(check, "LARGEST", 1.0)
+    recurrent = load_generic(checkpoint(model_type)).recurrent
+    assert recurrent is not None and recurrent.continues_by_token == by_token
 
 
 def with_layers(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:

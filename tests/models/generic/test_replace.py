@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from tests.ops.helpers import EXACT
 from tests.support.generic import load_generic
 from tgi_asgi import ops
-from tgi_asgi.models.generic.modules import Activation, Norm, PackedModule
+from tgi_asgi.models.generic.backend import CpuBackend
+from tgi_asgi.models.generic.modules import Activation, Linear, Mode, Norm, PackedModule
 from tgi_asgi.models.generic.probes import activation_of, is_layer_norm
 from tgi_asgi.ops import direct
+from tgi_asgi.ops.tensors import from_tensor
 
 # The modules of GPT-BigCode before 5.22.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -93,6 +96,15 @@ def test_a_norm_of_groups_is_no_norm_of_rows() -> None:
     """It gives the same on rows without another dimension between them, if it has a single group."""
     assert is_layer_norm(nn.LayerNorm(64)) and is_layer_norm(nn.LayerNorm(64, bias=False))
     assert not is_layer_norm(nn.GroupNorm(1, 64)) and not is_layer_norm(nn.GroupNorm(1, 3))
+
+
+@pytest.mark.parametrize("num_rows", [8, 32, 33])
+def test_products_can_be_viewed_whatever_their_rows(num_rows: int) -> None:
+    """As those of torch: code of models may merge any of their dimensions."""
+    weight, x = torch.randn(num_rows, 64), torch.randn(2, 5, 64)
+    module = Linear(num_rows, 64, has_bias=False, mode=Mode(CpuBackend()))
+    module.made = ops.linear_weight(from_tensor(weight), EXACT)
+    torch.testing.assert_close(module(x).view(-1), (x @ weight.T).view(-1))
 
 
 def test_transposed_rows_stay_transposed() -> None:

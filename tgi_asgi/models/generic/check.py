@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _LENGTHS = (27, 14)  # tokens of the two sequences
 _CUT = 16  # split point of the first sequence
 LARGEST = 2e-3  # allowed difference of logits, relative to the largest logit
+_ROUNDING = 5e-5  # the same for recurrent layers, if running them token by token would make it smaller
 _LARGEST_SERVED = 0.3  # the same with products and cache of 16 bits, beyond which a warning is logged
 BLOCK = 16
 _LONGEST_WINDOW = 192  # longest window for which a longer sequence is affordable
@@ -54,9 +55,14 @@ def check(model: GenericModel) -> None:
 
 def _check(model: GenericModel) -> None:
     worst, where = _smallest_difference(model)
-    if worst > LARGEST and model.recurrent is not None:
-        model.recurrent.continues_by_token = True  # plain Mamba scans ignore the state given to them
-        worst, where = _smallest_difference(model)
+    if worst > _ROUNDING and model.recurrent is not None:
+        # Plain Mamba scans ignore the state given to them; others lose a part of it, and differ by less.
+        model.recurrent.continues_by_token = True
+        by_token = _smallest_difference(model)
+        if by_token[0] < worst / 4:
+            worst, where = by_token
+        else:
+            model.recurrent.continues_by_token = False
     if worst <= LARGEST:
         _check_served(model)
         return

@@ -74,13 +74,17 @@ def run_with_cache(model: Any, name: str, make: Callable[[], Any], num_tokens: i
     Raises:
         NotProbed: if it does not run without weights.
     """
+    cause: NotProbed | None = None
     with installed(_NoProbe()), implementation(model, PROBE, PROBE), torch.no_grad():
         for run in (run_on_meta, run_on_zeros):
             cache = make()
-            with contextlib.suppress(NotProbed):
+            try:
                 found = run(model, num_tokens, **{name: cache, "use_cache": True})
+            except NotProbed as error:
+                cause = error
+            else:
                 return getattr(found, name, None) if cache is None else cache
-    raise NotProbed(f"{type(model).__name__} does not run without weights")
+    raise NotProbed(f"{type(model).__name__} does not run without weights: {cause}")
 
 
 class Probe(Protocol):

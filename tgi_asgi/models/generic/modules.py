@@ -84,7 +84,8 @@ class Linear(PackedModule):
         rows = x.reshape(-1, self.in_features)
         kernels, mode = self.mode.backend.kernels, self.mode
         rows = kernels.linear(self.packed, rows, mode.is_exact, mode.step, self.adapters)
-        return rows.reshape(*x.shape[:-1], self.out_features)
+        # Rows that are padded to whole tiles are not contiguous, and other code may call `view`.
+        return rows.contiguous().view(*x.shape[:-1], self.out_features)
 
 
 class GatedMlp(nn.Module):
