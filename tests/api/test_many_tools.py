@@ -14,6 +14,8 @@ from tests.support.scripted_engine import CHATML, ScriptedEngine, say, scripted_
 from tests.support.tool_writers import write
 from tgi_asgi.api.tools import Tool, choose
 from tgi_asgi.settings import Settings
+from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
+from tgi_asgi.text.tools import FORMATS, ToolSpec
 
 
 def tools(count: int, **more: Any) -> list[dict[str, Any]]:
@@ -58,9 +60,20 @@ async def test_hundreds_of_tools_are_called_with_free_arguments(name: str) -> No
     assert json.loads(call["function"]["arguments"]) == called
 
 
-async def test_few_tools_keep_their_rules_and_strict_ones_are_refused() -> None:
-    few = await answer("qwen3_coder", {"tools": tools(3)}, ("tool_1", {"argument_1_0": "a"}))
-    assert few.status_code == 200 and "x-tgi-ignored-keywords" not in few.headers
+@pytest.mark.parametrize("name", ["qwen3_coder", "hermes", "gemma4"])
+@pytest.mark.parametrize("number", [3, 120])
+async def test_the_tools_of_an_agent_keep_their_rules(name: str, number: int) -> None:
+    found = await answer(name, {"tools": tools(number)}, ("tool_1", {"argument_1_0": "a"}))
+    assert found.status_code == 200 and "x-tgi-ignored-keywords" not in found.headers
+
+
+def test_the_tools_of_an_agent_are_read_anew_for_each_request_in_time() -> None:
+    specs = [ToolSpec(each["function"]["name"], each["function"]["parameters"]) for each in tools(200)]
+    for limit in (20, 2):  # the first time, each is compiled to see if it can be
+        computed_within(limit, lambda: answer_grammar(None, ToolUse(FORMATS["hermes"], specs)))
+
+
+async def test_strict_tools_that_are_too_large_for_one_grammar_are_refused() -> None:
     many = await answer("qwen3_coder", {"tools": tools(300, strict=True)}, ("tool_1", {}))
     assert many.status_code == 400
     assert "tools" in many.json()["error"]["message"]

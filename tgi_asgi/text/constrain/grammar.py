@@ -32,6 +32,10 @@ MAX_CACHED = 64  # compiled grammars; one uses from 10 kB to 40 MB
 
 _MAX_MASK_THREADS = 32
 _FEWEST_SHARED = 4  # fewest masks to compute on several threads: handing over costs as much as a mask (15 us)
+# What preparing a grammar's lexemes may cost. A tool of eight arguments costs 5,500; agents send hundreds.
+# A small grammar that costs much repeats itself. The first takes 10 ms (0.4 s and, briefly, 50 MB for nested
+# counted repetitions), the last about a second.
+_LEXER_FUEL, _FUEL_OF_A_CHARACTER, _MAX_LEXER_FUEL = 300_000, 5, 1_500_000
 _MAX_LEXER_STATES = 20_000  # 8 MB for JSON strings, at most 40; also the most bytes of one bounded string
 _IS_FULL = "too many states"  # the compiler's message about them
 _SLOW_S = 0.001  # a slower mask may be due to text that must follow, so all of that is looked up
@@ -296,7 +300,7 @@ def _make_matcher(backend: Any, text: str) -> Any:
 
     limits = LLParserLimits(
         max_items_in_row=10_000,  # enough for an object of 2,000 optional properties
-        initial_lexer_fuel=300_000,  # 10 ms; 0.4 s and, briefly, 50 MB for nested counted repetitions
+        initial_lexer_fuel=min(_LEXER_FUEL + _FUEL_OF_A_CHARACTER * len(text), _MAX_LEXER_FUEL),
         step_lexer_fuel=200_000,  # 15 ms
         step_max_items=50_000,  # 3 ms
         max_lexer_states=_MAX_LEXER_STATES,
