@@ -223,7 +223,8 @@ class Exchange:
                 await asgi.drain(asgi.parts_of(self.receive))
         dialect = self.dialect
         dialect.translate(error)
-        await self.respond_json(dialect.envelope(error), dialect.status(error), headers.items())
+        body = dialect.body(error, self.request_id)
+        await self.respond_json(body, dialect.status(error), headers.items())
 
     def _awaits_continue(self) -> bool:
         """Return whether the client waits for an answer to its headers before it sends the body."""
