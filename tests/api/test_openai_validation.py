@@ -206,7 +206,7 @@ async def test_a_missing_field_is_named() -> None:
         "message": "`messages` is required", "type": "invalid_request_error", "param": "messages",
         "code": None,
     }  # fmt: skip
-    assert (await refused("/v1/completions", {}))["param"] == "prompt"
+    assert (await refused("/v1/embeddings", {}))["param"] == "input"
 
 
 @pytest.mark.parametrize("fields", [{"thinking_token_budget": 5}, {"prompt_embeds": "AAAA"}])

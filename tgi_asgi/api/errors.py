@@ -84,8 +84,8 @@ class Dialect:
         status, envelope: Functions that return an error's status and body.
         names: The API's field names, by the names that `Call` uses.
         nests_tools: Whether a tool's fields are nested in its `function`.
-        request_id_header: Header for the request id in addition to `x-request-id`, if clients expect one. They
-            then expect the id in the bodies of errors, too.
+        request_id_header: Header for the request id in addition to `x-request-id`, if clients expect one; the
+            bodies of errors then have the id, too.
         client_header: Header that only its clients send, if there is one.
     """
 

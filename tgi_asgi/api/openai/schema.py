@@ -268,13 +268,16 @@ class ChatTokenizeRequest(ChatRequest, kw_only=True):
 class CompletionRequest(CommonRequest, kw_only=True):
     """Body of `POST /v1/completions`."""
 
-    prompt: Prompt
+    prompt: Prompt | None = None  # null, absent or empty: the beginning of a document
     logprobs: Natural | None = None
     echo: bool | None = None
     best_of: Positive | None = None
     suffix: str | None = None
 
     prompt_embeds: Refused = None
+    messages: Undocumented = None  # what other APIs have in place of the prompt
+    input: Undocumented = None
+    inputs: Undocumented = None
 
 
 CHAT_DECODER = msgspec.json.Decoder(ChatRequest)
