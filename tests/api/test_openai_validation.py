@@ -82,7 +82,7 @@ async def test_what_is_no_object_is_a_400(body: bytes) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}]},
          "messages[0].content[0].refusal"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
-        ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "messages[0].function_call"),
+        ({"messages": [{"role": "assistant", "function_call": {}}]}, "messages[0].function_call.name"),
         ({"temperature": "0.5"}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"temperature": 2.1}, "temperature"),

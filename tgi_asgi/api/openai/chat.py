@@ -15,7 +15,7 @@ from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import check_common, constraint_of, job_of, thinking_budget
 from tgi_asgi.api.openai.render import CompletionRenderer
-from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, ImageUrl, Message
+from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, ImageUrl, Message, ToolCall
 from tgi_asgi.api.openai.tools import add_call_ids, read_choice, read_tools
 from tgi_asgi.api.parse import OMITTED_IMAGE, decode_json, refuse, refuse_field
 from tgi_asgi.api.prompt import leaves_open, thinking_variables
@@ -100,8 +100,7 @@ def read_conversation(
     if not request.messages:
         refuse_field("messages", "must have at least one message")
     messages = [
-        _message(message, f"messages[{i}]", images, is_compat=is_compat)
-        for i, message in enumerate(request.messages)
+        _message(message, i, images, is_compat=is_compat) for i, message in enumerate(request.messages)
     ]
     add_call_ids(messages)
     return Conversation(
@@ -153,15 +152,12 @@ def _check_chat(request: ChatRequest, limits: Limits, *, is_compat: bool) -> tup
     return max_tokens, top if request.logprobs else None
 
 
-def _message(message: Message, path: str, images: Images | None, *, is_compat: bool) -> dict[str, Any]:
-    role, content = message.role, message.content
+def _message(message: Message, index: int, images: Images | None, *, is_compat: bool) -> dict[str, Any]:
+    role, content, path = message.role, message.content, f"messages[{index}]"
     if role not in ROLES and not is_compat:
         refuse_field(f"{path}.role", f"must be one of {', '.join(sorted(ROLES))}, got {role[:40]!r}")
     if content is None and role != "assistant":
         refuse_field(f"{path}.content", f"is required with role `{role}`")
-    if message.function_call is not None:
-        rule = "is not supported; use `tool_calls`"
-        refuse_field(f"{path}.function_call", rule, "unsupported_parameter")
     result: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": content}
     if isinstance(content, list):
         result["content"] = [
@@ -170,8 +166,12 @@ def _message(message: Message, path: str, images: Images | None, *, is_compat: b
     for name in _COPIED:
         if (value := getattr(message, name)) is not None:
             result[name] = value
-    if message.tool_calls:
-        result["tool_calls"] = msgspec.to_builtins(message.tool_calls)
+    calls = message.tool_calls
+    if not calls and message.function_call is not None and role == "assistant":
+        # The result gets the id, too (`add_call_ids`). It depends on nothing else, for the prefix cache.
+        calls = [ToolCall(message.function_call, f"call_{index}")]
+    if calls:
+        result["tool_calls"] = msgspec.to_builtins(calls)
     return result
 
 
