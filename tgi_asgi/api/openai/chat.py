@@ -32,6 +32,9 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
     """Parse a chat request."""
     request = decode_json(body, CHAT_DECODER)
     is_compat = exchange.context.settings.tgi_compat
+    if request.functions:
+        names = {**exchange.dialect.names, "tools": "functions", "tool_choice": "function_call"}
+        exchange.dialect = dataclasses.replace(exchange.dialect, names=names, nests_tools=False)
     job = chat_job(request, exchange)
     # In TGI's chats, all calls are of functions.
     own = () if is_compat else request.tools or ()
@@ -49,6 +52,7 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
                 is_alone=job.n == 1,
                 is_compat=is_compat,
                 custom=custom,
+                is_function=bool(request.functions),
             )
             for _ in range(job.n)
         ]
@@ -121,10 +125,10 @@ def _tools(request: ChatRequest, *, is_compat: bool) -> tuple[list[Tool], ToolCh
     if is_compat and request.tools is not None and request.response_format is not None:
         raise ToolError("Grammar and tools are mutually exclusive", param="tools")
     tools = read_tools(request.tools)
-    for name in ("functions", "function_call"):
-        if getattr(request, name) not in (None, [], "none"):
-            rule = "is not supported; OpenAI has replaced it by `tools`"
-            refuse_field(name, rule, "unsupported_parameter")
+    if is_compat and request.functions:
+        refuse_field("functions", "is not supported; TGI has only `tools`", "unsupported_parameter")
+    if request.function_call not in (None, "none") and not request.functions:
+        refuse_field("function_call", "is only allowed with `functions`")
     if any(modality != "text" for modality in request.modalities or ()):
         refuse_field("modalities", "may hold `text` only", "unsupported_parameter")
     if is_compat and not tools:
