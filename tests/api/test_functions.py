@@ -55,7 +55,7 @@ async def test_a_function_call_of_the_history_is_a_tool_call_that_the_next_messa
 async def test_tool_calls_go_before_a_function_call_beside_them() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "g", "arguments": "{}"}}
     answer = {"role": "assistant", "content": "", "tool_calls": [call], "function_call": {"name": "f"}}
-    messages = [HI, answer, {"role": "tool", "tool_call_id": "c", "content": "x"}]
+    messages: list[Any] = [HI, answer, {"role": "tool", "tool_call_id": "c", "content": "x"}]
     text, _ = await prompt_of(SHOWING, messages, tools=None)
     assert text.splitlines()[1:] == ["assistant:c g {} ", "tool:xc "]
 

@@ -140,9 +140,10 @@ async def test_it_is_refused_without_such_a_token_and_under_compat(
 
 @pytest.mark.parametrize("name", ["messages", "input", "inputs"])
 async def test_another_api_s_body_is_not_taken_for_an_empty_prompt(name: str) -> None:
-    call = await complete(**{name: [{"role": "user", "content": "hi"}]})
+    fields: dict[str, Any] = {name: [{"role": "user", "content": "hi"}]}
+    call = await complete(**fields)
     assert (call.status, call.json()["error"]["param"]) == (400, name)
-    assert (await complete(**{name: "hi"}, prompt="hi")).status == 200
+    assert (await complete(**fields, prompt="hi")).status == 200
 
 
 async def test_equal_prompts_without_a_seed_are_sampled_differently() -> None:
