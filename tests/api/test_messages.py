@@ -56,7 +56,7 @@ async def test_what_never_reaches_the_handler_has_the_request_s_id_too(method: s
     async with client_of(app_of(ScriptedEngine(), Settings(api_key=keys))) as client:
         answer = await client.request(method, "/v1/messages", json={})
     assert answer.status_code == status
-    assert answer.headers["request-id"] == answer.headers["x-request-id"]
+    assert answer.headers["request-id"] == answer.headers["x-request-id"] == answer.json()["request_id"]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ async def test_unknown_paths_of_the_api_have_its_envelope(
     body = answer.json()
     assert (answer.status_code, body["type"], body["error"]["type"]) == (404, "error", "not_found_error")
     assert path in body["error"]["message"]
-    assert answer.headers["request-id"] == answer.headers["x-request-id"]
+    assert answer.headers["request-id"] == answer.headers["x-request-id"] == body["request_id"]
 
 
 async def test_a_whole_message_through_the_sdk() -> None:
@@ -157,8 +157,15 @@ async def test_max_tokens_0_only_reads_the_prompt() -> None:
 
 async def test_a_failure_after_the_start_is_an_event() -> None:
     script = fail_with(GenerationFailed("broken"), say("a", "b"))
-    _, events = await post({"stream": True}, script=script)
-    assert events[-1] == {"type": "error", "error": {"type": "api_error", "message": "broken"}}
+    async with client_of(app_of(ScriptedEngine(script))) as client:
+        body = {"messages": HI, "max_tokens": 50, "stream": True}
+        answer = await client.post("/v1/messages", json=body)
+    *_, last = answer.text.removesuffix("\n\n").split("\n\n")
+    name, data = last.split("\n")
+    assert name == "event: error"
+    error = {"type": "api_error", "message": "broken"}
+    shown = {"type": "error", "error": error, "request_id": answer.headers["request-id"]}
+    assert json.loads(data.removeprefix("data: ")) == shown
 
 
 async def test_half_a_call_is_none() -> None:
@@ -388,6 +395,7 @@ async def test_what_never_lists_models_has_the_client_s_envelope(method: str, pa
     assert (answer.status_code, answer.json()["type"]) == (status, "error")
     assert answer.headers["request-id"] == answer.headers["x-request-id"]
     assert "code" in other.json()["error"] and "request-id" not in other.headers
+    assert answer.json()["request_id"] == answer.headers["request-id"] and "request_id" not in other.json()
 
 
 async def test_thinking_may_be_omitted_from_the_answer() -> None:

@@ -80,10 +80,8 @@ async def test_texts_get_the_tokenizers_bos_and_ids_do_not() -> None:
 @pytest.mark.parametrize(
     ("prompt", "param"),
     [
-        ("", "prompt"),
         ([], "prompt"),
         ([[]], "prompt[0]"),
-        (["a", ""], "prompt[1]"),
         (["a", 1], "prompt[1]"),
         (["a", [1]], "prompt[1]"),
         ([1, "a"], "prompt[1]"),
@@ -96,7 +94,6 @@ async def test_texts_get_the_tokenizers_bos_and_ids_do_not() -> None:
         ([{}], "prompt[0]"),
         ([None], "prompt[0]"),
         (5, "prompt"),
-        (None, "prompt"),
     ],
 )
 async def test_prompts_that_are_refused(prompt: Any, param: str) -> None:
@@ -105,6 +102,48 @@ async def test_prompts_that_are_refused(prompt: Any, param: str) -> None:
     assert (call.status, call.json()["error"]["param"]) == (400, param)
     assert engine.channels == []
     assert engine.num_permits == 128
+
+
+@pytest.mark.parametrize(
+    ("given", "texts"),
+    [({}, [""]), ({"prompt": None}, [""]), ({"prompt": ""}, [""]), ({"prompt": ["a", ""]}, ["a", ""])],
+)
+@pytest.mark.parametrize(
+    ("bos", "add_special_tokens", "first"), [(BOS, None, BOS), (BOS, False, BOS), (None, None, EOS)]
+)
+async def test_an_empty_prompt_is_the_beginning_of_a_document(
+    given: dict[str, Any], texts: list[str], bos: int | None, add_special_tokens: bool | None, first: int
+) -> None:
+    engine = ScriptedEngine(say("b"))
+    engine.tokenizer.bos_id = bos
+    fields: dict[str, Any] = {**given, "add_special_tokens": add_special_tokens, "echo": True, "logprobs": 0}
+    body = (await complete(engine, **fields)).json()
+    assert [list(got.prompt_ids) for got in engine.requests] == [[97] if text else [first] for text in texts]
+    assert [choice["text"] for choice in body["choices"]] == [text + "b" for text in texts]
+    assert [choice["logprobs"]["text_offset"][0] for choice in body["choices"]] == [0] * len(texts)
+    assert body["usage"]["prompt_tokens"] == len(texts)
+
+
+@pytest.mark.parametrize("is_compat", [False, True])
+@pytest.mark.parametrize("given", [{}, {"prompt": None}, {"prompt": ""}, {"prompt": ["a", ""]}])
+async def test_it_is_refused_without_such_a_token_and_under_compat(
+    given: dict[str, Any], is_compat: bool
+) -> None:
+    engine = ScriptedEngine()
+    if not is_compat:
+        engine.tokenizer.bos_id = engine.tokenizer.eos_id = None
+    call = await complete(engine, Settings(tgi_compat=is_compat), **given)
+    assert call.status == (422 if is_compat else 400)
+    assert any(rule in str(call.json()["error"]) for rule in ("is required", "must not be empty"))
+    assert engine.channels == []
+
+
+@pytest.mark.parametrize("name", ["messages", "input", "inputs"])
+async def test_another_api_s_body_is_not_taken_for_an_empty_prompt(name: str) -> None:
+    fields: dict[str, Any] = {name: [{"role": "user", "content": "hi"}]}
+    call = await complete(**fields)
+    assert (call.status, call.json()["error"]["param"]) == (400, name)
+    assert (await complete(**fields, prompt="hi")).status == 200
 
 
 async def test_equal_prompts_without_a_seed_are_sampled_differently() -> None:

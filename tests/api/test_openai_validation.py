@@ -82,7 +82,7 @@ async def test_what_is_no_object_is_a_400(body: bytes) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}]},
          "messages[0].content[0].refusal"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
-        ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "messages[0].function_call"),
+        ({"messages": [{"role": "assistant", "function_call": {}}]}, "messages[0].function_call.name"),
         ({"temperature": "0.5"}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
@@ -155,7 +155,10 @@ async def test_what_is_no_object_is_a_400(body: bytes) -> None:
         ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"functions": [{}]}, "functions"),
+        ({"functions": [{}]}, "functions[0].name"),
+        ({"functions": [{"name": "a b"}]}, "functions[0].name"),
+        ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call"),
+        ({"functions": [{"name": "f"}], "function_call": "required"}, "function_call"),
         ({"function_call": "auto"}, "function_call"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {}}, "audio"),
@@ -206,7 +209,7 @@ async def test_a_missing_field_is_named() -> None:
         "message": "`messages` is required", "type": "invalid_request_error", "param": "messages",
         "code": None,
     }  # fmt: skip
-    assert (await refused("/v1/completions", {}))["param"] == "prompt"
+    assert (await refused("/v1/embeddings", {}))["param"] == "input"
 
 
 @pytest.mark.parametrize("fields", [{"thinking_token_budget": 5}, {"prompt_embeds": "AAAA"}])

@@ -64,13 +64,11 @@ async def parts_of(receive: Receive) -> AsyncIterator[bytes]:
         yield message.get("body", b"")
 
 
-async def read_body(
-    receive: Receive, declared: bytes | None, limit: int, hold: Callable[[int], None]
-) -> list[bytes]:
+async def read_body(receive: Receive, limit: int, hold: Callable[[int], None]) -> list[bytes]:
     """Read the request's whole body, in parts, because joining large ones takes milliseconds.
 
-    A body that is too large is refused by its `Content-Length`, or as soon as it exceeds the limit. A bounded
-    remainder is read and discarded, because clients that are still writing do not see an answer.
+    A body that is too large is refused as soon as it exceeds the limit. A bounded remainder is read and
+    discarded, because clients that are still writing do not see an answer.
 
     Args:
         hold: Called with the size of each part before it is kept; may raise `Overloaded`.
@@ -84,8 +82,6 @@ async def read_body(
     size = num_parts = 0
     parts = parts_of(receive)
     try:
-        if declared is not None and declared.isdigit() and int(declared) > limit:
-            raise PayloadTooLarge(f"The request body has {int(declared)} bytes; the limit is {limit}")
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for part in parts:
                 size, num_parts = size + len(part), num_parts + 1

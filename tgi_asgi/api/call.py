@@ -95,7 +95,8 @@ class Text:
     """A prompt that is not a chat: text, or checked token ids.
 
     `needs_text`: whether its text is needed in addition to its tokens, even if it came as ids. The text has
-    the model's placeholder for each of the images.
+    the model's placeholder for each of the images. `may_be_empty`: whether an empty text stands for the
+    beginning of a document, instead of being refused.
     """
 
     content: str | list[int]
@@ -103,6 +104,7 @@ class Text:
     needs_text: bool = False
     echoes: bool = False
     shows_special_tokens: bool = False
+    may_be_empty: bool = False
     field: Field = ("prompt",)
     images: Images | None = None
 

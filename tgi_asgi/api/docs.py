@@ -70,7 +70,7 @@ def _operation(row: Route, path: str, schemas: Mapping[Any, Schema], needs_key: 
         content[row.stream_type] = {"schema": _stream(row, schemas[row.event])}
     # The schema is taken from an example error; several kinds of request have one each.
     dialects = (NATIVE, OPENAI) if len(row.requests) > 1 else (row.dialect,)
-    envelope = _any_of([_like(dialect.envelope(InvalidRequest(""))) for dialect in dialects])
+    envelope = _any_of([_like(dialect.body(InvalidRequest(""), "")) for dialect in dialects])
     error = {"description": "Refused or failed", "content": {JSON.decode(): {"schema": envelope}}}
     result: Schema = {
         "operationId": f"{row.method.lower()}{path}".replace("/", "_").strip("_"),

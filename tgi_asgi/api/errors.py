@@ -84,7 +84,8 @@ class Dialect:
         status, envelope: Functions that return an error's status and body.
         names: The API's field names, by the names that `Call` uses.
         nests_tools: Whether a tool's fields are nested in its `function`.
-        request_id_header: Header for the request id in addition to `x-request-id`, if clients expect one.
+        request_id_header: Header for the request id in addition to `x-request-id`, if clients expect one; the
+            bodies of errors then have the id, too.
         client_header: Header that only its clients send, if there is one.
     """
 
@@ -105,6 +106,11 @@ class Dialect:
     def with_tgi_errors(self) -> Dialect:
         """Return the same dialect with TGI's statuses and error envelope, in which the error is a text."""
         return replace(self, envelope=_native_envelope, status=_native_status)
+
+    def body(self, error: BaseException, request_id: str) -> Envelope:
+        """Return the body that tells of a request's error."""
+        shown = self.envelope(error)
+        return shown if self.request_id_header is None else {**shown, "request_id": request_id}
 
     def field_name(self, path: Field) -> str:
         """Return a field in the notation of the API's clients: `tools[2].function.name`."""

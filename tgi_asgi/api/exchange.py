@@ -20,7 +20,7 @@ from tgi_asgi.api.asgi import JSON, ClientDisconnected, Header, Receive, Scope, 
 from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.errors import Dialect, headers_of
 from tgi_asgi.api.parse import decode_json
-from tgi_asgi.errors import InvalidRequest, UnsupportedMediaType
+from tgi_asgi.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from tgi_asgi.types import Channel
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# Key in ASGI's `extensions` under which a server offers a function that returns whether the client waits for
+# `100 Continue`, which such a server sends at the first `receive`.
+AWAITS_CONTINUE = "tgi_asgi.awaits_continue"
 LARGE_BODY = 32 * 1024  # reading more than this, if in a thousand short messages, takes milliseconds
 MANY_JOBS = 32  # and so does making more jobs than this
 _MAX_SHOWN = 200  # characters of a path
@@ -114,9 +117,11 @@ class Exchange:
             raise UnsupportedMediaType("Compressed request bodies are not read; send the JSON as it is")
         if self.route is None or len(self.route.requests) < 2:  # otherwise its kind decides
             self.require_json()
-        self.is_body_read = True  # from here on, `asgi.read_body` drains what it refuses
         declared, max_bytes = self.header(b"content-length"), self.context.settings.payload_limit
-        parts = await asgi.read_body(self.receive, declared, max_bytes, self.hold)
+        if declared is not None and declared.isdigit() and int(declared) > max_bytes:
+            raise PayloadTooLarge(f"The request body has {int(declared)} bytes; the limit is {max_bytes}")
+        self.is_body_read = True  # from here on, `asgi.read_body` drains what it refuses
+        parts = await asgi.read_body(self.receive, max_bytes, self.hold)
         self.is_large |= sum(map(len, parts)) > LARGE_BODY
         return await self.work(b"".join, parts)
 
@@ -207,14 +212,24 @@ class Exchange:
     async def fail(self, error: BaseException) -> None:
         """Answer with an error in the route's dialect; the response must not have started."""
         self.error = error.with_traceback(None)  # its frames refer to this exchange
+        headers = dict(headers_of(error))
         if not self.is_body_read:
-            # While a body is unread, the server does not see disconnects and the client does not see the
-            # answer.
             self.is_body_read = True
-            await asgi.drain(asgi.parts_of(self.receive))
+            if self._awaits_continue():  # and does not send its body then
+                headers[b"connection"] = b"close"
+            else:
+                # While a body is unread, the server does not see disconnects and the client does not see the
+                # answer.
+                await asgi.drain(asgi.parts_of(self.receive))
         dialect = self.dialect
         dialect.translate(error)
-        await self.respond_json(dialect.envelope(error), dialect.status(error), headers_of(error))
+        body = dialect.body(error, self.request_id)
+        await self.respond_json(body, dialect.status(error), headers.items())
+
+    def _awaits_continue(self) -> bool:
+        """Return whether the client waits for an answer to its headers before it sends the body."""
+        is_awaited = (self.scope.get("extensions") or {}).get(AWAITS_CONTINUE)
+        return is_awaited is not None and is_awaited()
 
     async def unless_gone(self, work: Awaitable[T]) -> T:
         """Return what some work returns; it is cancelled if the client leaves first.

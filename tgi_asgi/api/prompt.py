@@ -307,6 +307,8 @@ def _text_prompt(prompt: Text, served: Served, keep: int | None) -> Prompt:
         given = prompt_text(prompt, served)
         source = _bounded(given, len(given), served, None if _has(prompt.images) else keep)
         ids = served.tokenizer.encode(source, add_special_tokens=prompt.adds_special_tokens)
+        if not ids and prompt.may_be_empty:
+            ids = _beginning(served)
         text = given
     else:
         ids, text = list(given), ""
@@ -314,6 +316,13 @@ def _text_prompt(prompt: Text, served: Served, keep: int | None) -> Prompt:
             text = served.tokenizer.decode(ids, skip_special_tokens=not prompt.shows_special_tokens)
     shown = text if prompt.needs_text else None
     return Prompt(ids, text if prompt.echoes else "", shown, len(text), images=_located(ids, prompt.images))
+
+
+def _beginning(served: Served) -> list[int]:
+    """Return the token that stands for the beginning of a document, which is EOS for models without BOS."""
+    tokenizer = served.tokenizer
+    token_id = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return [] if token_id is None else [token_id]
 
 
 def check_countable(text: str, served: Served) -> None:

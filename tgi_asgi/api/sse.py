@@ -159,7 +159,7 @@ class EventStream:
     def _write_now(self, part: int, events: Sequence[TokenEvent]) -> None:
         assert self._write is not None
         try:
-            frames = self._renderer.render(part, events)
+            frames = _without_line_breaks(self._renderer.render(part, events))
             if frames and self._write(frames):
                 self._last_send_s = self._loop.time()
                 return
@@ -227,7 +227,7 @@ class EventStream:
                 frames.append(self._renderer.fail(failure))
             elif is_last:
                 frames.append(self._renderer.close())
-            return b"".join(frames)
+            return _without_line_breaks(b"".join(frames))
 
         return await self._exchange.context.text_threads.run(render) if is_slow else render()
 
@@ -276,6 +276,18 @@ class EventStream:
         if self._num_open == 0 and self._is_busy and not self._waiting:
             return  # all is being sent; servers also report the response's end like this
         self._stop(self._exchange.note_disconnect())
+
+
+def _without_line_breaks(frames: bytes) -> bytes:
+    """Return frames of JSON with U+2028, U+2029 and U+0085 escaped.
+
+    JSON may contain them as they are, but clients that read by httpx's `iter_lines` (huggingface_hub, ollama)
+    take them for ends of lines. All other characters that end a line are escaped by every JSON encoder.
+    """
+    # Most frames have neither of their first bytes. Looking for one byte takes 20 ns, `replace` takes 200.
+    if 0xE2 in frames:
+        frames = frames.replace(b"\xe2\x80\xa8", rb"\u2028").replace(b"\xe2\x80\xa9", rb"\u2029")
+    return frames.replace(b"\xc2\x85", rb"\u0085") if 0xC2 in frames else frames
 
 
 class _CutOff(Exception):

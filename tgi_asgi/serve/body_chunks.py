@@ -20,6 +20,7 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 
 from tgi_asgi.api.sse import DIRECT_WRITE
+from tgi_asgi.serve.continues import continuing
 
 
 class Stream(HTTPStream):
@@ -28,6 +29,8 @@ class Stream(HTTPStream):
     _transport: asyncio.WriteTransport
 
     async def handle(self, event: Any) -> None:
+        if isinstance(event, Request) and (protocol := self._find_protocol()) is not None:
+            self.app = continuing(self.app, protocol)
         await super().handle(event)  # creates the scope, and a task for the app that has not started yet
         if isinstance(event, Request) and (transport := self._find_transport()) is not None:
             self._transport, self._low_water = transport, transport.get_write_buffer_limits()[0]
@@ -57,11 +60,14 @@ class Stream(HTTPStream):
         names = (name.lower() for name, _ in self.response.get("headers", ()))
         return self.response["status"] == 200 and b"content-length" not in names
 
+    def _find_protocol(self) -> H11Protocol | None:
+        """Return hypercorn's side of this connection, unless it speaks another protocol than HTTP/1."""
+        protocol = getattr(self.send, "__self__", None)
+        is_http1 = isinstance(protocol, H11Protocol) and isinstance(protocol.connection, h11.Connection)
+        return protocol if is_http1 else None
+
     def _find_transport(self) -> asyncio.WriteTransport | None:
         """Return the transport of hypercorn's connection if this response may be chunked, else None."""
-        protocol = getattr(self.send, "__self__", None)
-        if not isinstance(protocol, H11Protocol) or not isinstance(protocol.connection, h11.Connection):
-            return None
-        server = getattr(protocol.send, "__self__", None)
+        server = getattr(getattr(self._find_protocol(), "send", None), "__self__", None)
         is_chunkable = self.scope["method"] in ("GET", "POST") and self.scope["http_version"] == "1.1"
         return server.writer.transport if isinstance(server, TCPServer) and is_chunkable else None

@@ -177,6 +177,11 @@ class Requests(h11.Connection):
     Old clients send one after a body. h11 takes it for a request without a line.
     """
 
+    @property
+    def they_are_waiting_for_100_continue(self) -> bool:
+        """False, so that hypercorn does not send `100 Continue` at once: `continues.py` does it later."""
+        return False
+
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         """Parse the next event out of the received bytes, as h11 does."""
         if self.their_state is h11.IDLE:

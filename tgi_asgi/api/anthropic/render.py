@@ -83,7 +83,8 @@ class MessageRenderer(Renderer):
 
     def fail(self, error: TgiError) -> bytes:
         """Return the error as an event."""
-        return self._begin() + _frame(_envelope(error))
+        [prepared] = self._generation.jobs
+        return self._begin() + _frame(ANTHROPIC.body(error, prepared.request.request_id))
 
     def _begin(self) -> bytes:
         if self._has_begun:

@@ -15,7 +15,7 @@ from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import check_common, constraint_of, job_of, thinking_budget
 from tgi_asgi.api.openai.render import CompletionRenderer
-from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, ImageUrl, Message
+from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, ImageUrl, Message, ToolCall
 from tgi_asgi.api.openai.tools import add_call_ids, read_choice, read_tools
 from tgi_asgi.api.parse import OMITTED_IMAGE, decode_json, refuse, refuse_field
 from tgi_asgi.api.prompt import leaves_open, thinking_variables
@@ -32,6 +32,9 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
     """Parse a chat request."""
     request = decode_json(body, CHAT_DECODER)
     is_compat = exchange.context.settings.tgi_compat
+    if request.functions:
+        names = {**exchange.dialect.names, "tools": "functions", "tool_choice": "function_call"}
+        exchange.dialect = dataclasses.replace(exchange.dialect, names=names, nests_tools=False)
     job = chat_job(request, exchange)
     # In TGI's chats, all calls are of functions.
     own = () if is_compat else request.tools or ()
@@ -49,6 +52,7 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
                 is_alone=job.n == 1,
                 is_compat=is_compat,
                 custom=custom,
+                is_function=bool(request.functions),
             )
             for _ in range(job.n)
         ]
@@ -100,8 +104,7 @@ def read_conversation(
     if not request.messages:
         refuse_field("messages", "must have at least one message")
     messages = [
-        _message(message, f"messages[{i}]", images, is_compat=is_compat)
-        for i, message in enumerate(request.messages)
+        _message(message, i, images, is_compat=is_compat) for i, message in enumerate(request.messages)
     ]
     add_call_ids(messages)
     return Conversation(
@@ -122,10 +125,10 @@ def _tools(request: ChatRequest, *, is_compat: bool) -> tuple[list[Tool], ToolCh
     if is_compat and request.tools is not None and request.response_format is not None:
         raise ToolError("Grammar and tools are mutually exclusive", param="tools")
     tools = read_tools(request.tools)
-    for name in ("functions", "function_call"):
-        if getattr(request, name) not in (None, [], "none"):
-            rule = "is not supported; OpenAI has replaced it by `tools`"
-            refuse_field(name, rule, "unsupported_parameter")
+    if is_compat and request.functions:
+        refuse_field("functions", "is not supported; TGI has only `tools`", "unsupported_parameter")
+    if request.function_call not in (None, "none") and not request.functions:
+        refuse_field("function_call", "is only allowed with `functions`")
     if any(modality != "text" for modality in request.modalities or ()):
         refuse_field("modalities", "may hold `text` only", "unsupported_parameter")
     if is_compat and not tools:
@@ -153,15 +156,12 @@ def _check_chat(request: ChatRequest, limits: Limits, *, is_compat: bool) -> tup
     return max_tokens, top if request.logprobs else None
 
 
-def _message(message: Message, path: str, images: Images | None, *, is_compat: bool) -> dict[str, Any]:
-    role, content = message.role, message.content
+def _message(message: Message, index: int, images: Images | None, *, is_compat: bool) -> dict[str, Any]:
+    role, content, path = message.role, message.content, f"messages[{index}]"
     if role not in ROLES and not is_compat:
         refuse_field(f"{path}.role", f"must be one of {', '.join(sorted(ROLES))}, got {role[:40]!r}")
     if content is None and role != "assistant":
         refuse_field(f"{path}.content", f"is required with role `{role}`")
-    if message.function_call is not None:
-        rule = "is not supported; use `tool_calls`"
-        refuse_field(f"{path}.function_call", rule, "unsupported_parameter")
     result: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": content}
     if isinstance(content, list):
         result["content"] = [
@@ -170,8 +170,12 @@ def _message(message: Message, path: str, images: Images | None, *, is_compat: b
     for name in _COPIED:
         if (value := getattr(message, name)) is not None:
             result[name] = value
-    if message.tool_calls:
-        result["tool_calls"] = msgspec.to_builtins(message.tool_calls)
+    calls = message.tool_calls
+    if not calls and message.function_call is not None and role == "assistant":
+        # The result gets the id, too (`add_call_ids`). It depends on nothing else, for the prefix cache.
+        calls = [ToolCall(message.function_call, f"call_{index}")]
+    if calls:
+        result["tool_calls"] = msgspec.to_builtins(calls)
     return result
 
 

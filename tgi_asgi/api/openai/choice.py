@@ -91,6 +91,7 @@ class ChatChoice(TextChoice):
         tools: The functions that may be called.
         is_alone: Whether the answer has no other choice.
         custom: Names of the tools whose calls have one string as input.
+        is_function: Whether a call, of which there is one at most, is shown as a `function_call`.
     """
 
     names = ("chatcmpl", "chat.completion", "chat.completion.chunk")
@@ -105,8 +106,10 @@ class ChatChoice(TextChoice):
         is_alone: bool = True,
         is_compat: bool = False,
         custom: Collection[str] = (),
+        is_function: bool = False,
     ) -> None:
         super().__init__(tracker, echo=echo)
+        self._call_field = "function_call" if is_function else "tool_calls"
         self._custom = custom
         self._input: CustomInput | None = None  # of the last call, if it is of a custom tool
         self.is_plain = reading is None and tracker is None
@@ -132,7 +135,7 @@ class ChatChoice(TextChoice):
 
     def opening(self, then: Sequence[Fields] = ()) -> Fields:
         """Return the fields of the first chunk, given those of the next ones if it `opens_late`."""
-        text = None if then and "tool_calls" in then[0]["delta"] else self._opens_with
+        text = None if then and self._call_field in then[0]["delta"] else self._opens_with
         return {"delta": {"role": "assistant", "content": text, **self._no_calls}}
 
     def text(self, text: str) -> Fields:
@@ -176,7 +179,8 @@ class ChatChoice(TextChoice):
         message: dict[str, Any] = {"role": "assistant", "content": content if has_text else None}
         message["refusal"] = None
         if self._calls:
-            message["tool_calls"] = self._calls
+            is_function = self._call_field == "function_call"
+            message[self._call_field] = self._calls[0]["function"] if is_function else self._calls
         if reasoning:
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
         return message
@@ -185,7 +189,7 @@ class ChatChoice(TextChoice):
         """Return OpenAI's finish reason for the choice."""
         is_call = self._calls and event.finish is FinishReason.EOS
         is_reported = is_call and not (self._is_named or self._is_compat)
-        return "tool_calls" if is_reported else super().finish_reason(event)
+        return self._call_field if is_reported else super().finish_reason(event)
 
     def _deltas(self, piece: Piece) -> Iterator[Fields]:
         if isinstance(piece, Content):
@@ -209,6 +213,8 @@ class ChatChoice(TextChoice):
         yield self._call_delta(call)
 
     def _call_delta(self, call: dict[str, Any]) -> Fields:
+        if self._call_field == "function_call":
+            return {"delta": {"function_call": call["function"]} if len(self._calls) == 1 else {}}
         return {"delta": {**self._role, "tool_calls": [{"index": len(self._calls) - 1, **call}]}}
 
     def _start(self, piece: CallStart) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tgi_asgi.api.openai.params import (
     THINKING_BUDGETS,
     check_common,
     check_ids,
+    check_renamed,
     constraint_of,
     job_of,
     thinking_budget,
@@ -36,6 +37,8 @@ def parse_completion(body: bytes, exchange: Exchange) -> Callable[[], Call]:
     settings, info = exchange.context.settings, exchange.context.ready().info
     is_compat = settings.tgi_compat
     limits = Limits.of(settings, is_tgi=is_compat)
+    if request.prompt is None:
+        _check_without_prompt(request, is_compat=is_compat)
     check_common(request, limits, info, is_compat=is_compat)
     n = request.n or 1
     num_prompts = len(_listed(request.prompt)[0])
@@ -60,7 +63,7 @@ def _call(request: CompletionRequest, exchange: Exchange, best_of: int) -> Call:
         prompt_logprobs=request.logprobs if request.echo else None,
     )
     sampling, jobs = common.sampling, []
-    for prompt in _prompts(request, info.vocab_size):
+    for prompt in _prompts(request, info.vocab_size, may_be_empty=not is_compat):
         if request.seed is None:  # otherwise equal prompts of a call would get equal answers
             sampling = dataclasses.replace(sampling, seed=random_seed())
         jobs.append(dataclasses.replace(common, prompt=prompt, sampling=sampling))
@@ -84,6 +87,13 @@ def _call(request: CompletionRequest, exchange: Exchange, best_of: int) -> Call:
         )
 
     return Call(jobs=jobs, render=render, model=request.model, stream=bool(request.stream), is_sum=True)
+
+
+def _check_without_prompt(request: CompletionRequest, *, is_compat: bool) -> None:
+    """Refuse a request that has another API's field in place of the prompt; under compat, any."""
+    check_renamed(request, {name: ("prompt", None) for name in ("messages", "input", "inputs")})
+    if is_compat:
+        refuse_field("prompt", "is required")
 
 
 def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: int) -> int:
@@ -117,15 +127,16 @@ def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: 
     return best_of
 
 
-def _listed(prompt: str | list[Any]) -> tuple[Sequence[Any], bool]:
+def _listed(prompt: str | list[Any] | None) -> tuple[Sequence[Any], bool]:
     """Return the prompts, and whether the client sent a list of several; a list of ids is one prompt."""
+    prompt = "" if prompt is None else prompt
     if not prompt and isinstance(prompt, list):
         refuse_field("prompt", "must not be empty")
     is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
     return ([prompt], False) if is_one else (prompt, True)
 
 
-def _prompts(request: CompletionRequest, vocab_size: int) -> Iterator[Text]:
+def _prompts(request: CompletionRequest, vocab_size: int, *, may_be_empty: bool) -> Iterator[Text]:
     prompts, is_list = _listed(request.prompt)
     for i, item in enumerate(prompts):
         field: Field = ("prompt", i) if is_list else ("prompt",)
@@ -143,5 +154,6 @@ def _prompts(request: CompletionRequest, vocab_size: int) -> Iterator[Text]:
             needs_text=bool(request.echo) or request.logprobs is not None,
             echoes=bool(request.echo),
             shows_special_tokens=request.skip_special_tokens is False,
+            may_be_empty=may_be_empty,
             field=field,
         )

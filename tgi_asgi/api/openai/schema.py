@@ -230,8 +230,17 @@ class ToolEntry(Struct):
     custom: CustomDefinition | None = None
 
 
+class FunctionName(Struct):
+    """The choice of a function."""
+
+    name: str
+
+
 class ChatRequest(CommonRequest, kw_only=True):
-    """Body of `POST /v1/chat/completions`."""
+    """Body of `POST /v1/chat/completions`.
+
+    OpenAI's older `functions` and `function_call` become `tools` and `tool_choice`, with at most one call.
+    """
 
     messages: list[Message]
     max_completion_tokens: Natural | None = None
@@ -250,13 +259,22 @@ class ChatRequest(CommonRequest, kw_only=True):
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None  # SGLang's name for include_reasoning
-    functions: list[Any] | None = None
-    function_call: Any = None
+    functions: list[FunctionDefinition] | None = None
+    function_call: Literal["none", "auto"] | FunctionName | None = None
     modalities: list[str] | None = None
 
     audio: Refused = None
     prompt_token_ids: Refused = None  # instead of the messages: vLLM's
     input_ids: Refused = None  # the same: SGLang's
+
+    def __post_init__(self) -> None:
+        if not self.functions:
+            return
+        if self.tools:
+            raise ValueError("`functions` and `tools` exclude each other")
+        self.tools = [ToolEntry("function", each) for each in self.functions]
+        choice, self.parallel_tool_calls = self.function_call, False
+        self.tool_choice = {"name": choice.name} if isinstance(choice, FunctionName) else choice
 
 
 class ChatTokenizeRequest(ChatRequest, kw_only=True):
@@ -268,13 +286,16 @@ class ChatTokenizeRequest(ChatRequest, kw_only=True):
 class CompletionRequest(CommonRequest, kw_only=True):
     """Body of `POST /v1/completions`."""
 
-    prompt: Prompt
+    prompt: Prompt | None = None  # null, absent or empty: the beginning of a document
     logprobs: Natural | None = None
     echo: bool | None = None
     best_of: Positive | None = None
     suffix: str | None = None
 
     prompt_embeds: Refused = None
+    messages: Undocumented = None  # what other APIs have in place of the prompt
+    input: Undocumented = None
+    inputs: Undocumented = None
 
 
 CHAT_DECODER = msgspec.json.Decoder(ChatRequest)
