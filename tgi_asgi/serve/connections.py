@@ -14,6 +14,7 @@ from typing import Any
 
 import h11
 from hypercorn.asyncio.tcp_server import MAX_RECV, TCPServer
+from hypercorn.asyncio.worker_context import EventWrapper
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.h11 import H11Protocol
 
@@ -38,6 +39,9 @@ _EMPTY_LINES = re.compile(rb"(\r?\n)+")
 CLOSE_S = 120.0
 # Time for a connection's first request, and for the rest of any request's head.
 HEAD_S = 75.0
+# Bytes after a request that may wait for its response's end. If a client sends more, its leaving is noticed
+# only then.
+MAX_AHEAD = 2 * MAX_RECV
 
 
 class TurnLimiter:
@@ -138,6 +142,8 @@ class Connection(TCPServer):
 
     async def _read_data(self) -> None:
         """Read as hypercorn does, but parse in turn and close at once when the client has closed."""
+        if isinstance(self.protocol.protocol, Http1):
+            self.protocol.protocol.watch(self.reader)
         with contextlib.suppress(OSError):
             while data := await self.reader.read(MAX_RECV):
                 await self._turn_limiter.enter()
@@ -171,6 +177,46 @@ class Connection(TCPServer):
         self.writer.close()
 
 
+class ResponseEnd(EventWrapper):
+    """The end of a response, for which hypercorn waits before it parses what follows the request.
+
+    hypercorn reads nothing meanwhile, and would not notice that the client leaves: an answer for nobody would
+    be computed to its end. It waits so if the next request has come (pipelining), or if this one asks for
+    another protocol, as those of Java's client do.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, requests: Requests) -> None:
+        super().__init__()
+        self._reader = reader
+        self._requests = requests
+
+    async def wait(self) -> None:
+        """Wait until the response has ended.
+
+        Raises:
+            ConnectionError: if the client closes first.
+        """
+        waiting = {asyncio.create_task(super().wait()), asyncio.create_task(self._watch())}
+        try:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        for task in done:
+            task.result()
+
+    async def _watch(self) -> None:
+        """Read ahead as far as allowed; raise a ConnectionError if the client closes before that."""
+        num_free = MAX_AHEAD - len(self._requests.trailing_data[0])
+        if num_free > 0:
+            try:
+                self._requests.receive_data(await self._reader.readexactly(num_free))
+            except asyncio.IncompleteReadError:
+                raise ConnectionResetError from None
+        await super().wait()
+
+
 class Requests(h11.Connection):
     """A client's requests; empty lines before one are ignored, as RFC 9112, section 2.2, asks.
 
@@ -179,8 +225,10 @@ class Requests(h11.Connection):
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         """Parse the next event out of the received bytes, as h11 does."""
-        if self.their_state is h11.IDLE:
-            buffer = self._receive_buffer
+        buffer = self._receive_buffer
+        if self.their_state is h11.MUST_CLOSE:  # nothing counts after its last request (section 9.6)
+            buffer.maybe_extract_at_most(len(buffer))
+        elif self.their_state in (h11.IDLE, h11.DONE):
             if (found := _EMPTY_LINES.match(buffer._data)) is not None:  # h11 has no other way to look
                 buffer.maybe_extract_at_most(found.end())
             if buffer._data == b"\r":  # the other half of an empty line is to come
@@ -194,7 +242,11 @@ class Http1(H11Protocol):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         size = self.config.h11_max_incomplete_size
-        self.connection = Requests(h11.SERVER, max_incomplete_event_size=size)
+        self.connection = self._requests = Requests(h11.SERVER, max_incomplete_event_size=size)
+
+    def watch(self, reader: asyncio.StreamReader) -> None:
+        """Notice, from now on, if the client closes while what follows its request has to wait."""
+        self.can_read = ResponseEnd(reader, self._requests)
 
     async def _check_protocol(self, event: h11.Request) -> None:
         """Do not switch protocols; a server may ignore an upgrade request."""
