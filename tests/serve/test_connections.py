@@ -97,12 +97,42 @@ async def test_a_connection_whose_reader_stalls_does_not_wait_for_ever_to_be_clo
         writer.transport.abort()
 
 
+class _NeverClosed:
+    """A writer whose client does not end TLS."""
+
+    def __init__(self) -> None:
+        self.transport = self
+        self.is_aborted = asyncio.Event()
+        self.abort = self.is_aborted.set
+
+    def write(self, data: bytes) -> None: ...
+
+    def close(self) -> None: ...
+
+    async def drain(self) -> None: ...
+
+
+async def test_a_refused_connection_ends_whatever_the_client_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    unused: Any = None
+    writer: Any = _NeverClosed()
+    loop, reader = asyncio.get_running_loop(), asyncio.StreamReader()
+    connection = Connection(
+        ConnectionLimit(0), TurnLimiter(1), unused, loop, unused, unused, unused, reader, writer
+    )
+    monkeypatch.setattr(connections, "_REFUSED_S", 0.01)
+    await connection._refuse()
+    async with asyncio.timeout(LONGEST_S):
+        await writer.is_aborted.wait()
+
+
 async def test_clients_of_a_unix_socket_have_no_address_and_so_no_limit() -> None:
     limit = ConnectionLimit(1)
     assert limit.enter("10.0.0.1")
     assert not limit.enter("10.0.0.1")
     assert limit.enter(None)
     assert limit.enter(None)
+    with limit.handshake(None), limit.handshake(None) as time_s:
+        assert time_s == connections.HANDSHAKE_S
 
 
 async def _answer(scope: Any, receive: Any, send: Any) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import re
 from collections import Counter, deque
+from collections.abc import Iterator
 from typing import Any
 
 import h11
@@ -39,6 +40,11 @@ _EMPTY_LINES = re.compile(rb"(\r?\n)+")
 CLOSE_S = 120.0
 # Time for a connection's first request, and for the rest of any request's head.
 HEAD_S = 75.0
+# Time for a TLS handshake, and for that of a connection that will be refused, so that it can be told why.
+HANDSHAKE_S = 30.0
+REFUSED_HANDSHAKE_S = 2.0
+# Time for a refused connection's request, and then for its end.
+_REFUSED_S = 1.0
 # Bytes after a request that may wait for its response's end. If a client sends more, its leaving is noticed
 # only then.
 MAX_AHEAD = 2 * MAX_RECV
@@ -80,24 +86,51 @@ class TurnLimiter:
 
 
 class ConnectionLimit:
-    """Counts the open connections of each address; 0 means no limit."""
+    """Counts the connections of each address, open or in a TLS handshake; 0 means no limit."""
 
     def __init__(self, max_connections: int) -> None:
         self._max_connections = max_connections
         self._open: Counter[str | None] = Counter()
+        self._beginning: Counter[str | None] = Counter()
+
+    @contextlib.contextmanager
+    def handshake(self, address: str | None) -> Iterator[float]:
+        """Count a handshake; yield the time that it has, which is short if its address is at the limit.
+
+        A client with as many connections as it may have thus gets a refusal that it can read, and one that
+        is silent does not hold more connections than those.
+        """
+        is_refused = self._is_reached(address, self._open[address] + self._beginning[address])
+        self._beginning[address] += 1
+        try:
+            yield REFUSED_HANDSHAKE_S if is_refused else HANDSHAKE_S
+        finally:
+            _decrement(self._beginning, address)
 
     def enter(self, address: str | None) -> bool:
         """Count a connection; return False instead if its address is at the limit. No address: no limit."""
-        if self._max_connections and address is not None and self._open[address] >= self._max_connections:
+        if self._is_reached(address, self._open[address]):
             return False
         self._open[address] += 1
         return True
 
     def leave(self, address: str | None) -> None:
         """Stop counting a connection of this address."""
-        self._open[address] -= 1
-        if not self._open[address]:
-            del self._open[address]
+        _decrement(self._open, address)
+
+    def _is_reached(self, address: str | None, num_connections: int) -> bool:
+        return 0 < self._max_connections <= num_connections and address is not None
+
+
+def _decrement(counter: Counter[str | None], address: str | None) -> None:
+    counter[address] -= 1
+    if not counter[address]:
+        del counter[address]
+
+
+def address_of(peer: object) -> str | None:
+    """Return the address of a peer's name; clients on a Unix socket have none."""
+    return peer[0] if isinstance(peer, tuple) else None
 
 
 class Connection(TCPServer):
@@ -118,8 +151,7 @@ class Connection(TCPServer):
         self._idle_s = HEAD_S
 
     async def run(self) -> None:
-        peer = self.writer.get_extra_info("peername")
-        address = peer[0] if isinstance(peer, tuple) else None  # clients on a Unix socket have no address
+        address = address_of(self.writer.get_extra_info("peername"))
         if not self._limit.enter(address):
             await self._refuse()
             return
@@ -170,11 +202,13 @@ class Connection(TCPServer):
 
     async def _refuse(self) -> None:
         with contextlib.suppress(OSError, TimeoutError):
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(_REFUSED_S):
                 await self.reader.read(1 << 16)  # if bytes stay unread, the client sees a reset
                 self.writer.write(_REFUSAL)
                 await self.writer.drain()
         self.writer.close()
+        # uvloop would wait 30 s for the client to end TLS, too.
+        self.loop.call_later(_REFUSED_S, self.writer.transport.abort)
 
 
 class ResponseEnd(EventWrapper):

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import logging
 import signal
+from functools import partial
 from typing import NoReturn, cast
 
 from hypercorn.asyncio import serve as hypercorn_serve
@@ -47,8 +48,9 @@ def run(settings: Settings, loader: Loader = load_model) -> int:
     listener = listen(settings)
     url = url_of(listener, is_tls=settings.ssl_certfile is not None)
     config = make_config(listener, settings)
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(Server(settings, url, loader).serve(config))
+    limit = ConnectionLimit(settings.max_connections_per_client)
+    with asyncio.Runner(loop_factory=partial(new_event_loop, limit)) as runner:
+        return runner.run(Server(settings, url, loader).serve(config, limit))
 
 
 class Server:
@@ -67,10 +69,10 @@ class Server:
         self._signalled_at = 0.0  # by the loop's clock
         self._stage = ""
 
-    async def serve(self, config: Config) -> int:
+    async def serve(self, config: Config, limit: ConnectionLimit) -> int:
         """Serve as configured until the process is to end; return its exit code."""
         self.handle_signals()
-        install(ConnectionLimit(self._settings.max_connections_per_client))
+        install(limit)
         app = cast(ASGIFramework, self._app)  # hypercorn types each message, ASGI uses a mapping
         await hypercorn_serve(app, config, shutdown_trigger=self._stop.wait, mode="asgi")
         failure = self._app.context.failure
