@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.asgi import Call, events_of, request, send
-from tests.support.local_cluster import LocalCluster
+from tests.support.local_cluster import LocalCluster, LocalTransport
 from tests.support.waiting import LONGEST_S
 from tgi_asgi.cluster.wire import CacheVersion, split_digests
 from tgi_asgi.errors import IncompleteGeneration, InvalidRequest
@@ -125,6 +125,51 @@ async def test_a_name_that_is_added_twice_at_once_keeps_the_first_adapter() -> N
         kept = [replica.adapters.keys() for replica in cluster.engine.table.replicas.values()]
     assert first is None
     assert isinstance(second, InvalidRequest)
+    assert kept == [{"sql"}, {"sql"}]
+
+
+class Panic(BaseException):
+    """What a library written in Rust raises; it is no `Exception`."""
+
+
+@pytest.mark.parametrize("wrong", [MemoryError("400 MiB"), Panic(), None], ids=["memory", "panic", "answer"])
+async def test_an_adapter_that_one_replica_cannot_read_stays_on_none_and_may_be_added_again(
+    wrong: BaseException | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a `wrong`, the replica reads it, and its answer does not arrive."""
+    settings = Settings(model_id="toy/model", enable_lora=True, admin_api_key="admin")
+    body = {"lora_name": "sql", "lora_path": "/adapters/sql"}
+    call = LocalTransport.call
+
+    def fail(source: object) -> None:
+        assert wrong is not None
+        raise wrong
+
+    async def lose_answer(transport: LocalTransport, replica: str, method: str, *arguments: Any) -> Any:
+        answer = await call(transport, replica, method, *arguments)
+        if (replica, method) == ("r1", "add_adapter"):
+            raise RuntimeError("an answer that cannot be read")
+        return answer
+
+    async with LocalCluster(2, settings) as cluster:
+
+        async def add() -> Call:
+            key = {"authorization": "Bearer admin"}
+            return await send(cluster.app, request("POST", "/v1/load_lora_adapter", body, key))
+
+        with monkeypatch.context() as patch:
+            if wrong is not None:
+                patch.setattr(cluster.transport.found["r1"]._adapters, "_load", fail)
+            else:
+                patch.setattr(LocalTransport, "call", lose_answer)
+            failed = await add()
+        left = [replica._adapters.names for replica in cluster.transport.found.values() if replica._adapters]
+        again = await add()
+        kept = [replica.adapters.keys() for replica in cluster.engine.table.replicas.values()]
+    assert left == [[], []]
+    assert failed.status == 500
+    assert "log says why" in failed.json()["error"]["message"]
+    assert again.status == 200
     assert kept == [{"sql"}, {"sql"}]
 
 
