@@ -28,6 +28,8 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("open connections", [process.MAX_FILES]),
         ("silence on a connection", [Settings().keep_alive_timeout_s]),
         ("time for a connection's first request", [connections.HEAD_S]),
+        ("time for a TLS handshake", [connections.HANDSHAKE_S, connections.REFUSED_HANDSHAKE_S]),
+        ("bytes after a request", [connections.MAX_AHEAD]),
         ("time for a request's body", [asgi.BODY_TIMEOUT_S]),
         ("a reader that lags", [sse.MAX_WAITING_EVENTS, sse.STALL_LIMIT_S]),
         ("size", [Settings().payload_limit // MIB]),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import threading
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
@@ -73,6 +74,7 @@ class App:
         on_ready: Called once the engine runs.
         on_fatal: Called with the reason when loading fails, or `FLUSH_S` after the engine dies, so that
             streams can send their last events. The process should then end; until it does, requests get 503.
+        has_stopped: Set by `stop`; a loader that waits for others ends then.
         observers: Called in order after each request.
         keys: The API keys that may call.
     """
@@ -81,6 +83,7 @@ class App:
         self.context = context
         self.on_ready: Callable[[Served], None] | None = None
         self.on_fatal: Callable[[BaseException], None] | None = None
+        self.has_stopped = threading.Event()
         self._cors = Cors(context.settings)
         self.keys = ApiKeys(context.settings)
         self._routes = RouteTable(table.routes(context.settings), self.keys.check)
@@ -110,6 +113,7 @@ class App:
 
     async def stop(self) -> None:
         """Stop the engine; requests still running end with an error."""
+        self.has_stopped.set()
         self._lag.stop()
         if self._loading is not None:
             self._loading.cancel()  # the thread itself lives until the process ends

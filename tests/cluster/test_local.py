@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
@@ -11,12 +12,21 @@ from typing import Any
 import pytest
 
 from tests.support.asgi import Call, events_of, request, send
-from tests.support.local_cluster import LocalCluster
-from tests.support.waiting import LONGEST_S
-from tgi_asgi.cluster.wire import CacheVersion, split_digests
+from tests.support.local_cluster import LocalCluster, LocalTransport
+from tests.support.waiting import LONGEST_S, until
+from tgi_asgi.cluster import ingress
+from tgi_asgi.cluster.remote import ReplicaLost
+from tgi_asgi.cluster.wire import CacheVersion, Description, split_digests
 from tgi_asgi.errors import IncompleteGeneration, InvalidRequest
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import GenerationRequest, ImageInput, SamplingParams, StopConditions, TokenEvent
+from tgi_asgi.types import (
+    EngineState,
+    GenerationRequest,
+    ImageInput,
+    SamplingParams,
+    StopConditions,
+    TokenEvent,
+)
 
 CHAT = "/v1/chat/completions"
 KEYS = {"authorization": "Bearer a-key"}
@@ -125,6 +135,51 @@ async def test_a_name_that_is_added_twice_at_once_keeps_the_first_adapter() -> N
         kept = [replica.adapters.keys() for replica in cluster.engine.table.replicas.values()]
     assert first is None
     assert isinstance(second, InvalidRequest)
+    assert kept == [{"sql"}, {"sql"}]
+
+
+class Panic(BaseException):
+    """What a library written in Rust raises; it is no `Exception`."""
+
+
+@pytest.mark.parametrize("wrong", [MemoryError("400 MiB"), Panic(), None], ids=["memory", "panic", "answer"])
+async def test_an_adapter_that_one_replica_cannot_read_stays_on_none_and_may_be_added_again(
+    wrong: BaseException | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a `wrong`, the replica reads it, and its answer does not arrive."""
+    settings = Settings(model_id="toy/model", enable_lora=True, admin_api_key="admin")
+    body = {"lora_name": "sql", "lora_path": "/adapters/sql"}
+    call = LocalTransport.call
+
+    def fail(source: object) -> None:
+        assert wrong is not None
+        raise wrong
+
+    async def lose_answer(transport: LocalTransport, replica: str, method: str, *arguments: Any) -> Any:
+        answer = await call(transport, replica, method, *arguments)
+        if (replica, method) == ("r1", "add_adapter"):
+            raise RuntimeError("an answer that cannot be read")
+        return answer
+
+    async with LocalCluster(2, settings) as cluster:
+
+        async def add() -> Call:
+            key = {"authorization": "Bearer admin"}
+            return await send(cluster.app, request("POST", "/v1/load_lora_adapter", body, key))
+
+        with monkeypatch.context() as patch:
+            if wrong is not None:
+                patch.setattr(cluster.transport.found["r1"]._adapters, "_load", fail)
+            else:
+                patch.setattr(LocalTransport, "call", lose_answer)
+            failed = await add()
+        left = [replica._adapters.names for replica in cluster.transport.found.values() if replica._adapters]
+        again = await add()
+        kept = [replica.adapters.keys() for replica in cluster.engine.table.replicas.values()]
+    assert left == [[], []]
+    assert failed.status == 500
+    assert "log says why" in failed.json()["error"]["message"]
+    assert again.status == 200
     assert kept == [{"sql"}, {"sql"}]
 
 
@@ -251,6 +306,48 @@ async def test_without_replicas_requests_are_told_to_come_back() -> None:
     assert (health.status, answer.status) == (503, 503)
     assert "retry-after" in answer.headers
     assert answer.json()["error"]["type"] == "server_error"
+
+
+async def test_an_ingress_that_reaches_no_replica_tries_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when the first replica ends while it describes the model."""
+    errors = [ReplicaLost("r0"), RuntimeError("not deployed")]
+
+    def connect() -> tuple[LocalTransport, Description]:
+        if errors:
+            raise errors.pop()
+        return cluster.transport, cluster.transport.found["r0"].describe()
+
+    monkeypatch.setattr(ingress, "FIRST_PAUSE_S", 0.001)
+    async with LocalCluster(1) as cluster:
+        app = ingress.ingress_app(cluster.settings, connect)
+        app.start()
+        await until(lambda: app.context.state is EngineState.READY)
+        health = await send(app, request("GET", "/health"))
+        await app.stop()
+    assert health.status == 200
+    assert caplog.text.count("no replica could be asked") == 2
+
+
+async def test_an_ingress_tries_again_less_and_less_often_until_it_stops() -> None:
+    pauses: list[float] = []
+
+    class Stopping(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            pauses.append(timeout)
+            return len(pauses) == 8
+
+    def connect() -> tuple[LocalTransport, Description]:
+        raise ReplicaLost("r0")
+
+    with pytest.raises(ReplicaLost):
+        ingress._connect(connect, Stopping())
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 30]
+    app = ingress.ingress_app(Settings(model_id="toy/model"), connect)
+    await app.stop()
+    assert app.has_stopped.is_set()
 
 
 async def test_what_has_no_token_at_the_end_may_be_sent_to_another_server() -> None:

@@ -29,7 +29,7 @@ class Script:
 
     def __init__(self) -> None:
         self.loaded: list[str] = []
-        self.failures: dict[str, Exception] = {}
+        self.failures: dict[str, BaseException] = {}
         self.go_on = threading.Event()
         self.go_on.set()
 
@@ -374,7 +374,7 @@ async def test_one_that_fails_does_not_take_the_name_from_its_successor() -> Non
     await asyncio.sleep(0.01)
     real, calls = script.failures, 0
 
-    class Once(dict[str, Exception]):
+    class Once(dict[str, BaseException]):
         def __contains__(self, name: object) -> bool:
             nonlocal calls
             calls += 1
@@ -405,6 +405,22 @@ async def test_a_failed_add_whose_caller_has_gone_leaves_no_name() -> None:
         await asyncio.sleep(0.001)
     del script.failures["a"]
     await adapters.add("a", "/a")
+    adapters.close()
+
+
+class Panic(BaseException):
+    """What a library written in Rust raises; it is no `Exception`."""
+
+
+async def test_one_whose_reader_panics_leaves_no_name() -> None:
+    script = Script()
+    script.failures["a"] = Panic()
+    adapters = Adapters(script, max_loaded=4)
+    with pytest.raises(Panic):
+        await adapters.add("a", "/a")
+    script.failures.clear()
+    await adapters.add("a", "/a")
+    assert adapters.names == ["a"]
     adapters.close()
 
 

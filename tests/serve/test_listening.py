@@ -10,6 +10,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from tests.serve.conftest import ListeningAddress
 from tests.support.serving import LOCAL, connect, serving
 from tests.support.waiting import LONGEST_S, until
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.serve import connections
+from tgi_asgi.serve.connections import ConnectionLimit
 from tgi_asgi.serve.listening import STALLED_READER_MS, Acceptor, listen, new_event_loop
 from tgi_asgi.settings import Settings
 
@@ -236,3 +239,42 @@ async def test_what_speaks_no_tls_is_cut_off_and_the_next_one_is_served(
         assert (await reader.readuntil(b"\r\n\r\nhttps")).startswith(b"HTTP/1.1 200")
         writer.close()
     assert not caplog.records
+
+
+async def test_a_client_that_never_ends_its_handshake_is_cut_off(
+    tls: ListeningAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HANDSHAKE_S", 0.05)
+    async with serving(hello, "native", tls.settings) as url, asyncio.timeout(LONGEST_S / 2):
+        reader, writer = await connect(url)
+        writer.write(b"\x16\x03\x01\x02\x00\x01")  # the beginning of a handshake
+        assert await reader.read() == b""
+        writer.close()
+
+
+def test_handshakes_count_as_connections_of_their_address(
+    tls: ListeningAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those beyond the limit end soon. A client that greets at once is told why, or served."""
+    monkeypatch.setattr(connections, "HANDSHAKE_S", 10 * LONGEST_S)
+    monkeypatch.setattr(connections, "REFUSED_HANDSHAKE_S", 1.0)
+    limit = ConnectionLimit(2)
+
+    async def answer_of(streams: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> bytes:
+        streams[1].write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        return await streams[0].readuntil(b"\r\n\r\n")
+
+    async def serve() -> None:
+        async with serving(hello, "native", tls.settings, limit=limit) as url, asyncio.timeout(LONGEST_S):
+            silent = [await connect(url) for _ in range(6)]
+            ends = [asyncio.create_task(reader.read()) for reader, _ in silent]
+            await until(lambda: sum(end.done() for end in ends) == 4)
+            others = [await connect(url, tls.tls) for _ in range(3)]
+            answers = [await answer_of(other) for other in others]
+            assert [answer[9:12] for answer in answers] == [b"200", b"200", b"429"]
+            for _, writer in silent + others:
+                writer.close()
+            await asyncio.gather(*ends)
+
+    with asyncio.Runner(loop_factory=partial(new_event_loop, limit)) as runner:
+        runner.run(serve())

@@ -21,7 +21,8 @@ class _App:
     """The parts of an app with a model that signals need; its drain does not end."""
 
     def __init__(self) -> None:
-        self.context = SimpleNamespace(served=SimpleNamespace(engine=self), is_terminating=False)
+        served = SimpleNamespace(engine=self)
+        self.context = SimpleNamespace(served=served, failure=None, is_terminating=False)
         self.calls: asyncio.Queue[str] = asyncio.Queue()
 
     async def drain(self, timeout_s: float) -> None:

@@ -237,6 +237,24 @@ def test_a_dead_engine_ends_its_streams_and_then_the_process() -> None:
         assert server.wait() == 1
 
 
+def test_an_engine_that_dies_while_it_drains_is_no_success() -> None:
+    """The step that hangs is the tenth, and the signal comes before it."""
+    environ = {"FAKE_MODEL": "hangs", "FAKE_STEP_S": "0.1"}
+    arguments = ("--model-id", "fake", "--step-timeout-s", "1")
+    with ServerProcess(MODULE, *arguments, environ=environ) as server:
+        server.wait_until_healthy()
+        with httpx.stream("POST", server.url + "/v1/chat/completions", json=ENDLESS, timeout=60) as stream:
+            events = _events(stream.iter_lines())
+            next(events)
+            server.signal()
+            rest = list(events)
+        assert "error" in json.loads(rest[-2])
+        assert server.wait() == 1
+        lines = server.output().splitlines()
+        assert any("draining" in line for line in lines)
+        assert lines[-1].startswith("tgi-asgi: a step has not ended")
+
+
 def test_a_port_that_is_taken_is_one_line_and_exit_code_1() -> None:
     with socket.socket() as holder:
         holder.bind(("0.0.0.0", 0))

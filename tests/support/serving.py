@@ -46,13 +46,18 @@ def restored_hypercorn() -> Iterator[pytest.MonkeyPatch]:
 
 @asynccontextmanager
 async def serving(
-    app: App, server: str = "native", settings: Settings = LOCAL, *, send_buffer: int | None = None
+    app: App,
+    server: str = "native",
+    settings: Settings = LOCAL,
+    *,
+    send_buffer: int | None = None,
+    limit: ConnectionLimit | None = None,
 ) -> AsyncIterator[str]:
     """Yield the app's base URL.
 
     `server` is "hypercorn", "native" (hypercorn with the project's classes, as `server.py` runs it) or
     "uvicorn". `settings` define where it listens. `send_buffer` limits what the kernel buffers for a slow
-    reader.
+    reader; `limit` is that of open connections.
     """
     listener = listen(settings)
     if send_buffer is not None:
@@ -62,7 +67,7 @@ async def serving(
     stop = asyncio.Event()
     with restored_hypercorn():
         if server == "native":
-            install(ConnectionLimit(0))
+            install(limit or ConnectionLimit(0))
         running = (
             _uvicorn(app, listener, stop)
             if server == "uvicorn"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from tgi_asgi.cluster.remote import RemoteEngine, ReplicaLost
 from tgi_asgi.errors import InvalidRequest, TgiError, UnknownAdapter
 from tgi_asgi.types import Adapter
 
+logger = logging.getLogger(__name__)
+
 _ReplicaCall = Callable[[str], Awaitable[TgiError | None]]  # of one replica, by its id
+_Errors = dict[str, Exception | None]  # of each replica
 
 
 class RemoteLease:
@@ -66,18 +70,19 @@ class RemoteAdapters:
         """Make every replica read an adapter.
 
         Raises:
-            InvalidRequest, Overloaded: if one of them failed; then none keeps it.
+            TgiError: if one of them failed; then none keeps it.
         """
         if name in self:
             raise InvalidRequest(f"The name '{name}' is taken", param="lora_name")
         call = self._engine.transport.call
         errors = await self._everywhere(lambda replica: call(replica, "add_adapter", name, location))
-        if error := next(filter(None, errors.values()), None):
-            # On the others, the adapter of this name may be that of a call at the same time.
-            added = [replica for replica, failure in errors.items() if failure is None]
+        if any(errors.values()):
+            # Where a replica has refused, the adapter of this name may be that of a call at the same time.
+            # Where the call itself has failed, the replica may have read it.
+            added = [replica for replica, failure in errors.items() if not isinstance(failure, TgiError)]
             await _ask_each(added, lambda replica: call(replica, "remove_adapter", name))
-            raise error
         await self._engine.refresh()
+        _raise_first(errors)
 
     async def replace(self, name: str, location: str) -> None:
         """Make every replica read an adapter that replaces the one of this name.
@@ -86,38 +91,56 @@ class RemoteAdapters:
         separate, because their keys depend on the contents; repeating the call makes the replicas equal.
 
         Raises:
-            InvalidRequest, Overloaded: if one of them failed.
+            TgiError: if one of them failed.
             UnknownAdapter: if the name was unloaded meanwhile.
         """
         call = self._engine.transport.call
         errors = await self._everywhere(lambda replica: call(replica, "replace_adapter", name, location))
         await self._engine.refresh()
-        if error := next(filter(None, errors.values()), None):
-            raise error
+        _raise_first(errors)
 
     async def remove(self, name: str) -> None:
         """Make every replica unload an adapter once its requests have ended.
 
         Raises:
             UnknownAdapter: if no replica serves it.
+            TgiError: if one of them failed.
         """
         if name not in self:
             raise UnknownAdapter(name, param="lora_name")
-        await self._everywhere(lambda replica: self._engine.transport.call(replica, "remove_adapter", name))
+        call = self._engine.transport.call
+        errors = await self._everywhere(lambda replica: call(replica, "remove_adapter", name))
         await self._engine.refresh()
+        # A replica that has started since does not know it.
+        _raise_first({key: error for key, error in errors.items() if not isinstance(error, UnknownAdapter)})
 
-    async def _everywhere(self, call: _ReplicaCall) -> dict[str, TgiError | None]:
+    async def _everywhere(self, call: _ReplicaCall) -> _Errors:
         """Call every replica; return each one's error."""
         return await _ask_each(self._engine.transport.replicas(), call)
 
 
-async def _ask_each(replicas: Sequence[str], call: _ReplicaCall) -> dict[str, TgiError | None]:
-    """Call these replicas at the same time; return each one's error, None if it is lost."""
+async def _ask_each(replicas: Sequence[str], call: _ReplicaCall) -> _Errors:
+    """Call these replicas at the same time; return each one's error, None if it is lost.
 
-    async def ask(replica: str) -> TgiError | None:
+    A replica returns its errors as `TgiError`; any other means that the call failed on its way.
+    """
+
+    async def ask(replica: str) -> Exception | None:
         try:
             return await call(replica)
         except ReplicaLost:
             return None
+        except Exception as error:  # of one replica; what the others did must be known
+            logger.warning("changing an adapter of replica %s failed", replica, exc_info=error)
+            return error
 
     return dict(zip(replicas, await asyncio.gather(*map(ask, replicas)), strict=True))
+
+
+def _raise_first(errors: _Errors) -> None:
+    """Raise the first replica's error, if there is any."""
+    error = next(filter(None, errors.values()), None)
+    if error is not None and not isinstance(error, TgiError):
+        raise TgiError(f"A replica could not be asked: {type(error).__name__}; the log says why") from error
+    if error is not None:
+        raise error

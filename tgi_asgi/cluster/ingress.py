@@ -5,6 +5,8 @@ Does not depend on Ray; `serving.py` makes a deployment of it.
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable
 from typing import cast
 
@@ -16,6 +18,11 @@ from tgi_asgi.cluster.wire import Description
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Engine, Progress
 
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 1.0  # between two attempts to reach a replica; it doubles
+MAX_PAUSE_S = 30.0
+
 Connect = Callable[[], tuple[Transport, Description]]  # waits for the first replica; called in a thread
 
 
@@ -24,7 +31,7 @@ def ingress_app(settings: Settings, connect: Connect) -> App:
 
     def loader(settings: Settings, progress: Progress) -> Served:
         progress("waiting for a replica", 0, None)
-        transport, description = connect()
+        transport, description = _connect(connect, app.has_stopped)
         engine = RemoteEngine(transport, settings, description.block_size)
         return Served(
             cast(Engine, engine),
@@ -36,4 +43,22 @@ def ingress_app(settings: Settings, connect: Connect) -> App:
             RemoteAdapters(engine) if description.has_adapters else None,
         )
 
-    return create_app(settings, loader)
+    app = create_app(settings, loader)
+    return app
+
+
+def _connect(connect: Connect, has_stopped: threading.Event) -> tuple[Transport, Description]:
+    """Connect; if that fails, try again: Ray replaces lost replicas, but not an ingress that cannot serve.
+
+    Raises:
+        Exception: the last attempt's, if the application has stopped.
+    """
+    pause_s = FIRST_PAUSE_S
+    while True:
+        try:
+            return connect()
+        except Exception as error:  # a replica that ended meanwhile, or is not deployed yet
+            logger.warning("no replica could be asked; trying again in %g s", pause_s, exc_info=error)
+            if has_stopped.wait(pause_s):
+                raise
+        pause_s = min(2 * pause_s, MAX_PAUSE_S)

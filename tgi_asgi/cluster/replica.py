@@ -6,6 +6,7 @@ Does not depend on Ray: `serving.py` makes it an actor, and tests call it direct
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import replace
@@ -32,6 +33,8 @@ from tgi_asgi.errors import GenerationFailed, TgiError
 from tgi_asgi.serve.process import end_process
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState, GenerationRequest, Lease, TokenEvent
+
+logger = logging.getLogger(__name__)
 
 # Combined cost of a reply on both sides. A stream waits this long times the number of streams before it sends
 # again. All streams together therefore send at most 2,000 replies a second, each with all tokens since the
@@ -185,6 +188,12 @@ async def _error_of(work: Awaitable[None]) -> TgiError | None:
         await work
     except TgiError as error:
         return error
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:  # a panic in a library written in Rust is no `Exception`
+        # The ingress undoes the change on the other replicas.
+        logger.exception("changing an adapter failed")
+        return TgiError(f"A replica failed with {type(error).__name__}; its log says why")
     return None
 
 

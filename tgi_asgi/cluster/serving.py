@@ -104,7 +104,9 @@ def _app_of(settings: Settings, handle: DeploymentHandle[Any]) -> Any:
         return description
 
     def connect() -> tuple[Transport, Description]:
-        return RayTransport(handle, loop), asyncio.run_coroutine_threadsafe(describe(), loop).result()
+        description = asyncio.run_coroutine_threadsafe(describe(), loop).result()
+        # A transport subscribes for good, so there must not be one for each failed attempt.
+        return RayTransport(handle, loop), description
 
     return ingress_app(settings, connect)
 

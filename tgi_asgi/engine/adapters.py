@@ -259,9 +259,11 @@ class Adapters:
 
     async def _read_first(self, entry: _Entry) -> None:
         """Read an adapter that already has its name, and take the name back if that fails."""
-        await self._begin(entry)
-        if entry.failure is not None and self._entries.get(entry.source.name) is entry:
-            del self._entries[entry.source.name]
+        try:
+            await self._begin(entry)
+        finally:
+            if not entry.has_loaded and self._entries.get(entry.source.name) is entry:
+                del self._entries[entry.source.name]
 
     async def _read_and_swap(self, entry: _Entry) -> None:
         """Read an adapter, give it the name of another, and wait until that one is unused."""

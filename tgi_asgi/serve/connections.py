@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import re
 from collections import Counter, deque
+from collections.abc import Iterator
 from typing import Any
 
 import h11
 from hypercorn.asyncio.tcp_server import MAX_RECV, TCPServer
+from hypercorn.asyncio.worker_context import EventWrapper
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.h11 import H11Protocol
 
@@ -38,6 +40,14 @@ _EMPTY_LINES = re.compile(rb"(\r?\n)+")
 CLOSE_S = 120.0
 # Time for a connection's first request, and for the rest of any request's head.
 HEAD_S = 75.0
+# Time for a TLS handshake, and for that of a connection that will be refused, so that it can be told why.
+HANDSHAKE_S = 30.0
+REFUSED_HANDSHAKE_S = 2.0
+# Time for a refused connection's request, and then for its end.
+_REFUSED_S = 1.0
+# Bytes after a request that may wait for its response's end. If a client sends more, its leaving is noticed
+# only then.
+MAX_AHEAD = 2 * MAX_RECV
 
 
 class TurnLimiter:
@@ -76,24 +86,51 @@ class TurnLimiter:
 
 
 class ConnectionLimit:
-    """Counts the open connections of each address; 0 means no limit."""
+    """Counts the connections of each address, open or in a TLS handshake; 0 means no limit."""
 
     def __init__(self, max_connections: int) -> None:
         self._max_connections = max_connections
         self._open: Counter[str | None] = Counter()
+        self._beginning: Counter[str | None] = Counter()
+
+    @contextlib.contextmanager
+    def handshake(self, address: str | None) -> Iterator[float]:
+        """Count a handshake; yield the time that it has, which is short if its address is at the limit.
+
+        A client with as many connections as it may have thus gets a refusal that it can read, and one that
+        is silent does not hold more connections than those.
+        """
+        is_refused = self._is_reached(address, self._open[address] + self._beginning[address])
+        self._beginning[address] += 1
+        try:
+            yield REFUSED_HANDSHAKE_S if is_refused else HANDSHAKE_S
+        finally:
+            _decrement(self._beginning, address)
 
     def enter(self, address: str | None) -> bool:
         """Count a connection; return False instead if its address is at the limit. No address: no limit."""
-        if self._max_connections and address is not None and self._open[address] >= self._max_connections:
+        if self._is_reached(address, self._open[address]):
             return False
         self._open[address] += 1
         return True
 
     def leave(self, address: str | None) -> None:
         """Stop counting a connection of this address."""
-        self._open[address] -= 1
-        if not self._open[address]:
-            del self._open[address]
+        _decrement(self._open, address)
+
+    def _is_reached(self, address: str | None, num_connections: int) -> bool:
+        return 0 < self._max_connections <= num_connections and address is not None
+
+
+def _decrement(counter: Counter[str | None], address: str | None) -> None:
+    counter[address] -= 1
+    if not counter[address]:
+        del counter[address]
+
+
+def address_of(peer: object) -> str | None:
+    """Return the address of a peer's name; clients on a Unix socket have none."""
+    return peer[0] if isinstance(peer, tuple) else None
 
 
 class Connection(TCPServer):
@@ -114,8 +151,7 @@ class Connection(TCPServer):
         self._idle_s = HEAD_S
 
     async def run(self) -> None:
-        peer = self.writer.get_extra_info("peername")
-        address = peer[0] if isinstance(peer, tuple) else None  # clients on a Unix socket have no address
+        address = address_of(self.writer.get_extra_info("peername"))
         if not self._limit.enter(address):
             await self._refuse()
             return
@@ -138,6 +174,8 @@ class Connection(TCPServer):
 
     async def _read_data(self) -> None:
         """Read as hypercorn does, but parse in turn and close at once when the client has closed."""
+        if isinstance(self.protocol.protocol, Http1):
+            self.protocol.protocol.watch(self.reader)
         with contextlib.suppress(OSError):
             while data := await self.reader.read(MAX_RECV):
                 await self._turn_limiter.enter()
@@ -164,11 +202,53 @@ class Connection(TCPServer):
 
     async def _refuse(self) -> None:
         with contextlib.suppress(OSError, TimeoutError):
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(_REFUSED_S):
                 await self.reader.read(1 << 16)  # if bytes stay unread, the client sees a reset
                 self.writer.write(_REFUSAL)
                 await self.writer.drain()
         self.writer.close()
+        # uvloop would wait 30 s for the client to end TLS, too.
+        self.loop.call_later(_REFUSED_S, self.writer.transport.abort)
+
+
+class ResponseEnd(EventWrapper):
+    """The end of a response, for which hypercorn waits before it parses what follows the request.
+
+    hypercorn reads nothing meanwhile, and would not notice that the client leaves: an answer for nobody would
+    be computed to its end. It waits so if the next request has come (pipelining), or if this one asks for
+    another protocol, as those of Java's client do.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, requests: Requests) -> None:
+        super().__init__()
+        self._reader = reader
+        self._requests = requests
+
+    async def wait(self) -> None:
+        """Wait until the response has ended.
+
+        Raises:
+            ConnectionError: if the client closes first.
+        """
+        waiting = {asyncio.create_task(super().wait()), asyncio.create_task(self._watch())}
+        try:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        for task in done:
+            task.result()
+
+    async def _watch(self) -> None:
+        """Read ahead as far as allowed; raise a ConnectionError if the client closes before that."""
+        num_free = MAX_AHEAD - len(self._requests.trailing_data[0])
+        if num_free > 0:
+            try:
+                self._requests.receive_data(await self._reader.readexactly(num_free))
+            except asyncio.IncompleteReadError:
+                raise ConnectionResetError from None
+        await super().wait()
 
 
 class Requests(h11.Connection):
@@ -184,8 +264,10 @@ class Requests(h11.Connection):
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         """Parse the next event out of the received bytes, as h11 does."""
-        if self.their_state is h11.IDLE:
-            buffer = self._receive_buffer
+        buffer = self._receive_buffer
+        if self.their_state is h11.MUST_CLOSE:  # nothing counts after its last request (section 9.6)
+            buffer.maybe_extract_at_most(len(buffer))
+        elif self.their_state in (h11.IDLE, h11.DONE):
             if (found := _EMPTY_LINES.match(buffer._data)) is not None:  # h11 has no other way to look
                 buffer.maybe_extract_at_most(found.end())
             if buffer._data == b"\r":  # the other half of an empty line is to come
@@ -199,7 +281,11 @@ class Http1(H11Protocol):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         size = self.config.h11_max_incomplete_size
-        self.connection = Requests(h11.SERVER, max_incomplete_event_size=size)
+        self.connection = self._requests = Requests(h11.SERVER, max_incomplete_event_size=size)
+
+    def watch(self, reader: asyncio.StreamReader) -> None:
+        """Notice, from now on, if the client closes while what follows its request has to wait."""
+        self.can_read = ResponseEnd(reader, self._requests)
 
     async def _check_protocol(self, event: h11.Request) -> None:
         """Do not switch protocols; a server may ignore an upgrade request."""

@@ -24,6 +24,7 @@ from typing import Any
 import uvloop
 
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.serve.connections import ConnectionLimit, address_of
 from tgi_asgi.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ class Acceptor:
     _loop: asyncio.AbstractEventLoop
     _protocol_factory: ProtocolFactory
     _listener: socket.socket
+    _limit: ConnectionLimit
     _tls: ssl.SSLContext | None = None
     _beginning: set[asyncio.Task[None]] = field(default_factory=set)  # the loop holds its tasks only weakly
     _resume: asyncio.TimerHandle | None = None
@@ -147,7 +149,7 @@ class Acceptor:
         for _ in range(_MAX_PER_TURN):
             try:
                 self._check_descriptors()
-                connection, _address = self._listener.accept()
+                connection, peer = self._listener.accept()
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
@@ -155,7 +157,7 @@ class Acceptor:
                     continue  # this connection has failed already; the next may not
                 self._pause(error)
                 return
-            task = self._loop.create_task(self._begin(connection))
+            task = self._loop.create_task(self._begin(connection, peer))
             self._beginning.add(task)
             task.add_done_callback(self._beginning.discard)
 
@@ -166,13 +168,21 @@ class Acceptor:
         if lowest_free >= self._max_descriptors:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    async def _begin(self, connection: socket.socket) -> None:
-        try:
-            connection.setblocking(False)
-            await self._loop.connect_accepted_socket(self._protocol_factory, connection, ssl=self._tls)
-        except OSError:  # the client has gone, or does not speak TLS
-            if self._tls is None:  # with TLS, the transport owns the socket and may still send an alert
+    async def _begin(self, connection: socket.socket, peer: object) -> None:
+        connect, begin = self._loop.connect_accepted_socket, self._protocol_factory
+        connection.setblocking(False)
+        if self._tls is None:
+            try:
+                await connect(begin, connection)
+            except OSError:  # the client has gone
                 connection.close()
+            return
+        # The transport owns the socket and may still send an alert, even if the client does not speak TLS.
+        with (
+            self._limit.handshake(address_of(peer)) as time_s,
+            contextlib.suppress(OSError),
+        ):
+            await connect(begin, connection, ssl=self._tls, ssl_handshake_timeout=time_s)
 
     def _pause(self, error: OSError) -> None:
         """Stop accepting for a moment; otherwise the socket would stay readable and the loop would spin."""
@@ -183,13 +193,14 @@ class Acceptor:
         self._resume = self._loop.call_later(_PAUSE_S, self._loop.add_reader, self._listener, self._accept)
 
 
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Return a uvloop event loop whose servers on given sockets are `Acceptor`s."""
+def new_event_loop(limit: ConnectionLimit | None = None) -> asyncio.AbstractEventLoop:
+    """Return a uvloop event loop whose servers on given sockets are `Acceptor`s with this limit."""
+    shared = limit or ConnectionLimit(0)
 
     class Loop(uvloop.Loop):
         async def create_server(self, *args: Any, sock: Any = None, **options: Any) -> Any:
             if sock is None:
                 return await super().create_server(*args, **options)
-            return Acceptor(self, args[0], sock, options.get("ssl"))
+            return Acceptor(self, args[0], sock, shared, options.get("ssl"))
 
     return Loop()

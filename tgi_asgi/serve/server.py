@@ -9,6 +9,7 @@ import asyncio
 import gc
 import logging
 import signal
+from functools import partial
 from typing import NoReturn, cast
 
 from hypercorn.asyncio import serve as hypercorn_serve
@@ -47,8 +48,9 @@ def run(settings: Settings, loader: Loader = load_model) -> int:
     listener = listen(settings)
     url = url_of(listener, is_tls=settings.ssl_certfile is not None)
     config = make_config(listener, settings)
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(Server(settings, url, loader).serve(config))
+    limit = ConnectionLimit(settings.max_connections_per_client)
+    with asyncio.Runner(loop_factory=partial(new_event_loop, limit)) as runner:
+        return runner.run(Server(settings, url, loader).serve(config, limit))
 
 
 class Server:
@@ -65,20 +67,20 @@ class Server:
         self._stop = asyncio.Event()
         self._drain: asyncio.Task[None] | None = None
         self._signalled_at = 0.0  # by the loop's clock
-        self._failure: BaseException | None = None
         self._stage = ""
 
-    async def serve(self, config: Config) -> int:
+    async def serve(self, config: Config, limit: ConnectionLimit) -> int:
         """Serve as configured until the process is to end; return its exit code."""
         self.handle_signals()
-        install(ConnectionLimit(self._settings.max_connections_per_client))
+        install(limit)
         app = cast(ASGIFramework, self._app)  # hypercorn types each message, ASGI uses a mapping
         await hypercorn_serve(app, config, shutdown_trigger=self._stop.wait, mode="asgi")
-        if self._failure is None:
+        failure = self._app.context.failure
+        if failure is None:
             return 0
-        if isinstance(self._failure, TgiError):
-            raise self._failure
-        raise ModelLoadError(f"{type(self._failure).__name__}: {self._failure}") from self._failure
+        if isinstance(failure, TgiError):
+            raise failure
+        raise ModelLoadError(f"{type(failure).__name__}: {failure}") from failure
 
     def handle_signals(self) -> None:
         """Drain on SIGTERM and SIGINT, reload on SIGHUP."""
@@ -106,8 +108,7 @@ class Server:
     def _on_fatal(self, error: BaseException) -> None:
         """Stop because the model could not be loaded or the engine has died."""
         self._console.close()
-        self._failure = error
-        self._close(str(error), 1)
+        self._close()
 
     def _on_signal(self, number: int) -> None:
         served = self._app.context.served
@@ -137,12 +138,17 @@ class Server:
         try:
             await cast(OwnedEngine, served.engine).drain(timeout_s)
         finally:
-            self._close(None, 0)
+            if self._app.context.failure is None:  # a dead engine is drained, too: `_on_fatal` is called soon
+                self._close()
 
-    def _close(self, reason: str | None, code: int) -> None:
+    def _close(self) -> None:
         """Let hypercorn close, then end the process even if a connection or a step hangs."""
         self._stop.set()
-        asyncio.get_running_loop().call_later(CLOSE_S, self._end, reason, code)
+        asyncio.get_running_loop().call_later(CLOSE_S, self._give_up)
+
+    def _give_up(self) -> None:
+        failure = self._app.context.failure
+        self._end(None if failure is None else str(failure), int(failure is not None))
 
     def _end(self, reason: str | None, code: int) -> NoReturn:
         end_process(reason, code, is_logged=self._settings.json_output)
