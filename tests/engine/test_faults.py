@@ -85,6 +85,25 @@ async def test_a_chunk_that_finds_no_memory_runs_in_smaller_ones(make_engine: Ma
     assert engine.stats.failed == 0
 
 
+async def test_a_decode_step_that_finds_no_memory_does_not_make_chunks_smaller(
+    make_engine: MakeEngine,
+) -> None:
+    runner = FakeRunner(num_blocks=400)
+    engine = make_engine(runner)
+    faults = [MemoryError()]
+
+    def fault(plan: StepPlan) -> Exception | None:
+        is_decode_step = len(plan.rows) == 2 and all(row.token_ids is None for row in plan.rows)
+        return faults.pop() if faults and is_decode_step else None
+
+    runner.fault = fault
+    before = engine._loop._budget._limit
+    answers = await asyncio.gather(*(ask(engine, make_request([index] * 9, 20)) for index in range(2)))
+    assert [answer.error for answer in answers] == [None, None]
+    assert engine.stats.failed_steps == 1
+    assert engine._loop._budget._limit == before
+
+
 async def test_a_client_whose_prompts_all_fail_does_not_end_the_server(make_engine: MakeEngine) -> None:
     runner = FakeRunner(num_blocks=400)
     runner.fault = poisoned_slots(runner)

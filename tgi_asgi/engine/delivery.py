@@ -70,12 +70,9 @@ class Delivery:
                 self._keep_prompt_logprobs(channel, step, row, result)
             if row in result.pooled:
                 self._end_pooled(sequence, result.pooled[row], now)
-                continue
-            sampled = result.sampled[row]
-            if sampled is None:
-                continue
-            self._deliver_token(sequence, sampled, now)
-            self._deliver_draft_samples(sequence, result.draft_samples.get(row, []), now)
+            elif (sampled := result.sampled[row]) is not None:
+                self._deliver_token(sequence, sampled, now)
+                self._deliver_draft_samples(sequence, result.draft_samples.get(row, []), now)
             if self._clock() > self._yield_at:
                 await self._yield_to_loop()
 

@@ -51,9 +51,19 @@ def group_key(digest: bytes, group: int) -> bytes:
 
 
 def find_hit(
-    pool: BlockPool, needs: BlockNeeds, sequence: Sequence, num_blocks: int, states: KeptStates | None = None
+    pool: BlockPool,
+    needs: BlockNeeds,
+    sequence: Sequence,
+    num_blocks: int,
+    states: KeptStates | None = None,
+    *,
+    notes_misses: bool = True,
 ) -> Hit:
-    """Return the longest hit of at most `num_blocks` blocks; with `states`, it must end at a kept state."""
+    """Return the longest hit of at most `num_blocks` blocks; with `states`, it must end at a kept state.
+
+    Args:
+        notes_misses: Whether to tell the pool which evicted contents were wanted.
+    """
     size, num_groups = needs.block_size, len(needs.windows)
     blocks: list[list[int]] = [[] for _ in range(num_groups)]
     end = num_blocks
@@ -84,7 +94,7 @@ def find_hit(
             blocks[group] = [
                 block for index in range(first, end) if (block := find(group, index)) is not None
             ]
-    for group in range(num_groups):  # tell the pool which evicted contents were wanted
+    for group in range(num_groups if notes_misses else 0):
         start = num_found if needs.windows[group] is None else end  # what is before it was found
         first = max(needs.first_read(group, num_blocks * size), start)
         for index in range(first, num_blocks):

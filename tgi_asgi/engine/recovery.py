@@ -65,7 +65,7 @@ class Recovery:
                 raise error
             self._fail_restarted(step, error)
             self._scheduler.rollback(step)
-            if isinstance(error, MemoryError):
+            if isinstance(error, MemoryError) and step.num_prefill_tokens:
                 self._budget.shrink(step.num_prefill_tokens)
             if num_rows != 1:
                 parts, max_tokens = [range(num_rows // 2), range(num_rows // 2, num_rows)], None

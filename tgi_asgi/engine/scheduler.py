@@ -26,6 +26,7 @@ applied. A prompt that starts over rewrites all of its blocks, so they count as 
 
 from __future__ import annotations
 
+from functools import partial
 from operator import attrgetter
 
 from tgi_asgi.engine.blocks import BlockPool
@@ -34,6 +35,7 @@ from tgi_asgi.engine.drafting import plan_drafts
 from tgi_asgi.engine.image_encoding import ChunkBoundaries, awaits_image, plan_image_encoding
 from tgi_asgi.engine.policy import SchedulingPolicy
 from tgi_asgi.engine.preemption import choose_victim, num_missing_blocks
+from tgi_asgi.engine.prompt_turns import ClaimHistory, PromptTurns
 from tgi_asgi.engine.running_set import RunningSet
 from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.stats import EngineStats
@@ -50,8 +52,9 @@ _urgency = attrgetter("urgency")
 class Scheduler:
     """Continuous batching with chunked prefill, a prefix cache and preemption by recomputation.
 
-    The running sequences are kept in order of urgency. Decode rows go first, then chunks of running prompts,
-    then new prompts, as long as tokens, slots and blocks last. When a sequence needs a block and none is
+    The running sequences are kept in order of urgency. Decode rows go first, then new prompts that need not
+    wait for those in prefill (`prompt_turns.py`), chunks of the latter, and other new prompts, as long as
+    tokens, slots and blocks last. When a sequence needs a block and none is
     free, the tenant that holds the most blocks loses its least urgent sequence. The most urgent sequence of
     all is never preempted, and every request fits into the pool on its own (the engine checks), so there is
     always progress.
@@ -80,6 +83,7 @@ class Scheduler:
         self._stats = stats
         self._running = RunningSet(traits.max_batch_size, policy.max_adapters)
         self._waiting = WaitingQueue()
+        self._claims = ClaimHistory()
         self._num_waiting = 0
         self._num_postponed = 0  # steps in a row in which prompts that could have started did not
         self._next_step = 0
@@ -147,11 +151,7 @@ class Scheduler:
             budget = min(budget, self.traits.max_step_tokens - step.num_decode_rows)
             if self._has_vision and step.num_decode_rows and any(map(awaits_image, prefilling)):
                 budget = max(budget // 2, self.block_size)
-        for sequence in prefilling:
-            if budget > 0:
-                budget -= self._plan_chunk(step, sequence, budget)
-        if self._may_admit(step):
-            self._admit(step, budget)
+        self._plan_prompts(step, prefilling, budget)
         if step.pending_images:
             left = 1.0 - step.num_prefill_tokens / max(budget, step.num_prefill_tokens, 1)
             spare_s = left * self._budget.spare_s(step.num_decode_rows, waited_s)
@@ -232,6 +232,33 @@ class Scheduler:
         else:
             sequence.reset_to(Stage.WAITING)
             self._waiting.push(sequence)
+
+    def _plan_prompts(self, step: Step, prefilling: list[Sequence], budget: int) -> None:
+        """Add rows for prompts in prefill and for new ones, as long as tokens, slots and blocks last."""
+        may_admit = self._may_admit(step)
+        if self._may_interleave(prefilling):
+            turns = PromptTurns(
+                budget, prefilling, self._waiting, self.tables, self._running.adapters, self._claims
+            )
+            if may_admit:
+                self._admit_ahead(step, turns)
+            turns.go_on(partial(self._plan_chunk, step))
+            budget = turns.left
+        else:
+            for sequence in prefilling:
+                if budget > 0:
+                    budget -= self._plan_chunk(step, sequence, budget)
+        if may_admit:
+            self._admit(step, budget)
+
+    def _may_interleave(self, prefilling: list[Sequence]) -> bool:
+        """Return whether other prompts may take tokens before those in prefill do.
+
+        What may not be cut might otherwise never find enough tokens left in a step.
+        """
+        if not prefilling or self.traits.takes_whole_prompts:
+            return False
+        return not (self._has_vision and any(map(self.chunk_boundaries.spans, prefilling)))
 
     def _plan_chunk(self, step: Step, sequence: Sequence, budget: int) -> int:
         """Add a row with as many of the sequence's known tokens as the budget allows; return how many.
@@ -328,6 +355,19 @@ class Scheduler:
         self._num_postponed = 0
         return True
 
+    def _admit_ahead(self, step: Step, turns: PromptTurns) -> None:
+        """Start waiting sequences that need not wait for prompts in prefill."""
+        running = self._running
+        while running.free_slots:
+            sequence = self._waiting.first(running.num_of_tenant, turns.candidate)
+            if sequence is None:
+                return
+            count = self._start(step, sequence, turns.limit(sequence))
+            if count is None:
+                return
+            if sequence.stage is Stage.RUNNING:
+                turns.start(sequence, count)
+
     def _admit(self, step: Step, budget: int) -> None:
         """Start waiting sequences, strictly in turn, while tokens, slots and blocks last.
 
@@ -337,18 +377,27 @@ class Scheduler:
         running, size = self._running, self.block_size
         while running.free_slots and (budget >= size or (budget > 0 and not step.num_prefill_tokens)):
             sequence = self._waiting.first(running.num_of_tenant)
-            if sequence is not None and not running.adapters.may_run(sequence):
-                self._waiting.pop(sequence)
-                running.adapters.park(sequence)
-                continue
-            if sequence is not None and not self._fits(step, sequence, budget):
+            count = None if sequence is None else self._start(step, sequence, budget)
+            if count is None:
                 return
-            if sequence is None or not self.tables.start(sequence, running.sequences):
-                return
+            budget -= count
+
+    def _start(self, step: Step, sequence: Sequence, budget: int) -> int | None:
+        """Start the sequence whose turn it is, or park it; return how many of its tokens this step computes.
+
+        Returns None if too few tokens or blocks are left for it.
+        """
+        running = self._running
+        if not running.adapters.may_run(sequence):
             self._waiting.pop(sequence)
-            running.enter(sequence)
-            self._num_waiting -= 1
-            budget -= self._plan_chunk(step, sequence, budget)
+            running.adapters.park(sequence)
+            return 0
+        if not (self._fits(step, sequence, budget) and self.tables.start(sequence, running.sequences)):
+            return None
+        self._waiting.pop(sequence)
+        running.enter(sequence)
+        self._num_waiting -= 1
+        return self._plan_chunk(step, sequence, budget)
 
     def _fits(self, step: Step, sequence: Sequence, budget: int) -> bool:
         """Return whether part of a sequence can be computed, or all of it if prompts may not be cut."""

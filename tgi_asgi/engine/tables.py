@@ -145,6 +145,26 @@ class BlockTables:
     def _may_look_up(self, sequence: Sequence) -> bool:
         return self._prefix_cache and sequence.request.uses_prefix_cache and not sequence.needs_all
 
+    def num_to_compute(self, sequence: Sequence) -> int:
+        """Return how many of a waiting sequence's known tokens are not in the prefix cache."""
+        num_tokens = len(sequence.token_ids)
+        if not self._may_look_up(sequence):
+            return num_tokens
+        num_shared = self._num_shared(sequence, num_tokens - 1)
+        hit = find_hit(self.pool, self.needs, sequence, num_shared, self.states, notes_misses=False)
+        return num_tokens - hit.num_blocks * self.block_size
+
+    def shares_next(self, sequence: Sequence, other: Sequence) -> bool:
+        """Return whether a waiting sequence has the same tokens in the block that another computes next.
+
+        Once that is computed, the waiting one most likely finds it in the prefix cache.
+        """
+        start = other.num_computed - other.num_computed % self.block_size
+        end = start + self.block_size
+        if end > len(sequence.token_ids) or not self._may_look_up(sequence):
+            return False
+        return sequence.token_ids[start:end] == other.token_ids[start:end]
+
     def _num_shared(self, sequence: Sequence, num_tokens: int) -> int:
         """Return how many blocks that others may share are filled by the first `num_tokens` tokens."""
         if self._shares_only_prompts:

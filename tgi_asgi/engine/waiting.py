@@ -7,7 +7,8 @@ counted against (an API key). Without keys there is one tenant, and only urgency
 from __future__ import annotations
 
 from collections import Counter
-from heapq import heapify, heappop, heappush
+from collections.abc import Callable, KeysView
+from heapq import heapify, heappop, heappush, nsmallest
 
 from tgi_asgi.engine.sequence import Sequence, Stage
 
@@ -38,8 +39,32 @@ class WaitingQueue:
         heappush(self._heaps.setdefault(sequence.tenant, []), (sequence.urgency, sequence))
         self._num_entries += 1
 
-    def first(self, num_running: Counter[str | None]) -> Sequence | None:
-        """Return the sequence whose turn it is, if any."""
+    @property
+    def tenants(self) -> KeysView[str | None]:
+        """The tenants that have entries."""
+        return self._heaps.keys()
+
+    def candidates(self, tenant: str | None, longest: int, count: int) -> list[Sequence]:
+        """Return a tenant's sequences with prompts of at most `longest` tokens, most urgent first.
+
+        The `count` most urgent ones are returned whatever their length. Takes 0.2 us per entry.
+        """
+        heap = self._heaps.get(tenant, [])
+        short = {entry for entry in heap if entry[1].prompt_len <= longest}
+        found = sorted(short.union(nsmallest(count, heap)))
+        return [sequence for _, sequence in found if sequence.stage is Stage.WAITING]
+
+    def first(
+        self,
+        num_running: Counter[str | None],
+        choose: Callable[[Sequence], Sequence | None] | None = None,
+    ) -> Sequence | None:
+        """Return the sequence whose turn it is, if any.
+
+        Args:
+            choose: Returns which of a tenant's sequences may have the turn, if any, from its most urgent one.
+                Without it, that is the one.
+        """
         best: Sequence | None = None
         best_key: tuple[int, tuple[float, int, int]] | None = None
         for tenant, heap in list(self._heaps.items()):
@@ -48,15 +73,24 @@ class WaitingQueue:
             if not heap:
                 del self._heaps[tenant]
                 continue
-            urgency, sequence = heap[0]
-            key = (0 if sequence.was_preempted else num_running[tenant], urgency)
+            chosen = heap[0][1] if choose is None else choose(heap[0][1])
+            if chosen is None:
+                continue
+            key = (0 if chosen.was_preempted else num_running[tenant], chosen.urgency)
             if best_key is None or key < best_key:
-                best, best_key = sequence, key
+                best, best_key = chosen, key
         return best
 
     def pop(self, sequence: Sequence) -> None:
         """Remove the sequence that `first` returned."""
-        self._drop_head(self._heaps[sequence.tenant])
+        heap = self._heaps[sequence.tenant]
+        if heap[0][1] is not sequence:
+            # To the head first: takes 5 us per 100 entries, and only a prompt that overtakes needs it.
+            heap.remove((sequence.urgency, sequence))
+            heapify(heap)
+            self._num_entries -= 1
+        else:
+            self._drop_head(heap)
 
     def compact(self, num_waiting: int) -> None:
         """Drop stale entries once they are in the majority."""

@@ -1,0 +1,235 @@
+"""How a step's prompt tokens are shared while prompts are in prefill, and which new prompts may go first.
+
+Tenants get equal parts; what one leaves goes to the others. Within a tenant, the most urgent prompt goes
+first. If it is long, up to half of the tenant's part goes to much shorter prompts behind it:
+
+    budget    tenant a                                  tenant b
+              at most half: shorter  | the first one
+              c c d d d              a a a a a a a      e e e e e e e e e e e e
+
+A short prompt delays a long one by no more than its own computation, and the long one keeps half of its pace.
+A prompt that overtakes is at most a quarter as long as what is left of those that it overtakes, unless it can
+be computed at once. The half-computed prompts of a tenant, which hold blocks, thus stay few: those behind the
+first one need a third of its blocks together. Only more urgent prompts add to them.
+
+Called only by the scheduler; knows neither torch nor asyncio.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable
+from operator import attrgetter
+from typing import NamedTuple
+
+from tgi_asgi.engine.running_adapters import RunningAdapters
+from tgi_asgi.engine.sequence import Sequence, Stage
+from tgi_asgi.engine.tables import BlockTables
+from tgi_asgi.engine.waiting import WaitingQueue
+
+_OVERTAKING_DIVISOR = 2  # divisor of a tenant's part: what prompts that overtake may use of it
+_MUCH_SHORTER = 4  # divisor of what is left of a prompt: the length up to which others may overtake it
+_MAX_LOOKUPS = 8  # in the prefix cache, per step, to find prompts that are short once their prefix is shared
+_MAX_STALE = 1000  # claims to remember besides those of a step
+
+_urgency = attrgetter("urgency")
+
+
+class Claim(NamedTuple):
+    """A claim to a part of each step's prompt tokens."""
+
+    tenant: str | None
+    overtakes: bool  # whether it is that of the shorter prompts, or that of the first one
+
+
+class ClaimHistory:
+    """The order of the claims' last turns: a step may have fewer blocks of tokens than there are claims."""
+
+    __slots__ = ("_in_order",)
+
+    def __init__(self) -> None:
+        self._in_order: dict[Claim, None] = {}  # the last turn that is longest ago is first
+
+    def choose(self, claims: list[Claim], count: int) -> list[Claim]:
+        """Return the `count` claims whose last turns are longest ago; note that they have one now."""
+        if len(claims) > count:
+            places = {claim: place for place, claim in enumerate(self._in_order)}
+            claims = sorted(claims, key=lambda claim: places.get(claim, -1))[:count]
+        for claim in claims:
+            self._in_order.pop(claim, None)
+            self._in_order[claim] = None
+        while len(self._in_order) > len(claims) + _MAX_STALE:
+            del self._in_order[next(iter(self._in_order))]
+        return claims
+
+
+class PromptTurns:
+    """The turns of the prompts in one step: first those that start ahead of others, then those in prefill.
+
+    Args:
+        budget: Number of prompt tokens in the step.
+        prefilling: The sequences in prefill, most urgent first.
+
+    Attributes:
+        left: Number of tokens that are left of the budget.
+    """
+
+    __slots__ = (
+        "_adapters", "_continuing", "_lines", "_lookups_left", "_next", "_prefilling", "_shares",
+        "_tables", "_waiting", "left",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        budget: int,
+        prefilling: list[Sequence],
+        waiting: WaitingQueue,
+        tables: BlockTables,
+        adapters: RunningAdapters,
+        history: ClaimHistory,
+    ) -> None:
+        self.left = budget
+        self._waiting, self._tables, self._adapters = waiting, tables, adapters
+        self._lookups_left = _MAX_LOOKUPS
+        self._lines: dict[str | None, list[Sequence]] = {}  # by tenant: who may overtake, most urgent last
+        self._next: dict[str | None, Sequence | None] = {}  # by tenant: the next of its line
+        self._prefilling: dict[str | None, list[Sequence]] = {}  # by tenant, most urgent first
+        for sequence in prefilling:
+            self._prefilling.setdefault(sequence.tenant, []).append(sequence)
+        self._shares = self._divide(history)
+        self._continuing = self._in_turn(prefilling)
+
+    def _in_turn(self, prefilling: list[Sequence]) -> list[tuple[Claim | None, Sequence]]:
+        """Return the sequences in prefill in the order of their turns, each with its claim, if it has one.
+
+        The longest of those with a claim is last, because it can take what others leave.
+        """
+        with_claim: list[tuple[Claim, Sequence]] = []
+        others: list[tuple[None, Sequence]] = []
+        for sequence in prefilling:
+            first = self._prefilling[sequence.tenant][0]
+            is_first = sequence is first
+            if is_first or (_is_much_shorter(sequence, first) and _may_overtake(sequence, first)):
+                with_claim.append((Claim(sequence.tenant, overtakes=not is_first), sequence))
+            else:
+                others.append((None, sequence))
+        with_claim.sort(key=lambda turn: (turn[0] not in self._shares, _num_left(turn[1])))
+        return [*with_claim, *others]
+
+    def _divide(self, history: ClaimHistory) -> dict[Claim, int]:
+        """Return how many tokens each claim has: at least a block, or none if it is not its turn."""
+        size, waiting = self._tables.block_size, self._waiting.tenants
+        claims = [Claim(tenant, False) for tenant in dict.fromkeys([*self._prefilling, *waiting])]
+        for tenant, prefilling in self._prefilling.items():
+            if len(prefilling) > 1 or tenant in waiting:
+                claims.append(Claim(tenant, True))
+        claims = history.choose(claims, max(self.left // size, 1))
+        part = self.left // len({claim.tenant for claim in claims})
+        shares: dict[Claim, int] = {}
+        for claim in sorted(claims, key=lambda claim: not claim.overtakes):
+            other = Claim(claim.tenant, not claim.overtakes)
+            share = part - shares.get(other, 0)
+            if claim.overtakes and other in claims:
+                share //= _OVERTAKING_DIVISOR
+            shares[claim] = max(share - share % size, size)
+        return shares
+
+    def candidate(self, head: Sequence) -> Sequence | None:
+        """Return a tenant's next waiting sequence that may start before its prompts in prefill go on.
+
+        Args:
+            head: The tenant's most urgent waiting sequence.
+        """
+        claim = self._claim_of_new(head)
+        if self._limit(claim) < self._tables.block_size:
+            return None
+        if not claim.overtakes:
+            return head
+        found = self._next.get(head.tenant)
+        if found is None or found.stage is not Stage.WAITING:
+            found = self._next[head.tenant] = self._next_overtaking(head.tenant)
+        return found
+
+    def _next_overtaking(self, tenant: str | None) -> Sequence | None:
+        """Return the most urgent waiting sequence that may overtake the tenant's prompts in prefill."""
+        first, longest = self._prefilling[tenant][0], self._longest_to_overtake(tenant)
+        line = self._lines.get(tenant)
+        if line is None:
+            line = self._lines[tenant] = self._waiting.candidates(tenant, longest, _MAX_LOOKUPS)[::-1]
+        while line:
+            sequence = line.pop()
+            may_run = _may_overtake(sequence, first) and self._adapters.may_run(sequence)
+            if not may_run or self._tables.shares_next(sequence, first):
+                continue
+            num_left = _num_left(sequence)
+            if num_left > longest and self._lookups_left:
+                self._lookups_left -= 1
+                num_left = self._tables.num_to_compute(sequence)
+            if num_left <= longest:
+                return sequence
+        return None
+
+    def _longest_to_overtake(self, tenant: str | None) -> int:
+        """Return how many tokens a prompt may compute that overtakes the tenant's prompts in prefill.
+
+        It may be cut, and thus hold its blocks for a while, only if it is much shorter than all of these.
+        """
+        prefilling = self._prefilling[tenant]
+        at_once = min(self._shares[Claim(tenant, True)], _num_left(prefilling[0]) // _MUCH_SHORTER)
+        return max(at_once, min(map(_num_left, prefilling)) // _MUCH_SHORTER)
+
+    def _claim_of_new(self, sequence: Sequence) -> Claim:
+        prefilling = self._prefilling.get(sequence.tenant)
+        overtakes = prefilling is not None and prefilling[0].urgency < sequence.urgency
+        return Claim(sequence.tenant, overtakes)
+
+    def _limit(self, claim: Claim) -> int:
+        """Return how many tokens a prompt that starts may use: if it overtakes, what its claim has.
+
+        Otherwise, it is its tenant's most urgent prompt and may use all but what other tenants have.
+        """
+        if claim.overtakes:
+            return min(self._shares.get(claim, 0), self.left)
+        shares = self._shares.items()
+        return self.left - sum(share for other, share in shares if other.tenant != claim.tenant)
+
+    def limit(self, sequence: Sequence) -> int:
+        """Return how many tokens the sequence that `candidate` returned may compute."""
+        return self._limit(self._claim_of_new(sequence))
+
+    def start(self, sequence: Sequence, count: int) -> None:
+        """Note that a sequence has started with `count` tokens."""
+        self._spend(self._claim_of_new(sequence), count)
+        if _num_left(sequence):
+            insort(self._prefilling.setdefault(sequence.tenant, []), sequence, key=_urgency)
+
+    def go_on(self, plan_chunk: Callable[[Sequence, int], int]) -> None:
+        """Give the sequences that were in prefill before the step their turns.
+
+        Args:
+            plan_chunk: Plans at most that many tokens of a sequence, and returns how many.
+        """
+        for index, (claim, sequence) in enumerate(self._continuing):
+            later = {each for each, _ in self._continuing[index + 1 :] if each not in (None, claim)}
+            limit = self.left - sum(share for each, share in self._shares.items() if each in later)
+            if limit > 0:
+                self._spend(claim, plan_chunk(sequence, limit))
+
+    def _spend(self, claim: Claim | None, count: int) -> None:
+        self.left -= count
+        if claim is not None and claim in self._shares:
+            self._shares[claim] = max(self._shares[claim] - count, 0)
+
+
+def _num_left(sequence: Sequence) -> int:
+    """Return how many known tokens of a sequence are not computed."""
+    return len(sequence.token_ids) - sequence.num_computed
+
+
+def _is_much_shorter(sequence: Sequence, first: Sequence) -> bool:
+    return _num_left(sequence) <= _num_left(first) // _MUCH_SHORTER
+
+
+def _may_overtake(sequence: Sequence, first: Sequence) -> bool:
+    """Return whether a sequence may overtake the first one if it is short: not if its priority is lower."""
+    return sequence.request.priority <= first.request.priority
