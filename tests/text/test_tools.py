@@ -178,7 +178,7 @@ def test_an_answer_that_is_no_call_can_be_json_of_any_schema(compiler: GrammarCo
         "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
         "required": ["name", "age"],
     }
-    schemas = [
+    schemas: list[tuple[dict[str, Any], Any]] = [
         ({"type": "object", **person, "additionalProperties": False}, {"name": "Ada", "age": 3}),
         ({"type": "object"}, {"name": "Ada", "result": [1]}),
         ({"type": "array"}, [{"name": "Ada"}, 1]),

@@ -151,8 +151,8 @@ def test_a_layer_that_loses_a_little_of_its_state_continues_token_by_token(
 ) -> None:
     """Zamba's scan loses so little of it that the difference may be within the limit."""
     monkeypatch.setattr(check, "LARGEST", 1.0)
-    recurrent = load_generic(checkpoint(model_type)).recurrent
-    assert recurrent is not None and recurrent.continues_by_token == by_token
+    loaded: Any = load_generic(checkpoint(model_type))
+    assert loaded.recurrent.continues_by_token == by_token
 
 
 def with_layers(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
