@@ -145,8 +145,8 @@ def _body(
         text = f"PLAIN: /(.|\\n)+/ & ~/({'|'.join(openings)})(.|\\n)*/"
         return 'PLAIN | "" | calls', [kind.rules_beside_text(arguments, is_parallel=tools.is_parallel), text]
     marker = marked_expression(kind.marker, mark, kind.markers) if kind.marker else ""
-    are_all = content is None or tools.must_call
-    make_rules = kind.rules if are_all else kind.rules_beside_json
+    may_be_content = content is not None and not tools.must_call
+    make_rules = kind.rules_beside_json if may_be_content else kind.rules
     rules = [make_rules(arguments, mark, is_parallel=tools.is_parallel)]
     calls = f"({marker})? calls" if marker and kind.may_begin else f"{marker} calls".strip()
     if tools.must_call:

@@ -101,9 +101,8 @@ class Forms:
             return dumped(written)
         value = literal_value(text)
         is_quoted = isinstance(value, str) and not self.may_be_null
-        return (
-            found if is_quoted or any(_allows(schema, value) for schema in self.others) else dumped(written)
-        )
+        is_other = any(_allows(schema, value) for schema in self.others)
+        return found if is_quoted or is_other else dumped(written)
 
     def read_json(self, written: str) -> str:
         """Return the JSON of a value that a model has marked as JSON."""
