@@ -94,7 +94,8 @@ def test_a_processor_that_fails_refuses_the_model_before_its_weights(
     opened = OpenGeneric(tmp_path, config, trusts_code=False)
     monkeypatch.setattr(VisionProcessor, "process", process)
     monkeypatch.setattr(check, "TESTED_CLASSES", frozenset())
-    with pytest.raises(ModelLoadError, match=r"LlavaForConditionalGeneration cannot process images here"):
+    reason = r"LlavaForConditionalGeneration cannot process images here \(NotImplementedError\)"
+    with pytest.raises(ModelLoadError, match=reason):
         opened.image_processor(tmp_path)
 
 
@@ -109,6 +110,23 @@ def test_an_image_that_a_processor_stumbles_over_is_a_client_s_mistake(
     processor = vision.processor_of(tmp_path)
     monkeypatch.setattr(processor._processor, "_process_images", stumble)
     with pytest.raises(InvalidRequest, match="`image_url` is an image that the model does not take"):
+        processor.process([Image(vision.picture(1, 1), b"d" * 32, "image_url")])
+
+
+def test_an_image_without_tokens_is_a_client_s_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As LightOnOCR's processor makes them of strips that are narrower than two patches."""
+    vision.make("llava", tmp_path)
+    processor = vision.processor_of(tmp_path)
+    process = processor._processor._process_images
+
+    def without_tokens(*given: Any, **options: Any) -> Any:
+        found, _ = process(*given, **options)
+        return found, [""]
+
+    monkeypatch.setattr(processor._processor, "_process_images", without_tokens)
+    with pytest.raises(InvalidRequest, match="does not take: it is too small or too narrow"):
         processor.process([Image(vision.picture(1, 1), b"d" * 32, "image_url")])
 
 

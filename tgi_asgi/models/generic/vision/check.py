@@ -73,7 +73,7 @@ def check_images(model: GenericModel, processor: VisionProcessor) -> None:
 
 
 def _refused(architecture: str, error: Exception) -> ModelLoadError:
-    reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    reason = f"{type(error).__name__}: {str(error).strip()[:300]}".removesuffix(": ")
     return ModelLoadError(
         f"{architecture} cannot process images here ({reason}). Remove preprocessor_config.json and "
         "processor_config.json to serve it for text only"

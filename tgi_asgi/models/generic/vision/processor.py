@@ -77,6 +77,10 @@ class VisionProcessor:
             found, texts = self._processor._process_images(
                 [given] if self._is_together else given, **self._options
             )
+            text = str(texts[0])
+            num_tokens = text.count(self._token)
+            if num_tokens == 0:  # LightOnOCR's processor refuses no strip
+                raise ValueError("it is too small or too narrow")
         except (
             ValueError,
             ArithmeticError,
@@ -88,11 +92,8 @@ class VisionProcessor:
         inputs = {name: _tensor(found[name]) for name in self._input_names if name in found}
         if is_one_of_several:
             inputs = {name: each[:1] for name, each in inputs.items()}
-        text = str(texts[0])
         num_bytes = sum(each.numel() * each.element_size() for each in inputs.values())
-        return ProcessedImage(
-            text, self._token_id, text.count(self._token), inputs, num_bytes, self._needs_gap
-        )
+        return ProcessedImage(text, self._token_id, num_tokens, inputs, num_bytes, self._needs_gap)
 
 
 def load_processor(
