@@ -77,6 +77,7 @@ class _Values:
         self._rule, self._tool, self._quote = rule, tool, quote
         self._num_objects = 0
         self._num_left = _MAX_VALUES
+        self._reported: set[tuple[int, str]] = set()  # schemas, which the tool keeps, and types of values
 
     def items(
         self, each: Iterable[tuple[str, Any, bool]], depth: int = 0, *, others: Any = None
@@ -138,6 +139,10 @@ class _Values:
 
     def _leave_out(self, kind: object, described: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
         """Report unenforced keywords; an invalid schema is refused, or left free, by its tool."""
+        key = (id(schema), str(kind))
+        if key in self._reported:  # definitions are used again and again
+            return
+        self._reported.add(key)
         num_ignored = len(self._tool.ignored)
         self._tool.value(schema)
         is_free = kind in ("string", "array", "object") and not described.keys() - _ANNOTATIONS
