@@ -123,6 +123,20 @@ def test_answers_have_the_logits_of_transformers(model_type: str, checkpoint: Ch
         assert np.abs(found - expected).max() / np.abs(expected).max() < EQUAL
 
 
+@pytest.mark.parametrize("num_layers", [1, 5])
+@pytest.mark.parametrize(
+    "model_type", ["t5", *(pytest.param(name, marks=pytest.mark.models) for name in ("longt5", "umt5"))]
+)
+def test_a_decoder_may_have_more_or_fewer_layers_than_its_encoder(
+    model_type: str, num_layers: int, tmp_path: Path
+) -> None:
+    encoder_decoders.make(model_type, tmp_path, num_decoder_layers=num_layers)
+    pairs = random_pairs()
+    references = encoder_decoders.references(tmp_path, pairs)
+    for found, expected in zip(in_steps(load(tmp_path), pairs), references, strict=True):
+        assert np.abs(found - expected).max() / np.abs(expected).max() < EQUAL
+
+
 @pytest.mark.parametrize("model_type", ["t5", "bart"])
 def test_a_sequence_that_is_resumed_goes_on_as_before(model_type: str, checkpoint: Checkpoint) -> None:
     """After a preemption, a row holds the prompt and the answer so far, in chunks that end anywhere."""

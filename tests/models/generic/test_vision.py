@@ -425,6 +425,15 @@ def test_an_image_that_mistral_s_code_fails_on_is_a_client_s_mistake(
         vision.processor_of(folder_of("mistral3")).process([Image(picture(1, 1), b"d" * 32, "image")])
 
 
+def test_pixtral_itself_takes_an_image_of_one_patch(folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of("pixtral")
+    prompt = vision.prompt_of("pixtral", folder, ["a ", picture(1, 1), "?"])
+    assert [image.num_tokens for image in prompt.images] == [1]
+    [found], _ = run(load(folder), [(prompt, ANSWER)], [3])
+    wanted = vision.reference(folder, prompt, ANSWER, vision.open_reference(folder))
+    assert distance(found, wanted) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     "change", [{"do_normalize": False}, {"do_rescale": None}, {"do_pad": False}, {"resample": 3}], ids=str
 )

@@ -160,7 +160,11 @@ def empty_pair(model: Any) -> Any:
     """Return an empty cache for one sequence."""
     from transformers import DynamicCache
 
-    return _pair(DynamicCache(config=model.config.get_text_config(decoder=True)), DynamicCache())
+    config = model.config.get_text_config(decoder=True)
+    # What T5's configurations call their layers are the encoder's; the decoder may have more. Without a
+    # configuration a cache grows as layers come. They have no windows, which only a configuration tells it of.
+    is_counted_apart = hasattr(config, "num_decoder_layers")
+    return _pair(DynamicCache() if is_counted_apart else DynamicCache(config=config), DynamicCache())
 
 
 def _pair(own: Any, prompt: Any) -> Any:

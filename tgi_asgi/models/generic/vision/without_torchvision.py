@@ -26,6 +26,7 @@ class PixtralImages:
     ) -> None:  # fmt: skip
         self.image_processor, self.tokenizer, self.image_token = image_processor, tokenizer, image_token
         self._side = patch_size * spatial_merge_size
+        self._merges = spatial_merge_size > 1
         self._row_end, self._end = image_break_token, image_end_token
 
     def _merge_kwargs(self, **_: Any) -> dict[str, dict[str, Any]]:
@@ -36,7 +37,7 @@ class PixtralImages:
         return found, [self._text(*map(int, size)) for size in found["image_sizes"]]
 
     def _text(self, height: int, width: int) -> str:
-        if height * width <= self._side**2:
+        if self._merges and height * width <= self._side**2:  # Mistral 3's code, not that of Pixtral itself
             raise ValueError("it is too small: the model's code fails where an image is one token")
         row = self.image_token * (width // self._side)
         return self._row_end.join([row] * (height // self._side)) + self._end
