@@ -8,7 +8,7 @@ _UNKNOWN_COST_TOKENS = 128  # size of the first prompt chunk, whose duration rev
 _PATIENCE_S = 1.0  # wait after which the second value of each pair below holds; interpolated before
 _SHARE = (0.5, 2.5)  # minimum time for prompts, as a multiple of the step's decode time
 _STRETCH = (1.0, 1.3)  # multiple of the target
-# A prompt's part while nothing decodes: two such steps hold up what arrives, and cannot be cancelled. Smaller
+# A prompt's part while nothing decodes: such a step holds up what arrives, and cannot be cancelled. Smaller
 # parts would spend their time on reading the weights.
 _ALONE_S = 1.0
 _ALONE_TOKENS = 256

@@ -32,6 +32,7 @@ from tgi_asgi.types import Permit
 log = logging.getLogger(__name__)
 
 _LIMIT_FACTOR = 10  # a step hangs after this many times its expected time, or `step_timeout_s` if longer
+_LONG_STEP_S = 0.25  # of prompts alone; planning the next one costs the runner about 1 ms
 
 
 class ServingLoop:
@@ -192,17 +193,28 @@ class ServingLoop:
         self.scheduler.add(channel.sequences)
 
     def _fill(self) -> None:
-        """Plan and submit until two steps are in flight or there is nothing to compute.
+        """Plan and submit until enough steps are in flight or there is nothing to compute.
 
         Messages are handled first: requests cancelled or refused since the last step must not run.
         """
         self.take_waiting()
-        while self.pipeline.has_room:
+        while self.pipeline.has_room and not self._leaves_room_for_arrivals():
             step = self.scheduler.plan(self._clock())
             if step is None:
                 break
             self.submit(step)
         self._update_gauges()
+
+    def _leaves_room_for_arrivals(self) -> bool:
+        """Whether the next step is planned only when the one in flight has finished.
+
+        This holds for a long step of prompts alone: what arrives during it should not wait for yet another,
+        and the moment for which the runner then has no work is short compared with such a step.
+        """
+        step = self.pipeline.newest
+        if step is None or step.num_decode_rows:
+            return False
+        return self._budget.predict_s(0, step.num_prefill_tokens) > _LONG_STEP_S
 
     def submit(self, step: Step) -> Flight:
         """Submit a step, with a limit on its duration, and note when its requests first ran."""

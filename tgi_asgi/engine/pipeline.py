@@ -74,6 +74,11 @@ class Pipeline:
         return len(self._flights) < MAX_IN_FLIGHT and not self._has_failed
 
     @property
+    def newest(self) -> Step | None:
+        """The last of the steps in flight."""
+        return self._flights[-1].step if self._flights else None
+
+    @property
     def has_done(self) -> bool:
         """Whether `pop_done` would return a step."""
         return bool(self._flights) and self._flights[0].is_done
