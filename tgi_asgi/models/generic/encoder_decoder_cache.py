@@ -161,10 +161,10 @@ def empty_pair(model: Any) -> Any:
     from transformers import DynamicCache
 
     config = model.config.get_text_config(decoder=True)
-    # What T5's configurations call their layers are the encoder's; the decoder may have more. Without a
-    # configuration a cache grows as layers come. They have no windows, which only a configuration tells it of.
-    is_counted_apart = hasattr(config, "num_decoder_layers")
-    return _pair(DynamicCache() if is_counted_apart else DynamicCache(config=config), DynamicCache())
+    # A cache takes the number of layers from the configuration, and T5's counts the encoder's. Without one it
+    # grows as layers come, but knows no windows; T5 has none.
+    counts_encoder = hasattr(config, "num_decoder_layers")
+    return _pair(DynamicCache() if counts_encoder else DynamicCache(config=config), DynamicCache())
 
 
 def _pair(own: Any, prompt: Any) -> Any:
