@@ -31,12 +31,24 @@ def test_no_chunk_is_shorter_than_what_a_gpu_computes_in_the_time_of_a_token() -
     ("token_s", "least", "most"), [(0.0001, 4096, 4096), (0.001, 900, 1100), (0.02, 256, 256)]
 )
 def test_a_prompt_alone_takes_steps_of_a_second(token_s: float, least: int, most: int) -> None:
-    """What arrives waits for two of them: with 4,096 tokens of 20 ms, for three minutes."""
+    """What arrives waits for one of them: with 4,096 tokens of 20 ms, for over a minute."""
     budget = make_budget()
     for _ in range(40):
         tokens = budget.tokens(0)
         budget.observe(0, tokens, 0.01 + tokens * token_s)
     assert least <= budget.tokens(0) <= most and budget.tokens(0) % 16 == 0
+
+
+def test_a_prompt_s_parts_stay_as_long_while_they_grow_dearer() -> None:
+    """A token costs more the more come before it: eight steps of one size would take up to two seconds."""
+    budget, at = make_budget(), 0
+    durations_s = []
+    while at < 12_000:
+        tokens = budget.tokens(0)
+        at += tokens
+        durations_s.append(0.01 + tokens * (0.0012 + at * 2e-7))
+        budget.observe(0, tokens, durations_s[-1])
+    assert max(durations_s) < 1.3
 
 
 @pytest.mark.parametrize("decode_s", [0.005, 0.02, 0.045])

@@ -13,6 +13,7 @@ _STRETCH = (1.0, 1.3)  # multiple of the target
 _ALONE_S = 1.0
 _ALONE_TOKENS = 256
 _AVERAGED_STEPS = 8  # steps of one size to average, as learning takes 17 us and each teaches little
+_TELLING_S = 0.25  # a longer step teaches alone: while eight run, a prompt's parts grow much dearer
 _PROBE_EVERY = 128  # steps, of which the first eight assume cheap drafts: see `cost_s`
 _PROBED_SHARE = 0.25  # upper bound of a row's cost in those eight, as a share of a one-row step
 
@@ -103,7 +104,7 @@ class TokenBudget:
     def observe(
         self, num_decode_rows: int, num_prefill_tokens: int, duration_s: float, *, num_drafts: int = 0
     ) -> None:
-        """Learn from a step that took `duration_s`: at once if its size is new, otherwise every eighth step.
+        """Learn from a step that took `duration_s`: at once if it is long or its size new, else every eighth.
 
         A draft costs as much as a row. A different number of drafts does not count as a new size, because it
         changes with every step.
@@ -122,7 +123,7 @@ class TokenBudget:
             self._time.observe(num_rows, num_prefill_tokens, sum(self._pending_s) / count)
             self._pending_s.clear()
             self._num_pending_drafts = 0
-            self._num_due = _AVERAGED_STEPS
+            self._num_due = 1 if duration_s > _TELLING_S else _AVERAGED_STEPS
         if num_prefill_tokens:
             self._limit = min(self._limit + self._block_size, self._max_tokens)
 
