@@ -161,8 +161,8 @@ def empty_pair(model: Any) -> Any:
     from transformers import DynamicCache
 
     config = model.config.get_text_config(decoder=True)
-    # A cache takes the number of layers from the configuration, and T5's counts the encoder's. Without one it
-    # grows as layers come, but knows no windows; T5 has none.
+    # A cache takes the number of its layers from the configuration, and T5's has that of the encoder there. A
+    # cache without a configuration grows as layers come, but knows no windows; T5 has none.
     counts_encoder = hasattr(config, "num_decoder_layers")
     return _pair(DynamicCache() if counts_encoder else DynamicCache(config=config), DynamicCache())
 

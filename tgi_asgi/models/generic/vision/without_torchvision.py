@@ -37,7 +37,8 @@ class PixtralImages:
         return found, [self._text(*map(int, size)) for size in found["image_sizes"]]
 
     def _text(self, height: int, width: int) -> str:
-        if self._merges and height * width <= self._side**2:  # Mistral 3's code, not that of Pixtral itself
+        # Mistral 3, which merges patches, drops a dimension then; Pixtral, which does not, has no such fault.
+        if self._merges and height * width <= self._side**2:
             raise ValueError("it is too small: the model's code fails where an image is one token")
         row = self.image_token * (width // self._side)
         return self._row_end.join([row] * (height // self._side)) + self._end
