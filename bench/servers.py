@@ -93,14 +93,15 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """End the process with SIGTERM, then by force. Idempotent."""
+        """End the process with SIGTERM, and what is left of its group by force. Idempotent."""
         if self._process.poll() is None:
             self._process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(15)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+        # vLLM's workers outlive a server that is ended while it loads, and would slow the next one.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         self._log.close()
 
     def memory_mib(self, kind: str = "Pss") -> float:

@@ -12,40 +12,50 @@ def make_budget(target_s: float = 0.05) -> TokenBudget:
 
 
 def test_the_first_chunk_is_modest_whatever_the_maximum() -> None:
-    assert make_budget().tokens(0) == 128
-    assert TokenBudget(max_tokens=100, block_size=16, target_s=0.05).tokens(0) == 100
+    assert make_budget().tokens(0, 4000) == 128
+    assert TokenBudget(max_tokens=100, block_size=16, target_s=0.05).tokens(0, 4000) == 100
 
 
 def test_no_chunk_is_shorter_than_what_a_gpu_computes_in_the_time_of_a_token() -> None:
     budget = TokenBudget(max_tokens=4096, block_size=16, target_s=0.05, min_tokens=512)
-    assert budget.tokens(0) == 512
+    assert budget.tokens(0, 4000) == 512
     budget.observe(0, 512, 0.512)
     for _ in range(20):
         budget.observe(64, 0, 0.2)
-    assert budget.tokens(64) == 512  # 96 without the minimum: see the test of prompts that advance
+    assert budget.tokens(64, 4000) == 512  # 96 without the minimum: see the test of prompts that advance
     budget.shrink(512)
-    assert budget.tokens(64) == 256, "a size that exceeded memory must not be tried again"
+    assert budget.tokens(64, 4000) == 256, "a size that exceeded memory must not be tried again"
 
 
 @pytest.mark.parametrize(
-    ("token_s", "least", "most"), [(0.0001, 4096, 4096), (0.001, 900, 1100), (0.02, 256, 256)]
+    ("token_s", "num_left", "least", "most"),
+    [
+        (0.0001, 500, 4096, 4096),
+        (0.0001, 99_000, 3700, 4096),
+        (0.001, 900, 900, 1100),
+        (0.001, 1200, 350, 420),
+        (0.02, 40, 256, 256),
+        (0.02, 99_000, 256, 256),
+    ],
 )
-def test_a_prompt_alone_takes_steps_of_a_second(token_s: float, least: int, most: int) -> None:
+def test_steps_alone_are_shorter_if_the_next_prompt_does_not_fit(
+    token_s: float, num_left: int, least: int, most: int
+) -> None:
     """What arrives waits for one of them: with 4,096 tokens of 20 ms, for over a minute."""
     budget = make_budget()
     for _ in range(40):
-        tokens = budget.tokens(0)
+        tokens = budget.tokens(0, num_left)
         budget.observe(0, tokens, 0.01 + tokens * token_s)
-    assert least <= budget.tokens(0) <= most and budget.tokens(0) % 16 == 0
+    assert least <= budget.tokens(0, num_left) <= most and budget.tokens(0, num_left) % 16 == 0
 
 
-def test_parts_of_long_prompts_stay_about_a_second_long() -> None:
-    """A token costs more the more come before it. Learnt from by eights, parts grew to 1.7 s here."""
+def test_parts_of_long_prompts_stay_short() -> None:
+    """A token costs more the more come before it. Learnt from by eights, parts of one second grew to 1.7 here."""
     budget, durations_s = make_budget(), []
     for num_tokens in (3000, 6500, 6500):
         at = 0
         while at < num_tokens:
-            tokens = min(budget.tokens(0), num_tokens - at)
+            tokens = min(budget.tokens(0, num_tokens - at), num_tokens - at)
             durations_s.append(0.012 + tokens * (0.0012 + (at + tokens / 2) * 2.2e-7))
             budget.observe(0, tokens, durations_s[-1])
             at += tokens
@@ -63,7 +73,7 @@ def test_mixed_steps_settle_on_the_target(decode_s: float, cost_s: float, fixed_
     budget.observe(0, 512, 512 * cost_s * 5)
     budget.observe(8, 0, decode_s)
     for _ in range(60):
-        tokens = budget.tokens(8)
+        tokens = budget.tokens(8, 4000)
         duration_s = decode_s + fixed_s + tokens * cost_s
         budget.observe(8, tokens, duration_s)
     room_s = max(0.05, decode_s * 1.5)  # the target may apply if equal-sized steps hide the decode time
@@ -76,10 +86,10 @@ def test_short_prompts_say_little_of_what_a_token_costs() -> None:
     budget = make_budget()
     budget.observe(8, 0, 0.02)
     budget.observe(8, 512, 0.02 + 512 * 0.0002)
-    before = budget.tokens(8)
+    before = budget.tokens(8, 4000)
     for _ in range(4):
         budget.observe(8, 5, 0.021)
-    assert budget.tokens(8) == pytest.approx(before, abs=32)
+    assert budget.tokens(8, 4000) == pytest.approx(before, abs=32)
 
 
 def test_prompts_advance_even_where_decoding_alone_misses_the_target() -> None:
@@ -87,14 +97,14 @@ def test_prompts_advance_even_where_decoding_alone_misses_the_target() -> None:
     budget.observe(0, 512, 0.512)
     for _ in range(20):
         budget.observe(64, 0, 0.2)
-    assert 90 <= budget.tokens(64) <= 100  # half of the decode time, at 1 ms a token
+    assert 90 <= budget.tokens(64, 4000) <= 100  # half of the decode time, at 1 ms a token
 
 
 def test_a_target_without_end_lets_every_step_have_the_most_prompt_tokens() -> None:
     budget = make_budget(math.inf)
     budget.observe(0, 128, 0.1)
     budget.observe(4, 128, 0.2)
-    assert budget.tokens(4) == 4096
+    assert budget.tokens(4, 4000) == 4096
 
 
 def test_steps_of_one_size_are_learnt_from_together() -> None:
@@ -116,7 +126,7 @@ def test_steps_of_one_size_are_learnt_from_together() -> None:
 def test_at_least_one_block_is_given() -> None:
     budget = make_budget()
     budget.observe(0, 16, 16.0)
-    assert budget.tokens(1) == 16
+    assert budget.tokens(1, 4000) == 16
 
 
 def test_prediction_follows_what_was_seen() -> None:
@@ -131,7 +141,7 @@ def test_the_share_of_prompts_grows_with_their_wait() -> None:
     for _ in range(10):
         budget.observe(0, 512, 0.512)
         budget.observe(64, 0, 0.04)
-    tokens = [budget.tokens(64, waited_s) for waited_s in (-1.0, 0.0, 0.5, 1.0, 60.0)]
+    tokens = [budget.tokens(64, 4000, waited_s) for waited_s in (-1.0, 0.0, 0.5, 1.0, 60.0)]
     assert tokens[0] == tokens[1] == pytest.approx(20, abs=16)  # half of the decode time, at 1 ms a token
     assert tokens[1] < tokens[2] < tokens[3] == tokens[4] == pytest.approx(100, abs=16)  # 2.5 times
 
@@ -141,7 +151,7 @@ def test_the_target_stretches_with_the_wait() -> None:
     for _ in range(10):
         budget.observe(0, 512, 0.512)
         budget.observe(1, 0, 0.004)
-    tokens = [budget.tokens(1, waited_s) for waited_s in (0.0, 0.5, 1.0)]
+    tokens = [budget.tokens(1, 4000, waited_s) for waited_s in (0.0, 0.5, 1.0)]
     assert tokens == pytest.approx([96, 111, 126], abs=16)
     assert tokens[0] < tokens[2]
 

@@ -222,7 +222,7 @@ def test_a_priority_does_not_count_as_waiting() -> None:
     waited: list[float] = []
 
     class Budget:
-        def tokens(self, num_decode_rows: int, waited_s: float) -> int:
+        def tokens(self, num_decode_rows: int, num_left: int, waited_s: float) -> int:
             waited.append(waited_s)
             return 512
 
@@ -231,6 +231,18 @@ def test_a_priority_does_not_count_as_waiting() -> None:
     add_request(scheduler, make_request(5, priority=-10), arrival=100)
     scheduler.plan(now=101.0)
     assert waited == [1.0]
+
+
+def test_only_prompts_that_fit_are_computed_for_a_second_while_nothing_decodes() -> None:
+    """What arrives waits for the step in flight. Here, a token takes a millisecond."""
+    scheduler, runner = make_scheduler(num_blocks=400, max_prefill_tokens=2048), FakeRunner(num_blocks=400)
+    scheduler._budget.observe(0, 1000, 1.0)
+    add_request(scheduler, make_request(range(1500), max_tokens=1), arrival=0)
+    for arrival in (1, 2):
+        prompt = range(500 * arrival, 500 * arrival + 500)  # begins otherwise than all others
+        add_request(scheduler, make_request(prompt, max_tokens=1), arrival=arrival)
+    sizes = [step.num_prefill_tokens for step in run_all(scheduler, runner)]
+    assert sizes == [400, 400, 1004, 696]
 
 
 def test_a_preempted_sequence_forgets_what_a_step_in_flight_samples_for_it() -> None:

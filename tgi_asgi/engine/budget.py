@@ -8,9 +8,11 @@ _UNKNOWN_COST_TOKENS = 128  # size of the first prompt chunk, whose duration rev
 _PATIENCE_S = 1.0  # wait after which the second value of each pair below holds; interpolated before
 _SHARE = (0.5, 2.5)  # minimum time for prompts, as a multiple of the step's decode time
 _STRETCH = (1.0, 1.3)  # multiple of the target
-# A prompt's part while nothing decodes: such a step holds up what arrives, and cannot be cancelled. Smaller
-# parts would spend their time on reading the weights.
-_ALONE_S = 1.0
+# A step while nothing decodes holds up what arrives, and cannot be cancelled. One of whole prompts may be longer:
+# once the first of a burst is answered, the others have only what its stream leaves. Parts of less than 256
+# tokens would spend their time on reading the weights.
+_WHOLE_S = 1.0
+_PART_S = 0.4
 _ALONE_TOKENS = 256
 _AVERAGED_STEPS = 8  # steps of one size to average, as learning takes 17 us and each teaches little
 _TELLING_S = 0.25  # a longer step teaches alone: while eight run, a prompt's parts grow much dearer
@@ -25,7 +27,8 @@ class TokenBudget:
     decoding alone misses the target, the streams are late anyway and starving prompts would not help them.
     Both limits grow with a prompt's wait, to 1.3 times the target and 2.5 times the decode time within a
     second. When many requests arrive at once, all of them are answered soon, and running streams slow down
-    until then. While nothing decodes, a step takes about a second at most, unless 256 tokens take longer.
+    until then. While nothing decodes, a step takes about 0.4 s at most if the next prompt needs more than a
+    second, else a second at most; or as long as 256 tokens take.
 
     Args:
         min_tokens: Least number of prompt tokens in a step, at least a block; fewer would take as long.
@@ -58,22 +61,24 @@ class TokenBudget:
         self._num_due = 1  # steps of this size to average before learning
         self._num_steps = 0
 
-    def tokens(self, num_decode_rows: int, waited_s: float = 0.0) -> int:
+    def tokens(self, num_decode_rows: int, num_left: int, waited_s: float = 0.0) -> int:
         """Return how many prompt tokens the next step may compute: whole blocks, or the maximum.
 
         Never zero, so that prompts always advance.
 
         Args:
+            num_left: How many tokens of the next prompt are not computed.
             waited_s: How long the next prompt has waited.
         """
-        return min(self._wanted(num_decode_rows, waited_s), self._limit)
+        return min(self._wanted(num_decode_rows, num_left, waited_s), self._limit)
 
-    def _wanted(self, num_decode_rows: int, waited_s: float) -> int:
+    def _wanted(self, num_decode_rows: int, num_left: int, waited_s: float) -> int:
         token_s = self._time.token_s
         if token_s is None:
             return min(max(_UNKNOWN_COST_TOKENS, self._min_tokens), self._max_tokens)
         if num_decode_rows == 0:
-            spare_s, least = _ALONE_S, max(_ALONE_TOKENS, self._min_tokens)
+            spare_s = _WHOLE_S if num_left * token_s <= _WHOLE_S else _PART_S
+            least = max(_ALONE_TOKENS, self._min_tokens)
         else:
             spare_s, least = self.spare_s(num_decode_rows, waited_s), self._min_tokens
         if token_s * self._max_tokens <= spare_s:

@@ -113,7 +113,7 @@ class PromptTurns:
                 with_claim.append((Claim(sequence.tenant, overtakes=not is_first), sequence))
             else:
                 others.append((None, sequence))
-        with_claim.sort(key=lambda turn: (turn[0] not in self._shares, _num_left(turn[1])))
+        with_claim.sort(key=lambda turn: (turn[0] not in self._shares, turn[1].num_left))
         return [*with_claim, *others]
 
     def _divide(self, history: ClaimHistory) -> dict[Claim, int]:
@@ -161,7 +161,7 @@ class PromptTurns:
             may_run = _may_overtake(sequence, first) and self._adapters.may_run(sequence)
             if not may_run or self._tables.shares_next(sequence, first):
                 continue
-            num_left = _num_left(sequence)
+            num_left = sequence.num_left
             if num_left > longest and self._lookups_left:
                 self._lookups_left -= 1
                 num_left = self._tables.num_to_compute(sequence)
@@ -175,8 +175,8 @@ class PromptTurns:
         It may be cut, and thus hold its blocks for a while, only if it is much shorter than all of these.
         """
         prefilling = self._prefilling[tenant]
-        at_once = min(self._shares[Claim(tenant, True)], _num_left(prefilling[0]) // _MUCH_SHORTER)
-        return max(at_once, min(map(_num_left, prefilling)) // _MUCH_SHORTER)
+        at_once = min(self._shares[Claim(tenant, True)], prefilling[0].num_left // _MUCH_SHORTER)
+        return max(at_once, min(each.num_left for each in prefilling) // _MUCH_SHORTER)
 
     def _claim_of_new(self, sequence: Sequence) -> Claim:
         prefilling = self._prefilling.get(sequence.tenant)
@@ -200,7 +200,7 @@ class PromptTurns:
     def start(self, sequence: Sequence, count: int) -> None:
         """Note that a sequence has started with `count` tokens."""
         self._spend(self._claim_of_new(sequence), count)
-        if _num_left(sequence):
+        if sequence.num_left:
             insort(self._prefilling.setdefault(sequence.tenant, []), sequence, key=_urgency)
 
     def go_on(self, plan_chunk: Callable[[Sequence, int], int]) -> None:
@@ -221,13 +221,8 @@ class PromptTurns:
             self._shares[claim] = max(self._shares[claim] - count, 0)
 
 
-def _num_left(sequence: Sequence) -> int:
-    """Return how many known tokens of a sequence are not computed."""
-    return len(sequence.token_ids) - sequence.num_computed
-
-
 def _is_much_shorter(sequence: Sequence, first: Sequence) -> bool:
-    return _num_left(sequence) <= _num_left(first) // _MUCH_SHORTER
+    return sequence.num_left <= first.num_left // _MUCH_SHORTER
 
 
 def _may_overtake(sequence: Sequence, first: Sequence) -> bool:

@@ -147,7 +147,7 @@ class Scheduler:
         budget, waited_s = 0, 0.0
         if following is not None:
             waited_s = now - following.arrival_s
-            budget = self._budget.tokens(step.num_decode_rows, waited_s)
+            budget = self._budget.tokens(step.num_decode_rows, following.num_left, waited_s)
             budget = min(budget, self.traits.max_step_tokens - step.num_decode_rows)
             if self._has_vision and step.num_decode_rows and any(map(awaits_image, prefilling)):
                 budget = max(budget // 2, self.block_size)
@@ -268,7 +268,7 @@ class Scheduler:
         be cut and exceeds the budget. Tokens without free blocks are left to the next step, too.
         """
         start = sequence.num_computed
-        count = remaining = len(sequence.token_ids) - start
+        count = remaining = sequence.num_left
         limit = min(budget, self._cover(sequence, start + min(budget, count)) - start)
         if count > budget and self.traits.takes_whole_prompts:
             if step.num_prefill_tokens:

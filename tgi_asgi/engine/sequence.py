@@ -126,6 +126,11 @@ class Sequence:
         return self.wants_prompt_logprobs or (self.pooling is not None and self.pooling.needs_all)
 
     @property
+    def num_left(self) -> int:
+        """Number of known tokens that are not computed."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
     def is_past_prompt(self) -> bool:
         """Whether the next token to compute is a sampled one."""
         return self.num_computed >= self.prompt_len
