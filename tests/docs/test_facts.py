@@ -12,6 +12,7 @@ import pytest
 
 from bench import peers_page
 from tests.support.documents import ROOT, blocks_of, lines_of, pages
+from tgi_asgi.models.gguf_module import all_modules
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.tools import FORMATS, harmony
 from tgi_asgi.text.tools.reasoning import STYLES
@@ -135,3 +136,13 @@ def test_the_table_of_families_is_that_of_the_registry() -> None:
 
     table = _text("docs/families.md").partition("<!-- families -->\n")[2].partition("\n<!-- /families -->")[0]
     assert table == page(), "docs/families.md needs the output of `python -m tests.support.families_page`"
+
+
+def test_the_table_of_gguf_modules_is_complete() -> None:
+    table = (
+        _text("docs/generic.md").partition("<!-- gguf modules -->")[2].partition("<!-- /gguf modules -->")[0]
+    )
+    names = {
+        name for line in table.splitlines()[3:] for name in re.findall(r"`([\w-]+)`", line.split("|")[1])
+    }
+    assert names == {module.gguf_name for module in all_modules()}

@@ -50,7 +50,7 @@ def test_steps_alone_are_shorter_if_the_next_prompt_does_not_fit(
 
 
 def test_parts_of_long_prompts_stay_short() -> None:
-    """A token costs more the more come before it. Learnt from by eights, parts of one second grew to 1.7 here."""
+    """A token costs more the more come before it. Learnt from by eights, parts of 1 s grew to 1.7 here."""
     budget, durations_s = make_budget(), []
     for num_tokens in (3000, 6500, 6500):
         at = 0

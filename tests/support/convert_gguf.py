@@ -19,7 +19,7 @@ from typing import Any
 import convert_hf_to_gguf  # type: ignore[import-not-found]
 from conversion.base import ModelBase, TextModel  # type: ignore[import-not-found]
 from conversion.chatglm import ChatGLMModel  # type: ignore[import-not-found]
-from conversion.gemma import Gemma3Model  # type: ignore[import-not-found]
+from conversion.gemma import Gemma3Model, Gemma4Model  # type: ignore[import-not-found]
 from conversion.glm import Glm4Model  # type: ignore[import-not-found]
 from conversion.hunyuan import HunYuanMoEModel  # type: ignore[import-not-found]
 from conversion.internlm import InternLM3Model  # type: ignore[import-not-found]
@@ -35,12 +35,19 @@ def _name_pre_tokenizer(model: Any, tokenizer: Any) -> str:
 
 
 def _load_hparams(directory: Path, *more: Any, **named: Any) -> Any:
-    """Keep a key that GPT-NeoX's converter reads and transformers 5 removes from the loaded configuration."""
+    """Keep keys that converters read and transformers 5 removes, and drop one that it adds.
+
+    They are GPT-NeoX's and Nemotron-H's, whose converter takes any model with the last one for one of
+    experts.
+    """
     given = json.loads((directory / "config.json").read_text("utf-8"))
-    return {
-        **{key: given[key] for key in ("rotary_pct",) if key in given},
+    found = {
+        **{key: given[key] for key in ("rotary_pct", "hybrid_override_pattern") if key in given},
         **_LOAD(directory, *more, **named),
     }
+    if "E" not in found.get("hybrid_override_pattern", "E"):
+        del found["num_experts_per_tok"]
+    return found
 
 
 def _modify_tensors(model: Any, *more: Any) -> Iterator[Any]:
@@ -64,7 +71,7 @@ if __name__ == "__main__":
     Gemma3Model.modify_tensors = _modify_gemma3
     Qwen3NextModel.no_mtp = True  # otherwise the converter requires draft layers
     TextModel._set_vocab_glm = TextModel._set_vocab_gpt2
-    for model in (ChatGLMModel, Glm4Model, HunYuanMoEModel, InternLM3Model):
+    for model in (ChatGLMModel, Gemma4Model, Glm4Model, HunYuanMoEModel, InternLM3Model):
         model.set_vocab = TextModel._set_vocab_gpt2
     checkpoint, *outputs = sys.argv[1:]
     for kind, output in zip(outputs[::2], outputs[1::2], strict=True):

@@ -41,7 +41,7 @@ def make(case: FamilyCase, folder: Path) -> dict[str, np.ndarray]:
     dtype = getattr(torch, case.dtype)
     model.to(dtype).save_pretrained(folder, save_original_format=not case.is_fused)
     _edit_config(folder, case.json, case.drops)
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
     model = _open(folder, case.attention)
     for seed in range(100):
         prompt_ids = _random_ids(case, seed)
@@ -173,7 +173,7 @@ def _edit_config(folder: Path, changes: Mapping[str, Any], drops: tuple[str, ...
     path.write_text(json.dumps(overlaid(kept, changes), indent=2), encoding="utf-8")
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
     """Write a tokenizer of special tokens, the 256 bytes and one merge, which splits text like GPT-2's."""
     tokens = [*_SPECIAL_TOKENS, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "th"]
     vocab = {text: index for index, text in enumerate(tokens)}

@@ -8,9 +8,9 @@ _UNKNOWN_COST_TOKENS = 128  # size of the first prompt chunk, whose duration rev
 _PATIENCE_S = 1.0  # wait after which the second value of each pair below holds; interpolated before
 _SHARE = (0.5, 2.5)  # minimum time for prompts, as a multiple of the step's decode time
 _STRETCH = (1.0, 1.3)  # multiple of the target
-# A step while nothing decodes holds up what arrives, and cannot be cancelled. One of whole prompts may be longer:
-# once the first of a burst is answered, the others have only what its stream leaves. Parts of less than 256
-# tokens would spend their time on reading the weights.
+# A step while nothing decodes holds up what arrives, and cannot be cancelled. One of whole prompts may be
+# longer: once the first of a burst is answered, the others have only what its stream leaves. Parts of less
+# than 256 tokens would spend their time on reading the weights.
 _WHOLE_S = 1.0
 _PART_S = 0.4
 _ALONE_TOKENS = 256

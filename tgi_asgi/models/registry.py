@@ -9,6 +9,7 @@ import pkgutil
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models import families
 from tgi_asgi.models.family import Family
+from tgi_asgi.models.gguf_module import all_modules
 
 
 @functools.cache
@@ -50,7 +51,8 @@ def find_by_gguf_name(name: str) -> Family:
         ModelLoadError: if there is none; the message lists those that exist.
     """
     for family in all_families():
-        if family.gguf_name == name:
+        if name == family.gguf_name or name in family.image_gguf_names:
             return family
-    known = ", ".join(sorted({family.gguf_name for family in all_families() if family.gguf_name}))
+    families = {name for each in all_families() for name in (each.gguf_name, *each.image_gguf_names) if name}
+    known = ", ".join(sorted(families | {each.gguf_name for each in all_modules()}))
     raise ModelLoadError(f"GGUF files of architecture {name!r} are not supported; supported are {known}")

@@ -8,10 +8,14 @@ from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, read_windows
 
+# Of GGUF files of models that accept images: the axes of an image's positions, which are one for text, and
+# how many layers an image's features are added to.
+IMAGE_KEYS = ("rope.dimension_sections", "n_deepstack_layers")
+
 
 def read_qwen2(reader: Reader, architecture: str) -> ModelConfig:
     """Read the configuration of Qwen 2 and 2.5; biases follow the model's code, whatever the file says."""
-    reader.ignore("attention_bias")
+    reader.ignore("attention_bias", *IMAGE_KEYS)
     reader.defaults(num_key_value_heads=32, sliding_window=4096)
     sizes = read_sizes(reader)
     return ModelConfig(
@@ -24,6 +28,7 @@ def read_qwen2(reader: Reader, architecture: str) -> ModelConfig:
 
 def read_qwen3(reader: Reader, architecture: str) -> ModelConfig:
     """Read Qwen 3's configuration."""
+    reader.ignore(*IMAGE_KEYS)
     reader.defaults(num_key_value_heads=32, head_dim=128, sliding_window=4096)
     sizes = read_sizes(reader)
     return ModelConfig(
@@ -41,6 +46,6 @@ def _windows(reader: Reader) -> list[int | None]:
 
 
 FAMILIES = (
-    Family("Qwen2ForCausalLM", "qwen2", read_qwen2, Decoder),
-    Family("Qwen3ForCausalLM", "qwen3", read_qwen3, Decoder),
+    Family("Qwen2ForCausalLM", "qwen2", read_qwen2, Decoder, image_gguf_names=("qwen2vl",)),
+    Family("Qwen3ForCausalLM", "qwen3", read_qwen3, Decoder, image_gguf_names=("qwen3vl",)),
 )

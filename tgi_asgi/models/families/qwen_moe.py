@@ -5,6 +5,7 @@ from __future__ import annotations
 from tgi_asgi.models.checkpoint import CheckpointLayout, shared_expert_names
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.families.qwen import IMAGE_KEYS
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import (
@@ -60,6 +61,7 @@ def _complete(reader: Reader, size: int) -> None:
 
 def read_qwen3_moe(reader: Reader, architecture: str) -> ModelConfig:
     """Read Qwen 3's configuration; llama.cpp renormalises weights, whatever the original checkpoint said."""
+    reader.ignore(*IMAGE_KEYS)
     reader.rename(num_experts=("num_local_experts",))
     reader.defaults(
         num_key_value_heads=4, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
@@ -91,5 +93,5 @@ class Qwen2Moe(Decoder):
 
 FAMILIES = (
     Family("Qwen2MoeForCausalLM", "qwen2moe", read_qwen2_moe, Qwen2Moe),
-    Family("Qwen3MoeForCausalLM", "qwen3moe", read_qwen3_moe, Decoder),
+    Family("Qwen3MoeForCausalLM", "qwen3moe", read_qwen3_moe, Decoder, image_gguf_names=("qwen3vlmoe",)),
 )

@@ -20,7 +20,7 @@ from tgi_asgi.settings import GivenRope
 
 
 def build(
-    directory: Path,
+    directory: Path | None,
     config: Mapping[str, Any],
     *,
     trusts_code: bool = False,
@@ -30,7 +30,8 @@ def build(
     """Return a `PreTrainedModel` in evaluation mode, float32, with all parameters on the meta device.
 
     Args:
-        config: The model's config.json, which names an architecture.
+        directory: That of the checkpoint; None for a GGUF file.
+        config: The model's config.json, which names an architecture; for a GGUF file what stands for it.
         trusts_code: Whether code that the checkpoint brings may be run.
         rope: Position scaling that replaces the configuration's.
         vocab_size: Size of the vocabulary that replaces the configuration's.
@@ -48,7 +49,10 @@ def build(
     try:
         if model_class is None and not (has_code and trusts_code):
             raise ModelLoadError(_unknown(architecture, has_code, transformers.__version__))
-        parsed = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trusts_code)
+        if directory is None:
+            parsed = transformers.AutoConfig.for_model(**config)
+        else:
+            parsed = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trusts_code)
         for part in (parsed, parsed.get_text_config()):
             if vocab_size is not None:
                 part.vocab_size = vocab_size

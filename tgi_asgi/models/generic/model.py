@@ -123,7 +123,7 @@ class GenericConfig:
 
 
 class OpenGeneric:
-    """A checkpoint directory's model, built without weights and found to be servable.
+    """A model of a checkpoint directory or a GGUF file, built without weights and found to be servable.
 
     Raises:
         ModelLoadError: if it is not servable. No weights have been read then.
@@ -133,7 +133,7 @@ class OpenGeneric:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Path | None,
         config: Mapping[str, Any],
         *,
         trusts_code: bool,
@@ -149,7 +149,8 @@ class OpenGeneric:
         self._processor: VisionProcessor | None = None
         self._text: Any = self._model if self._vision is None else TextView(self._model)
         self._recurrent = recurrent_modules(self._model)
-        pair = encoder_decoder.describe(self._model, config, read_generation_config(directory))
+        generation = {} if directory is None else read_generation_config(directory)
+        pair = encoder_decoder.describe(self._model, config, generation)
         text = self._model.config.get_text_config(**({} if pair is None else {"decoder": True}))
         first = first_position(self._model)
         hidden_size = int(self._model.get_input_embeddings().weight.shape[1])

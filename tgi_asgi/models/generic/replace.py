@@ -218,8 +218,12 @@ def _part_of(model: Any, path: str, module: Any, vocabulary: set[int]) -> _Part 
 
 
 def _vocabulary_of(model: Any) -> set[int]:
-    """Return the ids of the embeddings and the head; encoder and decoder may have embeddings of their own."""
+    """Return the ids of the embeddings and the head.
+
+    Encoder and decoder may have embeddings of their own, and so may layers (Gemma 3n and 4).
+    """
     found = [model.get_output_embeddings(), model.get_input_embeddings()]
+    found += [module for path, module in model.named_modules() if path.endswith("embed_tokens_per_layer")]
     if getattr(model.config, "is_encoder_decoder", False):
         parts = (model.get_encoder(), model.get_decoder())
         found += [getattr(part, "embed_tokens", None) for part in parts]

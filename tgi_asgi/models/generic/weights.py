@@ -8,6 +8,7 @@ at a time.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -145,7 +146,10 @@ class Filler:
             if target.converter is None:
                 if len(target.sources) > 1:
                     raise ModelLoadError(f"{[each for each, _ in target.sources]} all map to {name!r}")
-                self._give(place, name, self._stored(name, target.sources[0][0]))
+                source = target.sources[0][0]
+                is_stack = len(self._shapes[name]) == 3 and self._weights.parts(source) == [source]
+                if not (is_stack and place(name, self._slices(name, source))):
+                    self._give(place, name, self._stored(name, source))
                 given.add(name)
                 continue
             if self._fits_stack(name, target) and place(name, self._matrices(target)):
@@ -219,6 +223,13 @@ class Filler:
                 return False
             found.add((len(rows), sum(shape[0] for shape in shapes), shapes[0][1]))
         return found == {self._shapes[name]}
+
+    def _slices(self, name: str, source: str) -> Iterator[ops.WeightSource]:
+        """Yield the matrices of a stack that the files have as one tensor."""
+        shape = self._shapes[name]
+        for index in range(shape[0]):
+            found = self._weights.get(source, shape, slice(index, index + 1))
+            yield dataclasses.replace(found, shape=shape[1:])
 
     def _matrices(self, target: _Target) -> Iterator[ops.WeightSource]:
         for names in target.stacked():

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.formats.gguf_decoded import BY_NAME
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import GGUF_NAMES, Family
 from tgi_asgi.models.loading import WHOLE, check_shape
+from tgi_asgi.models.loading.gguf_tensors import GgufTensors, held_format, without_ones
 from tgi_asgi.ops import FORMATS, WeightSource
 
 # Parts of the tensor `attn_qkv`, which a file may have instead: rows of queries, of keys, then of values.
@@ -43,20 +43,16 @@ def gguf_name(name: str, names: Mapping[str, str]) -> str | None:
     return f"blk.{layer[1]}.{found}.{kind}" if layer else f"{found}.{kind}"
 
 
-class GgufWeights:
-    """The `Weights` of an open GGUF file, which `close` closes."""
-
-    is_gguf = True
+class GgufWeights(GgufTensors):
+    """The `Weights` of an open GGUF file that a native family computes."""
 
     def __init__(self, file: GgufFile, config: ModelConfig, family: Family) -> None:
-        self._file = file
+        super().__init__(file)
         self._head_dim = config.head_dim
         num_queries = config.num_heads * (2 if config.has_output_gate else 1)
         self._qkv_rows = (num_queries + 2 * config.num_kv_heads) * config.head_dim
         self._names = {**GGUF_NAMES, **family.gguf_names}
         self._is_rotary_permuted = family.is_rotary_permuted
-        self._unread = set(file.names)
-        self.num_bytes = sum(info.nbytes for info in file.tensors.values())
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._find(name)[0] in self._file.tensors
@@ -75,55 +71,18 @@ class GgufWeights:
         if stored is None:
             raise ModelLoadError(f"GGUF files have no name for the tensor {name!r}, which the model needs")
         info = self._file.tensor(stored)
-        self._unread.discard(stored)
         whole_shape, first = shape, 0
         if of_whole:
             whole_shape = (self._qkv_rows, *shape[1:])
             first = {"q": 0, "k": self._qkv_rows - 2 * shape[0], "v": self._qkv_rows - shape[0]}[of_whole]
-        if without_ones(info.shape) != without_ones(whole_shape):  # sizes of 1 are left out by the converter
+        if without_ones(info.shape) != without_ones(whole_shape):
             check_shape(info.name, info.shape, whole_shape)
         start, stop, _ = part.indices(shape[0])
-        ends = (info.nbytes * (first + at) // whole_shape[0] for at in (start, stop))
-        data = self._file.raw(info.name, *ends)
+        data = self._rows(info, first + start, first + stop, whole_shape[0])
         shape = (stop - start, *shape[1:])
         if self._is_rotary_permuted and (".q_proj." in name or ".k_proj." in name):
             data = join_rotary_halves(data, shape[0], self._head_dim)
-        if len(shape) == 3:  # matrices one below another
-            shape = (shape[0] * shape[1], shape[2])
-        decoded = BY_NAME.get(info.type)
-        if decoded is None:
-            return WeightSource(data, info.type, shape)
-        values = decoded.convert(data)
-        if decoded.held == "F32":
-            values = self._scaled(values, stored.removesuffix(".weight"), start, stop)
-        return WeightSource(values, decoded.held, shape, is_decoded=decoded.held == "F32")
-
-    def _scaled(
-        self, values: npt.NDArray[np.uint8], stem: str, start: int, stop: int
-    ) -> npt.NDArray[np.uint8]:
-        """Apply NVFP4's second scale, if there is one: of a matrix, or of each expert from start to stop.
-
-        The scales of activations beside it, `input_scale`, are not used: activations are not quantised.
-        """
-        self._unread.discard(f"{stem}.input_scale")
-        info = self._file.tensors.get(f"{stem}.scale")
-        if info is None:
-            return values
-        self._unread.discard(info.name)
-        if info.type != "F32" or len(info.shape) != 1:
-            raise ModelLoadError(f"tensor {info.name!r} must hold floats, one or one for each expert")
-        scales = self._file.raw(info.name).view(np.float32)
-        if scales.size > 1:
-            scales = scales[start:stop]
-        if scales.size not in (1, stop - start):
-            raise ModelLoadError(f"tensor {info.name!r} must have one scale for each expert")
-        with np.errstate(over="ignore", invalid="ignore"):  # a damaged file may have any scales
-            scaled = values.view(np.float32).reshape(scales.size, -1) * scales[:, None]
-        return scaled.reshape(-1).view(np.uint8)
-
-    def unread(self) -> list[str]:
-        """Return the names that were not read, as described in `Weights.unread`."""
-        return sorted(self._unread)
+        return self._source(info, data, shape, start)
 
     def stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes, as described in `Weights.stored`."""
@@ -139,23 +98,6 @@ class GgufWeights:
             return 1
         assert stored is not None
         return FORMATS[held_format(self._file.tensor(stored).type)].block_columns
-
-    def close(self) -> None:
-        """Unmap the file."""
-        self._file.close()
-
-
-def held_format(name: str, *, for_memory: bool = False) -> str:
-    """Return the format in which a tensor of this type is loaded; for memory, floats count as FP8 does."""
-    decoded = BY_NAME.get(name)
-    if decoded is None:
-        return name
-    return "F8_32" if for_memory and decoded.held == "F32" else decoded.held
-
-
-def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the sizes of a shape that are greater than 1."""
-    return tuple(size for size in shape if size != 1)
 
 
 def join_rotary_halves(data: npt.NDArray[np.uint8], num_rows: int, head_dim: int) -> npt.NDArray[np.uint8]:

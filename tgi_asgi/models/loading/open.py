@@ -18,11 +18,13 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.config import ModelConfig, ServedConfig
 from tgi_asgi.models.family import Family, Model
+from tgi_asgi.models.gguf_module import find_module
 from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
 from tgi_asgi.models.loading.checkpoint import CheckpointWeights
 from tgi_asgi.models.loading.companions import CheckpointCompanions, GgufCompanions
 from tgi_asgi.models.loading.gguf import GgufWeights
+from tgi_asgi.models.loading.gguf_module import GgufModuleWeights
 from tgi_asgi.models.loading.merged import MergedCheckpoint
 from tgi_asgi.models.loading.recognise import (
     architecture_of,
@@ -30,6 +32,7 @@ from tgi_asgi.models.loading.recognise import (
     produces_vectors,
     read_config,
     read_gguf,
+    read_gguf_module,
     with_architecture,
 )
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
@@ -87,9 +90,17 @@ class OpenModel:
 
     def _open_gguf(self, path: Path, model_impl: str) -> None:
         file = GgufFile.open(path)
-        if model_impl == "transformers":
-            raise ModelLoadError("--model-impl transformers needs a checkpoint directory, not a GGUF file")
         self.companions = GgufCompanions(file.metadata)
+        module = find_module(file.metadata.get("general.architecture"))
+        if module is not None:
+            name = module.gguf_name
+            check(model_impl != "native", f"--model-impl native: no native family has GGUF files of {name}")
+            config = read_gguf_module(module, file)
+            self.weights = GgufModuleWeights(file, module, config["num_hidden_layers"])
+            self._model = self._open_generic(None, config, trusts_code=False)
+            return
+        if model_impl == "transformers":
+            raise ModelLoadError("--model-impl transformers: GGUF files of this kind need native code")
         family, read = read_gguf(file.metadata, frozenset(file.tensors))
         self._model = native = _Native(family, self._scaled(read))
         self.weights = GgufWeights(file, native.config, native.family)
@@ -144,7 +155,9 @@ class OpenModel:
                 self.why_generic = str(error)
         return None
 
-    def _open_generic(self, directory: Path, config: Mapping[str, Any], trusts_code: bool) -> OpenGeneric:
+    def _open_generic(
+        self, directory: Path | None, config: Mapping[str, Any], trusts_code: bool
+    ) -> OpenGeneric:
         from tgi_asgi.models.generic.model import OpenGeneric
 
         try:

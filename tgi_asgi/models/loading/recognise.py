@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from tgi_asgi.errors import check
+from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Family
+from tgi_asgi.models.gguf_module import GgufModule
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name, has_family
 
@@ -133,9 +135,22 @@ def read_gguf(metadata: Mapping[str, Any], tensors: frozenset[str]) -> tuple[Fam
     """Read a GGUF file's metadata and find its family; tensor names show biases and an untied head."""
     name = metadata.get("general.architecture")
     check(isinstance(name, str), "the GGUF file names no general.architecture")
+    _check_is_model(metadata)
+    return _read(find_by_gguf_name(str(name)), Reader.of_gguf(metadata, tensors))
+
+
+def read_gguf_module(module: GgufModule, file: GgufFile) -> dict[str, Any]:
+    """Return the config.json of a GGUF file that the code of `transformers` computes."""
+    _check_is_model(file.metadata)
+    reader = Reader.of_gguf(file.metadata, frozenset(file.tensors))
+    config = module.read_config(reader, file)
+    reader.finish()
+    return config
+
+
+def _check_is_model(metadata: Mapping[str, Any]) -> None:
     kind = metadata.get("general.type", "model")
     check(kind == "model", f"the GGUF file is of the kind {str(kind)[:100]!r}, not a model")
-    return _read(find_by_gguf_name(str(name)), Reader.of_gguf(metadata, tensors))
 
 
 def _read(family: Family, reader: Reader) -> tuple[Family, ModelConfig]:

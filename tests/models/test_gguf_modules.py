@@ -1,0 +1,119 @@
+"""GGUF files that the code of `transformers` computes, as llama.cpp's converter writes them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.family_case import FamilyCase
+from tests.support.family_files import gguf_file, reference
+from tests.support.family_scores import differences, score
+from tests.support.gguf_modules import MODULE_CASES
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.generic.modules import Embedding
+from tgi_asgi.models.gguf_module import find_module
+from tgi_asgi.models.loading.gguf_module import GgufModuleWeights
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.loading.recognise import read_gguf_module
+
+EXACT = 5e-5  # of a log-probability; correct results are within 1e-5
+LOOSE = 0.15  # the median with activations in int8: at a near tie, another expert may be chosen
+
+CASES = {case.name: case for case in MODULE_CASES}
+FORMS = [pytest.param(case, form, id=f"{case.name}-{form}") for case in MODULE_CASES for form in case.gguf]
+
+pytestmark = pytest.mark.demo  # llama.cpp's converter is fetched
+
+
+@pytest.mark.parametrize(("case", "form"), FORMS)
+def test_log_probabilities_are_those_of_transformers(case: FamilyCase, form: str) -> None:
+    found = reference(case)
+    job = score(case, gguf_file(case, form), found, "float32")
+    assert differences(job, found).max() <= EXACT
+    assert job.token_ids == found.token_ids
+
+
+@pytest.mark.parametrize("case", MODULE_CASES, ids=lambda case: case.name)
+def test_default_arithmetic_stays_close(case: FamilyCase) -> None:
+    found = reference(case)
+    apart = differences(score(case, gguf_file(case, "q8_0"), found, "auto"), found)
+    assert np.median(apart) <= LOOSE
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("gemma4-shared", {"attention.shared_kv_layers": 6}, "no layer to share with"),
+        ("gemma4-shared", {"attention.shared_kv_layers": -1}, "no layer to share with"),
+        ("gemma4-shared", {"attention.sliding_window_pattern": [True]}, "must be a list of 6 values"),
+        ("gemma4-shared", {"feed_forward_length": [192] * 5 + [191]}, "must be one size"),
+        ("gemma4-shared", {"feed_forward_length": [192] * 5}, "or one for each layer"),
+        ("gemma4-shared", {"rope.dimension_count": 32}, "must be that of a head"),
+        ("gemma4-shared", {"attention.value_length": 32}, "must have the size of its keys"),
+        ("gemma4-shared", {"block_count": 1 << 40}, "must be in"),
+        ("gemma4-shared", {"rope.scaling.factor": 2.0}, "rope.scaling.factor"),
+        ("gemma4-experts", {"attention.head_count_kv": [4, 2, 2] * 2}, "differs between layers of one kind"),
+        ("gemma4-experts", {"expert_used_count": 7}, "must be in 1..6"),
+        ("minimax-m2", {"expert_gating_func": 1}, "expert_gating_func"),
+        ("nemotron_h", {"nextn_predict_layers": 4}, "leaves 0 layers"),
+        ("nemotron_h", {"attention.head_count_kv": [0, 2, 2, 0]}, "attention or an MLP, not both"),
+        ("nemotron_h-experts", {"feed_forward_length": [0, 64, 0, 32]}, "must have the same sizes"),
+        ("gemma3n", {"activation_sparsity_scale": [0.5]}, "must be a list of 6 numbers"),
+        ("gemma3n", {"altup.num_inputs": None}, "lacks `altup.num_inputs`"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused(
+    name: str, changes: Mapping[str, Any], reason: str
+) -> None:
+    with GgufFile.open(gguf_file(CASES[name], "f32").path) as file:
+        kind = file.metadata["general.architecture"]
+        module = find_module(kind)
+        assert module is not None
+        read_gguf_module(module, file)
+        file.metadata.update({f"{kind}.{key}": value for key, value in changes.items()})
+        with pytest.raises(ModelLoadError, match=reason):
+            read_gguf_module(module, file)
+
+
+def test_only_transformers_computes_them() -> None:
+    with pytest.raises(ModelLoadError, match="no native family has GGUF files of gemma4"):
+        OpenModel(gguf_file(CASES["gemma4-shared"], "f32"), model_impl="native")
+
+
+def test_layers_that_only_draft_are_not_read() -> None:
+    module = find_module("nemotron_h")
+    assert module is not None
+    file = GgufFile.open(gguf_file(CASES["nemotron_h"], "f32").path)
+    with contextlib.closing(GgufModuleWeights(file, module, num_layers=3)) as weights:
+        layers = {name.split(".")[2] for name in weights.names() if ".layers." in name}
+        assert layers == {"0", "1", "2"}
+        assert not any(name.startswith("blk.3.") for name in weights.unread())
+
+
+def load(name: str) -> GenericModel:
+    with OpenModel(gguf_file(CASES[name], "q8_0"), model_impl="auto") as opened:
+        model = opened.load(ops.Packing(is_exact=False), 64)
+    assert isinstance(model, GenericModel)
+    return model
+
+
+def test_experts_keep_the_files_codes() -> None:
+    layer = load("gemma4-experts").module.model.layers[0]
+    config = CASES["gemma4-experts"].config
+    num_weights = 3 * config["num_experts"] * config["moe_intermediate_size"] * config["hidden_size"]
+    assert layer.experts.tgi_experts.nbytes < 1.3 * num_weights  # as floats at least twice
+
+
+@pytest.mark.parametrize("name", ["gemma4-shared", "gemma3n"])
+def test_embeddings_of_layers_keep_the_files_codes(name: str) -> None:
+    """They are the larger part of Gemma 3n and 4: 4.7 GB of E2B's in bfloat16."""
+    table = load(name).module.model.embed_tokens_per_layer
+    assert isinstance(table, Embedding)
+    assert table.packed.made.matrix.nbytes < 1.3 * table.num_embeddings * table.embedding_dim

@@ -1,0 +1,77 @@
+"""Cases of GGUF files that the code of `transformers` computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.support.family_case import BASE, FamilyCase
+
+_SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
+_LAYERS = {"num_hidden_layers": 6, "layer_types": _SLIDING * 2, "sliding_window": 12, "head_dim": 32}
+_PER_LAYER = {"vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 32, "pad_token_id": 0}
+_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 50000.0},
+}
+_GEMMA: dict[str, Any] = {
+    **BASE, **_LAYERS, **_PER_LAYER, "tie_word_embeddings": True, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+_GEMMA4: dict[str, Any] = {**_GEMMA, "rope_parameters": _ROPE, "global_head_dim": 64}
+_GEMMA3N: dict[str, Any] = {
+    **_GEMMA,
+    "rope_parameters": {**_ROPE, "full_attention": {"rope_type": "default", "rope_theta": 50000.0}},
+    "num_kv_shared_layers": 3,
+    "laurel_rank": 32,
+    "activation_sparsity_pattern": [0.9, 0.9, 0.0, 0.0, 0.0, 0.0],
+}
+_MINIMAX: dict[str, Any] = {
+    **BASE, "head_dim": 32, "intermediate_size": 64, "num_local_experts": 6, "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}  # fmt: skip
+_NEMOTRON: dict[str, Any] = {
+    **{key: value for key, value in BASE.items() if not key.startswith(("num_hidden", "rms_", "rope_"))},
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+    "layer_norm_epsilon": 1e-5, "head_dim": 32, "mamba_num_heads": 8, "mamba_head_dim": 32, "n_groups": 2,
+    "ssm_state_size": 16, "conv_kernel": 4, "pad_token_id": 0,
+}  # fmt: skip
+
+MODULE_CASES = (
+    FamilyCase(
+        "gemma4-shared",
+        "Gemma4ForCausalLM",
+        {**_GEMMA4, "num_kv_shared_layers": 3, "use_double_wide_mlp": True},
+        (),
+        gguf=("f32", "q8_0"),
+    ),
+    FamilyCase(
+        "gemma4-experts",
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA4, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True,
+            "num_key_value_heads": 4, "num_global_key_value_heads": 2,
+            "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 64,
+        },
+        (),
+        gguf=("f32", "q8_0"),
+    ),
+    FamilyCase(
+        "minimax-m2", "MiniMaxM2ForCausalLM", _MINIMAX, (), gguf=("f32", "q8_0"), json={"rotary_dim": 16}
+    ),
+    FamilyCase(
+        "nemotron_h", "NemotronHForCausalLM", _NEMOTRON, (), gguf=("f32", "q8_0"),
+        json={"hybrid_override_pattern": "M-*M"}, drops=("layers_block_type",),  # as published
+    ),
+    FamilyCase(
+        "nemotron_h-experts",
+        "NemotronHForCausalLM",
+        {
+            **_NEMOTRON, "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+            "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 2,
+            "topk_group": 1, "n_shared_experts": 1, "moe_shared_expert_intermediate_size": 96,
+            "routed_scaling_factor": 2.5, "moe_latent_size": 64,
+        },
+        (),
+        gguf=("f32", "q8_0"),
+    ),
+    FamilyCase("gemma3n", "Gemma3nForCausalLM", _GEMMA3N, (), gguf=("f32", "q8_0")),
+)  # fmt: skip

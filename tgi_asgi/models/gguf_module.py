@@ -1,0 +1,114 @@
+"""Describes GGUF files that the code of `transformers` computes: configuration and names, from llama.cpp's.
+
+Native families read their GGUF files themselves (`family.py`). Here are architectures that no family has.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tgi_asgi.errors import check
+from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.models import gguf_modules
+from tgi_asgi.models.config import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS
+from tgi_asgi.models.family import GGUF_NAMES
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.ops.arrays import Floats
+
+MAX_SIZE = 1 << 24  # of a dimension, which bounds a damaged file: a vocabulary has fewer
+_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufModule:
+    """One architecture.
+
+        MODULES = (GgufModule("gemma4", read_config, common_names("self_attn.q_proj", ...) | {...}),)
+
+    A module of `models/gguf_modules` with such a tuple is all that an architecture needs.
+
+    Attributes:
+        gguf_name: `general.architecture` of the file.
+        read_config: Returns a config.json of `transformers`, with an architecture; reads and bounds all keys.
+        names: llama.cpp's names of tensors, by those of checkpoints without layer and kind; with the kind if
+            one of the two has none. A `*` is the index of a module whose matrix llama.cpp stacks on others.
+        restored: By llama.cpp's names without layer, undoes what the converter does to a tensor's values.
+        unused: Names of tensors that nothing reads, or only `read_config`.
+    """
+
+    gguf_name: str
+    read_config: Callable[[Reader, GgufFile], dict[str, Any]]
+    names: Mapping[str, str]
+    restored: Mapping[str, Callable[[Floats], Floats]] = field(default_factory=dict)
+    unused: Sequence[str] = ()
+
+    def restore_of(self, stored: str) -> Callable[[Floats], Floats] | None:
+        """Return what undoes the converter's change to a tensor of the file; None if it changed none."""
+        layer = _LAYER.fullmatch(stored)
+        return self.restored.get(layer[2] if layer else stored)
+
+    def name_of(self, stored: str) -> str | None:
+        """Return the name that a checkpoint has for a tensor of the file; None if it has none."""
+        layer = _LAYER.fullmatch(stored)
+        prefix = f"model.layers.{layer[1]}." if layer else ""
+        name = layer[2] if layer else stored
+        stem, _, kind = name.rpartition(".")
+        own = {known: own for own, known in self.names.items()}
+        if name in own:
+            return prefix + own[name]
+        return f"{prefix}{own[stem]}.{kind}" if stem in own else None
+
+
+def layer_of(stored: str) -> int | None:
+    """Return the layer of a tensor of a file; None if it is of none."""
+    layer = _LAYER.fullmatch(stored)
+    return int(layer[1]) if layer else None
+
+
+def read_common(reader: Reader) -> dict[str, Any]:
+    """Return what every configuration has; the norms' epsilon as `rms_norm_eps`."""
+    return {
+        "vocab_size": reader.positive("vocab_size", MAX_SIZE),
+        "hidden_size": reader.positive("hidden_size", MAX_SIZE),
+        "num_hidden_layers": reader.positive("num_hidden_layers", MAX_LAYERS),
+        "num_attention_heads": reader.positive("num_attention_heads", MAX_HEADS),
+        "max_position_embeddings": reader.positive("max_position_embeddings", MAX_CONTEXT),
+        "rms_norm_eps": reader.number("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": "output.weight" not in reader.tensors,
+    }
+
+
+def per_layer(reader: Reader, key: str, num_layers: int, *, least: int = 1) -> list[int]:
+    """Return a size of each layer, which the file has once or as a list."""
+    given = reader.get(key)
+    values = given if isinstance(given, list) else [given] * num_layers
+    are_sizes = all(type(each) is int and least <= each <= MAX_SIZE for each in values)
+    check(
+        len(values) == num_layers and are_sizes,
+        f"`{key}` must be a size, or one for each layer, got {str(given)[:100]}",
+    )
+    return values
+
+
+def common_names(*names: str) -> dict[str, str]:
+    """Return llama.cpp's names for names that most models have."""
+    return {name: GGUF_NAMES[name] for name in names}
+
+
+@functools.cache
+def all_modules() -> tuple[GgufModule, ...]:
+    """Import every module of `models/gguf_modules`, and return what they describe."""
+    names = sorted(module.name for module in pkgutil.iter_modules(gguf_modules.__path__))
+    imported = (importlib.import_module(f"{gguf_modules.__name__}.{name}") for name in names)
+    return tuple(each for module in imported for each in module.MODULES)
+
+
+def find_module(name: object) -> GgufModule | None:
+    """Return what describes a `general.architecture`; None if nothing does."""
+    return next((each for each in all_modules() if each.gguf_name == name), None)

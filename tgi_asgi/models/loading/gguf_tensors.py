@@ -1,0 +1,94 @@
+"""The tensors of a GGUF file under its own names: what both of its readers share."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.gguf import GgufFile, GgufTensor
+from tgi_asgi.formats.gguf_decoded import BY_NAME
+from tgi_asgi.ops import WeightSource
+
+
+class GgufTensors:
+    """The tensors of an open GGUF file, which `close` closes."""
+
+    is_gguf = True
+
+    def __init__(self, file: GgufFile) -> None:
+        self._file = file
+        self._unread = set(file.names)
+        self.num_bytes = sum(info.nbytes for info in file.tensors.values())
+
+    def _rows(self, info: GgufTensor, start: int, stop: int, count: int) -> npt.NDArray[np.uint8]:
+        """Return the bytes of some of a tensor's `count` rows, and note that it is read."""
+        self._unread.discard(info.name)
+        return self._file.raw(info.name, *(info.nbytes * at // count for at in (start, stop)))
+
+    def _source(
+        self, info: GgufTensor, data: npt.NDArray[np.uint8], shape: tuple[int, ...], start: int,
+        *, is_scaled: bool = True,
+    ) -> WeightSource:  # fmt: skip
+        """Return bytes of a tensor in the format in which they are held.
+
+        Args:
+            shape: Of these bytes; three sizes are matrices one below another.
+            start: Index of the first, for NVFP4's second scale.
+            is_scaled: Whether to apply that scale.
+        """
+        if len(shape) == 3:
+            matrix: tuple[int, ...] = (shape[0] * shape[1], shape[2])
+        else:
+            matrix = shape
+        decoded = BY_NAME.get(info.type)
+        if decoded is None:
+            return WeightSource(data, info.type, matrix)
+        values = decoded.convert(data)
+        if decoded.held == "F32" and is_scaled:
+            values = self._scaled(values, info.name.removesuffix(".weight"), start, start + shape[0])
+        return WeightSource(values, decoded.held, matrix, is_decoded=decoded.held == "F32")
+
+    def _scaled(
+        self, values: npt.NDArray[np.uint8], stem: str, start: int, stop: int
+    ) -> npt.NDArray[np.uint8]:
+        """Apply NVFP4's second scale, if there is one: of a matrix, or of each expert from start to stop.
+
+        The scales of activations beside it, `input_scale`, are not used: activations are not quantised.
+        """
+        self._unread.discard(f"{stem}.input_scale")
+        info = self._file.tensors.get(f"{stem}.scale")
+        if info is None:
+            return values
+        self._unread.discard(info.name)
+        if info.type != "F32" or len(info.shape) != 1:
+            raise ModelLoadError(f"tensor {info.name!r} must hold floats, one or one for each expert")
+        scales = self._file.raw(info.name).view(np.float32)
+        if scales.size > 1:
+            scales = scales[start:stop]
+        if scales.size not in (1, stop - start):
+            raise ModelLoadError(f"tensor {info.name!r} must have one scale for each expert")
+        with np.errstate(over="ignore", invalid="ignore"):  # a damaged file may have any scales
+            scaled = values.view(np.float32).reshape(scales.size, -1) * scales[:, None]
+        return scaled.reshape(-1).view(np.uint8)
+
+    def unread(self) -> list[str]:
+        """Return the names that were not read, as described in `Weights.unread`."""
+        return sorted(self._unread)
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._file.close()
+
+
+def held_format(name: str, *, for_memory: bool = False) -> str:
+    """Return the format in which a tensor of this type is loaded; for memory, floats count as FP8 does."""
+    decoded = BY_NAME.get(name)
+    if decoded is None:
+        return name
+    return "F8_32" if for_memory and decoded.held == "F32" else decoded.held
+
+
+def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the sizes of a shape that are greater than 1: llama.cpp's converter leaves those of 1 out."""
+    return tuple(size for size in shape if size != 1)
