@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ MIN_EFFECT = 0.02
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+MadeOnce = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    return architectures.made_once(tmp_path_factory.mktemp("architectures"), architectures.make)
 
 
 def find(adapter: Path) -> ModelFiles:
@@ -88,14 +97,13 @@ def save_base(folder: Path, **changes: Any) -> Path:
     ],
 )
 def test_the_logits_are_those_of_peft(
-    model_type: str, implementation: str, changes: dict[str, Any], tmp_path: Path
+    model_type: str, implementation: str, changes: dict[str, Any], tmp_path: Path, checkpoint: MadeOnce
 ) -> None:
-    base = tmp_path / "base"
-    architectures.make(model_type, base)
+    base = checkpoint(model_type)
     adapter = make_adapter(base, tmp_path / "adapter", seed=1, is_rounded=False, **changes)
     ids = [architectures.random_ids(length, seed) for seed, length in enumerate(LENGTHS)]
-    expected = [peft_logits(base, adapter, tokens) for tokens in ids]
-    without = peft_logits(base, None, ids[0])
+    expected = peft_logits(base, adapter, *ids)
+    [without] = peft_logits(base, None, ids[0])
     assert np.abs(expected[0] - without).max() > MIN_EFFECT * np.abs(without).max()
     with OpenModel(find(adapter), model_impl=implementation) as opened:
         assert opened.is_generic is (implementation == "transformers")
@@ -181,7 +189,7 @@ def test_a_vocabulary_that_the_adapter_enlarges(implementation: str, tmp_path: P
         modules_to_save=["lm_head", "embed_tokens"],
     )  # fmt: skip
     ids = [[1, 162, 5, 161], [160, 3]]
-    expected = [peft_logits(tmp_path / "larger", adapter, tokens) for tokens in ids]
+    expected = peft_logits(tmp_path / "larger", adapter, *ids)
     name_base(adapter, base)
     with OpenModel(find(adapter), model_impl=implementation) as opened:
         assert opened.config.vocab_size == 163
@@ -396,7 +404,7 @@ def test_an_embedding_that_was_the_head_too_leaves_it_as_it_was(tmp_path: Path) 
     changes: dict[str, Any] = {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]}
     adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", seed=1, **changes)
     ids = [[1, 150, 5, 131], [140, 3]]
-    expected = [peft_logits(tmp_path / "base", adapter, tokens) for tokens in ids]
+    expected = peft_logits(tmp_path / "base", adapter, *ids)
     with OpenModel(find(adapter)) as opened:
         model: Any = opened.load(ops.Packing(is_exact=True), 256)
     assert run_steps(model, ids, expected, [[(0, 0, 4), (1, 0, 2)]]) <= EXACT

@@ -58,19 +58,19 @@ def write_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], rank: int
 
 def peft_logprobs(base: Path, adapter: Path | None, ids: list[int]) -> np.ndarray:
     """Return the log-probabilities [n_tokens, vocab] float32 after each token."""
-    found: np.ndarray = torch.log_softmax(torch.from_numpy(peft_logits(base, adapter, ids)), -1).numpy()
+    [logits] = peft_logits(base, adapter, ids)
+    found: np.ndarray = torch.log_softmax(torch.from_numpy(logits), -1).numpy()
     return found
 
 
-def peft_logits(base: Path, adapter: Path | None, ids: list[int]) -> np.ndarray:
-    """Return the logits [n_tokens, vocab] float32 after each token."""
+def peft_logits(base: Path, adapter: Path | None, *sequences: list[int]) -> list[np.ndarray]:
+    """Return for each sequence the logits [n_tokens, vocab] float32 after each token."""
     model = _open(base)
     with _peft() as peft, torch.inference_mode():
         if adapter is not None:
             model = peft.PeftModel.from_pretrained(model, adapter)
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
-    found: np.ndarray = logits.numpy()
-    return found
+        computed = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in sequences]
+    return [logits.float().numpy() for logits in computed]
 
 
 def peft_merged(base: Path, adapter: Path, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from tgi_asgi.text.chat.guard import PromptGuard
@@ -35,6 +36,7 @@ class ToyTokenizer:
         self.guard = PromptGuard(self._special.values())
         self.longest_token = max(map(len, self._special.values()))
         self._longer: dict[bytes, int] = {}
+        self._patterns: dict[bytes, re.Pattern[bytes]] = {}  # made when they are needed
 
     def id_of(self, data: bytes) -> int:
         """Return the token of these bytes, allocating a new id if there is none."""
@@ -72,18 +74,20 @@ class ToyTokenizer:
         data, mark = text.encode(), self.guard.mark.encode() if is_marked else b""
         tokens = [(BOS, 0, 0)] if add_special_tokens and self.adds_bos else []
         at = skipped = 0
-        while at < len(data):
-            special = next(
-                (i for i, name in self._special.items() if data.startswith(mark + name.encode(), at)), None
-            )
-            if special is not None:
-                at += len(mark)
-                skipped += len(mark)
-            size = 1 if special is None else len(self._special[special])
-            start = at - skipped
-            tokens.append((data[at] if special is None else special, start, start + size))
-            at += size
-        return tokens
+        for found in self._specials(mark).finditer(data):
+            tokens += [(data[i], i - skipped, i - skipped + 1) for i in range(at, found.start())]
+            skipped += len(mark)
+            at = found.end()
+            special = next(i for i, name in self._special.items() if name.encode() == found[1])
+            tokens.append((special, at - skipped - len(found[1]), at - skipped))
+        return tokens + [(data[i], i - skipped, i - skipped + 1) for i in range(at, len(data))]
+
+    def _specials(self, mark: bytes) -> re.Pattern[bytes]:
+        """Return what finds special tokens behind a mark; grammars need the ids of 180,000 texts."""
+        if mark not in self._patterns:
+            names = b"|".join(re.escape(name.encode()) for name in self._special.values())
+            self._patterns[mark] = re.compile(re.escape(mark) + b"(" + names + b")")
+        return self._patterns[mark]
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id < 256:

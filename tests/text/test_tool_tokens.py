@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.tool_writers import Call, write
 from tests.support.toy_tokenizer import EOS, VOCAB_SIZE, ToyTokenizer
-from tests.text.test_grammar import allowed
+from tests.text.test_grammar import allows
 from tests.text.test_tools import SPECS
 from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
@@ -46,12 +46,12 @@ def takes(tokenizer: Marked, source: GrammarSource | None, text: str) -> bool:
     compiled = GrammarCompiler(tokenizer, VOCAB_SIZE).compile(source)
     matcher = compiled.matcher()
     for token_id in tokenizer.ids(text):
-        if token_id not in allowed(matcher):
+        if not allows(matcher, token_id):
             return False
         matcher.accept(token_id)
-    is_taken = matcher.is_ended or EOS in allowed(matcher)
+    is_taken = matcher.is_ended or allows(matcher, EOS)
     shorter = compiled.matcher(tokenizer.ids(text))  # does not read the free text
-    assert shorter.is_ended == matcher.is_ended and (EOS in allowed(shorter)) == (EOS in allowed(matcher))
+    assert shorter.is_ended == matcher.is_ended and allows(shorter, EOS) == allows(matcher, EOS)
     return is_taken
 
 

@@ -47,10 +47,10 @@ def test_a_model_gives_what_peft_gives(
     adapters = [loader.load(folders[0]).weights, None, loader.load(folders[1]).weights]
     ids = [architectures.random_ids(length, seed) for seed, length in enumerate(LENGTHS)]
     expected = [
-        peft_logits(base, adapter, tokens)
+        peft_logits(base, adapter, tokens)[0]
         for adapter, tokens in zip((folders[0], None, folders[1]), ids, strict=True)
     ]
-    without = peft_logits(base, None, ids[0])
+    [without] = peft_logits(base, None, ids[0])
     assert np.abs(expected[0] - without).max() > MIN_EFFECT * np.abs(without).max()
     assert run_steps(model, ids, expected, layout=loader.layout, adapters=adapters) <= EXACT
 
