@@ -121,6 +121,12 @@ _IDEFICS: dict[str, Any] = {
 }
 
 
+_GEMMA4_TOKENS = {
+    "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>",
+    "boa_token": "<|audio>", "eoa_token": "<audio|>", "video_token": "<|video|>",
+}  # fmt: skip
+
+
 def _gemma4(text: Mapping[str, Any]) -> Family:
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     text = {
@@ -139,11 +145,7 @@ def _gemma4(text: Mapping[str, Any]) -> Family:
         "Gemma4ImageProcessor",
         {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70},
         {"image_seq_length": 70},
-        {
-            "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>",
-            "audio_token": "<|audio|>",
-            "boa_token": "<|audio>", "eoa_token": "<audio|>", "video_token": "<|video|>",
-        },
+        _GEMMA4_TOKENS,
     )  # fmt: skip
 
 
@@ -396,6 +398,67 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gemma4": _gemma4({"hidden_size_per_layer_input": 8}),
     "gemma4_large": _gemma4({"hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision"}),
+    "gemma4_unified": Family(
+        "Gemma4UnifiedForConditionalGeneration",
+        {
+            "text_config": {
+                **_LLAMA,
+                "model_type": "gemma4_unified_text",
+                "sliding_window": 40,
+                "global_head_dim": 16,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "tie_word_embeddings": True,
+            },
+            "vision_config": {
+                "patch_size": 4,
+                "pooling_kernel_size": 2,
+                "mm_embed_dim": 32,
+                "mm_posemb_size": 70,
+                "output_proj_dims": 32,
+            },
+            "audio_config": None,
+        },
+        "Gemma4UnifiedImageProcessor",
+        {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 30},
+        tokens=_GEMMA4_TOKENS,
+    ),
+    "cohere2_vision": Family(
+        "Cohere2VisionForConditionalGeneration",
+        {
+            "text_config": {**_LLAMA, "model_type": "cohere2", "sliding_window": 12, "logit_scale": 0.5},
+            "vision_config": {**_SIGLIP, "vision_use_head": False},
+            "alignment_intermediate_size": 48,
+        },
+        "Cohere2VisionImageProcessor",
+        {"size": _SIDE, "max_patches": 4, "patch_size": 2},
+        tokens={
+            "image_token": "<|IMG_PATCH|>",
+            "boi_token": "<|START_OF_IMG|>",
+            "eoi_token": "<|END_OF_IMG|>",
+            "img_line_break_token": "<|IMG_LINE_BREAK|>",
+        },
+    ),
+    "ovis2": Family(
+        "Ovis2ForConditionalGeneration",
+        {
+            "text_config": _QWEN2,
+            "hidden_size": 64,
+            "vocab_size": VOCAB_SIZE,
+            # The places of `others` among the special tokens: after <s>, </s>, <pad>, <unk> and <image>.
+            "visual_indicator_token_ids": [5, 6, 7, 8, 9],
+            "vision_config": {
+                **_VIT,
+                "vocab_size": 40,
+                "num_visual_indicator_tokens": 5,
+                "hidden_stride": 2,
+            },
+        },
+        "Ovis2ImageProcessor",
+        {"size": _SIDE, "crop_to_patches": True, "max_patches": 4},
+        {"image_seq_length": 4},
+        others=("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>", "<IMG_ATOM>"),
+        image_token="<IMG_ATOM>",
+    ),
     "paligemma": Family(
         "PaliGemmaForConditionalGeneration",
         {
