@@ -125,7 +125,7 @@ class VisionProgram(GenericProgram):
                 places.append(torch.from_numpy(seen.places[low:high] - begin + first))
                 rows.append(encoding.rows[low:high])
                 deep.append(tuple(each[low:high] for each in encoding.deep))
-            axes.append(_positions(sequence, begin, end))
+            axes.append(_positions(sequence, begin, end, self._traits.num_axes))
         at = (torch.cat(places) if places else torch.empty(0, dtype=torch.long)).to(self._device)
         ids[at] = self._traits.pad_token_id
         embeds = self._embed(ids[None]).clone()
@@ -148,10 +148,10 @@ class VisionProgram(GenericProgram):
         return given
 
 
-def _positions(sequence: SequenceImages, begin: int, end: int) -> Tensor:
-    """Return the positions [3, end - begin] of a sequence's tokens; a single axis is repeated."""
+def _positions(sequence: SequenceImages, begin: int, end: int, num_axes: int) -> Tensor:
+    """Return the positions [axes, end - begin] of a sequence's tokens."""
     split = min(max(sequence.num_prompt, begin), end) if sequence.positions is not None else begin
-    after = (torch.arange(split, end) + sequence.delta).expand(3, -1)
+    after = (torch.arange(split, end) + sequence.delta).expand(num_axes, -1)
     if sequence.positions is None or split == begin:
         return after
     return torch.cat([sequence.positions[:, begin:split], after], dim=-1)

@@ -55,7 +55,7 @@ class VisionTraits:
     Attributes:
         image_token_id: Id of the placeholder tokens that an image's rows replace.
         lookahead: Which tokens see later tokens.
-        has_axes: Whether positions have several axes.
+        num_axes: Number of axes of positions: 1, 3, or 4 in Hunyuan-VL.
         has_layer_inputs: Whether layers receive an extra input for each token id.
         pad_token_id: Id that replaces placeholder tokens where ids are read.
         mark_ids: Ids of tokens around images that the class replaces by rows in prompts with images only.
@@ -63,11 +63,16 @@ class VisionTraits:
 
     image_token_id: int
     lookahead: Lookahead = Lookahead.NOTHING
-    has_axes: bool = False
+    num_axes: int = 1
     has_layer_inputs: bool = False
     pad_token_id: int = 0
     first_position: int = 0
     mark_ids: tuple[int, ...] = ()
+
+    @property
+    def has_axes(self) -> bool:
+        """Whether positions have several axes."""
+        return self.num_axes > 1
 
     def remove_images(self, ids: npt.NDArray[np.int64]) -> None:
         """Replace tokens of and around images by padding."""
@@ -130,7 +135,7 @@ def vision_traits(model: Any) -> VisionTraits | None:
     return VisionTraits(
         image_token_id=int(token),
         lookahead=lookahead,
-        has_axes=counts is not None,
+        num_axes=1 if counts is None else _num_axes(text),
         has_layer_inputs=takes_layer_inputs(decoder),
         pad_token_id=int(token if name in _READS_IMAGE_IDS else getattr(text, "pad_token_id", None) or 0),
         first_position=_FIRST_POSITION.get(name, 0),
@@ -139,6 +144,11 @@ def vision_traits(model: Any) -> VisionTraits | None:
 
 
 _TOKEN_NAMES = ("image_token_id", "image_token_index")
+
+
+def _num_axes(text: Any) -> int:
+    sections = (getattr(text, "rope_parameters", None) or {}).get("mrope_section")
+    return max(len(sections or ()), 3)
 
 
 def takes_layer_inputs(decoder: Any) -> bool:
