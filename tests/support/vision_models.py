@@ -222,7 +222,7 @@ def _inputs(folder: Path, prompt: Prompt, model: Any, ids: torch.Tensor) -> Mapp
         return made
     if name.startswith("Gemma3"):
         made["token_type_ids"] = kinds
-    if name.startswith(("Qwen", "Glm4v", "Gemma4")):
+    if name.startswith(("Qwen", "Glm4v", "Gemma4", "HunYuan")):
         made["mm_token_type_ids"] = kinds
     processor = processor_of(folder)
     pictures: list[Any] = list(prompt.pictures)

@@ -44,6 +44,10 @@ _QWEN_VIT = {
     "temporal_patch_size": 2,
     "out_hidden_size": 64,
 }
+_QWEN2_VIT = {
+    "depth": 3, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4,
+    "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
 _MISTRAL = {**_LLAMA, "model_type": "mistral", "sliding_window": None}
 _PIXTRAL_VIT = {"model_type": "pixtral", **_VIT, "image_size": 56, "head_dim": 16}
 _PIXTRAL_IMAGES: dict[str, Any] = {
@@ -52,6 +56,14 @@ _PIXTRAL_IMAGES: dict[str, Any] = {
     "tokens": {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
 }
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_QWEN3_5 = {
+    **_LLAMA, "model_type": "qwen3_5_text", "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "rope_parameters": {
+        **_MROPE, "mrope_section": [1, 1, 2], "mrope_interleaved": True, "partial_rotary_factor": 0.5,
+    },
+}  # fmt: skip
 _QWEN_SIZES = {
     "size": {"shortest_edge": 256, "longest_edge": 4096},
     "patch_size": 4,
@@ -99,6 +111,10 @@ class Family:
 
 
 _SIDE = {"height": 28, "width": 28}
+_LFM2_IMAGES = {
+    "size": _SIDE, "tile_size": 28, "encoder_patch_size": 7, "downsample_factor": 2, "min_image_tokens": 2,
+    "max_image_tokens": 6, "max_tiles": 4, "return_row_col_info": True,
+}  # fmt: skip
 _GRID = [[28, 56], [56, 28], [56, 56]]
 _IDEFICS: dict[str, Any] = {
     "config": {
@@ -121,6 +137,12 @@ _IDEFICS: dict[str, Any] = {
 }
 
 
+_GEMMA4_TOKENS = {
+    "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>",
+    "boa_token": "<|audio>", "eoa_token": "<audio|>", "video_token": "<|video|>",
+}  # fmt: skip
+
+
 def _gemma4(text: Mapping[str, Any]) -> Family:
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     text = {
@@ -139,11 +161,7 @@ def _gemma4(text: Mapping[str, Any]) -> Family:
         "Gemma4ImageProcessor",
         {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70},
         {"image_seq_length": 70},
-        {
-            "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>",
-            "audio_token": "<|audio|>",
-            "boa_token": "<|audio>", "eoa_token": "<audio|>", "video_token": "<|video|>",
-        },
+        _GEMMA4_TOKENS,
     )  # fmt: skip
 
 
@@ -263,16 +281,7 @@ FAMILIES: Mapping[str, Family] = {
         "Qwen2VLForConditionalGeneration",
         {
             "text_config": {**_LLAMA, "model_type": "qwen2_vl_text", "rope_parameters": _MROPE},
-            "vision_config": {
-                "depth": 3,
-                "embed_dim": 32,
-                "hidden_size": 64,
-                "mlp_ratio": 2,
-                "num_heads": 2,
-                "patch_size": 4,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-            },
+            "vision_config": _QWEN2_VIT,
         },
         **_QWEN_IMAGES,
     ),
@@ -316,21 +325,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_5": Family(
         "Qwen3_5ForConditionalGeneration",
         {
-            "text_config": {
-                **_LLAMA,
-                "model_type": "qwen3_5_text",
-                "linear_key_head_dim": 16,
-                "linear_value_head_dim": 16,
-                "linear_num_key_heads": 2,
-                "linear_num_value_heads": 4,
-                "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-                "rope_parameters": {
-                    **_MROPE,
-                    "mrope_section": [1, 1, 2],
-                    "mrope_interleaved": True,
-                    "partial_rotary_factor": 0.5,
-                },
-            },
+            "text_config": _QWEN3_5,
             "vision_config": {**_QWEN_VIT, "num_position_embeddings": 64},
         },
         **_QWEN_IMAGES,
@@ -355,16 +350,7 @@ FAMILIES: Mapping[str, Family] = {
             "projector_hidden_size": 48,
         },
         "Lfm2VlImageProcessor",
-        {
-            "size": _SIDE,
-            "tile_size": 28,
-            "encoder_patch_size": 7,
-            "downsample_factor": 2,
-            "min_image_tokens": 2,
-            "max_image_tokens": 6,
-            "max_tiles": 4,
-            "return_row_col_info": True,
-        },
+        _LFM2_IMAGES,
         tokens={
             "image_token": "<image>",
             "image_start_token": "<|image_start|>",
@@ -396,6 +382,80 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gemma4": _gemma4({"hidden_size_per_layer_input": 8}),
     "gemma4_large": _gemma4({"hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision"}),
+    "gemma4_unified": Family(
+        "Gemma4UnifiedForConditionalGeneration",
+        {
+            "text_config": {
+                **_LLAMA,
+                "model_type": "gemma4_unified_text",
+                "sliding_window": 40,
+                "global_head_dim": 16,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "tie_word_embeddings": True,
+            },
+            "vision_config": {
+                "patch_size": 4,
+                "pooling_kernel_size": 2,
+                "mm_embed_dim": 32,
+                "mm_posemb_size": 70,
+                "output_proj_dims": 32,
+            },
+            "audio_config": None,
+        },
+        "Gemma4UnifiedImageProcessor",
+        {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 30},
+        tokens=_GEMMA4_TOKENS,
+    ),
+    "cohere2_vision": Family(
+        "Cohere2VisionForConditionalGeneration",
+        {
+            "text_config": {**_LLAMA, "model_type": "cohere2", "sliding_window": 12, "logit_scale": 0.5},
+            "vision_config": {**_SIGLIP, "vision_use_head": False},
+            "alignment_intermediate_size": 48,
+        },
+        "Cohere2VisionImageProcessor",
+        {"size": _SIDE, "max_patches": 4, "patch_size": 2},
+        tokens={
+            "image_token": "<|IMG_PATCH|>",
+            "boi_token": "<|START_OF_IMG|>",
+            "eoi_token": "<|END_OF_IMG|>",
+            "img_line_break_token": "<|IMG_LINE_BREAK|>",
+        },
+    ),
+    "ovis2": Family(
+        "Ovis2ForConditionalGeneration",
+        {
+            "text_config": _QWEN2,
+            "hidden_size": 64,
+            "vocab_size": VOCAB_SIZE,
+            # The places of `others` among the special tokens: after <s>, </s>, <pad>, <unk> and <image>.
+            "visual_indicator_token_ids": [5, 6, 7, 8, 9],
+            "vision_config": {**_VIT, "vocab_size": 40, "num_visual_indicator_tokens": 5, "hidden_stride": 2},
+        },
+        "Ovis2ImageProcessor",
+        {"size": _SIDE, "crop_to_patches": True, "max_patches": 4},
+        {"image_seq_length": 4},
+        others=("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>", "<IMG_ATOM>"),
+        image_token="<IMG_ATOM>",
+    ),
+    "hunyuan_vl": Family(
+        "HunYuanVLForConditionalGeneration",
+        {
+            "text_config": {**_LLAMA, "rope_parameters": {**_MROPE, "mrope_section": [2, 2, 2, 2]}},
+            "vision_config": {
+                **{key: value for key, value in _VIT.items() if key != "image_size"},
+                "patch_size": 4,
+                "out_hidden_size": 64,
+                "max_image_size": 64,
+                "text_hidden_size": 64,
+            },
+        },
+        "HunYuanVLImageProcessor",
+        {**_QWEN_SIZES, "temporal_patch_size": 1},
+        tokens={"image_token": "<img>", "image_start_token": "<imgs>", "image_end_token": "<imge>"},
+        before="<imgs>",
+        after="<imge>",
+    ),
     "paligemma": Family(
         "PaliGemmaForConditionalGeneration",
         {

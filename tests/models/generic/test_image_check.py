@@ -44,10 +44,12 @@ def load(name: str, folder: Path) -> GenericModel:
 
 
 def test_classes_that_are_not_checked_are_those_that_tests_hold() -> None:
-    assert {family.architecture for family in FAMILIES.values()} == check.TESTED_CLASSES
+    checked = {"Gemma4UnifiedForConditionalGeneration"}  # it may have images that are longer than its window
+    held = {family.architecture for family in FAMILIES.values()}
+    assert held - checked == check.TESTED_CLASSES
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3", "gemma4_unified", "ovis2"])
 def test_a_class_that_is_not_held_is_served_where_its_rows_are_all_there_is_of_an_image(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,8 +143,8 @@ def model_named(name: str, **inner: Any) -> Any:
     [
         ("Ernie4_5_VLMoe", "separate experts"),
         ("Llama4", "a decoder with its own head"),
+        ("Idefics2", "text between and after images"),
         ("Molmo2", "see each other"),
-        ("Ovis2", "around an image"),
     ],
 )
 def test_classes_that_read_images_otherwise_are_refused_by_name(stem: str, reason: str) -> None:

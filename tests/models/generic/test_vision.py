@@ -39,6 +39,7 @@ from tgi_asgi.types import Image
 TOLERANCE = 1e-3  # of the largest logit
 # One of each kind: tiles, class token, axes and deepstack, bidirectional attention, other inputs, states.
 FEW = ("smolvlm", "llava", "qwen2_vl", "qwen3_vl", "gemma3", "gemma4", "paligemma", "lfm2_vl")
+WITH_TOWER = [name for name in FAMILIES if name != "gemma4_unified"]  # others have layers to break off in
 ANSWER = list(range(120, 126))
 Part = str | PIL.Image.Image
 
@@ -121,7 +122,7 @@ def test_an_image_matters_and_which_one_it_is(name: str, folder_of: Callable[[st
     assert distance(one[-1:], other[-1:]) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", of_each(list(FAMILIES)))
+@pytest.mark.parametrize("name", of_each(WITH_TOWER))
 def test_a_tower_that_is_broken_off_gives_the_same(name: str, folder_of: Callable[[str], Path]) -> None:
     folder = folder_of(name)
     tower = load(folder).tower
@@ -137,7 +138,7 @@ def test_a_tower_that_is_broken_off_gives_the_same(name: str, folder_of: Callabl
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", of_each(list(FAMILIES)))
+@pytest.mark.parametrize("name", of_each(WITH_TOWER))
 def test_attention_in_pieces_gives_the_same(
     name: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,7 +115,7 @@ def _difference(model: GenericModel, seed: int, kv_dtype: ops.KvDtype = "float32
     sequences = [generator.integers(0, model.config.vocab_size, size=length) for length in lengths]
     if model.config.vision is not None:  # text only: no image belongs to such placeholders
         for ids in sequences:
-            ids[ids == model.config.vision.image_token_id] = model.config.vision.pad_token_id
+            model.config.vision.remove_images(ids)
     mode = model.replaced.mode
     with mode.exactly(), _first_of_equals():
         expected = [_eager(model, ids) for ids in sequences]
@@ -219,7 +219,7 @@ def step_of(
     """
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, size=num_tokens)
     if model.config.vision is not None:
-        ids[ids == model.config.vision.image_token_id] = model.config.vision.pad_token_id
+        model.config.vision.remove_images(ids)
     longest = max(min(model.config.context_length, num_tokens - 1), 1)
     parts = [ids[first : first + longest] for first in range(0, num_tokens, longest)]
     width = -(-longest // BLOCK)

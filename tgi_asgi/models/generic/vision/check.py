@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 TESTED_CLASSES = frozenset(
     f"{stem}ForConditionalGeneration"
     for stem in (
-        "AyaVision", "DeepseekVL", "Gemma3", "Gemma4", "Glm4v", "Idefics3", "InternVL", "Lfm2Vl", "Llava",
-        "LlavaNext", "LlavaOnevision", "Mistral3", "PaliGemma", "QianfanOCR", "Qwen2VL", "Qwen2_5_VL",
-        "Qwen3VL", "Qwen3_5", "SmolVLM",
+        "AyaVision", "Cohere2Vision", "DeepseekVL", "Gemma3", "Gemma4", "Glm4v", "HunYuanVL", "Idefics3",
+        "InternVL", "Lfm2Vl", "Llava", "LlavaNext", "LlavaOnevision", "Mistral3", "Ovis2", "PaliGemma",
+        "QianfanOCR", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5", "SmolVLM",
     )
 )  # fmt: skip
 _SIZE = (48, 32)

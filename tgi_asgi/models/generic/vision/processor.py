@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,21 @@ from torch import Tensor
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.formats.files import read_optional_json
+from tgi_asgi.models.generic.vision.bicubic import CohereImages, Gemma4UnifiedImages
 from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images, PixtralImages
 from tgi_asgi.types import Image, ProcessedImage
 
 logger = logging.getLogger(__name__)
 
 _OWN = {"PixtralProcessor": PixtralImages}
+# By the first letters of the class that the files name.
+_OWN_IMAGES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "Cohere2Vision": CohereImages,
+    "Gemma4Unified": Gemma4UnifiedImages,
+    "Lfm2Vl": Lfm2Images,
+}
 _TOGETHER = frozenset({"LlavaOnevisionProcessor"})  # prepare an image differently if it is one of several
+_WITH_TENSORS = frozenset({"Ovis2Processor"})  # read an image's grid as a tensor
 
 
 class VisionProcessor:
@@ -147,8 +155,10 @@ def load_image_processor(directory: Path, options: Mapping[str, Any]) -> Any:
 
     nested = options.get("image_processor")  # for a processor_config.json that has everything in one file
     options = nested if isinstance(nested, dict) else options
-    if str(options.get("image_processor_type", "")).startswith("Lfm2Vl"):
-        return Lfm2Images(options)
+    name = str(options.get("image_processor_type", ""))
+    for start, own in _OWN_IMAGES.items():
+        if name.startswith(start):
+            return own(options)
     return AutoImageProcessor.from_pretrained(directory, backend="pil")
 
 
@@ -211,6 +221,8 @@ def _image_options(processor: Any) -> tuple[dict[str, Any], bool]:
     named = inspect.signature(processor._process_images).parameters
     options |= {name: merged[name] for name in named if name in merged}
     options.pop("return_tensors", None)
+    if any(kind.__name__ in _WITH_TENSORS for kind in type(processor).__mro__):
+        options["return_tensors"] = "pt"
     return options, bool(texts.get("add_special_tokens", True))
 
 

@@ -18,7 +18,13 @@ from tgi_asgi.models.generic.program import GenericProgram
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
 from tgi_asgi.models.generic.vision.encodings import EncodingCache
 from tgi_asgi.models.generic.vision.sequence_images import NO_IMAGES, SequenceImages, sequence_images_of
-from tgi_asgi.models.generic.vision.text import DecoderOutput, Lookahead, VisionTraits
+from tgi_asgi.models.generic.vision.text import (
+    DecoderOutput,
+    Lookahead,
+    VisionTraits,
+    layer_inputs,
+    token_rows,
+)
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.types import Bidirectional, ImageInput
 
@@ -52,6 +58,13 @@ class VisionProgram(GenericProgram):
         self._decoder, self._embed = model.get_decoder(), model.get_input_embeddings()
         self._sequences: dict[int, SequenceImages] = {}
         self._inputs: dict[str, Any] = {}
+        self._marks: Tensor | None = None
+        with torch.inference_mode():
+            others = token_rows(model)
+            if others is not None:
+                ids, self._rows = (each.to(self._device) for each in others)
+                self._marks, order = ids.sort()
+                self._rows = self._rows[order]
 
     def start(self, slot: int, prompt_ids: Sequence[int], images: Sequence[ImageInput]) -> None:
         """Assign a slot to a sequence with these images."""
@@ -112,17 +125,20 @@ class VisionProgram(GenericProgram):
                 places.append(torch.from_numpy(seen.places[low:high] - begin + first))
                 rows.append(encoding.rows[low:high])
                 deep.append(tuple(each[low:high] for each in encoding.deep))
-            axes.append(_positions(sequence, begin, end))
+            axes.append(_positions(sequence, begin, end, self._traits.num_axes))
         at = (torch.cat(places) if places else torch.empty(0, dtype=torch.long)).to(self._device)
         ids[at] = self._traits.pad_token_id
         embeds = self._embed(ids[None]).clone()
+        if self._marks is not None:
+            near = torch.searchsorted(self._marks, ids).clamp(max=len(self._marks) - 1)
+            embeds[0] = torch.where((self._marks[near] == ids)[:, None], self._rows[near], embeds[0])
         if rows:
             embeds[0, at] = torch.cat(rows)
         flat = (torch.cat(axes, dim=-1) + self._traits.first_position).to(self._device)
         given: dict[str, Any] = {"inputs_embeds": embeds, "use_cache": False}
         given["position_ids"] = flat[:, None] if self._traits.has_axes else flat[:1]
         if self._traits.has_layer_inputs:
-            given["per_layer_inputs"] = self._decoder.get_per_layer_inputs(ids[None], None)
+            given["per_layer_inputs"] = layer_inputs(self._decoder, ids[None])
         given = arguments(self._decoder, **given)
         if deep and deep[0]:
             mask = torch.zeros(1, len(ids), dtype=torch.bool, device=self._device)
@@ -132,10 +148,10 @@ class VisionProgram(GenericProgram):
         return given
 
 
-def _positions(sequence: SequenceImages, begin: int, end: int) -> Tensor:
-    """Return the positions [3, end - begin] of a sequence's tokens; a single axis is repeated."""
+def _positions(sequence: SequenceImages, begin: int, end: int, num_axes: int) -> Tensor:
+    """Return the positions [axes, end - begin] of a sequence's tokens."""
     split = min(max(sequence.num_prompt, begin), end) if sequence.positions is not None else begin
-    after = (torch.arange(split, end) + sequence.delta).expand(3, -1)
+    after = (torch.arange(split, end) + sequence.delta).expand(num_axes, -1)
     if sequence.positions is None or split == begin:
         return after
     return torch.cat([sequence.positions[:, begin:split], after], dim=-1)

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import enum
 import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from tgi_asgi.errors import ModelLoadError
@@ -29,14 +33,18 @@ class Lookahead(enum.Enum):
 # Classes that do not treat an image as rows in place of its placeholder tokens.
 _UNSUPPORTED = {
     "Ernie4_5_VLMoeForConditionalGeneration": "routes image tokens to separate experts",
+    "Idefics2ForConditionalGeneration": "changes the text between and after images",
     "Llama4ForConditionalGeneration": "has a decoder with its own head next to the tower",
     "Molmo2ForConditionalGeneration": "lets the tokens of all images of a prompt see each other",
-    "Ovis2ForConditionalGeneration": "also replaces the tokens around an image's",
 }
 _LOOKAHEAD = {
     "Gemma3ForConditionalGeneration": Lookahead.IMAGES,
     "PaliGemmaForConditionalGeneration": Lookahead.PROMPT,
 }
+# Where the configuration asks for it: unlike Gemma 4, this class applies it to layers without a window, too.
+_VISION_LOOKAHEAD = {"Gemma4UnifiedForConditionalGeneration": Lookahead.IMAGES}
+# Layers' inputs for an image's tokens are those of their own id.
+_READS_IMAGE_IDS = frozenset({"Gemma3nForConditionalGeneration"})
 _FIRST_POSITION = {"PaliGemmaForConditionalGeneration": 1}
 
 
@@ -47,17 +55,28 @@ class VisionTraits:
     Attributes:
         image_token_id: Id of the placeholder tokens that an image's rows replace.
         lookahead: Which tokens see later tokens.
-        has_axes: Whether positions have several axes.
+        num_axes: Number of axes of positions: 1, 3, or 4 in Hunyuan-VL.
         has_layer_inputs: Whether layers receive an extra input for each token id.
         pad_token_id: Id that replaces placeholder tokens where ids are read.
+        mark_ids: Ids of tokens around images that the class replaces by rows in prompts with images only.
     """
 
     image_token_id: int
     lookahead: Lookahead = Lookahead.NOTHING
-    has_axes: bool = False
+    num_axes: int = 1
     has_layer_inputs: bool = False
     pad_token_id: int = 0
     first_position: int = 0
+    mark_ids: tuple[int, ...] = ()
+
+    @property
+    def has_axes(self) -> bool:
+        """Whether positions have several axes."""
+        return self.num_axes > 1
+
+    def remove_images(self, ids: npt.NDArray[np.int64]) -> None:
+        """Replace tokens of and around images by padding."""
+        ids[np.isin(ids, (self.image_token_id, *self.mark_ids))] = self.pad_token_id
 
 
 class TextView(nn.Module):
@@ -72,7 +91,7 @@ class TextView(nn.Module):
         """Run the decoder."""
         given = {"position_ids": position_ids, "use_cache": use_cache}
         if takes_layer_inputs(self.decoder):
-            given["per_layer_inputs"] = self.decoder.get_per_layer_inputs(input_ids, None)
+            given["per_layer_inputs"] = layer_inputs(self.decoder, input_ids)
         embeds = self.decoder.get_input_embeddings()(input_ids)
         return self.decoder(**arguments(self.decoder, inputs_embeds=embeds, **given))
 
@@ -112,18 +131,24 @@ def vision_traits(model: Any) -> VisionTraits | None:
     decoder = model.get_decoder()
     lookahead = _LOOKAHEAD.get(name, Lookahead.NOTHING)
     if getattr(text, "use_bidirectional_attention", None) == "vision":
-        lookahead = Lookahead.IMAGES_IN_WINDOWS
+        lookahead = _VISION_LOOKAHEAD.get(name, Lookahead.IMAGES_IN_WINDOWS)
     return VisionTraits(
         image_token_id=int(token),
         lookahead=lookahead,
-        has_axes=counts is not None,
+        num_axes=1 if counts is None else _num_axes(text),
         has_layer_inputs=takes_layer_inputs(decoder),
-        pad_token_id=int(getattr(text, "pad_token_id", None) or 0),
+        pad_token_id=int(token if name in _READS_IMAGE_IDS else getattr(text, "pad_token_id", None) or 0),
         first_position=_FIRST_POSITION.get(name, 0),
+        mark_ids=tuple(getattr(config, "visual_indicator_token_ids", None) or ()),
     )
 
 
 _TOKEN_NAMES = ("image_token_id", "image_token_index")
+
+
+def _num_axes(text: Any) -> int:
+    sections = (getattr(text, "rope_parameters", None) or {}).get("mrope_section")
+    return max(len(sections or ()), 3)
 
 
 def takes_layer_inputs(decoder: Any) -> bool:
@@ -131,6 +156,43 @@ def takes_layer_inputs(decoder: Any) -> bool:
     return bool(getattr(decoder.config, "hidden_size_per_layer_input", 0)) and hasattr(
         decoder, "get_per_layer_inputs"
     )
+
+
+def layer_inputs(decoder: Any, ids: Tensor) -> Tensor:
+    """Return the extra inputs of a decoder's layers for ids; Gemma 4's function also takes embeddings."""
+    others = len(inspect.signature(decoder.get_per_layer_inputs).parameters) - 1
+    found: Tensor = decoder.get_per_layer_inputs(ids, *[None] * others)
+    return found
+
+
+def token_rows(model: Any) -> tuple[Tensor, Tensor] | None:
+    """Return ids whose rows are not those of the decoder's embedding, and the rows [n, hidden]; None: no id.
+
+    These are tokens around images, such as the end of one. They have these rows in any prompt, so that what
+    is cached of a prompt's beginning does not depend on the images that follow. Needs weights.
+    """
+    make = _TOKEN_ROWS.get(type(model).__name__)
+    return None if make is None else make(model.model)
+
+
+def _rows_of_gemma3n(inner: Any) -> tuple[Tensor, Tensor]:
+    ids, rows = [], []
+    for part in (inner.embed_vision, inner.embed_audio):
+        ids.append(torch.arange(part.vocab_offset, part.vocab_offset + part.vocab_size))
+        rows.append(part(input_ids=ids[-1]))
+    return torch.cat(ids), torch.cat(rows)
+
+
+def _rows_of_ovis2(inner: Any) -> tuple[Tensor, Tensor]:
+    ids = torch.tensor(inner.visual_indicator_token_ids)
+    last = inner.visual_vocab_size
+    return ids, inner.visual_embeddings_table(torch.arange(last - len(ids), last))
+
+
+_TOKEN_ROWS: Mapping[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
+    "Gemma3nForConditionalGeneration": _rows_of_gemma3n,
+    "Ovis2ForConditionalGeneration": _rows_of_ovis2,
+}
 
 
 def refuse_cross_attention(model: Any) -> None:
