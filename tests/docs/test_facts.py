@@ -139,10 +139,7 @@ def test_the_table_of_families_is_that_of_the_registry() -> None:
 
 
 def test_the_table_of_gguf_modules_is_complete() -> None:
-    table = (
-        _text("docs/generic.md").partition("<!-- gguf modules -->")[2].partition("<!-- /gguf modules -->")[0]
-    )
-    names = {
-        name for line in table.splitlines()[3:] for name in re.findall(r"`([\w-]+)`", line.split("|")[1])
-    }
+    marked = _text("docs/generic.md").partition("<!-- gguf modules -->\n")[2]
+    rows = marked.partition("\n<!-- /gguf modules -->")[0].splitlines()[2:]
+    names = {name for row in rows for name in re.findall(r"`([\w-]+)`", row.split("|")[1])}
     assert names == {module.gguf_name for module in all_modules()}
