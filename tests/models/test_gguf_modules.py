@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.models.test_gguf_nvfp4 import save_nvfp4
 from tests.support.family_case import FamilyCase
-from tests.support.family_files import gguf_file, reference
+from tests.support.family_files import checkpoint, convert, gguf_file, reference
 from tests.support.family_scores import differences, score
 from tests.support.gguf_modules import MODULE_CASES
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.generic.modules import Embedding
 from tgi_asgi.models.gguf_module import find_module
@@ -95,6 +98,21 @@ def test_layers_that_only_draft_are_not_read() -> None:
         layers = {name.split(".")[2] for name in weights.names() if ".layers." in name}
         assert layers == {"0", "1", "2"}
         assert not any(name.startswith("blk.3.") for name in weights.unread())
+
+
+def test_nvfp4_gives_what_the_checkpoint_gives(tmp_path: Path) -> None:
+    case = CASES["gemma4-shared"]
+    made = save_nvfp4(checkpoint(case).path, tmp_path / "checkpoint")
+    convert(made.path, ("f32",), tmp_path)
+    file = ModelFiles("nvfp4", None, "gguf", tmp_path / "f32.gguf")
+    with GgufFile.open(file.path) as opened:
+        assert "blk.0.attn_q.scale" in opened.tensors, "the converter writes no second scale"
+    expected, found = (
+        [row[0] for row in score(case, files, reference(case), "float32").prompt_logprobs[1:] if row[0]]
+        for files in (made, file)
+    )
+    assert np.std(expected) > 0.5, "flat logits prove nothing"
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def load(name: str) -> GenericModel:

@@ -23,6 +23,7 @@ from tgi_asgi.ops.arrays import Floats
 
 MAX_SIZE = 1 << 24  # of a dimension, which bounds a damaged file: a vocabulary has fewer
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
+_KINDS = ("weight", "bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class GgufModule:
         own = {known: own for own, known in self.names.items()}
         if name in own:
             return prefix + own[name]
-        return f"{prefix}{own[stem]}.{kind}" if stem in own else None
+        return f"{prefix}{own[stem]}.{kind}" if stem in own and kind in _KINDS else None
 
 
 def layer_of(stored: str) -> int | None:

@@ -33,6 +33,12 @@ class _Place:
         return self.info.shape if self.index is None else self.info.shape[1:]
 
 
+def _is_scale_of_nvfp4(file: GgufFile, stored: str) -> bool:
+    stem, _, kind = stored.rpartition(".")
+    matrix = file.tensors.get(f"{stem}.weight")
+    return kind in ("scale", "input_scale") and matrix is not None and matrix.type == "NVFP4"
+
+
 class GgufModuleWeights(GgufTensors):
     """The `NamedWeights` of an open GGUF file, which `close` closes.
 
@@ -48,7 +54,11 @@ class GgufModuleWeights(GgufTensors):
                 self._unread.discard(stored)
                 continue
             info = file.tensor(stored)
-            name = module.name_of(stored) or stored  # its reader refuses a name that it does not know
+            name = module.name_of(stored)
+            if name is None:
+                if _is_scale_of_nvfp4(file, stored):
+                    continue  # read with its matrix
+                name = stored  # which is refused, as the model has no place for it
             if "*" in name:
                 for index in range(info.shape[0]):
                     self._places[name.replace("*", str(index))] = _Place(info, index)
