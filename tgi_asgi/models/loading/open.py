@@ -91,16 +91,18 @@ class OpenModel:
     def _open_gguf(self, path: Path, model_impl: str) -> None:
         file = GgufFile.open(path)
         self.companions = GgufCompanions(file.metadata)
-        module = find_module(file.metadata.get("general.architecture"))
+        name = file.metadata.get("general.architecture")
+        module = find_module(name)
         if module is not None:
-            name = module.gguf_name
             check(model_impl != "native", f"--model-impl native: no native family has GGUF files of {name}")
             config = read_gguf_module(module, file)
             self.weights = GgufModuleWeights(file, module, config["num_hidden_layers"])
             self._model = self._open_generic(None, config, trusts_code=False)
             return
         if model_impl == "transformers":
-            raise ModelLoadError("--model-impl transformers: GGUF files of this kind need native code")
+            raise ModelLoadError(
+                f"--model-impl transformers needs a checkpoint directory, not a GGUF file of {str(name)[:100]}"
+            )
         family, read = read_gguf(file.metadata, frozenset(file.tensors))
         self._model = native = _Native(family, self._scaled(read))
         self.weights = GgufWeights(file, native.config, native.family)
