@@ -101,7 +101,7 @@ class OpenModel:
             return
         if model_impl == "transformers":
             raise ModelLoadError(
-                f"--model-impl transformers needs a checkpoint directory, not a GGUF file of {str(name)[:100]}"
+                f"--model-impl transformers needs a checkpoint directory, not a GGUF file of {str(name)[:99]}"
             )
         family, read = read_gguf(file.metadata, frozenset(file.tensors))
         self._model = native = _Native(family, self._scaled(read))
