@@ -132,6 +132,7 @@ def read_gemma3n(reader: Reader, file: GgufFile) -> dict[str, Any]:
     head_dim = reader.positive("head_dim", MAX_SIZE)
     check(reader.integer("attention.value_length", head_dim) == head_dim, "values must have the size of keys")
     left = file.tensor("blk.0.laurel_l.weight")
+    check(len(left.shape) == 2, f"tensor {left.name!r} must be a matrix, got the shape {list(left.shape)}")
     return config | {
         "model_type": "gemma3n_text",
         "architectures": ["Gemma3nForCausalLM"],
@@ -197,7 +198,7 @@ def _turned_share(file: GgufFile) -> float:
     factors = file.raw(_ROPE_FREQS).view(np.float32)
     count = int((factors == 1.0).sum())
     is_known = bool((factors[:count] == 1.0).all() and (factors[count:] >= 1e20).all())
-    check(is_known, f"{_ROPE_FREQS} must hold ones, then values that stop the turning")
+    check(count > 0 and is_known, f"{_ROPE_FREQS} must hold ones, then values that stop the turning")
     return count / factors.size
 
 
