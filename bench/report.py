@@ -98,8 +98,14 @@ def numbers(kind: type[Any]) -> Callable[[str], list[Any]]:
 def command_line() -> str:
     """Return the command that runs this program, without machine-specific folders."""
     module = Path(sys.argv[0]).stem
-    words = [Path(word).name if "/" in word and "://" not in word else word for word in sys.argv[1:]]
-    return " ".join(["python -m", f"bench.{module}", *words])
+    return " ".join(["python -m", f"bench.{module}", *map(_without_folders, sys.argv[1:])])
+
+
+def _without_folders(word: str) -> str:
+    """Return an argument without the folders of its path, or of several with colons between them."""
+    if "/" not in word or "://" in word:
+        return word
+    return ":".join(Path(part).name for part in word.split(":"))
 
 
 def emit(record: dict[str, Any], out: Path | None) -> None:

@@ -21,6 +21,7 @@ from bench.intervals import advantage, estimate
 from bench.peer_loads import Plan, Stage, chat_figures, stages
 from bench.peer_models import Match, made
 from bench.peers import MEMORY, MEMORY_USED, Record, Rounds, rows_of
+from bench.report import command_line
 from bench.turns import Turn, counted_turns, deviation, next_turn, order_of
 
 
@@ -252,3 +253,16 @@ def test_a_copy_that_was_interrupted_is_made_again(tmp_path: Path) -> None:
 def _half(path: Path) -> None:
     path.write_text("half")
     raise RuntimeError
+
+
+def test_a_record_s_command_names_files_without_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [
+        "bench/peers.py",
+        "--libraries",
+        "libc.so.4:/opt/v/lib/libd.so",
+        "--out",
+        "a/b.json",
+        "http://a/b",
+    ]
+    monkeypatch.setattr("sys.argv", words)
+    assert command_line() == "python -m bench.peers --libraries libc.so.4:libd.so --out b.json http://a/b"
