@@ -200,7 +200,6 @@ SPLITS = {
     ),
     "tekken": Split((_TEKKEN,), ignores_merges=True, adds_bos=True),
     "gpt-4o": _GPT4O_SPLIT,
-    "granite-embed-multi-97m": replace(_GPT4O_SPLIT, ignores_merges=True),
     "llama4": _GPT4O_SPLIT,
     "kanana2": _GPT4O_SPLIT,
     "talkie": _GPT4O_SPLIT,

@@ -90,7 +90,7 @@ class OpenModel:
 
     def _open_gguf(self, path: Path, model_impl: str) -> None:
         file = GgufFile.open(path)
-        self.companions = GgufCompanions(file.metadata)
+        self.companions = GgufCompanions(file)
         name = file.metadata.get("general.architecture")
         module = find_module(name)
         if module is not None:
