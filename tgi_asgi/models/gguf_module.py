@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models import gguf_modules
@@ -115,6 +117,13 @@ def per_layer(reader: Reader, key: str, num_layers: int, *, least: int = 1) -> l
         f"`{key}` must be a size, or one for each layer, got {str(given)[:100]}",
     )
     return values
+
+
+def log_of_decay(stored: Floats) -> Floats:
+    """Return Mamba's A_log, of which llama.cpp stores -exp(A_log)."""
+    check(bool((stored < 0).all()), "ssm_a must be negative")
+    found: Floats = np.log(-stored)
+    return found
 
 
 def common_names(*names: str) -> dict[str, str]:
