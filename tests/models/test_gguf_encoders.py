@@ -12,12 +12,15 @@ import pytest
 import tokenizers
 
 from tests.support.encoders import logits_of, random_ids, states_of
+from tests.support.gguf_bytes import Tensor, gguf_bytes, write
 from tests.support.gguf_encoders import CASES, MadeEncoder, make
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.gguf_module import find_module
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.loading.recognise import read_gguf_module
+from tgi_asgi.models.pooling import read_gguf_pooling
 from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import StepPlan, StepRow
@@ -75,7 +78,9 @@ def test_vectors_are_those_of_transformers(name: str, made: Maker) -> None:
     with loaded(encoder, "f32") as (model, runner):
         assert model.info.embedding is not None
         assert model.info.embedding.pooling.kind is PoolingKind.MEAN
-        for found, wanted in zip(pooled(runner, model.info.embedding.pooling, prompts), expected, strict=True):
+        for found, wanted in zip(
+            pooled(runner, model.info.embedding.pooling, prompts), expected, strict=True
+        ):
             np.testing.assert_allclose(found, wanted, atol=EXACT * float(np.abs(wanted).max()), rtol=0)
     with loaded(encoder, "q8_0") as (_, runner):
         for found, wanted in zip(pooled(runner, Pooling(PoolingKind.MEAN), prompts), expected, strict=True):
@@ -153,3 +158,27 @@ def test_the_layers_of_a_ranking_head_are_not_ignored(made: Maker, monkeypatch: 
     monkeypatch.setattr(GgufFile, "open", with_head)
     with pytest.raises(ModelLoadError, match="need a pooler"):
         OpenModel(made("bert").file("f32"), model_impl="auto")
+
+
+def test_dense_layers_follow_the_pooling(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    wide, narrow = (random.standard_normal(shape).astype(np.float32) for shape in ((12, 8), (8, 12)))
+    tensors = [
+        Tensor(f"dense_{number}.weight", matrix.shape[::-1], 0, matrix.tobytes())
+        for number, matrix in ((3, narrow), (2, wide))
+    ]
+    metadata = {"general.architecture": "gemma-embedding", "gemma-embedding.pooling_type": 1}
+    path = write(tmp_path / "dense.gguf", gguf_bytes(metadata, tensors))
+    with GgufFile.open(path) as file:
+        found = read_gguf_pooling(file)
+    assert found.kind is PoolingKind.MEAN
+    vector = random.standard_normal(8).astype(np.float32)
+    first, second = found.dense
+    np.testing.assert_allclose(second.apply(first.apply(vector)), narrow @ (wide @ vector), rtol=1e-5)
+
+
+def test_an_architecture_that_is_not_served_is_refused_with_a_reason(tmp_path: Path) -> None:
+    path = write(tmp_path / "jina.gguf", gguf_bytes({"general.architecture": "jina-bert-v2"}, []))
+    files = ModelFiles("jina", None, "gguf", path)
+    with pytest.raises(ModelLoadError, match="neither this server nor transformers"):
+        OpenModel(files, model_impl="auto")

@@ -106,6 +106,18 @@ def test_a_unigram_vocabulary_reads_as_xlm_roberta() -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == "A B c d"
 
 
+def test_damaged_normalisation_rules_are_refused_and_do_not_panic() -> None:
+    with GgufFile.open(llama_cpp_source() / "models" / "ggml-vocab-nomic-bert-moe.gguf") as file:
+        metadata = dict(file.metadata)
+    key = "tokenizer.ggml.precompiled_charsmap"
+    good = metadata[key]
+    beyond = good.copy()
+    beyond[4:8] = [0xFF, 0x7F, 0xFF, 0x7F]  # the root's children are outside
+    for damaged in (good[:1000], good[:3], beyond, good.astype("int32")):
+        with pytest.raises(ModelLoadError, match="charsmap"):
+            Tokenizer.from_gguf({**metadata, key: damaged})
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_vocabulary_that_cannot_be_served_is_refused_by_name(name: str) -> None:
     with pytest.raises(ModelLoadError, match=REFUSED[name][0]):

@@ -3,7 +3,8 @@
 Five kinds of vocabulary are supported. "gpt2" is byte-level BPE: the file contains its merges, but only
 names how text is split before them (`tokenizer.ggml.pre`; `gguf_splits` knows what each name means). "llama"
 is sentencepiece BPE: its merges follow from the scores. "gemma4" is sentencepiece BPE with the merges in the
-file. "bert" and "t5" are those of embedding models (`gguf_encoder_vocab`). Other kinds are refused, because a wrong split silently yields wrong tokens.
+file. "bert" and "t5" are WordPiece and unigram, of embedding models (`gguf_encoder_vocab`). Other kinds are
+refused, because a wrong split silently yields wrong tokens.
 """
 
 from __future__ import annotations
@@ -82,9 +83,9 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
     kind = metadata.get(_KEY + "model")
     if kind not in ("gpt2", "llama", "gemma4", "bert", "t5"):
         raise ModelLoadError(
-            f"the GGUF file's tokenizer is of the kind {str(kind)[:100]!r}; `gpt2` (byte-level BPE), `llama` "
-            "(sentencepiece), `gemma4` (sentencepiece with merges), `bert` (WordPiece) and `t5` (unigram) are "
-            "supported"
+            f"the GGUF file's tokenizer is of the kind {str(kind)[:100]!r}; `gpt2` (byte-level BPE), "
+            "`llama` (sentencepiece), `gemma4` (sentencepiece with merges), `bert` (WordPiece) and `t5` "
+            "(unigram) are supported"
         )
     try:
         tokens = _read_tokens(metadata)

@@ -149,9 +149,7 @@ class Tokenizer:
         added = {"bos": vocab.adds_bos, "eos": vocab.adds_eos}
         named = {name: vocab.special_tokens.get(f"{name}_token") for name, adds in added.items() if adds}
         if vocab.is_of_encoder:
-            gguf_encoder_vocab.surround(
-                vocab.backend, named.get("bos"), named.get("eos"), vocab.separator
-            )
+            gguf_encoder_vocab.surround(vocab.backend, named.get("bos"), named.get("eos"), vocab.separator)
         else:
             parts = {name: text for name, text in named.items() if text is not None}
             older_files.surround(vocab.backend, parts)

@@ -18,7 +18,7 @@ def read_exaone_moe(reader: Reader, file: GgufFile) -> dict[str, Any]:
     """Return the configuration; further layers only draft."""
     config = read_common(reader)
     num_layers = config["num_hidden_layers"] - reader.integer("num_nextn_predict_layers", 0)
-    check(0 < num_layers, f"nextn_predict_layers leaves {num_layers} layers")
+    check(num_layers > 0, f"nextn_predict_layers leaves {num_layers} layers")
     head_dim = reader.positive("head_dim", MAX_SIZE)
     reader.require(**{
         "expert_gating_func": 2,  # sigmoid
@@ -34,9 +34,7 @@ def read_exaone_moe(reader: Reader, file: GgufFile) -> dict[str, Any]:
     check(0 <= num_dense <= num_layers, f"leading_dense_block_count must be at most {num_layers}")
     slides = reader.get("sliding_window_pattern")
     check(
-        isinstance(slides, list)
-        and len(slides) >= num_layers
-        and all(type(each) is bool for each in slides),
+        isinstance(slides, list) and len(slides) >= num_layers and all(type(each) is bool for each in slides),
         f"attention.sliding_window_pattern must be a list of {num_layers} values",
     )
     return config | {

@@ -6,7 +6,14 @@ from typing import Any
 
 from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, common_names, log_of_decay, per_layer, read_common
+from tgi_asgi.models.gguf_module import (
+    MAX_SIZE,
+    GgufModule,
+    common_names,
+    log_of_decay,
+    per_layer,
+    read_common,
+)
 from tgi_asgi.models.reader import Reader
 
 

@@ -74,9 +74,7 @@ class GgufModuleWeights(GgufTensors):
             if parts := module.parts_of(stored):
                 if info.shape[0] % len(parts):
                     raise ModelLoadError(f"tensor {stored!r} must have a multiple of {len(parts)} rows")
-                self._places |= {
-                    name: _Place(info, index, len(parts)) for index, name in enumerate(parts)
-                }
+                self._places |= {name: _Place(info, index, len(parts)) for index, name in enumerate(parts)}
                 continue
             name = module.name_of(stored)
             if name is None:
