@@ -111,7 +111,7 @@ MORE_MODULE_CASES = (
     FamilyCase(
         "exaone-moe", "ExaoneMoeForCausalLM",
         {**_ROUTED, "first_k_dense_replace": 1, "sliding_window_pattern": 4, "routed_scaling_factor": 2.5},
-        (), gguf=("f32", "q8_0"),
+        (), gguf=("f32", "q8_0"), json={"scoring_func": "sigmoid"},  # as published
     ),
     FamilyCase(
         "afmoe", "AfmoeForCausalLM",
