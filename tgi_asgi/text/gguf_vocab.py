@@ -83,7 +83,7 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
     kind = metadata.get(_KEY + "model")
     if kind not in ("gpt2", "llama", "gemma4", "bert", "t5"):
         raise ModelLoadError(
-            f"the GGUF file's tokenizer is of the kind {str(kind)[:100]!r}; `gpt2` (byte-level BPE), "
+            f"the GGUF file's tokenizer is of the kind {kind!r:.100}; `gpt2` (byte-level BPE), "
             "`llama` (sentencepiece), `gemma4` (sentencepiece with merges), `bert` (WordPiece) and `t5` "
             "(unigram) are supported"
         )
