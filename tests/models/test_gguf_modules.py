@@ -14,7 +14,7 @@ from tests.models.test_gguf_nvfp4 import save_nvfp4
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint, convert, gguf_file, reference
 from tests.support.family_scores import differences, score
-from tests.support.gguf_modules import MODULE_CASES
+from tests.support.gguf_modules import MODULE_CASES, MORE_MODULE_CASES
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
@@ -29,8 +29,16 @@ from tgi_asgi.models.loading.recognise import read_gguf_module
 EXACT = 5e-5  # of a log-probability; correct results are within 1e-5
 LOOSE = 0.15  # the median with activations in int8: at a near tie, another expert may be chosen
 
-CASES = {case.name: case for case in MODULE_CASES}
-FORMS = [pytest.param(case, form, id=f"{case.name}-{form}") for case in MODULE_CASES for form in case.gguf]
+CASES = {case.name: case for case in (*MODULE_CASES, *MORE_MODULE_CASES)}
+MARKED = [
+    *((case, ()) for case in MODULE_CASES),
+    *((case, (pytest.mark.models,)) for case in MORE_MODULE_CASES),
+]
+FORMS = [
+    pytest.param(case, form, id=f"{case.name}-{form}", marks=marks)
+    for case, marks in MARKED
+    for form in case.gguf
+]
 
 pytestmark = pytest.mark.demo  # llama.cpp's converter is fetched
 
@@ -43,7 +51,7 @@ def test_log_probabilities_are_those_of_transformers(case: FamilyCase, form: str
     assert job.token_ids == found.token_ids
 
 
-@pytest.mark.parametrize("case", MODULE_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks) for case, marks in MARKED])
 def test_default_arithmetic_stays_close(case: FamilyCase) -> None:
     found = reference(case)
     apart = differences(score(case, gguf_file(case, "q8_0"), found, "auto"), found)
@@ -75,6 +83,34 @@ def test_default_arithmetic_stays_close(case: FamilyCase) -> None:
 def test_a_file_that_contradicts_itself_is_refused(
     name: str, changes: Mapping[str, Any], reason: str
 ) -> None:
+    check_refused(name, changes, reason)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("mamba", {"ssm.inner_size": 200}, "must be a multiple of 128"),
+        ("mamba", {"ssm.state_size": 0}, "must be in"),
+        ("mamba2", {"ssm.time_step_rank": 7}, "must be whole heads"),
+        ("jamba", {"attention.head_count_kv": [0, 2, 0, 1]}, "the same number of KV heads"),
+        ("jamba", {"attention.head_count_kv": [0, 0, 2, 2]}, "have no period"),
+        ("jamba", {"attention.head_count_kv": [0] * 4}, "must have layers with attention"),
+        ("jamba", {"expert_count": 0}, "must be that of the layers with experts"),
+        ("exaone-moe", {"expert_gating_func": 1}, "expert_gating_func"),
+        ("exaone-moe", {"nextn_predict_layers": 4}, "leaves 0 layers"),
+        ("exaone-moe", {"leading_dense_block_count": 5}, "must be at most 4"),
+        ("exaone-moe", {"attention.sliding_window_pattern": [True]}, "must be a list of 4 values"),
+        ("afmoe", {"expert_weights_norm": False}, "expert_weights_norm"),
+    ],
+)
+def test_further_files_that_contradict_themselves_are_refused(
+    name: str, changes: Mapping[str, Any], reason: str
+) -> None:
+    check_refused(name, changes, reason)
+
+
+def check_refused(name: str, changes: Mapping[str, Any], reason: str) -> None:
     with GgufFile.open(gguf_file(CASES[name], "f32").path) as file:
         kind = file.metadata["general.architecture"]
         module = find_module(kind)

@@ -199,7 +199,7 @@ def test_a_gguf_file_says_how_it_pools(tmp_path: Path, number: int, kind: Poolin
     path = save_gguf(make_model("Qwen3", head_dim=16), tmp_path / "tiny.gguf", "F32", metadata=metadata)
     family, _ = read_gguf(GgufFile.open(path.path).metadata, frozenset())
     assert family.architecture == "Qwen3ForCausalLM"
-    assert read_gguf_pooling(GgufFile.open(path.path).metadata).kind is kind
+    assert read_gguf_pooling(GgufFile.open(path.path)).kind is kind
 
 
 def test_a_pooling_that_is_not_known_is_a_reason_and_no_failure(tmp_path: Path) -> None:

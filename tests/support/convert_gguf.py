@@ -23,6 +23,7 @@ from conversion.gemma import Gemma3Model, Gemma4Model  # type: ignore[import-not
 from conversion.glm import Glm4Model  # type: ignore[import-not-found]
 from conversion.hunyuan import HunYuanMoEModel  # type: ignore[import-not-found]
 from conversion.internlm import InternLM3Model  # type: ignore[import-not-found]
+from conversion.jamba import JambaModel  # type: ignore[import-not-found]
 from conversion.qwen import Qwen3NextModel  # type: ignore[import-not-found]
 from conversion.stablelm import StableLMModel  # type: ignore[import-not-found]
 
@@ -71,7 +72,7 @@ if __name__ == "__main__":
     Gemma3Model.modify_tensors = _modify_gemma3
     Qwen3NextModel.no_mtp = True  # otherwise the converter requires draft layers
     TextModel._set_vocab_glm = TextModel._set_vocab_gpt2
-    for model in (ChatGLMModel, Gemma4Model, Glm4Model, HunYuanMoEModel, InternLM3Model):
+    for model in (ChatGLMModel, Gemma4Model, Glm4Model, HunYuanMoEModel, InternLM3Model, JambaModel):
         model.set_vocab = TextModel._set_vocab_gpt2
     checkpoint, *outputs = sys.argv[1:]
     for kind, output in zip(outputs[::2], outputs[1::2], strict=True):

@@ -34,6 +34,18 @@ _NEMOTRON: dict[str, Any] = {
     "layer_norm_epsilon": 1e-5, "head_dim": 32, "mamba_num_heads": 8, "mamba_head_dim": 32, "n_groups": 2,
     "ssm_state_size": 16, "conv_kernel": 4, "pad_token_id": 0,
 }  # fmt: skip
+_PURE: dict[str, Any] = {
+    key: BASE[key]
+    for key in (
+        "vocab_size", "hidden_size", "num_hidden_layers", "bos_token_id", "eos_token_id", "pad_token_id",
+        "tie_word_embeddings",
+    )
+}  # fmt: skip
+_MAMBA = {**_PURE, "state_size": 16, "time_step_rank": 32}
+_ROUTED = {
+    **BASE, "num_hidden_layers": 4, "head_dim": 32, "num_experts": 6, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64, "sliding_window": 12, "num_shared_experts": 1,
+}  # fmt: skip
 
 MODULE_CASES = (
     FamilyCase(
@@ -74,4 +86,36 @@ MODULE_CASES = (
         gguf=("f32", "q8_0"),
     ),
     FamilyCase("gemma3n", "Gemma3nForCausalLM", _GEMMA3N, (), gguf=("f32", "q8_0")),
+)  # fmt: skip
+
+# Further ones, which `make test-models` runs.
+MORE_MODULE_CASES = (
+    FamilyCase("mamba", "MambaForCausalLM", _MAMBA, (), gguf=("f32", "q8_0")),
+    FamilyCase("falcon_mamba", "FalconMambaForCausalLM", _MAMBA, (), gguf=("f32", "q8_0")),
+    FamilyCase(
+        "mamba2", "Mamba2ForCausalLM",
+        {**_PURE, "state_size": 16, "num_heads": 8, "head_dim": 32, "n_groups": 2}, (), gguf=("f32", "q8_0"),
+    ),
+    FamilyCase(
+        "jamba",
+        "JambaForCausalLM",
+        {
+            **{key: value for key, value in BASE.items() if not key.startswith("rope")},
+            "num_hidden_layers": 4, "mamba_dt_rank": 32, "num_experts": 4, "num_experts_per_tok": 2,
+            "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+            "expert_layer_offset": 1, "use_mamba_kernels": False,
+        },
+        (),
+        gguf=("f32", "q8_0"),
+    ),
+    FamilyCase(
+        "exaone-moe", "ExaoneMoeForCausalLM",
+        {**_ROUTED, "first_k_dense_replace": 1, "sliding_window_pattern": 4, "routed_scaling_factor": 2.5},
+        (), gguf=("f32", "q8_0"), json={"scoring_func": "sigmoid"},  # as published
+    ),
+    FamilyCase(
+        "afmoe", "AfmoeForCausalLM",
+        {**_ROUTED, "num_dense_layers": 1, "route_scale": 2.5, "mup_enabled": True}, (),
+        gguf=("f32", "q8_0"), json={"route_norm": True},  # as published
+    ),
 )  # fmt: skip

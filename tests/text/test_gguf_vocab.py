@@ -79,10 +79,47 @@ def test_a_pre_tokenizer_that_is_not_known_is_refused(pre: Any) -> None:
         Tokenizer.from_gguf(metadata)
 
 
-@pytest.mark.parametrize("kind", [None, "bert", "t5", 1])
+@pytest.mark.parametrize("kind", [None, "whitespace", "rwkv", 1])
 def test_a_kind_of_vocabulary_that_is_not_known_is_refused(kind: Any) -> None:
     with pytest.raises(ModelLoadError, match=f"of the kind {kind!r}"):
         Tokenizer.from_gguf({"tokenizer.ggml.model": kind})
+
+
+def word_pieces(*tokens: str) -> dict[str, Any]:
+    found = ["[UNK]", "[CLS]", "[SEP]", *tokens]
+    return {
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.tokens": found,
+        "tokenizer.ggml.token_type": np.array([3, 3, 3, *(1 for _ in tokens)], "<i4"),
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.seperator_token_id": 2,
+    }
+
+
+def test_word_pieces_are_lowered_as_the_file_or_its_vocabulary_says() -> None:
+    def encode(metadata: dict[str, Any]) -> list[int]:
+        return Tokenizer.from_gguf(metadata).encode("Ab", add_special_tokens=True)
+
+    assert encode(word_pieces("\u2581ab", "\u2581a", "b")) == [1, 3, 2]
+    assert encode(word_pieces("\u2581ab", "\u2581A", "b")) == [1, 4, 5, 2]
+    lowered = word_pieces("\u2581ab", "\u2581A", "b") | {"tokenizer.ggml.normalizer.lowercase": True}
+    assert encode(lowered) == [1, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"seperator_token_id": 99}, "no token that ends a text"),
+        ({"unknown_token_id": 99}, "no token for unknown words"),
+        ({"normalizer.lowercase": 1}, "must be true or false"),
+        ({"token_type": np.array([3, 3, 3, 1, 3], "<i4")}, "the same token twice"),
+    ],
+)
+def test_damaged_word_pieces_are_refused(changes: dict[str, Any], reason: str) -> None:
+    given = word_pieces("\u2581x", "x") | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    with pytest.raises(ModelLoadError, match=reason):
+        Tokenizer.from_gguf(given)
 
 
 def test_llama_3_takes_a_whole_word_without_its_merges() -> None:

@@ -24,22 +24,15 @@ WITH_VECTORS = (
     "mpt", "phi-3", "qwen2", "qwen35", "refact", "starcoder",
 )  # fmt: skip
 WITHOUT_VECTORS = ("baichuan",)
+OF_ENCODERS = ("bert-bge", "nomic-bert-moe")
 REFUSED = {
-    "bert-bge": ("kind 'bert'", "WordPiece, of embedding models"),
-    "nomic-bert-moe": ("kind 't5'", "Unigram, of embedding or translation models"),
     "aquila": ("pre-tokenizer is None", "llama.cpp's default for such files is a guess, with a warning"),
     "gpt-neox": ("pre-tokenizer is None", "as for aquila"),
 }
 # Pre-tokenizers that llama.cpp knows and this project refuses.
 UNKNOWN = {
-    **dict.fromkeys(
-        ("jina-v1-en", "jina-v2-code", "jina-v2-de", "jina-v2-es", "jina-de", "jina-es", "jina-v5-nano"),
-        "embedding models",
-    ),
-    **dict.fromkeys(
-        ("roberta-bpe", "modern-bert", "f2llmv2", "granite-embed-multi-97m", "granite-embed-multi-311m"),
-        "embedding models",
-    ),
+    "granite-embed-multi-97m": "llama.cpp splits other than the tokenizers of this pattern do",
+    "granite-embed-multi-311m": "as gemma4, and no model of it is served",
     "whitespace": "an embedding model",
     "chameleon": "its image tokens are part of the text",
     "gemma4": "no file names it: the kind of the vocabulary identifies it",
@@ -72,7 +65,7 @@ def vectors(name: str) -> list[tuple[str, list[int]]]:
 def test_every_vocabulary_is_accounted_for() -> None:
     folder = llama_cpp_source() / "models"
     names = {path.stem.removeprefix("ggml-vocab-") for path in folder.glob("*.gguf")}
-    assert names == {*WITH_VECTORS, *WITHOUT_VECTORS, *REFUSED}
+    assert names == {*WITH_VECTORS, *WITHOUT_VECTORS, *OF_ENCODERS, *REFUSED}
     assert {name for name in names if (folder / f"ggml-vocab-{name}.gguf.inp").exists()} == {
         *WITH_VECTORS, "bert-bge",
     }  # fmt: skip
@@ -96,6 +89,33 @@ def test_a_vocabulary_without_vectors_comes_back_from_its_ids(name: str) -> None
     for text, _ in vectors("llama-spm"):
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_word_pieces_are_those_of_bert() -> None:
+    tokenizer = open_vocabulary("bert-bge")
+    for text, ids in vectors("bert-bge"):
+        assert tokenizer.encode(text, add_special_tokens=False) == ids, repr(text)
+    assert tokenizer.encode("a", add_special_tokens=True) == [101, 1037, 102]
+
+
+def test_a_unigram_vocabulary_reads_as_xlm_roberta() -> None:
+    tokenizer = open_vocabulary("nomic-bert-moe")
+    # The ids in the documentation of XLM-RoBERTa.
+    assert tokenizer.encode("Hello world!", add_special_tokens=True) == [0, 35378, 8999, 38, 2]
+    ids = tokenizer.encode("\uff21\u3000B\t c  d", add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "A B c d"
+
+
+def test_damaged_normalisation_rules_are_refused_and_do_not_panic() -> None:
+    with GgufFile.open(llama_cpp_source() / "models" / "ggml-vocab-nomic-bert-moe.gguf") as file:
+        metadata = dict(file.metadata)
+    key = "tokenizer.ggml.precompiled_charsmap"
+    good = metadata[key]
+    beyond = good.copy()
+    beyond[4:8] = [0xFF, 0x7F, 0xFF, 0x7F]  # the root's children are outside
+    for damaged in (good[:1000], good[:3], beyond, good.astype("int32")):
+        with pytest.raises(ModelLoadError, match="charsmap"):
+            Tokenizer.from_gguf({**metadata, key: damaged})
 
 
 @pytest.mark.parametrize("name", REFUSED)

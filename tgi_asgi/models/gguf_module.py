@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models import gguf_modules
@@ -39,31 +41,51 @@ class GgufModule:
         read_config: Returns a config.json of `transformers`, with an architecture; reads and bounds all keys.
         names: llama.cpp's names of tensors, by those of checkpoints without layer and kind; with the kind if
             one of the two has none. A `*` is the index of a module whose matrix llama.cpp stacks on others.
+        layers: What the names of layers begin with, before their index.
+        parts: Names of checkpoints for equal parts of the rows of one tensor, by its name without kind.
         restored: By llama.cpp's names without layer, undoes what the converter does to a tensor's values.
+        shapes: By the same names, what this does to the tensor's shape, if anything.
         unused: Names of tensors that nothing reads, or only `read_config`.
     """
 
     gguf_name: str
     read_config: Callable[[Reader, GgufFile], dict[str, Any]]
     names: Mapping[str, str]
+    layers: str = "model.layers."
+    parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     restored: Mapping[str, Callable[[Floats], Floats]] = field(default_factory=dict)
+    shapes: Mapping[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = field(default_factory=dict)
     unused: Sequence[str] = ()
 
     def restore_of(self, stored: str) -> Callable[[Floats], Floats] | None:
         """Return what undoes the converter's change to a tensor of the file; None if it changed none."""
-        layer = _LAYER.fullmatch(stored)
-        return self.restored.get(layer[2] if layer else stored)
+        return self.restored.get(self._prefix_of(stored)[1])
+
+    def shape_of(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a tensor of the file after `restore_of`."""
+        change = self.shapes.get(self._prefix_of(stored)[1])
+        return shape if change is None else change(shape)
 
     def name_of(self, stored: str) -> str | None:
         """Return the name that a checkpoint has for a tensor of the file; None if it has none."""
-        layer = _LAYER.fullmatch(stored)
-        prefix = f"model.layers.{layer[1]}." if layer else ""
-        name = layer[2] if layer else stored
+        prefix, name = self._prefix_of(stored)
         stem, _, kind = name.rpartition(".")
         own = {known: own for own, known in self.names.items()}
         if name in own:
             return prefix + own[name]
         return f"{prefix}{own[stem]}.{kind}" if stem in own and kind in _KINDS else None
+
+    def parts_of(self, stored: str) -> list[str]:
+        """Return the names that a checkpoint has for equal parts of a tensor of the file; empty if none."""
+        prefix, name = self._prefix_of(stored)
+        stem, _, kind = name.rpartition(".")
+        parts = self.parts.get(stem, ()) if kind in _KINDS else ()
+        return [f"{prefix}{part}.{kind}" for part in parts]
+
+    def _prefix_of(self, stored: str) -> tuple[str, str]:
+        """Return what the names of a checkpoint begin with, and the file's own name without its layer."""
+        layer = _LAYER.fullmatch(stored)
+        return (f"{self.layers}{layer[1]}.", layer[2]) if layer else ("", stored)
 
 
 def layer_of(stored: str) -> int | None:
@@ -95,6 +117,13 @@ def per_layer(reader: Reader, key: str, num_layers: int, *, least: int = 1) -> l
         f"`{key}` must be a size, or one for each layer, got {str(given)[:100]}",
     )
     return values
+
+
+def log_of_decay(stored: Floats) -> Floats:
+    """Return Mamba's A_log, of which llama.cpp stores -exp(A_log)."""
+    check(bool((stored < 0).all()), "ssm_a must be negative")
+    found: Floats = np.log(-stored)
+    return found
 
 
 def common_names(*names: str) -> dict[str, str]:

@@ -16,8 +16,11 @@ import numpy as np
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.files import read_optional_json
+from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.safetensors import SafetensorsFile
+from tgi_asgi.models.loading.gguf_tensors import GgufTensors
 from tgi_asgi.models.loading.tensors import read_floats
+from tgi_asgi.ops import decode
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.text.tokenizer import read_sentence_config
 from tgi_asgi.types import PoolingKind
@@ -32,6 +35,7 @@ ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
 }
 # By llama.cpp's numbers; 0: none, 4: a rank.
 _GGUF_KINDS = {1: PoolingKind.MEAN, 2: PoolingKind.CLS, 3: PoolingKind.LAST}
+_GGUF_DENSE = ("dense_2.weight", "dense_3.weight")
 # The flags of `1_Pooling/config.json`; from version 5.4 on, `pooling_mode` holds the name.
 _MODES = {
     "cls": ("pooling_mode_cls_token", PoolingKind.CLS),
@@ -88,10 +92,22 @@ class PoolingFiles:
         return self.kind is not None or bool(self.score_tokens)
 
 
-def read_gguf_pooling(metadata: Mapping[str, Any]) -> PoolingFiles:
-    """Read the pooling of a GGUF file."""
-    kind = metadata.get(f"{metadata.get('general.architecture')}.pooling_type")
-    return PoolingFiles(_GGUF_KINDS.get(kind) if type(kind) is int else None)
+def read_gguf_pooling(file: GgufFile) -> PoolingFiles:
+    """Read the pooling of a GGUF file, and the linear layers that EmbeddingGemma's may have after it.
+
+    Raises:
+        ModelLoadError: if one of these is damaged.
+    """
+    kind = file.metadata.get(f"{file.metadata.get('general.architecture')}.pooling_type")
+    dense = [Dense(_matrix_of(file, name), None, "Identity") for name in _GGUF_DENSE if name in file.tensors]
+    return PoolingFiles(_GGUF_KINDS.get(kind) if type(kind) is int else None, dense=tuple(dense))
+
+
+def _matrix_of(file: GgufFile, name: str) -> Floats:
+    info = file.tensor(name)
+    if len(info.shape) != 2:
+        raise ModelLoadError(f"tensor {name!r} must be a matrix, got the shape {list(info.shape)}")
+    return decode(GgufTensors(file).matrix(name))
 
 
 def read_pooling(directory: Path) -> PoolingFiles:

@@ -11,6 +11,15 @@ from tgi_asgi.models import families
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.gguf_module import all_modules
 
+_NO_CODE = "neither this server nor transformers has its code"
+# Why files of architectures that llama.cpp's converter writes are refused.
+_REFUSED = {
+    **dict.fromkeys(("jina-bert-v2", "nomic-bert-moe", "neo-bert", "bailingmoe", "bailingmoe2"), _NO_CODE),
+    **dict.fromkeys(("plamo", "plamo2", "plamo3", "rwkv6", "rwkv7", "arwkv7", "rwkv6qwen2"), _NO_CODE),
+    **dict.fromkeys(("t5", "t5encoder"), "encoder-decoders are served from a checkpoint directory"),
+    "llama4": "its experts and rotary factors are stored in another form: load a safetensors checkpoint",
+}
+
 
 @functools.cache
 def all_families() -> tuple[Family, ...]:
@@ -55,4 +64,7 @@ def find_by_gguf_name(name: str) -> Family:
             return family
     families = {name for each in all_families() for name in (each.gguf_name, *each.image_gguf_names) if name}
     known = ", ".join(sorted(families | {each.gguf_name for each in all_modules()}))
-    raise ModelLoadError(f"GGUF files of architecture {name!r} are not supported; supported are {known}")
+    reason = f" ({_REFUSED[name]})" if name in _REFUSED else ""
+    raise ModelLoadError(
+        f"GGUF files of architecture {name!r} are not supported{reason}; supported are {known}"
+    )

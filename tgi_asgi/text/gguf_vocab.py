@@ -1,9 +1,10 @@
 """Rebuild a tokenizer from a GGUF file's metadata, as the model's own tokenizer.json would build it.
 
-Three kinds of vocabulary are supported. "gpt2" is byte-level BPE: the file contains its merges, but only
+Five kinds of vocabulary are supported. "gpt2" is byte-level BPE: the file contains its merges, but only
 names how text is split before them (`tokenizer.ggml.pre`; `gguf_splits` knows what each name means). "llama"
 is sentencepiece BPE: its merges follow from the scores. "gemma4" is sentencepiece BPE with the merges in the
-file. Other kinds are refused, because a wrong split silently yields wrong tokens.
+file. "bert" and "t5" are WordPiece and unigram, of embedding models (`gguf_encoder_vocab`). Other kinds are
+refused, because a wrong split silently yields wrong tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.text import sentencepiece_vocab
+from tgi_asgi.text import gguf_encoder_vocab, sentencepiece_vocab
 from tgi_asgi.text.gguf_splits import SENTENCEPIECE, SPLITS, Split
 from tgi_asgi.text.sentencepiece_vocab import CONTROL, MAX_TOKENS, NORMAL, USER_DEFINED, add_tokens
 
@@ -26,13 +27,19 @@ _SPECIAL_IDS = {
     "eos_token": "eos_token_id",
     "unk_token": "unknown_token_id",
     "sep_token": "seperator_token_id",  # the key's own spelling
+    "cls_token": "cls_token_id",
     "pad_token": "padding_token_id",
     "mask_token": "mask_token_id",
 }
 # A GGUF file names one end token where generation_config.json lists several. These control tokens always end
 # a turn, a text or a file, as in llama.cpp; files made from an added_tokens.json call them defined by a user.
 _END_KEYS = tuple(f"{name}_token_id" for name in ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"))
-_SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2}  # unless the file names others, as in llama.cpp
+# Unless the file names others, as in llama.cpp.
+_USUAL_IDS = {
+    "llama": {"bos_token": 1, "eos_token": 2},
+    "t5": {"eos_token": 1, "unk_token": 2},
+    "bert": {"bos_token": 101, "unk_token": 100, "sep_token": 102},
+}
 _END_TEXTS = frozenset(
     {
         "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<|endoftext|>",
@@ -63,6 +70,8 @@ class GgufVocab:
     eos_ids: frozenset[int]
     adds_bos: bool  # whether the BOS token goes before every text
     adds_eos: bool
+    separator: str | None = None  # what goes before a pair's second text
+    is_of_encoder: bool = False  # the tokens around pairs are an encoder's: the first is not repeated
 
 
 def build(metadata: Mapping[str, Any]) -> GgufVocab:
@@ -72,22 +81,37 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
         ModelLoadError: if the vocabulary is absent, contradicts itself, or is of an unsupported kind.
     """
     kind = metadata.get(_KEY + "model")
-    if kind not in ("gpt2", "llama", "gemma4"):
+    if kind not in ("gpt2", "llama", "gemma4", "bert", "t5"):
         raise ModelLoadError(
-            f"the GGUF file's tokenizer is of the kind {kind!r}; `gpt2` (byte-level BPE), `llama` "
-            "(sentencepiece) and `gemma4` (sentencepiece with merges) are supported"
+            f"the GGUF file's tokenizer is of the kind {kind!r:.100}; `gpt2` (byte-level BPE), "
+            "`llama` (sentencepiece), `gemma4` (sentencepiece with merges), `bert` (WordPiece) and `t5` "
+            "(unigram) are supported"
         )
     try:
         tokens = _read_tokens(metadata)
         end_texts = _end_texts(tokens)
         given_types = _read_array(metadata, "token_type", len(tokens))
         types = _with_ends(tokens, given_types or [NORMAL] * len(tokens), end_texts)
+        special_ids = _read_special_ids(metadata, len(tokens), kind)
+        adds_eos = kind == "t5"
         if kind == "llama":
             backend, adds_bos = _scored(metadata, tokens, types), True
+        elif kind == "t5":
+            scores, adds_bos = _read_scores(metadata, len(tokens)), False
+            backend = gguf_encoder_vocab.unigram(metadata, tokens, scores, special_ids.get("unk_token"))
+        elif kind == "bert":
+            tokens = gguf_encoder_vocab.restore_word_pieces(tokens, types)
+            adds_bos = adds_eos = True  # whatever the file says, as in llama.cpp
+            if "sep_token" not in special_ids:
+                raise ModelLoadError("the GGUF file names no token that ends a text")
+            special_ids["eos_token"] = special_ids["sep_token"]
+            unknown = special_ids.get("unk_token")
+            backend = gguf_encoder_vocab.word_pieces(
+                metadata, tokens, None if unknown is None else tokens[unknown]
+            )
         else:
             split = SENTENCEPIECE if kind == "gemma4" else _split_of(metadata)
             backend, adds_bos = _merged(metadata, tokens, split), split.adds_bos
-        special_ids = _read_special_ids(metadata, len(tokens), is_sentencepiece=kind == "llama")
         # Not the others, if the types say that they are text: padding may be any token, such as "!".
         named = special_ids if given_types is None else special_ids.keys() & {"bos_token", "eos_token"}
         is_phi3 = kind == "llama" and metadata.get("general.architecture") == "phi3"
@@ -105,9 +129,19 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
         {name: tokens[token_id] for name, token_id in special_ids.items()},
         frozenset(index for index in ends if index is not None),
         # The first Gemma 4 files say no, but the model outputs nonsense without BOS (llama.cpp#21500).
-        adds_bos=kind == "gemma4" or _flag(metadata, "add_bos_token", adds_bos),
-        adds_eos=_flag(metadata, "add_eos_token", False),
+        adds_bos=kind in ("gemma4", "bert") or _flag(metadata, "add_bos_token", adds_bos),
+        adds_eos=kind == "bert" or _flag(metadata, "add_eos_token", adds_eos),
+        separator=_separator(metadata, special_ids, tokens) if kind != "bert" else None,
+        is_of_encoder=kind in ("bert", "t5") or f"{_KEY}add_sep_token" in metadata,
     )
+
+
+def _separator(
+    metadata: Mapping[str, Any], special_ids: Mapping[str, int], tokens: Sequence[str]
+) -> str | None:
+    """Return what goes before a pair's second text, after the end of the first."""
+    separates = _flag(metadata, "add_sep_token", False) and "sep_token" in special_ids
+    return tokens[special_ids["sep_token"]] if separates else None
 
 
 def _end_texts(tokens: Sequence[str]) -> frozenset[str]:
@@ -125,13 +159,20 @@ def _with_ends(tokens: Sequence[str], types: Sequence[int], end_texts: frozenset
     ]
 
 
-def _read_special_ids(metadata: Mapping[str, Any], size: int, *, is_sentencepiece: bool) -> dict[str, int]:
-    usual = _SENTENCEPIECE_IDS.items() if is_sentencepiece else ()
+def _read_special_ids(metadata: Mapping[str, Any], size: int, kind: str) -> dict[str, int]:
+    usual = _USUAL_IDS.get(kind, {}).items()
     given = ((name, _token_id(metadata, key, size)) for name, key in _SPECIAL_IDS.items())
     return {
         **{name: token_id for name, token_id in usual if token_id < size},
         **{name: token_id for name, token_id in given if token_id is not None},
     }
+
+
+def _read_scores(metadata: Mapping[str, Any], size: int) -> list[Any]:
+    scores = _read_array(metadata, "scores", size)
+    if scores is None:
+        raise ModelLoadError("the GGUF file has no `tokenizer.ggml.scores`")
+    return scores
 
 
 def _split_of(metadata: Mapping[str, Any]) -> Split:
@@ -165,9 +206,7 @@ def _merged(metadata: Mapping[str, Any], tokens: list[str], split: Split) -> tok
 
 def _scored(metadata: Mapping[str, Any], tokens: list[str], types: Sequence[int]) -> tokenizers.Tokenizer:
     """Build the tokenizer of a vocabulary whose scores determine the order of merges."""
-    scores = _read_array(metadata, "scores", len(tokens))
-    if scores is None:
-        raise ModelLoadError("the GGUF file has no `tokenizer.ggml.scores`")
+    scores = _read_scores(metadata, len(tokens))
     merges = sentencepiece_vocab.merges_by_score(tokens, types, scores)
     return _sentencepiece(metadata, tokens, merges, has_prefix=_flag(metadata, "add_space_prefix", True))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
@@ -49,7 +50,12 @@ def set_spaces(
         prefixes_parts: Whether one also goes before what follows a special token inside the text.
         is_squeezed: Whether runs of spaces become one, and spaces at the ends are removed.
         charsmap: sentencepiece's compiled normalisation rules.
+
+    Raises:
+        ModelLoadError: if these are damaged.
     """
+    if charsmap and not _is_charsmap(charsmap):
+        raise ModelLoadError("the vocabulary's compiled normalisation rules (charsmap) are damaged")
     before: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
     if is_squeezed:
         before += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -64,6 +70,27 @@ def set_spaces(
     if has_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     backend.decoder = decoders.Sequence(steps)
+
+
+def _is_charsmap(data: bytes) -> bool:
+    """Return whether no text leads out of the compiled rules: `tokenizers` would panic.
+
+    They are a size, a trie in units of 32 bits (a double array, as darts-clone writes it), and strings that
+    its leaves point to. A unit's children are at its own index ^ offset ^ a byte.
+    """
+    size = int.from_bytes(data[:4], "little")
+    if size % 4 or not 4 <= size < len(data) - 4:
+        return False
+    units = np.frombuffer(data, "<u4", size // 4, 4).astype(np.int64)
+    strings = np.frombuffer(data, np.uint8, offset=4 + size)
+    is_leaf = units >> 31 == 1
+    offsets = (units >> 10) << ((units & (1 << 9)) >> 6)
+    inner = (np.arange(len(units)) ^ offsets)[~is_leaf]
+    if ((inner | 255) >= len(units)).any():
+        return False
+    leaves = (units & ((1 << 31) - 1))[is_leaf]
+    in_strings = bool((leaves < len(strings)).all()) and strings[-1] == 0
+    return in_strings and bool((strings[leaves] & 0xC0 != 0x80).all())  # none begins within a character
 
 
 def merges_by_score(

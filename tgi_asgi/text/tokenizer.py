@@ -20,7 +20,7 @@ from tokenizers import AddedToken
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.formats.files import MAX_JSON_BYTES, read_file, read_optional_json
-from tgi_asgi.text import gguf_vocab, older_files
+from tgi_asgi.text import gguf_encoder_vocab, gguf_vocab, older_files
 from tgi_asgi.text.chat.guard import PromptGuard
 from tgi_asgi.text.inner_text import InnerText
 from tgi_asgi.text.token_bytes import token_byte_table
@@ -148,7 +148,11 @@ class Tokenizer:
         vocab = gguf_vocab.build(metadata)
         added = {"bos": vocab.adds_bos, "eos": vocab.adds_eos}
         named = {name: vocab.special_tokens.get(f"{name}_token") for name, adds in added.items() if adds}
-        older_files.surround(vocab.backend, {name: text for name, text in named.items() if text is not None})
+        if vocab.is_of_encoder:
+            gguf_encoder_vocab.surround(vocab.backend, named.get("bos"), named.get("eos"), vocab.separator)
+        else:
+            parts = {name: text for name, text in named.items() if text is not None}
+            older_files.surround(vocab.backend, parts)
         return cls(vocab.backend, vocab.special_tokens, vocab.eos_ids)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -90,7 +90,7 @@ class EncoderConfig:
 
 
 class OpenEncoder:
-    """A checkpoint directory's model, built without weights.
+    """A model of a checkpoint directory or a GGUF file, built without weights.
 
     Raises:
         ModelLoadError: if it does not produce vectors. No weights have been read then.
@@ -98,7 +98,8 @@ class OpenEncoder:
 
     kind: ClassVar[Literal["encoder"]] = "encoder"
 
-    def __init__(self, directory: Path, config: Mapping[str, Any], *, trusts_code: bool) -> None:
+    def __init__(self, directory: Path | None, config: Mapping[str, Any], *, trusts_code: bool) -> None:
+        self._is_file = directory is None
         self.architecture = str(config["architectures"][0])
         self._model = _built(directory, config, self.architecture, trusts_code=trusts_code)
         try:
@@ -179,8 +180,11 @@ class OpenEncoder:
     def _is_unused(self, name: str) -> bool:
         """Return whether a tensor belongs to a head or a pooler, which vectors do not need.
 
-        This may match too much: a tensor that the model needs and lacks is refused elsewhere.
+        This may match too much: a tensor that the model needs and lacks is refused elsewhere. A GGUF file has
+        neither, except for what its `GgufModule` names.
         """
+        if self._is_file:
+            return False
         model, base = self._model, self._model.base_model
         prefix, _, rest = name.partition(".")
         if prefix == model.base_model_prefix and rest:
@@ -225,7 +229,7 @@ class EncoderModel:
         )  # fmt: skip
 
 
-def _built(directory: Path, config: Mapping[str, Any], name: str, *, trusts_code: bool) -> Any:
+def _built(directory: Path | None, config: Mapping[str, Any], name: str, *, trusts_code: bool) -> Any:
     """Return the module that computes the vectors, without a token head and without its pooler."""
     for head in TOKEN_HEADS:
         name = name.removesuffix(head) + "Model" if name.endswith(head) else name

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, common_names, per_layer, read_common
+from tgi_asgi.models.gguf_module import (
+    MAX_SIZE,
+    GgufModule,
+    common_names,
+    log_of_decay,
+    per_layer,
+    read_common,
+)
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.ops.arrays import Floats
 
 
 def read_nemotron_h(reader: Reader, file: GgufFile) -> dict[str, Any]:
@@ -81,13 +85,6 @@ def _kind(num_kv_heads: int, size: int, *, has_experts: bool) -> str:
     return "linear_attention"
 
 
-def _log_of_decay(stored: Floats) -> Floats:
-    """Return A_log, of which llama.cpp stores -exp(A_log)."""
-    check(bool((stored < 0).all()), "ssm_a must be negative")
-    found: Floats = np.log(-stored)
-    return found
-
-
 _NAMES = {
     **common_names("lm_head"),
     "model.embeddings": "token_embd",
@@ -116,6 +113,6 @@ _NAMES = {
     "mixer.fc2_latent_proj": "ffn_latent_up",
 }
 MODULES = tuple(
-    GgufModule(name, read_nemotron_h, _NAMES, restored={"ssm_a": _log_of_decay})
+    GgufModule(name, read_nemotron_h, _NAMES, restored={"ssm_a": log_of_decay})
     for name in ("nemotron_h", "nemotron_h_moe")
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.generation_config import gguf_generation_config, read_generation_config
 from tgi_asgi.models.labels import LabelFiles, read_labels
 from tgi_asgi.models.pooling import PoolingFiles, read_gguf_pooling, read_pooling
@@ -51,9 +52,13 @@ class CheckpointCompanions:
 
 @dataclass(frozen=True, slots=True)
 class GgufCompanions:
-    """The metadata of a GGUF file; its methods are those of `CheckpointCompanions`."""
+    """What a GGUF file has besides weights; its methods are those of `CheckpointCompanions`."""
 
-    metadata: Mapping[str, Any]
+    file: GgufFile
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.file.metadata
 
     def text(self, override: Path | None) -> tuple[Tokenizer, ChatTemplate | None]:
         """Build the tokenizer and compile the chat template, which `override` may replace."""
@@ -63,11 +68,13 @@ class GgufCompanions:
 
     def pooling(self) -> PoolingFiles:
         """Return the pooling settings."""
-        return read_gguf_pooling(self.metadata)
+        return read_gguf_pooling(self.file)
 
     def labels(self) -> LabelFiles:
-        """Return nothing: GGUF files of classifiers are not supported."""
-        return LabelFiles()
+        """Return the names of a classifier's labels."""
+        names = self.metadata.get(f"{self.metadata.get('general.architecture')}.classifier.output_labels", ())
+        texts = names if isinstance(names, Sequence) and not isinstance(names, str) else ()
+        return LabelFiles({str(at): name for at, name in enumerate(texts) if isinstance(name, str)})
 
     def generation_config(self) -> dict[str, Any]:
         """Return what is said about sampling, by the names of generation_config.json."""

@@ -22,15 +22,32 @@ from tgi_asgi.ops.arrays import Floats
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a weight is: in a tensor, or at an index of a stack; and how its values become the model's."""
+    """Where a weight is: in a tensor, at an index of a stack, or in one of equal parts of a tensor's rows.
+
+    Attributes:
+        restore: How its values become the model's.
+        restored: Their shape then.
+    """
 
     info: GgufTensor
     index: int | None = None
+    num_parts: int | None = None  # None: `index` is that of a stack
     restore: Callable[[Floats], Floats] | None = None
+    restored: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.restored is not None:
+            return self.restored
+        if self.num_parts is not None:
+            return (self.info.shape[0] // self.num_parts, *self.info.shape[1:])
         return self.info.shape if self.index is None else self.info.shape[1:]
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The first of the tensor's rows, and the last plus one."""
+        size = 1 if self.num_parts is None else self.shape[0]
+        return (0, self.info.shape[0]) if self.index is None else (self.index * size, (self.index + 1) * size)
 
 
 def _is_scale_of_nvfp4(file: GgufFile, stored: str) -> bool:
@@ -54,6 +71,11 @@ class GgufModuleWeights(GgufTensors):
                 self._unread.discard(stored)
                 continue
             info = file.tensor(stored)
+            if parts := module.parts_of(stored):
+                if info.shape[0] % len(parts):
+                    raise ModelLoadError(f"tensor {stored!r} must have a multiple of {len(parts)} rows")
+                self._places |= {name: _Place(info, index, len(parts)) for index, name in enumerate(parts)}
+                continue
             name = module.name_of(stored)
             if name is None:
                 if _is_scale_of_nvfp4(file, stored):
@@ -63,7 +85,8 @@ class GgufModuleWeights(GgufTensors):
                 for index in range(info.shape[0]):
                     self._places[name.replace("*", str(index))] = _Place(info, index)
             else:
-                self._places[name] = _Place(info, restore=module.restore_of(stored))
+                restored = module.shape_of(stored, info.shape)
+                self._places[name] = _Place(info, restore=module.restore_of(stored), restored=restored)
         self._named = {place.info.name for place in self._places.values()}
 
     def __contains__(self, name: object) -> bool:
@@ -82,12 +105,14 @@ class GgufModuleWeights(GgufTensors):
         if without_ones(place.shape) != without_ones(shape) and not is_flat:
             check_shape(info.name, place.shape, shape)
         if place.index is not None:
-            matrix = self._part(info, place.index, place.index + 1, info.shape)
+            matrix = self._part(info, *place.rows, info.shape)
             return matrix if part == WHOLE else matrix.rows(*part.indices(shape[0])[:2])
         count = shape[0] if shape else 1
         start, stop, _ = part.indices(count)
-        source = self._part(info, start, stop, (count, *shape[1:]))
-        return source if place.restore is None else ops.from_floats(place.restore(ops.decode(source)))
+        if place.restore is None:
+            return self._part(info, start, stop, (count, *shape[1:]))
+        stored = ops.decode(self._part(info, 0, info.shape[0], info.shape)).reshape(info.shape)
+        return ops.from_floats(place.restore(stored).reshape(shape)[start:stop])
 
     def _part(self, info: GgufTensor, start: int, stop: int, shape: tuple[int, ...]) -> WeightSource:
         data = self._rows(info, start, stop, shape[0])

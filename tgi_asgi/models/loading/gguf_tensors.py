@@ -21,6 +21,11 @@ class GgufTensors:
         self._unread = set(file.names)
         self.num_bytes = sum(info.nbytes for info in file.tensors.values())
 
+    def matrix(self, name: str) -> WeightSource:
+        """Return a whole tensor by the file's own name."""
+        info = self._file.tensor(name)
+        return self._source(info, self._rows(info, 0, info.shape[0], info.shape[0]), info.shape, 0)
+
     def _rows(self, info: GgufTensor, start: int, stop: int, count: int) -> npt.NDArray[np.uint8]:
         """Return the bytes of some of a tensor's `count` rows, and note that it is read."""
         self._unread.discard(info.name)

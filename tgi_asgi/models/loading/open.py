@@ -90,14 +90,18 @@ class OpenModel:
 
     def _open_gguf(self, path: Path, model_impl: str) -> None:
         file = GgufFile.open(path)
-        self.companions = GgufCompanions(file.metadata)
+        self.companions = GgufCompanions(file)
         name = file.metadata.get("general.architecture")
         module = find_module(name)
         if module is not None:
             check(model_impl != "native", f"--model-impl native: no native family has GGUF files of {name}")
             config = read_gguf_module(module, file)
             self.weights = GgufModuleWeights(file, module, config["num_hidden_layers"])
-            self._model = self._open_generic(None, config, trusts_code=False)
+            if produces_vectors(architecture_of(config)):
+                check(self._rope is None, f"--rope-scaling: {name} gives vectors, and is not scaled")
+                self._model = _open_encoder(None, config, trusts_code=False)
+            else:
+                self._model = self._open_generic(None, config, trusts_code=False)
             return
         if model_impl == "transformers":
             raise ModelLoadError(
@@ -331,7 +335,7 @@ class _Native:
         return self.family.model(self.config, weights, arithmetic, max_positions)
 
 
-def _open_encoder(directory: Path, config: Mapping[str, Any], trusts_code: bool) -> OpenEncoder:
+def _open_encoder(directory: Path | None, config: Mapping[str, Any], trusts_code: bool) -> OpenEncoder:
     from tgi_asgi.models.generic.encoder import OpenEncoder
 
     return OpenEncoder(directory, config, trusts_code=trusts_code)
