@@ -12,9 +12,11 @@ PROBE = import urllib.request; urllib.request.urlopen('$(TORCH_INDEX)/torch/', t
 TORCH_FLAGS = $(if $(TORCH_INDEX),$(shell $(PYTHON) -c "$(PROBE)" 2>&- && echo --extra-index-url $(TORCH_INDEX)))
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles a module when it is first imported. All of torch's, transformers' and the others' take 45 s.
+PIP_INSTALL = $(PIP) install --no-compile
 # Empty: the newest versions that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
-INSTALL = $(PIP) install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+INSTALL = $(PIP_INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SOURCES = setup.py pyproject.toml requirements.txt constraints.txt $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
 .PHONY: serve test test-install test-lowest test-image test-agents test-models test-page test-deploy test-cluster test-offline cuda-link constraints picture docs soak sanitize nightly install lint format cuda-check bench clean
@@ -149,7 +151,7 @@ $(VENV)/.torch:
 	@command -v $${CXX:-c++} > /dev/null || { echo >&2 "There is no C++ compiler ($${CXX:-c++}). Debian and Ubuntu:" \
 	  'apt-get install build-essential python3-dev python3-venv'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install $(TORCH) $(TORCH_FLAGS) || $(PIP) install $(TORCH)
+	$(PIP_INSTALL) $(TORCH) $(TORCH_FLAGS) || $(PIP_INSTALL) $(TORCH)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
@@ -161,7 +163,7 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 $(VENV)/.test-tools: $(VENV)/.installed tests/server/node/package.json tests/server/tgi_clients/requirements.txt
 	$(INSTALL) --no-build-isolation --editable '.[test]'
 	$(PYTHON) -m venv $(VENV)/clients
-	$(VENV)/clients/bin/python -m pip install -r tests/server/tgi_clients/requirements.txt
+	$(VENV)/clients/bin/python -m pip install --no-compile -r tests/server/tgi_clients/requirements.txt
 	if ! command -v nvcc && ! test -x $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc; then \
 	  $(INSTALL) --no-build-isolation --editable '.[nvcc]' || echo 'No nvcc: its tests are skipped.'; fi
 	if command -v npm; then npm install --prefix tests/server/node --no-audit --no-fund --no-package-lock \
