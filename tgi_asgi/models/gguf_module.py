@@ -107,6 +107,13 @@ def read_common(reader: Reader) -> dict[str, Any]:
     }
 
 
+def vocab_size_of(file: GgufFile) -> int:
+    """Return the number of embeddings, for files that may not say it elsewhere."""
+    table = file.tensor("token_embd.weight")
+    check(len(table.shape) == 2, f"tensor {table.name!r} must be a matrix")
+    return table.shape[0]
+
+
 def per_layer(reader: Reader, key: str, num_layers: int, *, least: int = 1) -> list[int]:
     """Return a size of each layer, which the file has once or as a list."""
     given = reader.get(key)
@@ -117,6 +124,28 @@ def per_layer(reader: Reader, key: str, num_layers: int, *, least: int = 1) -> l
         f"`{key}` must be a size, or one for each layer, got {str(given)[:100]}",
     )
     return values
+
+
+def layer_types(
+    reader: Reader, num_layers: int, period: int | None = None, *, wide_at: int = -1
+) -> list[str]:
+    """Return which layers have a window, which the file has as a list, or as a number if there is a period.
+
+    Args:
+        num_layers: The layers to return; a list may have more, of layers that only draft.
+        period: One layer in so many has no window, unless the file says otherwise; None: it must have a list.
+        wide_at: Which one of them.
+    """
+    slides = reader.get("sliding_window_pattern")
+    if period is not None and not isinstance(slides, list):
+        period = period if slides is None else reader.positive("sliding_window_pattern", MAX_LAYERS)
+        slides = [index % period != wide_at % period for index in range(num_layers)]
+    check(
+        isinstance(slides, list) and len(slides) >= num_layers and all(type(each) is bool for each in slides),
+        f"attention.sliding_window_pattern must be a list of {num_layers} values"
+        + ("" if period is None else ", or a number"),
+    )
+    return ["sliding_attention" if each else "full_attention" for each in slides[:num_layers]]
 
 
 def log_of_decay(stored: Floats) -> Floats:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.config import MAX_CONTEXT, MAX_HEADS
 from tgi_asgi.models.family import SANDWICH_NAMES
-from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, common_names, read_common
+from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, common_names, layer_types, read_common
 from tgi_asgi.models.reader import Reader
 
 _PERIOD = 4  # of the layers without a window, unless the file says otherwise
@@ -30,14 +29,6 @@ def read_afmoe(reader: Reader, file: GgufFile) -> dict[str, Any]:
         "expert_group_count": 1,
         "expert_group_used_count": 1,
     })  # fmt: skip
-    pattern = reader.get("sliding_window_pattern")
-    if not isinstance(pattern, list):
-        every = _PERIOD if pattern is None else reader.positive("sliding_window_pattern", num_layers)
-        pattern = [(index + 1) % every > 0 for index in range(num_layers)]
-    check(
-        len(pattern) == num_layers and all(type(each) is bool for each in pattern),
-        f"attention.sliding_window_pattern must be a number, or a list of {num_layers} values",
-    )
     num_experts = reader.positive("num_experts", MAX_SIZE)
     return config | {
         "model_type": "afmoe",
@@ -46,7 +37,7 @@ def read_afmoe(reader: Reader, file: GgufFile) -> dict[str, Any]:
         "num_key_value_heads": reader.positive("num_key_value_heads", MAX_HEADS),
         "head_dim": head_dim,
         "sliding_window": reader.positive("sliding_window", MAX_CONTEXT),
-        "layer_types": ["sliding_attention" if each else "full_attention" for each in pattern],
+        "layer_types": layer_types(reader, num_layers, _PERIOD),
         "num_dense_layers": reader.integer("leading_dense_block_count", 0),
         "moe_intermediate_size": reader.positive("moe_intermediate_size", MAX_SIZE),
         "num_experts": num_experts,

@@ -13,7 +13,7 @@ import numpy as np
 from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.config import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS
-from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule
+from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, layer_types, vocab_size_of
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.ops.arrays import Floats
 
@@ -25,8 +25,6 @@ def _read_sizes(reader: Reader, file: GgufFile) -> dict[str, Any]:
     reader.require(**{"attention.causal": False, "rope.scaling.type": "none"})
     # Pooling is read with the other files (`models/pooling.py`).
     reader.ignore("vocab_size", "pooling_type", "classifier.pooling_type")
-    table = file.tensor("token_embd.weight")
-    check(len(table.shape) == 2, f"tensor {table.name!r} must be a matrix")
     hidden_size = reader.positive("hidden_size", MAX_SIZE)
     num_heads = reader.positive("num_attention_heads", MAX_HEADS)
     check(hidden_size % num_heads == 0, f"embedding_length must be a multiple of {num_heads}")
@@ -35,7 +33,7 @@ def _read_sizes(reader: Reader, file: GgufFile) -> dict[str, Any]:
         "head_dim": head_dim, "attention.value_length": head_dim, "rope.dimension_count": head_dim,
     })  # fmt: skip
     return {
-        "vocab_size": table.shape[0],
+        "vocab_size": vocab_size_of(file),
         "hidden_size": hidden_size,
         "intermediate_size": reader.positive("intermediate_size", MAX_SIZE),
         "num_hidden_layers": reader.positive("num_hidden_layers", MAX_LAYERS),
@@ -109,15 +107,6 @@ def read_modern_bert(reader: Reader, file: GgufFile) -> dict[str, Any]:
     """Return ModernBERT's configuration; every third layer, or as the file says, has no window."""
     config = _read_sizes(reader, file)
     reader.ignore("rms_norm_eps")  # the same
-    num_layers = config["num_hidden_layers"]
-    period = reader.get("sliding_window_pattern")
-    if not isinstance(period, list):
-        every = 3 if period is None else reader.positive("sliding_window_pattern", MAX_LAYERS)
-        period = [index % every > 0 for index in range(num_layers)]
-    check(
-        len(period) == num_layers and all(type(each) is bool for each in period),
-        f"attention.sliding_window_pattern must be a number, or a list of {num_layers} values",
-    )
     theta = reader.number("rope_theta", 1.6e5)
     local_theta = reader.number("rope.freq_base_swa", 1e4)
     return config | {
@@ -125,7 +114,7 @@ def read_modern_bert(reader: Reader, file: GgufFile) -> dict[str, Any]:
         "architectures": ["ModernBertModel"],
         "norm_eps": reader.number("layer_norm_eps"),
         "local_attention": reader.positive("sliding_window", MAX_CONTEXT),
-        "layer_types": ["sliding_attention" if each else "full_attention" for each in period],
+        "layer_types": layer_types(reader, config["num_hidden_layers"], 3, wide_at=0),
         "hidden_activation": _activation(reader),
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": theta},

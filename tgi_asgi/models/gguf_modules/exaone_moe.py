@@ -10,7 +10,7 @@ from typing import Any
 from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.config import MAX_CONTEXT, MAX_HEADS
-from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, common_names, read_common
+from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, common_names, layer_types, read_common
 from tgi_asgi.models.reader import Reader
 
 
@@ -32,11 +32,6 @@ def read_exaone_moe(reader: Reader, file: GgufFile) -> dict[str, Any]:
     reader.require(shared_expert_intermediate_size=size * num_shared)
     num_dense = reader.integer("leading_dense_block_count", 0)
     check(0 <= num_dense <= num_layers, f"leading_dense_block_count must be at most {num_layers}")
-    slides = reader.get("sliding_window_pattern")
-    check(
-        isinstance(slides, list) and len(slides) >= num_layers and all(type(each) is bool for each in slides),
-        f"attention.sliding_window_pattern must be a list of {num_layers} values",
-    )
     return config | {
         "model_type": "exaone_moe",
         "architectures": ["ExaoneMoeForCausalLM"],
@@ -45,7 +40,7 @@ def read_exaone_moe(reader: Reader, file: GgufFile) -> dict[str, Any]:
         "num_key_value_heads": reader.positive("num_key_value_heads", MAX_HEADS),
         "head_dim": head_dim,
         "sliding_window": reader.positive("sliding_window", MAX_CONTEXT),
-        "layer_types": ["sliding_attention" if each else "full_attention" for each in slides[:num_layers]],
+        "layer_types": layer_types(reader, num_layers),
         "mlp_layer_types": ["dense"] * num_dense + ["sparse"] * (num_layers - num_dense),
         "moe_intermediate_size": size,
         "num_experts": num_experts,

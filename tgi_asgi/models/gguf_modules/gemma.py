@@ -14,7 +14,14 @@ import numpy as np
 from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.config import MAX_CONTEXT, MAX_HEADS
-from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, common_names, per_layer, read_common
+from tgi_asgi.models.gguf_module import (
+    MAX_SIZE,
+    GgufModule,
+    common_names,
+    layer_types,
+    per_layer,
+    read_common,
+)
 from tgi_asgi.models.reader import Reader
 
 _ROPE_FREQS = "rope_freqs.weight"
@@ -150,17 +157,11 @@ def read_gemma3n(reader: Reader, file: GgufFile) -> dict[str, Any]:
 
 def _read_common(reader: Reader) -> dict[str, Any]:
     common = read_common(reader)
-    num_layers = common["num_hidden_layers"]
-    slides = reader.get("sliding_window_pattern")
-    check(
-        isinstance(slides, list) and len(slides) == num_layers,
-        f"attention.sliding_window_pattern must be a list of {num_layers} values",
-    )
     theta, local_theta = reader.number("rope_theta", 1e6), reader.number("rope.freq_base_swa", 1e4)
     return common | {
         "vocab_size_per_layer_input": common["vocab_size"],  # the converter pads Gemma 3n's with zeros
         "sliding_window": reader.positive("sliding_window", MAX_CONTEXT),
-        "layer_types": ["sliding_attention" if each else "full_attention" for each in slides],
+        "layer_types": layer_types(reader, common["num_hidden_layers"]),
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": local_theta},
             "full_attention": {"rope_type": "default", "rope_theta": theta},

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.config import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS
+from tgi_asgi.models.config import MAX_CONTEXT, MAX_HEADS
 from tgi_asgi.models.family import GGUF_NAMES, SANDWICH_NAMES
-from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, read_common
+from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, layer_types, read_common, vocab_size_of
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.ops.arrays import Floats
 
@@ -21,31 +20,20 @@ def read_gemma_embedding(reader: Reader, file: GgufFile) -> dict[str, Any]:
     reader.require(**{"attention.causal": False})
     reader.ignore("pooling_type", *(f"dense_{at}_feat_{way}" for at in (2, 3) for way in ("in", "out")))
     config = read_common(reader)
-    num_layers = config["num_hidden_layers"]
     head_dim = reader.positive("head_dim", MAX_SIZE)
     reader.require(**{"attention.value_length": head_dim})
-    table = file.tensor("token_embd.weight")
-    check(len(table.shape) == 2, f"tensor {table.name!r} must be a matrix")
-    pattern = reader.get("sliding_window_pattern")
-    if not isinstance(pattern, list):
-        every = 6 if pattern is None else reader.positive("sliding_window_pattern", MAX_LAYERS)
-        pattern = [(index + 1) % every > 0 for index in range(num_layers)]
-    check(
-        len(pattern) == num_layers and all(type(each) is bool for each in pattern),
-        f"attention.sliding_window_pattern must be a number, or a list of {num_layers} values",
-    )
     theta, local_theta = reader.number("rope_theta", 1e6), reader.number("rope.freq_base_swa", 1e4)
     return config | {
         "model_type": "gemma3_text",
         "architectures": ["Gemma3TextModel"],
-        "vocab_size": table.shape[0],
+        "vocab_size": vocab_size_of(file),
         "intermediate_size": reader.positive("intermediate_size", MAX_SIZE),
         "num_key_value_heads": reader.positive("num_key_value_heads", MAX_HEADS),
         "head_dim": head_dim,
         "query_pre_attn_scalar": head_dim,
         "sliding_window": reader.positive("sliding_window", MAX_CONTEXT),
         "use_bidirectional_attention": True,
-        "layer_types": ["sliding_attention" if each else "full_attention" for each in pattern],
+        "layer_types": layer_types(reader, config["num_hidden_layers"], 6),
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": local_theta},
             "full_attention": {"rope_type": "default", "rope_theta": theta},

@@ -19,6 +19,7 @@ from tgi_asgi.models.gguf_module import (
     log_of_decay,
     per_layer,
     read_common,
+    vocab_size_of,
 )
 from tgi_asgi.models.reader import Reader
 
@@ -57,11 +58,9 @@ def _read_pure(reader: Reader, file: GgufFile) -> dict[str, Any]:
         "vocab_size", "max_position_embeddings", "intermediate_size", "num_attention_heads",
         "num_key_value_heads",
     )  # fmt: skip
-    table = file.tensor("token_embd.weight")
-    check(len(table.shape) == 2, f"tensor {table.name!r} must be a matrix")
     hidden_size = reader.positive("hidden_size", MAX_SIZE)
     return {
-        "vocab_size": table.shape[0],
+        "vocab_size": vocab_size_of(file),
         "hidden_size": hidden_size,
         "num_hidden_layers": reader.positive("num_hidden_layers", MAX_LAYERS),
         "tie_word_embeddings": "output.weight" not in reader.tensors,
