@@ -31,6 +31,8 @@ from setuptools.command.build_ext import build_ext
 CXX_FLAGS = [
     "-O3", "-std=c++20", "-g0", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-pthread",
 ]  # fmt: skip
+# For tests only; as fast with these, and 20 s instead of 55 for the compiler.
+FLAGS_OF_SOURCES = {"csrc/cpu/step/step_amx_model.cpp": "-O1"}
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--fmad=true"]
 BINDING_GROUPS = 6
@@ -132,6 +134,8 @@ def _ninja_file(sources: list[str], target: Path) -> str:
     for source in sources:
         name = f"{os.path.relpath(source).removesuffix('.cpp').replace('/', '.')}.o"
         lines.append(f"build {name}: compile {_escaped(os.path.abspath(source))}")
+        if source in FLAGS_OF_SOURCES:
+            lines.append(f"  cflags = $cflags {FLAGS_OF_SOURCES[source]}")
         objects.append(name)
     lines += [f"build {_escaped(target)}: link {' '.join(objects)}", f"default {_escaped(target)}", ""]
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from tgi_asgi.api.context import NO_NAMES, Served, ServerContext
 from tgi_asgi.api.cors import Cors
 from tgi_asgi.api.errors import NATIVE, OPENAI, headers_of
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.openai.conversation_store import ConversationStore
 from tgi_asgi.api.openai.response_store import ResponseStore
 from tgi_asgi.api.routes import RouteTable, path_of
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, NoWebSockets, TgiError
@@ -89,6 +90,7 @@ class App:
         self._routes = RouteTable(table.routes(context.settings), self.keys.check)
         context.routes = self._routes.rows
         context.responses = ResponseStore(context.settings.response_store)
+        context.conversations = ConversationStore(context.settings.response_store)
         self.observers: list[Observer] = [context.metrics.request_ended, log_access]
         self._tracing = Tracing.from_settings(context.settings)
         if self._tracing is not None:

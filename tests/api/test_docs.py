@@ -105,7 +105,7 @@ async def test_fields_that_are_refused_are_not_offered() -> None:
     for name, refused in (
         ("ChatRequest", {"bad_words", "input_ids", "max_output_tokens"}),
         ("CompletionRequest", {"bad_words", "prompt_embeds", "max_new_tokens"}),
-        ("ResponsesRequest", {"bad_words", "conversation", "max_tokens", "n", "documents"}),
+        ("ResponsesRequest", {"bad_words", "background", "max_tokens", "n", "documents"}),
     ):
         offered = schemas[name]["properties"].keys()
         assert "temperature" in offered and not refused & offered

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, cast
 
+import httpx
 import ollama
 import pytest
 
@@ -142,6 +143,19 @@ async def test_calls_have_ids_for_clients_that_read_them() -> None:
     _, [answer], _ = await post("/api/chat", {"messages": HI, "tools": TOOLS, "stream": False}, say(*CALLS))
     one, other = (call["id"] for call in answer["message"]["tool_calls"])
     assert one.startswith("call_") and one != other
+
+
+async def test_a_choice_of_tools_is_kept() -> None:
+    """Ollama ignores it; AI SDK's provider sends it, and fails if the model then calls nothing."""
+    engine = ScriptedEngine(say(*CALLS))
+    async with serving(app_of(engine, chat_template=SHOWING)) as url, httpx.AsyncClient() as client:
+        for choice in ("auto", "required", {"type": "function", "function": {"name": "weather"}}, "none"):
+            body = {"messages": HI, "tools": TOOLS, "tool_choice": choice, "stream": False}
+            assert (await client.post(url + "/api/chat", json=body)).status_code == 200
+        unknown = {"messages": HI, "tools": TOOLS, "tool_choice": "absent"}
+        assert (await client.post(url + "/api/chat", json=unknown)).status_code == 400
+    of_auto, of_required, of_name, of_none = (request.grammar for request in engine.requests)
+    assert of_none is None and of_required is not None and of_name not in (None, of_required, of_auto)
 
 
 async def test_half_a_call_is_none() -> None:

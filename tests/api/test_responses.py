@@ -425,7 +425,6 @@ async def test_namespaces_may_have_tools_of_the_same_name() -> None:
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
-        ({"conversation": "c"}, "conversation"),
         ({"tools": [{"name": "web_search"}]}, "tools[0].type"),
         ({"stop": ""}, "stop"),
         ({"stop": ["a", ""]}, "stop[1]"),

@@ -7,7 +7,7 @@ operator refuses operands of both sides, except numbers; only a copy brings valu
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from tests.emulation import bindings
 NAME = "apart"
 _HOST = torch.device("cpu")
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::to")
+_LISTS = (tuple, list)
 _INDEXED = ("aten::index", "aten::index_put", "aten::index_put_")  # their indices may be the host's
 
 
@@ -49,44 +50,66 @@ class OnDevice(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         given = kwargs or {}
-        name = func._schema.name
-        leaves = [*_leaves(args), *_leaves(given.values())]
-        tensors = [each for each in leaves if isinstance(each, Tensor)]
-        is_apart = all(each.type == NAME for each in leaves if isinstance(each, torch.device))
+        name = _name_of(func)
+        wrappers: dict[int, OnDevice] = {}
+        is_apart = True
+        on_host: list[Tensor] = []
+        for each in _leaves((*args, *given.values())):
+            if isinstance(each, OnDevice):
+                wrappers[id(each.host)] = each
+            elif isinstance(each, Tensor):
+                if each.dim() > 0:
+                    on_host.append(each)
+            elif isinstance(each, torch.device) and each.type != NAME:
+                is_apart = False
         if name == "aten::copy_":
             is_apart = isinstance(args[0], OnDevice)
-        if name not in _COPIES:
-            operands = _leaves((args[0], *args[2:])) if name in _INDEXED else tensors
-            there = [each for each in operands if isinstance(each, Tensor) and each.dim() > 0]
-            wrong = [each for each in there if not isinstance(each, OnDevice)]
-            if wrong:
-                shapes = [list(each.shape) for each in wrong]
+        if on_host and name not in _COPIES:
+            if name in _INDEXED:
+                operands = _leaves((args[0], *args[2:]))
+                on_host = [each for each in on_host if any(each is operand for operand in operands)]
+            if on_host:
+                shapes = [list(each.shape) for each in on_host]
                 raise RuntimeError(f"{name}: operands on the device, and on the host of shapes {shapes}")
-        wrappers = {id(each.host): each for each in tensors if isinstance(each, OnDevice)}
         args = _on_host(args)
-        given = {key: _on_host(value) for key, value in given.items()}
-
-        def wrapped(made: Any) -> Any:
-            if isinstance(made, Tensor):
-                known = wrappers.get(id(made))
-                return OnDevice(made) if known is None else known
-            return type(made)(map(wrapped, made)) if isinstance(made, tuple | list) else made
+        if given:
+            given = {key: _on_host(value) for key, value in given.items()}
 
         # Tensors made within `inference_mode` and outside could not be views of each other.
-        with torch.inference_mode(False), torch.no_grad():
-            out = func(*args, **given)
-            return wrapped(out) if is_apart else out
+        if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                out = func(*args, **given)
+                return _wrapped(out, wrappers) if is_apart else out
+        out = func(*args, **given)
+        return _wrapped(out, wrappers) if is_apart else out
+
+
+@functools.cache
+def _name_of(func: Any) -> str:
+    return str(func._schema.name)  # torch makes a new schema for Python each time
+
+
+def _wrapped(made: Any, wrappers: dict[int, OnDevice]) -> Any:
+    """Return an operator's results as tensors of the device; one of its operands is still itself."""
+    if isinstance(made, Tensor):
+        known = wrappers.get(id(made))
+        return OnDevice(made) if known is None else known
+    if isinstance(made, tuple | list):
+        return type(made)(_wrapped(each, wrappers) for each in made)
+    return made
 
 
 # No argument of an operator is deeper than a list of tensors. torch's own functions for any tree took half
 # the time of a step here.
-def _leaves(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield the arguments, and what lists among them hold."""
+def _leaves(values: Iterable[Any]) -> list[Any]:
+    """Return the arguments, and what lists among them hold."""
+    found: list[Any] = []
     for value in values:
-        if isinstance(value, tuple | list):
-            yield from _leaves(value)
+        if isinstance(value, _LISTS):
+            found += _leaves(value)
         else:
-            yield value
+            found.append(value)
+    return found
 
 
 def _on_host(value: Any) -> Any:
@@ -95,7 +118,7 @@ def _on_host(value: Any) -> Any:
         return value.host
     if isinstance(value, torch.device):
         return _HOST
-    return type(value)(map(_on_host, value)) if isinstance(value, tuple | list) else value
+    return type(value)([_on_host(each) for each in value]) if isinstance(value, _LISTS) else value
 
 
 class ApartDevice(EmulatedDevice):

@@ -47,7 +47,7 @@ def install() -> Path:
         CalledProcessError: if the code does not compile; the compiler's messages are on stderr.
     """
     kernels = library.build()
-    Device(kernels).library.emu_allow_host(True)
+    Device(kernels).allow_host()
     is_built = hasattr(torch.ops.tgi_cuda, "attention_plan")
     path = build(is_whole=not is_built)
     ctypes.CDLL(str(path)).emu_open(str(kernels).encode())

@@ -41,6 +41,7 @@ _STRUCTS = {
     "token_logprobs": "TokenLogprobsParams",
 }
 _SEEDS = (1, 2)
+_USED_BY_HOST: set[Path] = set()
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2}
 
 
@@ -93,6 +94,14 @@ class Device:
         """Return the maximum number of tiles of a plan of routed experts."""
         sizes = (ctypes.c_int64(num_pairs), ctypes.c_int64(num_experts), ctypes.c_bool(is_streamed))
         return int(self.library.emu_experts_max_tiles(*sizes))
+
+    def allow_host(self) -> None:
+        """Let kernels use the host's memory, whose state is not tracked, except those that `launch` runs.
+
+        It holds for all users of the library in this process: for code built on its kernels.
+        """
+        _USED_BY_HOST.add(self._path)
+        self.library.emu_allow_host(True)
 
     def reset(self) -> None:
         """Free all tensors."""
@@ -161,7 +170,9 @@ class Device:
         """
         struct = fill(params_struct(_STRUCTS[name])(), params)
         self.library.emu_seed(seed)
+        self.library.emu_allow_host(False)
         status = getattr(self.library, f"emu_{name}")(ctypes.byref(struct))
+        self.library.emu_allow_host(self._path in _USED_BY_HOST)
         reports = self.library.emu_reports().decode().splitlines()
         if reports:
             lines = [self._describe(line) for line in reports]

@@ -57,6 +57,7 @@ def load(settings: Settings, progress: Progress) -> Served:
     tokenizer, info = ToyTokenizer(), toy_info(max_total_tokens=max_tokens, max_input_tokens=max_tokens - 1)
     engine = Engine(runner, tokenizer, settings, info)
     if behaviour == "stuck":
+        server.CLOSE_S = 1.0  # the test waits for it
         engine.stop = asyncio.Event().wait  # type: ignore[method-assign,assignment]
     return Served(engine, tokenizer, ChatTemplate(CHATML, {}), info, engine.stats)  # type: ignore[arg-type]
 

@@ -22,6 +22,7 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.types import Adapters, Engine, EngineState, ImageProcessor
 
 if TYPE_CHECKING:  # the last three import libraries that are not needed before the model has loaded
+    from tgi_asgi.api.openai.conversation_store import ConversationStore
     from tgi_asgi.api.openai.response_store import ResponseStore
     from tgi_asgi.api.routes import Route
     from tgi_asgi.engine.stats import EngineStats
@@ -101,6 +102,7 @@ class ServerContext:
         failure: The reason why loading failed or the engine died, if it did.
         metrics: Metrics for `/metrics`.
         responses: Stored answers of `/v1/responses`.
+        conversations: Those of `/v1/conversations`.
         text_threads, grammar_threads: Threads for prompts and for grammars.
         count_threads: Threads for large requests that only count tokens.
         image_threads, dns_threads: Threads for images, and for looking up their hosts.
@@ -114,7 +116,8 @@ class ServerContext:
         is_terminating: Whether SIGTERM has arrived; `/readyz` then fails, while requests are still accepted.
     """
 
-    responses: ResponseStore  # set by `app.py`
+    responses: ResponseStore  # set by `app.py`, as the next
+    conversations: ConversationStore
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -13,13 +14,19 @@ from tgi_asgi.api.anthropic.render import ANTHROPIC
 from tgi_asgi.api.errors import CHAT, OPENAI, Dialect
 from tgi_asgi.api.life import Parse, generating
 from tgi_asgi.api.ollama import routes as ollama
+from tgi_asgi.api.openai import conversations
 from tgi_asgi.api.openai import stored_responses as stored
 from tgi_asgi.api.openai.chat import parse_chat
 from tgi_asgi.api.openai.classify import ClassifyRequest, parse_classify
 from tgi_asgi.api.openai.completions import parse_completion
 from tgi_asgi.api.openai.embeddings import EmbeddingRequest, parse_embeddings
 from tgi_asgi.api.openai.ranking import ScoreRequest, parse_score
-from tgi_asgi.api.openai.response_schema import ResponsesRequest
+from tgi_asgi.api.openai.response_schema import (
+    ConversationRequest,
+    ConversationUpdate,
+    NewItems,
+    ResponsesRequest,
+)
 from tgi_asgi.api.openai.responses import RESPONSES, count_input, parse_response
 from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
 from tgi_asgi.api.page.files import Pages
@@ -92,9 +99,26 @@ def _openai() -> list[Route]:
         row("GET", "/v1/responses/{response}/input_items", stored.list_input, "The input of a response"),
         row("GET", "/v1/responses/{response}", stored.retrieve, "A stored response"),
         row("DELETE", "/v1/responses/{response}", stored.delete, "Delete a response"),
+        *_conversations(row),
         shared("GET", "/v1/models", listed(status.list_models), "List the served model"),
         shared("GET", "/v1/models/{model:path}", listed(status.retrieve_model), "Describe a served model"),
     ]  # fmt: skip
+
+
+def _conversations(row: Callable[..., Route]) -> list[Route]:
+    path = "/v1/conversations"
+    one, items = f"{path}/{{conversation}}", f"{path}/{{conversation}}/items"
+    item = f"{items}/{{item}}"
+    return [
+        row("POST", path, conversations.create, "Begin a conversation", requests=(ConversationRequest,)),
+        row("GET", one, conversations.retrieve, "A conversation"),
+        row("POST", one, conversations.update, "Change its metadata", requests=(ConversationUpdate,)),
+        row("DELETE", one, conversations.delete, "Delete it"),
+        row("POST", items, conversations.add_items, "Add items to it", requests=(NewItems,)),
+        row("GET", items, conversations.list_items, "Its items"),
+        row("GET", item, conversations.retrieve_item, "One of them"),
+        row("DELETE", item, conversations.delete_item, "Delete one"),
+    ]
 
 
 def _server() -> list[Route]:

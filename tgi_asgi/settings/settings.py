@@ -262,7 +262,7 @@ class Settings:
         alias="first_event_timeout",
     )
     response_store: int = _server(
-        "Responses of /v1/responses kept for previous_response_id.", 1000, kinds.AMOUNT
+        "Responses kept for previous_response_id, and as many conversations.", 1000, kinds.AMOUNT
     )
     chat_special_tokens: bool = _server("Tokenise special tokens in chat messages as such.", False)
     tgi_compat: bool = _server("Answer /v1 exactly as TGI did, for strict older clients.", False)

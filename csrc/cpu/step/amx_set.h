@@ -1,4 +1,5 @@
-// The simd type of kernel sets that have tiles. Included only by step_amx.cpp, after simd_avx512.h.
+// The simd type of kernel sets that have tiles. Included only by step_amx.cpp and
+// step_amx_model.cpp, after simd_avx512.h.
 #pragma once
 
 #include "amx_tiles.h"

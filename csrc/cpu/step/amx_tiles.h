@@ -1,7 +1,7 @@
 // AMX's tile registers: eight registers of up to 16 rows of 64 bytes. A product of two of them is
 // added to a third. Two types offer the same functions: HardwareTiles uses the instructions, and
 // ModelTiles emulates them in plain code, so that tests can run every tile kernel on any machine.
-// Included only by step_amx.cpp.
+// Included only by amx_set.h.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,4 @@
-// The step's kernels with AMX tiles, and AVX-512 for the rest (Sapphire Rapids and later). A second
-// set, for tests, emulates the tiles in plain code: the same bits at a hundredth of the speed, on
-// any machine with AVX-512 and BF16.
+// The step's kernels with AMX tiles, and AVX-512 for the rest (Sapphire Rapids and later).
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -33,9 +31,7 @@
 
 namespace tgi::cpu::step {
 extern const Kernels kAmxKernels;
-extern const Kernels kAmxModelKernels;
 const Kernels kAmxKernels = make_kernels<WithTiles<HardwareTiles>>("amx");
-const Kernels kAmxModelKernels = make_kernels<WithTiles<ModelTiles<Avx512>>>("amx_model");
 }  // namespace tgi::cpu::step
 #pragma GCC pop_options
 #endif

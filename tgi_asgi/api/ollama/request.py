@@ -14,7 +14,7 @@ from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits, Overflow, check_stops
 from tgi_asgi.api.ollama.render import NDJSON, LineRenderer
 from tgi_asgi.api.openai.schema import ToolCall, ToolEntry
-from tgi_asgi.api.openai.tools import read_tools
+from tgi_asgi.api.openai.tools import read_choice, read_tools
 from tgi_asgi.api.parse import (
     NO_IMAGES,
     OMITTED_IMAGE,
@@ -29,7 +29,6 @@ from tgi_asgi.api.parse import (
 )
 from tgi_asgi.api.prompt import leaves_open, thinking_variables
 from tgi_asgi.api.sampling import sampling
-from tgi_asgi.api.tools import choose
 from tgi_asgi.errors import Forbidden
 from tgi_asgi.settings.sampling import SamplingDefaults
 
@@ -87,6 +86,7 @@ class OllamaChat(_Request, kw_only=True):
 
     messages: list[OllamaMessage] | None = None
     tools: list[ToolEntry] | None = None
+    tool_choice: str | dict[str, Any] | None = None  # not Ollama's own, but some of its clients send it
 
 
 class OllamaGenerate(_Request, kw_only=True):
@@ -123,11 +123,14 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
     chat = Conversation(
         messages,
         tools=[tool.for_template() for tool in tools] or None,
+        offers_tools=request.tool_choice != "none",
         variables=_variables(request),
         is_continued=leaves_open(messages),
         images=images,
     )
-    return _call(request, exchange, chat, choose(tools, "auto"), is_chat=True)
+    offered = {entry.type for entry in request.tools or ()}
+    choice = read_choice(tools, request.tool_choice, offered=offered, is_parallel=True)
+    return _call(request, exchange, chat, choice, is_chat=True)
 
 
 def parse_generate(body: bytes, exchange: Exchange) -> Call:

@@ -42,6 +42,26 @@ _RESULTS = ("function_call_output", "custom_tool_call_output", SEARCH_OUTPUT, *O
 _ITEMS = msgspec.json.Decoder(list[dict[str, Any]])
 
 
+@dataclass(frozen=True, slots=True)
+class ItemPaths:
+    """How items are named to the client: those that it has sent, and those that were stored before.
+
+    Attributes:
+        given: Path of the list of items that the request has.
+        earlier: Field that refers to the stored items.
+    """
+
+    given: str = "input"
+    earlier: str = "previous_response_id"
+
+    def of(self, index: int) -> str:
+        """Return the path of an item; those that were stored have negative indices."""
+        return f"{self.given}[{index}]" if index >= 0 else self.earlier
+
+
+INPUT = ItemPaths()
+
+
 def items_of(given: str | list[Item] | None) -> list[Item]:
     """Return an input as a list of items."""
     if isinstance(given, str):
@@ -54,7 +74,9 @@ def decode_items(stored: Sequence[bytes]) -> list[Item]:
     return [item for part in stored for item in decode_json(part, _ITEMS)]
 
 
-def resolve_references(items: Sequence[Item], find: Callable[[str], bytes | None]) -> dict[int, bytes]:
+def resolve_references(
+    items: Sequence[Item], find: Callable[[str], bytes | None], paths: ItemPaths = INPUT
+) -> dict[int, bytes]:
     """Return the stored items that references point to, by index, as `find` returns them for an id.
 
     Raises:
@@ -63,9 +85,10 @@ def resolve_references(items: Sequence[Item], find: Callable[[str], bytes | None
     found = {}
     for i, item in enumerate(items):
         if _is_reference(item):
-            stored = find(string_of(item, "id", f"input[{i}]"))
+            path = paths.of(i)
+            stored = find(string_of(item, "id", path))
             if stored is None:
-                refuse(f"input[{i}].id", f"`input[{i}].id`: no such item is stored", "item_not_found")
+                refuse(f"{path}.id", f"`{path}.id`: no such item is stored", "item_not_found")
             found[i] = stored
     return found
 
@@ -78,7 +101,7 @@ def _is_reference(item: Item) -> bool:
 
 
 def current_settings(
-    request: ResponsesRequest, items: Sequence[Item], num_before: int = 0
+    request: ResponsesRequest, items: Sequence[Item], num_before: int = 0, paths: ItemPaths = INPUT
 ) -> tuple[tuple[str, TextFormat | None], tuple[str, str | None]]:
     """Return the format and the effort of the answer, each after the path of the field that sets it.
 
@@ -95,7 +118,7 @@ def current_settings(
     for i, item in enumerate(items, -num_before):
         if item.get("type") != "configuration_update":
             continue
-        path = _path(i)
+        path = paths.of(i)
         try:
             update = msgspec.convert(item, ConfigurationUpdate)
         except msgspec.ValidationError as error:
@@ -107,16 +130,12 @@ def current_settings(
     return form, effort
 
 
-def _path(index: int) -> str:
-    """Return the path of an item of the input; those of earlier responses have negative indices."""
-    return f"input[{index}]" if index >= 0 else "previous_response_id"
-
-
 def read_items(
     items: Sequence[Item],
     num_before: int = 0,
     images: Images | None = None,
     tools: Sequence[Tool] = (),
+    paths: ItemPaths = INPUT,
 ) -> list[dict[str, Any]]:
     """Convert items to messages.
 
@@ -131,7 +150,7 @@ def read_items(
     names = {(tool.namespace, tool.own_name): tool.name for tool in tools if tool.own_name is not None}
     messages = _Messages(images, names)
     for i, item in enumerate(items, -num_before):
-        messages.read(item, _path(i))
+        messages.read(item, paths.of(i))
     note_skipped(messages.skipped)
     add_call_ids(messages.found)
     for message in messages.found:

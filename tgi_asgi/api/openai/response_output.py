@@ -31,7 +31,7 @@ class ResponseRenderer(Renderer):
         base: Constant fields of the response object.
         tools: Tools that may be called.
         tracker: Collects the log-probabilities, if requested.
-        store: Called with the finished response, if it is stored.
+        recorders: Called with the finished response, in order.
         seals_thoughts: Whether reasoning items have `encrypted_content`.
         has_summary: Whether reasoning items have their text as `summary`, too: many clients show only that.
     """
@@ -42,7 +42,7 @@ class ResponseRenderer(Renderer):
         base: dict[str, Any],
         tools: Sequence[Tool],
         tracker: ChatLogprobs | None,
-        store: Callable[[dict[str, Any]], None] | None,
+        recorders: Sequence[Callable[[dict[str, Any]], None]],
         *,
         seals_thoughts: bool = False,
         has_summary: bool = False,
@@ -52,7 +52,7 @@ class ResponseRenderer(Renderer):
         self._response = base
         self._tools = {tool.name: tool for tool in tools}
         self._tracker = tracker
-        self._store = store
+        self._recorders = recorders
         self._reader = ChoiceReader(generation.jobs[0].reading)
         self._num_generated = 0
         self._output: list[dict[str, Any]] = base["output"]
@@ -119,8 +119,8 @@ class ResponseRenderer(Renderer):
         ended = int(time.time()) if why is None else None
         details = None if why is None else {"reason": why}
         self._end(status, completed_at=ended, incomplete_details=details, usage=self._usage())
-        if self._store is not None:
-            self._store(self._response)
+        for record in self._recorders:
+            record(self._response)
 
     def _end(self, status: str, **fields: Any) -> None:
         if self._open is not None:

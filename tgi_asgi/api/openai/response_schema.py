@@ -1,6 +1,6 @@
 """The wire types of `/v1/responses`.
 
-Fields that would change the answer (hosted conversations, prompts, background work) are refused by name.
+Fields that would change the answer (hosted prompts, background work) are refused by name.
 """
 
 from __future__ import annotations
@@ -53,6 +53,13 @@ class ConfigurationUpdate(Struct):
 
 _Key = Annotated[str, Meta(max_length=64)]
 _Value = Annotated[str, Meta(max_length=512)]
+Metadata = Annotated[dict[_Key, _Value], Meta(max_length=16)]
+
+
+class ConversationName(Struct):
+    """A conversation, named by an object as in the answer."""
+
+    id: str
 
 
 class ResponsesRequest(TextRequest, kw_only=True):
@@ -68,19 +75,19 @@ class ResponsesRequest(TextRequest, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    metadata: Annotated[dict[_Key, _Value], Meta(max_length=16)] | None = None
+    metadata: Metadata | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None  # SGLang's name for include_reasoning
     truncation: Literal["auto", "disabled"] | None = None  # always disabled: what is too long is refused
     store: bool | None = None
     previous_response_id: str | None = None
+    conversation: str | ConversationName | None = None
     max_tool_calls: Natural | None = None  # of hosted tools, which are never called
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     user: str | None = None
 
-    conversation: Refused = None
     prompt: Refused = None
     background: Refused = None
     previous_response: Refused = None  # vLLM's, like the next
@@ -111,9 +118,34 @@ class ResponsesRequest(TextRequest, kw_only=True):
         return what in (self.include or ())
 
     @property
+    def conversation_id(self) -> str | None:
+        """The id of the conversation that the answer continues and is added to."""
+        named = self.conversation
+        return named.id if isinstance(named, ConversationName) else named
+
+    @property
     def num_logprobs(self) -> int | None:
         """The number of alternatives of each token's log-probability; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.includes("message.output_text.logprobs") else None
+
+
+class ConversationRequest(Struct):
+    """Body of `POST /v1/conversations`."""
+
+    items: list[dict[str, Any]] | None = None
+    metadata: Metadata | None = None
+
+
+class ConversationUpdate(Struct):
+    """Body of `POST /v1/conversations/{id}`."""
+
+    metadata: Metadata | None = None
+
+
+class NewItems(Struct):
+    """Body of `POST /v1/conversations/{id}/items`."""
+
+    items: list[dict[str, Any]]
 
 
 DECODER = msgspec.json.Decoder(ResponsesRequest)

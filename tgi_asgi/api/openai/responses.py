@@ -19,6 +19,8 @@ from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import LARGE_BODY, Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.chat import template_variables
+from tgi_asgi.api.openai.conversation_store import ConversationStore, StoredConversation
+from tgi_asgi.api.openai.conversations import find_conversation, stored_form
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import (
     check_renamed,
@@ -28,6 +30,7 @@ from tgi_asgi.api.openai.params import (
     thinking_budget,
 )
 from tgi_asgi.api.openai.response_input import (
+    ItemPaths,
     current_settings,
     decode_items,
     items_of,
@@ -83,24 +86,34 @@ def parse_response(body: bytes, exchange: Exchange) -> Callable[[], Call]:
     """Parse a request for a response; return a function that also parses the stored answers it continues."""
     request = decode_json(body, DECODER)
     _check(request)
-    history = _history(request, exchange)
+    conversation = None
+    if request.conversation_id:
+        conversation = find_conversation(exchange, request.conversation_id)
+        history: Sequence[bytes] = [*exchange.context.conversations.items_of(conversation).values()]
+    else:
+        history = _history(request, exchange)
     find = partial(exchange.context.responses.find_item, tenant=exchange.tenant)
     found = resolve_references(items_of(request.input), find)
     size = sum(map(len, [*history, *found.values()]))
     if size > MAX_BYTES:  # 400,000 references to one item fit into a body
         refuse_field("input", f"goes on from more than {MAX_BYTES} bytes")
     exchange.is_large |= size > LARGE_BODY or len(found) > _MANY_REFERENCES
-    return partial(_call, request, history, found, exchange)
+    return partial(_call, request, history, found, exchange, conversation)
 
 
 def _call(
-    request: ResponsesRequest, history: Sequence[bytes], found: Mapping[int, bytes], exchange: Exchange
+    request: ResponsesRequest,
+    history: Sequence[bytes],
+    found: Mapping[int, bytes],
+    exchange: Exchange,
+    conversation: StoredConversation | None,
 ) -> Call:
     """Return the call of a checked request.
 
     Args:
         history: The conversation that it continues, as in `StoredResponse`.
         found: The stored items that its input refers to, by index in the input.
+        conversation: The conversation that `history` is, if it is one.
     """
     context = exchange.context
     info, limits = context.ready().info, Limits.of(context.settings)
@@ -112,20 +125,25 @@ def _call(
     earlier = decode_items(history)
     tools = read_tools(request, [*earlier, *items])
     job = _job(request, earlier, items, tools, context)
-    recorder = None
-    if request.store is not False and context.responses.is_on:
+    is_stored = request.store is not False and context.responses.is_on
+    recorders: list[Callable[[dict[str, Any]], None]] = []
+    if is_stored:
         full_input = (*history, msgspec.json.encode(items))
-        recorder = _Recorder(context.responses, full_input, exchange.tenant)
+        recorders.append(_Recorder(context.responses, full_input, exchange.tenant))
+    if conversation is not None:
+        store = context.conversations
+        asked = stored_form(items, store.items_of(conversation))
+        recorders.append(partial(_add_turn, store, conversation, asked))
     shows_logprobs = job.sampling.logprobs is not None
     summary = request.reasoning.summary if request.reasoning is not None else None
 
     def render(generation: Generation) -> Renderer:
         return ResponseRenderer(
             generation,
-            _base(request, generation.model, info.sampling) | {"store": recorder is not None},
+            _base(request, generation.model, info.sampling) | {"store": is_stored},
             tools,
             ChatLogprobs(TokenNames(generation.served.tokenizer)) if shows_logprobs else None,
-            recorder,
+            recorders,
             seals_thoughts=request.includes("reasoning.encrypted_content"),
             has_summary=summary not in (None, "none"),
         )
@@ -145,9 +163,10 @@ def _job(
 ) -> Job:
     """Return the job of a request with these items, after those of earlier responses."""
     served, whole = context.ready(), [*earlier, *items]
-    form, (effort_field, effort) = current_settings(request, whole, len(earlier))
+    paths = ItemPaths(earlier="conversation" if request.conversation_id else "previous_response_id")
+    form, (effort_field, effort) = current_settings(request, whole, len(earlier), paths)
     images = served.new_images()
-    messages = read_items(whole, len(earlier), images, tools)
+    messages = read_items(whole, len(earlier), images, tools, paths)
     if request.instructions:
         messages.insert(0, {"role": "system", "content": request.instructions})
     conversation = Conversation(
@@ -197,6 +216,17 @@ class _Recorder:
         self.responses.add(stored, self.tenant)
 
 
+def _add_turn(
+    store: ConversationStore,
+    conversation: StoredConversation,
+    asked: Mapping[str, bytes],
+    response: dict[str, Any],
+) -> None:
+    """Add a finished answer to its conversation, after the input that it answers."""
+    made = {item["id"]: orjson.dumps([item]) for item in response["output"]}
+    store.append(conversation, {**asked, **made})
+
+
 def count_input(body: bytes, exchange: Exchange) -> bytes | WithImages:
     """Return the number of tokens of a response's prompt; the route is `tokenising(count_input)`."""
     call = parse_response(body, exchange)()
@@ -225,7 +255,10 @@ def _check(request: ResponsesRequest) -> None:
         "messages": ("input", request.input),
     }
     check_renamed(request, renamed)
-    if request.input is None and request.previous_response_id is None:
+    if request.conversation_id and request.previous_response_id is not None:
+        message = "`conversation` and `previous_response_id` exclude each other: both say what comes before"
+        refuse("conversation", message, "mutually_exclusive_parameters")
+    if request.input is None and request.previous_response_id is None and not request.conversation_id:
         refuse_field("input", "is required")
     for name in ("n", "best_of"):
         if getattr(request, name) not in (None, 1):
@@ -301,5 +334,6 @@ def _base(request: ResponsesRequest, model: str, sampling: SamplingDefaults) -> 
         "text": {"format": {"type": "text"}, **{key: value for key, value in text.items() if value}},
         "truncation": "disabled",
         "usage": None,
+        **({"conversation": {"id": request.conversation_id}} if request.conversation_id else {}),
         **{name: defaults[name] if value is None else value for name, value in given.items()},
     }
