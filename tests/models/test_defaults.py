@@ -28,7 +28,7 @@ _NOT_NATIVE = ("exaone", "sarvam_mla", "sarvam_moe")  # a family's class, with d
 
 
 def _types() -> Iterator[str]:
-    ours = {family.architecture for family in all_families()}
+    ours = {family.architecture for family in all_families() if not family.is_gguf_only}
     for kind, architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         if architecture in ours and kind not in _COMPOSITE + _LLAMA_BY_ANOTHER_NAME + _NOT_NATIVE:
             yield kind

@@ -37,7 +37,7 @@ def _lines() -> Iterator[str]:
         found = importlib.import_module(f"{families.__name__}.{module.name}")
         rows: Sequence[Family] = found.FAMILIES
         title = " ".join((found.__doc__ or "").split("\n\n")[0].split()).partition(":")[0].rstrip(".")
-        names = ", ".join(f"`{family.architecture}`" for family in rows)
+        names = ", ".join(f"`{family.architecture}`" for family in rows if not family.is_gguf_only) or "-"
         stored = (name for family in rows for name in (family.gguf_name, *family.image_gguf_names) if name)
         ggufs = dict.fromkeys(f"`{name}`" for name in stored)
         of_module = [config for family, config in configs if family in rows]

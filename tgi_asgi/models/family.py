@@ -115,6 +115,8 @@ class Family:
         is_rotary_permuted: Whether llama.cpp stores rotary pairs adjacent instead of half a head apart.
         unused: Names (`fnmatch` patterns) of tensors that a file may hold although nothing reads them;
             `{num_layers}` stands for the number of layers, for example for a further layer that only drafts.
+        is_gguf_only: Whether only GGUF files are read; a checkpoint of this architecture is left to the code
+            of `transformers`, or needs code of its own.
     """
 
     architecture: str
@@ -125,6 +127,7 @@ class Family:
     gguf_names: Mapping[str, str] = field(default_factory=dict)
     is_rotary_permuted: bool = False
     unused: Sequence[str] = ("*.rotary_emb.inv_freq", "*.self_attn.masked_bias", "*.attn_rot_embd.weight")
+    is_gguf_only: bool = False
 
 
 def record(model: Model, caches: Sequence[ops.Cache], states: Sequence[ops.StateLayer] = ()) -> ops.Recorder:

@@ -17,6 +17,7 @@ _REFUSED = {
     **dict.fromkeys(("jina-bert-v2", "nomic-bert-moe", "neo-bert", "bailingmoe", "bailingmoe2"), _NO_CODE),
     **dict.fromkeys(("plamo", "plamo2", "plamo3", "rwkv6", "rwkv7", "arwkv7", "rwkv6qwen2"), _NO_CODE),
     **dict.fromkeys(("t5", "t5encoder"), "encoder-decoders are served from a checkpoint directory"),
+    "xverse": "they have no `tokenizer.ggml.scores`, and so do not say how text becomes tokens",
     "llama4": "its experts and rotary factors are stored in another form: load a safetensors checkpoint",
 }
 
@@ -43,14 +44,15 @@ def find_by_architecture(name: str) -> Family:
     found = _find(name)
     if found is not None:
         return found
-    known = ", ".join(family.architecture for family in all_families())
+    known = ", ".join(family.architecture for family in all_families() if not family.is_gguf_only)
     raise ModelLoadError(f"models of architecture {name!r} are not supported; supported are {known}")
 
 
 def _find(name: str) -> Family | None:
     stem = name.removesuffix("Model").removesuffix("ForSequenceClassification")
     names = (name, f"{stem}ForCausalLM")
-    return next((family for family in all_families() if family.architecture in names), None)
+    families = (family for family in all_families() if not family.is_gguf_only)
+    return next((family for family in families if family.architecture in names), None)
 
 
 def find_by_gguf_name(name: str) -> Family:
