@@ -1,6 +1,6 @@
-// The kernels of step_amx.cpp with tiles that are emulated in plain code, for tests: the same bits at
-// a hundredth of the speed, on any machine with AVX-512 and BF16. setup.py compiles this file with
-// few optimisations: nothing else uses it, and the emulation itself is as fast.
+// The kernels of step_amx.cpp with tiles that are emulated in plain code, for tests: the same bits
+// at a hundredth of the speed, on any machine with AVX-512 and BF16. setup.py compiles this file
+// with few optimisations: nothing else uses it, and the emulation itself is as fast.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
