@@ -12,7 +12,7 @@ PROBE = import urllib.request; urllib.request.urlopen('$(TORCH_INDEX)/torch/', t
 TORCH_FLAGS = $(if $(TORCH_INDEX),$(shell $(PYTHON) -c "$(PROBE)" 2>&- && echo --extra-index-url $(TORCH_INDEX)))
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
-# Python compiles a module when it is first imported. All of torch's, transformers' and the others' take 45 s.
+# Python compiles a module when it is first imported; pip would compile all that it installs, which takes 45 s.
 PIP_INSTALL = $(PIP) install --no-compile
 # Empty: the newest versions that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
