@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from tgi_asgi.formats.sources import ModelFiles
 
 STORE = Path(__file__).parents[2] / "build" / "families"
 _CONVERTER = Path(__file__).with_name("convert_gguf.py")
+_KEPT_S = 30 * 24 * 3600.0
 _MIN_EFFECT = 0.03  # least effect of a fault, in `transformers`, on one token's log-probability
 
 
@@ -64,7 +66,7 @@ def gguf_file(case: FamilyCase, kind: str) -> ModelFiles:
     folder = _home(case) / f"gguf-{_key(RELEASE, _CONVERTER.read_text('utf-8'))}"
     if not folder.exists():
         with _made_at(folder) as partial:
-            convert(checkpoint(case).path, (*case.gguf, *case.rounded), partial)
+            _run_converter(checkpoint(case).path, (*case.gguf, *case.rounded), partial)
     return ModelFiles(case.name, None, "gguf", folder / f"{kind}.gguf")
 
 
@@ -119,7 +121,30 @@ def _made_at(folder: Path) -> Iterator[Path]:
 
 
 def convert(model: Path, kinds: tuple[str, ...], folder: Path) -> None:
-    """Write `folder`/<kind>.gguf for each kind, in a process that imports llama.cpp's own gguf."""
+    """Write `folder`/<kind>.gguf for each kind; what was written for the same files before is copied.
+
+    The converter's process takes seconds to import llama.cpp's own gguf, torch and transformers.
+    """
+    files = sorted(path for path in model.iterdir() if path.is_file())
+    contents = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
+    kept = STORE / "converted" / _key(RELEASE, _CONVERTER.read_text("utf-8"), kinds, *contents)
+    if not kept.exists():
+        with _made_at(kept) as partial:
+            _run_converter(model, kinds, partial)
+        _discard_old(kept.parent)
+    os.utime(kept)
+    for kind in kinds:
+        shutil.copyfile(kept / f"{kind}.gguf", folder / f"{kind}.gguf")
+
+
+def _discard_old(converted: Path) -> None:
+    """Remove what no test has asked for in a month."""
+    for folder in converted.glob("[!.]*"):
+        if folder.stat().st_mtime < time.time() - _KEPT_S:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_converter(model: Path, kinds: tuple[str, ...], folder: Path) -> None:
     source = llama_cpp_source()
     outputs = [word for kind in kinds for word in (kind, str(folder / f"{kind}.gguf"))]
     done = subprocess.run(
