@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.support.cpp_program import compiled
 from tgi_asgi import _C
 
-ROOT = Path(__file__).parents[2]
 OWN_ANSWER = -1  # let the system answer
 HAS_AMX = "amx" in _C.kernel_sets()
 pytestmark = pytest.mark.skipif(
@@ -25,14 +24,10 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program() -> Path:
     """Build the choice of kernels with dummy kernel sets and a simulated processor."""
-    compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
-    program = tmp_path_factory.mktemp("amx") / "amx_grant"
     sources = [f"csrc/cpu/step/{name}.cpp" for name in ("amx_grant", "kernel_sets")]
-    command = [compiler, "-std=c++20", "-Icsrc", "tests/csrc/amx_grant.cpp", *sources, "-o", str(program)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
-    return program
+    return compiled("amx_grant", "tests/csrc/amx_grant.cpp", *sources)
 
 
 def choice(

@@ -7,20 +7,16 @@ kernel_sets.cpp), and for tiles those without bfloat16, which have no set that m
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
 
+from tests.support.cpp_program import compiled
 from tgi_asgi import ops
 
-ROOT = Path(__file__).parents[2]
-STEP = ROOT / "csrc" / "cpu" / "step"
+SOURCES = ["tests/csrc/decoded_codes.cpp", "csrc/cpu/step/formats.cpp", "csrc/cpu/platform.cpp"]
 
 
-def test_products_of_decoded_codes_have_the_bits_of_those_of_stored_codes(tmp_path: Path) -> None:
-    program = tmp_path / "decoded_codes"
-    own = ROOT / "tests" / "csrc" / "decoded_codes.cpp"
-    sources = [own, STEP / "formats.cpp", STEP.parent / "platform.cpp"]
-    flags = ["-O1", "-std=c++20", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Werror", f"-I{ROOT / 'csrc'}"]
-    subprocess.run(["c++", *flags, *map(str, sources), "-o", str(program)], check=True)
+def test_products_of_decoded_codes_have_the_bits_of_those_of_stored_codes() -> None:
+    flags = ["-O1", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Werror"]
+    program = compiled("decoded_codes", *SOURCES, flags=flags)
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     formats = sum(each.is_quantised and each.has_kernel for each in ops.FORMATS.values())

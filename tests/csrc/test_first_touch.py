@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.csrc.first_touch import CASES
+from tests.support.cpp_program import compiled
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -22,14 +22,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def watch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def watch() -> Path:
     """Build the library that records first touches."""
-    compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
-    library = tmp_path_factory.mktemp("watch") / "page_watch.so"
-    source = ROOT / "tests" / "csrc" / "page_watch.cpp"
-    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)]
-    subprocess.run(command, check=True, timeout=120)
-    return library
+    return compiled("page_watch", "tests/csrc/page_watch.cpp", flags=["-O1", "-shared", "-fPIC"])
 
 
 @pytest.mark.parametrize(("threads", "cases"), [(2, list(CASES)), (3, list(CASES)[:1])])

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.cpp_program import compiled
 from tgi_asgi import _C
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def quota_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quota_program() -> Path:
     """Build a program that runs platform.cpp on a hierarchy from the test."""
-    compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
-    program = tmp_path_factory.mktemp("quota") / "quota"
-    sources = ["tests/csrc/quota.cpp", "csrc/cpu/platform.cpp"]
-    subprocess.run(
-        [compiler, "-std=c++20", "-Icsrc", *sources, "-o", program], cwd=ROOT, check=True, timeout=120
-    )
-    return program
+    return compiled("quota", "tests/csrc/quota.cpp", "csrc/cpu/platform.cpp")
 
 
 @pytest.mark.parametrize(

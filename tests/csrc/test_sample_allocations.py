@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
+from tests.support.cpp_program import compiled
 
-ROOT = Path(__file__).parents[2]
+CPU = Path(__file__).parents[2] / "csrc" / "cpu"
 
 
-def test_sampling_and_logprobs_allocate_nothing_whatever_is_asked_of_them(tmp_path: Path) -> None:
-    compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
-    program = tmp_path / "sample_allocations"
-    sampler = sorted(map(str, (ROOT / "csrc" / "cpu").glob("sample*.cpp")))
-    sources = ["tests/csrc/sample_allocations.cpp", *sampler]
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wno-psabi", "-Werror", "-Icsrc", "-o", str(program)]
-    subprocess.run([compiler, *sources, *flags], cwd=ROOT, check=True, timeout=120)
+def test_sampling_and_logprobs_allocate_nothing_whatever_is_asked_of_them() -> None:
+    sampler = sorted(str(path) for path in CPU.glob("sample*.cpp"))
+    flags = ["-O1", "-Wall", "-Wno-psabi", "-Werror"]
+    program = compiled("sample_allocations", "tests/csrc/sample_allocations.cpp", *sampler, flags=flags)
     ran = subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 0, ran.stdout

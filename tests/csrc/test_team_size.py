@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.cpp_program import compiled
 
 
 @pytest.fixture(scope="module")
-def simulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
-    program = tmp_path_factory.mktemp("team_size") / "team_size"
-    sources = ["tests/csrc/team_size.cpp", "csrc/cpu/team_size.cpp"]
-    command: list[str | Path] = [compiler, "-std=c++20", "-O1", "-Icsrc", *sources, "-o", program]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
-    return program
+def simulation() -> Path:
+    return compiled("team_size", "tests/csrc/team_size.cpp", "csrc/cpu/team_size.cpp", flags=["-O1"])
 
 
 def most_frequent(program: Path, members: int, *phases: tuple[int, float]) -> list[tuple[int, float]]:

@@ -170,9 +170,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 def run(command: list[str], target: Path) -> None:
     """Run a compiler; its output appears under the final name only when complete."""
-    partial = target.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
+    partial = partial_of(target)
     subprocess.run([*command, "-o", str(partial)], check=True)
     partial.replace(target)
+
+
+def partial_of(target: Path) -> Path:
+    """Return this thread's own name for a file that is not complete yet."""
+    return target.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
 
 
 @functools.cache
