@@ -19,7 +19,7 @@ CONSTRAINTS ?= constraints.txt
 INSTALL = $(PIP_INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SOURCES = setup.py pyproject.toml requirements.txt constraints.txt $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: serve test test-install test-lowest test-image test-agents test-models test-page test-deploy test-cluster test-offline cuda-link constraints picture docs soak sanitize nightly install lint format cuda-check bench clean
+.PHONY: serve test test-all test-install test-lowest test-image test-agents test-models test-page test-deploy test-cluster test-offline cuda-link constraints picture docs soak sanitize nightly install lint format cuda-check bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
@@ -28,6 +28,11 @@ serve: $(VENV)/.installed
 # the hundreds of programs that they start are compiled once, even where the environment keeps Python from writing that.
 test: $(VENV)/.test-tools
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+
+# With the tests that are marked `thorough`, as in CI: whole models on the emulated GPU, faults planted in its kernels,
+# the commands of all documents, kernels in plain C++, and others that take long for what they add.
+test-all:
+	$(MAKE) test PYTEST_ARGS='-m "thorough or not thorough" $(PYTEST_ARGS)'
 
 # Installation without make, in clean environments: from the sources, git, a source distribution, a wheel; with uv; and
 # the container's steps. build/install.json records how long each took.
@@ -71,7 +76,7 @@ docs: $(VENV)/.docs-tools
 
 # Small models of every family and weight format against independent readers. `make test` runs a selection of these.
 test-models: $(VENV)/.test-tools
-	$(BIN)/python -m pytest tests/models tests/*/test_*famil*.py tests/*/test_encoders.py tests/*/test_shards.py -m 'models or not models' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/models tests/*/test_*famil*.py tests/*/test_encoders.py tests/*/test_shards.py -m 'models or thorough or not models' $(PYTEST_ARGS)
 
 soak: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
@@ -86,7 +91,7 @@ sanitize: $(VENV)/.test-tools
 	cd build/sanitized && TGI_SANITIZE=1 TGI_CUDA=0 $(abspath $(BIN))/python setup.py build_ext --inplace
 	cd build/sanitized && LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(abspath $(BIN))/python -m pytest tests/ops tests/csrc \
-	  tests/runner/test_inputs.py tests/runner/test_handoff.py \
+	  tests/runner/test_inputs.py tests/runner/test_handoff.py -m 'thorough or not thorough' \
 	  --ignore tests/csrc/test_team_races.py $(addprefix --deselect ,$(OF_MEMORY)) $(PYTEST_ARGS)
 
 # Without a network and without cached downloads: the tests that `-m "not demo"` selects, in a copy of the tree and in a
@@ -96,7 +101,7 @@ test-offline: $(VENV)/.test-tools
 	cd build/offline && git init --quiet && git add .
 	cp tgi_asgi/*.so build/offline/tgi_asgi/
 	cd build/offline && XDG_CACHE_HOME=$(abspath build/offline)/cache unshare --net --map-root-user sh -c \
-	  'ip link set lo up && exec $(abspath $(BIN))/python -m pytest -m "not demo" $(PYTEST_ARGS)'
+	  'ip link set lo up && exec $(abspath $(BIN))/python -m pytest -m "not demo and (thorough or not thorough)" $(PYTEST_ARGS)'
 
 # Everything that takes too long for `make test`, one part after the other whatever fails, with a table at the end:
 # storms, the kernels of x86-64 and, under qemu, of Arm (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed),

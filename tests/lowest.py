@@ -107,7 +107,7 @@ def main() -> int:
     # environments of their own.
     environ = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "CI")}
     environ["PATH"] = f"{PYTHON.parent}{os.pathsep}{environ['PATH']}"  # guides call tgi-asgi
-    command = [str(PYTHON), "-m", "pytest", "-q", *tests, *sys.argv[1:]]
+    command = [str(PYTHON), "-m", "pytest", "-q", "-m", "thorough or not thorough", *tests, *sys.argv[1:]]
     return subprocess.run(command, cwd=TREE, env=environ, check=False).returncode
 
 

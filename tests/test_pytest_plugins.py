@@ -12,6 +12,8 @@ import pytest
 
 from tests.support import skips
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[1]
 CONFTEST = """
 from tests.support.selection import Selection
@@ -29,6 +31,7 @@ addopts = -p no:cacheprovider -ra
 testpaths = .
 asyncio_mode = auto
 markers =
+    thorough: ..
     soak: ..
     page: ..
     demo: ..
@@ -243,25 +246,31 @@ MARKED = """
     @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.soak)])
     def test_size(size): ...
 
+    @pytest.mark.thorough
+    def test_more(): ...
+
     @pytest.mark.page
     def test_page(demo_files): ...
     """
 
 
 @pytest.mark.parametrize(
-    ("expression", "names"),
+    ("chosen", "names"),
     [
-        (None, {"test_plain", "test_fetches", "test_size[1]"}),
-        ("not demo", {"test_plain", "test_size[1]"}),
-        ("soak", {"test_size[2]"}),
-        ("soak or not soak", {"test_plain", "test_fetches", "test_size[1]", "test_size[2]"}),
-        ("page and demo", {"test_page"}),
+        ([], {"test_plain", "test_fetches", "test_size[1]"}),
+        (["-m", "not demo"], {"test_plain", "test_size[1]"}),
+        (["-m", "soak"], {"test_size[2]"}),
+        (["-m", "soak or not soak"], {"test_plain", "test_fetches", "test_size[1]", "test_size[2]"}),
+        (["-m", "thorough or not thorough"], {"test_plain", "test_fetches", "test_size[1]", "test_more"}),
+        (["-m", "page and demo"], {"test_page"}),
+        (["test_it.py", "-m", "not demo"], {"test_plain", "test_size[1]", "test_more"}),
+        (["test_it.py::test_more"], {"test_more"}),
     ],
+    ids=" ".join,
 )
 def test_what_takes_minutes_must_be_named_and_what_fetches_is_marked(
-    tmp_path: Path, expression: str | None, names: set[str]
+    tmp_path: Path, chosen: list[str], names: set[str]
 ) -> None:
-    chosen = () if expression is None else ("-m", expression)
     _, output = run(tmp_path, MARKED, "--collect-only", "-q", *chosen)
     found = {line.partition("::")[2] for line in output.splitlines() if "::" in line}
     assert found == names

@@ -37,6 +37,8 @@ from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
+pytestmark = pytest.mark.thorough
+
 SETTINGS = Settings(
     thread_nice=0, num_threads=1, max_batch_size=4, max_batch_prefill_tokens=64, max_total_tokens=128,
     dtype="float16", enable_lora=True, admin_api_key="admin", max_lora_rank=12, max_loras=2,

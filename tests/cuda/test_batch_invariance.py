@@ -17,6 +17,8 @@ from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
+pytestmark = pytest.mark.thorough
+
 SAMPLING = SamplingParams(temperature=0.0, logprobs=5)
 
 

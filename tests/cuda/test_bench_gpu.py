@@ -14,6 +14,8 @@ import pytest
 
 from bench import gpu, gpu_runs, gpu_served, gpu_stages, gpu_tests
 
+pytestmark = pytest.mark.thorough
+
 
 def test_a_dry_run_names_every_stage_and_writes_the_schema(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -15,7 +15,8 @@ import torch
 from bench import gpu_apart
 
 # Python warns of every fork of a process with threads, such as torch's here.
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+FORK_WARNING = "ignore:This process .* is multi-threaded:DeprecationWarning"
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings(FORK_WARNING)]
 
 
 @pytest.fixture

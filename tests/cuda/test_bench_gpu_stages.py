@@ -39,6 +39,8 @@ from tests.reference.compare import assert_close
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:

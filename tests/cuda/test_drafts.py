@@ -39,6 +39,8 @@ from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
 from tgi_asgi.types import GenerationRequest, SamplingParams, StopConditions
 
+pytestmark = pytest.mark.thorough
+
 LONGEST = 192
 VOCAB = 160
 NUM_REQUESTS = 7

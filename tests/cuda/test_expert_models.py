@@ -31,6 +31,8 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceExperts, DeviceMatrix, Repacking, joined, repack
 from tgi_asgi.types import SamplingParams
 
+pytestmark = pytest.mark.thorough
+
 GREEDY = SamplingParams(temperature=0.0, logprobs=0)
 
 

@@ -12,6 +12,8 @@ from tests.cuda.faults import Fault, assert_caught
 from tests.emulation.device import Device
 from tgi_asgi.ops import ClampedGate
 
+pytestmark = pytest.mark.thorough
+
 
 def check_routes(device: Device) -> None:
     for spec in test_experts.SPECS[2], test_experts.SPECS[5], test_experts.SPECS[8]:

@@ -20,6 +20,8 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.runner.load import load
 from tgi_asgi.settings import Settings
 
+pytestmark = pytest.mark.thorough
+
 # Heads of 64, the smallest that the kernels support.
 _WIDE = {"head_dim": 64}
 _FEW = {"num_attention_heads": 2, "num_key_value_heads": 1}

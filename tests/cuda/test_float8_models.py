@@ -28,6 +28,8 @@ from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
+pytestmark = pytest.mark.thorough
+
 LONG = [i * 37 % 96 + 2 for i in range(52)]
 
 

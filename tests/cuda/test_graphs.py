@@ -26,6 +26,8 @@ from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
 from tgi_asgi.types import LogprobsMode, SamplingParams
 
+pytestmark = pytest.mark.thorough
+
 FP16 = torch.float16
 VOCAB = 160
 

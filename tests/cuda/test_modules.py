@@ -67,7 +67,10 @@ Checkpoint = Callable[[str], Path]
 USUAL = ("mixtral", "gpt_oss", "deepseek_v3", "bloom", "jamba", "openai-gpt")
 FEW_IMAGES = ("smolvlm", "qwen3_vl", "gemma3")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.filterwarnings("ignore"),  # of transformers' own code
+]
 
 
 def of_each(names: Sequence[str], usual: Sequence[str]) -> list[Any]:

@@ -40,6 +40,8 @@ from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Pooling, PoolingKind
 
+pytestmark = pytest.mark.thorough
+
 IDS = [(at * 37 + 11) % 160 for at in range(40)]
 BESIDE = [3, 14, 15, 92, 65, 35, 89, 79, 32]
 MODES = {

@@ -8,6 +8,8 @@ import torch
 from tests.cuda import test_quant_linear
 from tests.cuda.faults import Fault, assert_caught
 
+pytestmark = pytest.mark.thorough
+
 
 def fault(what: str, old: str, new: str, kind: str, file: str = "quant_linear.cuh") -> Fault:
     return Fault(what, file, old, new, kind, "quant_linear_bf16.cu")

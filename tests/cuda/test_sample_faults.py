@@ -12,6 +12,8 @@ from tests.cuda.test_sample import WAYS, check, run
 from tests.emulation.device import Device
 from tgi_asgi.types import SamplingParams
 
+pytestmark = pytest.mark.thorough
+
 FAULTS = [
     Fault(
         "bins are cleared while others count",

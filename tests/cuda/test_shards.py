@@ -29,6 +29,8 @@ from tgi_asgi.runner.plan import DeviceLost, SlotStart, StepPlan, StepRow
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Pooling, PoolingKind, SamplingParams
 
+pytestmark = pytest.mark.thorough
+
 SCORED = SamplingParams(temperature=0.0, logprobs=2)
 # Of a log-probability, in float16, between two devices and one: 0.008 is measured, because the parts of a
 # product are rounded before they are added. From `transformers` two are 0.020 away, one is 0.013. torch's

@@ -19,7 +19,14 @@ def seeded() -> None:
     torch.default_generator.manual_seed(seed)  # `torch.manual_seed` takes 1 ms, for other devices
 
 
-@pytest.fixture(params=_C.kernel_sets())
+PLAIN = ("portable", "amx_model")  # they compute in plain C++, and their tests take as long as all others'
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.thorough if name in PLAIN else ()) for name in _C.kernel_sets()
+    ]
+)
 def kernel_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test with each kernel set that this machine supports."""
     before = _C.kernel_set()

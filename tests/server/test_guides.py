@@ -14,7 +14,7 @@ from tests.support.hub_stand_ins import StandIns
 from tests.support.server_process import ServerProcess
 
 BLOCKS = [
-    block
+    pytest.param(block, id=str(block), marks=[] if page == "README.md" else pytest.mark.thorough)
     for page in pages()
     for block in blocks_of(page)
     if block.language in COMMANDS and block.reason is None
@@ -56,7 +56,7 @@ def guides(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     found.close()
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("block", BLOCKS)
 def test_a_command_of_the_documents_runs(block: Block, guides: Guides, demo_gguf: Path) -> None:
     """The demonstration model must exist already: the servers fetch nothing."""
     if block.language == "js":

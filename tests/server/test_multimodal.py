@@ -82,6 +82,7 @@ async def test_openai_node_sends_pictures_and_asks_for_vectors(url: str, expecte
     assert found["refusal"] == {"status": 400, "param": "messages[0].content[0].image_url"}
 
 
+@pytest.mark.thorough
 async def test_langchain_and_litellm_send_pictures_and_ask_for_vectors(
     url: str, expected: dict[str, Any]
 ) -> None:

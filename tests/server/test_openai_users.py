@@ -12,6 +12,8 @@ import pytest
 
 from tests.server.test_tgi_clients import TEXT, require_client, serve
 
+pytestmark = pytest.mark.thorough  # the libraries take ten seconds to import
+
 SCRIPT = Path(__file__).parent / "tgi_clients" / "openai_users.py"
 USAGE = {"input_tokens": 22, "output_tokens": 3, "total_tokens": 25}  # of "Hi!" in the toy model's template
 

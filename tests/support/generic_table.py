@@ -65,7 +65,7 @@ WHY: Mapping[str, str] = {
     **dict.fromkeys(("blt", "openai-gpt", "xlm"), "they have no cache, or none to continue from"),
 }
 
-# The types that a usual run tests, at least one for each kind of layer; `make test-models` tests all.
+# At least one type for each kind of layer, for `make test-all`; `make test-models` tests all.
 USUAL: tuple[str, ...] = tuple(
     """
     llama qwen2 gemma2 gemma3n_text gemma4_text gpt_oss llama4_text deepseek_v3 granitemoe_swa ernie4_5_moe
@@ -74,6 +74,11 @@ USUAL: tuple[str, ...] = tuple(
     bart rembert doge openai-gpt xlnet recurrent_gemma deepseek_v4 deepseek_v32 glm_moe_dsa qwen4_exp_text
     rwkv xlstm cpmant
 """.split()  # noqa: SIM905 -- a paragraph, not a page
+)
+
+# One of each kind, in every run of the tests.
+FEW: tuple[str, ...] = tuple(
+    "gemma3n_text gpt_oss bloom gpt2 lfm2 jamba mamba2 bart rembert rwkv cpmant".split()  # noqa: SIM905
 )
 
 TIERS = ("common", "generic", "sequential", "refused")

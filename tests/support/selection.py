@@ -1,8 +1,9 @@
-"""Select the tests of a run: nightly tests only if `-m` names them, tests that need the network by a marker.
+"""Select the tests of a run: many only if `-m` names their marker, tests that need the network by a marker.
 
 `pytest` runs no test that takes minutes, `pytest -m soak` only such tests, and `pytest -m "not demo"` all
-tests that also run without network. A test gets the marker `demo` if it uses a fixture that fetches. A
-connection to another machine from any other test fails, so no test can lack the marker.
+tests that also run without network. Tests with the marker `thorough` also run if the command names their
+file. A test gets the marker `demo` if it uses a fixture that fetches. A connection to another machine from
+any other test fails, so no test can lack the marker.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Generator
 
 import pytest
 
+THOROUGH = "thorough"
 # The results of these fixtures are fetched once and then kept in the user's cache or in build/.
 FETCHING = frozenset({"demo_files", "llama_cpp", "llama_cpp_package", "json_schema_suite", "vllm_examples"})
 
@@ -29,13 +31,17 @@ class Selection:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Apply the markers, then deselect tests whose marker was not named."""
-        left_out = self._nightly - set(re.findall(r"\w+", config.option.markexpr or ""))
+        left_out = (self._nightly | {THOROUGH}) - set(re.findall(r"\w+", config.option.markexpr or ""))
+        folder = config.invocation_params.dir
+        named = {(folder / argument.partition("::")[0]).resolve() for argument in config.args}
         kept: list[pytest.Item] = []
         dropped: list[pytest.Item] = []
         for item in items:
             if FETCHING & set(getattr(item, "fixturenames", ())):
                 item.add_marker("demo")
             names = {marker.name for marker in item.iter_markers()}
+            if item.path in named:
+                names.discard(THOROUGH)
             (dropped if names & left_out else kept).append(item)
         if dropped:
             config.hook.pytest_deselected(items=dropped)

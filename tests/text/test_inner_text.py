@@ -73,11 +73,19 @@ VOCABULARIES: dict[str, Callable[[], tokenizers.Tokenizer]] = {
 }
 
 
+THOROUGH = ("phi-3", "baichuan", "byte-level, prefix", "byte-level, NFKC")  # like one of the others each
+
+
 def allowed(mask: Mask) -> list[int]:
     return [int(i) for i in np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))]
 
 
-@pytest.fixture(scope="module", params=VOCABULARIES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.thorough if name in THOROUGH else ()) for name in VOCABULARIES
+    ],
+)
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     backend = VOCABULARIES[request.param]()
     end = next(text for text in ("</s>", "<eos>", "<|endoftext|>") if backend.token_to_id(text) is not None)

@@ -38,8 +38,12 @@ def is_served(model_type: str) -> bool:
 
 
 def rows(names: list[str]) -> list[Any]:
-    """Return a test's parameters, with those outside the usual ones marked `models`."""
-    return [pytest.param(name, marks=() if name in table.USUAL else pytest.mark.models) for name in names]
+    """Return a test's parameters; those outside the few are marked `thorough`, or unusual ones `models`."""
+    thorough, models = pytest.mark.thorough, pytest.mark.models
+    return [
+        pytest.param(name, marks=() if name in table.FEW else thorough if name in table.USUAL else models)
+        for name in names
+    ]
 
 
 BUILDABLE = architectures.buildable()
