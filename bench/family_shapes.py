@@ -1,4 +1,4 @@
-"""Make models of one to four billion random weights of families other than Llama, for speed measurements.
+"""Make models of one to eight billion random weights in the shapes of several families, for speed measurements.
 
     python -m bench.family_shapes gemma3 directory
 
@@ -57,6 +57,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000.0,
         "tie_word_embeddings": True,
         "max_position_embeddings": 40960,
+    },
+    # meta-llama/Llama-3.1-8B
+    "llama-8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 8192,
     },
 }
 

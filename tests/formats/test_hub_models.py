@@ -102,6 +102,15 @@ def repositories() -> dict[str, Repository]:
         "org/pickled": Repository(
             {"adapter_config.json": adapter_config("org/both"), "adapter_model.bin": b"x"}
         ),
+        "org/medusa": Repository(
+            {
+                "config.json": b'{"medusa_num_heads": 3, "base_model_name_or_path": "org/both"}',
+                "medusa_lm_head.safetensors": b"x",
+            }
+        ),
+        "org/accelerator": Repository(
+            {"config.json": b'{"model_type": "mlp_speculator"}', "model.safetensors": b"x"}
+        ),
         "org/pipeline": Repository({"model_index.json": b"{}", "unet/model.safetensors": b"x"}),
         "org/whisper": Repository({**FILES, "config.json": WHISPER}),
     }
@@ -176,6 +185,20 @@ def test_an_adapter_is_fetched_with_its_base_model(hub: Hub, tmp_path: Path) -> 
     assert "the base model of org/lost" in lost and "no model 'org/gone'" in lost
     (again,), _ = find(tmp_path, "http://127.0.0.1:9", "org/tuned", HF_HUB_OFFLINE="1")
     assert again == tuned
+
+
+def test_heads_that_draft_for_a_model_are_served_as_that_model(hub: Hub, tmp_path: Path) -> None:
+    (medusa, accelerator), log = find(tmp_path, hub.address, "org/medusa", "org/accelerator")
+    assert medusa == ["org/medusa", "directory", str(snapshot(tmp_path, "org/both")), COMMIT]
+    assert "org/medusa has heads that draft tokens for org/both" in log
+    assert "medusa_lm_head.safetensors" not in hub.fetched()
+    assert "org/accelerator has draft heads, but its config.json names no model for them" in accelerator
+    (tmp_path / "both").symlink_to(snapshot(tmp_path, "org/both"))
+    (tmp_path / "heads").mkdir()
+    config = {"medusa_num_heads": 3, "base_model_name_or_path": str(tmp_path / "both")}
+    (tmp_path / "heads" / "config.json").write_text(json.dumps(config))
+    (local,), _ = find(tmp_path, "http://127.0.0.1:9", str(tmp_path / "heads"), HF_HUB_OFFLINE="1")
+    assert local == ["heads", "directory", str(tmp_path / "both"), None]
 
 
 def test_safetensors_go_before_gguf_unless_a_quantisation_is_named(hub: Hub, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import hub
+from tgi_asgi.formats.config_file import read_config_file
 from tgi_asgi.formats.gguf_names import choose, models_of
-from tgi_asgi.formats.kinds import is_adapter, servable_config
+from tgi_asgi.formats.kinds import is_adapter, is_draft_heads, servable_config
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.weight_files import INDEX_NAME, choose_files, read_index, weight_names
 from tgi_asgi.types import Progress
@@ -31,7 +32,7 @@ _DENSE = "*_Dense/model.safetensors"  # of sentence-transformers
 class Fetched(NamedTuple):
     """A Hub model on the local disk."""
 
-    kind: Literal["gguf", "directory", "adapter"]
+    kind: Literal["gguf", "directory", "adapter", "draft heads"]
     path: Path  # the .gguf file, or the first of several, or the snapshot's directory (an adapter's own)
     commit: str
 
@@ -41,7 +42,7 @@ def fetch_model(
 ) -> Fetched:
     """Choose a model among a repository's files, and fetch it: safetensors if there are any, otherwise GGUF.
 
-    An adapter is fetched alone: its configuration names its base model.
+    An adapter is fetched alone, and of draft heads only the configuration: it names the base model.
 
     Args:
         quant: Text after the colon of an id, which selects a GGUF model.
@@ -74,6 +75,8 @@ def fetch_model(
         folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly(small))
     if is_adapter(listing.names):
         return Fetched("adapter", folder, commit)
+    if "config.json" in small and is_draft_heads(read_config_file(folder)):
+        return Fetched("draft heads", folder, commit)
     Quantisation.from_json(servable_config(repo_id, listing.names, folder))
     weights = [*_weights(where, listing, folder), *_matching(listing, (_DENSE,))]
     folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly([*small, *weights]))

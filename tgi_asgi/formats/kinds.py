@@ -19,6 +19,7 @@ from tgi_asgi.formats.files import read_json
 from tgi_asgi.formats.weight_files import weight_names
 
 ADAPTER, _CONFIG = "adapter_config.json", "config.json"
+_BASE = "base_model_name_or_path"
 _USE_ANOTHER = "use the original model, or one in GGUF"
 # Weight formats that are never read, by file-name patterns; the first match gives the message.
 _UNREAD = (
@@ -67,18 +68,44 @@ def base_of(model_id: str, directory: Path) -> tuple[str, str | None]:
         ModelLoadError: if it names none.
     """
     config = read_json(directory / ADAPTER)
-    base, revision = (config.get(key) for key in ("base_model_name_or_path", "revision"))
+    base, revision = (config.get(key) for key in (_BASE, "revision"))
     if not isinstance(base, str) or not base:
         raise ModelLoadError(
-            f"{model_id} is an adapter whose {ADAPTER} names no base model (base_model_name_or_path): serve "
-            f"that with --lora-adapters {model_id}"
+            f"{model_id} is an adapter whose {ADAPTER} names no base model ({_BASE}): serve that with "
+            f"--lora-adapters {model_id}"
         )
-    # A strange adapter may not have something fetched from elsewhere.
-    if base.startswith("pypi:") or (":" in base and not os.path.isdir(base)):
-        raise ModelLoadError(
-            f"{model_id} is an adapter of {base[:200]!r}, which is neither a directory nor an id on the Hub"
-        )
+    _refuse_elsewhere(f"{model_id} is an adapter of", base)
     return base, revision if isinstance(revision, str) else None
+
+
+def is_draft_heads(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json is of heads alone that draft tokens for another model.
+
+    TGI knows two kinds: Medusa (Cai et al., arXiv 2401.10774) and IBM's MLP speculators (Wertheimer et al.,
+    arXiv 2404.19124).
+    """
+    return "medusa_num_heads" in config or config.get("model_type") == "mlp_speculator"
+
+
+def base_of_draft_heads(model_id: str, directory: Path) -> str:
+    """Return the model that heads draft for.
+
+    Raises:
+        ModelLoadError: if their configuration names none.
+    """
+    base = read_json(directory / _CONFIG).get(_BASE)
+    if not isinstance(base, str) or not base:
+        raise ModelLoadError(
+            f"{model_id} has draft heads, but its {_CONFIG} names no model for them ({_BASE})"
+        )
+    _refuse_elsewhere(f"{model_id} has draft heads for", base)
+    return base
+
+
+def _refuse_elsewhere(what: str, base: str) -> None:
+    """Refuse to have something fetched from elsewhere, because a strange repository names it."""
+    if base.startswith("pypi:") or (":" in base and not os.path.isdir(base)):
+        raise ModelLoadError(f"{what} {base[:200]!r}, which is neither a directory nor an id on the Hub")
 
 
 def servable_config(model_id: str, names: Collection[str], directory: Path) -> dict[str, Any]:

