@@ -103,13 +103,13 @@ test-offline: $(VENV)/.test-tools
 	cd build/offline && XDG_CACHE_HOME=$(abspath build/offline)/cache unshare --net --map-root-user sh -c \
 	  'ip link set lo up && exec $(abspath $(BIN))/python -m pytest -m "not demo and (thorough or not thorough)" $(PYTEST_ARGS)'
 
-# Everything that takes too long for `make test`, one part after the other whatever fails, with a table at the end:
-# storms, the kernels of x86-64 and, under qemu, of Arm (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed),
+# Everything that takes too long for `make test`, one part after the other whatever fails, with a table at the end: the
+# thorough tests, storms, the kernels of x86-64 and, under qemu, of Arm (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed),
 # every model family, the pages in Chromium, the files of deploy/, a Ray cluster, packages in clean environments, the
 # oldest dependencies, the image, agents, a run without network, the documentation site, the sanitizers, and the CUDA
 # kernels compiled and linked.
-NIGHTLY = soak test-models test-page test-deploy test-cluster test-install test-lowest test-image test-agents test-offline \
-  docs sanitize cuda-check cuda-link
+NIGHTLY = test-all soak test-models test-page test-deploy test-cluster test-install test-lowest test-image test-agents \
+  test-offline docs sanitize cuda-check cuda-link
 nightly:
 	$(PYTHON) .ci/nightly $(NIGHTLY)
 

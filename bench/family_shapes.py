@@ -1,4 +1,4 @@
-"""Make models of one to eight billion random weights in the shapes of several families, for speed measurements.
+"""Make models of one to eight billion random weights in the shapes of published ones, for speed measurements.
 
     python -m bench.family_shapes gemma3 directory
 
