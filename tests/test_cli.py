@@ -184,6 +184,7 @@ def test_adapters_follow_their_flag_one_after_the_other_as_in_vllm(run: _Run, mo
         [*model, "--lora-modules", *modules[:2], "--lora-modules", modules[2]],
         ["--lora-modules", *modules, *model],
         [*model, f"--lora-modules={modules[0]}", *modules[1:]],
+        [*model, "--lora_modules", *modules],
     ):
         assert run(*arguments).exit_code == 0
         assert run.settings is not None

@@ -105,10 +105,8 @@ def _one_module_each(args: list[str]) -> list[str]:
     for word in args:
         is_another = bool(num_values) and not word.startswith("-") and ("=" in word or word.startswith("{"))
         found += [_LORA_MODULES, word] if is_another else [word]
-        if word == _LORA_MODULES:
-            num_values = 0
-        elif word.startswith(f"{_LORA_MODULES}="):
-            num_values = 1
+        if launcher_compat.spelled_flag(word) == _LORA_MODULES:
+            num_values = int("=" in word)
         elif num_values is not None:
             num_values = num_values + 1 if is_another or not num_values else None
     return found

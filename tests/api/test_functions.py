@@ -121,3 +121,12 @@ async def test_functions_are_refused_beside_tools_and_under_compat(
     call = await send(app, request("POST", "/v1/chat/completions", body))
     assert call.status in (400, 422)
     assert "`functions`" in json.dumps(call.json()["error"])
+
+
+async def test_the_refusal_of_an_unknown_function_names_no_field_that_was_not_sent() -> None:
+    body = {"messages": [HI], "functions": FUNCTIONS, "function_call": {"name": "other"}}
+    call = await send(app_of(ScriptedEngine(), Settings()), request("POST", "/v1/chat/completions", body))
+    error = call.json()["error"]
+    assert (call.status, error["param"]) == (400, "function_call")
+    assert "'other'" in error["message"]
+    assert "`tools`" not in error["message"]

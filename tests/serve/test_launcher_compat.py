@@ -147,6 +147,9 @@ def test_ready_weights_are_served_under_the_models_name() -> None:
 def test_one_limit_under_two_names_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="MAX_INPUT_LENGTH"):
         environment_changes({"MAX_INPUT_TOKENS": "10", "MAX_INPUT_LENGTH": "10"})
+    with pytest.raises(InvalidRequest, match="--max-input-length"):
+        environment_changes({}, ["--max_input_tokens", "10", "--max-input-length=10"])
+    assert environment_changes({"MAX_INPUT_LENGTH": "10"}, ["--max-input-tokens", "9"]) == {}
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def choose(
     known = {tool.name for tool in tools}
     for name in names or ():
         if name not in known:
-            message = f"`{{field}}` names {name[:80]!r}, which is not among `tools`"
+            message = f"`{{field}}` names {name[:80]!r}, which is not among the tools"
             raise InvalidRequest(message, field=("tool_choice",))
     wanted = known.intersection(names) if names is not None else known
     specs = [_spec(tool) for tool in tools if tool.name in wanted]

@@ -129,6 +129,11 @@ def is_sagemaker(arguments: Sequence[str]) -> bool:
     return list(arguments) == ["serve"]
 
 
+def spelled_flag(argument: str) -> str:
+    """Return the flag of an argument: without its value, and with dashes for underscores."""
+    return argument.partition("=")[0].replace("_", "-")
+
+
 def environment_changes(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> dict[str, str]:
     """Return the variables to set, so that those of TGI, SageMaker and Vertex keep their meaning.
 
@@ -149,8 +154,12 @@ def environment_changes(environ: Mapping[str, str], arguments: Sequence[str] = (
         changes["PORT"] = SAGEMAKER_PORT
     if environ.get("AIP_HTTP_PORT"):
         changes["PORT"] = environ["AIP_HTTP_PORT"]
-    if environ.get("MAX_INPUT_TOKENS") and environ.get("MAX_INPUT_LENGTH"):
-        raise InvalidRequest("MAX_INPUT_TOKENS and MAX_INPUT_LENGTH are the same setting: give one")
+    # To click, these flags are one option, of which the last wins. TGI's launcher refuses both, too.
+    flags = {spelled_flag(argument) for argument in arguments}
+    given = flags | {name for name, value in environ.items() if value}
+    for both in (("MAX_INPUT_TOKENS", "MAX_INPUT_LENGTH"), ("--max-input-tokens", "--max-input-length")):
+        if given.issuperset(both):
+            raise InvalidRequest(f"{' and '.join(both)} are the same setting: give one")
     if environ.get("LOG_LEVEL"):
         changes["LOG_LEVEL"] = simple_level(environ["LOG_LEVEL"])
     return changes
