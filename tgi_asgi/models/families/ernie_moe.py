@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import ModelConfig, check_computed
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config_bounds import check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.family import Family

@@ -18,7 +18,8 @@ from torch import nn
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import MAX_CONTEXT, CacheShape
+from tgi_asgi.models.config import CacheShape
+from tgi_asgi.models.config_bounds import MAX_CONTEXT
 from tgi_asgi.models.generic import attention, encoder_check
 from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.discover import configurations

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal, cast
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.model_info import EncoderDecoder
-from tgi_asgi.models.config import MAX_CONTEXT, CacheShape, ModelConfig
+from tgi_asgi.models.config import CacheShape, ModelConfig
+from tgi_asgi.models.config_bounds import MAX_CONTEXT
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generation_config import read_generation_config
 from tgi_asgi.models.generic import attention, encoder_decoder, encoder_decoder_check
