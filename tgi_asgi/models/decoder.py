@@ -1,7 +1,7 @@
 """The decoder of most families: an embedding, layers, a norm and a head.
 
-Plain Python over the operators: `forward` is called once, to be recorded. `layers.py` has the layers and
-reads their weights.
+Plain Python over the operators: `forward` is called once, to be recorded. `layers.py` has the layers, and
+`layer_weights.py` reads their weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import ClassVar, Literal
 from tgi_asgi import ops
 from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.layers import Layer, LayerWeights, ParallelLayer, read_norm
+from tgi_asgi.models.layer_weights import LayerWeights, read_norm
+from tgi_asgi.models.layers import Layer, ParallelLayer
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.rope import RopeTables
 from tgi_asgi.ops.arrays import Floats

@@ -19,7 +19,7 @@ from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.config import ModelConfig, ServedConfig
 from tgi_asgi.models.family import Family, Model
 from tgi_asgi.models.gguf_module import find_module
-from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
 from tgi_asgi.models.loading.checkpoint import CheckpointWeights
 from tgi_asgi.models.loading.companions import CheckpointCompanions, GgufCompanions
