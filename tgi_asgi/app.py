@@ -113,6 +113,12 @@ class App:
             self._loading = asyncio.get_running_loop().create_task(self._load())
             self._lag.start()
 
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests and let the others finish; at the timeout, end the rest. Needs a model."""
+        assert self.context.served is not None
+        engine, _ = _owned(self.context.served)
+        await engine.drain(timeout_s)
+
     async def stop(self) -> None:
         """Stop the engine; requests still running end with an error."""
         self.has_stopped.set()
@@ -120,9 +126,10 @@ class App:
         if self._loading is not None:
             self._loading.cancel()  # the thread itself lives until the process ends
         if self.context.served is not None:
-            await cast(OwnedEngine, self.context.served.engine).stop()
-            if self.context.served.adapters is not None:
-                cast(OwnedAdapters, self.context.served.adapters).close()
+            engine, adapters = _owned(self.context.served)
+            await engine.stop()
+            if adapters is not None:
+                adapters.close()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
         self.context.close()
@@ -135,11 +142,11 @@ class App:
         context = self.context
         try:
             served = await asyncio.to_thread(self._loader, context.settings, context.report)
-            if served.adapters is not None:  # adapters named at start-up must answer from the start
+            engine, adapters = _owned(served)
+            if adapters is not None:  # adapters named at start-up must answer from the start
                 context.report("reading adapters", 0, None)
-                await cast(OwnedAdapters, served.adapters).start()
+                await adapters.start()
             context.begin_threads(served)
-            engine = cast(OwnedEngine, served.engine)
             engine.on_fatal = self._on_engine_death
             engine.start()
         except asyncio.CancelledError:
@@ -207,6 +214,11 @@ class App:
                 exchange.error = error
                 raise  # the response has begun: the server closes the connection
             await exchange.fail(error)
+
+
+def _owned(served: Served) -> tuple[OwnedEngine, OwnedAdapters | None]:
+    """Return the engine and the adapters as their owner sees them; a loader's have these methods."""
+    return cast(OwnedEngine, served.engine), cast("OwnedAdapters | None", served.adapters)
 
 
 async def _refuse_websocket(scope: Scope, send: Send) -> None:

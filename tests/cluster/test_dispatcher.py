@@ -160,6 +160,17 @@ async def test_nothing_of_a_body_stays_counted(dispatcher: ModelDispatcher) -> N
     assert [app.context.body_budget.held for app in dispatcher._apps] == [0, 0]
 
 
+async def test_a_conversation_continues_with_any_model(dispatcher: ModelDispatcher) -> None:
+    """The routes of `/v1/conversations` name no model, so the first application has answered."""
+    name = (await post(dispatcher, "/v1/conversations", {})).json()["id"]
+    for model in ("org/a", "org/b"):
+        body = {"model": model, "input": "hi", "conversation": name, "max_output_tokens": 16}
+        answer = await post(dispatcher, "/v1/responses", body)
+        assert (answer.status, answer.json()["model"]) == (200, model)
+    items = await send(dispatcher, request("GET", f"/v1/conversations/{name}/items", headers=KEY))
+    assert len(items.json()["data"]) == 4
+
+
 async def test_one_metrics_page_has_both_models(dispatcher: ModelDispatcher) -> None:
     await post(dispatcher, "/v1/chat/completions", chat("org/b"))
     text = (await send(dispatcher, request("GET", "/metrics"))).content.decode()

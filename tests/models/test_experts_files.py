@@ -25,7 +25,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.experts import stack
-from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.registry import find_by_gguf_name
 from tgi_asgi.ops.sources import decode

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
-from tgi_asgi.api.answer_form import answer_form, compile_grammar
+from tgi_asgi.api.answer import Reading
+from tgi_asgi.api.answer_form import AnswerForm, answer_form, compile_grammar
 from tgi_asgi.api.budgets import KeptAnswer, token_bytes
 from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer
 from tgi_asgi.api.context import Served, name_in
@@ -218,25 +219,14 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         grammar = None
         if job.tools is not None or job.constraint is not None:
             grammar = await compile_grammar(exchange, served.grammars, job, form)
-        reading, marks = form.reading(), form.reasoning_marks()
+        reading = form.reading()
         thinking = context.settings.reasoning_budget if job.reasoning_budget is None else job.reasoning_budget
     salt = cache_salt_of(exchange, job.cache_salt)
     request = GenerationRequest(
         request_id=exchange.request_id,
         prompt_ids=prompt.ids,
         sampling=job.sampling,
-        stop=StopConditions(
-            max_tokens=budget,
-            min_tokens=job.min_tokens,
-            ignore_eos=job.ignore_eos,
-            stop_token_ids=job.stop_token_ids,
-            stop=job.stop,
-            include_stop=job.include_stop,
-            skip_special_tokens=job.skip_special_tokens,
-            shown_special_ids=frozenset() if reading is None else reading.marker_ids,
-            reasoning=marks,
-            drops_first_space=form.drops_space,
-        ),
+        stop=_stop_conditions(job, budget, form, reading),
         n=job.n,
         priority=bounded_priority(job.priority, context.settings),
         cache_salt=salt,
@@ -249,6 +239,21 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         images=salted_images(prompt.images, salt),
     )
     return Prepared(job, prompt, request, reading)
+
+
+def _stop_conditions(job: Job, budget: int, form: AnswerForm, reading: Reading | None) -> StopConditions:
+    return StopConditions(
+        max_tokens=budget,
+        min_tokens=job.min_tokens,
+        ignore_eos=job.ignore_eos,
+        stop_token_ids=job.stop_token_ids,
+        stop=job.stop,
+        include_stop=job.include_stop,
+        skip_special_tokens=job.skip_special_tokens,
+        shown_special_ids=frozenset() if reading is None else reading.marker_ids,
+        reasoning=form.reasoning_marks(),
+        drops_first_space=form.drops_space,
+    )
 
 
 def _prompt_and_budget(job: Job, served: Served, settings: Settings) -> tuple[Prompt, int]:
@@ -279,7 +284,7 @@ async def collect(exchange: Exchange, kept: KeptAnswer) -> list[Choices]:
         ClientDisconnected: if the client disconnected; all are cancelled.
     """
     channels = exchange.channels
-    sinks = [_Choices(channel.request.n, kept) for channel in channels]
+    sinks = [_Sink(channel.request.n, kept) for channel in channels]
     ended = asyncio.gather(*(sink.ended for sink in sinks))
 
     def refuse(error: TgiError) -> None:
@@ -296,8 +301,8 @@ async def collect(exchange: Exchange, kept: KeptAnswer) -> list[Choices]:
     return [sink.events for sink in sinks]
 
 
-class _Choices:
-    """The sink of one channel: sorts events by choice."""
+class _Sink:
+    """Collects the events of one channel by choice."""
 
     __slots__ = ("_kept", "ended", "events", "num_open")
 

@@ -59,8 +59,9 @@ class ModelDispatcher:
 
     def __init__(self, apps: Sequence[App]) -> None:
         self._apps = apps
-        for app in apps:  # a conversation may continue with another model
+        for app in apps:  # what one model has answered may continue with another
             app.context.responses = apps[0].context.responses
+            app.context.conversations = apps[0].context.conversations
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import click
 from tqdm import tqdm
@@ -29,6 +29,8 @@ from tqdm import tqdm
 from tgi_asgi import __version__
 from tgi_asgi.commands.figures import Load, table_head, table_row
 from tgi_asgi.commands.stream_client import Address, Answer, Client, RequestFailed
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 _PATH = "/v1/completions"
@@ -65,6 +67,13 @@ class Plan:
         }
 
 
+def _count_option(*flags: str, default: int, help: str, least: int = 1) -> Callable[[_F], _F]:
+    """Return the decorator of an option whose value is a number."""
+    return click.option(
+        *flags, metavar="N", type=click.IntRange(least), default=default, show_default=True, help=help
+    )
+
+
 @click.command("benchmark")
 @click.option(
     "-u", "--url", metavar="URL", help="Server to measure (default: port $PORT or 3000 on this machine)."
@@ -76,42 +85,10 @@ class Plan:
     "-b", "--batch-size", "--concurrency", "batch_sizes", multiple=True, metavar="N",
     help="Concurrent streams, or several numbers separated by commas (repeatable; default: 1,2,4,8,16,32).",
 )  # fmt: skip
-@click.option(
-    "-s",
-    "--sequence-length",
-    metavar="N",
-    type=click.IntRange(1),
-    default=256,
-    show_default=True,
-    help="Tokens per prompt.",
-)
-@click.option(
-    "-d",
-    "--decode-length",
-    metavar="N",
-    type=click.IntRange(1),
-    default=64,
-    show_default=True,
-    help="Tokens per answer.",
-)
-@click.option(
-    "-r",
-    "--runs",
-    metavar="N",
-    type=click.IntRange(1),
-    default=10,
-    show_default=True,
-    help="Requests per stream.",
-)
-@click.option(
-    "-w",
-    "--warmups",
-    metavar="N",
-    type=click.IntRange(0),
-    default=1,
-    show_default=True,
-    help="Requests per stream before that, not counted.",
-)
+@_count_option("-s", "--sequence-length", default=256, help="Tokens per prompt.")
+@_count_option("-d", "--decode-length", default=64, help="Tokens per answer.")
+@_count_option("-r", "--runs", default=10, help="Requests per stream.")
+@_count_option("-w", "--warmups", default=1, least=0, help="Requests per stream before that, not counted.")
 @click.option("--seed", type=int, metavar="N", help="Seed of the prompts' words (default: random).")
 @click.option("--body", default="{}", metavar="JSON", help='Additional request fields: {"temperature": 0.7}.')
 @click.option(

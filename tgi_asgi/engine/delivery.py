@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tgi_asgi.engine.loop import ServingLoop
     from tgi_asgi.types import Vector
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _SLICE_S = 0.001  # longest that delivery may hold the event loop
 _MAX_DELAY_S = 0.05  # longest a token may wait when the event loop is slower than the steps
@@ -98,7 +98,7 @@ class Delivery:
             return
         if sampled.failure is not None:
             # The request exceeded a limit; clients would resend the request after a 500.
-            log.warning(
+            logger.warning(
                 "request %s, choice %d: grammar: %s",
                 sequence.request.request_id, sequence.choice, sampled.failure,
             )  # fmt: skip
@@ -112,7 +112,7 @@ class Delivery:
         try:
             event = channel.outputs[sequence.choice].push(sampled)
         except Exception as error:
-            log.exception("request %s: token %d", channel.request.request_id, sampled.token_id)
+            logger.exception("request %s: token %d", channel.request.request_id, sampled.token_id)
             self._loop.fail_request(sequence, f"token {sampled.token_id} has no text", error)
             return
         channel.push(event)

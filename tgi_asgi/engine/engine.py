@@ -39,7 +39,7 @@ from tgi_asgi.runner.plan import Runner
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState, GenerationRequest, Permit
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -199,7 +199,7 @@ class Engine:
                 await self.admission.is_idle.wait()  # also those whose prompts are still being tokenised
                 await self._loop.is_idle.wait()
         except TimeoutError:
-            log.warning("%d requests did not finish within %g s", self._loop.num_open, timeout_s)
+            logger.warning("%d requests did not finish within %g s", self._loop.num_open, timeout_s)
             self._has_drained = True
             self._refuse_waiting()
             self._loop.inbox.put_nowait(IncompleteGeneration("the server is shutting down"))
@@ -235,7 +235,7 @@ class Engine:
         """Mark the engine dead when the loop has ended for any reason other than `stop`."""
         error = None if task.cancelled() else task.exception()
         if not self._is_stopping:
-            log.error("the engine's task has ended", exc_info=error)
+            logger.error("the engine's task has ended", exc_info=error)
             self._die(GenerationFailed(f"the engine failed: {error or 'its task was cancelled'}"))
 
     def _on_hang(self, taken_s: float) -> None:
@@ -248,7 +248,7 @@ class Engine:
         if self._state is EngineState.DEAD:
             return
         self._state = EngineState.DEAD
-        log.critical("the engine is dead: %s", error)
+        logger.critical("the engine is dead: %s", error)
         self._loop.pipeline.close()
         self._loop.end_all(GenerationFailed("the engine has failed"))  # the cause is in the log
         if self.on_fatal is not None:

@@ -20,6 +20,8 @@ from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.states import KeptStates
 from tgi_asgi.runner.groups import BlockNeeds
 
+Find = Callable[[int, int], int | None]  # from a group and the index of a block to the block, if it is cached
+
 _BLOCKS_AT_ONCE = 64  # looked up together; at most this many are hashed before they are filled (60 us)
 
 
@@ -56,15 +58,9 @@ def find_hit(
     sequence: Sequence,
     num_blocks: int,
     states: KeptStates | None = None,
-    *,
-    notes_misses: bool = True,
 ) -> Hit:
-    """Return the longest hit of at most `num_blocks` blocks; with `states`, it must end at a kept state.
-
-    Args:
-        notes_misses: Whether to tell the pool which evicted contents were wanted.
-    """
-    size, num_groups = needs.block_size, len(needs.windows)
+    """Return the longest hit of at most `num_blocks` blocks; with `states`, it must end at a kept state."""
+    num_groups = len(needs.windows)
     blocks: list[list[int]] = [[] for _ in range(num_groups)]
     end = num_blocks
 
@@ -78,30 +74,27 @@ def find_hit(
     num_found = end = _resumable(needs, find, end)
     state: int | None = None
     if states is not None:
-        places = states.find_each(sequence.chain.digests(0, end, sequence.token_ids))
-        while end and state is None:
-            while end and places[end - 1] is None:
-                end -= 1
-            found = _resumable(needs, find, end)
-            if found == end:
-                state = places[end - 1] if end else None
-            end = found
+        end, state = _last_state(states, needs, sequence, find, end)
     for group in range(num_groups):
         if needs.windows[group] is None:
             del blocks[group][end:]
         else:
-            first = needs.first_read(group, end * size)
+            first = needs.first_read(group, end * needs.block_size)
             blocks[group] = [
                 block for index in range(first, end) if (block := find(group, index)) is not None
             ]
-    for group in range(num_groups if notes_misses else 0):
-        start = num_found if needs.windows[group] is None else end  # what is before it was found
-        first = max(needs.first_read(group, num_blocks * size), start)
+    return Hit(end, blocks, num_found, state)
+
+
+def note_misses(pool: BlockPool, needs: BlockNeeds, sequence: Sequence, num_blocks: int, hit: Hit) -> None:
+    """Tell the pool which evicted contents would have made this a hit of `num_blocks` blocks."""
+    for group, window in enumerate(needs.windows):
+        start = hit.num_found if window is None else hit.num_blocks  # what is before it was found
+        first = max(needs.first_read(group, num_blocks * needs.block_size), start)
         for index in range(first, num_blocks):
             key = _key(sequence, group, index)
             if pool.find(key) is None and not pool.miss(key):
                 break
-    return Hit(end, blocks, num_found, state)
 
 
 def _found_from_start(pool: BlockPool, sequence: Sequence, group: int, end: int) -> list[int]:
@@ -120,7 +113,22 @@ def _key(sequence: Sequence, group: int, index: int) -> bytes:
     return group_key(sequence.chain.digest(index, sequence.token_ids), group)
 
 
-def _resumable(needs: BlockNeeds, find: Callable[[int, int], int | None], end: int) -> int:
+def _last_state(
+    states: KeptStates, needs: BlockNeeds, sequence: Sequence, find: Find, end: int
+) -> tuple[int, int | None]:
+    """Return the most blocks, up to `end`, that are found and followed by a kept state, and its place."""
+    places = states.find_each(sequence.chain.digests(0, end, sequence.token_ids))
+    while end:
+        while end and places[end - 1] is None:
+            end -= 1
+        found = _resumable(needs, find, end)
+        if found == end:
+            return end, places[end - 1] if end else None
+        end = found
+    return 0, None
+
+
+def _resumable(needs: BlockNeeds, find: Find, end: int) -> int:
     """Return the most blocks, up to `end`, after which the next token finds all blocks that it reads."""
     known = [end] * len(needs.windows)  # all of a group's blocks in [known, end) are found
     before = -1

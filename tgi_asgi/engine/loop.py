@@ -29,7 +29,7 @@ from tgi_asgi.runner.plan import Runner, StepResult
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Permit
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _LIMIT_FACTOR = 10  # a step hangs after this many times its expected time, or `step_timeout_s` if longer
 _LONG_STEP_S = 0.25  # of prompts alone; until it has the next one, the runner waits for 0.7 ms (median)
@@ -272,7 +272,7 @@ class ServingLoop:
         """
         request_id = sequence.request.request_id
         detail = "" if cause is None else f": {cause!r}"
-        log.error("request %s, choice %d: %s%s", request_id, sequence.choice, reason, detail)
+        logger.error("request %s, choice %d: %s%s", request_id, sequence.choice, reason, detail)
         self.scheduler.remove(sequence, forget=True)
         self.end(sequence.owner, GenerationFailed(f"{reason} (request {request_id})"))
 

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from tgi_asgi.errors import TgiError
 from tgi_asgi.types import GenerationRequest, Sink, TokenEvent
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Outbox(ABC):
@@ -46,5 +46,5 @@ class Outbox(ABC):
                 error, self._error = self._error, None
                 self._sink.on_error(error)
         except (Exception, asyncio.CancelledError):  # not the caller's: nothing is awaited here
-            log.exception("request %s: its sink raised; the request is cancelled", self.request.request_id)
+            logger.exception("request %s: its sink raised; the request is cancelled", self.request.request_id)
             self.cancel()

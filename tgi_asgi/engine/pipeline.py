@@ -11,7 +11,7 @@ from functools import partial
 from tgi_asgi.engine.step import Step
 from tgi_asgi.runner.plan import MAX_IN_FLIGHT, DeviceLost, Runner, StepResult
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _GRACE_S = 1.0  # given to a late step: it may be late because the process was suspended
 # Given to a late step that got on: the longest part of a layer on a starved machine takes less.

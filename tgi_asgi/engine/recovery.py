@@ -19,7 +19,7 @@ from tgi_asgi.runner.plan import DeviceLost
 if TYPE_CHECKING:
     from tgi_asgi.engine.loop import ServingLoop
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _PROBE_AFTER = 4  # consecutive failed rows after which the engine itself is suspected
 _MAX_RESTARTS = 16  # of a prompt whose chunks cannot be retried one by one
@@ -59,7 +59,7 @@ class Recovery:
         while pending:
             step, error = pending.pop()
             num_rows = len(step.sequences)
-            log.error("step %d failed with %d rows: %r", step.plan.step_id, num_rows, error)
+            logger.error("step %d failed with %d rows: %r", step.plan.step_id, num_rows, error)
             self._stats.failed_steps += 1
             if isinstance(error, DeviceLost):
                 raise error
@@ -156,7 +156,7 @@ class Recovery:
         [sampled] = flight.future.result().sampled
         if sampled is None or not sampled.is_finite:
             raise ArithmeticError("the model's logits are not finite, whatever the prompt")
-        log.warning("%d requests failed, but the engine works", self.num_lost_rows)
+        logger.warning("%d requests failed, but the engine works", self.num_lost_rows)
         self.num_lost_rows = 0
 
     async def _run(self, step: Step) -> Flight:

@@ -52,12 +52,13 @@ _urgency = attrgetter("urgency")
 class Scheduler:
     """Continuous batching with chunked prefill, a prefix cache and preemption by recomputation.
 
-    The running sequences are kept in order of urgency. Decode rows go first, then new prompts that need not
-    wait for those in prefill (`prompt_turns.py`), chunks of the latter, and other new prompts, as long as
-    tokens, slots and blocks last. When a sequence needs a block and none is
-    free, the tenant that holds the most blocks loses its least urgent sequence. The most urgent sequence of
-    all is never preempted, and every request fits into the pool on its own (the engine checks), so there is
-    always progress.
+    The running sequences are kept in order of urgency. A step has, as long as tokens, slots and blocks last:
+    decode rows, new prompts that need not wait for those in prefill (`prompt_turns.py`), chunks of those in
+    prefill, other new prompts.
+
+    When a sequence needs a block and none is free, the tenant that holds the most blocks loses its least
+    urgent sequence. The most urgent sequence of all is never preempted, and every request fits into the pool
+    on its own (the engine checks), so there is always progress.
 
     If the runner takes whole prompts only, one that exceeds the budget gets its own step. If prompts have an
     arithmetic of their own, a row holds either prompt tokens or sampled tokens, and blocks with sampled

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from tgi_asgi.engine.blocks import BlockPool
-from tgi_asgi.engine.hits import Hit, find_hit, group_key
+from tgi_asgi.engine.hits import Hit, find_hit, group_key, note_misses
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.states import KeptStates
 from tgi_asgi.engine.stats import EngineStats
@@ -116,6 +116,7 @@ class BlockTables:
         num_shared = self._num_shared(sequence, len(sequence.token_ids) - 1)
         if self._may_look_up(sequence):
             hit = find_hit(pool, self.needs, sequence, num_shared, self.states)
+            note_misses(pool, self.needs, sequence, num_shared, hit)
         num_tokens = len(sequence.token_ids)
         num_blocks = self.blocks_for(num_tokens)
         num_new = self.needs.total_for(num_tokens, keeps_all=sequence.needs_all) - sum(map(len, hit.blocks))
@@ -151,7 +152,7 @@ class BlockTables:
         if not self._may_look_up(sequence):
             return num_tokens
         num_shared = self._num_shared(sequence, num_tokens - 1)
-        hit = find_hit(self.pool, self.needs, sequence, num_shared, self.states, notes_misses=False)
+        hit = find_hit(self.pool, self.needs, sequence, num_shared, self.states)
         return num_tokens - hit.num_blocks * self.block_size
 
     def shares_next(self, sequence: Sequence, other: Sequence) -> bool:

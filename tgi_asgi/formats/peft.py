@@ -1,16 +1,15 @@
 """Read LoRA adapters in `peft`'s format: `adapter_config.json`, and the matrices in the safetensors file.
 
-Options that would change the arithmetic and are not supported are refused by name, and so is every unknown
-key of the configuration. Pickled adapters (`adapter_model.bin`) are never read. What is merged into its base
-model (`models/loading/merged.py`) may do more than what is computed beside it.
+`peft_config.py` checks the former, and refuses by name what would change the arithmetic and is not supported.
+Pickled adapters (`adapter_model.bin`) are never read. What is merged into its base model
+(`models/loading/merged.py`) may do more than what is computed beside it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.files import map_file, parse_json_object, read_file
-from tgi_asgi.formats.patterns import Patterns
+from tgi_asgi.formats.peft_config import PeftConfig
 from tgi_asgi.formats.safetensors import SafeTensor, SafetensorsFile, read_header
 
 CONFIG_NAME = "adapter_config.json"
@@ -35,40 +34,6 @@ _ROWS = ".token_adapter.trainable_tokens_delta"
 _BASE = ".base_layer"
 _MAGNITUDE = ".lora_magnitude_vector"  # older versions of `peft` append .weight
 _DTYPES = ("F32", "F16", "BF16")
-# Keys about training, or made redundant by the file's matrices, whose names say where they belong.
-_IGNORED = frozenset({
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "velora_config",
-})  # fmt: skip
-# Keys with their names in messages; refused unless absent, empty or false.
-_REFUSED = {
-    "use_dora": "DoRA",
-    "lora_bias": "biases (lora_bias)",
-    "modules_to_save": "whole modules (modules_to_save)",
-    "trainable_token_indices": "embeddings of its own (trainable_token_indices)",
-    "layer_replication": "repeated layers (layer_replication)",
-    "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
-    "use_qalora": "QA-LoRA",
-    "use_bdlora": "block-diagonal LoRA (use_bdlora)",
-    "target_parameters": "parameters such as experts (target_parameters)",
-    "megatron_config": "Megatron's layers (megatron_config)",
-    "arrow_config": "Arrow routing (arrow_config)",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-}
-_CURE = " beside a base (but as --model-id, merged into it)"
-# Of these, what merging supports.
-_MERGEABLE = ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices", "bias")
-_READ = frozenset({
-    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern",
-    "use_rslora",
-})  # fmt: skip
-# Initialisations of the matrices that leave the base unchanged. With others (PiSSA, OLoRA, CorDA, LoftQ,
-# ...), `peft` changes the base when it loads the adapter: `LoraLayer.update_layer`, 0.21. Adapters converted
-# by `path_initial_model_for_weight_conversion` are saved as plain ones, with true.
-_PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal")
 # Parts of the names of tensors other than the two matrices, with what they belong to.
 _UNSUPPORTED_TENSORS = {
     "lora_magnitude_vector": "DoRA",
@@ -145,22 +110,18 @@ class PeftAdapter:
         where = directory / CONFIG_NAME
         text = read_file(where, _MAX_CONFIG_BYTES)
         try:
-            config = parse_json_object(text.tobytes())
-            _check_config(config, _MERGEABLE if is_merged else ())
-            self._numbers = numbers = _Numbers(config)
+            self._config = config = PeftConfig(parse_json_object(text.tobytes()), is_merged=is_merged)
         except ModelLoadError as error:
             raise ModelLoadError(f"{where}: {error}") from None
-        base = config.get("base_model_name_or_path")
-        self.base = base if isinstance(base, str) else None
-        self.parameters = numbers.parameters
+        self.base, self.parameters = config.base, config.parameters
         path = directory / WEIGHTS_NAME
-        data = _map_weights(path) if is_merged else _read_weights(path, max_bytes, why, numbers)
+        data = _map_weights(path) if is_merged else _read_weights(path, max_bytes, why, config)
         self._file = SafetensorsFile(path, data)
         try:
             parts = _split(self._file.tensors) if is_merged else _Parts(self._file.tensors, {}, {}, {})
             self.rows = [_rows(config, module, tensor) for module, tensor in parts.rows.items()]
             others = _MERGED_OTHERS if is_merged else _OTHERS
-            self.targets = _targets(parts.matrices, parts.magnitudes, numbers, others)
+            self.targets = _targets(parts.matrices, parts.magnitudes, config, others)
             self.whole = parts.whole
             if not self.targets and not self.whole and not self.rows:
                 raise ModelLoadError("it contains no matrices, so it changes nothing")
@@ -183,8 +144,8 @@ class PeftAdapter:
         Raises:
             ModelLoadError: if it has another rank than the configuration says.
         """
-        _check_rank(target.down, self._numbers.rank(path) * num_matrices)
-        return replace(target, module=path, scale=self._numbers.scale(path))
+        _check_rank(target.down, self._config.rank(path) * num_matrices)
+        return replace(target, module=path, scale=self._config.scale(path))
 
     def close(self) -> None:
         """Release the bytes; arrays that `raw` has returned stay valid."""
@@ -196,13 +157,13 @@ def _map_weights(path: Path) -> npt.NDArray[np.uint8]:
     return map_file(path)
 
 
-def _read_weights(path: Path, max_bytes: int, why: str, numbers: _Numbers) -> npt.NDArray[np.uint8]:
+def _read_weights(path: Path, max_bytes: int, why: str, config: PeftConfig) -> npt.NDArray[np.uint8]:
     _refuse_pickle(path)
     try:
         return read_file(path, max_bytes, why)
     except ModelLoadError:
         if path.is_file() and path.stat().st_size > max_bytes:
-            _check_names(path, numbers)
+            _check_names(path, config)
         raise
 
 
@@ -211,82 +172,16 @@ def _refuse_pickle(path: Path) -> None:
         raise ModelLoadError(f"{path.parent}: pickled adapters are never read, save {WEIGHTS_NAME}")
 
 
-def _check_names(path: Path, numbers: _Numbers) -> None:
+def _check_names(path: Path, config: PeftConfig) -> None:
     """Refuse what makes a file too large, such as a whole head: its name says more than a number of bytes."""
     try:
         tensors = read_header(path, _MAX_CONFIG_BYTES)
     except ModelLoadError:
         return  # then its size is the first thing to mend
     try:
-        _targets(tensors, {}, numbers, _OTHERS)
+        _targets(tensors, {}, config, _OTHERS)
     except ModelLoadError as error:
         raise ModelLoadError(f"{path}: {error}") from None
-
-
-def _check_config(config: Mapping[str, Any], allowed: Collection[str]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ModelLoadError(f"peft_type must be LORA, got {str(kind)[:100]!r}")
-    for key, value in config.items():
-        if key in _REFUSED and key not in allowed and value:
-            cure = _CURE if key in _MERGEABLE else ""
-            raise ModelLoadError(f"adapters with {_REFUSED[key]} are not served{cure}")
-        if key not in _REFUSED and key not in _IGNORED and key not in _READ and value:
-            raise ModelLoadError(f"its key {key[:100]!r} is unknown and may change the arithmetic")
-    if config.get("bias", "none") != "none" and "bias" not in allowed:
-        given = str(config["bias"])[:100]
-        raise ModelLoadError(f"adapters with biases (bias: {given!r}) are not served{_CURE}")
-    first = config.get("init_lora_weights")
-    # `peft` accepts "gaussian" in any case, and the other two only as written.
-    is_plain = first is None or type(first) is bool or first in _PLAIN_BEGINNINGS
-    if not is_plain and not (isinstance(first, str) and first.lower() == _PLAIN_BEGINNINGS[0]):
-        raise ModelLoadError(
-            f"adapters that begin as {str(first)[:100]!r} (init_lora_weights) belong to a base that they "
-            "changed and are not served: save it with path_initial_model_for_weight_conversion"
-        )
-
-
-def _number(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 < value < 1e9:  # NaN is in no range
-        raise ModelLoadError(f"{name} must be a positive number, got {str(value)[:100]!r}")
-    return float(value)
-
-
-class _Numbers:
-    """Ranks and alphas: from the first pattern that matches a module, or the default for all modules."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.is_rslora = bool(config.get("use_rslora"))
-        self.is_dora = bool(config.get("use_dora"))
-        self._rank, self._alpha = (_number(key, config.get(key)) for key in ("r", "lora_alpha"))
-        self.parameters = _parameters(config)
-        self._ranks, self._alphas = (_patterns(config, key) for key in ("rank_pattern", "alpha_pattern"))
-
-    def rank(self, module: str) -> float:
-        return self._ranks.find(module, self._rank)
-
-    def scale(self, module: str) -> float:
-        rank = self.rank(module)
-        return self._alphas.find(module, self._alpha) / (math.sqrt(rank) if self.is_rslora else rank)
-
-
-def _parameters(config: Mapping[str, Any]) -> tuple[str, ...]:
-    given = config.get("target_parameters") or []
-    if not isinstance(given, list) or not all(isinstance(each, str) for each in given):
-        raise ModelLoadError("target_parameters must be a list of names")
-    return tuple(given)
-
-
-def _patterns(config: Mapping[str, Any], key: str) -> Patterns:
-    given = config.get(key) or {}
-    if not isinstance(given, dict):
-        raise ModelLoadError(f"{key} must be an object")
-    try:
-        return Patterns({
-            pattern: _number(repr(pattern[:100]), value) for pattern, value in given.items()
-        })  # fmt: skip
-    except ModelLoadError as error:
-        raise ModelLoadError(f"{key}: {error}") from None
 
 
 class _Parts(NamedTuple):
@@ -325,19 +220,17 @@ def _split(tensors: Mapping[str, SafeTensor]) -> _Parts:
     return parts
 
 
-def _rows(config: Mapping[str, Any], module: str, rows: SafeTensor) -> PeftRows:
-    given = config.get("trainable_token_indices")
-    if isinstance(given, dict):  # by the end of a module's path
-        given = next((ids for end, ids in given.items() if f".{module}".endswith(f".{end}")), None)
-    if not isinstance(given, list) or not all(type(each) is int and each >= 0 for each in given):
+def _rows(config: PeftConfig, module: str, rows: SafeTensor) -> PeftRows:
+    token_ids = config.token_ids(module)
+    if token_ids is None:
         raise ModelLoadError(f"trainable_token_indices has no list of token ids for tensor {rows.name!r}")
-    if len(rows.shape) != 2 or rows.shape[0] != len(given):
+    if len(rows.shape) != 2 or rows.shape[0] != len(token_ids):
         raise ModelLoadError(
-            f"tensor {rows.name!r} has the shape {list(rows.shape)}, {len(given)} tokens are named"
+            f"tensor {rows.name!r} has the shape {list(rows.shape)}, {len(token_ids)} tokens are named"
         )
     if rows.dtype not in _DTYPES:
         raise ModelLoadError(f"tensor {rows.name!r} is of dtype {rows.dtype}: {', '.join(_DTYPES)} are read")
-    return PeftRows(module, tuple(given), rows)
+    return PeftRows(module, token_ids, rows)
 
 
 def _check_rank(tensor: SafeTensor, rank: float) -> None:
@@ -350,11 +243,11 @@ def _check_rank(tensor: SafeTensor, rank: float) -> None:
 def _targets(
     tensors: Mapping[str, SafeTensor],
     magnitudes: Mapping[str, SafeTensor],
-    numbers: _Numbers,
+    config: PeftConfig,
     others: Mapping[str, str],
 ) -> list[PeftTarget]:
     found: list[PeftTarget] = []
-    if magnitudes and not numbers.is_dora:
+    if magnitudes and not config.is_dora:
         raise ModelLoadError(f"tensor {next(iter(magnitudes.values())).name!r} is of DoRA, the rest is not")
     for name, tensor in tensors.items():
         end = next((end for end in others if name.endswith(end)), None)
@@ -376,12 +269,12 @@ def _targets(
         module = name.removeprefix(_PREFIX).removesuffix(end)
         if len(module) > _MAX_MODULE_CHARS:
             raise ModelLoadError(f"the name of tensor {name[:100]!r} is too long")
-        if not numbers.parameters:  # else checked once the base says which targets are parameters
-            _check_rank(tensor, numbers.rank(module))
-        if numbers.is_dora and module not in magnitudes:
+        if not config.parameters:  # else checked once the base says which targets are parameters
+            _check_rank(tensor, config.rank(module))
+        if config.is_dora and module not in magnitudes:
             raise ModelLoadError(f"tensor {name!r} has no magnitudes, which DoRA needs")
         magnitude = magnitudes.get(module)
-        found.append(PeftTarget(module, tensor, tensors[other], numbers.scale(module), magnitude))
+        found.append(PeftTarget(module, tensor, tensors[other], config.scale(module), magnitude))
     lost = magnitudes.keys() - {target.module for target in found}
     if lost:
         raise ModelLoadError(f"tensor {magnitudes[min(lost)].name!r} belongs to no LoRA matrices")

@@ -1,6 +1,6 @@
 """Cuts weights to a shard's part: rows of matrices that produce heads, inner values or logits, else columns.
 
-Used by `layers.py` and `decoder.py`, which know what a matrix is for; `shard.py` chooses the parts.
+Used by `layer_weights.py` and `decoder.py`, which know what a matrix is for; `shard.py` chooses the parts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The decoder of most families: an embedding, layers, a norm and a head.
 
-Plain Python over the operators: `forward` is called once, to be recorded. `layers.py` has the layers and
-reads their weights.
+Plain Python over the operators: `forward` is called once, to be recorded. `layers.py` has the layers, and
+`layer_weights.py` reads their weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import ClassVar, Literal
 from tgi_asgi import ops
 from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.layers import Layer, LayerWeights, ParallelLayer, read_norm
+from tgi_asgi.models.layer_weights import LayerWeights, read_norm
+from tgi_asgi.models.layers import Layer, ParallelLayer
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.rope import RopeTables
 from tgi_asgi.ops.arrays import Floats
@@ -39,30 +40,42 @@ class Decoder:
     def __init__(
         self, config: ModelConfig, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int
     ) -> None:
-        shape = (config.vocab_size, config.hidden_size)
         self.config, self.path = config, "model"
         ropes = RopeTables(config, weights, max_positions)
-        vocab_ids = range(config.vocab_size) if config.cut is None else config.cut.vocab_ids
-        embedding = weights.get("model.embed_tokens.weight", shape).rows(vocab_ids.start, vocab_ids.stop)
+        embedding = self._rows_of_tokens(weights, "model.embed_tokens.weight", config.hidden_size)
         self.embedding = ops.linear_weight(embedding, arithmetic, is_vocabulary=True)
         self.positions = self.read_positions(weights) if config.has_learned_positions else None
         self.norm = read_norm(config, weights, "model.norm")
-        self.head = self.embedding
-        if config.num_labels:
-            labels = weights.get("score.weight", (config.num_labels, config.hidden_size))
-            self.head = ops.linear_weight(labels, arithmetic, is_vocabulary=True)
-        elif config.has_head and (not config.has_tied_embeddings or config.has_head_bias):
-            head, bias = embedding, None
-            if not config.has_tied_embeddings:
-                head = weights.get("lm_head.weight", shape).rows(vocab_ids.start, vocab_ids.stop)
-            if config.has_head_bias:
-                bias = weights.get("lm_head.bias", shape[:1]).rows(vocab_ids.start, vocab_ids.stop)
-            self.head = ops.linear_weight(head, arithmetic, bias=bias, is_vocabulary=True)
+        self.head = self._read_head(weights, embedding, arithmetic)
         # After the head, which is fully resident while it is packed, although it may be a twentieth of the
         # file.
         self.layers = [
             self._read_layer(weights, index, arithmetic, ropes) for index in range(config.num_layers)
         ]
+
+    def _rows_of_tokens(self, weights: Weights, name: str, *columns: int) -> ops.WeightSource:
+        """Return this shard's part of a tensor that has a row, or an element, for each token."""
+        cut = self.config.cut
+        vocab_ids = range(self.config.vocab_size) if cut is None else cut.vocab_ids
+        whole = weights.get(name, (self.config.vocab_size, *columns))
+        return whole.rows(vocab_ids.start, vocab_ids.stop)
+
+    def _read_head(
+        self, weights: Weights, embedding: ops.WeightSource, arithmetic: ops.Arithmetic
+    ) -> ops.LinearWeight:
+        """Return the matrix of a classifier's labels, or of logits, which may be the embedding itself."""
+        config = self.config
+        if config.num_labels:
+            labels = weights.get("score.weight", (config.num_labels, config.hidden_size))
+            return ops.linear_weight(labels, arithmetic, is_vocabulary=True)
+        if not config.has_head or (config.has_tied_embeddings and not config.has_head_bias):
+            return self.embedding
+        head, bias = embedding, None
+        if not config.has_tied_embeddings:
+            head = self._rows_of_tokens(weights, "lm_head.weight", config.hidden_size)
+        if config.has_head_bias:
+            bias = self._rows_of_tokens(weights, "lm_head.bias")
+        return ops.linear_weight(head, arithmetic, bias=bias, is_vocabulary=True)
 
     def _read_layer(
         self, weights: Weights, index: int, arithmetic: ops.Arithmetic, ropes: RopeTables

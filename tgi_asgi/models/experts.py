@@ -10,7 +10,7 @@ from tgi_asgi import ops
 from tgi_asgi.models.config import ExpertsSpec
 
 if TYPE_CHECKING:
-    from tgi_asgi.models.layers import LayerWeights
+    from tgi_asgi.models.layer_weights import LayerWeights
 
 
 @dataclass(frozen=True, slots=True)

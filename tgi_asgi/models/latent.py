@@ -16,7 +16,7 @@ from tgi_asgi import ops
 from tgi_asgi.models.latent_spec import LatentSpec
 
 if TYPE_CHECKING:
-    from tgi_asgi.models.layers import LayerWeights
+    from tgi_asgi.models.layer_weights import LayerWeights
 
 Rows = npt.NDArray[np.int64]
 # Of both inner norms in the code of DeepSeek and of those that followed it, whatever `rms_norm_eps` says.

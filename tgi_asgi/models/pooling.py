@@ -22,7 +22,7 @@ from tgi_asgi.models.loading.gguf_tensors import GgufTensors
 from tgi_asgi.models.loading.tensors import read_floats
 from tgi_asgi.ops import decode
 from tgi_asgi.ops.arrays import Floats
-from tgi_asgi.text.tokenizer import read_sentence_config
+from tgi_asgi.text.tokenizer_files import read_sentence_config
 from tgi_asgi.types import PoolingKind
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import check_computed
+from tgi_asgi.models.config_bounds import check_computed
 from tgi_asgi.models.reader import Reader, as_float
 from tgi_asgi.models.reading import read_bias
 from tgi_asgi.models.recurrent_specs import MambaSpec

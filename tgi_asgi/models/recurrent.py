@@ -15,7 +15,7 @@ from tgi_asgi import ops
 from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, MambaSpec, RecurrentSpec, ShortConvSpec
 
 if TYPE_CHECKING:
-    from tgi_asgi.models.layers import LayerWeights
+    from tgi_asgi.models.layer_weights import LayerWeights
 
 
 class Recurrent(Protocol):

@@ -1,6 +1,6 @@
 """Sizes of layers' recurrent parts, and of the state that they keep per sequence. Without torch.
 
-Each `RecurrentSpec` is a `StateShape`; `config.py` bounds its numbers.
+Each `RecurrentSpec` is a `StateShape`; `config_bounds.py` bounds its numbers.
 """
 
 from __future__ import annotations

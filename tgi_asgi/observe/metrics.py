@@ -55,6 +55,49 @@ _VLLM_ALIASES = {
     "request_generation_tokens": "tgi_request_generated_tokens",
     "request_max_num_generation_tokens": "tgi_request_max_new_tokens",
 }
+# What the engine counts: kind, name, help text, and how to read it.
+_OF_ENGINE: tuple[tuple[str, str, str, Callable[[EngineStats], Value]], ...] = (
+    ("gauge", "tgi_requests_running", "Running sequences.", lambda s: s.running),
+    ("gauge", "tgi_requests_waiting", "Sequences waiting for capacity.", lambda s: s.waiting),
+    (
+        "gauge", "tgi_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1.",
+        lambda s: s.blocks_used / max(s.blocks_total, 1),
+    ),
+    (
+        "gauge", "tgi_compute_threads", "CPU threads that computed last; fewer while cores are busy.",
+        lambda s: s.compute_threads,
+    ),
+    ("gauge", "tgi_kept_states", "Recurrent states that prompts can resume from.", lambda s: s.states_kept),
+    (
+        "counter", "tgi_preemptions_total", "Sequences preempted for lack of blocks.",
+        lambda s: s.preemptions,
+    ),
+    (
+        "counter", "tgi_prompt_tokens_total", "Prompt tokens, computed or cached.",
+        lambda s: s.prefill_tokens + s.prefix_hit_tokens,
+    ),
+    ("counter", "tgi_generation_tokens_total", "Generated tokens.", lambda s: s.sampled_tokens),
+    (
+        "counter", "tgi_prefix_cache_query_tokens_total", "Prompt tokens looked up in the prefix cache.",
+        lambda s: s.prefix_query_tokens,
+    ),
+    (
+        "counter", "tgi_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache.",
+        lambda s: s.prefix_hit_tokens,
+    ),
+    ("counter", "tgi_drafts_total", "Times that tokens were drafted.", lambda s: s.drafted_rows),
+    ("counter", "tgi_draft_tokens_total", "Draft tokens.", lambda s: s.draft_tokens),
+    (
+        "counter", "tgi_accepted_draft_tokens_total", "Accepted draft tokens.",
+        lambda s: s.accepted_draft_tokens,
+    ),
+    (
+        "summary", "tgi_request_skipped_tokens", "Tokens accepted beyond the first of a step.",
+        lambda s: s.skipped_tokens,
+    ),
+    ("histogram", "tgi_inter_token_latency_seconds", "Time between tokens.", lambda s: s.inter_token_s),
+    ("histogram", "tgi_batch_next_size", "Sequences in a prefill step.", lambda s: s.prefill_size),
+)  # fmt: skip
 
 
 class Metrics:
@@ -106,34 +149,10 @@ class Metrics:
         self.max_new_tokens = add("tgi_request_max_new_tokens", "Requested maximum of new tokens.", totals)
 
     def _add_engine(self, block_size: int) -> None:
-        kinds = ("gauge", "counter", "histogram", "summary")
-        gauge, counter, histogram, summary = (partial(self._add, kind) for kind in kinds)
-        gauge("tgi_requests_running", "Running sequences.", lambda s: s.running)
-        gauge("tgi_requests_waiting", "Sequences waiting for capacity.", lambda s: s.waiting)
-        name, help = "tgi_batch_current_max_tokens", "Token capacity of the KV blocks in use."
-        gauge(name, help, lambda s: s.blocks_used * block_size)
-        name, help = "tgi_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1."
-        gauge(name, help, lambda s: s.blocks_used / max(s.blocks_total, 1))
-        name, help = "tgi_compute_threads", "CPU threads that computed last; fewer while cores are busy."
-        gauge(name, help, lambda s: s.compute_threads)
-        name, help = "tgi_kept_states", "Recurrent states that prompts can resume from."
-        gauge(name, help, lambda s: s.states_kept)
-        counter("tgi_preemptions_total", "Sequences preempted for lack of blocks.", lambda s: s.preemptions)
-        name, help = "tgi_prompt_tokens_total", "Prompt tokens, computed or cached."
-        counter(name, help, lambda s: s.prefill_tokens + s.prefix_hit_tokens)
-        counter("tgi_generation_tokens_total", "Generated tokens.", lambda s: s.sampled_tokens)
-        name, help = "tgi_prefix_cache_query_tokens_total", "Prompt tokens looked up in the prefix cache."
-        counter(name, help, lambda s: s.prefix_query_tokens)
-        name, help = "tgi_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache."
-        counter(name, help, lambda s: s.prefix_hit_tokens)
-        counter("tgi_drafts_total", "Times that tokens were drafted.", lambda s: s.drafted_rows)
-        counter("tgi_draft_tokens_total", "Draft tokens.", lambda s: s.draft_tokens)
-        name, help = "tgi_accepted_draft_tokens_total", "Accepted draft tokens."
-        counter(name, help, lambda s: s.accepted_draft_tokens)
-        name, help = "tgi_request_skipped_tokens", "Tokens accepted beyond the first of a step."
-        summary(name, help, lambda s: s.skipped_tokens)
-        histogram("tgi_inter_token_latency_seconds", "Time between tokens.", lambda s: s.inter_token_s)
-        histogram("tgi_batch_next_size", "Sequences in a prefill step.", lambda s: s.prefill_size)
+        for kind, name, text, read in _OF_ENGINE:
+            self._add(kind, name, text, read)
+        text = "Token capacity of the KV blocks in use."
+        self._add("gauge", "tgi_batch_current_max_tokens", text, lambda s: s.blocks_used * block_size)
 
     def _add_steps(self, method: str) -> None:
         # The engine does not report the kind of a failed step. Most steps, and so most failures, decode.

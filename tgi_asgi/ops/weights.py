@@ -114,8 +114,8 @@ def linear_weight(
         ValueError: if the source is not a matrix, or the bias does not have one element per row.
     """
     rows, columns = _matrix("source", source)
-    biases = _biases([bias] if bias is not None else None, [source])
-    made = arithmetic.linear(source, biases[0] if biases else None, is_vocabulary=is_vocabulary)
+    checked = None if bias is None else _bias(bias, source)
+    made = arithmetic.linear(source, checked, is_vocabulary=is_vocabulary)
     return LinearWeight(rows, columns, made, is_partial)
 
 
@@ -124,8 +124,8 @@ def router_weight(
 ) -> LinearWeight:
     """Make the weight of a `linear` whose rows are router logits; otherwise the same as `linear_weight`."""
     rows, columns = _matrix("source", source)
-    biases = _biases([bias] if bias is not None else None, [source])
-    return LinearWeight(rows, columns, arithmetic.router(source, biases[0] if biases else None))
+    checked = None if bias is None else _bias(bias, source)
+    return LinearWeight(rows, columns, arithmetic.router(source, checked))
 
 
 def heads_weight(
@@ -235,11 +235,14 @@ def _matrix(name: str, source: WeightSource) -> tuple[int, int]:
     return source.shape[0], source.shape[1]
 
 
+def _bias(bias: WeightSource, source: WeightSource) -> Floats:
+    found = vector(bias)
+    if found.shape != (source.shape[0],):
+        raise ValueError(f"a bias must have {source.shape[0]} elements, got {found.shape}")
+    return found
+
+
 def _biases(biases: Sequence[WeightSource] | None, sources: Sequence[WeightSource]) -> list[Floats] | None:
     if biases is None:
         return None
-    found = [vector(bias) for bias in biases]
-    for bias, source in zip(found, sources, strict=True):
-        if bias.shape != (source.shape[0],):
-            raise ValueError(f"a bias must have {source.shape[0]} elements, got {bias.shape}")
-    return found
+    return [_bias(bias, source) for bias, source in zip(biases, sources, strict=True)]

@@ -21,6 +21,7 @@ class TrackedWeights:
     def __init__(self, weights: Weights, progress: Progress) -> None:
         self.num_bytes, self.is_gguf = weights.num_bytes, weights.is_gguf
         self._weights = weights
+        self._named = cast(NamedWeights, weights)  # used for a module's weights only, which are
         self._progress = progress
         self._done = 0
         self._hash = hashlib.blake2b(digest_size=8)
@@ -40,15 +41,15 @@ class TrackedWeights:
 
     def names(self) -> list[str]:
         """Return the names of all weights, as described in `NamedWeights.names`."""
-        return cast(NamedWeights, self._weights).names()
+        return self._named.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a weight's shape, as described in `NamedWeights.shape`."""
-        return cast(NamedWeights, self._weights).shape(name)
+        return self._named.shape(name)
 
     def integers(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.integer[Any]]:
         """Return a table of integers, as described in `NamedWeights.integers`."""
-        values = cast(NamedWeights, self._weights).integers(name, shape)
+        values = self._named.integers(name, shape)
         self._done = min(self._done + values.nbytes, self.num_bytes)
         self._hash.update(f"{name} {values.dtype} {values.shape}\n".encode())
         self._hash.update(values.tobytes())
@@ -56,7 +57,7 @@ class TrackedWeights:
 
     def parts(self, name: str) -> list[str]:
         """Return a weight's tensors, as described in `NamedWeights.parts`."""
-        return cast(NamedWeights, self._weights).parts(name)
+        return self._named.parts(name)
 
     def unread(self) -> list[str]:
         """Return the names that were not read, as described in `Weights.unread`."""

@@ -17,7 +17,7 @@ from hypercorn.config import Config
 from hypercorn.typing import ASGIFramework
 
 from tgi_asgi.api.context import Served
-from tgi_asgi.app import Loader, OwnedEngine, create_app, load_model
+from tgi_asgi.app import Loader, create_app, load_model
 from tgi_asgi.errors import ModelLoadError, TgiError
 from tgi_asgi.serve.connections import ConnectionLimit
 from tgi_asgi.serve.console import Console
@@ -111,8 +111,7 @@ class Server:
         self._close()
 
     def _on_signal(self, number: int) -> None:
-        served = self._app.context.served
-        if served is None:
+        if self._app.context.served is None:
             self._console.close()
             if number == signal.SIGINT:
                 self._end(None, 128 + number)
@@ -126,9 +125,9 @@ class Server:
         notify("STOPPING=1", "STATUS=finishing running requests")
         delay_s = self._settings.drain_delay_s if number == signal.SIGTERM else 0.0
         self._app.context.is_terminating = True
-        self._drain = loop.create_task(self._drain_and_stop(served, delay_s))
+        self._drain = loop.create_task(self._drain_and_stop(delay_s))
 
-    async def _drain_and_stop(self, served: Served, delay_s: float) -> None:
+    async def _drain_and_stop(self, delay_s: float) -> None:
         """Accept requests for `delay_s`, then refuse them; fail those that do not finish in time."""
         if delay_s:
             logger.info("shutting down: accepting requests for another %g s", delay_s)
@@ -136,7 +135,7 @@ class Server:
         timeout_s = self._settings.graceful_termination_timeout
         logger.info("draining for up to %d s; another signal stops at once", timeout_s)
         try:
-            await cast(OwnedEngine, served.engine).drain(timeout_s)
+            await self._app.drain(timeout_s)
         finally:
             if self._app.context.failure is None:  # a dead engine is drained, too: `_on_fatal` is called soon
                 self._close()

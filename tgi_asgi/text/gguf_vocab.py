@@ -92,26 +92,10 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
         end_texts = _end_texts(tokens)
         given_types = _read_array(metadata, "token_type", len(tokens))
         types = _with_ends(tokens, given_types or [NORMAL] * len(tokens), end_texts)
-        special_ids = _read_special_ids(metadata, len(tokens), kind)
-        adds_eos = kind == "t5"
-        if kind == "llama":
-            backend, adds_bos = _scored(metadata, tokens, types), True
-        elif kind == "t5":
-            scores, adds_bos = _read_scores(metadata, len(tokens)), False
-            backend = gguf_encoder_vocab.unigram(metadata, tokens, scores, special_ids.get("unk_token"))
-        elif kind == "bert":
+        if kind == "bert":
             tokens = gguf_encoder_vocab.restore_word_pieces(tokens, types)
-            adds_bos = adds_eos = True  # whatever the file says, as in llama.cpp
-            if "sep_token" not in special_ids:
-                raise ModelLoadError("the GGUF file names no token that ends a text")
-            special_ids["eos_token"] = special_ids["sep_token"]
-            unknown = special_ids.get("unk_token")
-            backend = gguf_encoder_vocab.word_pieces(
-                metadata, tokens, None if unknown is None else tokens[unknown]
-            )
-        else:
-            split = SENTENCEPIECE if kind == "gemma4" else _split_of(metadata)
-            backend, adds_bos = _merged(metadata, tokens, split), split.adds_bos
+        special_ids = _read_special_ids(metadata, len(tokens), kind)
+        backend = _backend(metadata, kind, tokens, types, special_ids.get("unk_token"))
         # Not the others, if the types say that they are text: padding may be any token, such as "!".
         named = special_ids if given_types is None else special_ids.keys() & {"bos_token", "eos_token"}
         is_phi3 = kind == "llama" and metadata.get("general.architecture") == "phi3"
@@ -121,19 +105,48 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
         raise
     except Exception as error:  # `tokenizers` raises a bare Exception
         raise ModelLoadError(f"the GGUF file's vocabulary is damaged: {error}") from error
-    ends = {_token_id(metadata, key, len(tokens)) for key in _END_KEYS}
-    end_texts |= _OTHER_END_TEXTS
-    ends |= {index for index, kind in enumerate(types) if kind == CONTROL and tokens[index] in end_texts}
     return GgufVocab(
         backend,
         {name: tokens[token_id] for name, token_id in special_ids.items()},
-        frozenset(index for index in ends if index is not None),
-        # The first Gemma 4 files say no, but the model outputs nonsense without BOS (llama.cpp#21500).
-        adds_bos=kind in ("gemma4", "bert") or _flag(metadata, "add_bos_token", adds_bos),
-        adds_eos=kind == "bert" or _flag(metadata, "add_eos_token", adds_eos),
+        _eos_ids(metadata, tokens, types, end_texts),
+        adds_bos=_adds_bos(metadata, kind),
+        adds_eos=kind == "bert" or _flag(metadata, "add_eos_token", kind == "t5"),
         separator=_separator(metadata, special_ids, tokens) if kind != "bert" else None,
         is_of_encoder=kind in ("bert", "t5") or f"{_KEY}add_sep_token" in metadata,
     )
+
+
+def _backend(
+    metadata: Mapping[str, Any], kind: str, tokens: list[str], types: Sequence[int], unknown: int | None
+) -> tokenizers.Tokenizer:
+    """Build the tokenizer without its special tokens; `unknown` is the token for unknown words, if any."""
+    if kind == "llama":
+        return _scored(metadata, tokens, types)
+    if kind == "t5":
+        return gguf_encoder_vocab.unigram(metadata, tokens, _read_scores(metadata, len(tokens)), unknown)
+    if kind == "bert":
+        return gguf_encoder_vocab.word_pieces(metadata, tokens, None if unknown is None else tokens[unknown])
+    return _merged(metadata, tokens, SENTENCEPIECE if kind == "gemma4" else _split_of(metadata))
+
+
+def _adds_bos(metadata: Mapping[str, Any], kind: str) -> bool:
+    """Return whether the BOS token goes before every text."""
+    if kind in ("bert", "gemma4"):
+        # Whatever the file says, as in llama.cpp. The first Gemma 4 files say no, but the model outputs
+        # nonsense without BOS (llama.cpp#21500).
+        return True
+    by_default = kind == "llama" or (kind == "gpt2" and _split_of(metadata).adds_bos)
+    return _flag(metadata, "add_bos_token", by_default)
+
+
+def _eos_ids(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], end_texts: frozenset[str]
+) -> frozenset[int]:
+    """Return the tokens that end an answer: those that the file names, and control tokens with such texts."""
+    named = (_token_id(metadata, key, len(tokens)) for key in _END_KEYS)
+    texts = end_texts | _OTHER_END_TEXTS
+    controls = (index for index, kind in enumerate(types) if kind == CONTROL and tokens[index] in texts)
+    return frozenset((*(index for index in named if index is not None), *controls))
 
 
 def _separator(
@@ -162,10 +175,15 @@ def _with_ends(tokens: Sequence[str], types: Sequence[int], end_texts: frozenset
 def _read_special_ids(metadata: Mapping[str, Any], size: int, kind: str) -> dict[str, int]:
     usual = _USUAL_IDS.get(kind, {}).items()
     given = ((name, _token_id(metadata, key, size)) for name, key in _SPECIAL_IDS.items())
-    return {
+    found = {
         **{name: token_id for name, token_id in usual if token_id < size},
         **{name: token_id for name, token_id in given if token_id is not None},
     }
+    if kind == "bert":  # whatever the file says, as in llama.cpp
+        if "sep_token" not in found:
+            raise ModelLoadError("the GGUF file names no token that ends a text")
+        found["eos_token"] = found["sep_token"]
+    return found
 
 
 def _read_scores(metadata: Mapping[str, Any], size: int) -> list[Any]:

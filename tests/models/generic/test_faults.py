@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.support import architectures
 from tests.support.generic import MAX_CONTEXT, load_generic, measure, open_generic, run_steps
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic import check, model, program
+from tgi_asgi.models.generic import caller, check, model, program
 from tgi_asgi.models.generic import discover as discovery
 from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.discover import AttentionLayer
@@ -195,7 +195,7 @@ def test_positions_that_do_not_arrive_refuse_the_model(
         return arguments(module, **{name: value for name, value in given.items() if name != "position_ids"})
 
     arguments = discovery.arguments
-    monkeypatch.setattr(program, "arguments", without_positions)
+    monkeypatch.setattr(caller, "arguments", without_positions)
     with pytest.raises(ModelLoadError, match=REFUSAL):
         load_generic(checkpoint(model_type))
 

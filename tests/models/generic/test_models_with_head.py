@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tgi_asgi.models.generic.caller import Caller, decoders_of
 from tgi_asgi.models.generic.modules import Head
-from tgi_asgi.models.generic.program import Caller, decoders_of
 
 
 def test_a_model_with_the_head_in_it_is_no_decoder() -> None:

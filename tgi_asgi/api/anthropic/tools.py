@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -68,27 +68,32 @@ def _changed_tools(tools: list[Tool], turns: Sequence[Turn]) -> list[Tool]:
     """
     known = {tool.name: tool for tool in tools}
     offered = dict(known)
+    for path, is_removal, change in _changes(turns):
+        kind = change.get("type")
+        if kind == "tool_definition" and not is_removal:
+            tool = _defined_tool(change.get("definition"), len(known), f"{path}.definition")
+            if tool is not None:
+                known[tool.name] = offered[tool.name] = tool
+        elif kind == "tool_reference":
+            name = string_of(change, "name", path)
+            if is_removal:
+                offered.pop(name, None)
+            elif name in known:
+                offered[name] = known[name]
+    return [*offered.values()]
+
+
+def _changes(turns: Sequence[Turn]) -> Iterator[tuple[str, bool, dict[str, Any]]]:
+    """Yield each change of tools: the path of its tool, whether that is removed, and what it says of it."""
     for i, turn in enumerate(turns):
         if turn.role != "system" or isinstance(turn.content, str):
             continue
         for j, block in enumerate(turn.content or ()):
-            if block.get("type") not in CHANGES:
-                continue
-            path = f"messages[{i}].content[{j}].tool"
-            change = block.get("tool")
-            if not isinstance(change, dict):
-                refuse_field(path, "must be an object")
-            if change.get("type") == "tool_definition" and block["type"] == "tool_addition":
-                tool = _defined_tool(change.get("definition"), len(known), f"{path}.definition")
-                if tool is not None:
-                    known[tool.name] = offered[tool.name] = tool
-            elif change.get("type") == "tool_reference":
-                name = string_of(change, "name", path)
-                if block["type"] == "tool_removal":
-                    offered.pop(name, None)
-                elif name in known:
-                    offered[name] = known[name]
-    return [*offered.values()]
+            if block.get("type") in CHANGES:
+                path, change = f"messages[{i}].content[{j}].tool", block.get("tool")
+                if not isinstance(change, dict):
+                    refuse_field(path, "must be an object")
+                yield path, block["type"] == "tool_removal", change
 
 
 def _defined_tool(definition: Any, index: int, path: str) -> Tool | None:

@@ -30,6 +30,7 @@ from tgi_asgi.api.parse import (
 from tgi_asgi.api.prompt import leaves_open, thinking_variables
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.errors import Forbidden
+from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.settings.sampling import SamplingDefaults
 
 # As in Ollama, a model that recommends values replaces these.
@@ -163,40 +164,10 @@ def _call(
 ) -> Call:
     """Return the call of a request; without a prompt it has no jobs."""
     options = request.options or OllamaOptions()
-    check_ranges(request)
-    check_ranges(options, "options.")
-    stops, limits = tuple(options.stop or ()), Limits.of(exchange.context.settings)
-    check_stops(stops, limits.stops, "options.stop")
-    num_top = request.top_logprobs or 0
-    if num_top > limits.top_logprobs:
-        refuse_field("top_logprobs", f"must be at most {limits.top_logprobs}, got {num_top}")
-    for name in _UNSUPPORTED:
-        if getattr(request, name, None):
-            refuse_field(name, "is not supported", "unsupported_parameter")
+    _check(request, options, Limits.of(exchange.context.settings))
     info = exchange.context.ready().info
-    seed, num_predict = int(options.seed or 0), int(options.num_predict or 0)
-    given = request.format
-    kind = "json" if isinstance(given, dict) else "json_object"
-    job = prompt and Job(
-        prompt=prompt,
-        sampling=sampling(
-            info,
-            OLLAMA_DEFAULTS.replaced_by(info.sampling),
-            repetition_penalty=options.repeat_penalty,
-            seed=seed if options.seed is not None and seed >= 0 else None,
-            top_k=None if options.top_k is None else int(options.top_k),
-            logprobs=num_top if request.logprobs else None,
-            **{name: getattr(options, name) for name in _AS_GIVEN},
-        ),
-        max_tokens=num_predict if num_predict > 0 else None,
-        overflow=Overflow.CLIPPED,
-        stop=stops,
-        constraint=None if given in (None, "") else Constraint.of("format", kind, given),
-        tools=tools,
-        shows_reasoning=request.think is not False,
-    )
     return Call(
-        jobs=[job] if job else [],
+        jobs=[] if prompt is None else [_job(request, options, prompt, tools, info)],
         render=partial(
             LineRenderer,
             exchange,
@@ -208,6 +179,49 @@ def _call(
         stream=request.stream is not False,
         stream_type=NDJSON,
         keep_alive=b"",  # none, because clients parse each line as JSON
+    )
+
+
+def _check(request: _Request, options: OllamaOptions, limits: Limits) -> None:
+    check_ranges(request)
+    check_ranges(options, "options.")
+    check_stops(tuple(options.stop or ()), limits.stops, "options.stop")
+    num_top = request.top_logprobs or 0
+    if num_top > limits.top_logprobs:
+        refuse_field("top_logprobs", f"must be at most {limits.top_logprobs}, got {num_top}")
+    for name in _UNSUPPORTED:
+        if getattr(request, name, None):
+            refuse_field(name, "is not supported", "unsupported_parameter")
+
+
+def _job(
+    request: _Request,
+    options: OllamaOptions,
+    prompt: Conversation | Text,
+    tools: ToolChoice | None,
+    info: ModelInfo,
+) -> Job:
+    """Return the job of a checked request."""
+    seed, num_predict = int(options.seed or 0), int(options.num_predict or 0)
+    given = request.format
+    kind = "json" if isinstance(given, dict) else "json_object"
+    return Job(
+        prompt=prompt,
+        sampling=sampling(
+            info,
+            OLLAMA_DEFAULTS.replaced_by(info.sampling),
+            repetition_penalty=options.repeat_penalty,
+            seed=seed if options.seed is not None and seed >= 0 else None,
+            top_k=None if options.top_k is None else int(options.top_k),
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            **{name: getattr(options, name) for name in _AS_GIVEN},
+        ),
+        max_tokens=num_predict if num_predict > 0 else None,
+        overflow=Overflow.CLIPPED,
+        stop=tuple(options.stop or ()),
+        constraint=None if given in (None, "") else Constraint.of("format", kind, given),
+        tools=tools,
+        shows_reasoning=request.think is not False,
     )
 
 

@@ -14,7 +14,8 @@ from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import LayerSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import Layer, LayerWeights
+from tgi_asgi.models.layer_weights import LayerWeights
+from tgi_asgi.models.layers import Layer
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 from tgi_asgi.models.reading_rope import default_rope

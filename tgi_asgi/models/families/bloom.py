@@ -12,7 +12,7 @@ from tgi_asgi.models.config import LayerSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights, rows_by_group
-from tgi_asgi.models.layers import read_norm
+from tgi_asgi.models.layer_weights import read_norm
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_sizes

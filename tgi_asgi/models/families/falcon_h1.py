@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from tgi_asgi.errors import check
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import ModelConfig, check_computed
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config_bounds import check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import HybridLayer

@@ -9,7 +9,8 @@ import math
 from typing import Any
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import ModelConfig, check_computed
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config_bounds import check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import SANDWICH_NAMES, Family
 from tgi_asgi.models.layers import SandwichLayer

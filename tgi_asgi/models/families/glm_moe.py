@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tgi_asgi.models.config import ModelConfig, check_computed
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config_bounds import check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader

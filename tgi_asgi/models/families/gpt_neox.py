@@ -6,7 +6,8 @@ Source: Black et al., GPT-NeoX-20B, arXiv 2204.06745, section 2.1.
 from __future__ import annotations
 
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import ModelConfig, check_computed
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config_bounds import check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights, rows_by_group

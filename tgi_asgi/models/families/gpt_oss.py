@@ -14,7 +14,7 @@ from tgi_asgi.models.config import ExpertsSpec, LayerSpec, ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames, ExpertProducts, each_expert, stack
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import LayerWeights, Sources
+from tgi_asgi.models.layer_weights import LayerWeights, Sources
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, read_windows
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import ModelConfig, check_computed
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config_bounds import check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.families.granite import read_granite
 from tgi_asgi.models.families.granite_moe import GraniteMoeWeights

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from tgi_asgi.models.checkpoint import CheckpointLayout, shared_expert_names
-from tgi_asgi.models.config import ModelConfig, check_computed
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config_bounds import check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.families.hunyuan import NAMES, read_hunyuan
 from tgi_asgi.models.family import Family

@@ -13,7 +13,7 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import check_layer_types, num_layers, read_kv_heads, read_layers, read_sizes
 from tgi_asgi.models.reading_experts import (

@@ -9,7 +9,7 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.families.mistral import read_mistral
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading_experts import everywhere, read_mixtral_experts, with_experts
 

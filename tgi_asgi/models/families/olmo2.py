@@ -11,7 +11,8 @@ from tgi_asgi import ops
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import SANDWICH_NAMES, Family
-from tgi_asgi.models.layers import LayerWeights, PostNormLayer
+from tgi_asgi.models.layer_weights import LayerWeights
+from tgi_asgi.models.layers import PostNormLayer
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import read_biases, read_layers, read_sizes, read_sliding
 from tgi_asgi.models.reading_rope import read_ropes

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tgi_asgi.models.config import ModelConfig, check_computed
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config_bounds import check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import read_biases, read_layers, read_sizes, read_window
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts

@@ -11,7 +11,7 @@ from tgi_asgi import ops
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 

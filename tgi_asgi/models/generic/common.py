@@ -10,7 +10,7 @@ one recorded program.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +23,12 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeScaling, RopeSpec
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Model, record
+from tgi_asgi.models.generic.canonical_weights import CanonicalWeights
 from tgi_asgi.models.generic.discover import AttentionLayer, arguments
 from tgi_asgi.models.generic.probes import activation_of, eps_of, norm_offset
-from tgi_asgi.models.generic.weights import Filler, owner_of
-from tgi_asgi.models.loading import WHOLE, NamedWeights
-from tgi_asgi.ops.tensors import from_tensor, plain_tensor
+from tgi_asgi.models.generic.weights import owner_of
+from tgi_asgi.models.loading import NamedWeights
+from tgi_asgi.ops.tensors import plain_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class CommonDecoder:
         """
         chosen = self._kinds()
         rows = min(_SOME_ROWS, self.config.vocab_size)
-        source = _Canonical(self._module, weights, chosen, self._offset, rows)
+        source = CanonicalWeights(self._module, weights, chosen, self._offset, rows)
         ids = np.random.default_rng(0).integers(0, rows, _LENGTH)
         config = replace(
             self.config, layers=tuple(self.config.layers[index] for index in chosen), vocab_size=rows
@@ -177,7 +178,7 @@ class CommonDecoder:
     def load(self, config: ModelConfig, weights: NamedWeights, arithmetic: ops.Arithmetic) -> Model:
         """Build the model of a verified configuration from native operators, with all layers."""
         everything = list(range(config.num_layers))
-        source = _Canonical(self._module, weights, everything, self._offset, config.vocab_size)
+        source = CanonicalWeights(self._module, weights, everything, self._offset, config.vocab_size)
         model = Decoder(config, source, arithmetic, self._max_positions)
         model.path = source.prefix
         return model
@@ -195,7 +196,7 @@ class CommonDecoder:
             found.setdefault((spec, tuple(sorted(plain, key=str))), index)
         return list(found.values())
 
-    def _own(self, source: _Canonical, chosen: Sequence[int], ids: Any) -> tuple[Tensor, Tensor]:
+    def _own(self, source: CanonicalWeights, chosen: Sequence[int], ids: Any) -> tuple[Tensor, Tensor]:
         """Run the module's own code on these layers only; return the first one's input, and the logits."""
         seen: list[Tensor] = []
         decoder, config = self._decoder, self._decoder.config
@@ -253,82 +254,6 @@ class CommonDecoder:
             del rotary.forward
         if not torch.allclose(found, logits, rtol=1e-5, atol=1e-6 * float(logits.abs().max())):
             raise ValueError("positions affect more than the rotation of queries and keys")
-
-
-class _Canonical:
-    """A module's weights by the names that `Decoder` requests.
-
-    Args:
-        chosen: Indices of the module's layers that serve as layers 0, 1, ...
-        offset: Number that the module's norms add to their weights.
-        rows: Number of first rows of the embedding and the head to provide.
-
-    Attributes:
-        prefix: Path of the decoder in the module.
-    """
-
-    def __init__(
-        self, module: Any, weights: NamedWeights, chosen: Sequence[int], offset: float, rows: int
-    ) -> None:
-        self._filler = Filler(module, weights)
-        self._module, self._chosen, self._offset, self._rows = module, chosen, offset, rows
-        decoder = module.get_decoder()
-        self.prefix = next(path for path, each in module.named_modules() if each is decoder)
-        self._head = next(
-            path for path, each in module.named_modules() if each is module.get_output_embeddings()
-        )
-        self.num_bytes, self.is_gguf = weights.num_bytes, weights.is_gguf
-
-    def __contains__(self, name: object) -> bool:
-        return False  # no tensor is optional here
-
-    def get(self, name: str, shape: tuple[int, ...], part: slice = WHOLE) -> ops.WeightSource:
-        """Return a tensor; see `Weights.get`."""
-        start, stop, _ = part.indices(shape[0])
-        return self._whole(name, shape).rows(start, stop)
-
-    def _whole(self, name: str, shape: tuple[int, ...]) -> ops.WeightSource:
-        source = self._filler.source(self._own_name(name))
-        if name.endswith("norm.weight") and self._offset:
-            return from_tensor(plain_tensor(source).float() + self._offset)
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            source = source.rows(0, self._rows)
-        if source.shape != shape:
-            raise ModelLoadError(f"tensor {name!r} has the shape {source.shape}, not {shape}")
-        return source
-
-    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors that the module needs for its chosen layers, as float32, by its own names."""
-        layers = {f"{self.prefix}.layers.{index}." for index in self._chosen}
-        vocabulary = {f"{self.prefix}.embed_tokens.weight", f"{self._head}.weight"}
-        for name in self._filler.names():
-            is_of_layer = ".layers." in name
-            if is_of_layer and not any(name.startswith(layer) for layer in layers):
-                continue
-            source = self._filler.source(name)
-            if name in vocabulary:
-                source = source.rows(0, self._rows)
-            yield name, plain_tensor(source.in_order()).float()
-
-    def unread(self) -> list[str]:
-        """Return nothing: the filler has already refused unknown tensors."""
-        return []
-
-    def stored(self) -> dict[str, tuple[str, int]]:
-        """Return nothing: memory has already been counted."""
-        return {}
-
-    def close(self) -> None:
-        """Do nothing: the caller owns the files."""
-
-    def _own_name(self, name: str) -> str:
-        if name.startswith("lm_head."):
-            return name.replace("lm_head", self._head, 1)
-        rest = name.removeprefix("model.")
-        if rest.startswith("layers."):
-            _, index, leaf = rest.split(".", 2)
-            rest = f"layers.{self._chosen[int(index)]}.{leaf}"
-        return f"{self.prefix}.{rest}"
 
 
 def _ratio(found: Tensor, rows: Tensor) -> float:

@@ -12,13 +12,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import MAX_CONTEXT, CacheShape
+from tgi_asgi.models.config import CacheShape
+from tgi_asgi.models.config_bounds import MAX_CONTEXT
 from tgi_asgi.models.generic import attention, encoder_check
 from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.discover import configurations
@@ -29,7 +30,7 @@ from tgi_asgi.models.generic.replace import Replaced, packed_names
 from tgi_asgi.models.generic.rope import fix_rotary_tables, table_bytes, tabulate
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.generic.whole import WholeLayer, WholeLayers, discover_whole
-from tgi_asgi.models.loading import NamedWeights, Weights
+from tgi_asgi.models.loading import NamedWeights
 from tgi_asgi.models.loading.recognise import CLASSIFIER, TOKEN_HEADS
 
 _MAX_SCORES = 1 << 28  # of a layer's [heads, tokens, tokens] if the model's own code attends: 1 GiB
@@ -149,23 +150,23 @@ class OpenEncoder:
             sequential_reason=reason,
         )
 
-    def packed_tensors(self, weights: Weights) -> list[tuple[str, int]]:
+    def packed_tensors(self, weights: NamedWeights) -> list[tuple[str, int]]:
         """Return formats and element counts that the module will hold; see `OpenGeneric.packed_tensors`."""
-        filler = Filler(self._model, cast(NamedWeights, weights), is_unused=self._is_unused)
+        filler = Filler(self._model, weights, is_unused=self._is_unused)
         return filler.packed_tensors(packed_names(self._model))
 
     def table_bytes(self, max_positions: int) -> int:
         """Return the approximate bytes of the rotary tables."""
         return table_bytes(self._model, max_positions)
 
-    def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> EncoderModel:
+    def load(self, weights: NamedWeights, arithmetic: ops.Arithmetic, max_positions: int) -> EncoderModel:
         """Fill the module with its packed weights, and check that it computes the same as its own code.
 
         Raises:
             ModelLoadError: if a tensor is missing, does not fit or is unknown, or the check fails.
         """
         model = self._model
-        filler = Filler(model, cast(NamedWeights, weights), is_unused=self._is_unused)
+        filler = Filler(model, weights, is_unused=self._is_unused)
         replaced = Replaced(model, arithmetic)
         filler.fill(replaced.place)
         replaced.finish_rows()

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.model_info import EncoderDecoder
-from tgi_asgi.models.config import MAX_CONTEXT, CacheShape, ModelConfig
+from tgi_asgi.models.config import CacheShape, ModelConfig
+from tgi_asgi.models.config_bounds import MAX_CONTEXT
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generation_config import read_generation_config
 from tgi_asgi.models.generic import attention, encoder_decoder, encoder_decoder_check
@@ -44,7 +45,7 @@ from tgi_asgi.models.generic.vision.program import VisionProgram
 from tgi_asgi.models.generic.vision.text import TextView, VisionTraits, refuse_cross_attention, vision_traits
 from tgi_asgi.models.generic.vision.tower import Tower, input_names
 from tgi_asgi.models.generic.weights import Filler
-from tgi_asgi.models.loading import NamedWeights, Weights
+from tgi_asgi.models.loading import NamedWeights
 from tgi_asgi.settings import GivenRope
 from tgi_asgi.types import ImageProcessor
 
@@ -211,7 +212,7 @@ class OpenGeneric:
             check_processor(self._processor, self.config.architecture)
         return self._processor
 
-    def packed_tensors(self, weights: Weights) -> list[tuple[str, int]]:
+    def packed_tensors(self, weights: NamedWeights) -> list[tuple[str, int]]:
         """Return formats and numbers of elements that the module will hold of these weights.
 
         Called before they are loaded.
@@ -219,7 +220,7 @@ class OpenGeneric:
         Raises:
             ModelLoadError: if the module has no place for a tensor.
         """
-        filler = Filler(self._model, cast(NamedWeights, weights))
+        filler = Filler(self._model, weights)
         return filler.packed_tensors(packed_names(self._model))
 
     def table_bytes(self, max_positions: int) -> int:
@@ -238,7 +239,7 @@ class OpenGeneric:
         return None if common is None else common.config
 
     def load(
-        self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int,
+        self, weights: NamedWeights, arithmetic: ops.Arithmetic, max_positions: int,
         has_kernels: Callable[[ModelConfig], bool] = lambda config: True,
     ) -> GenericModel | Model:  # fmt: skip
         """Fill the module with its packed weights, and check that it computes the same as its own code.
@@ -251,10 +252,10 @@ class OpenGeneric:
         model = self._model
         common = self._common(max_positions)
         if common is not None and has_kernels(common.config):
-            config = common.verified(cast(NamedWeights, weights))
+            config = common.verified(weights)
             if config is not None:
-                return common.load(config, cast(NamedWeights, weights), arithmetic)
-        filler = Filler(model, cast(NamedWeights, weights))
+                return common.load(config, weights, arithmetic)
+        filler = Filler(model, weights)
         replaced = Replaced(model, arithmetic)
         filler.fill(replaced.place)
         replaced.finish()

@@ -7,7 +7,6 @@ other, each on a cache kept by the model's own code.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,95 +18,13 @@ from torch import Tensor
 
 from tgi_asgi import ops
 from tgi_asgi.models.generic.attention import PagedLayers, running
-from tgi_asgi.models.generic.discover import arguments
+from tgi_asgi.models.generic.caller import Caller
 from tgi_asgi.models.generic.modules import Head, Mode
 from tgi_asgi.models.generic.own_cache import own_cache
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
 from tgi_asgi.models.generic.states import SlotStates, empty_cache
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.types import ImageInput
-
-
-class Caller:
-    """Calls a whole module and keeps its decoder's output, from which a step's further logits are computed.
-
-    Args:
-        model: Model with its weights.
-        head: The model's head, which computes only the requested rows.
-        device: Where the model is.
-        decode: Function that replaces the decoder and everything before it.
-    """
-
-    def __init__(
-        self, model: Any, head: Head, vocab_size: int, device: torch.device,
-        decode: Callable[..., Any] | None = None,
-    ) -> None:  # fmt: skip
-        self._model, self._head, self._vocab_size = model, head, vocab_size
-        self._device = device
-        self._instead = decode
-        self._known: Any = None
-        self._is_calling = False
-        for decoder in decoders_of(model):
-            decoder.forward = functools.partial(self._forward, type(decoder).forward.__get__(decoder))
-
-    def compute(self, rows: Iterable[int], **inputs: Any) -> tuple[Tensor, Any]:
-        """Return the logits [n_rows, vocab] of these tokens, and the decoder output for `compute_more`."""
-        self._known, self._is_calling = None, True
-        try:
-            return self._call(rows, **inputs), self._known
-        finally:
-            self._known, self._is_calling = None, False
-
-    def compute_more(self, rows: Iterable[int], known: Any) -> Tensor:
-        """Return the logits of other tokens of an earlier call.
-
-        Raises:
-            RuntimeError: if that call returned no decoder output.
-        """
-        if known is None:
-            raise RuntimeError("the last step has no decoder output, only logits")
-        self._known, self._is_calling = known, True
-        try:
-            return self._call(rows, input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._device))
-        finally:
-            self._known, self._is_calling = None, False
-
-    def _call(self, rows: Iterable[int], **inputs: Any) -> Tensor:
-        self._head.rows = torch.tensor(list(rows), dtype=torch.long, device=self._device)
-        try:
-            logits: Tensor = self._model(**arguments(self._model, **inputs)).logits
-        finally:
-            self._head.rows = None
-        return logits[0, :, : self._vocab_size].float().contiguous()
-
-    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Replace a decoder's `forward`: record the output of the outermost call, or return the known one."""
-        if not self._is_calling:
-            return forward(*args, **kwargs)
-        if self._known is None:
-            self._is_calling = False
-            self._known = (self._instead or forward)(*args, **kwargs)
-        return self._known
-
-
-def decoders_of(model: Any) -> list[Any]:
-    """Return the models that a module may call for the head's input: those that contain its embedding.
-
-    `get_decoder` is not reliable: Llama 4 returns itself, ModernBERT a product. A model that also contains
-    the head, as in Kosmos 2.5, is left out: it returns logits, only of the rows of its last call.
-    """
-    from transformers import PreTrainedModel
-
-    embedding = model.get_input_embeddings()
-    path = next(name for name, module in model.named_modules() if module is embedding)
-    parts = path.split(".")[:-1]
-    around = (model.get_submodule(".".join(parts[: count + 1])) for count in range(len(parts)))
-    head = model.get_output_embeddings()
-    return [
-        module
-        for module in around
-        if isinstance(module, PreTrainedModel) and all(each is not head for each in module.modules())
-    ]
 
 
 class ModuleProgram(Protocol):
@@ -177,18 +94,18 @@ class GenericProgram(ModuleProgram):
         self._caller = Caller(model, head, vocab_size, self._device, decode)
         self._layers, self._recurrent, self._first_position = layers, recurrent, first_position
         self._states = SlotStates(lambda: empty_cache(model))
-        self._known: Any = None
+        self._output: Any = None
 
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats:
         """Compute a step; return the logits [n_rows, vocab] of `rows`, indices of tokens."""
         ids = torch.from_numpy(batch.ids.astype(np.int64))[None].to(self._device)
         positions = torch.from_numpy(batch.positions.astype(np.int64) + self._first_position)[None]
-        self._known, self._batch = None, batch
+        self._output, self._batch = None, batch
         computing = self._mode.backend.computing()
         with torch.inference_mode(), computing, running(self._layers), self._adapting():
             self._begin(batch)
             try:
-                logits, self._known = self._caller.compute(
+                logits, self._output = self._caller.compute(
                     rows, input_ids=ids, position_ids=positions.to(self._device), use_cache=False
                 )
                 self._layers.end()
@@ -211,10 +128,10 @@ class GenericProgram(ModuleProgram):
         Raises:
             RuntimeError: if no step has been computed.
         """
-        if self._known is None:
+        if self._output is None:
             raise RuntimeError("no step has been computed")
         with torch.inference_mode(), self._adapting():
-            return self._caller.compute_more(rows, self._known).cpu().numpy()
+            return self._caller.compute_more(rows, self._output).cpu().numpy()
 
     @contextlib.contextmanager
     def _adapting(self) -> Iterator[None]:
@@ -227,7 +144,7 @@ class GenericProgram(ModuleProgram):
 
     def hidden(self, start: int, stop: int) -> Floats:
         """Return the states [n_tokens, hidden] after the last norm, for tokens of the last step."""
-        states: Floats = self._known.last_hidden_state[0, start:stop].cpu().numpy()
+        states: Floats = self._output.last_hidden_state[0, start:stop].cpu().numpy()
         return states
 
 
@@ -247,26 +164,26 @@ class SequentialProgram(ModuleProgram):
         self._cache = own_cache(model)
         self._states: SlotStates[Any] = SlotStates(self._cache.make, self._cache.copy)
         self._vocab_size = vocab_size
-        self._known: list[_Known] = []
+        self._computed: list[_Computed] = []
 
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats:
         """Compute a step; see `GenericProgram.run`."""
         wanted = list(rows)
         ids = torch.from_numpy(batch.ids.astype(np.int64)).to(self._device)
         starts, lengths = spans(batch)
-        self._known = []
+        self._computed = []
         out = torch.empty(len(wanted), self._vocab_size)
         with torch.inference_mode():
             states = self._states.begin(batch.row_slots.tolist(), starts, lengths)
             first = 0
             for state, length in zip(states, lengths, strict=True):
                 kept, inputs = self._cache.inputs(state.cache, ids[first : first + length])
-                known = _Known(first, first + length, first + length - inputs["input_ids"].shape[1])
-                places, mine = known.among(wanted)
-                logits, known.output = self._caller.compute(mine, **inputs)
+                computed = _Computed(first, first + length, first + length - inputs["input_ids"].shape[1])
+                places, mine = computed.among(wanted)
+                logits, computed.output = self._caller.compute(mine, **inputs)
                 out[places] = logits.cpu()
-                state.cache = self._cache.after(kept, known.output)
-                self._known.append(known)
+                state.cache = self._cache.after(kept, computed.output)
+                self._computed.append(computed)
                 first += length
             self._states.commit()
         return out.numpy()
@@ -275,25 +192,23 @@ class SequentialProgram(ModuleProgram):
         """Compute the logits of other rows of the last step."""
         out = torch.empty(len(rows), self._vocab_size)
         with torch.inference_mode():
-            for known in self._known:
-                places, mine = known.among(rows)
+            for computed in self._computed:
+                places, mine = computed.among(rows)
                 if places:
-                    out[places] = self._caller.compute_more(mine, known.output).cpu()
+                    out[places] = self._caller.compute_more(mine, computed.output).cpu()
         return out.numpy()
 
     def hidden(self, start: int, stop: int) -> Floats:
         """Return states of tokens of the last step; see `GenericProgram.hidden`."""
         parts = [
-            known.output.last_hidden_state[0, max(start, known.first) - known.begin : stop - known.begin]
-            for known in self._known
-            if start < known.stop and known.first < stop
+            each.states(start, stop) for each in self._computed if start < each.stop and each.first < stop
         ]
         states: Floats = torch.cat(parts).cpu().numpy()
         return states
 
 
 @dataclass(slots=True)
-class _Known:
+class _Computed:
     """What a step has computed of one sequence.
 
     Attributes:
@@ -312,6 +227,11 @@ class _Known:
         """Return which of these rows of a step are the sequence's, and where they are in the output."""
         places = [at for at, row in enumerate(rows) if self.first <= row < self.stop]
         return places, [rows[at] - self.begin for at in places]
+
+    def states(self, start: int, stop: int) -> Tensor:
+        """Return the states of those tokens [start, stop) of the step that are the sequence's."""
+        states: Tensor = self.output.last_hidden_state
+        return states[0, max(start, self.first) - self.begin : stop - self.begin]
 
 
 def spans(batch: ops.FlatRows) -> tuple[list[int], list[int]]:

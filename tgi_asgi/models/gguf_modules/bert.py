@@ -12,7 +12,7 @@ import numpy as np
 
 from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.config import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS
+from tgi_asgi.models.config_bounds import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS
 from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, layer_types, vocab_size_of
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.ops.arrays import Floats

@@ -9,7 +9,7 @@ from typing import Any
 
 from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.config import MAX_CONTEXT, MAX_HEADS
+from tgi_asgi.models.config_bounds import MAX_CONTEXT, MAX_HEADS
 from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, common_names, layer_types, read_common
 from tgi_asgi.models.reader import Reader
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.config import MAX_CONTEXT, MAX_HEADS
+from tgi_asgi.models.config_bounds import MAX_CONTEXT, MAX_HEADS
 from tgi_asgi.models.family import GGUF_NAMES, SANDWICH_NAMES
 from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, layer_types, read_common, vocab_size_of
 from tgi_asgi.models.reader import Reader

@@ -11,7 +11,7 @@ from typing import Any
 
 from tgi_asgi.errors import ModelLoadError, check
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.config import MAX_HEADS, MAX_LAYERS
+from tgi_asgi.models.config_bounds import MAX_HEADS, MAX_LAYERS
 from tgi_asgi.models.gguf_module import (
     MAX_SIZE,
     GgufModule,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.config import MAX_HEADS
+from tgi_asgi.models.config_bounds import MAX_HEADS
 from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, common_names, read_common
 from tgi_asgi.models.reader import Reader
 

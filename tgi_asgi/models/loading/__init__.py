@@ -50,7 +50,7 @@ class Weights(Protocol):
 
 
 class NamedWeights(Weights, Protocol):
-    """The weights of a checkpoint directory, which can list its contents."""
+    """The weights of a module of `transformers`, which can be listed; `GgufModuleWeights` has its names."""
 
     def names(self) -> list[str]:
         """Return the names of all weights; a quantised weight has one name, not those of its parts."""

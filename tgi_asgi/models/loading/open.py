@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, cast
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError, NotInFamily, check
@@ -19,7 +19,7 @@ from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.config import ModelConfig, ServedConfig
 from tgi_asgi.models.family import Family, Model
 from tgi_asgi.models.gguf_module import find_module
-from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
 from tgi_asgi.models.loading.checkpoint import CheckpointWeights
 from tgi_asgi.models.loading.companions import CheckpointCompanions, GgufCompanions
@@ -210,7 +210,7 @@ class OpenModel:
         return config is not None and has_kernels(config)
 
     def load(
-        self, arithmetic: ops.Arithmetic, max_positions: int, weights: NamedWeights | Weights | None = None,
+        self, arithmetic: ops.Arithmetic, max_positions: int, weights: Weights | None = None,
         has_kernels: Callable[[ModelConfig], bool] = lambda config: True,
     ) -> ServedModel:  # fmt: skip
         """Load the model; `weights` may replace the files' own, for example to track reading.
@@ -225,12 +225,13 @@ class OpenModel:
         weights = self.weights if weights is None else weights
         try:
             if self._model.kind == "generic":
-                return self._model.load(weights, arithmetic, max_positions, has_kernels)
+                return self._model.load(_named(weights), arithmetic, max_positions, has_kernels)
+            if self._model.kind == "encoder":
+                return self._model.load(_named(weights), arithmetic, max_positions)
             model = self._model.load(weights, arithmetic, max_positions)
         except ValueError as error:  # packing refuses values that no header shows
             raise ModelLoadError(f"a weight of the model cannot be used: {error}") from error
-        if isinstance(self._model, _Native):
-            refuse_unread(weights.unread(), self._unused(self._model))
+        refuse_unread(weights.unread(), self._unused(self._model))
         return model
 
     def cuts(self, count: int) -> list[ModelCut]:
@@ -279,7 +280,7 @@ class OpenModel:
             ModelLoadError: if the code of `transformers` has no place for a tensor.
         """
         if not isinstance(self._model, _Native):
-            return self._model.packed_tensors(self.weights)
+            return self._model.packed_tensors(_named(self.weights))
         unused = self._unused(self._model)
         return [each for name, each in self.weights.stored().items() if not matches(name, unused)]
 
@@ -333,6 +334,11 @@ class _Native:
 
     def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> Model:
         return self.family.model(self.config, weights, arithmetic, max_positions)
+
+
+def _named(weights: Weights) -> NamedWeights:
+    """Return the weights of a module, which list their names, unlike those of native families."""
+    return cast(NamedWeights, weights)
 
 
 def _open_encoder(directory: Path | None, config: Mapping[str, Any], trusts_code: bool) -> OpenEncoder:

@@ -15,7 +15,7 @@ from tgi_asgi.models.gguf_module import GgufModule
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name, has_family
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _CAUSAL = "ForCausalLM"
 CLASSIFIER = "ForSequenceClassification"
@@ -53,7 +53,7 @@ def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
     if name is not None and not is_named_after:
         if not (found.endswith(_CAUSAL) and name in BY_TYPE.values()):
             return config
-        log.warning("config.json names %s, but %s is what its model_type %s is", name, found, kind)
+        logger.warning("config.json names %s, but %s is what its model_type %s is", name, found, kind)
     return {**config, "architectures": [found]}
 
 

@@ -89,11 +89,7 @@ class VisionProcessor:
             num_tokens = text.count(self._token)
             if num_tokens == 0:  # LightOnOCR's processor refuses no strip
                 raise ValueError("it is too small or too narrow")
-        except (
-            ValueError,
-            ArithmeticError,
-            LookupError,
-        ) as error:  # too narrow a strip, no token left
+        except (ValueError, ArithmeticError, LookupError) as error:  # too narrow a strip, no token left
             raise InvalidRequest(
                 f"`{image.param}` is an image that the model does not take: {error}", param=image.param
             ) from error

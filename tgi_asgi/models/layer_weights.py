@@ -1,0 +1,195 @@
+"""How a layer's weights are read, for `layers.py`.
+
+A family whose weights have other names or another order overrides `LayerWeights` (`families/phi3.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from tgi_asgi import ops
+from tgi_asgi.models import cutting
+from tgi_asgi.models.config import ExpertsSpec, ModelConfig
+from tgi_asgi.models.experts import ExpertNames, ExpertProducts, Experts, read_products
+from tgi_asgi.models.latent import LatentAttention
+from tgi_asgi.models.loading import WHOLE, Weights
+from tgi_asgi.models.recurrent import Recurrent, make_recurrent
+from tgi_asgi.ops.arrays import Floats
+
+Sources = list[ops.WeightSource]
+
+
+def read_norm(
+    config: ModelConfig, weights: Weights, name: str, *shape: int, eps: float | None = None
+) -> ops.NormWeight:
+    """Read a norm of the configured kind, of this shape or of the residual's width.
+
+    Args:
+        eps: What is added to the variance, if not the configuration's number.
+    """
+    shape = shape or (config.hidden_size,)
+    eps = config.norm_eps if eps is None else eps
+    columns = math.prod(shape)
+    weight = bias = None
+    if config.has_norm_weight:
+        weight = ops.vector(weights.get(f"{name}.weight", shape)) + config.norm_offset
+    if not config.has_layer_norm:
+        return ops.NormWeight.rms(columns, eps, weight=weight)
+    if config.has_norm_bias:
+        bias = ops.vector(weights.get(f"{name}.bias", shape))
+    return ops.NormWeight.layer(columns, eps, weight=weight, bias=bias)
+
+
+class LayerWeights:
+    """The weights of one layer, by their canonical names, which are those of `transformers`.
+
+    Attributes:
+        expert_names: Candidate names of experts; the first whose router exists is used.
+        has_whole_norms: Whether queries and keys are normalised over all heads together.
+    """
+
+    expert_names: tuple[ExpertNames, ...] = (ExpertNames(),)
+    has_whole_norms = False
+
+    def __init__(self, config: ModelConfig, weights: Weights, index: int, arithmetic: ops.Arithmetic) -> None:
+        self.config, self.weights, self.arithmetic = config, weights, arithmetic
+        self.spec, self.prefix = config.layers[index], f"model.layers.{index}."
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights come from a GGUF file."""
+        return self.weights.is_gguf
+
+    def get(self, name: str, *shape: int, part: slice = WHOLE) -> ops.WeightSource:
+        """Return a tensor of this layer, or a part of it as described in `Weights.get`."""
+        return self.weights.get(f"{self.prefix}{name}", shape, part)
+
+    def has(self, name: str) -> bool:
+        """Return whether this layer has the tensor."""
+        return f"{self.prefix}{name}" in self.weights
+
+    def norm(self, name: str, *shape: int, eps: float | None = None) -> ops.NormWeight:
+        """Return a norm of this layer, of the residual's width and with the usual epsilon by default."""
+        return read_norm(self.config, self.weights, f"{self.prefix}{name}", *shape, eps=eps)
+
+    def cut(self, name: str, rows: Sequence[int], *columns: int) -> Sources:
+        """Return the parts of a tensor (matrix or bias) that is several, one below the other."""
+        fused = self.get(name, sum(rows), *columns)
+        starts = [sum(rows[:index]) for index in range(len(rows))]
+        return [fused.rows(start, start + count) for start, count in zip(starts, rows, strict=True)]
+
+    def qkv_sources(self) -> Sources:
+        """Return the matrices of q, k and v."""
+        names = self._heads()
+        queries = [self._queries(0)] if self.config.has_output_gate else []
+        hidden = self.config.hidden_size
+        return queries + [
+            self.get(f"self_attn.{name}.weight", rows, hidden) for name, rows in names[len(queries) :]
+        ]
+
+    def qkv_biases(self) -> Sources | None:
+        """Return the biases of q, k and v, if they have any."""
+        if not self.config.has_qkv_bias:
+            return None
+        return [self.get(f"self_attn.{name}.bias", rows) for name, rows in self._heads()]
+
+    def gate_up_sources(self) -> Sources:
+        """Return the matrices of gate and up."""
+        shape = (self.config.intermediate_size, self.config.hidden_size)
+        return [self.get(f"mlp.{name}.weight", *shape) for name in ("gate_proj", "up_proj")]
+
+    def gate_up_biases(self) -> Sources | None:
+        """Return the biases of gate and up, if they have any."""
+        if not self.config.has_mlp_bias:
+            return None
+        return [
+            self.get(f"mlp.{name}.bias", self.config.intermediate_size) for name in ("gate_proj", "up_proj")
+        ]
+
+    def norms(self) -> ops.HeadNorms | None:
+        """Return the norms of queries and keys, if there are any; by default one norm per head."""
+        if not self.config.has_qk_norm:
+            return None
+        query, key = (self.norm(f"self_attn.{name}_norm", self.config.head_dim) for name in ("q", "k"))
+        return ops.HeadNorms(query, key, is_last=self.config.has_late_qk_norm)
+
+    def qkv(self) -> ops.QkvWeight:
+        """Make the weight of `ops.qkv`."""
+        config, rope, cut = self.config, self.spec.rope, self.config.cut
+        num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
+        sources, biases, norms = self.qkv_sources(), self.qkv_biases(), self.norms()
+        if cut is not None:
+            num_heads, num_kv_heads = len(cut.heads), len(cut.kv_heads)
+            rows = cutting.qkv_rows(cut, config.head_dim)
+            sources = cutting.rows_of(sources, rows)
+            biases = None if biases is None else cutting.rows_of(biases, rows)
+            norms = None if norms is None else cutting.norms_of(norms, cut, config.head_dim)
+        query, key, value = sources
+        return ops.qkv_weight(
+            query, key, value, self.arithmetic, num_heads=num_heads, num_kv_heads=num_kv_heads,
+            head_dim=config.head_dim, rotary_dim=None if rope is None else rope.dim,
+            biases=biases, norms=norms, is_interleaved=config.has_interleaved_rope,
+        )  # fmt: skip
+
+    def output_gate(self) -> ops.LinearWeight | None:
+        """Make the weight of the gates on heads' results, if there are any."""
+        return ops.linear_weight(self._queries(1), self.arithmetic) if self.config.has_output_gate else None
+
+    def sinks(self) -> Floats | None:
+        """Return the heads' attention sinks [num_heads] float32, if there are any."""
+        return ops.vector(self.get("self_attn.sinks", self.config.num_heads)) if self.spec.has_sinks else None
+
+    def up(self) -> ops.LinearWeight:
+        """Make the weight of `ops.up`."""
+        config = self.config
+        sizes = config.intermediate_size, config.hidden_size
+        return self.linear("mlp.up_proj", *sizes, has_bias=config.has_mlp_bias)
+
+    def gate_up(self) -> ops.GateUpWeight:
+        """Make the weight of `ops.gate_up`."""
+        sources, biases, cut = self.gate_up_sources(), self.gate_up_biases(), self.config.cut
+        if cut is not None:
+            sources = cutting.rows_of(sources, [cut.inner] * 2)
+            biases = None if biases is None else cutting.rows_of(biases, [cut.inner] * 2)
+        gate, up = sources
+        return ops.gate_up_weight(gate, up, self.arithmetic, biases=biases)
+
+    def experts(self) -> Experts | None:
+        """Make the layer's experts, if it has them instead of an MLP."""
+        if self.spec.experts is None:
+            return None
+        found = (names for names in self.expert_names if self.has(f"{names.router}.weight"))
+        return Experts(self, next(found, self.expert_names[0]), self.spec.experts)
+
+    def recurrent(self) -> Recurrent | None:
+        """Make the layer's recurrent part, if it has one instead of attention or in parallel to it."""
+        return None if self.spec.recurrent is None else make_recurrent(self, self.spec.recurrent)
+
+    def latent(self) -> LatentAttention | None:
+        """Make the layer's latent attention, if it uses that."""
+        return None if self.spec.latent is None else LatentAttention(self, self.spec.latent)
+
+    def expert_products(self, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
+        """Yield gate and up, and down, of each expert in turn."""
+        return read_products(self, names, spec)
+
+    def linear(self, name: str, rows: int, columns: int, *, has_bias: bool) -> ops.LinearWeight:
+        """Make the weight of a single product."""
+        bias = self.get(f"{name}.bias", rows) if has_bias else None
+        source, cut = self.get(f"{name}.weight", rows, columns), self.config.cut
+        if cut is not None:
+            return cutting.linear_of(name, source, bias, cut, self.config.head_dim, self.arithmetic)
+        return ops.linear_weight(source, self.arithmetic, bias=bias)
+
+    def _queries(self, part: int) -> ops.WeightSource:
+        """Return the rows of heads' queries (part 0) or gates (part 1), which follow each head's query."""
+        heads, dim = self.config.num_heads, self.config.head_dim
+        rows = np.arange(2 * heads * dim).reshape(heads, 2, dim)[:, part].reshape(-1)
+        return self.get("self_attn.q_proj.weight", 2 * len(rows), self.config.hidden_size).in_rows(rows)
+
+    def _heads(self) -> tuple[tuple[str, int], ...]:
+        keys = self.config.num_kv_heads * self.config.head_dim
+        return (("q_proj", self.config.num_heads * self.config.head_dim), ("k_proj", keys), ("v_proj", keys))
