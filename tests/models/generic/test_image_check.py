@@ -85,6 +85,19 @@ def test_a_class_that_does_more_with_an_image_is_refused(
         load("llava", tmp_path)
 
 
+def test_a_class_whose_processor_writes_more_than_the_tokens_of_an_image_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As MiniCPM-V's writes the image's number."""
+    whole = VisionProcessor.whole
+    monkeypatch.setattr(
+        VisionProcessor, "whole", lambda self, image, text: whole(self, image, text.replace("{}", "1{}"))
+    )
+    monkeypatch.setattr(check, "TESTED_CLASSES", frozenset())
+    with pytest.raises(ModelLoadError, match="writes other tokens for an image than the server computes"):
+        load("llava", tmp_path)
+
+
 def test_a_processor_that_fails_refuses_the_model_before_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
