@@ -223,7 +223,7 @@ def _inputs(folder: Path, prompt: Prompt, model: Any, ids: torch.Tensor) -> Mapp
         return made
     if name.startswith("Gemma3"):
         made["token_type_ids"] = kinds
-    if name.startswith(("Qwen", "Glm4v", "Gemma4", "HunYuan")):
+    if name.startswith(("Qwen", "Glm4v", "Gemma4", "HunYuan", "MiniCPMV4_7")):
         made["mm_token_type_ids"] = kinds
     processor = processor_of(folder)
     pictures: list[Any] = list(prompt.pictures)

@@ -14,17 +14,56 @@ _TEXT: Mapping[str, Any] = {
 }  # fmt: skip
 _GRID = [[28, 56], [56, 28], [56, 56]]
 
+_MINICPM_TOKENS = {
+    "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "image_start_token": "<image>",
+    "image_end_token": "</image>", "slice_start_token": "<slice>", "slice_end_token": "</slice>",
+    "image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>",
+}  # fmt: skip
+
+
+def _minicpm(stem: str, rope: Mapping[str, Any], ids: Mapping[str, int]) -> Family:
+    text = {
+        **_TEXT, "model_type": "qwen3_5_text", "num_hidden_layers": 3, "head_dim": 16,
+        "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, **rope,
+        },
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "image_size": 56, "patch_size": 7,
+    }  # fmt: skip
+    return Family(
+        f"{stem}ForConditionalGeneration",
+        {"text_config": text, "vision_config": vision, "insert_layer_id": 1, **ids},
+        "MiniCPMV4_6ImageProcessor",
+        {"scale_resolution": 56, "max_slice_nums": 4, "patch_size": 7},
+        tokens=_MINICPM_TOKENS,
+    )
+
+
 NEWER: Mapping[str, Family] = {
     "granite4_vision": Family(
         "Granite4VisionForConditionalGeneration",
         {
             "text_config": {
-                **_TEXT, "num_hidden_layers": 5, "embedding_multiplier": 3.0, "attention_multiplier": 0.2,
-                "residual_multiplier": 0.5, "logits_scaling": 0.5,
+                **_TEXT,
+                "num_hidden_layers": 5,
+                "embedding_multiplier": 3.0,
+                "attention_multiplier": 0.2,
+                "residual_multiplier": 0.5,
+                "logits_scaling": 0.5,
             },
             "vision_config": {
-                "model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 48,
-                "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 7,
+                "model_type": "siglip_vision_model",
+                "hidden_size": 64,
+                "intermediate_size": 48,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 7,
                 "vision_use_head": False,
             },
             "downsample_rate": "2/4",
@@ -42,30 +81,11 @@ NEWER: Mapping[str, Family] = {
         {"patch_size": 7, "vision_feature_select_strategy": "full", "downsample_rate": "2/4"},
         image_key="image_token_index",
     ),
-    "minicpmv4_6": Family(
-        "MiniCPMV4_6ForConditionalGeneration",
-        {
-            "text_config": {
-                **_TEXT, "model_type": "qwen3_5_text", "num_hidden_layers": 3, "head_dim": 16,
-                "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
-                "linear_num_value_heads": 4,
-                "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-                "rope_parameters": {
-                    "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
-                },
-            },
-            "vision_config": {
-                "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
-                "image_size": 56, "patch_size": 7,
-            },
-            "insert_layer_id": 1,
-        },
-        "MiniCPMV4_6ImageProcessor",
-        {"scale_resolution": 56, "max_slice_nums": 4, "patch_size": 7},
-        tokens={
-            "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "image_start_token": "<image>",
-            "image_end_token": "</image>", "slice_start_token": "<slice>", "slice_end_token": "</slice>",
-            "image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>",
-        },
+    "minicpmv4_6": _minicpm("MiniCPMV4_6", {}, {}),
+    # Positions with three axes, from the tokens around an image and its tiles.
+    "minicpmv4_7": _minicpm(
+        "MiniCPMV4_7",
+        {"mrope_section": [1, 1, 2], "mrope_interleaved": True},
+        {"image_start_id": 6, "image_end_id": 7, "slice_start_id": 8, "slice_end_id": 9, "newline_id": 210},
     ),
-}  # fmt: skip
+}

@@ -13,10 +13,12 @@ from tests.support import vision_models as vision
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
 
 
-@pytest.mark.parametrize("asked", [None, False, True])
-@pytest.mark.parametrize("usual", [True, False])
-def test_prompts_are_those_of_its_own_processor(asked: bool | None, usual: bool, tmp_path: Path) -> None:
-    vision.make("minicpmv4_6", tmp_path)
+@pytest.mark.parametrize("name", ["minicpmv4_6", "minicpmv4_7"])
+@pytest.mark.parametrize(("asked", "usual"), [(None, True), (None, False), (False, True), (True, False)])
+def test_prompts_are_those_of_its_own_processor(
+    name: str, asked: bool | None, usual: bool, tmp_path: Path
+) -> None:
+    vision.make(name, tmp_path)
     own: Any = vision.processor_of(tmp_path)._processor
     own.use_image_id, own.default_use_image_id = asked, usual
     pictures = [vision.picture(50, 30), vision.picture(150, 90, 1), vision.picture(40, 70, 2)]
