@@ -154,7 +154,11 @@ def model_named(name: str, **inner: Any) -> Any:
 @pytest.mark.parametrize(
     ("stem", "reason"),
     [
+        ("Blip2", "before the beginning of the text"),
         ("Ernie4_5_VLMoe", "separate experts"),
+        ("InstructBlip", "read the text"),
+        ("Kosmos2", "by a mask"),
+        ("Kosmos2_5", "by a mask"),
         ("Llama4", "a decoder with its own head"),
         ("Idefics2", "text between and after images"),
         ("Molmo2", "see each other"),
@@ -169,6 +173,11 @@ def test_positions_that_are_asked_for_in_another_way_are_refused_by_name() -> No
     model = model_named("OtherForConditionalGeneration", get_rope_index=lambda input_ids, audio_seqlens: None)
     with pytest.raises(ModelLoadError, match=r"OtherForConditionalGeneration .* positions of images"):
         vision_traits(model)
+
+
+def test_a_decoder_with_its_own_head_is_refused_by_name() -> None:
+    with pytest.raises(ModelLoadError, match=r"NemotronH_Omni.* its own head next to the tower"):
+        check_servable(model_named("NemotronH_Omni_Reasoning_V3"))
 
 
 def test_a_window_that_prompts_are_outside_of_is_refused_by_name() -> None:

@@ -14,7 +14,7 @@ import PIL.Image
 import torch
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.check import BLOCK, LARGEST, flat_rows, whole_logits
+from tgi_asgi.models.generic.check import BLOCK, LARGEST, flat_rows, relative_difference, whole_logits
 from tgi_asgi.models.generic.vision.processor import VisionProcessor
 from tgi_asgi.models.generic.vision.program import VisionProgram
 from tgi_asgi.text.images import locate_images
@@ -103,7 +103,7 @@ def _difference(model: GenericModel, processor: VisionProcessor) -> float:
     with model.replaced.mode.exactly():
         expected = whole_logits(model, **moved)
         found = _steps(model, ids, locate_images(ids, [(image.digest, processed)]))
-    return float((found - expected).abs().max() / expected.abs().max())
+    return relative_difference(found, expected, expected)
 
 
 def _contains(ids: list[int], wanted: list[int]) -> bool:

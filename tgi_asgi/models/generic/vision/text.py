@@ -32,8 +32,12 @@ class Lookahead(enum.Enum):
 
 # Classes that do not treat an image as rows in place of its placeholder tokens.
 _UNSUPPORTED = {
+    "Blip2ForConditionalGeneration": "puts an image before the beginning of the text",
     "Ernie4_5_VLMoeForConditionalGeneration": "routes image tokens to separate experts",
     "Idefics2ForConditionalGeneration": "changes the text between and after images",
+    "InstructBlipForConditionalGeneration": "lets its image encoder read the text",
+    "Kosmos2ForConditionalGeneration": "marks an image's tokens by a mask instead of an id",
+    "Kosmos2_5ForConditionalGeneration": "marks an image's tokens by a mask instead of an id",
     "Llama4ForConditionalGeneration": "has a decoder with its own head next to the tower",
     "Molmo2ForConditionalGeneration": "lets the tokens of all images of a prompt see each other",
 }
