@@ -85,6 +85,20 @@ def test_a_class_that_does_more_with_an_image_is_refused(
         load("llava", tmp_path)
 
 
+def test_a_processor_that_does_not_mark_tokens_unasked_does_not_refuse_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of Cosmos 3, whose class computes no positions of images without the marks."""
+    whole = VisionProcessor.whole
+
+    def unmarked(self: VisionProcessor, image: Image, text: str) -> dict[str, Any]:
+        return {name: each for name, each in whole(self, image, text).items() if name != "mm_token_type_ids"}
+
+    monkeypatch.setattr(VisionProcessor, "whole", unmarked)
+    monkeypatch.setattr(check, "TESTED_CLASSES", frozenset())
+    load("qwen3_vl", tmp_path)
+
+
 def test_a_class_whose_processor_writes_more_than_the_tokens_of_an_image_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,7 @@ _OWN_IMAGES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 _TOGETHER = frozenset({"LlavaOnevisionProcessor"})  # prepare an image differently if it is one of several
 _WITH_TENSORS = frozenset({"Ovis2Processor"})  # read an image's grid as a tensor
 # Read how a video is cut when they are created, from settings that their image processors have as well.
-_READ_VIDEO_SETTINGS = frozenset({"MiniCPMV4_6Processor", "MiniCPMV4_7Processor"})
+_READ_VIDEO_SETTINGS = frozenset({"MiniCPMOcrProcessor", "MiniCPMV4_6Processor", "MiniCPMV4_7Processor"})
 
 
 class VisionProcessor:
