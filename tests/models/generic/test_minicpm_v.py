@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 
 from tests.support import vision_models as vision
+from tgi_asgi.types import Image
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
 
@@ -27,7 +28,7 @@ def test_prompts_are_those_of_its_own_processor(
 
     processor = vision.processor_of(tmp_path)
     processor._processor.use_image_id, processor._processor.default_use_image_id = asked, usual
-    found = processor.process([vision.Image(each, bytes(32), "image") for each in pictures])
+    found = processor.process([Image(each, bytes(32), "image") for each in pictures])
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     ids = backend.encode(text.format(*(each.text for each in found))).ids
     assert ids == list(wanted)
