@@ -45,6 +45,10 @@ class OnDevice(Tensor):
         """Return the values, which a GPU copies, too; a subclass would not."""
         return self.host.tolist()
 
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        """Show the values: torch's own code for that would show parts of it, and so on without end."""
+        return repr(self.host)
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None

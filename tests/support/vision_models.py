@@ -26,7 +26,8 @@ import transformers
 from torch import nn
 
 from tests.support.architectures import one_thread
-from tests.support.vision_table import FAMILIES, VOCAB_SIZE, Family
+from tests.support.vision_family import VOCAB_SIZE, Family
+from tests.support.vision_table import FAMILIES
 from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_processor
 from tgi_asgi.text.images import expand_placeholders, locate_images
 from tgi_asgi.types import Image, ImageInput
@@ -222,7 +223,7 @@ def _inputs(folder: Path, prompt: Prompt, model: Any, ids: torch.Tensor) -> Mapp
         return made
     if name.startswith("Gemma3"):
         made["token_type_ids"] = kinds
-    if name.startswith(("Qwen", "Glm4v", "Gemma4", "HunYuan")):
+    if name.startswith(("Qwen", "Glm4v", "Gemma4", "HunYuan", "MiniCPMV4_7")):
         made["mm_token_type_ids"] = kinds
     processor = processor_of(folder)
     pictures: list[Any] = list(prompt.pictures)
@@ -231,9 +232,9 @@ def _inputs(folder: Path, prompt: Prompt, model: Any, ids: torch.Tensor) -> Mapp
     options = {**processor._options, "return_tensors": "pt"}
     found = processor._processor.image_processor(pictures, **options)
     known = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "spatial_shapes",
-             "image_position_ids", "batch_num_images")  # fmt: skip
+             "image_position_ids", "batch_num_images", "target_sizes")  # fmt: skip
     made |= {key: found[key] for key in known if key in found}
-    if "image_sizes" in made and not ("Llava" in name or "Mistral3" in name):
+    if "image_sizes" in made and not any(each in name for each in ("Llava", "Mistral3", "Granite4")):
         del made["image_sizes"]
     return made
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-VOCAB_SIZE = 416
+from tests.support.vision_family import VOCAB_SIZE, Family
+from tests.support.vision_newer import NEWER
 
 _LLAMA = {
     "model_type": "llama",
@@ -81,34 +81,6 @@ _QWEN_IMAGES: dict[str, Any] = {
     "after": "<|vision_end|>",
 }
 _TILES = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
-_IMAGE = {"image_token": "<image>"}
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A family: values of its configuration and its processors.
-
-    Attributes:
-        tokens: Special tokens, keyed by the names that its tokenizer gives them.
-        others: Special tokens without such a name.
-        before, after: What its chat template writes around an image.
-        image_key: Configuration key of the token that image rows replace.
-        image_token: Text of that token; None for the token that its chat template writes.
-    """
-
-    architecture: str
-    config: Mapping[str, Any]
-    image_processor: str
-    preprocessor: Mapping[str, Any]
-    processor: Mapping[str, Any] = field(default_factory=dict)
-    tokens: Mapping[str, str] = field(default_factory=lambda: dict(_IMAGE))
-    others: tuple[str, ...] = ()
-    before: str = ""
-    after: str = ""
-    placeholder: str = "image_token"
-    image_key: str = "image_token_id"
-    image_token: str | None = None
-
 
 _SIDE = {"height": 28, "width": 28}
 _LFM2_IMAGES = {
@@ -493,4 +465,5 @@ FAMILIES: Mapping[str, Family] = {
         },
         image_token="<IMG_CONTEXT>",
     ),
+    **NEWER,
 }

@@ -123,6 +123,16 @@ def test_answers_have_the_logits_of_transformers(model_type: str, checkpoint: Ch
         assert np.abs(found - expected).max() / np.abs(expected).max() < EQUAL
 
 
+def test_an_answer_that_begins_takes_no_experts_from_the_others(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("nllb-moe")
+    # The last answer begins when the others have five tokens; the mask of its keys is as wide as theirs.
+    pairs = [(random_ids(5, size), random_ids(12, size)) for size in range(1, 6)]
+    pairs.append((random_ids(70, 70), random_ids(9, 70)))
+    references = encoder_decoders.references(folder, pairs)
+    for found, expected in zip(in_steps(load(folder), pairs), references, strict=True):
+        assert np.abs(found - expected).max() / np.abs(expected).max() < EQUAL
+
+
 @pytest.mark.parametrize("num_layers", [1, 5])
 @pytest.mark.parametrize(
     "model_type", ["t5", *(pytest.param(name, marks=pytest.mark.models) for name in ("longt5", "umt5"))]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -229,3 +230,12 @@ def test_not_a_number_is_no_agreement(checkpoint: Checkpoint, tmp_path: Path) ->
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelLoadError, match=REFUSAL):
         load_generic(folder)
+
+
+def test_logits_that_a_class_rules_out_hide_no_others() -> None:
+    wanted = torch.tensor([[1.0, 2.0, torch.finfo(torch.float32).min]])
+    found = wanted.clone()
+    found[0, 0] += 0.5
+    assert check.relative_difference(found, wanted, wanted) == 0.25
+    found[0, 2] = 0.0
+    assert check.relative_difference(found, wanted, wanted) > check.LARGEST

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tests.support import vision_family, vision_table
 from tests.support import vision_models as vision
-from tests.support import vision_table
 from tests.support.vision_models import picture
 from tests.support.vision_runs import load, run
 from tgi_asgi import ops
@@ -27,7 +27,7 @@ from tgi_asgi.models.generic.model import OpenGeneric
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
 
 _FIRST_OF_IMAGES, _FIRST_OF_SOUNDS = 400, 408
-_FAMILY = vision_table.Family(
+_FAMILY = vision_family.Family(
     "Gemma3nForConditionalGeneration",
     {
         "text_config": {

@@ -85,6 +85,33 @@ def test_a_class_that_does_more_with_an_image_is_refused(
         load("llava", tmp_path)
 
 
+def test_a_processor_that_does_not_mark_tokens_unasked_does_not_refuse_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of Cosmos 3, whose class computes no positions of images without the marks."""
+    whole = VisionProcessor.whole
+
+    def unmarked(self: VisionProcessor, image: Image, text: str) -> dict[str, Any]:
+        return {name: each for name, each in whole(self, image, text).items() if name != "mm_token_type_ids"}
+
+    monkeypatch.setattr(VisionProcessor, "whole", unmarked)
+    monkeypatch.setattr(check, "TESTED_CLASSES", frozenset())
+    load("qwen3_vl", tmp_path)
+
+
+def test_a_class_whose_processor_writes_more_than_the_tokens_of_an_image_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As MiniCPM-V's writes the image's number."""
+    whole = VisionProcessor.whole
+    monkeypatch.setattr(
+        VisionProcessor, "whole", lambda self, image, text: whole(self, image, text.replace("{}", "1{}"))
+    )
+    monkeypatch.setattr(check, "TESTED_CLASSES", frozenset())
+    with pytest.raises(ModelLoadError, match="writes other tokens for an image than the server computes"):
+        load("llava", tmp_path)
+
+
 def test_a_processor_that_fails_refuses_the_model_before_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +168,11 @@ def model_named(name: str, **inner: Any) -> Any:
 @pytest.mark.parametrize(
     ("stem", "reason"),
     [
+        ("Blip2", "before the beginning of the text"),
         ("Ernie4_5_VLMoe", "separate experts"),
+        ("InstructBlip", "read the text"),
+        ("Kosmos2", "by a mask"),
+        ("Kosmos2_5", "by a mask"),
         ("Llama4", "a decoder with its own head"),
         ("Idefics2", "text between and after images"),
         ("Molmo2", "see each other"),
@@ -156,6 +187,11 @@ def test_positions_that_are_asked_for_in_another_way_are_refused_by_name() -> No
     model = model_named("OtherForConditionalGeneration", get_rope_index=lambda input_ids, audio_seqlens: None)
     with pytest.raises(ModelLoadError, match=r"OtherForConditionalGeneration .* positions of images"):
         vision_traits(model)
+
+
+def test_a_decoder_with_its_own_head_is_refused_by_name() -> None:
+    with pytest.raises(ModelLoadError, match=r"NemotronH_Omni.* its own head next to the tower"):
+        check_servable(model_named("NemotronH_Omni_Reasoning_V3"))
 
 
 def test_a_window_that_prompts_are_outside_of_is_refused_by_name() -> None:

@@ -38,7 +38,9 @@ from tgi_asgi.types import Image
 
 TOLERANCE = 1e-3  # of the largest logit
 # One of each kind: tiles, class token, axes and deepstack, bidirectional attention, other inputs, states.
-FEW = ("smolvlm", "llava", "qwen2_vl", "qwen3_vl", "gemma3", "gemma4", "paligemma", "lfm2_vl")
+FEW = (
+    "smolvlm", "llava", "qwen2_vl", "qwen3_vl", "gemma3", "gemma4", "paligemma", "lfm2_vl", "granite4_vision",
+)  # fmt: skip
 WITH_TOWER = [name for name in FAMILIES if name != "gemma4_unified"]  # others have layers to break off in
 ANSWER = list(range(120, 126))
 Part = str | PIL.Image.Image
@@ -160,7 +162,7 @@ def test_attention_in_pieces_gives_the_same(
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("llava", "Llava"), ("llava_next", "LlavaNext"), ("idefics3", "Idefics3"), ("gemma3", "Gemma3"),
-     ("aya_vision", "AyaVision")],
+     ("aya_vision", "AyaVision"), ("granite4_vision", "Granite4Vision")],
 )  # fmt: skip
 def test_prompts_are_those_of_the_processor_of_transformers(
     name: str, kind: str, folder_of: Callable[[str], Path]

@@ -122,6 +122,17 @@ class _Row:
         return len(self.ids) == 1 and self.start >= self.num_prompt
 
 
+def _route_all_tokens(model: Any) -> None:
+    """Keep NLLB-MoE's routers from leaving tokens out as padding, of which a step has none.
+
+    They look for it in the mask of the decoder's keys, which in a step of several answers is not that of the
+    step's tokens: where one has just begun and others have not, the others' tokens would miss their experts.
+    """
+    for module in model.modules():
+        if hasattr(module, "router_ignore_padding_tokens"):
+            module.router_ignore_padding_tokens = True
+
+
 class EncoderDecoderProgram(ModuleProgram):
     """A program that encodes prompts one by one, and computes the next tokens of all answers together.
 
@@ -146,6 +157,7 @@ class EncoderDecoderProgram(ModuleProgram):
         self._num_prompt: dict[int, int] = {}  # by slot
         self._states: SlotStates[Answer] = SlotStates(Answer, Answer.copy)
         self._is_batched = is_batched
+        _route_all_tokens(model)
         self._takes_positions = "decoder_position_ids" in inspect.signature(model.forward).parameters
         table = getattr(model.get_decoder(), "embed_positions", None)
         self._positions = None if table is None else RowPositions.in_place_of(table)

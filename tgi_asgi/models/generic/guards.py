@@ -30,6 +30,7 @@ _RECURRENT = frozenset({
 # Architectures of `transformers` whose code cannot be served in steps, with the reason.
 _KNOWN: Mapping[str, str] = {
     "CpmAntForCausalLM": "lets a prompt's tokens see each other both ways",
+    "NemotronH_Omni_Reasoning_V3": "has a decoder with its own head next to the tower",
     "ProphetNetForCausalLM": "predicts several tokens at once, by a table of positions",
     "ReformerModelWithLMHead": "hashes tokens into buckets that change with the length",
     "UnlimitedOcrForConditionalGeneration": "lets what it writes see all of the prompt, whatever its window",

@@ -6,6 +6,7 @@ is not needed if the image processor has a Pillow version.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import logging
@@ -34,6 +35,8 @@ _OWN_IMAGES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 }
 _TOGETHER = frozenset({"LlavaOnevisionProcessor"})  # prepare an image differently if it is one of several
 _WITH_TENSORS = frozenset({"Ovis2Processor"})  # read an image's grid as a tensor
+# Read how a video is cut when they are created, from settings that their image processors have as well.
+_READ_VIDEO_SETTINGS = frozenset({"MiniCPMOcrProcessor", "MiniCPMV4_6Processor", "MiniCPMV4_7Processor"})
 
 
 class VisionProcessor:
@@ -67,7 +70,13 @@ class VisionProcessor:
             InvalidRequest: if the processor rejects an image.
         """
         is_one_of_several = self._is_together and len(images) > 1
-        return [self._process(image, is_one_of_several) for image in images]
+        found = [self._process(image, is_one_of_several) for image in images]
+        if not _numbers_images(self._processor):
+            return found
+        texts = self._processor._prepend_local_ids(
+            [self._token * len(found)], [each.text for each in found], self._token
+        )
+        return [dataclasses.replace(each, text=text) for each, text in zip(found, texts, strict=True)]
 
     def whole(self, image: Image, text: str) -> dict[str, Any]:
         """Return the output of the processor's class for a text with an image in place of `{}`.
@@ -76,6 +85,10 @@ class VisionProcessor:
         """
         prompt = text.replace("{}", self.placeholder)
         return dict(self._processor(images=[image.pixels], text=[prompt], return_tensors="pt"))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the tokens of a text in which images are expanded, without special tokens around it."""
+        return list(self._processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _process(self, image: Image, is_one_of_several: bool) -> ProcessedImage:
         try:
@@ -141,6 +154,8 @@ def _build(directory: Path, config: Mapping[str, Any], names: Sequence[str]) -> 
     }
     given |= {name: options[name] for name in parameters if name in options and name not in given}
     given["image_processor"] = load_image_processor(directory, options)
+    if any(each.__name__ in _READ_VIDEO_SETTINGS for each in kind.__mro__):
+        given["video_processor"] = given["image_processor"]
     given["tokenizer"] = AutoTokenizer.from_pretrained(directory)
     return kind(**given)
 
@@ -202,6 +217,14 @@ def _image_half(kind: Any) -> Any:
 
 def _accept(self: Any, name: str, value: Any) -> None:
     return None
+
+
+def _numbers_images(processor: Any) -> bool:
+    """Return whether a processor writes each image's number in its prompt before it (MiniCPM-V)."""
+    if not hasattr(processor, "_prepend_local_ids"):
+        return False
+    asked = processor.use_image_id
+    return bool(processor.default_use_image_id if asked is None else asked)
 
 
 def _image_options(processor: Any) -> tuple[dict[str, Any], bool]:

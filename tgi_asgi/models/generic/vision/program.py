@@ -143,9 +143,15 @@ class VisionProgram(GenericProgram):
         if deep and deep[0]:
             mask = torch.zeros(1, len(ids), dtype=torch.bool, device=self._device)
             mask[0, at] = True
-            given["visual_pos_masks"] = mask
-            given["deepstack_visual_embeds"] = [torch.cat(layer) for layer in zip(*deep, strict=True)]
+            given |= self._deep_inputs(mask, [torch.cat(layer) for layer in zip(*deep, strict=True)])
         return given
+
+    def _deep_inputs(self, mask: Tensor, deep: list[Tensor]) -> dict[str, Any]:
+        """Return the decoder's arguments for images' deep rows at the positions of a mask [1, n_tokens]."""
+        if self._traits.deep_layers:
+            features = dict(zip(self._traits.deep_layers, deep, strict=True))
+            return {"vision_mask": mask[..., None], "deepstack_features": features}
+        return {"visual_pos_masks": mask, "deepstack_visual_embeds": deep}
 
 
 def _positions(sequence: SequenceImages, begin: int, end: int, num_axes: int) -> Tensor:

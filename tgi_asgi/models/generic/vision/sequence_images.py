@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tgi_asgi.models.generic.vision.text import Lookahead, VisionTraits
 from tgi_asgi.types import ImageInput
 
 Ints = npt.NDArray[np.int64]
+_SIZES = ("image_grid_thw", "target_sizes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +78,22 @@ def sequence_images_of(
         seen.append(PromptImage(weakref.ref(image), places))
     positions, delta = None, 0
     if traits.has_axes:
-        grids = torch.cat([image.payload["image_grid_thw"] for image in images])
-        positions, delta = _axes(model, ids, seen, grids)
+        positions, delta = _axes(model, ids, seen, images)
     return SequenceImages(num_prompt, tuple(seen), positions, delta)
 
 
-def _axes(model: Any, ids: Ints, seen: Sequence[PromptImage], grids: Tensor) -> tuple[Tensor, int]:
-    """Return the positions [axes, n] that the model's own function computes for a prompt, and its delta.
-
-    grids: [images, 3], the numbers of patches of each image in time, height and width.
-    """
+def _axes(
+    model: Any, ids: Ints, seen: Sequence[PromptImage], images: Sequence[ImageInput]
+) -> tuple[Tensor, int]:
+    """Return the positions [axes, n] that the model's own function computes for a prompt, and its delta."""
+    compute = model.model.get_rope_index
+    # The numbers of patches, [images, 3] in time, height and width; MiniCPM-V's are [tiles, 2], without time.
+    name = next(name for name in _SIZES if name in inspect.signature(compute).parameters)
+    sizes = torch.cat([image.payload[name] for image in images])
     kinds = np.zeros((1, len(ids)), np.int32)
     for each in seen:
         kinds[0, each.places] = 1
-    positions, deltas = model.model.get_rope_index(
-        torch.from_numpy(ids)[None], mm_token_type_ids=torch.from_numpy(kinds), image_grid_thw=grids
+    positions, deltas = compute(
+        torch.from_numpy(ids)[None], mm_token_type_ids=torch.from_numpy(kinds), **{name: sizes}
     )
     return positions[:, 0], int(deltas.reshape(-1)[0])

@@ -32,8 +32,12 @@ class Lookahead(enum.Enum):
 
 # Classes that do not treat an image as rows in place of its placeholder tokens.
 _UNSUPPORTED = {
+    "Blip2ForConditionalGeneration": "puts an image before the beginning of the text",
     "Ernie4_5_VLMoeForConditionalGeneration": "routes image tokens to separate experts",
     "Idefics2ForConditionalGeneration": "changes the text between and after images",
+    "InstructBlipForConditionalGeneration": "lets its image encoder read the text",
+    "Kosmos2ForConditionalGeneration": "marks an image's tokens by a mask instead of an id",
+    "Kosmos2_5ForConditionalGeneration": "marks an image's tokens by a mask instead of an id",
     "Llama4ForConditionalGeneration": "has a decoder with its own head next to the tower",
     "Molmo2ForConditionalGeneration": "lets the tokens of all images of a prompt see each other",
 }
@@ -59,6 +63,7 @@ class VisionTraits:
         has_layer_inputs: Whether layers receive an extra input for each token id.
         pad_token_id: Id that replaces placeholder tokens where ids are read.
         mark_ids: Ids of tokens around images that the class replaces by rows in prompts with images only.
+        deep_layers: The decoder's layers before which an image's deep rows are added; empty: after the first.
     """
 
     image_token_id: int
@@ -68,6 +73,7 @@ class VisionTraits:
     pad_token_id: int = 0
     first_position: int = 0
     mark_ids: tuple[int, ...] = ()
+    deep_layers: tuple[int, ...] = ()
 
     @property
     def has_axes(self) -> bool:
@@ -140,10 +146,17 @@ def vision_traits(model: Any) -> VisionTraits | None:
         pad_token_id=int(token if name in _READS_IMAGE_IDS else getattr(text, "pad_token_id", None) or 0),
         first_position=_FIRST_POSITION.get(name, 0),
         mark_ids=tuple(getattr(config, "visual_indicator_token_ids", None) or ()),
+        deep_layers=_deep_layers(config),
     )
 
 
 _TOKEN_NAMES = ("image_token_id", "image_token_index")
+
+
+def _deep_layers(config: Any) -> tuple[int, ...]:
+    """Return the layers that Granite 4 Vision adds an image's rows before, in the order of its features."""
+    pairs = getattr(config, "deepstack_layer_map", None)
+    return () if pairs is None else (*(layer for _, layer in pairs), *config.spatial_target_layers)
 
 
 def _num_axes(text: Any) -> int:

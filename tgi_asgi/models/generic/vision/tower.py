@@ -35,7 +35,8 @@ class ImageEncoding:
 
     Attributes:
         rows: [n, hidden], the rows that replace its placeholder tokens.
-        deep: For each of the decoder's first layers, [n, hidden] rows to add after it (Qwen3-VL).
+        deep: For each of the decoder's first layers, [n, hidden] rows to add after it (Qwen3-VL); or before
+            each of `VisionTraits.deep_layers` (Granite 4 Vision).
     """
 
     rows: Tensor
@@ -325,6 +326,9 @@ def _stacked(parts: list[Any]) -> Any:
 
 
 def _encoding(found: Any) -> ImageEncoding:
+    if found.pooler_output is None:  # Granite 4 Vision has zeros for an image's tokens, and adds rows later
+        deep = tuple(_joined(rows) for _, rows in _deep(found))
+        return ImageEncoding(torch.zeros_like(deep[0]), deep)
     return ImageEncoding(_joined(found.pooler_output), tuple(map(_joined, _deep(found))))
 
 
