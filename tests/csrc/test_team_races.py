@@ -9,6 +9,7 @@ import pytest
 from tests.support.cpp_program import CompileError, compiled
 
 
+@pytest.mark.thorough
 def test_the_team_has_no_data_race() -> None:
     names = ["tests/csrc/team_stress", "csrc/cpu/team", "csrc/cpu/team_size", "csrc/cpu/platform"]
     flags = ["-O1", "-g", "-fsanitize=thread", "-pthread"]

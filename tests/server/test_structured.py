@@ -290,6 +290,7 @@ def test_anthropic_s_sdk_calls_tools(claude: anthropic.Anthropic) -> None:
     assert isinstance(claude.messages.parse(output_format=Forecast, **options).parsed_output, Forecast)
 
 
+@pytest.mark.thorough
 def test_langchain_binds_tools_and_types(url: str) -> None:
     run = subprocess.run(
         [require_client("python"), Path(__file__).parent / "tgi_clients" / "langchain_tools.py", url],
