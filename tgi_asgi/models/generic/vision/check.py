@@ -97,10 +97,8 @@ def _difference(model: GenericModel, processor: VisionProcessor) -> float:
     if ids.count(processed.token_id) != processed.num_tokens or not _contains(ids, wanted):
         raise ValueError("its processor writes other tokens for an image than the server computes")
     if model.config.vision is not None and model.config.vision.has_axes:
-        kinds = (given["input_ids"] == processed.token_id).int()
-        given.setdefault(
-            "mm_token_type_ids", kinds
-        )  # Cosmos 3's processor writes them only if it is asked to
+        # Cosmos 3's processor writes them only if it is asked to.
+        given.setdefault("mm_token_type_ids", (given["input_ids"] == processed.token_id).int())
     device = model.backend.device
     moved = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()
