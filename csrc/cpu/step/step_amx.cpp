@@ -1,20 +1,6 @@
 // The step's kernels with AMX tiles, and AVX-512 for the rest (Sapphire Rapids and later).
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <array>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <utility>
-
-#include "../platform.h"
-#include "../team.h"
-#include "pack.h"
-#include "step.h"
+#include "kernel_headers.h"
 
 // GCC 12 warns about the deliberately undefined pass-through operand of its own intrinsics (bug
 // 105593).

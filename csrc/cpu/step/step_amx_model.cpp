@@ -2,21 +2,7 @@
 // at a hundredth of the speed, on any machine with AVX-512 and BF16. setup.py compiles this file
 // with few optimisations: nothing else uses it, and the emulation itself is as fast.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <array>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <utility>
-
-#include "../platform.h"
-#include "../team.h"
-#include "pack.h"
-#include "step.h"
+#include "kernel_headers.h"
 
 // GCC 12 warns about the deliberately undefined pass-through operand of its own intrinsics (bug
 // 105593).

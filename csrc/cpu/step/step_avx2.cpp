@@ -1,17 +1,6 @@
 // The step's kernels for AVX2 with FMA and F16C (x86-64-v3: Haswell, Zen and later).
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <array>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <utility>
-
-#include "../team.h"
-#include "pack.h"
-#include "step.h"
+#include "kernel_headers.h"
 
 #pragma GCC push_options
 // No tune=, see step_avx512.cpp.

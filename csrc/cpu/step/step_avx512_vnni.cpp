@@ -1,17 +1,6 @@
 // The step's kernels for AVX-512 with VNNI but without BF16 (Cascade Lake, Ice Lake, Tiger Lake).
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <array>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <utility>
-
-#include "../team.h"
-#include "pack.h"
-#include "step.h"
+#include "kernel_headers.h"
 
 // GCC 12 warns about the deliberately undefined pass-through operand of its own intrinsics (bug
 // 105593).

@@ -1,18 +1,7 @@
 // The step's kernels for NEON with i8mm and BF16 instructions (Graviton 3, Apple M2, Neoverse V1
 // and later).
 #if defined(__aarch64__)
-#include <arm_neon.h>
-
-#include <array>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <utility>
-
-#include "../team.h"
-#include "pack.h"
-#include "step.h"
+#include "kernel_headers.h"
 
 #pragma GCC push_options
 #pragma GCC target("arch=armv8.2-a+dotprod+fp16+i8mm+bf16")

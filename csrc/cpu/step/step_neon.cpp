@@ -1,18 +1,7 @@
 // The step's kernels for NEON with dot product instructions (Armv8.2: Graviton 2, Apple M1,
 // Raspberry Pi 5).
 #if defined(__aarch64__)
-#include <arm_neon.h>
-
-#include <array>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <utility>
-
-#include "../team.h"
-#include "pack.h"
-#include "step.h"
+#include "kernel_headers.h"
 
 #pragma GCC push_options
 #pragma GCC target("arch=armv8.2-a+dotprod+fp16")
