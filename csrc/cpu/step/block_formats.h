@@ -1,6 +1,6 @@
 // A reader for each format's blocks, named as in formats.def. read() decodes the 32 columns `part`
 // of a file's block; scales() and value() interpret the numbers. Layouts: ggml-common.h; arithmetic
-// and its order: ggml-quants.c. Included only by block_reader.cpp.
+// and its order: ggml-quants.c. Included by block_reader.cpp and pack.cpp.
 #pragma once
 
 #include <array>
@@ -18,28 +18,65 @@ struct Scales {
   float offset[2];
 };
 
-void read_nibbles(const uint8_t* p, uint8_t* codes) {
-  for (int i = 0; i < 16; ++i) codes[i] = p[i] & 15;
-  for (int i = 0; i < 16; ++i) codes[16 + i] = p[i] >> 4;
+// Eight bytes at a time; the lowest byte comes first on all processors that this runs on.
+inline uint64_t read64(const uint8_t* p) {
+  uint64_t x;
+  std::memcpy(&x, p, 8);
+  return x;
+}
+
+inline void write64(uint64_t x, uint8_t* p) { std::memcpy(p, &x, 8); }
+
+constexpr uint64_t kEachByte = 0x0101010101010101u;
+
+// Returns the lowest `width` bits of each byte.
+constexpr uint64_t low_bits(uint64_t bytes, int width) {
+  return bytes & ((1u << width) - 1) * kEachByte;
+}
+
+inline void read_nibbles(const uint8_t* p, uint8_t* codes) {
+  for (int i = 0; i < 16; i += 8) {
+    write64(low_bits(read64(p + i), 4), codes + i);
+    write64(low_bits(read64(p + i) >> 4, 4), codes + 16 + i);
+  }
+}
+
+// Reads 32 nibbles, the first of two columns in the low half of a byte.
+inline void read_nibble_pairs(const uint8_t* p, uint8_t* codes) {
+  for (int i = 0; i < 4; ++i) {
+    uint32_t bytes;
+    std::memcpy(&bytes, p + 4 * i, 4);
+    uint64_t spread = (bytes | uint64_t{bytes} << 16) & 0x0000FFFF0000FFFFu;
+    spread = (spread | spread << 8) & 0x00FF00FF00FF00FFu;
+    write64(low_bits(spread | spread << 4, 4), codes + 8 * i);
+  }
 }
 
 // Reads 32 codes: bits [shift, shift + width) of each of 32 bytes at p.
-void read_bits(const uint8_t* p, int64_t shift, int width, uint8_t* codes) {
-  const uint8_t mask = static_cast<uint8_t>((1 << width) - 1);
-  for (int i = 0; i < 32; ++i) codes[i] = static_cast<uint8_t>(p[i] >> shift) & mask;
+inline void read_bits(const uint8_t* p, int64_t shift, int width, uint8_t* codes) {
+  for (int i = 0; i < 32; i += 8) write64(low_bits(read64(p + i) >> shift, width), codes + i);
 }
 
-// Adds `width` bits to each code, above its `place` low bits.
-void add_bits(const uint8_t* p, int64_t shift, int width, int place, uint8_t* codes) {
-  uint8_t high[32];
-  read_bits(p, shift, width, high);
-  for (int i = 0; i < 32; ++i) codes[i] |= static_cast<uint8_t>(high[i] << place);
+// Adds as many bits to each code, above its `place` low bits.
+inline void add_bits(const uint8_t* p, int64_t shift, int width, int place, uint8_t* codes) {
+  for (int i = 0; i < 32; i += 8) {
+    const uint64_t added = low_bits(read64(p + i) >> shift, width) << place;
+    write64(read64(codes + i) | added, codes + i);
+  }
 }
 
-void add_fifth_bits(const uint8_t* p, uint8_t* codes) {
-  uint32_t bits;
-  std::memcpy(&bits, p, 4);
-  for (int i = 0; i < 32; ++i) codes[i] |= static_cast<uint8_t>((bits >> i & 1) << 4);
+// Adds a fifth bit to each code: 32 bits at p.
+inline void add_fifth_bits(const uint8_t* p, uint8_t* codes) {
+  for (int i = 0; i < 32; i += 8) {
+    const uint64_t alone = p[i / 8] * kEachByte & 0x8040201008040201u;  // bit i in byte i
+    const uint64_t added = low_bits((alone + 0x7F * kEachByte) >> 7, 1) << 4;
+    write64(read64(codes + i) | added, codes + i);
+  }
+}
+
+// Reads 32 signed bytes as codes with a zero point of 128.
+inline void read_signed(const uint8_t* p, uint8_t* codes) {
+  for (int i = 0; i < 32; ++i) codes[i] = p[i] ^ 0x80;
 }
 
 void read_halves(const uint8_t* p, int count, RowBlock& out) {
@@ -137,7 +174,7 @@ struct Q5_1 : Numbers<0>, HalfScaleAndMin {
 struct Q8_0 : Numbers<128>, HalfScale {
   static void read(const uint8_t* p, int64_t, RowBlock& out) {
     read_halves(p, 1, out);
-    for (int i = 0; i < 32; ++i) out.codes[i] = p[2 + i] ^ 0x80;
+    read_signed(p + 2, out.codes);
   }
 };
 
@@ -145,7 +182,7 @@ struct Q8_0 : Numbers<128>, HalfScale {
 struct Q8_1 : Numbers<128>, HalfScale {
   static void read(const uint8_t* p, int64_t, RowBlock& out) {
     read_halves(p, 1, out);
-    for (int i = 0; i < 32; ++i) out.codes[i] = p[4 + i] ^ 0x80;
+    read_signed(p + 4, out.codes);
   }
 };
 
@@ -257,11 +294,7 @@ struct Int4 : HalfScale {
   static void read(const uint8_t* p, int64_t part, RowBlock& out) {
     read_halves(p, 1, out);
     out.factors[0] = p[2];
-    p += 4 + 16 * part;
-    for (int i = 0; i < 16; ++i) {
-      out.codes[2 * i] = p[i] & 15;
-      out.codes[2 * i + 1] = p[i] >> 4;
-    }
+    read_nibble_pairs(p + 4 + 16 * part, out.codes);
   }
   static float value(const RowBlock& block, int i) {
     return static_cast<float>(block.codes[i] - block.factors[0]);

@@ -76,7 +76,6 @@ struct Rows {
 };
 
 struct RowFunctions {
-  void (*read)(const uint8_t* row, int64_t b, RowBlock& out);
   void (*decode)(const RowBlock& block, float* out);
   void (*decode_row)(const uint8_t* row, int64_t columns, float* out);
   void (*repack_row)(const uint8_t* row, int64_t columns, uint8_t* codes, void* scales,
@@ -86,7 +85,7 @@ struct RowFunctions {
 template <class Reader, Format format>
 constexpr RowFunctions rows_of() {
   using R = Rows<Reader, format>;
-  return {R::read, R::decode, R::decode_row, R::repack_row};
+  return {R::decode, R::decode_row, R::repack_row};
 }
 
 void decode_f32(const uint8_t* row, int64_t columns, float* out) {
@@ -103,9 +102,9 @@ void decode_bf16(const uint8_t* row, int64_t columns, float* out) {
 }
 
 constexpr RowFunctions kFunctions[] = {
-    {nullptr, nullptr, decode_f32, nullptr},
-    {nullptr, nullptr, decode_f16, nullptr},
-    {nullptr, nullptr, decode_bf16, nullptr},
+    {nullptr, decode_f32, nullptr},
+    {nullptr, decode_f16, nullptr},
+    {nullptr, decode_bf16, nullptr},
 #define TGI_FLOAT_FORMAT(...)
 #define TGI_FORMAT(name, ...) rows_of<name, Format::k##name>(),
 #include "../../formats.def"
@@ -115,10 +114,6 @@ static_assert(sizeof(kFunctions) / sizeof(RowFunctions) == kNumFormats, "one row
 const RowFunctions& functions_of(Format format) { return kFunctions[static_cast<int>(format)]; }
 
 }  // namespace
-
-void read_block(Format format, const uint8_t* row, int64_t block, RowBlock* out) {
-  functions_of(format).read(row, block, *out);
-}
 
 void decode_block(Format format, const RowBlock& block, float* out) {
   functions_of(format).decode(block, out);

@@ -17,9 +17,6 @@ struct RowBlock {
   uint8_t factors[2];  // small scales and mins, interpreted by the format's reader
 };
 
-// Reads columns [32 * block, 32 * block + 32) of a row of a quantised format.
-void read_block(Format format, const uint8_t* row, int64_t block, RowBlock* out);
-
 // Decodes a block: out [32], equal to the bit to ggml's dequantize_row_*.
 void decode_block(Format format, const RowBlock& block, float* out);
 

@@ -3,74 +3,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <type_traits>
 
-#include "block_reader.h"
+#include "block_formats.h"
+#include "planes.h"
 
 namespace tgi::cpu::step {
 
 namespace {
 
-// A block's codes are stored in planes, see packed.h: 5-bit codes in one plane of 4 bits and one of
-// 1, and so on.
-
-// Position of the codes of columns 4j..4j + 3 in a plane of `bits`: vector, and lowest bit in a
-// byte.
-constexpr int vector_of(int32_t bits, int j) { return bits == 4 ? j % 4 : j * bits / 8; }
-constexpr int shift_of(int32_t bits, int j) { return bits == 4 ? j / 4 * 4 : j * bits % 8; }
-constexpr uint32_t mask_of(int32_t bits) { return ((1u << bits) - 1) * 0x01010101u; }
-
-template <int32_t Bits>
-void write_plane(const uint32_t (&quads)[8], int32_t below, int64_t r, uint8_t* plane) {
-  uint32_t vectors[Bits] = {};
-  for (int j = 0; j < 8; ++j)
-    vectors[vector_of(Bits, j)] |= ((quads[j] >> below) & mask_of(Bits)) << shift_of(Bits, j);
-  for (int32_t v = 0; v < Bits; ++v) std::memcpy(plane + 64 * v + 4 * r, &vectors[v], 4);
-}
-
-template <int32_t Bits>
-void read_plane(const uint8_t* plane, int32_t below, int64_t r, uint32_t (&quads)[8]) {
-  for (int j = 0; j < 8; ++j) {
-    uint32_t vector;
-    std::memcpy(&vector, plane + 64 * vector_of(Bits, j) + 4 * r, 4);
-    quads[j] |= ((vector >> shift_of(Bits, j)) & mask_of(Bits)) << below;
-  }
-}
-
-// Calls visit(width of a plane as a constant, its offset in a block, bits of a code below it).
-template <class Visit>
-void each_plane(int32_t code_bits, const Visit& visit) {
-  int32_t below = 0;
-  const auto visit_one = [&](auto bits) {
-    if ((code_bits & bits) == 0) return;
-    visit(bits, 64 * below, below);
-    below += bits;
-  };
-  visit_one(std::integral_constant<int32_t, 8>());
-  visit_one(std::integral_constant<int32_t, 4>());
-  visit_one(std::integral_constant<int32_t, 2>());
-  visit_one(std::integral_constant<int32_t, 1>());
-}
-
-// Writes row r's codes to a block of a panel.
-void write_codes(int32_t code_bits, const uint8_t* codes, int64_t r, uint8_t* block) {
-  uint32_t quads[8];
-  std::memcpy(quads, codes, 32);
-  each_plane(code_bits, [&](auto bits, int32_t offset, int32_t below) {
-    write_plane<bits>(quads, below, r, block + offset);
-  });
-}
-
-void read_codes(int32_t code_bits, const uint8_t* block, int64_t r, uint8_t* codes) {
-  uint32_t quads[8] = {};
-  each_plane(code_bits, [&](auto bits, int32_t offset, int32_t below) {
-    read_plane<bits>(block + offset, below, r, quads);
-  });
-  std::memcpy(codes, quads, 32);
-}
-
 // Writes and reads row r's numbers, stored as [number][16 rows].
-void write_numbers(const RowBlock& from, int32_t halves, int32_t factors, int64_t r, uint8_t* out) {
+inline void write_numbers(const RowBlock& from, int32_t halves, int32_t factors, int64_t r,
+                          uint8_t* out) {
   for (int32_t i = 0; i < halves; ++i, out += 32) std::memcpy(out + 2 * r, &from.halves[i], 2);
   for (int32_t i = 0; i < factors; ++i, out += 16) out[r] = from.factors[i];
 }
@@ -80,37 +23,67 @@ void read_numbers(const uint8_t* p, int32_t halves, int32_t factors, int64_t r, 
   for (int32_t i = 0; i < factors; ++i, p += 16) out.factors[i] = p[r];
 }
 
-// Packs block b of row r.
-void pack_codes(Format format, const uint8_t* row, int64_t b, int64_t r, uint8_t* panel) {
-  const PanelInfo& info = format_info(format).panel;
-  RowBlock from;
-  read_block(format, row, b, &from);
-  uint8_t* block = panel + block_offset(format, b);
-  write_codes(info.code_bits, from.codes, r, block);
-  write_numbers(from, info.block_halves, info.block_factors, r, block + 64 * info.code_bits);
-  if (info.header_blocks == 0 || b % info.header_blocks != 0) return;
-  write_numbers(from, info.header_halves, info.header_factors, r, panel + header_offset(format, b));
-}
-
 // Index of column k of row r among a panel's floats.
-int64_t float_place(Format format, int64_t k, int64_t r) {
+constexpr int64_t float_place(Format format, int64_t k, int64_t r) {
   return format == Format::kBF16 ? (k / 2 * 16 + r) * 2 + k % 2 : k * 16 + r;
 }
 
-// Packs columns [begin, end) of row r.
-void pack_floats(Format format, const uint8_t* row, int64_t begin, int64_t end, int64_t r,
-                 uint8_t* panel) {
-  if (format == Format::kF32) {
-    for (int64_t k = begin; k < end; ++k)
-      std::memcpy(panel + float_place(format, k, r) * 4, row + k * 4, 4);
+// Packs columns [begin, end) of row r: of one block in the file, or of a panel's block if they are
+// floats. A function of its own per format, so that the compiler knows all offsets and shifts: a
+// model's start waits for it.
+using PackBlock = void (*)(const uint8_t* row, int64_t begin, int64_t end, int64_t r,
+                           uint8_t* panel);
+
+template <class Reader, Format format>
+void pack_codes(const uint8_t* row, int64_t begin, int64_t, int64_t r, uint8_t* panel) {
+  constexpr FormatInfo kInfo = format_info(format);
+  constexpr PanelInfo kPanel = kInfo.panel;
+  constexpr int64_t kParts = kInfo.block_columns / kBlockColumns;
+  static_assert(kPanel.header_blocks == 0 || kPanel.header_blocks == kParts,
+                "a header belongs to one block of the file");
+  const uint8_t* const from = row + begin / kInfo.block_columns * kInfo.block_bytes;
+  const int64_t first = begin / kBlockColumns;
+#pragma GCC unroll 8
+  for (int64_t part = 0; part < kParts; ++part) {
+    RowBlock columns;
+    Reader::read(from, part, columns);
+    uint8_t* const to = panel + block_offset(format, first + part);
+    write_codes<kPanel.code_bits>(columns.codes, r, to);
+    write_numbers(columns, kPanel.block_halves, kPanel.block_factors, r,
+                  to + 64 * kPanel.code_bits);
+    if (kPanel.header_blocks != 0 && part == 0) {
+      write_numbers(columns, kPanel.header_halves, kPanel.header_factors, r,
+                    panel + header_offset(format, first));
+    }
+  }
+}
+
+template <Format format>
+void pack_floats(const uint8_t* row, int64_t begin, int64_t end, int64_t r, uint8_t* panel) {
+  constexpr int64_t kBytes = format_info(format).block_bytes;
+  // Columns that lie side by side in the panel; `begin` is a multiple of it.
+  constexpr int64_t kWidth = format == Format::kBF16 ? 2 : 1;
+  int64_t k = begin;
+  const auto pack_next = [&] {
+    std::memcpy(panel + float_place(format, k, r) * kBytes, row + k * kBytes, kWidth * kBytes);
+    k += kWidth;
+  };
+  if (end - begin == kBlockColumns) {
+#pragma GCC unroll 32
+    for (int64_t i = 0; i < kBlockColumns; i += kWidth) pack_next();
     return;
   }
-  int64_t k = begin;
-  if (format == Format::kBF16) {  // both columns of a pair at once: `begin` is even
-    for (; k + 1 < end; k += 2) std::memcpy(panel + float_place(format, k, r) * 2, row + k * 2, 4);
-  }
-  for (; k < end; ++k) std::memcpy(panel + float_place(format, k, r) * 2, row + k * 2, 2);
+  while (k + kWidth <= end) pack_next();
+  if (k < end) std::memcpy(panel + float_place(format, k, r) * kBytes, row + k * kBytes, kBytes);
 }
+
+constexpr PackBlock kPackBlock[] = {
+#define TGI_FLOAT_FORMAT(name, ...) pack_floats<Format::k##name>,
+#define TGI_CODE_FORMAT(name, ...) pack_codes<name, Format::k##name>,
+#define TGI_DECODED_FORMAT(...) nullptr,
+#include "../../formats.def"
+};
+static_assert(sizeof(kPackBlock) / sizeof(PackBlock) == kNumFormats, "one row a format");
 
 void unpack_float_row(const PackedMatrix& weight, const uint8_t* panel, int64_t r, float factor,
                       float* out) {
@@ -155,20 +128,17 @@ void quantise_q4_0(const float* x, float largest, uint8_t* out) {
 
 void pack_panels(Format format, int64_t columns, const uint8_t* const* rows, int64_t begin,
                  int64_t end, uint8_t* out) {
+  const PackBlock pack = kPackBlock[static_cast<int>(format)];
   const int64_t size = panel_bytes(format, columns);
+  const int64_t width = std::max(format_info(format).block_columns, kBlockColumns);
   for (int64_t panel = begin; panel < end; ++panel) {
     uint8_t* const target = out + panel * size;
     std::memset(target, 0, static_cast<size_t>(size));
-    // The inner loop is over rows, so that a block of the panel stays in L1.
-    for (int64_t k = 0; k < columns; k += kBlockColumns) {
+    // The inner loop is over rows, so that the blocks of the panel stay in L1.
+    for (int64_t k = 0; k < columns; k += width) {
       for (int64_t r = 0; r < kPanelRows; ++r) {
-        const uint8_t* row = rows[panel * kPanelRows + r];
-        if (row == nullptr) continue;
-        if (is_quantised(format)) {
-          pack_codes(format, row, k / kBlockColumns, r, target);
-        } else {
-          pack_floats(format, row, k, std::min(k + kBlockColumns, columns), r, target);
-        }
+        const uint8_t* const row = rows[panel * kPanelRows + r];
+        if (row != nullptr) pack(row, k, std::min(k + width, columns), r, target);
       }
     }
   }
