@@ -109,6 +109,17 @@ def formats() -> list[WeightFormat]:
 def decode_rows(data: npt.NDArray[np.uint8], format: str, columns: int) -> npt.NDArray[np.float32]:
     """Return a file's rows as float32 [rows, columns], bit-identical to ggml."""
 
+def decode_bfloat16(data: npt.NDArray[np.uint8], format: str, columns: int) -> npt.NDArray[np.uint16]:
+    """Return the bits of a file's rows rounded to bfloat16, [rows, columns]."""
+
+def decode_halves(
+    data: npt.NDArray[np.uint8], format: str, columns: int, order: npt.NDArray[np.int64]
+) -> npt.NDArray[np.uint16] | None:
+    """Return the bits of a file's rows rounded to float16, [rows, columns], column i at order[i].
+
+    None if one is not finite.
+    """
+
 def bfloat16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """Round float32 values to bfloat16; return the bits, of the same shape."""
 
@@ -121,6 +132,27 @@ def repack_rows(
 
     If codes are E2M1, scales are bytes: 2^(byte - 127).
     """
+
+def transposed_words(words: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """Return the transpose of a matrix of words."""
+
+def awq_codes(words: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
+    """Undo AutoAWQ's packing of words [columns, rows / 8]: nibbles [rows, columns / 2]."""
+
+def reordered_nibbles(codes: npt.NDArray[np.uint8], order: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """Return nibbles [rows, columns / 2], the first of two in the low half, in this order of columns."""
+
+def dequantise(
+    codes: npt.NDArray[np.uint8], bits: int, scales: npt.NDArray[np.float32], zeros: npt.NDArray[np.uint8],
+    groups: npt.NDArray[np.int64],
+) -> npt.NDArray[np.float32]:  # fmt: skip
+    """Return scales[:, groups] * (codes - zeros[:, groups]), for codes of 4 or 8 bits."""
+
+def decode_nibbles(
+    nibbles: npt.NDArray[np.uint8], count: int, is_high_first: bool, table: npt.NDArray[np.float32],
+    scales: npt.NDArray[np.float32], run: int,
+) -> npt.NDArray[np.float32]:  # fmt: skip
+    """Return table[nibble] * scales[index // run] of a stream of nibbles."""
 
 class Arena:
     """Memory of packed weights, in packing order."""

@@ -2,12 +2,17 @@
 // CUDA.
 #include "cpu/step/formats.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "bindings/matrix.h"
 #include "cpu/step/block_reader.h"
+#include "cpu/step/pack.h"
 #include "cpu/team.h"
 
 namespace tgi {
@@ -33,21 +38,28 @@ int64_t count_rows(const Bytes& data, step::Format format, int64_t columns) {
   return data.size() / bytes;
 }
 
-Array<float> decode_rows(const Bytes& data, const std::string& format_name, int64_t columns) {
-  const step::Format format = format_of(format_name);
-  const int64_t num_rows = count_rows(data, format, columns);
-  const int64_t bytes = step::file_row_bytes(format, columns);
-  Array<float> out({num_rows, columns});
+// Calls visit(row, its bytes) for all rows, on several threads.
+template <class Visit>
+void each_row(const Bytes& data, int64_t num_rows, int64_t columns, const Visit& visit) {
+  const int64_t bytes = data.size() / std::max<int64_t>(num_rows, 1);
   const uint8_t* const from = data.data();
-  float* const to = out.mutable_data();
   const py::gil_scoped_release release;
   cpu::parallel_range(
       num_rows, 1,
       [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row)
-          step::decode_row(format, from + row * bytes, columns, to + row * columns);
+        for (int64_t row = begin; row < end; ++row) visit(row, from + row * bytes);
       },
       kAlone / columns + 1);
+}
+
+Array<float> decode_rows(const Bytes& data, const std::string& format_name, int64_t columns) {
+  const step::Format format = format_of(format_name);
+  const int64_t num_rows = count_rows(data, format, columns);
+  Array<float> out({num_rows, columns});
+  float* const to = out.mutable_data();
+  each_row(data, num_rows, columns, [&](int64_t row, const uint8_t* bytes) {
+    step::decode_row(format, bytes, columns, to + row * columns);
+  });
   return out;
 }
 
@@ -57,6 +69,47 @@ uint16_t bfloat16_of(float x) {
   std::memcpy(&bits, &x, 4);
   if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
   return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16);
+}
+
+Array<uint16_t> decode_bfloat16(const Bytes& data, const std::string& format_name,
+                                int64_t columns) {
+  const step::Format format = format_of(format_name);
+  const int64_t num_rows = count_rows(data, format, columns);
+  Array<uint16_t> out({num_rows, columns});
+  uint16_t* const to = out.mutable_data();
+  each_row(data, num_rows, columns, [&](int64_t row, const uint8_t* bytes) {
+    std::vector<float> values(static_cast<size_t>(columns));
+    step::decode_row(format, bytes, columns, values.data());
+    std::transform(values.begin(), values.end(), to + row * columns, bfloat16_of);
+  });
+  return out;
+}
+
+std::optional<Array<uint16_t>> decode_halves(const Bytes& data, const std::string& format_name,
+                                             int64_t columns, const Array<int64_t>& order) {
+  const step::Format format = format_of(format_name);
+  const int64_t num_rows = count_rows(data, format, columns);
+  check_shape(order, "order", {columns});
+  check_range(order.data(), columns, columns, "order");
+  Array<uint16_t> out({num_rows, columns});
+  uint16_t* const to = out.mutable_data();
+  const int64_t* const places = order.data();
+  std::atomic<bool> is_finite = true;
+  each_row(data, num_rows, columns, [&](int64_t row, const uint8_t* bytes) {
+    std::vector<float> values(static_cast<size_t>(columns));
+    std::vector<uint16_t> halves(values.size());
+    step::decode_row(format, bytes, columns, values.data());
+    std::transform(values.begin(), values.end(), halves.begin(), step::float_to_half);
+    int largest = 0;
+    for (int64_t c = 0; c < columns; ++c) {
+      const uint16_t half = halves[static_cast<size_t>(c)];
+      largest = std::max(largest, half & 0x7FFF);
+      to[row * columns + places[c]] = half;
+    }
+    if (largest >= 0x7C00) is_finite = false;
+  });
+  if (!is_finite) return std::nullopt;
+  return out;
 }
 
 Array<uint16_t> bfloat16_bits(const Array<float>& values) {
@@ -141,6 +194,14 @@ void bind_formats(py::module_& module) {
   module.def("decode_rows", &decode_rows, py::arg("data").noconvert(), py::arg("format"),
              py::arg("columns"),
              "Return a file's rows as float32 [rows, columns], equal to ggml's to the bit.");
+  module.def("decode_bfloat16", &decode_bfloat16, py::arg("data").noconvert(), py::arg("format"),
+             py::arg("columns"),
+             "Return the bits of a file's rows rounded to bfloat16, uint16 [rows, columns].");
+  module.def(
+      "decode_halves", &decode_halves, py::arg("data").noconvert(), py::arg("format"),
+      py::arg("columns"), py::arg("order").noconvert(),
+      "Return the bits of a file's rows rounded to float16, uint16 [rows, columns], column i "
+      "at order[i]; None if one is not finite.");
   module.def("bfloat16_bits", &bfloat16_bits, py::arg("values").noconvert(),
              "Round float32 values to bfloat16; return the bits, uint16 of the same shape.");
   module.def("repack_rows", &repack_rows, py::arg("data").noconvert(), py::arg("format"),

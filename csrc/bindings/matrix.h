@@ -33,8 +33,10 @@ void check_product(const step::PackedMatrix& weight, step::Precision precision,
 // Returns how many tiles rows of an activation take.
 int64_t tiles_of(int64_t num_rows);
 
-// Binds packing, and the table of formats with its readers, in tgi_asgi._C.
+// Binds packing, the table of formats with its readers, and those of integer codes in safetensors,
+// in tgi_asgi._C.
 void bind_matrices(py::module_& module);
 void bind_formats(py::module_& module);
+void bind_integer_codes(py::module_& module);
 
 }  // namespace tgi

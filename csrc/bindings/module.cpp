@@ -181,6 +181,7 @@ PYBIND11_MODULE(_C, module) {
              "Use this kernel set from now on (for tests).");
   tgi::bind_team(module);
   tgi::bind_formats(module);
+  tgi::bind_integer_codes(module);
   tgi::bind_matrices(module);
   tgi::bind_kv_pool(module);
   tgi::bind_state_pool(module);

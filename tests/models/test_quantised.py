@@ -40,9 +40,9 @@ RECIPES = [
 ]
 
 
-def load(files: ModelFiles, quantise: str | None = None) -> Decoder:
-    """Load a model for the default arithmetic."""
-    model = load_model(files, ops.Packing(is_exact=False, quantise=quantise), max_positions=16)
+def load(files: ModelFiles, quantise: str | None = None, *, is_exact: bool = False) -> Decoder:
+    """Load a model, for the default arithmetic unless `is_exact`."""
+    model = load_model(files, ops.Packing(is_exact=is_exact, quantise=quantise), max_positions=16)
     assert isinstance(model, Decoder)
     return model
 
@@ -107,16 +107,17 @@ def test_float8_can_be_quantised_further(tmp_path: Path) -> None:
     assert model.layers[0].down.made.matrix.format == "Q8_0"
 
 
-def test_scales_that_float16_does_not_hold_make_float32(tmp_path: Path) -> None:
+def test_scales_that_float16_does_not_hold_make_floats(tmp_path: Path) -> None:
     model = make_model(**SHAPE)
     files = save_quantised(model, tmp_path, "compressed", is_centred=True)
     tensors = load_file(tmp_path / "model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight_scale"
     tensors[name] = tensors[name].float() * 1.0001
     save_file(tensors, tmp_path / "model.safetensors")
-    loaded = load(files)
-    assert loaded.layers[0].down.made.matrix.format == "F32"
-    assert loaded.layers[1].down.made.matrix.format == "INT4_32"
+    for is_exact, expected in ((False, "BF16"), (True, "F32")):
+        loaded = load(files, is_exact=is_exact)
+        assert loaded.layers[0].down.made.matrix.format == expected
+        assert loaded.layers[1].down.made.matrix.format == "INT4_32"
 
 
 @pytest.mark.parametrize("recipe", ["gptq", "awq"])

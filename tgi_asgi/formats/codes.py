@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tgi_asgi import _C
 from tgi_asgi.errors import check
 
 Bytes = npt.NDArray[np.uint8]
@@ -54,27 +55,16 @@ class IntegerMatrix:
         if (counts * len(counts) != columns).any():
             return None
         order = np.argsort(self.groups, kind="stable")
-        codes: Bytes = self._bytes()[:, order]
-        if self.bits == 4:
-            codes = codes[:, 0::2] | codes[:, 1::2] << np.uint8(4)
+        codes = self.codes[:, order] if self.bits == 8 else _C.reordered_nibbles(self.codes, order)
         return IntegerMatrix(codes, self.scales, self.zeros, self.bits), order
 
     def dequantise(self) -> Floats:
         """Return the weights [rows, columns], each rounded once."""
-        codes, (_, columns) = self._bytes(), self.shape
-        groups = self.groups
+        groups, (_, columns) = self.groups, self.shape
         if groups is None:
             groups = np.arange(columns) // (columns // self.scales.shape[1])
-        weights = codes.astype(np.float32)
-        weights -= self.zeros[:, groups]
-        with np.errstate(over="ignore", invalid="ignore"):  # a damaged file may have any scales
-            weights *= self.scales[:, groups]
-        return weights
-
-    def _bytes(self) -> Bytes:
-        """Return the codes [rows, columns], one byte each."""
-        codes = self.codes
-        return codes if self.bits == 8 else unpack_nibbles(codes)
+        codes, scales, zeros = (np.ascontiguousarray(part) for part in (self.codes, self.scales, self.zeros))
+        return _C.dequantise(codes, self.bits, scales, zeros, groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +118,7 @@ def unpack_gptq(
     )
     zeros = _gptq_zeros(np.ascontiguousarray(qzeros), bits, layout)[:, :rows]
     return _matrix(
-        np.ascontiguousarray(qweight.T), scales.T, np.ascontiguousarray(zeros.T), bits, columns,
+        _C.transposed_words(qweight), scales.T, np.ascontiguousarray(zeros.T), bits, columns,
         _read_groups(g_idx, columns, num_groups, layout),
     )  # fmt: skip
 
@@ -149,10 +139,8 @@ def unpack_awq(qweight: Words, qzeros: Words, scales: Floats) -> IntegerMatrix:
         and qweight.shape[0] % num_groups == qweight.shape[0] % 2 == 0,
         f"qweight, qzeros and scales do not fit: {qweight.shape}, {qzeros.shape} and {scales.shape}",
     )
-    codes = _awq_rows(qweight)  # [columns, rows]
-    pairs = codes[0::2] | codes[1::2] << 4
     return IntegerMatrix(
-        np.ascontiguousarray(pairs.T),
+        _C.awq_codes(qweight),
         np.ascontiguousarray(scales.T),
         np.ascontiguousarray(_awq_rows(qzeros).T),
         4,

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tgi_asgi import _C
 from tgi_asgi.errors import ModelLoadError, check
-from tgi_asgi.formats.codes import Bytes, Floats, unpack_nibbles
+from tgi_asgi.formats.codes import Bytes, Floats
 from tgi_asgi.formats.files import parse_json_object
 
 _MAX_OFFSET = 1e30  # of bitsandbytes' nested scales; what is not less is no float32
@@ -93,9 +94,8 @@ def decode_fp4(packed: Bytes, scales: Floats) -> Floats:
         scales.ndim == 2 and scales.shape[0] == rows and scales.size > 0 and columns % scales.shape[1] == 0,
         f"scales of shape {scales.shape} do not fit {rows} rows of {columns} columns",
     )
-    values = _E2M1[unpack_nibbles(packed)].reshape(rows, scales.shape[1], -1)
-    with np.errstate(over="ignore", invalid="ignore"):  # a damaged file may have any scales
-        values *= scales[..., None]
+    run = columns // scales.shape[1]
+    values = _C.decode_nibbles(packed.reshape(-1), rows * columns, False, _E2M1, scales.reshape(-1), run)
     return values.reshape(rows, columns)
 
 
@@ -178,9 +178,8 @@ def decode_table(packed: Bytes, state: TableState, parts: Mapping[str, npt.NDArr
         with np.errstate(over="ignore", invalid="ignore"):  # a damaged file may have any scales
             scales = values[scales] * by_block + np.float32(state.offset)
     check(scales.size == num_blocks, f"absmax has {scales.size} scales, not {num_blocks}")
-    codes = np.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], axis=1).reshape(-1)[:count]
-    weights: Floats = table[codes].astype(np.float32, copy=False)
-    run = min(state.block, count)  # the only block may claim any number of weights
-    with np.errstate(over="ignore", invalid="ignore"):
-        weights *= np.repeat(scales.astype(np.float32), run)[:count]
+    weights = _C.decode_nibbles(
+        packed.reshape(-1), count, True, np.ascontiguousarray(table, np.float32),
+        np.ascontiguousarray(scales, np.float32), state.block,
+    )  # fmt: skip
     return weights.reshape(state.shape)

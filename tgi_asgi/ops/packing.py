@@ -15,7 +15,7 @@ from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.formats import FORMATS
 from tgi_asgi.ops.layout import Order
 from tgi_asgi.ops.norm_weight import NormWeight
-from tgi_asgi.ops.sources import WORDS, WeightSource, as_bfloat16, decode, from_floats
+from tgi_asgi.ops.sources import WORDS, WeightSource, decode, from_floats, rounded
 from tgi_asgi.ops.weights import QkvWeight
 
 # Precision that depends on the token: int8 for generated tokens, bfloat16 for prompt tokens.
@@ -242,9 +242,8 @@ class Packing:
     def _transposed(self, source: WeightSource, num_heads: int) -> WeightSource:
         """Transpose each head's matrix. Codes, whose blocks run along rows, become floats, as FP8 does."""
         if source.format not in WORDS:
-            values = decode(source)
             is_rounded = FORMATS[source.format].is_quantised and not self.is_exact
-            source = as_bfloat16(values) if is_rounded else from_floats(values)
+            source = rounded(source) if is_rounded else from_floats(decode(source))
         return source.transposed(num_heads)
 
     def _stored(self, source: WeightSource, *, is_vocabulary: bool = False) -> WeightSource:
@@ -253,10 +252,10 @@ class Packing:
         info = FORMATS[source.format]
         if info.has_kernel and not source.is_decoded and (info.is_quantised or self.quantise is None):
             rounds = self.rounds_floats and source.format in ROUNDED
-            return as_bfloat16(decode(source)) if rounds else source
+            return rounded(source) if rounds else source
         if self.quantise is None:
-            weights = decode(source)  # FP8, NVFP4: rounded to bfloat16, which has more bits
-            return from_floats(weights) if self.is_exact else as_bfloat16(weights)
+            # FP8, NVFP4: rounded to bfloat16, which has more bits
+            return from_floats(decode(source)) if self.is_exact else rounded(source)
         name = "Q8_0" if is_vocabulary else self.quantise
         rows, columns = source.shape
         return WeightSource(

@@ -92,11 +92,12 @@ class WeightSource:
         """
         if self.order is None:
             return self
+        halves = _C.decode_halves(self.data, self.format, self.shape[-1], self.order)
+        if halves is not None:
+            return from_floats(halves.view(np.float16))
         weights = np.empty(self.shape, np.float32)
         weights[:, self.order] = decode(replace(self, order=None))
-        with np.errstate(over="ignore"):
-            halves = weights.astype(np.float16)
-        return from_floats(halves if np.isfinite(halves).all() else weights)
+        return from_floats(weights)
 
     def transposed(self, num_matrices: int = 1) -> WeightSource:
         """Return the transpose of each of the matrices that are stacked by rows: a copy.
@@ -183,6 +184,12 @@ def from_floats(values: npt.NDArray[np.float32] | npt.NDArray[np.float16]) -> We
     """Wrap float32 or float16 values."""
     name = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}[values.dtype]
     return WeightSource(np.ascontiguousarray(values).reshape(-1).view(np.uint8), name, values.shape)
+
+
+def rounded(source: WeightSource) -> WeightSource:
+    """Return a matrix of any format in bfloat16."""
+    bits = _C.decode_bfloat16(source.data.reshape(-1), source.format, source.shape[-1])
+    return WeightSource(bits.reshape(-1).view(np.uint8), "BF16", source.shape)
 
 
 def as_bfloat16(values: Floats) -> WeightSource:

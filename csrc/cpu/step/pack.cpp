@@ -172,21 +172,6 @@ void unpack_row(const PackedMatrix& weight, int64_t row, float factor, float* ou
   }
 }
 
-uint16_t float_to_half(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const float magnitude = std::fabs(x);
-  if (!(magnitude < 65520.0f))
-    return static_cast<uint16_t>(sign | (magnitude == magnitude ? 0x7C00u : 0x7E00u));
-  if (magnitude < 6.103515625e-05f) {
-    return static_cast<uint16_t>(sign |
-                                 static_cast<uint32_t>(std::nearbyintf(magnitude * 16777216.0f)));
-  }
-  const uint32_t rounded = (bits & 0x7FFFFFFFu) + 0xFFFu + ((bits >> 13) & 1);
-  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
-}
-
 bool quantise_row(Format format, const float* x, int64_t columns, uint8_t* out) {
   for (int64_t at = 0; at < columns; at += 32, out += format_info(format).block_bytes) {
     float block[32] = {};

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "packed.h"
 #include "shares.h"
@@ -25,8 +26,23 @@ void pack_matrix(Format format, int64_t columns, const uint8_t* const* rows, int
 // large or not finite.
 bool quantise_row(Format format, const float* x, int64_t columns, uint8_t* out);
 
-// Returns the nearest fp16, ties to even.
-uint16_t float_to_half(float x);
+// Returns the nearest fp16, ties to even. Has no branches, so that loops over it are vectorised.
+inline uint16_t float_to_half(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t normal = (magnitude + 0xFFFu + (bits >> 13 & 1) - 0x38000000u) >> 13;
+  // Adding 1/2 rounds to 2^-24, the last bit of a denormal fp16.
+  float sum;
+  std::memcpy(&sum, &magnitude, 4);
+  sum += 0.5f;
+  uint32_t denormal;
+  std::memcpy(&denormal, &sum, 4);
+  denormal -= 0x3F000000u;
+  const uint32_t special = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
+  const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;                // below 2^-14
+  return static_cast<uint16_t>(sign | (magnitude < 0x477FF000u ? finite : special));  // 65,520
+}
 
 // Unpacks a stored row to float32, times factor: out [num_columns].
 void unpack_row(const PackedMatrix& weight, int64_t row, float factor, float* out);

@@ -121,13 +121,13 @@ def _as_source(matrix: IntegerMatrix) -> WeightSource:
 
 
 def _decoded(matrix: IntegerMatrix) -> WeightSource:
-    """Decode to float16, as AutoGPTQ does, or to float32 if the scales require it."""
+    """Decode to float16, as AutoGPTQ does, or to float32, which may be rounded, if the scales require it."""
     weights = matrix.dequantise()
     with np.errstate(over="ignore"):
         halves, scales = weights.astype(np.float16), matrix.scales.astype(np.float16)
     if np.array_equal(scales, matrix.scales) and np.isfinite(halves).all():
         return WeightSource(halves.reshape(-1).view(np.uint8), "F16", matrix.shape)
-    return WeightSource(weights.reshape(-1).view(np.uint8), "F32", matrix.shape)
+    return ops.decoded_source(weights)
 
 
 def _read_float8(
