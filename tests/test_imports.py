@@ -25,7 +25,7 @@ ALLOWED_IMPORTS = {
     "ops": {"_C", "_cuda"},
     "text": {"formats"},
     "images": set(),
-    "formats": {"_C"},  # for its table of weight formats
+    "formats": {"_C"},  # for its table of weight formats, and to unpack codes
     "settings": set(),
     "errors": set(),
     "system": set(),

@@ -63,8 +63,8 @@ class IntegerMatrix:
         groups, (_, columns) = self.groups, self.shape
         if groups is None:
             groups = np.arange(columns) // (columns // self.scales.shape[1])
-        codes, scales, zeros = (np.ascontiguousarray(part) for part in (self.codes, self.scales, self.zeros))
-        return _C.dequantise(codes, self.bits, scales, zeros, groups)
+        codes, zeros = np.ascontiguousarray(self.codes), np.ascontiguousarray(self.zeros)
+        return _C.dequantise(codes, self.bits, np.ascontiguousarray(self.scales), zeros, groups)
 
 
 @dataclass(frozen=True, slots=True)
