@@ -98,6 +98,8 @@ def test_a_variable_that_does_not_parse_is_shown_in_part() -> None:
         ({"max_image_pixels": 0}, "--max-image-pixels must be in 1..89478485"),
         ({"max_image_pixels": 10**8}, "--max-image-pixels must be in 1..89478485"),
         ({"allowed_media_domains": ("https://a.example",)}, "--allowed-media-domains must be host names"),
+        ({"allowed_media_domains": ("a.example", " ,")}, "--allowed-media-domains must be host names"),
+        ({"allowed_media_domains": ("a.example b.example",)}, "--allowed-media-domains must be host names"),
         ({"max_body_memory": 0}, "--max-body-memory must be at least 1"),
         ({"max_answer_memory": 0}, "--max-answer-memory must be at least 1"),
         ({"hostname": " "}, "--hostname must not be empty"),

@@ -227,7 +227,7 @@ async def test_no_image_is_cut_off() -> None:
     )
     for keep in (1, 3, 6):
         status, answered = await post("/generate", body | {"parameters": {"truncate": keep}}, app=app)
-        assert status == 422 and "cut off" in answered["error"]
+        assert status == 422 and "where truncation would cut" in answered["error"]
 
 
 TEXT_PARTS_ONLY = (

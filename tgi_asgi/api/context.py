@@ -143,7 +143,7 @@ class ServerContext:
         self.dns_threads = ThreadPool(8, "dns")  # a lookup may occupy one for half a minute
         self._text_pools = (self.text_threads, self.grammar_threads, self.count_threads)
         self._image_pools = (self.image_threads, self.dns_threads)
-        hosts = ",".join(settings.allowed_media_domains).lower().split(",")
+        hosts = (host.strip() for host in ",".join(settings.allowed_media_domains).lower().split(","))
         self.fetcher = Fetcher(frozenset(filter(None, hosts)), self._lookup, self._tls)
 
     @property

@@ -103,7 +103,7 @@ def _cut(prompt: Prompt, size: int, source: Conversation | Text) -> Prompt:
     if prompt.images and prompt.images[0].start < size:
         assert source.images is not None, "located images have a source"
         param = source.images.sources[0].param
-        raise InvalidRequest(f"`{param}` lies in the part of the prompt that was to be cut off", param=param)
+        raise InvalidRequest(f"`{param}` is where truncation would cut the prompt off", param=param)
     del prompt.ids[:size]
     moved = (
         ImageInput(each.digest, each.start - size, each.num_tokens, each.payload) for each in prompt.images

@@ -50,6 +50,8 @@ ORIGIN = Kind(
         re.fullmatch(r"(?i)\*|null|[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+/?", each) for each in value
     ),
 )
+# Hosts, separated by commas; the last comma may be followed by nothing.
+_HOSTS = re.compile(r"\s*[\w.:-]+\s*(,\s*[\w.:-]+\s*)*,?\s*")
 # TGI's methods are named by its users' settings, but the files say how they are quantised.
 _METHODS = {
     "q8_0", "q4_0", "awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes",
@@ -78,7 +80,7 @@ PERIOD = TIMEOUT._replace(metavar="MS")
 FRACTION = Kind("SHARE", "be above 0 and at most 1", lambda value: 0 < value <= 1)
 NICE = Kind("0..19", "be in 0..19", lambda value: 0 <= value <= 19)
 PIXELS = Kind("PIXELS", "be in 1..89478485", lambda value: 1 <= value <= 89_478_485)  # Pillow's own limit
-HOSTS = Kind("HOSTS", "be host names", lambda value: all(re.fullmatch(r"[\w.:,-]+", each) for each in value))
+HOSTS = Kind("HOSTS", "be host names", lambda value: all(map(_HOSTS.fullmatch, value)))
 RANK = Kind(None, "be in 1..512", lambda value: 1 <= value <= 512)
 ADAPTERS = Kind("ADAPTERS", "name adapters", lambda value: all(each.strip(" ,") for each in value))
 MODULES = Kind("NAME=PATH", "name adapters", lambda value: all(each.strip() for each in value))
