@@ -139,6 +139,9 @@ def transposed_words(words: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
 def awq_codes(words: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
     """Undo AutoAWQ's packing of words [columns, rows / 8]: nibbles [rows, columns / 2]."""
 
+def unpacked_stream(words: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.uint8]:
+    """Unpack a stream of codes in each row of words [n, m], lowest bits first: [n, m * 32 / bits]."""
+
 def reordered_nibbles(codes: npt.NDArray[np.uint8], order: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
     """Return nibbles [rows, columns / 2], the first of two in the low half, in this order of columns."""
 

@@ -45,6 +45,21 @@ Codes awq_codes(const Words& words) {
   return out;
 }
 
+Codes unpacked_stream(const Words& words, int bits) {
+  check(bits >= 1 && bits <= 8, "`bits` must be in [1, 8], got ", bits);
+  check_shape(words, "words", {-1, -1});
+  const int64_t rows = words.shape(0), size = 4 * words.shape(1), columns = size * 8 / bits;
+  Codes out({rows, columns});
+  uint8_t* const to = out.mutable_data();
+  const uint8_t* const from = bytes_of(words);
+  const py::gil_scoped_release release;
+  cpu::parallel_range(rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      cpu::unpack_stream(from + row * size, size, bits, to + row * columns);
+  });
+  return out;
+}
+
 Codes reordered_nibbles(const Codes& codes, const Places& order) {
   check_shape(codes, "codes", {-1, -1});
   const int64_t rows = codes.shape(0), bytes = codes.shape(1), columns = 2 * bytes;
@@ -118,6 +133,10 @@ void bind_integer_codes(py::module_& module) {
       "awq_codes", &awq_codes, py::arg("words").noconvert(),
       "Undo AutoAWQ's packing of words [columns, rows / 8]: nibbles [rows, columns / 2], the "
       "first of two columns in the low half.");
+  module.def(
+      "unpacked_stream", &unpacked_stream, py::arg("words").noconvert(), py::arg("bits"),
+      "Unpack a stream of codes in each row of words, lowest bits first: [rows, words * 32 / "
+      "bits].");
   module.def("reordered_nibbles", &reordered_nibbles, py::arg("codes").noconvert(),
              py::arg("order").noconvert(),
              "Return the nibbles [rows, columns / 2] in this order of columns.");

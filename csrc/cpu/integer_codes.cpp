@@ -64,6 +64,15 @@ void unpack_awq(const uint8_t* words, int64_t columns, int64_t width, int64_t be
   }
 }
 
+void unpack_stream(const uint8_t* row, int64_t size, int bits, uint8_t* out) {
+  const int mask = (1 << bits) - 1;
+  for (int64_t i = 0; i < size * 8 / bits; ++i) {
+    const int64_t bit = i * bits, byte = bit / 8;
+    const int next = byte + 1 < size ? row[byte + 1] : 0;
+    out[i] = static_cast<uint8_t>((row[byte] | next << 8) >> bit % 8 & mask);
+  }
+}
+
 void reorder_nibbles(const uint8_t* row, const int64_t* order, int64_t columns, uint8_t* out) {
   for (int64_t i = 0; i < columns; i += 2) {
     const int low = nibble_at(row, order[i]), high = nibble_at(row, order[i + 1]);

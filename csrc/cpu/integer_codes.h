@@ -18,6 +18,10 @@ void transpose_words(const uint8_t* words, int64_t height, int64_t width, int64_
 void unpack_awq(const uint8_t* words, int64_t columns, int64_t width, int64_t begin, int64_t end,
                 uint8_t* out);
 
+// Unpacks a stream of codes of 1 to 8 bits in a row of `size` bytes, the lowest bits first:
+// out [size * 8 / bits].
+void unpack_stream(const uint8_t* row, int64_t size, int bits, uint8_t* out);
+
 // Writes the nibbles at `order` of a row: out[i] = row[order[i]], for an even number of columns.
 void reorder_nibbles(const uint8_t* row, const int64_t* order, int64_t columns, uint8_t* out);
 

@@ -44,6 +44,16 @@ def test_awq_s_words_become_rows_of_nibbles(columns: int, width: int) -> None:
     np.testing.assert_array_equal(_C.awq_codes(words), as_nibbles(codes.reshape(8 * width, columns)))
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("num_words", [1, 7])
+def test_streams_of_codes_are_unpacked(bits: int, num_words: int) -> None:
+    words = random_words(np.random.default_rng(8), 5, num_words)
+    streams = [int.from_bytes(row.tobytes(), "little") for row in words]
+    count = num_words * 32 // bits
+    expected = [[stream >> bits * i & (1 << bits) - 1 for i in range(count)] for stream in streams]
+    np.testing.assert_array_equal(_C.unpacked_stream(words, bits), expected)
+
+
 def test_nibbles_are_put_into_another_order() -> None:
     rng = np.random.default_rng(3)
     codes, order = rng.integers(0, 16, (7, 70), dtype=np.uint8), rng.permutation(70)

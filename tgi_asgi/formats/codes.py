@@ -22,8 +22,7 @@ Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
-# Columns of each group of eight in the order of AutoAWQ's nibbles in a word, lowest nibble first.
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of eight rows: the nibble of AutoAWQ's word, the lowest first
 # Widths of GPTQ's codes. GPTQModel also writes 5 to 7, in a layout of its own (planes of bits).
 GPTQ_BITS = (2, 3, 4, 8)
 
@@ -139,11 +138,9 @@ def unpack_awq(qweight: Words, qzeros: Words, scales: Floats) -> IntegerMatrix:
         and qweight.shape[0] % num_groups == qweight.shape[0] % 2 == 0,
         f"qweight, qzeros and scales do not fit: {qweight.shape}, {qzeros.shape} and {scales.shape}",
     )
+    zeros = _C.unpacked_stream(qzeros, 4).reshape(-1, 8)[:, _AWQ_PLACES].reshape(num_groups, rows)
     return IntegerMatrix(
-        _C.awq_codes(qweight),
-        np.ascontiguousarray(scales.T),
-        np.ascontiguousarray(_awq_rows(qzeros).T),
-        4,
+        _C.awq_codes(qweight), np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros.T), 4
     )
 
 
@@ -225,27 +222,10 @@ def compressed_packing(num_words: int, columns: int, layout: Layout) -> tuple[in
 
 def _unpack(words: Words, bits: int, is_dense: bool) -> Bytes:
     if is_dense:
-        return unpack_words(words, bits)
+        return _C.unpacked_stream(words, bits)
     shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
     codes = words.view(np.uint32)[..., None] >> shifts & np.uint32((1 << bits) - 1)
     return codes.astype(np.uint8).reshape(len(words), -1)
-
-
-def unpack_words(words: Words, bits: int) -> Bytes:
-    """Unpack a stream of codes in each row of words [n, m], lowest bits first: [n, m * 32 / bits]."""
-    data = words.view(np.uint8)
-    if bits == 8:
-        return data
-    if bits == 4:
-        return unpack_nibbles(data)
-    count = data.shape[1] * 8 // bits
-    stream = np.unpackbits(data, axis=1, bitorder="little")[:, : count * bits]
-    return np.packbits(stream.reshape(len(data), count, bits), axis=2, bitorder="little")[..., 0]
-
-
-def unpack_nibbles(data: Bytes) -> Bytes:
-    """Return the two halves of each byte [n, m], the low one first: [n, 2 * m]."""
-    return np.stack([data & 15, data >> 4], axis=2).reshape(len(data), -1)
 
 
 def as_rows(values: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
@@ -279,18 +259,9 @@ def _gptq_zeros(words: Words, bits: int, layout: Layout) -> Bytes:
     """Return zero points, one byte each."""
     if layout.has_borrow and layout.shift and 32 % bits == 0:
         ones = sum(layout.shift << at for at in range(0, 32, bits))
-        return unpack_words((words.view(np.uint32) + np.uint32(ones)).view(np.int32), bits)
-    zeros = unpack_words(words, bits) + np.uint8(layout.shift)
+        return _C.unpacked_stream((words.view(np.uint32) + np.uint32(ones)).view(np.int32), bits)
+    zeros = _C.unpacked_stream(words, bits) + np.uint8(layout.shift)
     return zeros & np.uint8((1 << bits) - 1) if layout.has_borrow else zeros
-
-
-def _awq_rows(words: Words) -> Bytes:
-    """Unpack [n, rows / 8] words into [n, rows] nibbles, one byte each."""
-    data = np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)
-    out = np.empty((*words.shape, 8), np.uint8)
-    for place, row in enumerate(_AWQ_ORDER):
-        out[..., row] = data[..., place // 2] >> 4 * (place % 2) & 15
-    return out.reshape(words.shape[0], -1)
 
 
 def _read_groups(

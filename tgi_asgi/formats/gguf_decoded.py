@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tgi_asgi.formats.codes import Bytes, Floats, unpack_nibbles
+from tgi_asgi.formats.codes import Bytes, Floats
 from tgi_asgi.formats.gguf_grids import grid
 from tgi_asgi.formats.small_floats import decode_e4m3, decode_fp4
 
@@ -82,6 +82,11 @@ def _halves(data: Bytes) -> Floats:
     return np.ascontiguousarray(data).view(np.float16).astype(np.float32)
 
 
+def _nibbles(data: Bytes) -> Bytes:
+    """Return the two halves of each byte [n, m], the low one first: [n, 2 * m]."""
+    return np.stack([data & 15, data >> 4], axis=2).reshape(len(data), -1)
+
+
 def _signs(bits: Bytes) -> npt.NDArray[np.int8]:
     """Return -1 for each bit that is set, else 1: [n, 8m]."""
     found = np.unpackbits(np.ascontiguousarray(bits), axis=1, bitorder="little")
@@ -144,7 +149,7 @@ def _iq2_xs(blocks: Bytes) -> Floats:
     signs = _signs(_with_parity((words >> 9).astype(np.uint8)))
     codes = grid("IQ2_XS")[words & 511].reshape(len(blocks), 256) * signs
     return _weights(
-        _halves(blocks[:, :2]) * (0.5 + unpack_nibbles(blocks[:, 66:])).astype(np.float32) * 0.25, codes
+        _halves(blocks[:, :2]) * (0.5 + _nibbles(blocks[:, 66:])).astype(np.float32) * 0.25, codes
     )
 
 
@@ -154,7 +159,7 @@ def _iq2_s(blocks: Bytes) -> Floats:
     indices = blocks[:, 2:34] | high.astype(np.uint16) << 8
     codes = grid("IQ2_S")[indices].reshape(len(blocks), 256) * _signs(blocks[:, 34:66])
     return _weights(
-        _halves(blocks[:, :2]) * (0.5 + unpack_nibbles(blocks[:, 74:])).astype(np.float32) * 0.25, codes
+        _halves(blocks[:, :2]) * (0.5 + _nibbles(blocks[:, 74:])).astype(np.float32) * 0.25, codes
     )
 
 
@@ -168,7 +173,7 @@ def _iq3_s(blocks: Bytes) -> Decoded:
     high = np.unpackbits(np.ascontiguousarray(blocks[:, 66:74]), axis=1, bitorder="little")
     indices = blocks[:, 2:66] | high.astype(np.uint16) << 8
     codes = grid("IQ3_S")[indices].reshape(len(blocks), 256) * _signs(blocks[:, 74:106])
-    return _halves(blocks[:, :2]) * (1 + 2 * unpack_nibbles(blocks[:, 106:])).astype(np.float32), codes
+    return _halves(blocks[:, :2]) * (1 + 2 * _nibbles(blocks[:, 106:])).astype(np.float32), codes
 
 
 def _iq1_s(blocks: Bytes) -> Decoded:
@@ -186,7 +191,7 @@ def _iq1_m(blocks: Bytes) -> Floats:
     parts = (words & 0xF000) >> np.array([12, 8, 4, 0], np.uint16)
     scale = np.bitwise_or.reduce(parts, axis=1).view(np.float16).astype(np.float32)[:, None]
     steps = (words[..., None] >> np.array([0, 3, 6, 9], np.uint16) & 7).reshape(len(blocks), 16)
-    high = unpack_nibbles(blocks[:, 32:48])
+    high = _nibbles(blocks[:, 32:48])
     indices = blocks[:, :32] | (high & 7).astype(np.uint16) << 8
     eighths = grid("IQ1_S")[indices] * np.int8(8) + np.where(high & 8, np.int8(-1), np.int8(1))[..., None]
     return _weights(scale * (2 * steps + 1).astype(np.float32) * np.float32(0.125), eighths)
