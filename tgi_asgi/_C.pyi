@@ -120,6 +120,9 @@ def decode_halves(
     None if one is not finite.
     """
 
+def quantise(data: npt.NDArray[np.uint8], format: str, columns: int, to: str) -> npt.NDArray[np.uint8]:
+    """Quantise a file's rows to the file format Q8_0 or Q4_0; return the bytes of their blocks."""
+
 def bfloat16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """Round float32 values to bfloat16; return the bits, of the same shape."""
 
@@ -189,9 +192,6 @@ def pack(
     first_strip: int = 0,
 ) -> Matrix:
     """Pack rows: row i of the result is row order[i] of the sources, or zeros if that is -1."""
-
-def quantise(values: _Floats, format: str) -> _Bytes:
-    """Quantise float32 rows to the file format Q8_0 or Q4_0."""
 
 # The cache.
 

@@ -13,6 +13,7 @@
 #include "bindings/matrix.h"
 #include "cpu/step/block_reader.h"
 #include "cpu/step/pack.h"
+#include "cpu/step/quantise.h"
 #include "cpu/team.h"
 
 namespace tgi {
@@ -112,6 +113,25 @@ std::optional<Array<uint16_t>> decode_halves(const Bytes& data, const std::strin
   return out;
 }
 
+Bytes quantise(const Bytes& data, const std::string& format_name, int64_t columns,
+               const std::string& to_name) {
+  const step::Format format = format_of(format_name), target = format_of(to_name);
+  check(target == step::Format::kQ8_0 || target == step::Format::kQ4_0,
+        "`to` must be Q8_0 or Q4_0, got ", to_name);
+  const int64_t num_rows = count_rows(data, format, columns);
+  const int64_t row_bytes = step::file_row_bytes(target, step::padded_columns(columns));
+  Bytes out({num_rows * row_bytes});
+  uint8_t* const to = out.mutable_data();
+  std::atomic<bool> is_done = true;
+  each_row(data, num_rows, columns, [&](int64_t row, const uint8_t* bytes) {
+    std::vector<float> values(static_cast<size_t>(columns));
+    step::decode_row(format, bytes, columns, values.data());
+    if (!step::quantise_row(target, values.data(), columns, to + row * row_bytes)) is_done = false;
+  });
+  check(is_done, "the weight has a number that is NaN, infinite or too large for a float16 scale");
+  return out;
+}
+
 Array<uint16_t> bfloat16_bits(const Array<float>& values) {
   const std::vector<int64_t> shape(values.shape(), values.shape() + values.ndim());
   Array<uint16_t> out(shape);
@@ -202,6 +222,9 @@ void bind_formats(py::module_& module) {
       py::arg("columns"), py::arg("order").noconvert(),
       "Return the bits of a file's rows rounded to float16, uint16 [rows, columns], column i "
       "at order[i]; None if one is not finite.");
+  module.def("quantise", &quantise, py::arg("data").noconvert(), py::arg("format"),
+             py::arg("columns"), py::arg("to"),
+             "Quantise a file's rows to Q8_0 or Q4_0; return the bytes of their blocks.");
   module.def("bfloat16_bits", &bfloat16_bits, py::arg("values").noconvert(),
              "Round float32 values to bfloat16; return the bits, uint16 of the same shape.");
   module.def("repack_rows", &repack_rows, py::arg("data").noconvert(), py::arg("format"),

@@ -3,7 +3,6 @@
 
 #include <pybind11/stl.h>
 
-#include <atomic>
 #include <vector>
 
 #include "cpu/step/kernel_sets.h"
@@ -90,30 +89,6 @@ Matrix pack(const std::vector<Bytes>& sources, const std::string& format_name, i
   return matrix;
 }
 
-Bytes quantise(const Array<float>& values, const std::string& format_name) {
-  const step::Format format = format_of(format_name);
-  check(format == step::Format::kQ8_0 || format == step::Format::kQ4_0,
-        "`format` must be Q8_0 or Q4_0, got ", format_name);
-  check_shape(values, "values", {-1, -1});
-  const int64_t rows = values.shape(0), columns = values.shape(1);
-  const int64_t bytes = step::file_row_bytes(format, step::padded_columns(columns));
-  Bytes out({rows * bytes});
-  const float* const from = values.data();
-  uint8_t* const to = out.mutable_data();
-  std::atomic<bool> is_done = true;
-  {
-    const py::gil_scoped_release release;
-    cpu::parallel_range(rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        if (!step::quantise_row(format, from + row * columns, columns, to + row * bytes))
-          is_done = false;
-      }
-    });
-  }
-  check(is_done, "`values` has one that is NaN, infinite or too large for a float16 scale");
-  return out;
-}
-
 Array<float> unpack(const Matrix& matrix) {
   Array<float> out({matrix.packed.num_rows, matrix.packed.num_columns});
   for (int64_t row = 0; row < matrix.packed.num_rows; ++row) {
@@ -178,8 +153,6 @@ void bind_matrices(py::module_& module) {
       py::arg("first_strip") = 0,
       "Pack rows: row i of the result is row order[i] of the sources, zeros if that is -1. Each "
       "member packs what it will read; see csrc/cpu/step/shares.h.");
-  module.def("quantise", &quantise, py::arg("values").noconvert(), py::arg("format"),
-             "Quantise float32 rows to the file format Q8_0 or Q4_0.");
 }
 
 }  // namespace tgi

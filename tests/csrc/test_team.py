@@ -93,10 +93,10 @@ import resource
 import numpy as np
 from tgi_asgi import _C
 
-values = np.ones((64, 256), np.float32)
+values = np.ones((5000, 256), np.float32)  # enough that the team is used
 
 def quantised():
-    return _C.quantise(values, "Q8_0").tobytes()
+    return _C.quantise(values.reshape(-1).view(np.uint8), "F32", 256, "Q8_0").tobytes()
 
 _C.configure_team(1)
 quantised()

@@ -258,11 +258,8 @@ class Packing:
             return from_floats(decode(source)) if self.is_exact else rounded(source)
         name = "Q8_0" if is_vocabulary else self.quantise
         rows, columns = source.shape
-        return WeightSource(
-            _C.quantise(np.ascontiguousarray(decode(source)), name),
-            name,
-            (rows, layout.round_up(columns)),
-        )
+        blocks = _C.quantise(source.data.reshape(-1), source.format, columns, name)
+        return WeightSource(blocks, name, (rows, layout.round_up(columns)))
 
 
 def stacked(parts: Sequence[PackedLinear]) -> tuple[_C.ExpertStack, str]:

@@ -1,7 +1,6 @@
 #include "pack.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "block_formats.h"
@@ -101,29 +100,6 @@ void unpack_float_row(const PackedMatrix& weight, const uint8_t* panel, int64_t 
   }
 }
 
-// Largest magnitude whose scale fits in a float16, even with four bits.
-constexpr float kLargestQuantised = 65504.0f * 8;
-
-// x: 32 values.
-void quantise_q8_0(const float* x, float largest, uint8_t* out) {
-  const float scale = std::fabs(largest) / 127.0f, inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
-  const uint16_t half = float_to_half(scale);
-  std::memcpy(out, &half, 2);
-  for (int k = 0; k < 32; ++k)
-    out[2 + k] = static_cast<uint8_t>(static_cast<int8_t>(std::round(x[k] * inverse)));
-}
-
-void quantise_q4_0(const float* x, float largest, uint8_t* out) {
-  const float scale = largest / -8.0f, inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
-  const uint16_t half = float_to_half(scale);
-  std::memcpy(out, &half, 2);
-  for (int k = 0; k < 16; ++k) {
-    const int low = static_cast<int>(x[k] * inverse + 8.5f),
-              high = static_cast<int>(x[16 + k] * inverse + 8.5f);
-    out[2 + k] = static_cast<uint8_t>((low > 15 ? 15 : low) | ((high > 15 ? 15 : high) << 4));
-  }
-}
-
 }  // namespace
 
 void pack_panels(Format format, int64_t columns, const uint8_t* const* rows, int64_t begin,
@@ -170,25 +146,6 @@ void unpack_row(const PackedMatrix& weight, int64_t row, float factor, float* ou
     decode_block(weight.format, from, out);
     for (int k = 0; k < kBlockColumns; ++k) out[k] *= factor;
   }
-}
-
-bool quantise_row(Format format, const float* x, int64_t columns, uint8_t* out) {
-  for (int64_t at = 0; at < columns; at += 32, out += format_info(format).block_bytes) {
-    float block[32] = {};
-    std::memcpy(block, x + at,
-                sizeof(float) * static_cast<size_t>(std::min<int64_t>(columns - at, 32)));
-    float largest = 0.0f;  // largest by magnitude, with its sign
-    for (const float value : block) {
-      if (!(std::fabs(value) <= kLargestQuantised)) return false;
-      largest = std::fabs(value) > std::fabs(largest) ? value : largest;
-    }
-    if (format == Format::kQ8_0) {
-      quantise_q8_0(block, largest, out);
-    } else {
-      quantise_q4_0(block, largest, out);
-    }
-  }
-  return true;
 }
 
 }  // namespace tgi::cpu::step

@@ -21,11 +21,6 @@ void pack_panels(Format format, int64_t columns, const uint8_t* const* rows, int
 void pack_matrix(Format format, int64_t columns, const uint8_t* const* rows, int64_t num_rows,
                  const Shares& shares, uint8_t* out);
 
-// Quantises a row of float32 to the file's format, kQ8_0 or kQ4_0, rounding like llama.cpp's
-// reference implementation. The last block is padded with zeros. Returns false if a value is too
-// large or not finite.
-bool quantise_row(Format format, const float* x, int64_t columns, uint8_t* out);
-
 // Returns the nearest fp16, ties to even. Has no branches, so that loops over it are vectorised.
 inline uint16_t float_to_half(float x) {
   uint32_t bits;
