@@ -29,6 +29,7 @@ from tests.support.architectures import one_thread
 from tests.support.vision_family import VOCAB_SIZE, Family
 from tests.support.vision_table import FAMILIES
 from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_processor
+from tgi_asgi.models.generic.vision.text import complete_outputs, decoder_of
 from tgi_asgi.text.images import expand_placeholders, locate_images
 from tgi_asgi.types import Image, ImageInput
 
@@ -65,7 +66,9 @@ def make(name: str, folder: Path) -> None:
     tokens = _tokens(family)
     _save_tokenizer(family, tokens, folder)
     kind = getattr(transformers, family.architecture)
-    save_random(kind(_config(family, kind, tokens)), folder)
+    model = kind(_config(family, kind, tokens))
+    complete_outputs(model)
+    save_random(model, folder)
     preprocessor = {"image_processor_type": family.image_processor, **family.preprocessor}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     if family.processor:
@@ -148,7 +151,7 @@ def _randomise(model: Any) -> None:
 def _spread(model: Any) -> None:
     head = model.get_output_embeddings().weight
     if head is model.get_input_embeddings().weight:
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         head = decoder.norm.weight if hasattr(decoder, "norm") else head
     ids = torch.arange(60, 100)[None]
     for _ in range(12):
@@ -163,7 +166,7 @@ def processor_of(folder: Path) -> VisionProcessor:
     config = json.loads((folder / "config.json").read_text())
     token_id = config.get("image_token_id", config.get("image_token_index"))
     model = getattr(transformers, config["architectures"][0])
-    inner = model.__init__.__globals__[_inner_name(model)]
+    inner = model.__init__.__globals__.get(_inner_name(model), model)  # Llama 4 has none
     names = frozenset(inspect.signature(inner.get_image_features).parameters)
     made = load_processor(folder, config, token_id, names)
     assert made is not None
@@ -196,6 +199,7 @@ def open_reference(folder: Path) -> Any:
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not any(info.values()), f"{folder} is not all of the model: {info}"
+    complete_outputs(model)
     return model.eval()
 
 

@@ -44,7 +44,48 @@ def _minicpm(stem: str, rope: Mapping[str, Any], ids: Mapping[str, int]) -> Fami
     )
 
 
+_LLAMA4_TOKENS = {
+    "image_token": "<|image|>", "boi_token": "<|image_start|>", "eoi_token": "<|image_end|>",
+    "patch_token": "<|patch|>", "x_token": "<|tile_x_separator|>", "y_token": "<|tile_y_separator|>",
+}  # fmt: skip
+
 NEWER: Mapping[str, Family] = {
+    "llama4": Family(
+        "Llama4ForConditionalGeneration",
+        {
+            "text_config": {
+                **_TEXT,
+                "model_type": "llama4_text",
+                "num_hidden_layers": 4,
+                "head_dim": 16,
+                "intermediate_size_mlp": 80,
+                "num_local_experts": 4,
+                "interleave_moe_layer_step": 2,
+                "no_rope_layers": [1, 0, 1, 0],
+                "attention_chunk_size": 40,
+                "floor_scale": 24,
+                "attn_scale": 0.4,
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 128,  # that of the MLP after pixels are shuffled: 32 / 0.5**2
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 7,
+                "vision_output_dim": 40,
+                "projector_input_dim": 40,
+                "projector_output_dim": 40,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+        "Llama4ImageProcessorFast",
+        {"size": {"height": 28, "width": 28}, "max_patches": 4, "resample": 2},
+        {"patch_size": 7},
+        _LLAMA4_TOKENS,
+        image_key="image_token_index",
+        image_token="<|patch|>",
+    ),
     "granite4_vision": Family(
         "Granite4VisionForConditionalGeneration",
         {

@@ -37,9 +37,11 @@ from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images
 from tgi_asgi.types import Image
 
 TOLERANCE = 1e-3  # of the largest logit
-# One of each kind: tiles, class token, axes and deepstack, bidirectional attention, other inputs, states.
+# One of each kind: tiles, class token, axes and deepstack, bidirectional attention, other inputs, states,
+# a decoder with its own head.
 FEW = (
     "smolvlm", "llava", "qwen2_vl", "qwen3_vl", "gemma3", "gemma4", "paligemma", "lfm2_vl", "granite4_vision",
+    "llama4",
 )  # fmt: skip
 WITH_TOWER = [name for name in FAMILIES if name != "gemma4_unified"]  # others have layers to break off in
 ANSWER = list(range(120, 126))

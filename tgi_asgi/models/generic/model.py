@@ -42,7 +42,13 @@ from tgi_asgi.models.generic.vision.check import check_images, check_processor
 from tgi_asgi.models.generic.vision.encodings import EncodingCache
 from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_processor
 from tgi_asgi.models.generic.vision.program import VisionProgram
-from tgi_asgi.models.generic.vision.text import TextView, VisionTraits, refuse_cross_attention, vision_traits
+from tgi_asgi.models.generic.vision.text import (
+    TextView,
+    VisionTraits,
+    complete_outputs,
+    refuse_cross_attention,
+    vision_traits,
+)
 from tgi_asgi.models.generic.vision.tower import Tower, input_names
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.loading import NamedWeights
@@ -145,6 +151,7 @@ class OpenGeneric:
         refuse_cross_attention(self._model)
         check_servable(self._model)
         adapt(self._model)
+        complete_outputs(self._model)
         keep_states_in_caches(self._model)
         self._vision = vision_traits(self._model)
         self._processor: VisionProcessor | None = None

@@ -21,6 +21,7 @@ from torch import Tensor
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.formats.files import read_optional_json
 from tgi_asgi.models.generic.vision.bicubic import CohereImages, Gemma4UnifiedImages
+from tgi_asgi.models.generic.vision.llama4_images import Llama4Images
 from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images, PixtralImages
 from tgi_asgi.types import Image, ProcessedImage
 
@@ -32,6 +33,7 @@ _OWN_IMAGES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "Cohere2Vision": CohereImages,
     "Gemma4Unified": Gemma4UnifiedImages,
     "Lfm2Vl": Lfm2Images,
+    "Llama4": Llama4Images,
 }
 _TOGETHER = frozenset({"LlavaOnevisionProcessor"})  # prepare an image differently if it is one of several
 _WITH_TENSORS = frozenset({"Ovis2Processor"})  # read an image's grid as a tensor
