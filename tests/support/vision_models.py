@@ -30,7 +30,7 @@ from tests.support.vision_family import VOCAB_SIZE, Family
 from tests.support.vision_table import FAMILIES
 from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_processor
 from tgi_asgi.models.generic.vision.text import complete_outputs, decoder_of
-from tgi_asgi.text.images import expand_placeholders, locate_images
+from tgi_asgi.text.images import expand_placeholders, join_fences, locate_images
 from tgi_asgi.types import Image, ImageInput
 
 _BASIC = ("<s>", "</s>", "<pad>", "<unk>")
@@ -186,6 +186,7 @@ def prompt_of(name: str, folder: Path, parts: Sequence[str | PIL.Image.Image]) -
     image = family.before + processor.placeholder + family.after
     text = "".join(part if isinstance(part, str) else image for part in parts)
     text = expand_placeholders(text, processor.placeholder, [each.text for each in processed])
+    text = join_fences(text, processed[0].fence if processed else "")
     ids = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
     pairs = [(image.digest, each) for image, each in zip(images, processed, strict=True)]
     return Prompt(ids, locate_images(ids, pairs), pictures)

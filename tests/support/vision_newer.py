@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +50,45 @@ _LLAMA4_TOKENS = {
     "patch_token": "<|patch|>", "x_token": "<|tile_x_separator|>", "y_token": "<|tile_y_separator|>",
 }  # fmt: skip
 
+_IDEFICS2 = Family(
+    "Idefics2ForConditionalGeneration",
+    {
+        "text_config": {
+            **_TEXT,
+            "model_type": "mistral",
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "sliding_window": None,
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 7,
+        },
+        "perceiver_config": {
+            "hidden_size": 64,
+            "resampler_n_latents": 4,
+            "resampler_depth": 2,
+            "resampler_n_heads": 4,
+            "resampler_head_dim": 16,
+            "num_key_value_heads": 2,
+        },
+    },
+    "Idefics2ImageProcessor",
+    {"size": {"shortest_edge": 21, "longest_edge": 56}, "do_image_splitting": False},
+    {"image_seq_len": 4},
+    {"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>"},
+    ("<end_of_utterance>",),
+)
+
 NEWER: Mapping[str, Family] = {
+    "idefics2": _IDEFICS2,
+    "idefics2_split": dataclasses.replace(
+        _IDEFICS2, preprocessor={**_IDEFICS2.preprocessor, "do_image_splitting": True}
+    ),
     "llama4": Family(
         "Llama4ForConditionalGeneration",
         {

@@ -103,3 +103,16 @@ def test_without_processor_files_it_takes_text_alone(tmp_path: Path) -> None:
     assert len(prompt.ids) > chunk
     (found,), _ = run(load(tmp_path), [(prompt, [120, 121])], [7])
     assert abs(found - wanted).max() < 1e-3 * abs(wanted).max()
+
+
+def test_a_tower_s_layers_encode_one_tile_at_a_time(tmp_path: Path) -> None:
+    ops.configure_threads(1, nice=0, pin=False)
+    vision.make("llama4", tmp_path)
+    tower = load(tmp_path).tower
+    assert tower is not None
+    counts = []
+    for size in ((20, 28), (50, 30)):  # one tile, five tiles
+        before = tower.num_pieces
+        tower.encode(vision.prompt_of("llama4", tmp_path, [picture(*size)]).images[0].payload)
+        counts.append(tower.num_pieces - before)
+    assert counts[1] > 3 * counts[0]

@@ -35,7 +35,6 @@ class Lookahead(enum.Enum):
 _UNSUPPORTED = {
     "Blip2ForConditionalGeneration": "puts an image before the beginning of the text",
     "Ernie4_5_VLMoeForConditionalGeneration": "routes image tokens to separate experts",
-    "Idefics2ForConditionalGeneration": "changes the text between and after images",
     "InstructBlipForConditionalGeneration": "lets its image encoder read the text",
     "Kosmos2ForConditionalGeneration": "marks an image's tokens by a mask instead of an id",
     "Kosmos2_5ForConditionalGeneration": "marks an image's tokens by a mask instead of an id",
