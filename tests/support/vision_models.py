@@ -145,7 +145,9 @@ def _randomise(model: Any) -> None:
             if "A_log" not in name:
                 value += torch.randn(value.shape) * 0.2
         else:
-            value.normal_(0, gain * (value.numel() / value.shape[0]) ** -0.5)
+            is_stack = ".experts." in name  # [experts, columns, rows]
+            columns = value.shape[1] if is_stack else value.numel() / value.shape[0]
+            value.normal_(0, gain * columns**-0.5)
 
 
 def _spread(model: Any) -> None:

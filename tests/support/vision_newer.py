@@ -99,6 +99,7 @@ NEWER: Mapping[str, Family] = {
                 "head_dim": 16,
                 "intermediate_size_mlp": 80,
                 "num_local_experts": 4,
+                "num_experts_per_tok": 2,
                 "interleave_moe_layer_step": 2,
                 "no_rope_layers": [1, 0, 1, 0],
                 "attention_chunk_size": 40,

@@ -25,6 +25,7 @@ from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.discover import AttentionLayer, configurations, discover
 from tgi_asgi.models.generic.encoder_decoder import EncoderDecoderProgram
 from tgi_asgi.models.generic.guards import check_cache_uses, check_servable
+from tgi_asgi.models.generic.inline_experts import adapt_experts
 from tgi_asgi.models.generic.invariance import all_products_are_native, applies_sines
 from tgi_asgi.models.generic.own_cache import WholeText, cache_name, own_cache, own_sizes
 from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram
@@ -151,6 +152,7 @@ class OpenGeneric:
         refuse_cross_attention(self._model)
         check_servable(self._model)
         adapt(self._model)
+        adapt_experts(self._model)
         complete_outputs(self._model)
         keep_states_in_caches(self._model)
         self._vision = vision_traits(self._model)

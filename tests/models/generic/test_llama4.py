@@ -1,4 +1,4 @@
-"""Llama 4: its images are cut and written as by its own processor, which exists only for torchvision."""
+"""Llama 4: its images are cut and written as by its own processor, and only chosen experts are computed."""
 
 from __future__ import annotations
 
@@ -116,3 +116,17 @@ def test_a_tower_s_layers_encode_one_tile_at_a_time(tmp_path: Path) -> None:
         tower.encode(vision.prompt_of("llama4", tmp_path, [picture(*size)]).images[0].payload)
         counts.append(tower.num_pieces - before)
     assert counts[1] > 3 * counts[0]
+
+
+@pytest.mark.parametrize("quantised", [None, "Q8_0"])
+def test_experts_are_packed_like_other_products(quantised: str | None, tmp_path: Path) -> None:
+    """Its own code would keep them in float32, and multiply every token by all of them."""
+    ops.configure_threads(1, nice=0, pin=False)
+    vision.make("llama4", tmp_path)
+    model = load(tmp_path, quantised)
+    layers = [each for each in model.module.modules() if type(each).__name__ == "Llama4TextExperts"]
+    text = model.module.config.text_config
+    elements = 3 * text.num_local_experts * text.hidden_size * text.intermediate_size
+    bytes_each = 4 if quantised is None else 34 / 32
+    assert [each.tgi_experts.nbytes for each in layers] == [pytest.approx(elements * bytes_each, rel=0.1)] * 2
+    assert not any(True for each in layers for _ in each.parameters())
