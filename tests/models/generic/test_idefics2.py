@@ -87,7 +87,7 @@ async def test_a_chat_has_the_tokens_of_its_own_processor(
     turns: list[list[str | None]], folder: Path
 ) -> None:
     given = iter(pictures(sum(turn.count(None) for turn in turns)))
-    messages = [
+    messages: list[dict[str, Any]] = [
         {
             "role": ("user", "assistant")[i % 2],
             "content": [
@@ -104,7 +104,7 @@ async def test_a_chat_has_the_tokens_of_its_own_processor(
     for message in messages:
         message["content"] = [
             {"type": "image_url", "image_url": {"url": url_of(part["image"])}} if "image" in part else part
-            for part in message["content"]  # type: ignore[union-attr]
+            for part in message["content"]
         ]
     assert await ids_of(folder, "/tokenize", {"messages": messages}) == list(wanted)
 

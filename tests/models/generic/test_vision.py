@@ -293,7 +293,7 @@ def greedy(name: str, folder: Path, parts: Sequence[Part], num_tokens: int) -> s
     return vision.text_of(folder, answer)
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "llava", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["smolvlm", "llava", "qwen2_vl", "llama4", "idefics2_split"])
 async def test_a_client_gets_what_transformers_would_answer(
     name: str, folder_of: Callable[[str], Path]
 ) -> None:

@@ -28,7 +28,8 @@ def adapt_experts(model: Any) -> None:
 
 def _apply_gate(experts: Any, rows: Tensor) -> Tensor:
     gate, up = rows.chunk(2, dim=-1)
-    return up * experts.act_fn(gate)
+    combined: Tensor = up * experts.act_fn(gate)
+    return combined
 
 
 def _forward(module: Any, own: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
