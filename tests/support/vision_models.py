@@ -66,9 +66,7 @@ def make(name: str, folder: Path) -> None:
     tokens = _tokens(family)
     _save_tokenizer(family, tokens, folder)
     kind = getattr(transformers, family.architecture)
-    model = kind(_config(family, kind, tokens))
-    complete_outputs(model)
-    save_random(model, folder)
+    save_random(kind(_config(family, kind, tokens)), folder)
     preprocessor = {"image_processor_type": family.image_processor, **family.preprocessor}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     if family.processor:
@@ -78,6 +76,7 @@ def make(name: str, folder: Path) -> None:
 @torch.no_grad()
 def save_random(model: Any, folder: Path) -> None:
     """Give a model weights that reveal faults, and write it."""
+    complete_outputs(model)
     _randomise(model.eval())
     _spread(model)
     model.save_pretrained(folder)
