@@ -122,6 +122,7 @@ class ProcessedImage:
     payload: Any  # opaque except to the runner
     num_bytes: int = 0  # size of the payload; counted until the request ends
     needs_gap: bool = False  # whether another token must stand between its tokens and the next image's
+    fence: str = ""  # token around it that two images side by side share (`text/images.py`)
 
 
 class ImageProcessor(Protocol):

@@ -29,7 +29,8 @@ from tests.support.architectures import one_thread
 from tests.support.vision_family import VOCAB_SIZE, Family
 from tests.support.vision_table import FAMILIES
 from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_processor
-from tgi_asgi.text.images import expand_placeholders, locate_images
+from tgi_asgi.models.generic.vision.text import complete_outputs, decoder_of
+from tgi_asgi.text.images import expand_placeholders, join_fences, locate_images
 from tgi_asgi.types import Image, ImageInput
 
 _BASIC = ("<s>", "</s>", "<pad>", "<unk>")
@@ -75,6 +76,7 @@ def make(name: str, folder: Path) -> None:
 @torch.no_grad()
 def save_random(model: Any, folder: Path) -> None:
     """Give a model weights that reveal faults, and write it."""
+    complete_outputs(model)
     _randomise(model.eval())
     _spread(model)
     model.save_pretrained(folder)
@@ -142,13 +144,15 @@ def _randomise(model: Any) -> None:
             if "A_log" not in name:
                 value += torch.randn(value.shape) * 0.2
         else:
-            value.normal_(0, gain * (value.numel() / value.shape[0]) ** -0.5)
+            is_stack = ".experts." in name  # [experts, columns, rows]
+            columns = value.shape[1] if is_stack else value.numel() / value.shape[0]
+            value.normal_(0, gain * columns**-0.5)
 
 
 def _spread(model: Any) -> None:
     head = model.get_output_embeddings().weight
     if head is model.get_input_embeddings().weight:
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         head = decoder.norm.weight if hasattr(decoder, "norm") else head
     ids = torch.arange(60, 100)[None]
     for _ in range(12):
@@ -163,7 +167,7 @@ def processor_of(folder: Path) -> VisionProcessor:
     config = json.loads((folder / "config.json").read_text())
     token_id = config.get("image_token_id", config.get("image_token_index"))
     model = getattr(transformers, config["architectures"][0])
-    inner = model.__init__.__globals__[_inner_name(model)]
+    inner = model.__init__.__globals__.get(_inner_name(model), model)  # Llama 4 has none
     names = frozenset(inspect.signature(inner.get_image_features).parameters)
     made = load_processor(folder, config, token_id, names)
     assert made is not None
@@ -183,6 +187,7 @@ def prompt_of(name: str, folder: Path, parts: Sequence[str | PIL.Image.Image]) -
     image = family.before + processor.placeholder + family.after
     text = "".join(part if isinstance(part, str) else image for part in parts)
     text = expand_placeholders(text, processor.placeholder, [each.text for each in processed])
+    text = join_fences(text, processed[0].fence if processed else "")
     ids = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
     pairs = [(image.digest, each) for image, each in zip(images, processed, strict=True)]
     return Prompt(ids, locate_images(ids, pairs), pictures)
@@ -196,6 +201,7 @@ def open_reference(folder: Path) -> Any:
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not any(info.values()), f"{folder} is not all of the model: {info}"
+    complete_outputs(model)
     return model.eval()
 
 

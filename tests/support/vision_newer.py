@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,87 @@ def _minicpm(stem: str, rope: Mapping[str, Any], ids: Mapping[str, int]) -> Fami
     )
 
 
+_LLAMA4_TOKENS = {
+    "image_token": "<|image|>", "boi_token": "<|image_start|>", "eoi_token": "<|image_end|>",
+    "patch_token": "<|patch|>", "x_token": "<|tile_x_separator|>", "y_token": "<|tile_y_separator|>",
+}  # fmt: skip
+
+_IDEFICS2 = Family(
+    "Idefics2ForConditionalGeneration",
+    {
+        "text_config": {
+            **_TEXT,
+            "model_type": "mistral",
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "sliding_window": None,
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 7,
+        },
+        "perceiver_config": {
+            "hidden_size": 64,
+            "resampler_n_latents": 4,
+            "resampler_depth": 2,
+            "resampler_n_heads": 4,
+            "resampler_head_dim": 16,
+            "num_key_value_heads": 2,
+        },
+    },
+    "Idefics2ImageProcessor",
+    {"size": {"shortest_edge": 21, "longest_edge": 56}, "do_image_splitting": False},
+    {"image_seq_len": 4},
+    {"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>"},
+    ("<end_of_utterance>",),
+)
+
 NEWER: Mapping[str, Family] = {
+    "idefics2": _IDEFICS2,
+    "idefics2_split": dataclasses.replace(
+        _IDEFICS2, preprocessor={**_IDEFICS2.preprocessor, "do_image_splitting": True}
+    ),
+    "llama4": Family(
+        "Llama4ForConditionalGeneration",
+        {
+            "text_config": {
+                **_TEXT,
+                "model_type": "llama4_text",
+                "num_hidden_layers": 4,
+                "head_dim": 16,
+                "intermediate_size_mlp": 80,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "interleave_moe_layer_step": 2,
+                "no_rope_layers": [1, 0, 1, 0],
+                "attention_chunk_size": 40,
+                "floor_scale": 24,
+                "attn_scale": 0.4,
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 128,  # that of the MLP after pixels are shuffled: 32 / 0.5**2
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 7,
+                "vision_output_dim": 40,
+                "projector_input_dim": 40,
+                "projector_output_dim": 40,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+        "Llama4ImageProcessorFast",
+        {"size": {"height": 28, "width": 28}, "max_patches": 4, "resample": 2},
+        {"patch_size": 7},
+        _LLAMA4_TOKENS,
+        image_key="image_token_index",
+        image_token="<|patch|>",
+    ),
     "granite4_vision": Family(
         "Granite4VisionForConditionalGeneration",
         {

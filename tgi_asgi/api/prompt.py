@@ -11,7 +11,7 @@ from tgi_asgi.api.call import Conversation, Images, Job, Text
 from tgi_asgi.api.limits import Overflow, check_characters, tgi_too_long
 from tgi_asgi.errors import ContextExceeded, InvalidRequest, TemplateError
 from tgi_asgi.settings import MIB, Settings
-from tgi_asgi.text.images import expand_placeholders, locate_images
+from tgi_asgi.text.images import expand_placeholders, join_fences, locate_images
 from tgi_asgi.text.tools import (
     add_tool_prompt,
     spell_out,
@@ -252,11 +252,12 @@ def _with_images(text: ChatText, images: Images | None, served: Served) -> ChatT
         return text
     assert served.image_processor is not None, "a model without image processor gets no images"
     guard, placeholder = served.tokenizer.guard, served.image_processor.placeholder
-    texts = [image.text for _, image in images.loaded]
+    texts, fence = [image.text for _, image in images.loaded], images.loaded[0][1].fence
     if not text.is_marked:
-        source = expand_placeholders(text.source, placeholder, texts)
+        source = join_fences(expand_placeholders(text.source, placeholder, texts), fence)
         return ChatText(source, source)
     source = expand_placeholders(text.source, guard.mark + placeholder, list(map(guard.marked, texts)))
+    source = join_fences(source, fence, guard.mark)
     return ChatText(source.replace(guard.mark, ""), source, is_marked=True)
 
 

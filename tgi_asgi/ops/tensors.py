@@ -23,7 +23,7 @@ def plain_tensor(source: WeightSource) -> Tensor:
 def from_tensor(values: Tensor) -> WeightSource:
     """Wrap float32, float16 or bfloat16 values."""
     name = next(name for name, dtype in _PLAIN.items() if dtype is values.dtype)
-    data = values.contiguous().view(torch.uint8).reshape(-1).numpy()
+    data = values.contiguous().reshape(-1).view(torch.uint8).numpy()  # one column may have any stride
     return WeightSource(data, name, tuple(values.shape))
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from tgi_asgi.errors import InvalidRequest
@@ -21,6 +22,22 @@ def expand_placeholders(source: str, placeholder: str, texts: Sequence[str]) -> 
     if len(pieces) != len(texts) + 1:
         raise _mismatch(len(pieces) - 1, len(texts))
     return "".join(part for pair in zip(pieces, (*texts, ""), strict=True) for part in pair)
+
+
+def join_fences(source: str, fence: str, mark: str = "") -> str:
+    """Return a prompt with expanded images, in which images side by side share the token between them.
+
+    A space follows that token if a word would, as in the prompts of Idefics 2's processor.
+
+    Args:
+        fence: The token around an image; empty: there is none.
+        mark: Text before each special token that acts as one; tokens without it are a client's plain text.
+    """
+    if not fence:
+        return source
+    one, special = re.escape(mark + fence), re.escape(mark)
+    source = source.replace(2 * (mark + fence), mark + fence)
+    return re.sub(rf"{one}(?=(?:{special})?+[^\s<])", lambda found: f"{found[0]} ", source)
 
 
 def locate_images(

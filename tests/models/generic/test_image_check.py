@@ -173,8 +173,6 @@ def model_named(name: str, **inner: Any) -> Any:
         ("InstructBlip", "read the text"),
         ("Kosmos2", "by a mask"),
         ("Kosmos2_5", "by a mask"),
-        ("Llama4", "a decoder with its own head"),
-        ("Idefics2", "text between and after images"),
         ("Molmo2", "see each other"),
     ],
 )

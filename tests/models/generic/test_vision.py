@@ -37,9 +37,11 @@ from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images
 from tgi_asgi.types import Image
 
 TOLERANCE = 1e-3  # of the largest logit
-# One of each kind: tiles, class token, axes and deepstack, bidirectional attention, other inputs, states.
+# One of each kind: tiles, class token, axes and deepstack, bidirectional attention, other inputs, states,
+# a decoder with its own head, a resampler.
 FEW = (
     "smolvlm", "llava", "qwen2_vl", "qwen3_vl", "gemma3", "gemma4", "paligemma", "lfm2_vl", "granite4_vision",
+    "llama4", "idefics2_split",
 )  # fmt: skip
 WITH_TOWER = [name for name in FAMILIES if name != "gemma4_unified"]  # others have layers to break off in
 ANSWER = list(range(120, 126))
@@ -291,7 +293,7 @@ def greedy(name: str, folder: Path, parts: Sequence[Part], num_tokens: int) -> s
     return vision.text_of(folder, answer)
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "llava", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["smolvlm", "llava", "qwen2_vl", "llama4", "idefics2_split"])
 async def test_a_client_gets_what_transformers_would_answer(
     name: str, folder_of: Callable[[str], Path]
 ) -> None:

@@ -25,6 +25,7 @@ from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.discover import AttentionLayer, configurations, discover
 from tgi_asgi.models.generic.encoder_decoder import EncoderDecoderProgram
 from tgi_asgi.models.generic.guards import check_cache_uses, check_servable
+from tgi_asgi.models.generic.inline_experts import adapt_experts
 from tgi_asgi.models.generic.invariance import all_products_are_native, applies_sines
 from tgi_asgi.models.generic.own_cache import WholeText, cache_name, own_cache, own_sizes
 from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram
@@ -42,7 +43,13 @@ from tgi_asgi.models.generic.vision.check import check_images, check_processor
 from tgi_asgi.models.generic.vision.encodings import EncodingCache
 from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_processor
 from tgi_asgi.models.generic.vision.program import VisionProgram
-from tgi_asgi.models.generic.vision.text import TextView, VisionTraits, refuse_cross_attention, vision_traits
+from tgi_asgi.models.generic.vision.text import (
+    TextView,
+    VisionTraits,
+    complete_outputs,
+    refuse_cross_attention,
+    vision_traits,
+)
 from tgi_asgi.models.generic.vision.tower import Tower, input_names
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.loading import NamedWeights
@@ -145,6 +152,8 @@ class OpenGeneric:
         refuse_cross_attention(self._model)
         check_servable(self._model)
         adapt(self._model)
+        adapt_experts(self._model)
+        complete_outputs(self._model)
         keep_states_in_caches(self._model)
         self._vision = vision_traits(self._model)
         self._processor: VisionProcessor | None = None

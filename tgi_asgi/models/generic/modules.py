@@ -103,7 +103,8 @@ class GatedMlp(nn.Module):
         assert self.gate_up is not None and self.down is not None
         mode, kernels, rows = self.mode, self.mode.backend.kernels, x.reshape(-1, x.shape[-1])
         rows = kernels.gate_up(self.gate_up, rows, self.activation, mode.is_exact, mode.step, self.adapters)
-        return kernels.linear(self.down, rows, mode.is_exact, mode.step, self.adapters).reshape(x.shape)
+        rows = kernels.linear(self.down, rows, mode.is_exact, mode.step, self.adapters)
+        return rows.reshape(*x.shape[:-1], -1)  # Idefics 2 has one with other columns than its input's
 
 
 class Embedding(PackedModule):

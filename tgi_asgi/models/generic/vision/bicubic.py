@@ -6,47 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from tgi_asgi.models.generic.vision.torch_images import TorchImages, flat, pixels_of
+
 _BICUBIC = 3
 
 
-class BicubicImages:
-    """What these processors have in common.
-
-    Args:
-        options: Contents of the checkpoint's preprocessor_config.json.
-
-    Raises:
-        ValueError: if they ask for something else than the class computes.
-    """
-
-    defaults: ClassVar[Mapping[str, Any]] = {}
-    # What every checkpoint has, and the class does not compute otherwise.
-    fixed: ClassVar[Mapping[str, Any]] = {}
-
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        for name, only in {"do_resize": True, "do_rescale": True, "resample": _BICUBIC, **self.fixed}.items():
-            if (given := options.get(name, only)) != only:
-                raise ValueError(f"{name} must be {only}, got {str(given)[:100]}")
-        self.values = {
-            name: options.get(name, default)
-            for name, default in {"rescale_factor": 1 / 255, **self.defaults}.items()
-        }
-
-    def fetch_images(self, images: Any) -> Any:
-        """Return the images unchanged: none needs to be fetched from the network."""
-        return images
-
-    def _scaled(self, pixels: Tensor) -> Tensor:
-        scaled: Tensor = pixels * self.values["rescale_factor"]
-        return scaled
-
-
-class CohereImages(BicubicImages):
+class CohereImages(TorchImages):
     """`Cohere2VisionImageProcessor`: an image as tiles; if there are several, then also the whole of it."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -57,7 +26,7 @@ class CohereImages(BicubicImages):
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
-    fixed: ClassVar[Mapping[str, Any]] = {"do_normalize": True}
+    fixed: ClassVar[Mapping[str, Any]] = {"resample": _BICUBIC, "do_normalize": True}
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__(options)
@@ -69,7 +38,7 @@ class CohereImages(BicubicImages):
 
     def __call__(self, images: Sequence[Any], **_: Any) -> dict[str, Any]:
         """Return tiles [tiles, 3, side, side] of all images, and the number of each image's tiles."""
-        found = [self._tiles(_pixels(image)) for image in _flat(images)]
+        found = [self._tiles(pixels_of(image)) for image in flat(images)]
         tiles = self._scaled(torch.cat(found))
         mean, std = (torch.tensor(self.values[name]).view(-1, 1, 1) for name in ("image_mean", "image_std"))
         return {"pixel_values": (tiles - mean) / std, "num_patches": [len(each) for each in found]}
@@ -97,7 +66,7 @@ class CohereImages(BicubicImages):
         return grids[scales.index(min(larger) if larger else max(scales))]
 
 
-class Gemma4UnifiedImages(BicubicImages):
+class Gemma4UnifiedImages(TorchImages):
     """`Gemma4UnifiedImageProcessor`: an image of any proportions as up to `max_soft_tokens` large patches."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -105,13 +74,13 @@ class Gemma4UnifiedImages(BicubicImages):
         "max_soft_tokens": 280,
         "pooling_kernel_size": 3,
     }
-    fixed: ClassVar[Mapping[str, Any]] = {"do_normalize": False}
+    fixed: ClassVar[Mapping[str, Any]] = {"resample": _BICUBIC, "do_normalize": False}
 
     def __call__(self, images: Sequence[Any], **_: Any) -> dict[str, Any]:
         """Return patches [images, tokens, values] of all images, padded, and their positions (x, y)."""
         patches, positions, counts = [], [], []
-        for image in _flat(images):
-            made, places = self._patches(_pixels(image))
+        for image in flat(images):
+            made, places = self._patches(pixels_of(image))
             missing = self.values["max_soft_tokens"] - len(made)
             patches.append(pad(made, (0, 0, 0, missing)))
             positions.append(pad(places, (0, 0, 0, missing), value=-1))
@@ -149,16 +118,6 @@ class Gemma4UnifiedImages(BicubicImages):
         if columns == 0:
             return min(math.floor(height / width), most), 1
         return rows, columns
-
-
-def _flat(images: Sequence[Any]) -> list[Any]:
-    """Return images that may be grouped by prompt."""
-    return [each for part in images for each in (part if isinstance(part, (list, tuple)) else [part])]
-
-
-def _pixels(image: Any) -> Tensor:
-    """Return an image's bytes [1, 3, height, width]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
 
 
 def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:

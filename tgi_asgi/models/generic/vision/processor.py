@@ -21,6 +21,7 @@ from torch import Tensor
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.formats.files import read_optional_json
 from tgi_asgi.models.generic.vision.bicubic import CohereImages, Gemma4UnifiedImages
+from tgi_asgi.models.generic.vision.llama4_images import Llama4Images
 from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images, PixtralImages
 from tgi_asgi.types import Image, ProcessedImage
 
@@ -32,8 +33,10 @@ _OWN_IMAGES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "Cohere2Vision": CohereImages,
     "Gemma4Unified": Gemma4UnifiedImages,
     "Lfm2Vl": Lfm2Images,
+    "Llama4": Llama4Images,
 }
 _TOGETHER = frozenset({"LlavaOnevisionProcessor"})  # prepare an image differently if it is one of several
+_WITH_FENCES = frozenset({"Idefics2Processor"})  # write a token around an image that two may share
 _WITH_TENSORS = frozenset({"Ovis2Processor"})  # read an image's grid as a tensor
 # Read how a video is cut when they are created, from settings that their image processors have as well.
 _READ_VIDEO_SETTINGS = frozenset({"MiniCPMOcrProcessor", "MiniCPMV4_6Processor", "MiniCPMV4_7Processor"})
@@ -54,9 +57,10 @@ class VisionProcessor:
     ) -> None:
         self._processor, self._token_id, self._input_names = processor, token_id, input_names
         self._needs_gap = needs_gap
+        self._fence: str = processor.fake_image_token if _has(processor, _WITH_FENCES) else ""
         self._token: str = processor.tokenizer.convert_ids_to_tokens(token_id)
         self._options, self.adds_special_tokens = _image_options(processor)
-        self._is_together = any(kind.__name__ in _TOGETHER for kind in type(processor).__mro__)
+        self._is_together = _has(processor, _TOGETHER)
 
     @property
     def placeholder(self) -> str:
@@ -110,7 +114,9 @@ class VisionProcessor:
         if is_one_of_several:
             inputs = {name: each[:1] for name, each in inputs.items()}
         num_bytes = sum(each.numel() * each.element_size() for each in inputs.values())
-        return ProcessedImage(text, self._token_id, num_tokens, inputs, num_bytes, self._needs_gap)
+        return ProcessedImage(
+            text, self._token_id, num_tokens, inputs, num_bytes, self._needs_gap, self._fence
+        )
 
 
 def load_processor(
@@ -212,11 +218,26 @@ def _image_half(kind: Any) -> Any:
     written_in: Any = inspect.getmodule(kind)
     if getattr(written_in, "num2words", "") is None:
         written_in.num2words = str  # it spells out numbers of video frames
-    return type(f"{kind.__name__}ForImages", (kind,), {"check_argument_for_proper_class": _accept})
+    more = {"check_argument_for_proper_class": _accept, **_TEXTS.get(kind.__name__, {})}
+    return type(f"{kind.__name__}ForImages", (kind,), more)
 
 
 def _accept(self: Any, name: str, value: Any) -> None:
     return None
+
+
+def _idefics2_text(self: Any, image_inputs: Any, image_idx: int, **_: Any) -> str:
+    """Return an image's text, which Idefics 2's processor writes within its code for whole prompts."""
+    one = f"{self.fake_image_token}{self.image_token * self.image_seq_len}{self.fake_image_token}"
+    return one * (5 if self.image_processor.do_image_splitting else 1)
+
+
+_TEXTS = {"Idefics2Processor": {"replace_image_token": _idefics2_text}}
+
+
+def _has(processor: Any, names: frozenset[str]) -> bool:
+    """Return whether a processor is of a class of these names."""
+    return any(kind.__name__ in names for kind in type(processor).__mro__)
 
 
 def _numbers_images(processor: Any) -> bool:
@@ -240,7 +261,7 @@ def _image_options(processor: Any) -> tuple[dict[str, Any], bool]:
     named = inspect.signature(processor._process_images).parameters
     options |= {name: merged[name] for name in named if name in merged}
     options.pop("return_tensors", None)
-    if any(kind.__name__ in _WITH_TENSORS for kind in type(processor).__mro__):
+    if _has(processor, _WITH_TENSORS):
         options["return_tensors"] = "pt"
     return options, bool(texts.get("add_special_tokens", True))
 

@@ -22,6 +22,7 @@ from tgi_asgi.models.generic.vision.text import (
     DecoderOutput,
     Lookahead,
     VisionTraits,
+    decoder_of,
     layer_inputs,
     token_rows,
 )
@@ -55,7 +56,7 @@ class VisionProgram(GenericProgram):
         self.encodings = encodings
         self.bidirectional = _BIDIRECTIONAL[traits.lookahead]
         self._model, self._traits = model, traits
-        self._decoder, self._embed = model.get_decoder(), model.get_input_embeddings()
+        self._decoder, self._embed = decoder_of(model), model.get_input_embeddings()
         self._sequences: dict[int, SequenceImages] = {}
         self._inputs: dict[str, Any] = {}
         self._marks: Tensor | None = None

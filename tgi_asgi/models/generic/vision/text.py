@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.caller import decoders_of
 from tgi_asgi.models.generic.discover import arguments
 
 
@@ -34,11 +35,9 @@ class Lookahead(enum.Enum):
 _UNSUPPORTED = {
     "Blip2ForConditionalGeneration": "puts an image before the beginning of the text",
     "Ernie4_5_VLMoeForConditionalGeneration": "routes image tokens to separate experts",
-    "Idefics2ForConditionalGeneration": "changes the text between and after images",
     "InstructBlipForConditionalGeneration": "lets its image encoder read the text",
     "Kosmos2ForConditionalGeneration": "marks an image's tokens by a mask instead of an id",
     "Kosmos2_5ForConditionalGeneration": "marks an image's tokens by a mask instead of an id",
-    "Llama4ForConditionalGeneration": "has a decoder with its own head next to the tower",
     "Molmo2ForConditionalGeneration": "lets the tokens of all images of a prompt see each other",
 }
 _LOOKAHEAD = {
@@ -90,7 +89,7 @@ class TextView(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.decoder = model.get_decoder()
+        self.decoder = decoder_of(model)
         self.config = self.decoder.config
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Any:
@@ -114,6 +113,24 @@ class TextView(nn.Module):
         return bool(self.decoder._can_set_attn_implementation())
 
 
+def decoder_of(model: Any) -> Any:
+    """Return a vision model's text decoder without its head, which Llama 4's has inside."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    has_head = any(module is head for module in decoder.modules())
+    return decoders_of(decoder)[0] if has_head else decoder
+
+
+def complete_outputs(model: Any) -> None:
+    """Add what Llama 4's class of transformers 5.24 reads of its decoder's output but does not find there."""
+    if type(model).__name__ == "Llama4ForConditionalGeneration":
+        model.language_model.register_forward_hook(_complete)
+
+
+def _complete(module: Any, given: Any, output: Any) -> None:
+    if not hasattr(output, "image_outputs"):
+        output.image_outputs = None
+
+
 def vision_traits(model: Any) -> VisionTraits | None:
     """Return a model's `VisionTraits`; None if it is text only.
 
@@ -134,7 +151,7 @@ def vision_traits(model: Any) -> VisionTraits | None:
     counts = getattr(inner, "get_rope_index", None)
     if counts is not None and "mm_token_type_ids" not in inspect.signature(counts).parameters:
         raise ModelLoadError(f"{name} cannot be served: it computes the positions of images in its own way")
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     lookahead = _LOOKAHEAD.get(name, Lookahead.NOTHING)
     if getattr(text, "use_bidirectional_attention", None) == "vision":
         lookahead = _VISION_LOOKAHEAD.get(name, Lookahead.IMAGES_IN_WINDOWS)

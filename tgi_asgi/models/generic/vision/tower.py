@@ -14,7 +14,7 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tgi_asgi.models.generic.backend import Backend
 from tgi_asgi.models.generic.modules import PackedModule
+from tgi_asgi.models.generic.vision.text import decoder_of
 
 NAME = "tgi_tower"
 _MIN_QUERIES = 128  # with 4,096 keys, pieces of 64 would cost 40% more per query
@@ -65,7 +66,7 @@ class Tower:
     def __init__(self, model: Any, backend: Backend) -> None:
         self.backend = backend
         self._inner = getattr(model, "model", model)
-        self._features = self._inner.get_image_features
+        self._features = _features_of(model)
         self._inputs: Mapping[str, Any] = {}
         self._known: list[Any] = []
         self._parts: list[Any] = []  # finished tiles of the piece in progress
@@ -74,9 +75,9 @@ class Tower:
         self._ends_at: float | None = None
         self._is_inside = False
         self.num_pieces = 0
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         _take_attention(self._inner, decoder)
-        for piece, is_layer in pieces(self._inner, decoder):
+        for piece, is_layer in pieces(self._inner, {decoder, model.get_output_embeddings()}):
             if is_layer:
                 for product in products(piece):
                     product.forward = functools.partial(self._multiply, product.forward)
@@ -219,20 +220,20 @@ def input_names(model: Any) -> frozenset[str]:
     return frozenset(each.name for each in found if each.kind is not each.VAR_KEYWORD)
 
 
-def pieces(root: nn.Module, decoder: nn.Module) -> list[tuple[Any, bool]]:
-    """Return the parts of a model, except its decoder, that are called one after the other, finely divided.
+def pieces(root: nn.Module, others: Container[nn.Module]) -> list[tuple[Any, bool]]:
+    """Return the parts of a model, except these others, that are called one after the other, finely divided.
 
     A list of at least two modules is divided into them; a module that contains such a list, into its
     children. Each part comes with whether it is of a list, that is, a layer.
     """
     found: list[tuple[Any, bool]] = []
     for child in root.children():
-        if child is decoder:
+        if child in others:
             continue
         if _is_list(child):
             found.extend((each, True) for each in child.children())
         elif any(map(_is_list, child.modules())):
-            found.extend(pieces(child, decoder))
+            found.extend(pieces(child, others))
         else:
             found.append((child, False))
     return found
@@ -279,8 +280,9 @@ def _take_attention(root: nn.Module, decoder: nn.Module) -> None:
     inside = set(decoder.modules())
     module: Any
     for module in root.modules():
-        is_tower = isinstance(module, PreTrainedModel) and module not in inside and module is not root
-        if is_tower and module._supports_sdpa:
+        is_tower = isinstance(module, PreTrainedModel) and module not in inside
+        # What contains the decoder shares its configuration with it.
+        if is_tower and decoder not in module.modules() and module._supports_sdpa:
             module.config._attn_implementation_internal = NAME
 
 
@@ -300,7 +302,7 @@ def _is_list(module: nn.Module) -> bool:
 
 def _num_tiles(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """Return the number of independent images [tiles, patches, width] in a layer's arguments."""
-    hidden = args[0] if args else kwargs.get("hidden_states")
+    hidden = args[0] if args else kwargs.get("hidden_states", kwargs.get("hidden_state"))  # Llama 4's name
     if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[0] == hidden.shape[1]:
         return 1
     return max(hidden.shape[0], 1)
@@ -323,6 +325,20 @@ def _stacked(parts: list[Any]) -> Any:
     if isinstance(parts[0], tuple):
         return tuple(_stacked([part[index] for part in parts]) for index in range(len(parts[0])))
     return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
+
+
+def _features_of(model: Any) -> Callable[..., Any]:
+    """Return the function that encodes an image; Llama 4 applies its projector to what its own returns."""
+    encode: Callable[..., Any] = getattr(model, "model", model).get_image_features
+    if type(model).__name__ != "Llama4ForConditionalGeneration":
+        return encode
+
+    def encode_and_project(**inputs: Any) -> Any:
+        found = encode(**inputs)
+        found.pooler_output = model.multi_modal_projector(found.last_hidden_state)
+        return found
+
+    return encode_and_project
 
 
 def _encoding(found: Any) -> ImageEncoding:
