@@ -10,16 +10,19 @@ Used by `models/loading/gguf.py`; knows neither torch nor files. Source: ggml-qu
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from tgi_asgi import _C
 from tgi_asgi.formats.codes import Bytes, Floats
 from tgi_asgi.formats.gguf_grids import grid
 from tgi_asgi.formats.small_floats import decode_e4m3, decode_fp4
 
-_CHUNK_BLOCKS = 1 << 12  # a million weights: bounds the temporary arrays
+_CHUNK_BLOCKS = 1 << 12  # a million weights: with the number of threads, bounds the temporary arrays
+_MAX_THREADS = 16
 _HELD_BYTES = {"Q4_0": 18, "Q8_0": 34, "F32": 128}  # of 32 columns
 
 Decoded = tuple[Floats, npt.NDArray[np.int8]]  # scales [n, m], codes [n, m, columns of a scale]
@@ -44,9 +47,15 @@ class DecodedType:
         """Return the bytes of the format `held` for whole blocks."""
         blocks = data.reshape(-1, self.block_bytes)
         out = np.empty((len(blocks), self.block_columns // 32 * _HELD_BYTES[self.held]), np.uint8)
-        for at in range(0, len(blocks), _CHUNK_BLOCKS):
+
+        def convert_from(at: int) -> None:
             chunk = slice(at, at + _CHUNK_BLOCKS)
             out[chunk] = _held(self.decode(np.ascontiguousarray(blocks[chunk])), self.held)
+
+        # numpy computes without the GIL.
+        with ThreadPoolExecutor(min(_C.default_num_threads(), _MAX_THREADS)) as threads:
+            for _ in threads.map(convert_from, range(0, len(blocks), _CHUNK_BLOCKS)):
+                pass
         return out.reshape(-1)
 
 
