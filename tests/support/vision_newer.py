@@ -45,6 +45,34 @@ def _minicpm(stem: str, rope: Mapping[str, Any], ids: Mapping[str, int]) -> Fami
 
 
 NEWER: Mapping[str, Family] = {
+    "mllama": Family(
+        "MllamaForConditionalGeneration",
+        {
+            "text_config": {
+                **_TEXT,
+                "model_type": "mllama_text_model",
+                "vocab_size": VOCAB_SIZE - 1,  # logits; there are eight more embeddings
+                "num_hidden_layers": 5,
+                "cross_attention_layers": [1, 3],
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 3,
+                "num_global_layers": 2,
+                "attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 7,
+                "intermediate_layers_indices": [0, 2],
+                "vision_output_dim": 96,
+            },
+        },
+        "MllamaImageProcessor",
+        {"size": {"height": 28, "width": 28}, "max_image_tiles": 4},
+        tokens={"image_token": "<|image|>", "python_token": "<|python_tag|>"},
+        image_key="image_token_index",
+        has_image_last=True,
+    ),
     "granite4_vision": Family(
         "Granite4VisionForConditionalGeneration",
         {

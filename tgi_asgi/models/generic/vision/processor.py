@@ -47,13 +47,19 @@ class VisionProcessor:
         token_id: Id of the placeholder tokens that an image's rows replace.
         input_names: Names of the inputs that the model's tower accepts.
         needs_gap: Whether the model would take two images without a token between them for one.
+        is_seen_by_all: Whether every token of a prompt sees its images; see `ImageInput`.
+
+    Attributes:
+        encoded_bytes: Bytes of an encoded image, if a request keeps it until it ends.
     """
 
     def __init__(
-        self, processor: Any, token_id: int, input_names: frozenset[str], *, needs_gap: bool = False
-    ) -> None:
+        self, processor: Any, token_id: int, input_names: frozenset[str], *, needs_gap: bool = False,
+        is_seen_by_all: bool = False,
+    ) -> None:  # fmt: skip
         self._processor, self._token_id, self._input_names = processor, token_id, input_names
-        self._needs_gap = needs_gap
+        self._needs_gap, self._is_seen_by_all = needs_gap, is_seen_by_all
+        self.encoded_bytes = 0
         self._token: str = processor.tokenizer.convert_ids_to_tokens(token_id)
         self._options, self.adds_special_tokens = _image_options(processor)
         self._is_together = any(kind.__name__ in _TOGETHER for kind in type(processor).__mro__)
@@ -109,8 +115,10 @@ class VisionProcessor:
         inputs = {name: _tensor(found[name]) for name in self._input_names if name in found}
         if is_one_of_several:
             inputs = {name: each[:1] for name, each in inputs.items()}
-        num_bytes = sum(each.numel() * each.element_size() for each in inputs.values())
-        return ProcessedImage(text, self._token_id, num_tokens, inputs, num_bytes, self._needs_gap)
+        num_bytes = self.encoded_bytes + sum(each.numel() * each.element_size() for each in inputs.values())
+        return ProcessedImage(
+            text, self._token_id, num_tokens, inputs, num_bytes, self._needs_gap, self._is_seen_by_all
+        )
 
 
 def load_processor(
@@ -120,6 +128,7 @@ def load_processor(
     input_names: frozenset[str],
     *,
     needs_gap: bool = False,
+    is_seen_by_all: bool = False,
 ) -> VisionProcessor | None:
     """Return the processor of a checkpoint's files; None, with a warning in the log, if they have none.
 
@@ -131,7 +140,10 @@ def load_processor(
         logger.warning("the model accepts images, but its files have no preprocessor_config.json: text only")
         return None
     try:
-        return VisionProcessor(_build(directory, config, names), token_id, input_names, needs_gap=needs_gap)
+        return VisionProcessor(
+            _build(directory, config, names), token_id, input_names, needs_gap=needs_gap,
+            is_seen_by_all=is_seen_by_all,
+        )  # fmt: skip
     except Exception as error:  # a file can make a `transformers` class raise anything
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
         raise ModelLoadError(f"the model's image processor cannot be created: {reason}") from error
