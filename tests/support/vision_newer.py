@@ -51,7 +51,7 @@ NEWER: Mapping[str, Family] = {
             "text_config": {
                 **_TEXT,
                 "model_type": "mllama_text_model",
-                "vocab_size": VOCAB_SIZE - 1,  # logits; there are eight more embeddings
+                "vocab_size": 405,  # logits; of the eight more embeddings, the first is the image's token
                 "num_hidden_layers": 5,
                 "cross_attention_layers": [1, 3],
             },

@@ -28,7 +28,7 @@ class PendingImage:
     @property
     def image(self) -> ImageInput:
         """The image."""
-        return self.sequence.request.images[self.index]
+        return self.sequence.images[self.index]
 
 
 def unencoded_images(sequence: Sequence, end: int) -> list[PendingImage]:
@@ -36,7 +36,7 @@ def unencoded_images(sequence: Sequence, end: int) -> list[PendingImage]:
     start = sequence.num_computed
     return [
         PendingImage(sequence, sequence.epoch, index)
-        for index, image in enumerate(sequence.request.images)
+        for index, image in enumerate(sequence.images)
         if index >= sequence.num_encoded_images
         and (image.is_seen_by_all or (image.start < end and image.start + image.num_tokens > start))
     ]
@@ -44,7 +44,7 @@ def unencoded_images(sequence: Sequence, end: int) -> list[PendingImage]:
 
 def awaits_image(sequence: Sequence) -> bool:
     """Return whether the sequence's next token sees an image that is not known to be encoded."""
-    return bool(sequence.request.images) and bool(unencoded_images(sequence, sequence.num_computed + 1))
+    return bool(sequence.images) and bool(unencoded_images(sequence, sequence.num_computed + 1))
 
 
 def settle(pending: Many[PendingImage], result: StepResult) -> None:
@@ -82,7 +82,7 @@ class ChunkBoundaries:
         if self._bidirectional is Bidirectional.PROMPT:
             return [(0, sequence.prompt_len)]
         if self._bidirectional is Bidirectional.IMAGES:
-            return [(each.start, each.start + each.num_tokens) for each in sequence.request.images]
+            return [(each.start, each.start + each.num_tokens) for each in sequence.images]
         return []
 
     def end(self, sequence: Sequence, start: int, end: int) -> int:

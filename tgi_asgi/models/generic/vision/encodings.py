@@ -51,6 +51,9 @@ class EncodingCache:
         is_unwanted = self._wanted_by is not None and self._wanted_by() is None
         if is_unwanted and self._in_progress not in [key_of(image) for image in images]:
             self._end()
+        for image in images:  # first, because what is encoded now may replace them in the cache
+            if (encoding := self._known.get(key_of(image))) is not None:
+                self._hold(image, encoding)
         ends_at = time.monotonic() + seconds
         for image in images:
             if self._is_done(image):
@@ -59,9 +62,6 @@ class EncodingCache:
             # The tower holds one partial encoding; starting the next image would discard it.
             if not self._is_done(image) or time.monotonic() >= ends_at:
                 break
-        for image in images:
-            if (encoding := self._known.get(key_of(image))) is not None:
-                self._hold(image, encoding)
         return [self._is_done(image) for image in images]
 
     def get(self, image: ImageInput) -> ImageEncoding:
@@ -111,6 +111,7 @@ class EncodingCache:
         if encoding is not None:
             self._end()
             self._keep(key, encoding)
+            self._hold(image, encoding)
 
     def _end(self) -> None:
         """Release the partial encoding."""
