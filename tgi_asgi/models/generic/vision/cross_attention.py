@@ -30,22 +30,39 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.vision.tower import ImageEncoding
 
 
+@dataclass(slots=True)
+class Piece:
+    """A function that a tower may run in its turn, and whose result it then keeps; see `Tower`."""
+
+    forward: Callable[..., Tensor]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.forward(*args, **kwargs)
+
+
 class CrossFeatures:
     """Encodes an image as the tower's code and the decoder's layers do: `get_image_features` of Mllama.
 
     Attributes:
         is_exact: Whether keys and values are float32, not bfloat16.
-        pieces: Parts that a tower may run one by one, as those of its own.
+        pieces: What is computed besides the modules of the tower.
     """
 
     def __init__(self, inner: Any) -> None:
+        from transformers.models.mllama import modeling_mllama
+
         self._inner, self._layers = inner, cross_layers(inner.language_model)
         self.is_exact = True
-        self.pieces = [
-            Projection(self, layer.cross_attn, of_keys=of_keys)
+        # For four tiles of 560 x 560, these take 0.25 s: too long to be computed again for each other piece.
+        self._code: Any = modeling_mllama
+        self._mask = Piece(modeling_mllama._prepare_aspect_ratio_attention_mask)
+        inner.vision_model.apply_class_embedding = Piece(inner.vision_model.apply_class_embedding)
+        self._projections = [
+            Piece(functools.partial(self._project, layer.cross_attn, of_keys=of_keys))
             for layer in self._layers
             for of_keys in (True, False)
         ]
+        self.pieces = [self._mask, inner.vision_model.apply_class_embedding, *self._projections]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,31 +81,21 @@ class CrossFeatures:
         self, pixel_values: Tensor, aspect_ratio_ids: Tensor, aspect_ratio_mask: Tensor, **_: Any
     ) -> ImageEncoding:
         """Return an image's keys and values, for each layer [num_kv_heads, num_rows, head_dim]."""
-        inner = self._inner
-        given = {"aspect_ratio_ids": aspect_ratio_ids, "aspect_ratio_mask": aspect_ratio_mask}
-        states = inner.vision_model(pixel_values, **given).last_hidden_state
+        inner, before = self._inner, self._code._prepare_aspect_ratio_attention_mask
+        self._code._prepare_aspect_ratio_attention_mask = self._mask
+        try:
+            states = inner.vision_model(pixel_values, aspect_ratio_ids, aspect_ratio_mask).last_hidden_state
+        finally:
+            self._code._prepare_aspect_ratio_attention_mask = before
         num_visible = int(aspect_ratio_mask.sum()) * states.shape[-2]
         rows = inner.multi_modal_projector(states.reshape(-1, states.shape[-1]))
-        return ImageEncoding(rows[:0], tuple(piece.forward(rows) for piece in self.pieces), num_visible)
+        return ImageEncoding(rows[:0], tuple(piece(rows) for piece in self._projections), num_visible)
 
-
-class Projection:
-    """The keys or the values of a layer.
-
-    Attributes:
-        forward: Function of the image's rows.
-    """
-
-    def __init__(self, features: CrossFeatures, attention: Any, *, of_keys: bool) -> None:
-        self._features, self._attention, self._of_keys = features, attention, of_keys
-        self.forward: Callable[[Tensor], Tensor] = self._project
-
-    def _project(self, rows: Tensor) -> Tensor:
-        attention = self._attention
-        made = (attention.k_proj if self._of_keys else attention.v_proj)(rows)
+    def _project(self, attention: Any, rows: Tensor, *, of_keys: bool) -> Tensor:
+        made = (attention.k_proj if of_keys else attention.v_proj)(rows)
         heads = made.view(-1, attention.num_key_value_heads, attention.head_dim)
-        heads = attention.k_norm(heads) if self._of_keys else heads
-        ordered: Tensor = heads.transpose(0, 1).to(self._features.dtype).contiguous()
+        heads = attention.k_norm(heads) if of_keys else heads
+        ordered: Tensor = heads.transpose(0, 1).to(self.dtype).contiguous()
         return ordered
 
 
