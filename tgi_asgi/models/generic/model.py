@@ -26,6 +26,7 @@ from tgi_asgi.models.generic.discover import AttentionLayer, configurations, dis
 from tgi_asgi.models.generic.encoder_decoder import EncoderDecoderProgram
 from tgi_asgi.models.generic.guards import check_cache_uses, check_servable
 from tgi_asgi.models.generic.invariance import all_products_are_native, applies_sines
+from tgi_asgi.models.generic.modules import Mode
 from tgi_asgi.models.generic.own_cache import WholeText, cache_name, own_cache, own_sizes
 from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram
 from tgi_asgi.models.generic.recurrent import RecurrentLayers, keep_states_in_caches, recurrent_modules
@@ -274,7 +275,7 @@ class OpenGeneric:
         replaced.mode.backend.take(model)
         attention.install(configurations(self._text), attends=not self.config.sequential_reason)
         if self._vision is not None and self._vision.has_cross_attention:
-            self._keep_encodings(arithmetic)
+            self._keep_encodings(arithmetic, replaced.mode)
         recurrent = None
         if self._recurrent and not self.config.sequential_reason:
             recurrent = RecurrentLayers(self._recurrent)
@@ -287,9 +288,10 @@ class OpenGeneric:
             check_images(loaded, self._processor)
         return loaded
 
-    def _keep_encodings(self, arithmetic: ops.Arithmetic) -> None:
+    def _keep_encodings(self, arithmetic: ops.Arithmetic, mode: Mode) -> None:
         """Let keys and values of images be as exact as products, and requests count their memory."""
         features: CrossFeatures = self._model.model.get_image_features
+        features.mode = mode
         features.is_exact = isinstance(arithmetic, ops.Packing) and arithmetic.is_exact
         if self._processor is not None:
             self._processor.encoded_bytes = features.num_bytes

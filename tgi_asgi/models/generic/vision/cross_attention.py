@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.modules import Mode
 from tgi_asgi.models.generic.vision.tower import ImageEncoding
 
 
@@ -44,7 +45,8 @@ class CrossFeatures:
     """Encodes an image as the tower's code and the decoder's layers do: `get_image_features` of Mllama.
 
     Attributes:
-        is_exact: Whether keys and values are float32, not bfloat16.
+        mode: How the model computes.
+        is_exact: Whether keys and values are float32 in any mode; otherwise bfloat16, unless it is exact.
         pieces: What is computed besides the modules of the tower.
     """
 
@@ -52,7 +54,8 @@ class CrossFeatures:
         from transformers.models.mllama import modeling_mllama
 
         self._inner, self._layers = inner, cross_layers(inner.language_model)
-        self.is_exact = True
+        self.mode: Mode | None = None
+        self.is_exact = False
         # For four tiles of 560 x 560, these take 0.25 s: too long to be computed again for each other piece.
         self._code: Any = modeling_mllama
         self._mask = Piece(modeling_mllama._prepare_aspect_ratio_attention_mask)
@@ -67,7 +70,8 @@ class CrossFeatures:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the keys and values."""
-        return torch.float32 if self.is_exact else torch.bfloat16
+        is_exact = self.is_exact or (self.mode is not None and self.mode.is_exact)
+        return torch.float32 if is_exact else torch.bfloat16
 
     @property
     def num_bytes(self) -> int:
