@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -56,6 +57,18 @@ def test_images_that_every_token_sees_are_encoded_before_the_first_chunk() -> No
     ]  # fmt: skip
     assert (sequence.num_cached, other.num_cached) == (0, 48)
     assert runner.violations == []
+
+
+def test_a_removed_sequence_has_no_images_even_if_something_refers_to_it() -> None:
+    scheduler = make_scheduler(vision=Bidirectional.NOTHING)
+    (sequence,) = add_request(scheduler, make_request(60, 1, images=(image(20, 1, is_seen_by_all=True),)))
+    kept = weakref.ref(sequence.images[0])
+    step = plan_step(scheduler)
+    assert step.plan.images[0] is kept()
+    scheduler.remove(sequence)
+    del step
+    assert kept() is None
+    assert len(sequence.request.images) == 1
 
 
 def test_streams_go_on_while_an_image_is_encoded() -> None:

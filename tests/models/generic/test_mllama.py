@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.models.mllama import modeling_mllama
 
 from tests.support import vision_models as vision
 from tests.support.vision_chats import Part, chatting, greedy
@@ -255,3 +256,24 @@ async def test_a_schema_holds_for_answers_about_images(folder: Path) -> None:
             ask(parts, max_tokens=40, response_format=given), ask(["how many?"], max_tokens=40)
         )
     assert json.loads(both[0].choices[0].message.content)["n"] in ("one", "two")
+
+
+def test_a_tower_s_mask_is_computed_once_however_often_it_is_broken_off(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, name = modeling_mllama, "_prepare_aspect_ratio_attention_mask"
+    compute, calls = getattr(own, name), []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(own, name, counted)
+    tower = load(folder).tower
+    assert tower is not None
+    (image,) = vision.prompt_of(NAME, folder, [picture(50, 30)]).images
+    tower.begin(image.payload)
+    while tower.resume(0.0) is None:
+        pass
+    assert len(calls) == 1
+    assert getattr(own, name) is counted  # other models in this process keep their code
