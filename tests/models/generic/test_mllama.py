@@ -189,7 +189,8 @@ async def test_clients_get_the_probabilities_of_transformers(options: dict[str, 
         }
         asked = [ask(parts, n=n, **given) for n in (1, 3) for parts in TURNS]
         found = await asyncio.gather(*asked)
-        encodings, stats = program_of(app).encodings, app.context.served.engine.stats
+        served: Any = app.context.served
+        encodings, stats = program_of(app).encodings, served.engine.stats
         assert encodings.num_encoded == 5
         assert (stats.preemptions > 0) == ("max_batch_total_tokens" in options)
         await ask(["a step after which nothing is held"])
