@@ -59,16 +59,20 @@ def test_images_that_every_token_sees_are_encoded_before_the_first_chunk() -> No
     assert runner.violations == []
 
 
-def test_a_removed_sequence_has_no_images_even_if_something_refers_to_it() -> None:
+def test_a_step_has_the_images_of_a_sequence_that_has_been_removed_since() -> None:
     scheduler = make_scheduler(vision=Bidirectional.NOTHING)
     (sequence,) = add_request(scheduler, make_request(60, 1, images=(image(20, 1, is_seen_by_all=True),)))
-    kept = weakref.ref(sequence.images[0])
-    step = plan_step(scheduler)
-    assert step.plan.images[0] is kept()
+    sequence.num_encoded_images = 1
+    step, kept = plan_step(scheduler), weakref.ref(sequence.images[0])
+    assert step.sequences == [sequence]
+    step.plan.starts.clear()  # an earlier step may have started the slot
     scheduler.remove(sequence)
+    request = sequence.request
+    del sequence
+    assert kept() is not None
     del step
     assert kept() is None
-    assert len(sequence.request.images) == 1
+    assert len(request.images) == 1
 
 
 def test_streams_go_on_while_an_image_is_encoded() -> None:

@@ -124,7 +124,6 @@ class Scheduler:
             self._num_waiting -= 1
             self._requeue(self._running.adapters.remove(sequence))
         sequence.reset_to(Stage.FINISHED)
-        sequence.images = ()
         self._release_followers(sequence)
         self._waiting.compact(self._num_waiting)
 

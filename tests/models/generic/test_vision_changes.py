@@ -35,7 +35,7 @@ _FEW = (
     ("pixtral", "vision_config", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     ("qwen2_vl", "vision_config", {"hidden_act": "relu"}),
 )
-_KINDS = ("smolvlm", "pixtral", "qwen3_vl", "gemma3", "lfm2_vl", "internvl")
+_KINDS = ("smolvlm", "pixtral", "qwen3_vl", "gemma3", "lfm2_vl", "internvl", "mllama")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
 
