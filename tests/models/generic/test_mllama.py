@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -17,9 +18,9 @@ import transformers
 from transformers.models.mllama import modeling_mllama
 
 from tests.support import vision_models as vision
-from tests.support.vision_chats import Part, chatting, greedy
+from tests.support.vision_chats import Part, chatting, greedy, url_of
 from tests.support.vision_models import Prompt, picture
-from tests.support.vision_runs import load, program_of, run
+from tests.support.vision_runs import load, program_of, run, served
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
@@ -278,3 +279,21 @@ def test_a_tower_s_mask_is_computed_once_however_often_it_is_broken_off(
         pass
     assert len(calls) == 1
     assert getattr(own, name) is counted  # other models in this process keep their code
+
+
+async def test_tokens_of_prompts_have_the_probabilities_of_transformers(folder: Path) -> None:
+    parts: list[Part] = ["what is this ", picture(50, 30), picture(20, 20, 1), " here?"]
+    body = {
+        "inputs": "".join(part if isinstance(part, str) else f"![]({url_of(part)})" for part in parts),
+        "parameters": {"max_new_tokens": 1, "details": True, "decoder_input_details": True},
+    }
+    options = {"enable_prefill_logprobs": True, "max_batch_prefill_tokens": 16}
+    async with served(folder, **options) as (url, _), httpx.AsyncClient(base_url=url, timeout=60) as http:
+        await http.post("/generate", json=body)  # computes what the second could find in the cache
+        details = (await http.post("/generate", json=body)).json()["details"]
+    prompt = vision.prompt_of(NAME, folder, parts)
+    assert [token["id"] for token in details["prefill"]] == prompt.ids
+    wanted = of_logits(vision.reference(folder, prompt))
+    for at, token in enumerate(details["prefill"][1:], start=1):
+        if at not in [image.start for image in prompt.images]:  # no logit
+            assert abs(token["logprob"] - wanted[at - 1, prompt.ids[at]]) < 1e-4
