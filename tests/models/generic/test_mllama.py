@@ -234,9 +234,9 @@ async def test_a_turn_after_one_with_images_goes_on_from_it(folder: Path) -> Non
 
 
 async def test_a_cancelled_stream_lets_go_of_its_images(folder: Path, without_collections: None) -> None:
-    async with chatting(folder) as (ask, app):
+    async with chatting(folder, image_cache=1) as (ask, app):
         encodings = program_of(app).encodings
-        parts: list[Part] = ["what is ", picture(50, 30), " and ", picture(20, 20, 1)]
+        parts: list[Part] = ["what are ", picture(50, 30), picture(20, 20, 1)]
         stream = await ask(parts, max_tokens=400, stream=True, extra_body={"ignore_eos": True})
         await anext(aiter(stream))
         assert len(encodings._held) == 2
@@ -246,6 +246,7 @@ async def test_a_cancelled_stream_lets_go_of_its_images(folder: Path, without_co
                 await asyncio.sleep(0.01)
         await ask(["next"])
         assert encodings._held == {}
+        assert len(encodings._known) == 1  # the cache keeps the latest, however large
 
 
 async def test_a_schema_holds_for_answers_about_images(folder: Path) -> None:

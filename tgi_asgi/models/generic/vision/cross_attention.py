@@ -155,7 +155,8 @@ class CrossAttention:
     """The decoder's layers of cross-attention, for those rows of a step whose sequences have images.
 
     cross = CrossAttention(decoder)
-    cross.begin(seen, num_tokens, device)      # before each step; without images, the decoder skips them
+    cross.begin(seen, num_tokens, device)      # before a step; without images, the decoder skips the layers
+    cross.end()
     """
 
     def __init__(self, decoder: Any) -> None:
@@ -178,6 +179,10 @@ class CrossAttention:
         self._rows = None if len(rows) == num_tokens else torch.tensor(rows, device=device)
         is_after = [float(not each.is_before) for each in seen for _ in range(each.first, each.stop)]
         self._has_image = torch.tensor(is_after, device=device).view(1, 1, -1, 1)
+
+    def end(self) -> None:
+        """Let go of the images that the step has seen."""
+        self._seen = []
 
     def _run(self, forward: Callable[..., Tensor], hidden_states: Tensor, **_: Any) -> Tensor:
         """Replace a layer's `forward`."""

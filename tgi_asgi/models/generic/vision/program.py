@@ -90,7 +90,11 @@ class VisionProgram(GenericProgram):
                 self._inputs = self._decoder_inputs(batch)
             else:
                 self._inputs = self._crossed_inputs(batch, self._cross)
-        return super().run(batch, rows)
+        try:
+            return super().run(batch, rows)
+        finally:
+            if self._cross is not None:
+                self._cross.end()
 
     def _begin(self, batch: ops.FlatRows) -> None:
         super()._begin(batch)
