@@ -120,9 +120,10 @@ class ProcessedImage:
     token_id: int  # token that the image's embeddings replace
     num_tokens: int  # how many of these tokens `text` has, at least one
     payload: Any  # opaque except to the runner
-    num_bytes: int = 0  # size of the payload; counted until the request ends
+    num_bytes: int = 0  # size of what the request keeps of it; counted until the request ends
     needs_gap: bool = False  # whether another token must stand between its tokens and the next image's
     fence: str = ""  # token around it that two images side by side share (`text/images.py`)
+    is_seen_by_all: bool = False  # see `ImageInput`
 
 
 class ImageProcessor(Protocol):
@@ -153,12 +154,16 @@ class ImageInput:
 
     It covers `num_tokens` tokens from `start`: the first to the last token that its embeddings replace,
     including row and tile tokens between them.
+
+    If it `is_seen_by_all`, its embeddings replace no tokens. Layers of cross-attention read them, for any
+    token of the sequence, even one before `start`. All such images are needed to compute any token.
     """
 
     digest: bytes
     start: int
     num_tokens: int
     payload: Any
+    is_seen_by_all: bool = False
 
 
 class Bidirectional(enum.Enum):

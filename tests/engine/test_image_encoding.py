@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -26,8 +27,8 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.types import Bidirectional, ImageInput
 
 
-def image(start: int, num_tokens: int, colour: bytes = b"r") -> ImageInput:
-    return ImageInput(colour * 32, start, num_tokens, payload=None)
+def image(start: int, num_tokens: int, colour: bytes = b"r", *, is_seen_by_all: bool = False) -> ImageInput:
+    return ImageInput(colour * 32, start, num_tokens, None, is_seen_by_all)
 
 
 def test_a_chunk_ends_before_an_image_that_is_not_encoded() -> None:
@@ -38,6 +39,40 @@ def test_a_chunk_ends_before_an_image_that_is_not_encoded() -> None:
     assert sizes == [[(0, 20)], [], [(20, 40)]]
     assert [len(step.plan.images) for step in steps] == [1, 1, 0]
     assert [step.plan.image_budget_s for step in steps] == [MAX_ENCODE_S, MAX_ENCODE_S, 0.0]
+
+
+def test_images_that_every_token_sees_are_encoded_before_the_first_chunk() -> None:
+    scheduler, runner = make_scheduler(vision=Bidirectional.NOTHING), FakeRunner(vision=Bidirectional.NOTHING)
+    images = (image(20, 1, is_seen_by_all=True), image(50, 1, b"b", is_seen_by_all=True))
+    (sequence,) = add_request(scheduler, make_request(60, 1, images=images))
+    steps = run_all(scheduler, runner)
+    assert [[(row.start, row.num_tokens) for row in step.plan.rows] for step in steps] == [
+        [], [], [], [], [(0, 60)],
+    ]  # fmt: skip
+    # Another request computes its last token only, which sees the images, too.
+    (other,) = add_request(scheduler, make_request(60, 1, images=images), arrival=1)
+    steps = run_all(scheduler, runner)
+    assert [[image.digest for image in step.plan.images] for step in steps] == [
+        [each.digest for each in images], [],
+    ]  # fmt: skip
+    assert (sequence.num_cached, other.num_cached) == (0, 48)
+    assert runner.violations == []
+
+
+def test_a_step_has_the_images_of_a_sequence_that_has_been_removed_since() -> None:
+    scheduler = make_scheduler(vision=Bidirectional.NOTHING)
+    (sequence,) = add_request(scheduler, make_request(60, 1, images=(image(20, 1, is_seen_by_all=True),)))
+    sequence.num_encoded_images = 1
+    step, kept = plan_step(scheduler), weakref.ref(sequence.images[0])
+    assert step.sequences == [sequence]
+    step.plan.starts.clear()  # an earlier step may have started the slot
+    scheduler.remove(sequence)
+    request = sequence.request
+    del sequence
+    assert kept() is not None
+    del step
+    assert kept() is None
+    assert len(request.images) == 1
 
 
 def test_streams_go_on_while_an_image_is_encoded() -> None:

@@ -71,6 +71,16 @@ def test_blocks_from_an_image_on_are_those_of_that_image_alone(first: int, num_t
     assert ones == digests(TOKENS, images=(image(first, num_tokens),))
 
 
+def test_images_that_every_token_sees_change_what_precedes_them() -> None:
+    def with_images(*names: bytes) -> list[bytes]:
+        images = [ImageInput(name * 32, 40 + at, 1, None, True) for at, name in enumerate(names)]
+        return digests(TOKENS, images=tuple(images))
+
+    kinds = [(), (b"a",), (b"b",), (b"a", b"b"), (b"b", b"a")]
+    assert [len({with_images(*names)[block] for names in kinds}) for block in range(4)] == [len(kinds)] * 4
+    assert with_images(b"a", b"b") == with_images(b"a", b"b")
+
+
 def test_images_side_by_side_are_told_apart_by_where_they_meet() -> None:
     tokens = [7] * 16
     a, b = b"a" * 32, b"b" * 32

@@ -26,12 +26,15 @@ from tgi_asgi.types import Adapter, Bidirectional, ImageInput, SamplingParams
 BLOCK = 4
 
 
-def images_at(places: list[tuple[int, int]], prompt_len: int) -> tuple[ImageInput, ...]:
+def images_at(
+    places: list[tuple[int, int]], prompt_len: int, *, are_seen_by_all: bool
+) -> tuple[ImageInput, ...]:
     """Return consecutive images from pairs: the gap before each image, and its size, in tokens."""
     images, end = [], 0
     for number, (gap, size) in enumerate(places):
         if end + gap + size <= prompt_len:
-            images.append(ImageInput(bytes([number]) * 32, end + gap, size, payload=None))
+            digest = bytes([number]) * 32
+            images.append(ImageInput(digest, end + gap, size, payload=None, is_seen_by_all=are_seen_by_all))
             end += gap + size
     return tuple(images)
 
@@ -124,6 +127,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         wants_prompt_logprobs=RARELY,
         is_watched=RARELY,
         places=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), max_size=3),
+        are_seen_by_all=st.booleans(),
         adapter=st.sampled_from((None, *ADAPTERS)),
     )
     def submit(
@@ -140,6 +144,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         wants_prompt_logprobs: bool,
         is_watched: bool,
         places: list[tuple[int, int]],
+        are_seen_by_all: bool,
         adapter: Adapter | None,
     ) -> None:
         prompt = [family * 50 + position for position in range(prompt_len)]
@@ -164,7 +169,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                 prompt_logprobs=0 if wants_prompt_logprobs else None,
                 grammar=WatchedGrammar(range(97, 104)) if is_watched else None,
                 adapter=adapter,
-                images=images_at(places, len(tokens)) if self.runner.vision is not None else (),
+                images=(
+                    images_at(places, len(tokens), are_seen_by_all=are_seen_by_all)
+                    if self.runner.vision is not None
+                    else ()
+                ),
             )
             self.open += add_request(self.scheduler, request, self.num_arrived, tenant)
             self.num_arrived += 1

@@ -326,7 +326,7 @@ NOT_BUILT: Mapping[str, str] = {
     "gemma4_unified_assistant": "a drafter: reads another model's hidden states and cache",
     "got_ocr2": "composite: its text model is qwen2",
     "llama4": "composite: its text model is llama4_text",
-    "mllama": "composite: cross-attention to images, else llama's text model",
+    "mllama": "composite: its text model skips cross-attention if there are no images",
     "moss_transcribe_diarize": "composite: its text model is qwen3",
     "musicgen": "no text: sound codebooks, several of whose ids make one position",
     "musicgen_melody": "no text: sound codebooks, several of whose ids make one position",

@@ -304,7 +304,7 @@ class FakeRunner:
             self._require(end >= len(slot.prompt_ids), "a prompt is cut")
         for image in slot.images if self.vision is not None else ():
             first, stop = image.start, image.start + image.num_tokens
-            if first < end and stop > start:
+            if image.is_seen_by_all or (first < end and stop > start):
                 self._require(self._num_encodes[image.digest] >= self.encode_steps, "an image is not encoded")
                 self._require(self.vision is not Bidirectional.IMAGES or end >= stop, "an image is cut")
 

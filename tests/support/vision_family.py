@@ -20,6 +20,7 @@ class Family:
         before, after: What its chat template writes around an image.
         image_key: Configuration key of the token that image rows replace.
         image_token: Text of that token; None for the token that its chat template writes.
+        has_image_last: Whether that token's id is the largest: it has an embedding, but no logit.
     """
 
     architecture: str
@@ -34,3 +35,4 @@ class Family:
     placeholder: str = "image_token"
     image_key: str = "image_token_id"
     image_token: str | None = None
+    has_image_last: bool = False

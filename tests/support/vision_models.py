@@ -28,6 +28,7 @@ from torch import nn
 from tests.support.architectures import one_thread
 from tests.support.vision_family import VOCAB_SIZE, Family
 from tests.support.vision_table import FAMILIES
+from tgi_asgi.models.generic.vision.cross_attention import CrossFeatures
 from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_processor
 from tgi_asgi.models.generic.vision.text import complete_outputs, decoder_of
 from tgi_asgi.text.images import expand_placeholders, join_fences, locate_images
@@ -63,10 +64,9 @@ def make(name: str, folder: Path) -> None:
     """Write a checkpoint of a family; the same family always yields the same checkpoint."""
     family = FAMILIES[name]
     torch.manual_seed(zlib.crc32(name.encode()))
-    tokens = _tokens(family)
-    _save_tokenizer(family, tokens, folder)
+    texts = _save_tokenizer(family, folder)
     kind = getattr(transformers, family.architecture)
-    save_random(kind(_config(family, kind, tokens)), folder)
+    save_random(kind(_config(family, kind, texts)), folder)
     preprocessor = {"image_processor_type": family.image_processor, **family.preprocessor}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     if family.processor:
@@ -87,10 +87,13 @@ def _tokens(family: Family) -> list[str]:
     return list(dict.fromkeys([*_BASIC, *family.tokens.values(), *family.others]))
 
 
+def _image_token(family: Family) -> str:
+    return family.image_token or family.tokens[family.placeholder]
+
+
 def _config(family: Family, kind: Any, tokens: list[str]) -> Any:
     values = copy.deepcopy(dict(family.config))
-    image_token = family.image_token or family.tokens[family.placeholder]
-    values[family.image_key] = tokens.index(image_token)
+    values[family.image_key] = tokens.index(_image_token(family))
     if "video_token" in family.tokens:
         values[family.image_key.replace("image", "video")] = tokens.index(family.tokens["video_token"])
     for key in ("boi_token", "eoi_token", "audio_token"):
@@ -101,16 +104,25 @@ def _config(family: Family, kind: Any, tokens: list[str]) -> Any:
     return made
 
 
-def _save_tokenizer(family: Family, tokens: list[str], folder: Path) -> None:
-    """Write a tokenizer with a text for each id: special tokens, the 256 bytes, pairs of letters."""
+def _save_tokenizer(family: Family, folder: Path) -> list[str]:
+    """Write a tokenizer with a text for each id: special tokens, the 256 bytes, pairs of letters.
+
+    Returns the texts.
+    """
     letters = "etaoinsrhdlu"
+    tokens, last = _tokens(family), []
+    if family.has_image_last:
+        last = [_image_token(family)]
+        tokens.remove(last[0])
     texts = [*tokens, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
-    pairs = [(first, second) for first in letters for second in letters][: VOCAB_SIZE - len(texts)]
-    vocabulary = {text: index for index, text in enumerate([*texts, *map("".join, pairs)])}
+    room = VOCAB_SIZE - len(texts) - len(last)
+    pairs = [(first, second) for first in letters for second in letters][:room]
+    texts += [*map("".join, pairs), *last]
+    vocabulary = {text: index for index, text in enumerate(texts)}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(tokens)
+    backend.add_special_tokens([*tokens, *last])
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     options = {
@@ -119,6 +131,7 @@ def _save_tokenizer(family: Family, tokens: list[str], folder: Path) -> None:
         "chat_template": _template(family),
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    return texts
 
 
 def _template(family: Family) -> str:
@@ -138,6 +151,8 @@ def _randomise(model: Any) -> None:
     for name, value in model.named_parameters():
         if id(value) in tables:
             value.normal_(0, size)
+        elif name.endswith("_gate"):  # of cross-attention, and of what follows it
+            value.fill_(1.0)
         elif name.endswith("dt_bias"):
             value.normal_(-1.0, 0.5)
         elif value.dim() < 2:
@@ -168,8 +183,10 @@ def processor_of(folder: Path) -> VisionProcessor:
     token_id = config.get("image_token_id", config.get("image_token_index"))
     model = getattr(transformers, config["architectures"][0])
     inner = model.__init__.__globals__.get(_inner_name(model), model)  # Llama 4 has none
-    names = frozenset(inspect.signature(inner.get_image_features).parameters)
-    made = load_processor(folder, config, token_id, names)
+    features = getattr(inner, "get_image_features", CrossFeatures.__call__)
+    names = frozenset(inspect.signature(features).parameters)
+    is_seen_by_all = features is CrossFeatures.__call__
+    made = load_processor(folder, config, token_id, names, is_seen_by_all=is_seen_by_all)
     assert made is not None
     return made
 
@@ -238,11 +255,25 @@ def _inputs(folder: Path, prompt: Prompt, model: Any, ids: torch.Tensor) -> Mapp
     options = {**processor._options, "return_tensors": "pt"}
     found = processor._processor.image_processor(pictures, **options)
     known = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "spatial_shapes",
-             "image_position_ids", "batch_num_images", "target_sizes")  # fmt: skip
+             "image_position_ids", "batch_num_images", "target_sizes", "aspect_ratio_ids",
+             "aspect_ratio_mask")  # fmt: skip
     made |= {key: found[key] for key in known if key in found}
     if "image_sizes" in made and not any(each in name for each in ("Llava", "Mistral3", "Granite4")):
         del made["image_sizes"]
+    if name.startswith("Mllama"):
+        made["cross_attention_mask"] = _cross_attention_mask(prompt, token, found["num_tiles"], ids.shape[1])
     return made
+
+
+def _cross_attention_mask(
+    prompt: Prompt, token: int, num_tiles: list[list[int]], length: int
+) -> torch.Tensor:
+    """Return Mllama's mask of a prompt, whose last row also holds for the answer."""
+    from transformers.models.mllama import processing_mllama as own
+
+    sparse = own.get_cross_attention_token_mask(prompt.ids, token)
+    dense = own.convert_sparse_cross_attention_mask_to_dense([sparse], num_tiles, 4, len(prompt.ids))
+    return torch.from_numpy(np.concatenate([dense, dense[:, -1:].repeat(length - dense.shape[1], 1)], 1))
 
 
 def text_of(folder: Path, ids: Sequence[int]) -> str:

@@ -126,6 +126,34 @@ NEWER: Mapping[str, Family] = {
         image_key="image_token_index",
         image_token="<|patch|>",
     ),
+    "mllama": Family(
+        "MllamaForConditionalGeneration",
+        {
+            "text_config": {
+                **_TEXT,
+                "model_type": "mllama_text_model",
+                "vocab_size": 405,  # logits; of the eight more embeddings, the first is the image's token
+                "num_hidden_layers": 5,
+                "cross_attention_layers": [1, 3],
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 3,
+                "num_global_layers": 2,
+                "attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 7,
+                "intermediate_layers_indices": [0, 2],
+                "vision_output_dim": 96,
+            },
+        },
+        "MllamaImageProcessor",
+        {"size": {"height": 28, "width": 28}, "max_image_tiles": 4},
+        tokens={"image_token": "<|image|>", "python_token": "<|python_tag|>"},
+        image_key="image_token_index",
+        has_image_last=True,
+    ),
     "granite4_vision": Family(
         "Granite4VisionForConditionalGeneration",
         {

@@ -74,6 +74,7 @@ def run(
             break
         batch = flat_rows(rows, width)
         logits = program.run(batch, range(len(batch.ids)))
+        logits = logits[:, : model.module.get_output_embeddings().out_features]
         parts = np.split(logits, np.cumsum([len(ids) for _, ids, _ in rows])[:-1])
         for (slot, _, _), part in zip(rows, parts, strict=True):
             found[slot].append(part.copy())

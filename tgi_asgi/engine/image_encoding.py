@@ -1,7 +1,8 @@
 """Images in prompts: which are encoded ahead of the chunks that need them, and where chunks may end.
 
 A chunk ends before the first image that has not been encoded yet. Until it is encoded, steps encode it
-alongside the rows of other sequences. Called by the scheduler; pure Python.
+alongside the rows of other sequences. Images that every token sees are all encoded before the first chunk.
+Called by the scheduler; pure Python.
 """
 
 from __future__ import annotations
@@ -27,24 +28,23 @@ class PendingImage:
     @property
     def image(self) -> ImageInput:
         """The image."""
-        return self.sequence.request.images[self.index]
+        return self.sequence.images[self.index]
 
 
 def unencoded_images(sequence: Sequence, end: int) -> list[PendingImage]:
-    """Return the images with a token in [num_computed, end) that are not known to be encoded."""
+    """Return the images that tokens in [num_computed, end) see and that are not known to be encoded."""
     start = sequence.num_computed
     return [
         PendingImage(sequence, sequence.epoch, index)
-        for index, image in enumerate(sequence.request.images)
+        for index, image in enumerate(sequence.images)
         if index >= sequence.num_encoded_images
-        and image.start < end
-        and image.start + image.num_tokens > start
+        and (image.is_seen_by_all or (image.start < end and image.start + image.num_tokens > start))
     ]
 
 
 def awaits_image(sequence: Sequence) -> bool:
-    """Return whether the sequence's next token belongs to an image that is not known to be encoded."""
-    return bool(sequence.request.images) and bool(unencoded_images(sequence, sequence.num_computed + 1))
+    """Return whether the sequence's next token sees an image that is not known to be encoded."""
+    return bool(sequence.images) and bool(unencoded_images(sequence, sequence.num_computed + 1))
 
 
 def settle(pending: Many[PendingImage], result: StepResult) -> None:
@@ -82,7 +82,7 @@ class ChunkBoundaries:
         if self._bidirectional is Bidirectional.PROMPT:
             return [(0, sequence.prompt_len)]
         if self._bidirectional is Bidirectional.IMAGES:
-            return [(each.start, each.start + each.num_tokens) for each in sequence.request.images]
+            return [(each.start, each.start + each.num_tokens) for each in sequence.images]
         return []
 
     def end(self, sequence: Sequence, start: int, end: int) -> int:
@@ -102,7 +102,8 @@ class ChunkBoundaries:
         end = self.end(sequence, start, start + count)
         pending = unencoded_images(sequence, end)
         if pending:
-            reach = max(pending[0].image.start, start)
+            first = pending[0].image
+            reach = start if first.is_seen_by_all else max(first.start, start)
             end = self.end(sequence, start, reach) if reach > start else start
             if end > reach:
                 return 0, pending

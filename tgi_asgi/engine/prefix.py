@@ -6,6 +6,7 @@ the scheduler; knows nothing of blocks.
 
 from __future__ import annotations
 
+import copy
 import struct
 import sys
 from array import array
@@ -32,12 +33,15 @@ class HashChain:
 
         tokens    a b I I | I I I c        I: of an image of five tokens that begins at 2
         hashed    parent, tokens, (2, 5, image) | parent, tokens, (-2, 5, image)
+
+    An image that every token sees changes even what precedes it, so the parent of the first block covers the
+    digests of all of these.
     """
 
     __slots__ = ("_block_size", "_digests", "_images", "_root")
 
     def __init__(self, root: bytes, block_size: int, images: Sequence[ImageInput] = ()) -> None:
-        self._root = root
+        self._root = _with_images(root, images)
         self._block_size = block_size
         self._images = images
         self._digests: list[bytes] = []
@@ -83,8 +87,14 @@ class HashChain:
 
     def fork(self, num_blocks: int, token_ids: Sequence[int]) -> HashChain:
         """Return a chain that shares the first `num_blocks` digests."""
-        chain = HashChain(self._root, self._block_size, self._images)
+        chain = copy.copy(self)
         if num_blocks:
             self.digest(num_blocks - 1, token_ids)
-            chain._digests = self._digests[:num_blocks]
+        chain._digests = self._digests[:num_blocks]
         return chain
+
+
+def _with_images(root: bytes, images: Sequence[ImageInput]) -> bytes:
+    """Return the parent of the first block of a sequence that has these images."""
+    seen = b"".join(image.digest for image in images if image.is_seen_by_all)
+    return blake2b(root + seen, digest_size=_DIGEST_SIZE).digest() if seen else root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 from typing import Any
@@ -48,7 +49,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "adapter", "arrival_s", "chain", "choice", "copy_sources", "epoch", "followers", "is_prefilling",
+        "adapter", "arrival_s", "chain", "choice", "copy_sources", "epoch", "followers", "images",
+        "is_prefilling",
         "leader", "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed", "num_encoded_images",
         "num_freed", "num_pending", "num_registered", "num_restarts", "num_reused", "num_settled", "owner",
         "pooling", "prompt_len", "reasoning", "recurrent", "request", "slot", "stage", "starts_slot",
@@ -71,6 +73,9 @@ class Sequence:
         stop = request.stop
         self.request = request
         self.adapter = None if request.adapter is None else request.adapter.weights
+        # Of its own: the runner keeps what it makes of an image for as long as the object exists. The request
+        # may exist until a garbage collection, if its client has disconnected.
+        self.images = tuple(map(copy.copy, request.images))
         self.choice = choice
         self.arrival_s = arrival_s
         self.urgency = (arrival_s + request.priority * AGING_S, number, choice)
@@ -185,7 +190,7 @@ class Sequence:
             min_tokens=self.min_tokens if watch is None else self.max_tokens,
             masked_ids=masked_ids,
             grammar=self.request.grammar if watch is None else None,
-            images=self.request.images,
+            images=self.images,
         )
 
     def __repr__(self) -> str:

@@ -115,7 +115,11 @@ def _free_beside_steps(
         peak = max(peak, device.peak_bytes(call))
         del call
     free = device.free_bytes()
-    images = settings.image_cache if model.config.vision is not None else 0
+    images = 0
+    if model.config.vision is not None:
+        images = settings.image_cache
+        if model.config.vision.has_cross_attention:  # requests keep keys and values of their images
+            images += settings.max_image_memory
     left = free - peak - images - min(_RESERVE, free // 8)
     if left <= 0:
         raise ModelLoadError(

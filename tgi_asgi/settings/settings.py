@@ -294,7 +294,9 @@ class Settings:
     max_images: int = _limit("Maximum images per request, for models that take images.", 16, kinds.AMOUNT)
     max_image_pixels: int = _limit("Maximum pixels of one image.", 32 * MIB, kinds.PIXELS)
     max_image_memory: int = _limit(
-        "Bytes of decoded images held at once; more get 429.", 1024 * MIB, kinds.BYTES
+        "Bytes of decoded images, and of encoded ones that requests keep; more get 429.",
+        1024 * MIB,
+        kinds.BYTES,
     )
     max_answer_memory: int = _limit(
         "Bytes of unsent complete answers kept at once; more get 429.", 1024 * MIB, kinds.BYTES

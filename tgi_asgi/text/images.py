@@ -59,7 +59,8 @@ def locate_images(
             message = "`{field}` must have text between two images: the model tells them apart by it"
             raise InvalidRequest(message, field=("prompt",))
         first, begin = places[begin], begin + image.num_tokens
-        found.append(ImageInput(digest, first, places[begin - 1] - first + 1, image.payload))
+        num_tokens = places[begin - 1] - first + 1
+        found.append(ImageInput(digest, first, num_tokens, image.payload, image.is_seen_by_all))
     return tuple(found)
 
 

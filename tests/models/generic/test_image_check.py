@@ -192,6 +192,11 @@ def test_a_decoder_with_its_own_head_is_refused_by_name() -> None:
         check_servable(model_named("NemotronH_Omni_Reasoning_V3"))
 
 
+def test_another_cross_attention_than_mllama_s_is_refused_by_name() -> None:
+    with pytest.raises(ModelLoadError, match=r"IdeficsForVisionText2Text .* only Mllama's is supported"):
+        check_servable(model_named("IdeficsForVisionText2Text"))
+
+
 def test_a_window_that_prompts_are_outside_of_is_refused_by_name() -> None:
     with pytest.raises(ModelLoadError, match=r"UnlimitedOcr.* see all of the prompt"):
         check_servable(model_named("UnlimitedOcrForConditionalGeneration"))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import gc
 import json
 import shutil
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from io import BytesIO
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +22,12 @@ import torch
 import transformers
 
 from tests.support import vision_models as vision
-from tests.support.vision_models import Prompt, picture
+from tests.support.vision_chats import Part, chatting, content_of, greedy, url_of
+from tests.support.vision_models import picture
 from tests.support.vision_runs import load, program_of, run, served
 from tests.support.vision_table import FAMILIES
 from tgi_asgi import ops
-from tgi_asgi.app import App
-from tgi_asgi.errors import InvalidRequest, ModelLoadError
-from tgi_asgi.models.generic.model import OpenGeneric
+from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.models.generic.vision import tower
 from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images
 from tgi_asgi.types import Image
@@ -45,7 +41,6 @@ FEW = (
 )  # fmt: skip
 WITH_TOWER = [name for name in FAMILIES if name != "gemma4_unified"]  # others have layers to break off in
 ANSWER = list(range(120, 126))
-Part = str | PIL.Image.Image
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
 
@@ -224,73 +219,10 @@ def test_packed_towers_are_close(options: dict[str, Any], folder_of: Callable[[s
     assert float((found - wanted).norm() / wanted.norm()) < 0.03
 
 
-def test_cross_attention_is_refused_by_name(tmp_path: Path) -> None:
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "num_key_value_heads": 2, "vocab_size": 99, "cross_attention_layers": [1],
-            "pad_token_id": 0}  # fmt: skip
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_global_layers": 1,
-              "attention_heads": 2, "image_size": 28, "patch_size": 14, "intermediate_layers_indices": [0],
-              "vision_output_dim": 64}  # fmt: skip
-    config = {
-        "architectures": ["MllamaForConditionalGeneration"],
-        "model_type": "mllama",
-        "text_config": text,
-        "vision_config": vision,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ModelLoadError, match="MllamaForConditionalGeneration attends to images by cross-attention"
-    ):
-        OpenGeneric(tmp_path, config, trusts_code=False)
-
-
 def test_a_strip_that_the_processor_refuses_is_a_client_s_mistake(folder_of: Callable[[str], Path]) -> None:
     processor = vision.processor_of(folder_of("qwen2_vl"))
     with pytest.raises(InvalidRequest, match="`image_url` is an image that the model does not take"):
         processor.process([Image(picture(4000, 3), b"d" * 32, "image_url")])
-
-
-def url_of(made: PIL.Image.Image) -> str:
-    file = BytesIO()
-    made.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def content_of(parts: Sequence[Part]) -> list[Any]:
-    return [
-        {"type": "text", "text": part} if isinstance(part, str)
-        else {"type": "image_url", "image_url": {"url": url_of(part)}}
-        for part in parts
-    ]  # fmt: skip
-
-
-@asynccontextmanager
-async def chatting(folder: Path, **options: Any) -> AsyncIterator[tuple[Any, App]]:
-    """Yield a function that queries a served model, and the app."""
-    async with (
-        served(folder, **options) as (url, app),
-        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
-
-        async def ask(*turns: Sequence[Part], **given: Any) -> Any:
-            roles = ("user", "assistant")
-            messages: Any = [
-                {"role": roles[i % 2], "content": content_of(turn) if i % 2 == 0 else "".join(map(str, turn))}
-                for i, turn in enumerate(turns)
-            ]
-            values = {"max_tokens": 6, "temperature": 0, **given}
-            return await client.chat.completions.create(model="m", messages=messages, **values)
-
-        yield ask, app
-
-
-def greedy(name: str, folder: Path, parts: Sequence[Part], num_tokens: int) -> str:
-    """Return the greedy answer of transformers' own model to one turn, in the checkpoint's template."""
-    prompt: Prompt = vision.prompt_of(name, folder, ["user: ", *parts, "\nassistant: "])
-    model, answer = vision.open_reference(folder), list[int]()
-    for _ in range(num_tokens):
-        answer.append(int(vision.reference(folder, prompt, answer, model)[-1].argmax()))
-    return vision.text_of(folder, answer)
 
 
 @pytest.mark.parametrize("name", ["smolvlm", "llava", "qwen2_vl", "llama4", "idefics2_split"])

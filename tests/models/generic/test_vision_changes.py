@@ -35,7 +35,9 @@ _FEW = (
     ("pixtral", "vision_config", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     ("qwen2_vl", "vision_config", {"hidden_act": "relu"}),
 )
-_KINDS = ("smolvlm", "pixtral", "qwen3_vl", "gemma3", "lfm2_vl", "internvl", "llama4", "idefics2_split")
+_KINDS = (
+    "smolvlm", "pixtral", "qwen3_vl", "gemma3", "lfm2_vl", "internvl", "llama4", "idefics2_split", "mllama",
+)  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
 

@@ -66,7 +66,7 @@ class Caller:
             logits: Tensor = self._model(**arguments(self._model, **inputs)).logits
         finally:
             self._head.rows = None
-        return logits[0, :, : self._vocab_size].float().contiguous()
+        return of_vocabulary(logits[0].float(), self._vocab_size).contiguous()
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Replace a decoder's `forward`: record the output of the outermost call, or return it."""
@@ -76,6 +76,14 @@ class Caller:
             self._is_calling = False
             self._output = (self._instead or forward)(*args, **kwargs)
         return self._output
+
+
+def of_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
+    """Return logits [n_rows, vocab_size]: without those of padding (Inkling), with the smallest number for
+    ids that are only read (Mllama's token of an image)."""
+    missing = max(vocab_size - logits.shape[-1], 0)
+    found = torch.nn.functional.pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)
+    return found[:, :vocab_size]
 
 
 def decoders_of(model: Any) -> list[Any]:

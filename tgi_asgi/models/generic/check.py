@@ -20,6 +20,7 @@ from torch import Tensor
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.backend import Pool
+from tgi_asgi.models.generic.caller import of_vocabulary
 from tgi_asgi.models.generic.discover import arguments, implementation
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def whole_logits(model: GenericModel, **inputs: Any) -> Tensor:
     given = arguments(model.module, **inputs, use_cache=False)
     with implementation(model.module, "eager"), torch.inference_mode():
         logits: Tensor = model.module(**given).logits
-        return logits[0, :, : model.config.vocab_size].float().cpu()
+        return of_vocabulary(logits[0].float(), model.config.vocab_size).cpu()
 
 
 def _flat(

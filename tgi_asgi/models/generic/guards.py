@@ -30,6 +30,7 @@ _RECURRENT = frozenset({
 # Architectures of `transformers` whose code cannot be served in steps, with the reason.
 _KNOWN: Mapping[str, str] = {
     "CpmAntForCausalLM": "lets a prompt's tokens see each other both ways",
+    "IdeficsForVisionText2Text": "reads images through cross-attention, of which only Mllama's is supported",
     "NemotronH_Omni_Reasoning_V3": "has a decoder with its own head next to the tower",
     "ProphetNetForCausalLM": "predicts several tokens at once, by a table of positions",
     "ReformerModelWithLMHead": "hashes tokens into buckets that change with the length",

@@ -27,6 +27,7 @@ from tgi_asgi.models.generic.encoder_decoder import EncoderDecoderProgram
 from tgi_asgi.models.generic.guards import check_cache_uses, check_servable
 from tgi_asgi.models.generic.inline_experts import adapt_experts
 from tgi_asgi.models.generic.invariance import all_products_are_native, applies_sines
+from tgi_asgi.models.generic.modules import Mode
 from tgi_asgi.models.generic.own_cache import WholeText, cache_name, own_cache, own_sizes
 from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram
 from tgi_asgi.models.generic.recurrent import RecurrentLayers, keep_states_in_caches, recurrent_modules
@@ -39,17 +40,13 @@ from tgi_asgi.models.generic.rope import (
     tabulate,
 )
 from tgi_asgi.models.generic.states import state_bytes
+from tgi_asgi.models.generic.vision import cross_attention
 from tgi_asgi.models.generic.vision.check import check_images, check_processor
+from tgi_asgi.models.generic.vision.cross_attention import CrossFeatures
 from tgi_asgi.models.generic.vision.encodings import EncodingCache
 from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_processor
 from tgi_asgi.models.generic.vision.program import VisionProgram
-from tgi_asgi.models.generic.vision.text import (
-    TextView,
-    VisionTraits,
-    complete_outputs,
-    refuse_cross_attention,
-    vision_traits,
-)
+from tgi_asgi.models.generic.vision.text import TextView, VisionTraits, complete_outputs, vision_traits
 from tgi_asgi.models.generic.vision.tower import Tower, input_names
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.loading import NamedWeights
@@ -149,11 +146,11 @@ class OpenGeneric:
         vocab_size: int | None = None,
     ) -> None:
         self._model = build(directory, config, trusts_code=trusts_code, rope=rope, vocab_size=vocab_size)
-        refuse_cross_attention(self._model)
         check_servable(self._model)
         adapt(self._model)
         adapt_experts(self._model)
         complete_outputs(self._model)
+        cross_attention.adapt(self._model)
         keep_states_in_caches(self._model)
         self._vision = vision_traits(self._model)
         self._processor: VisionProcessor | None = None
@@ -179,7 +176,7 @@ class OpenGeneric:
             reason, numbers = "it is an encoder-decoder", 2 * encoder_decoder.cache_columns(self._model)
         self.config = GenericConfig(
             architecture=type(self._model).__name__,
-            vocab_size=_num_logits(text),
+            vocab_size=self._num_ids(text),
             hidden_size=hidden_size,
             context_length=context,
             layers=tuple(layers),
@@ -192,6 +189,13 @@ class OpenGeneric:
             other_state_bytes=state_size,
             encoder_decoder=pair,
         )
+
+    def _num_ids(self, text: Any) -> int:
+        """Return the number of token ids: that of logits, or if images' ids have none, of embeddings."""
+        num_logits = _num_logits(text)
+        if self._vision is None or self._vision.image_token_id < num_logits:
+            return num_logits
+        return int(self._model.get_input_embeddings().weight.shape[0])
 
     def _discover(self, context: int) -> tuple[list[AttentionLayer], str]:
         """Return the attention layers; or none, and why sequences must run one by one."""
@@ -215,8 +219,9 @@ class OpenGeneric:
         config = self._model.config.to_dict()
         names = input_names(self._model)
         self._processor = load_processor(
-            directory, config, self._vision.image_token_id, names, needs_gap=self._vision.has_axes
-        )
+            directory, config, self._vision.image_token_id, names, needs_gap=self._vision.has_axes,
+            is_seen_by_all=self._vision.has_cross_attention,
+        )  # fmt: skip
         if self._processor is not None:
             check_processor(self._processor, self.config.architecture)
         return self._processor
@@ -272,6 +277,8 @@ class OpenGeneric:
         tabulate(self._text, max_positions)
         replaced.mode.backend.take(model)
         attention.install(configurations(self._text), attends=not self.config.sequential_reason)
+        if self._vision is not None and self._vision.has_cross_attention:
+            self._keep_encodings(arithmetic, replaced.mode)
         recurrent = None
         if self._recurrent and not self.config.sequential_reason:
             recurrent = RecurrentLayers(self._recurrent)
@@ -284,6 +291,14 @@ class OpenGeneric:
             check_images(loaded, self._processor)
         return loaded
 
+    def _keep_encodings(self, arithmetic: ops.Arithmetic, mode: Mode) -> None:
+        """Let keys and values of images be as exact as products, and requests count their memory."""
+        features: CrossFeatures = self._model.model.get_image_features
+        features.mode = mode
+        features.is_exact = isinstance(arithmetic, ops.Packing) and arithmetic.is_exact
+        if self._processor is not None:
+            self._processor.encoded_bytes = features.num_bytes
+
 
 class GenericModel:
     """A module with its weights.
@@ -294,7 +309,7 @@ class GenericModel:
         tower: The vision tower that encodes images, if the model accepts any.
         is_batch_invariant: Whether a token has the same bits whatever else is in the batch. torch's products
             may round differently with the number of rows, torch's sines with an element's position, and
-            recurrent scans with the way a prompt is split.
+            recurrent scans and cross-attention to images with the way a prompt is split.
         is_batched: Whether the answers of an encoder-decoder are computed together.
     """
 
@@ -312,6 +327,7 @@ class GenericModel:
         self.is_batch_invariant = (
             self.backend.has_row_kernels
             and not config.has_states
+            and not (config.vision is not None and config.vision.has_cross_attention)
             and all_products_are_native(module)
             and not applies_sines(module)
         )

@@ -29,8 +29,8 @@ TESTED_CLASSES = frozenset(
     for stem in (
         "AyaVision", "Cohere2Vision", "DeepseekVL", "Gemma3", "Gemma4", "Glm4v", "Granite4Vision",
         "HunYuanVL", "Idefics2", "Idefics3", "InternVL", "Lfm2Vl", "Llama4", "Llava", "LlavaNext",
-        "LlavaOnevision", "MiniCPMV4_6", "MiniCPMV4_7", "Mistral3", "Ovis2", "PaliGemma", "QianfanOCR",
-        "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5", "SmolVLM",
+        "LlavaOnevision", "MiniCPMV4_6", "MiniCPMV4_7", "Mistral3", "Mllama", "Ovis2", "PaliGemma",
+        "QianfanOCR", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5", "SmolVLM",
     )
 )  # fmt: skip
 _SIZE = (48, 32)

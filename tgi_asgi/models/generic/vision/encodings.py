@@ -20,6 +20,9 @@ Key = tuple[bytes, int]
 class EncodingCache:
     """Encodes images, a few pieces at a time or at once, and caches the latest encodings.
 
+    Encodings of images that every token sees are needed in each step, so they are held in addition until
+    their requests have ended: the first step after that frees them.
+
     Args:
         max_bytes: Maximum bytes of the cache; the latest encoding is kept whatever its size.
 
@@ -31,6 +34,8 @@ class EncodingCache:
         self._tower, self._max_bytes = tower, max_bytes
         self._cache: OrderedDict[Key, ImageEncoding] = OrderedDict()
         self._num_bytes = 0
+        self._held: dict[int, tuple[weakref.ref[ImageInput], ImageEncoding]] = {}  # by id of the image
+        self._known: weakref.WeakValueDictionary[Key, ImageEncoding] = weakref.WeakValueDictionary()
         self._in_progress: Key | None = None
         self._wanted_by: weakref.ref[ImageInput] | None = None  # request image of the encoding under way
         self._failed: OrderedDict[Key, None] = OrderedDict()
@@ -42,9 +47,13 @@ class EncodingCache:
         An image that fails needs no more: `get` will raise its error. Call this in every step, even without
         images, so that a partial encoding that no request needs any more is released.
         """
+        self._held = {key: held for key, held in self._held.items() if held[0]() is not None}
         is_unwanted = self._wanted_by is not None and self._wanted_by() is None
         if is_unwanted and self._in_progress not in [key_of(image) for image in images]:
             self._end()
+        for image in images:  # first, because what is encoded now may replace them in the cache
+            if (encoding := self._known.get(key_of(image))) is not None:
+                self._hold(image, encoding)
         ends_at = time.monotonic() + seconds
         for image in images:
             if self._is_done(image):
@@ -62,19 +71,26 @@ class EncodingCache:
             Exception: if the tower raises it.
         """
         key = key_of(image)
-        encoding = self._cache.get(key)
+        encoding = self._known.get(key)
         if encoding is None:
             logger.debug("an image is encoded within a step")
             self._end()
             self.num_encoded += 1
             encoding = self._tower.encode(_inputs(image))
             self._keep(key, encoding)
-        self._cache.move_to_end(key)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+        self._hold(image, encoding)
         return encoding
+
+    def _hold(self, image: ImageInput, encoding: ImageEncoding) -> None:
+        """Keep an encoding for a request, if each of its steps needs it."""
+        if image.is_seen_by_all:
+            self._held[id(image)] = weakref.ref(image), encoding
 
     def _is_done(self, image: ImageInput) -> bool:
         key = key_of(image)
-        return key in self._cache or key in self._failed
+        return key in self._known or key in self._failed
 
     def _resume(self, image: ImageInput, seconds: float) -> None:
         key = key_of(image)
@@ -95,6 +111,7 @@ class EncodingCache:
         if encoding is not None:
             self._end()
             self._keep(key, encoding)
+            self._hold(image, encoding)
 
     def _end(self) -> None:
         """Release the partial encoding."""
@@ -103,7 +120,7 @@ class EncodingCache:
 
     def _keep(self, key: Key, encoding: ImageEncoding) -> None:
         self._failed.pop(key, None)
-        self._cache[key] = encoding
+        self._cache[key] = self._known[key] = encoding
         self._num_bytes += encoding.num_bytes
         while self._num_bytes > self._max_bytes and len(self._cache) > 1:
             _, oldest = self._cache.popitem(last=False)

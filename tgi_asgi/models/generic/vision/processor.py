@@ -50,14 +50,20 @@ class VisionProcessor:
         token_id: Id of the placeholder tokens that an image's rows replace.
         input_names: Names of the inputs that the model's tower accepts.
         needs_gap: Whether the model would take two images without a token between them for one.
+        is_seen_by_all: Whether every token of a prompt sees its images; see `ImageInput`.
+
+    Attributes:
+        encoded_bytes: Bytes of an encoded image, if a request keeps it until it ends.
     """
 
     def __init__(
-        self, processor: Any, token_id: int, input_names: frozenset[str], *, needs_gap: bool = False
-    ) -> None:
+        self, processor: Any, token_id: int, input_names: frozenset[str], *, needs_gap: bool = False,
+        is_seen_by_all: bool = False,
+    ) -> None:  # fmt: skip
         self._processor, self._token_id, self._input_names = processor, token_id, input_names
-        self._needs_gap = needs_gap
+        self._needs_gap, self._is_seen_by_all = needs_gap, is_seen_by_all
         self._fence: str = processor.fake_image_token if _has(processor, _WITH_FENCES) else ""
+        self.encoded_bytes = 0
         self._token: str = processor.tokenizer.convert_ids_to_tokens(token_id)
         self._options, self.adds_special_tokens = _image_options(processor)
         self._is_together = _has(processor, _TOGETHER)
@@ -113,10 +119,11 @@ class VisionProcessor:
         inputs = {name: _tensor(found[name]) for name in self._input_names if name in found}
         if is_one_of_several:
             inputs = {name: each[:1] for name, each in inputs.items()}
-        num_bytes = sum(each.numel() * each.element_size() for each in inputs.values())
+        num_bytes = self.encoded_bytes + sum(each.numel() * each.element_size() for each in inputs.values())
         return ProcessedImage(
-            text, self._token_id, num_tokens, inputs, num_bytes, self._needs_gap, self._fence
-        )
+            text, self._token_id, num_tokens, inputs, num_bytes, needs_gap=self._needs_gap,
+            fence=self._fence, is_seen_by_all=self._is_seen_by_all,
+        )  # fmt: skip
 
 
 def load_processor(
@@ -126,6 +133,7 @@ def load_processor(
     input_names: frozenset[str],
     *,
     needs_gap: bool = False,
+    is_seen_by_all: bool = False,
 ) -> VisionProcessor | None:
     """Return the processor of a checkpoint's files; None, with a warning in the log, if they have none.
 
@@ -137,7 +145,10 @@ def load_processor(
         logger.warning("the model accepts images, but its files have no preprocessor_config.json: text only")
         return None
     try:
-        return VisionProcessor(_build(directory, config, names), token_id, input_names, needs_gap=needs_gap)
+        return VisionProcessor(
+            _build(directory, config, names), token_id, input_names, needs_gap=needs_gap,
+            is_seen_by_all=is_seen_by_all,
+        )  # fmt: skip
     except Exception as error:  # a file can make a `transformers` class raise anything
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
         raise ModelLoadError(f"the model's image processor cannot be created: {reason}") from error

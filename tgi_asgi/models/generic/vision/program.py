@@ -16,8 +16,14 @@ from tgi_asgi.models.generic.discover import arguments
 from tgi_asgi.models.generic.modules import Head, Mode
 from tgi_asgi.models.generic.program import GenericProgram
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
+from tgi_asgi.models.generic.vision.cross_attention import CrossAttention, Seen, seen_in
 from tgi_asgi.models.generic.vision.encodings import EncodingCache
-from tgi_asgi.models.generic.vision.sequence_images import NO_IMAGES, SequenceImages, sequence_images_of
+from tgi_asgi.models.generic.vision.sequence_images import (
+    NO_IMAGES,
+    PromptImage,
+    SequenceImages,
+    sequence_images_of,
+)
 from tgi_asgi.models.generic.vision.text import (
     DecoderOutput,
     Lookahead,
@@ -26,6 +32,7 @@ from tgi_asgi.models.generic.vision.text import (
     layer_inputs,
     token_rows,
 )
+from tgi_asgi.models.generic.vision.tower import ImageEncoding
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.types import Bidirectional, ImageInput
 
@@ -60,6 +67,7 @@ class VisionProgram(GenericProgram):
         self._sequences: dict[int, SequenceImages] = {}
         self._inputs: dict[str, Any] = {}
         self._marks: Tensor | None = None
+        self._cross = CrossAttention(self._decoder) if traits.has_cross_attention else None
         with torch.inference_mode():
             others = token_rows(model)
             if others is not None:
@@ -79,8 +87,15 @@ class VisionProgram(GenericProgram):
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats:
         """Compute a step; see `GenericProgram.run`."""
         with torch.inference_mode():
-            self._inputs = self._decoder_inputs(batch)
-        return super().run(batch, rows)
+            if self._cross is None:
+                self._inputs = self._decoder_inputs(batch)
+            else:
+                self._inputs = self._crossed_inputs(batch, self._cross)
+        try:
+            return super().run(batch, rows)
+        finally:
+            if self._cross is not None:
+                self._cross.end()
 
     def _begin(self, batch: ops.FlatRows) -> None:
         super()._begin(batch)
@@ -118,9 +133,7 @@ class VisionProgram(GenericProgram):
                 low, high = np.searchsorted(seen.places, (begin, end)).tolist()
                 if low == high:
                     continue
-                image = seen.image()
-                assert image is not None, "the engine holds a request while a step has a row of it"
-                encoding = self.encodings.get(image)
+                encoding = self._encoding(seen)
                 if len(encoding.rows) != len(seen.places):
                     raise ValueError(f"an image has {len(encoding.rows)} rows for {len(seen.places)} tokens")
                 places.append(torch.from_numpy(seen.places[low:high] - begin + first))
@@ -145,6 +158,27 @@ class VisionProgram(GenericProgram):
             mask = torch.zeros(1, len(ids), dtype=torch.bool, device=self._device)
             mask[0, at] = True
             given |= self._deep_inputs(mask, [torch.cat(layer) for layer in zip(*deep, strict=True)])
+        return given
+
+    def _encoding(self, seen: PromptImage) -> ImageEncoding:
+        image = seen.image()
+        assert image is not None, "the engine holds a request while a step has a row of it"
+        return self.encodings.get(image)
+
+    def _crossed_inputs(self, batch: ops.FlatRows, cross: CrossAttention) -> dict[str, Any]:
+        """Return the decoder's arguments for a step, and set what its layers of cross-attention see."""
+        ids = torch.from_numpy(batch.ids.astype(np.int64))[None].to(self._device)
+        positions = torch.from_numpy(batch.positions.astype(np.int64))[None].to(self._device)
+        given = {"inputs_embeds": self._embed(ids), "position_ids": positions, "use_cache": False}
+        seen: list[Seen] = []
+        for first, sequence, at in self._parts(batch):
+            if sequence.images:
+                starts = [int(each.places[0]) for each in sequence.images]
+                encodings = [self._encoding(each) for each in sequence.images]
+                seen += seen_in(first, int(at[0]), int(at[-1]) + 1, starts, encodings)
+        if seen:
+            cross.begin(seen, ids.shape[1], self._device)
+            given["cross_attention_states"] = torch.empty(0)  # without any, the decoder skips the layers
         return given
 
     def _deep_inputs(self, mask: Tensor, deep: list[Tensor]) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class VisionTraits:
         pad_token_id: Id that replaces placeholder tokens where ids are read.
         mark_ids: Ids of tokens around images that the class replaces by rows in prompts with images only.
         deep_layers: The decoder's layers before which an image's deep rows are added; empty: after the first.
+        has_cross_attention: Whether layers of cross-attention read images, and no rows replace their tokens.
     """
 
     image_token_id: int
@@ -73,6 +74,7 @@ class VisionTraits:
     first_position: int = 0
     mark_ids: tuple[int, ...] = ()
     deep_layers: tuple[int, ...] = ()
+    has_cross_attention: bool = False
 
     @property
     def has_axes(self) -> bool:
@@ -164,6 +166,7 @@ def vision_traits(model: Any) -> VisionTraits | None:
         first_position=_FIRST_POSITION.get(name, 0),
         mark_ids=tuple(getattr(config, "visual_indicator_token_ids", None) or ()),
         deep_layers=_deep_layers(config),
+        has_cross_attention=bool(getattr(text, "cross_attention_layers", None)),
     )
 
 
@@ -223,19 +226,6 @@ _TOKEN_ROWS: Mapping[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
     "Gemma3nForConditionalGeneration": _rows_of_gemma3n,
     "Ovis2ForConditionalGeneration": _rows_of_ovis2,
 }
-
-
-def refuse_cross_attention(model: Any) -> None:
-    """Refuse a model that does not treat an image as rows among those of its tokens.
-
-    Raises:
-        ModelLoadError: if it has cross-attention layers for images.
-    """
-    text = model.config.get_text_config()
-    if getattr(text, "cross_attention_layers", None):
-        raise ModelLoadError(
-            f"{type(model).__name__} attends to images by cross-attention layers, which are not supported"
-        )
 
 
 class DecoderOutput:

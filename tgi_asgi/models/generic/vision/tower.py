@@ -30,18 +30,22 @@ _MIN_QUERIES = 128  # with 4,096 keys, pieces of 64 would cost 40% more per quer
 _running = threading.local()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ImageEncoding:
     """The encoding of an image.
 
     Attributes:
         rows: [n, hidden], the rows that replace its placeholder tokens.
         deep: For each of the decoder's first layers, [n, hidden] rows to add after it (Qwen3-VL); or before
-            each of `VisionTraits.deep_layers` (Granite 4 Vision).
+            each of `VisionTraits.deep_layers` (Granite 4 Vision); or for each layer of cross-attention, keys
+            and then values (Mllama).
+        num_visible: Number of the first of these keys and values that tokens after the image see: the others
+            are of padding.
     """
 
     rows: Tensor
     deep: tuple[Tensor, ...] = ()
+    num_visible: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -77,7 +81,9 @@ class Tower:
         self.num_pieces = 0
         decoder = decoder_of(model)
         _take_attention(self._inner, decoder)
-        for piece, is_layer in pieces(self._inner, {decoder, model.get_output_embeddings()}):
+        others = [(each, False) for each in getattr(self._features, "pieces", ())]
+        modules = pieces(self._inner, {decoder, model.get_output_embeddings()})
+        for piece, is_layer in [*modules, *others]:
             if is_layer:
                 for product in products(piece):
                     product.forward = functools.partial(self._multiply, product.forward)
@@ -258,6 +264,7 @@ def _attend(
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    is_causal = is_causal and attention_mask is None  # Mllama's tower has a mask instead of the attribute
     if is_causal or kwargs.get("position_bias") is not None:  # their masks cover all queries
         count = num_queries
     found = []
@@ -342,6 +349,8 @@ def _features_of(model: Any) -> Callable[..., Any]:
 
 
 def _encoding(found: Any) -> ImageEncoding:
+    if isinstance(found, ImageEncoding):
+        return found
     if found.pooler_output is None:  # Granite 4 Vision has zeros for an image's tokens, and adds rows later
         deep = tuple(_joined(rows) for _, rows in _deep(found))
         return ImageEncoding(torch.zeros_like(deep[0]), deep)
