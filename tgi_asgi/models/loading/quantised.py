@@ -124,9 +124,10 @@ def _decoded(matrix: IntegerMatrix) -> WeightSource:
     """Decode to float16, as AutoGPTQ does, or to float32, which may be rounded, if the scales require it."""
     weights = matrix.dequantise()
     with np.errstate(over="ignore"):
-        halves, scales = weights.astype(np.float16), matrix.scales.astype(np.float16)
-    if np.array_equal(scales, matrix.scales) and np.isfinite(halves).all():
-        return WeightSource(halves.reshape(-1).view(np.uint8), "F16", matrix.shape)
+        if np.array_equal(matrix.scales.astype(np.float16), matrix.scales):
+            halves = weights.astype(np.float16)
+            if np.isfinite(halves).all():
+                return WeightSource(halves.reshape(-1).view(np.uint8), "F16", matrix.shape)
     return ops.decoded_source(weights)
 
 
