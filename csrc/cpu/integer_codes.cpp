@@ -26,15 +26,20 @@ uint8_t nibble_at(const uint8_t* nibbles, int64_t i) { return nibbles[i / 2] >> 
 
 void transpose_words(const uint8_t* words, int64_t height, int64_t width, int64_t begin,
                      int64_t end, uint8_t* out) {
-  // Tiles of whole lines on both sides, which stay in L1.
+  // A tile of whole lines on both sides, which goes through a buffer: the lines of its rows are
+  // often a multiple of 4 KiB apart, and would displace each other from L1.
+  uint32_t tile[kLineWords][kLineWords];
   for (int64_t column = begin; column < end; column += kLineWords) {
-    const int64_t last = std::min(column + kLineWords, end);
+    const int64_t columns = std::min(kLineWords, end - column);
     for (int64_t row = 0; row < height; row += kLineWords) {
-      const int64_t stop = std::min(row + kLineWords, height);
-      for (int64_t c = column; c < last; ++c) {
-        for (int64_t r = row; r < stop; ++r)
-          std::memcpy(out + 4 * (c * height + r), words + 4 * (r * width + c), 4);
+      const int64_t rows = std::min(kLineWords, height - row);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < columns; ++c)
+          tile[c][r] = read_word(words, (row + r) * width + column + c);
       }
+      for (int64_t c = 0; c < columns; ++c)
+        std::memcpy(out + 4 * ((column + c) * height + row), tile[c],
+                    4 * static_cast<size_t>(rows));
     }
   }
 }
