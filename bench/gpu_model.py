@@ -109,15 +109,14 @@ class RandomLlama:
     def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
         """Return the residual stream, like `Model.forward`."""
         config = self.config
-        heads, kv_heads, dim, hidden = (
-            config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size,
-        )  # fmt: skip
+        dim, hidden = config.head_dim, config.hidden_size
+        heads = ops.QkvHeads(config.num_heads, config.num_kv_heads, dim, rotary_dim=dim)
         x = ops.embed(batch, self.head, 1.0)
         for (qkv, output, gate_up, down), cache in zip(self.layers, caches, strict=True):
-            weight = ops.QkvWeight(hidden, heads, kv_heads, dim, dim, None, qkv)
+            weight = ops.QkvWeight(hidden, heads, None, qkv)
             q = ops.qkv(ops.norm(x, self.norm), weight, cache, self.rope)
             a = ops.attention(q, cache, ops.AttentionSpec(config.layers[0].scale))
-            x = ops.linear_add(a, ops.LinearWeight(hidden, heads * dim, output), x)
+            x = ops.linear_add(a, ops.LinearWeight(hidden, heads.rows[0], output), x)
             gates = ops.GateUpWeight(hidden, config.intermediate_size, gate_up)
             a = ops.gate_up(ops.norm(x, self.norm), gates, config.activation)
             x = ops.linear_add(a, ops.LinearWeight(hidden, config.intermediate_size, down), x)

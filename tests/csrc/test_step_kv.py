@@ -52,10 +52,8 @@ class World:
             dtype=dtype,
         )
         self.layer = self.pool.layers[0]
-        weight = ops.qkv_weight(
-            sources[0][1], sources[1][1], sources[2][1], EXACT, num_heads=HEADS, num_kv_heads=KV_HEADS,
-            head_dim=head_dim, rotary_dim=rotary_dim,
-        )  # fmt: skip
+        heads = ops.QkvHeads(HEADS, KV_HEADS, head_dim, rotary_dim)
+        weight = ops.qkv_weight([source for _, source in sources], EXACT, heads)
         recorder = ops.Recorder()
         self.given = recorder.value(ops.Kind.RESIDUAL, HIDDEN)
         q = ops.qkv(ops.norm(self.given, norm_weight(self.norm, EPS)), weight, self.layer, self.rope)

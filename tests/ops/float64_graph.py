@@ -203,12 +203,10 @@ class Graph:
             is_whole, is_last = norms == "whole", norms == "last"
             head_norms = ops.HeadNorms(weights[0], weights[1], is_whole, is_last)
         clip = 1.5 if norms is None else None
-        weight = ops.qkv_weight(
-            sources[0], sources[1], sources[2], self.packing, num_heads=shape.heads,
-            num_kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim, rotary_dim=shape.rotary_dim, norms=head_norms,
-            is_interleaved=is_interleaved,
-        )  # fmt: skip
+        of_weight = ops.QkvHeads(
+            shape.heads, shape.kv_heads, shape.head_dim, shape.rotary_dim, is_interleaved
+        )
+        weight = ops.qkv_weight(sources, self.packing, of_weight, norms=head_norms)
         parts = weight.made.parts * (3 if len(weight.made.parts) == 1 else 1)
         heads = []
         for index, (source, part) in enumerate(zip(sources, parts, strict=True)):

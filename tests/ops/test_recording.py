@@ -35,9 +35,7 @@ class Values:
         self.recorder = ops.Recorder()
         self.square = ops.linear_weight(random_source(48, 48)[1], EXACT)
         parts = [random_source(rows, 48)[1] for rows in (48, 16, 16)]
-        self.heads = ops.qkv_weight(
-            parts[0], parts[1], parts[2], EXACT, num_heads=3, num_kv_heads=1, head_dim=16
-        )
+        self.heads = ops.qkv_weight(parts, EXACT, ops.QkvHeads(3, 1, 16, rotary_dim=16))
         self.gates = ops.gate_up_weight(random_source(40, 48)[1], random_source(40, 48)[1], EXACT)
         self.layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype="float32").layers[0]
         self.ones = norm_weight(torch.ones(48), 1e-5)

@@ -35,6 +35,7 @@ from tgi_asgi.ops.packing import ROUNDED, Packing
 from tgi_asgi.ops.product import Product
 from tgi_asgi.ops.prompt_time import bfloat16_time_ratio
 from tgi_asgi.ops.qkv import qkv
+from tgi_asgi.ops.qkv_heads import QkvHeads
 from tgi_asgi.ops.recorder import RecordedBatch, Recorder
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.sample import SampleResult, sample
@@ -114,6 +115,7 @@ __all__ = [
     "Packing",
     "PlanError",
     "Product",
+    "QkvHeads",
     "QkvWeight",
     "RecordedBatch",
     "Recorder",

@@ -160,8 +160,8 @@ class CpuProgram:
         """Return a query's heads, head size and rotated dims, and whether neighbours are rotated together."""
         for call in self._recorded:
             if isinstance(call, calls.Qkv) and call.out is value:
-                weight = call.weight
-                return weight.num_heads, weight.head_dim, weight.rotary_dim, weight.is_interleaved
+                heads = call.weight.heads
+                return heads.num_heads, heads.head_dim, heads.rotary_dim, heads.is_interleaved
             if isinstance(call, calls.Attention) and call.q is value:
                 return value.columns // call.head_dim, call.head_dim, call.rotary_dim or call.head_dim, False
         raise ValueError("no call uses this query")

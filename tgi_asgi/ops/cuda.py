@@ -42,10 +42,11 @@ from tgi_asgi.ops.cuda_shards import CudaShard, WholeLogits
 from tgi_asgi.ops.cuda_weights import DeviceWeights
 from tgi_asgi.ops.layout import round_up
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
+from tgi_asgi.ops.qkv_heads import QkvHeads
 from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.values import Value
-from tgi_asgi.ops.weights import LinearWeight, QkvWeight
+from tgi_asgi.ops.weights import LinearWeight
 
 _kernels: Any = torch.ops.tgi_cuda
 
@@ -194,22 +195,21 @@ class CudaProgram:
     def _qkv(self, call: calls.Qkv) -> None:
         layer, weight = _layer_of(call.cache), call.weight
         made: DeviceMatrix = weight.made
-        rows = (weight.num_heads + 2 * weight.num_kv_heads) * weight.head_dim
-        product = self._product(call.a, made, rows, "qkv")
+        product = self._product(call.a, made, sum(weight.heads.rows), "qkv")
         self._adapt(weight, call.a, product)
         if call.clip is not None:
             self._launches.add("aten::clamp_", tokens_of(product), -call.clip, call.clip)
         norms = weight.norms
         if norms is not None and norms.is_whole:
-            self._whole_norms(product, weight, norms)
+            self._whole_norms(product, weight.heads, norms)
         cos, sin = self._table(call.rope)
-        q = self._heads(self._make(call.out, self._dtype), weight.head_dim)
+        q = self._heads(self._make(call.out, self._dtype), weight.heads.head_dim)
         parts: list[Tensor | None] = [None] * 4
         eps, is_last = 0.0, False
         if norms is not None and not norms.is_whole:
             query, key = norms.query, norms.key
             parts = [
-                None if part is None else self._head_norm(part, weight)
+                None if part is None else self._head_norm(part, weight.heads)
                 for part in (query.weight, key.weight, query.bias, key.bias)
             ]
             eps, is_last = query.eps, norms.is_last
@@ -218,11 +218,11 @@ class CudaProgram:
             is_last, eps, layer.key_scale, layer.value_scale, tokens_of(q), layer.pool,
         )  # fmt: skip
 
-    def _whole_norms(self, product: Tensor, weight: QkvWeight, norms: HeadNorms) -> None:
+    def _whole_norms(self, product: Tensor, heads: QkvHeads, norms: HeadNorms) -> None:
         """Normalise all heads of queries together, and all heads of keys, in place."""
         first = 0
         for norm in (norms.query, norms.key):
-            scale = self._head_norm(norm.weight, weight)
+            scale = self._head_norm(norm.weight, heads)
             part = tokens_of(product[:, first : first + scale.numel()])
             wide = tokens_of(self._scratch.buffer("heads", (self._max_tokens, scale.numel()), torch.float32))
             self._launches.add("aten::copy_", wide, part)
@@ -230,10 +230,10 @@ class CudaProgram:
             self._launches.add("aten::copy_", part, wide)
             first += scale.numel()
 
-    def _head_norm(self, norm: Floats, weight: QkvWeight) -> Tensor:
+    def _head_norm(self, norm: Floats, heads: QkvHeads) -> Tensor:
         """Return weights or biases of head norms on the device, in the device's row order."""
-        if weight.is_interleaved:
-            norm = norm[joined_halves(weight, norm.size // weight.head_dim)]
+        if heads.is_interleaved:
+            norm = norm[joined_halves(heads, norm.size // heads.head_dim)]
         return self._weights.move(norm, torch.float32)
 
     def _table(self, rope: RopeTable | None) -> tuple[Tensor, Tensor]:
