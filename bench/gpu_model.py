@@ -24,6 +24,7 @@ from tgi_asgi.ops.cuda import CudaProgram
 from tgi_asgi.ops.cuda_attention import PromptAttention
 from tgi_asgi.ops.cuda_batch import CudaBatch
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
+from tgi_asgi.ops.cuda_modes import CudaModes
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix
 from tgi_asgi.ops.cuda_sample_state import CudaSampleState, DeviceSamples
 from tgi_asgi.types import SamplingParams
@@ -198,11 +199,11 @@ def make_step(kind: StepKind, config: ModelConfig = SHAPE) -> Step:
     model = RandomLlama(config, longest, kind.weights)
     shape = (sequences * longest // BLOCK, 2, config.num_kv_heads, BLOCK, config.head_dim)
     kv = [CudaKvLayer(random(*shape).to(KV_TYPES[kind.kv])) for _ in range(config.num_layers)]
-    program = CudaProgram(
-        record(model, kv), max_tokens=batch + prompt, max_sequences=sequences, max_rows=sequences,
-        max_blocks=longest // BLOCK, dtype=torch.bfloat16, device=device,
-        prompt_attention=PromptAttention.AUTO, has_float8_products=kind.weights == "w8a8",
-    )  # fmt: skip
+    limits = ops.StepLimits(
+        max_tokens=batch + prompt, max_sequences=sequences, max_rows=sequences, max_context=longest
+    )
+    modes = CudaModes(prompt_attention=PromptAttention.AUTO, has_float8_products=kind.weights == "w8a8")
+    program = CudaProgram(record(model, kv), limits, modes, max_blocks=longest // BLOCK, device=device)
     inputs, rows = _inputs(kind, block_table(sequences, longest))
     if program.gathering is not None and program.gathering.takes(prompt, prompt):
         inputs = replace(inputs, prompt_lens=((prompt, prompt),))

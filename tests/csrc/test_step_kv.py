@@ -59,9 +59,11 @@ class World:
         q = ops.qkv(ops.norm(self.given, norm_weight(self.norm, EPS)), weight, self.layer, self.rope)
         self.out = ops.attention(q, self.layer, ops.AttentionSpec(SCALE))
         self.program = ops.CpuProgram(
-            recorder, max_tokens=length, max_sequences=1, max_rows=1, max_context=length,
-            inputs=[self.given], outputs=[self.out],
-        )  # fmt: skip
+            recorder,
+            ops.StepLimits(max_tokens=length, max_sequences=1, max_rows=1, max_context=length),
+            inputs=[self.given],
+            outputs=[self.out],
+        )
         self.blocks = torch.randperm(NUM_BLOCKS)[: -(-length // block_size)].tolist()
 
     def slots(self, start: int, stop: int) -> Tensor:

@@ -258,10 +258,10 @@ class Graph:
 
     def program(self) -> ops.CpuProgram:
         total = sum(self.lengths)
-        return ops.CpuProgram(
-            self.recorder, max_tokens=total, max_sequences=len(self.lengths), max_rows=total,
-            max_context=max(self.lengths),
-        )  # fmt: skip
+        limits = ops.StepLimits(
+            max_tokens=total, max_sequences=len(self.lengths), max_rows=total, max_context=max(self.lengths)
+        )
+        return ops.CpuProgram(self.recorder, limits)
 
     def step(self, spans: Sequence[tuple[int, int]]) -> tuple[ops.FlatRows, list[int]]:
         """Return the step that computes these positions of each sequence, and the indices of its tokens."""

@@ -216,14 +216,8 @@ def run_without_queries(
     recorder = ops.Recorder()
     given = recorder.value(ops.Kind.ACTIVATION, case.hidden)
     ops.qkv(given, case.weight, layer, case.rope)
-    program = ops.CpuProgram(
-        recorder,
-        max_tokens=len(a),
-        max_sequences=len(spans),
-        max_rows=1,
-        max_context=POSITIONS,
-        inputs=[given],
-    )
+    limits = ops.StepLimits(max_tokens=len(a), max_sequences=len(spans), max_rows=1, max_context=POSITIONS)
+    program = ops.CpuProgram(recorder, limits, inputs=[given])
     program.write(given, a.numpy())
     free = torch.randperm(NUM_BLOCKS).tolist()
     blocks = [[free.pop() for _ in range(-(-stop // block_size))] for _, stop in spans]

@@ -55,6 +55,7 @@ from tgi_asgi.ops.sources import (
     stack_rows,
 )
 from tgi_asgi.ops.states import StateLayer, StatePool, StateShape, kept_state_bytes, state_bytes
+from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.ops.team import (
     configure_threads,
     join_threads,
@@ -131,6 +132,7 @@ __all__ = [
     "StateLayer",
     "StatePool",
     "StateShape",
+    "StepLimits",
     "StepQueue",
     "Target",
     "TokenLogprobs",
