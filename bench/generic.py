@@ -63,7 +63,8 @@ def _load(path: Path, implementation: str, quantise: str | None) -> Program:
     size = KvSize(16 * _CONTEXT // _BLOCK, BlockNeeds((None,), _BLOCK, _CONTEXT), 1, "bfloat16")
     pool = make_pool(model, size, CacheGroups((None,), (0,) * len(config.caches), 0))
     caches = [] if pool is None else pool.layers
-    return make_program(model, caches, max_batch_size=16, max_step_tokens=_CONTEXT, max_context=_CONTEXT)
+    limits = ops.StepLimits(max_tokens=_CONTEXT, max_sequences=16, max_rows=16, max_context=_CONTEXT)
+    return make_program(model, caches, limits)
 
 
 def _decode(num_sequences: int, context: int = 300) -> ops.FlatRows:

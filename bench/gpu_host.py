@@ -33,9 +33,12 @@ from bench import gpu_model, gpu_timing
 from bench.engine import Engine
 from bench.gpu_model import SHAPE, StepKind
 from tests.emulation import program
+from tgi_asgi.ops.cuda_kv import CudaKvFormat
+from tgi_asgi.ops.cuda_modes import CudaModes
+from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import Command, CudaDevice, Device, Event
-from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
+from tgi_asgi.runner.cuda_steps import CudaStepSpec
 from tgi_asgi.runner.groups import BlockNeeds
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.load import LoadedModel
@@ -158,10 +161,9 @@ def time_decodes(device: Device, layers: int, steps: int, pause_s: float = 0.0) 
     batch, longest = max(_BATCHES), _CONTEXT + steps + 64
     needs = BlockNeeds((None,), gpu_model.BLOCK, longest)
     size = KvSize((batch + 1) * -(-longest // gpu_model.BLOCK), needs, 1, "bfloat16")
-    limits = StepLimits(gpu_model.BLOCK, batch, _CONTEXT, longest)
-    runner = CudaRunner(
-        gpu_model.RandomLlama(config, longest), device, lambda free: size, limits, CudaTypes()
-    )
+    limits = StepLimits(max_tokens=_CONTEXT, max_sequences=batch, max_rows=batch, max_context=longest)
+    spec = CudaStepSpec(limits, CudaModes(), CudaKvFormat(gpu_model.BLOCK, torch.bfloat16))
+    runner = CudaRunner(gpu_model.RandomLlama(config, longest), device, lambda free: size, spec)
     times: dict[str, list[float]] = {"fill": [], "submit": [], "launch": [], "fetch": []}
     finish = functools.partial(_timed, times["fetch"], runner._finish)
 

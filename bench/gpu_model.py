@@ -24,6 +24,7 @@ from tgi_asgi.ops.cuda import CudaProgram
 from tgi_asgi.ops.cuda_attention import PromptAttention
 from tgi_asgi.ops.cuda_batch import CudaBatch
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
+from tgi_asgi.ops.cuda_modes import CudaModes
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix
 from tgi_asgi.ops.cuda_sample_state import CudaSampleState, DeviceSamples
 from tgi_asgi.types import SamplingParams
@@ -109,15 +110,14 @@ class RandomLlama:
     def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
         """Return the residual stream, like `Model.forward`."""
         config = self.config
-        heads, kv_heads, dim, hidden = (
-            config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size,
-        )  # fmt: skip
+        dim, hidden = config.head_dim, config.hidden_size
+        heads = ops.QkvHeads(config.num_heads, config.num_kv_heads, dim, rotary_dim=dim)
         x = ops.embed(batch, self.head, 1.0)
         for (qkv, output, gate_up, down), cache in zip(self.layers, caches, strict=True):
-            weight = ops.QkvWeight(hidden, heads, kv_heads, dim, dim, None, qkv)
+            weight = ops.QkvWeight(hidden, heads, None, qkv)
             q = ops.qkv(ops.norm(x, self.norm), weight, cache, self.rope)
             a = ops.attention(q, cache, ops.AttentionSpec(config.layers[0].scale))
-            x = ops.linear_add(a, ops.LinearWeight(hidden, heads * dim, output), x)
+            x = ops.linear_add(a, ops.LinearWeight(hidden, heads.rows[0], output), x)
             gates = ops.GateUpWeight(hidden, config.intermediate_size, gate_up)
             a = ops.gate_up(ops.norm(x, self.norm), gates, config.activation)
             x = ops.linear_add(a, ops.LinearWeight(hidden, config.intermediate_size, down), x)
@@ -199,11 +199,11 @@ def make_step(kind: StepKind, config: ModelConfig = SHAPE) -> Step:
     model = RandomLlama(config, longest, kind.weights)
     shape = (sequences * longest // BLOCK, 2, config.num_kv_heads, BLOCK, config.head_dim)
     kv = [CudaKvLayer(random(*shape).to(KV_TYPES[kind.kv])) for _ in range(config.num_layers)]
-    program = CudaProgram(
-        record(model, kv), max_tokens=batch + prompt, max_sequences=sequences, max_rows=sequences,
-        max_blocks=longest // BLOCK, dtype=torch.bfloat16, device=device,
-        prompt_attention=PromptAttention.AUTO, has_float8_products=kind.weights == "w8a8",
-    )  # fmt: skip
+    limits = ops.StepLimits(
+        max_tokens=batch + prompt, max_sequences=sequences, max_rows=sequences, max_context=longest
+    )
+    modes = CudaModes(prompt_attention=PromptAttention.AUTO, has_float8_products=kind.weights == "w8a8")
+    program = CudaProgram(record(model, kv), limits, modes, max_blocks=longest // BLOCK, device=device)
     inputs, rows = _inputs(kind, block_table(sequences, longest))
     if program.gathering is not None and program.gathering.takes(prompt, prompt):
         inputs = replace(inputs, prompt_lens=((prompt, prompt),))

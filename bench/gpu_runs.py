@@ -23,9 +23,12 @@ from bench.gpu_model import GREEDY, TOP_P, StepKind
 from bench.gpu_stages import Report, measure_ceilings
 from bench.gpu_timing import time_calls
 from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.ops.cuda_kv import CudaKvFormat
+from tgi_asgi.ops.cuda_modes import CudaModes
+from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device
-from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
+from tgi_asgi.runner.cuda_steps import CudaStepSpec
 from tgi_asgi.runner.groups import BlockNeeds
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.load import LoadedModel
@@ -137,11 +140,11 @@ def make_runner(
     needs = BlockNeeds((None,), gpu_model.BLOCK, max(PROMPTS) + max_batch)
     size = KvSize(-(-tokens // gpu_model.BLOCK), needs, 1, "bfloat16")
     model = gpu_model.RandomLlama(config, longest, weights)
-    return CudaRunner(
-        model, device, lambda free_bytes: size,
-        StepLimits(gpu_model.BLOCK, max_batch, max(PROMPTS) + max_batch, longest),
-        CudaTypes(kv=torch.float8_e4m3fn if kv == "fp8" else None),
-    )  # fmt: skip
+    limits = StepLimits(
+        max_tokens=max(PROMPTS) + max_batch, max_sequences=max_batch, max_rows=max_batch, max_context=longest
+    )
+    stored = CudaKvFormat(gpu_model.BLOCK, gpu_model.KV_TYPES[kv])
+    return CudaRunner(model, device, lambda free_bytes: size, CudaStepSpec(limits, CudaModes(), stored))
 
 
 async def drive(

@@ -100,21 +100,23 @@ def _logprobs(device: Device, folder: Path, count: int) -> torch.Tensor:
 def _runner(device: Device, folder: Path, count: int) -> Iterator[Any]:
     from tgi_asgi.formats.sources import ModelFiles
     from tgi_asgi.models.loading.open import OpenModel
+    from tgi_asgi.models.pooling import PoolingFiles
     from tgi_asgi.runner import cuda_load
 
     settings = Settings(num_shard=count, **_SETTINGS)
     files = ModelFiles("random", None, "directory", folder)
     dtype, shards = torch.bfloat16, None
+    spec = cuda_load.spec_of(settings, dtype, _LONGEST)
     with contextlib.ExitStack() as failing, OpenModel(files) as opened:
         if count > 1:
             cuts = opened.cuts(count)
-            shards = cuda_load.make_shards(files, settings, cuts, device, dtype, _LONGEST)
+            shards = cuda_load.make_shards(files, settings, cuts, device, spec)
             failing.callback(shards.abandon)
             opened.use_cut(cuts[0])
         model: Any = opened.load(Repacking(dtype, device.device), _LONGEST)
         if shards is not None:
             shards.others.wait_ready()
-        runner = cuda_load.make_runner(model, settings, device, dtype, _LONGEST, None, shards)
+        runner = cuda_load.make_runner(model, settings, device, spec, PoolingFiles(), shards=shards)
         failing.pop_all()
     try:
         yield runner

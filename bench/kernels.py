@@ -74,13 +74,13 @@ class Bench:
             dtype=kv_dtype,
         )
         pool.native.memory()[:] = 12  # 2.4e-4 as the scale of int8, and close to zero as bfloat16
-        self._program = ops.CpuProgram(
-            record(model, pool.layers),
+        limits = ops.StepLimits(
             max_tokens=max(shape.num_tokens for shape in shapes),
             max_sequences=max(shape.sequences for shape in shapes),
             max_rows=max(shape.sequences for shape in shapes),
             max_context=max(shape.context for shape in shapes),
         )
+        self._program = ops.CpuProgram(record(model, pool.layers), limits)
 
     def seconds(self, shape: Shape, repeats: int) -> list[tuple[str, float]]:
         """Return each operator's median seconds per step, summed over layers, in order of first use."""

@@ -68,13 +68,8 @@ class Teacher:
             max_rows=ROWS,
             max_tokens=max_tokens,
         )
-        self._program = ops.CpuProgram(
-            record(model, pool.layers),
-            max_tokens=max_tokens,
-            max_sequences=1,
-            max_rows=ROWS,
-            max_context=max_tokens,
-        )
+        limits = ops.StepLimits(max_tokens=max_tokens, max_sequences=1, max_rows=ROWS, max_context=max_tokens)
+        self._program = ops.CpuProgram(record(model, pool.layers), limits)
         self._blocks = range(num_blocks)
         self._last_ids = np.zeros(ROWS, np.int32)
 

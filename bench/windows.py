@@ -34,7 +34,7 @@ from tgi_asgi.engine.step import Step
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.runner.groups import BlockNeeds
-from tgi_asgi.runner.kv import KvSize, groups_of
+from tgi_asgi.runner.kv import CacheSizes, KvSize, groups_of
 from tgi_asgi.runner.plan import RunnerTraits, SlotStart, StepPlan, StepRow
 from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.types import SamplingParams
@@ -103,7 +103,9 @@ async def time_steps(config: ModelConfig, contexts: list[int], repeats: int) -> 
     num_blocks = len(contexts) * len(groups.windows) * -(-longest // BLOCK)
     needs = BlockNeeds(groups.windows, BLOCK, max_step_tokens=64)
     size = KvSize(num_blocks, needs, groups.bytes_per_token, "bfloat16")
-    runner = HostRunner(model, size, max_batch_size=len(contexts), max_step_tokens=64, max_context=longest)
+    count = len(contexts)
+    limits = ops.StepLimits(max_tokens=64, max_sequences=count, max_rows=count, max_context=longest)
+    runner = HostRunner(model, CacheSizes(size), limits)
     assert isinstance(runner._kv_pool, ops.KvPool)
     runner._kv_pool.native.memory()[:] = 12  # small as bfloat16; memory that was never written is slower
     streams: list[Stream] = []

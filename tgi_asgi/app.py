@@ -87,10 +87,7 @@ class App:
         self.has_stopped = threading.Event()
         self._cors = Cors(context.settings)
         self.keys = ApiKeys(context.settings)
-        self._routes = RouteTable(table.routes(context.settings), self.keys.check)
-        context.routes = self._routes.rows
-        context.responses = ResponseStore(context.settings.response_store)
-        context.conversations = ConversationStore(context.settings.response_store)
+        self._routes = RouteTable(context.routes, self.keys.check)
         self.observers: list[Observer] = [context.metrics.request_ended, log_access]
         self._tracing = Tracing.from_settings(context.settings)
         if self._tracing is not None:
@@ -318,7 +315,11 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     """
     if settings is None:
         settings = Settings.from_environ()
-    return App(ServerContext(settings), loader or load_model)
+    context = ServerContext(
+        settings, table.routes(settings), ResponseStore(settings.response_store),
+        ConversationStore(settings.response_store),
+    )  # fmt: skip
+    return App(context, loader or load_model)
 
 
 class _EnvironmentApp:

@@ -66,10 +66,8 @@ def qkv(
     ]
     one = eager_ops.norm_weight(torch.ones(head_dim), 1e-5)
     norms = ops.HeadNorms(one, one) if has_norms else None
-    weight = ops.qkv_weight(
-        sources[0], sources[1], sources[2], packing, num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=head_dim, norms=norms,
-    )  # fmt: skip
+    sizes = ops.QkvHeads(heads, kv_heads, head_dim, rotary_dim=head_dim)
+    weight = ops.qkv_weight(sources, packing, sizes, norms=norms)
     packed = watch.take()
     layer = poisoned_pool(num_kv_heads=kv_heads, head_dim=head_dim, dtype="bfloat16").layers[0]
     eager_ops.qkv(

@@ -52,18 +52,18 @@ class World:
             dtype=dtype,
         )
         self.layer = self.pool.layers[0]
-        weight = ops.qkv_weight(
-            sources[0][1], sources[1][1], sources[2][1], EXACT, num_heads=HEADS, num_kv_heads=KV_HEADS,
-            head_dim=head_dim, rotary_dim=rotary_dim,
-        )  # fmt: skip
+        heads = ops.QkvHeads(HEADS, KV_HEADS, head_dim, rotary_dim)
+        weight = ops.qkv_weight([source for _, source in sources], EXACT, heads)
         recorder = ops.Recorder()
         self.given = recorder.value(ops.Kind.RESIDUAL, HIDDEN)
         q = ops.qkv(ops.norm(self.given, norm_weight(self.norm, EPS)), weight, self.layer, self.rope)
         self.out = ops.attention(q, self.layer, ops.AttentionSpec(SCALE))
         self.program = ops.CpuProgram(
-            recorder, max_tokens=length, max_sequences=1, max_rows=1, max_context=length,
-            inputs=[self.given], outputs=[self.out],
-        )  # fmt: skip
+            recorder,
+            ops.StepLimits(max_tokens=length, max_sequences=1, max_rows=1, max_context=length),
+            inputs=[self.given],
+            outputs=[self.out],
+        )
         self.blocks = torch.randperm(NUM_BLOCKS)[: -(-length // block_size)].tolist()
 
     def slots(self, start: int, stop: int) -> Tensor:

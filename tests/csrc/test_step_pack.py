@@ -5,8 +5,6 @@ tests/csrc/test_formats.py checks that a packed row equals the file's.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -80,14 +78,14 @@ def test_rows_of_several_sources_are_one_weight_in_any_order() -> None:
 
 
 def test_a_matrix_of_one_format_is_packed_once_and_others_apart() -> None:
-    heads: dict[str, Any] = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
+    heads = ops.QkvHeads(2, 1, 32, rotary_dim=32)
     formats = (("Q4_K", 64), ("Q4_K", 32), ("Q6_K", 32))
     sources = [random_weight(format, rows, 256, seed=0) for format, rows in formats]
-    parts = ops.qkv_weight(sources[0], sources[1], sources[2], FAST, **heads).made.parts
+    parts = ops.qkv_weight(sources, FAST, heads).made.parts
     assert [part.matrix.format for part in parts] == [
         "Q4_K", "Q4_K", "Q6_K",
     ]  # fmt: skip
-    assert len(ops.qkv_weight(sources[0], sources[1], sources[1], FAST, **heads).made.parts) == 1
+    assert len(ops.qkv_weight([*sources[:2], sources[1]], FAST, heads).made.parts) == 1
 
 
 def test_vectors_follow_their_rows_and_are_zero_where_these_are_padding() -> None:

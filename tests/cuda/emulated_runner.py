@@ -14,14 +14,17 @@ from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.gpu_device import CountedGpu
 from tests.emulation import bindings, library
 from tests.support.checkpoints import save, save_tokenizer
-from tests.support.kv import plain_size
+from tests.support.kv import plain_limits, plain_size
 from tests.support.runner_driver import Job
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.family import Model
+from tgi_asgi.ops import StepLimits
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
+from tgi_asgi.ops.cuda_kv import CudaKvFormat
+from tgi_asgi.ops.cuda_modes import CudaModes
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import register_kernels
-from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
+from tgi_asgi.runner.cuda_steps import CudaStepSpec
 from tgi_asgi.runner.kv import KvSize
 
 FP16 = torch.float16
@@ -45,6 +48,13 @@ def make_device() -> EmulatedDevice:
     return EmulatedDevice()
 
 
+def spec_of_steps(
+    limits: StepLimits, *, is_batch_invariant: bool = False, kv_dtype: torch.dtype = FP16
+) -> CudaStepSpec:
+    """Return steps in float16, with blocks of 16 tokens."""
+    return CudaStepSpec(limits, CudaModes(FP16, is_batch_invariant), CudaKvFormat(16, kv_dtype))
+
+
 def require_emulation(reason: str) -> None:
     """Skip the test on a real GPU."""
     if ON_GPU:
@@ -55,7 +65,7 @@ def make_runner(
     model: Model,
     device: EmulatedDevice,
     *,
-    kv_dtype: torch.dtype | None = None,
+    kv_dtype: torch.dtype = FP16,
     max_context: int = 256,
     adapters: CudaAdapterLayout | None = None,
 ) -> CudaRunner:
@@ -66,8 +76,9 @@ def make_runner(
         model,
         device,
         choose,
-        StepLimits(block_size=16, max_batch_size=2, max_step_tokens=64, max_context=max_context),
-        CudaTypes(FP16, kv_dtype),
+        spec_of_steps(
+            plain_limits(max_sequences=2, max_tokens=64, max_context=max_context), kv_dtype=kv_dtype
+        ),
         adapters=adapters,
     )
 

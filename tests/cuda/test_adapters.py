@@ -18,6 +18,7 @@ from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.emulated_runner import FP16, PROMPT, SHAPE, make_device, make_runner, save_with_tokenizer
 from tests.support.adapters import ALL_PRODUCTS, make_adapter, peft_logprobs, write_adapter
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
+from tests.support.kv import plain_limits
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import GREEDY, Job, generate
 from tgi_asgi.errors import ModelLoadError
@@ -30,7 +31,7 @@ from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, Repacking
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
-from tgi_asgi.runner.cuda_steps import StepLimits, graph_shapes
+from tgi_asgi.runner.cuda_steps import graph_shapes
 from tgi_asgi.runner.inputs import PlanError
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
@@ -43,7 +44,7 @@ SETTINGS = Settings(
     thread_nice=0, num_threads=1, max_batch_size=4, max_batch_prefill_tokens=64, max_total_tokens=128,
     dtype="float16", enable_lora=True, admin_api_key="admin", max_lora_rank=12, max_loras=2,
 )  # fmt: skip
-LIMITS = StepLimits(block_size=16, max_batch_size=4, max_step_tokens=68, max_context=128)
+LIMITS = plain_limits(max_sequences=4, max_tokens=68, max_context=128)
 SCORED = SamplingParams(temperature=0.0, logprobs=1)
 TOLERANCE = 0.03  # of a log-probability, in float16
 

@@ -11,6 +11,7 @@ from tests.cuda.emulated_runner import FP16, PROMPT
 from tests.emulation import bindings, library
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
 from tests.support.runner_driver import Job, generate
+from tgi_asgi.models.pooling import PoolingFiles
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
@@ -34,7 +35,9 @@ def make_runner(directory: Path, kind: str) -> CudaRunner:
     )
     model = load_model(files, Repacking(FP16), max_positions=256)
     settings = Settings(batch_invariant=True, max_batch_size=4, max_batch_prefill_tokens=60)
-    runner = cuda_load.make_runner(model, settings, EmulatedDevice(), FP16, 256)
+    runner = cuda_load.make_runner(
+        model, settings, EmulatedDevice(), cuda_load.spec_of(settings, FP16, 256), PoolingFiles()
+    )
     return runner
 
 

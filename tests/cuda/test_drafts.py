@@ -15,12 +15,18 @@ from typing import Any
 import pytest
 
 from tests.cuda.emulated_device import EmulatedDevice, Event
-from tests.cuda.emulated_runner import FP16, make_device, require_emulation, save_with_tokenizer
+from tests.cuda.emulated_runner import (
+    FP16,
+    make_device,
+    require_emulation,
+    save_with_tokenizer,
+    spec_of_steps,
+)
 from tests.runner.test_drafts import answers_of, random_request
 from tests.runner.test_grammar import AUTO, EOS, Letters
 from tests.support import real_engine
 from tests.support.checkpoints import load_model, make_model, save
-from tests.support.kv import plain_size
+from tests.support.kv import plain_limits, plain_size
 from tgi_asgi.engine import Engine
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.model_info import ModelInfo
@@ -31,7 +37,6 @@ from tgi_asgi.runner import cuda_drafts
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import Command
 from tgi_asgi.runner.cuda_drafts import CudaDrafts, LaidStep, _decode
-from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.plan import StepPlan
 from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
@@ -71,12 +76,11 @@ async def serving(
     model: Model, speculation: Speculation | None, num_blocks: int, device: EmulatedDevice | None = None
 ) -> AsyncIterator[Engine]:
     size = plain_size(num_blocks, "float16")
+    limits = plain_limits(max_sequences=8, max_tokens=128, max_context=LONGEST)
+    spec = spec_of_steps(limits, is_batch_invariant=True)  # drafts would otherwise change the last bits
     runner = CudaRunner(
-        model, device or make_device(), lambda free_bytes: size,
-        StepLimits(block_size=16, max_batch_size=8, max_step_tokens=128, max_context=LONGEST),
-        CudaTypes(FP16, is_batch_invariant=True),  # drafts would otherwise change the last bits
-        speculation=speculation,
-    )  # fmt: skip
+        model, device or make_device(), lambda free_bytes: size, spec, speculation=speculation
+    )
     info = ModelInfo("tiny", None, "Llama", "float16", "cuda", VOCAB, LONGEST - 1, LONGEST, frozenset({EOS}))
     engine = Engine(runner, Letters(VOCAB), Settings(max_batch_prefill_tokens=64), info)
     engine.start()

@@ -26,6 +26,7 @@ from tests.emulation.device import Device
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.runner_driver import Job, generate
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.pooling import PoolingFiles
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cuda_flashinfer import FlashInfer, PlannedAttention, can_plan
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
@@ -60,7 +61,9 @@ def make_runner(
     given: dict[str, Any] = {
         "prompt_attention": "flashinfer", "max_batch_size": 4, "max_batch_prefill_tokens": 60
     }  # fmt: skip
-    runner = cuda_load.make_runner(model, Settings(**given | changes), gpu, FP16, 256)
+    settings = Settings(**given | changes)
+    spec = cuda_load.spec_of(settings, FP16, 256)
+    runner = cuda_load.make_runner(model, settings, gpu, spec, PoolingFiles())
     return runner
 
 
@@ -163,7 +166,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ModelLoadError, match="--prompt-attention flashinfer needs the package flashinfer-python"
     ):
-        cuda_load.types_of(Settings(prompt_attention="flashinfer"), FP16)
+        cuda_load.spec_of(Settings(prompt_attention="flashinfer"), FP16, 256)
 
 
 async def test_batch_invariance_keeps_the_native_kernel(

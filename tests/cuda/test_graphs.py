@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from tests.cuda.emulated_device import EmulatedDevice, Event, Graph
+from tests.cuda.emulated_runner import spec_of_steps
 from tests.emulation import bindings, library
 from tests.runner.test_grammar import EOS, Letters
 from tests.support.checkpoints import load_model, make_model, save
-from tests.support.kv import plain_size
+from tests.support.kv import plain_limits, plain_size
 from tests.support.runner_driver import GREEDY, Job, generate
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_quant import Repacking
@@ -20,7 +21,7 @@ from tgi_asgi.ops.cuda_sample_state import MAX_IDS
 from tgi_asgi.runner import cuda_steps
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_device import Command, Copy
-from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
+from tgi_asgi.runner.cuda_steps import CudaSteps
 from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepRow
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
@@ -62,11 +63,11 @@ def make_runner(
 
     def make(device: EmulatedDevice) -> CudaRunner:
         size = plain_size(40, "float16")
-        runner = CudaRunner(
-            model, device, lambda free_bytes: size,
-            StepLimits(block_size=16, max_batch_size=8, max_step_tokens=64, max_context=256),
-            CudaTypes(FP16, is_batch_invariant=True),  # neighbours would otherwise change the last bits
-        )  # fmt: skip
+        limits = plain_limits(max_sequences=8, max_tokens=64, max_context=256)
+        spec = spec_of_steps(
+            limits, is_batch_invariant=True
+        )  # neighbours would otherwise change the last bits
+        runner = CudaRunner(model, device, lambda free_bytes: size, spec)
         runners.append(runner)
         return runner
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tests.cuda.emulated_device import EmulatedDevice
-from tests.cuda.emulated_runner import FP16, SHAPE, make_device
+from tests.cuda.emulated_runner import FP16, SHAPE, make_device, spec_of_steps
 from tests.support.checkpoints import load_model, make_model, save
-from tests.support.kv import plain_size
+from tests.support.kv import plain_limits, plain_size
 from tests.support.pooling_models import (
     Vector,
     dense,
@@ -31,9 +31,8 @@ from tests.support.pooling_server import pooled_server
 from tests.support.runner_driver import GREEDY, Job, generate
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_quant import Repacking
-from tgi_asgi.runner.cuda import CudaRunner
+from tgi_asgi.runner.cuda import CudaOutputs, CudaRunner
 from tgi_asgi.runner.cuda_layout import plain_layout
-from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.inputs import PlanError
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
@@ -56,7 +55,7 @@ LAST, MEAN = Pooling(PoolingKind.LAST), Pooling(PoolingKind.MEAN)
 CHOSEN = (7, 9, 3)
 LOGITS = Pooling(PoolingKind.LOGITS, CHOSEN)
 # A step of a decode and a prompt is a graph for two decodes: one token of padding lies before the prompt.
-LIMITS = StepLimits(block_size=16, max_batch_size=5, max_step_tokens=80, max_context=256)
+LIMITS = plain_limits(max_sequences=5, max_tokens=80, max_context=256)
 # Sizes of the kernels, whatever else a test says of a model. The hidden size fits `save_embedder`'s Dense.
 WIDE: dict[str, Any] = {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 Make = Callable[..., CudaRunner]
@@ -74,7 +73,7 @@ def make(device: EmulatedDevice) -> Iterator[Make]:
 
     def runner_of(model: Model, **options: Any) -> CudaRunner:
         size = plain_size(40, "float16")
-        runner = CudaRunner(model, device, lambda free: size, LIMITS, CudaTypes(FP16), **options)
+        runner = CudaRunner(model, device, lambda free: size, spec_of_steps(LIMITS), CudaOutputs(**options))
         runners.append(runner)
         return runner
 
@@ -267,7 +266,8 @@ async def test_a_last_norm_with_a_bias_is_applied(tmp_path: Path, make: Make) ->
 
 async def test_a_vector_s_bits_do_not_depend_on_the_batch(model: Model, device: EmulatedDevice) -> None:
     size = plain_size(40, "float16")
-    runner = CudaRunner(model, device, lambda free: size, LIMITS, CudaTypes(FP16, is_batch_invariant=True))
+    spec = spec_of_steps(LIMITS, is_batch_invariant=True)
+    runner = CudaRunner(model, device, lambda free: size, spec)
     try:
         for pooling in (LAST, MEAN, LOGITS):
             (alone,) = await vectors(runner, [(IDS, pooling)], 40)

@@ -36,6 +36,7 @@ from tests.emulation.device import Device
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.runner_driver import Job, generate
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.pooling import PoolingFiles
 from tgi_asgi.ops import cuda_attention, cuda_sdpa
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cuda_attention import GatheredAttention, Gathering, can_gather
@@ -103,7 +104,8 @@ def make_runner(
     model = load_model(save(reference, directory, FP16), Repacking(FP16), max_positions=256)
     given: dict[str, Any] = {"prompt_attention": "sdpa", "max_batch_size": 4, "max_batch_prefill_tokens": 60}
     settings = Settings(**given | changes)
-    runner = cuda_load.make_runner(model, settings, gpu, FP16, 256)
+    spec = cuda_load.spec_of(settings, FP16, 256)
+    runner = cuda_load.make_runner(model, settings, gpu, spec, PoolingFiles())
     return runner
 
 

@@ -21,10 +21,11 @@ from tests.cuda.emulated_runner import (
     make_runner,
     require_emulation,
     save_with_tokenizer,
+    spec_of_steps,
 )  # fmt: skip
 from tests.runner.test_grammar import Letters
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
-from tests.support.kv import plain_size
+from tests.support.kv import plain_limits, plain_size
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import GREEDY, Job, generate, sample_over_a_shared_block
 from tgi_asgi.errors import ModelLoadError
@@ -33,7 +34,6 @@ from tgi_asgi.models.family import Model
 from tgi_asgi.ops import cuda_sample_state
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.cuda import CudaRunner
-from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
 from tgi_asgi.runner.inputs import PlanError
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.load import load
@@ -70,8 +70,7 @@ def runner(model: Model, device: EmulatedDevice) -> Iterator[CudaRunner]:
         model,
         device,
         choose,
-        StepLimits(block_size=16, max_batch_size=5, max_step_tokens=64, max_context=256),
-        CudaTypes(FP16),
+        spec_of_steps(plain_limits(max_sequences=5, max_tokens=64, max_context=256)),
     )
     yield runner
     runner.close()
@@ -280,8 +279,7 @@ def test_what_preparing_raises_is_raised_to_who_makes_the_runner(
             model,
             device,
             choose,
-            StepLimits(block_size=16, max_batch_size=2, max_step_tokens=8, max_context=64),
-            CudaTypes(FP16),
+            spec_of_steps(plain_limits(max_sequences=2, max_tokens=8, max_context=64)),
         )
 
 

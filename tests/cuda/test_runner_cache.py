@@ -28,6 +28,7 @@ from tests.support.quantised import save_quantised
 from tests.support.runner_driver import Job, generate
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.family import Model
+from tgi_asgi.models.pooling import PoolingFiles
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.load import load
@@ -153,4 +154,5 @@ def test_a_cache_that_the_gpu_does_not_have_is_refused(
 ) -> None:
     settings = Settings(kv_cache_dtype=name)
     with pytest.raises(ModelLoadError, match=f"{name} is not supported on a GPU.*CUDA_VISIBLE_DEVICES="):
-        cuda_load.make_runner(model, settings, device, FP16, 256)
+        spec = cuda_load.spec_of(settings, FP16, 256)
+        cuda_load.make_runner(model, settings, device, spec, PoolingFiles())

@@ -203,12 +203,10 @@ class Graph:
             is_whole, is_last = norms == "whole", norms == "last"
             head_norms = ops.HeadNorms(weights[0], weights[1], is_whole, is_last)
         clip = 1.5 if norms is None else None
-        weight = ops.qkv_weight(
-            sources[0], sources[1], sources[2], self.packing, num_heads=shape.heads,
-            num_kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim, rotary_dim=shape.rotary_dim, norms=head_norms,
-            is_interleaved=is_interleaved,
-        )  # fmt: skip
+        of_weight = ops.QkvHeads(
+            shape.heads, shape.kv_heads, shape.head_dim, shape.rotary_dim, is_interleaved
+        )
+        weight = ops.qkv_weight(sources, self.packing, of_weight, norms=head_norms)
         parts = weight.made.parts * (3 if len(weight.made.parts) == 1 else 1)
         heads = []
         for index, (source, part) in enumerate(zip(sources, parts, strict=True)):
@@ -260,10 +258,10 @@ class Graph:
 
     def program(self) -> ops.CpuProgram:
         total = sum(self.lengths)
-        return ops.CpuProgram(
-            self.recorder, max_tokens=total, max_sequences=len(self.lengths), max_rows=total,
-            max_context=max(self.lengths),
-        )  # fmt: skip
+        limits = ops.StepLimits(
+            max_tokens=total, max_sequences=len(self.lengths), max_rows=total, max_context=max(self.lengths)
+        )
+        return ops.CpuProgram(self.recorder, limits)
 
     def step(self, spans: Sequence[tuple[int, int]]) -> tuple[ops.FlatRows, list[int]]:
         """Return the step that computes these positions of each sequence, and the indices of its tokens."""

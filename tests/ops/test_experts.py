@@ -88,7 +88,7 @@ def run(
     )
     room = max(num_tokens, 1)
     program = ops.CpuProgram(
-        recorder, max_tokens=room, max_sequences=2, max_rows=1, max_context=1,
+        recorder, ops.StepLimits(max_tokens=room, max_sequences=2, max_rows=1, max_context=1),
         inputs=values[: 1 if layer is None else 3], outputs=[routing, out][: 1 if layer is None else 2],
     )  # fmt: skip
     buffers = program._calls.buffers

@@ -54,7 +54,8 @@ def test_only_the_rows_asked_for_are_computed_in_their_order(
     table = ops.linear_weight(from_tensor(torch.randn(131, 72).bfloat16()), packing)
     recorder = ops.Recorder()
     ops.head(ops.embed(recorder.batch, table), norm_weight(torch.rand(72), 1e-5), table)
-    program = ops.CpuProgram(recorder, max_tokens=9, max_sequences=1, max_rows=9, max_context=9)
+    limits = ops.StepLimits(max_tokens=9, max_sequences=1, max_rows=9, max_context=9)
+    program = ops.CpuProgram(recorder, limits)
     batch = flat_rows([(0, 9)], [[0]], 16, ids=range(40, 49))
     every = program.run(batch, range(9)).copy()
     for rows in ([], [0], [4, 0, 4, 2], [8, 8, 8], list(range(8, -1, -1))):

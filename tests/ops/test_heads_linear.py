@@ -23,9 +23,8 @@ def run(x: Tensor, weight: HeadsWeight) -> Tensor:
     recorder = ops.Recorder()
     rows = recorder.value(Kind.ROWS, x.shape[1])
     out = ops.heads_linear(ops.activation(rows, weight.num_heads * weight.columns), weight)
-    program = ops.CpuProgram(
-        recorder, max_tokens=len(x), max_sequences=1, max_rows=1, max_context=1, inputs=[rows], outputs=[out]
-    )
+    limits = ops.StepLimits(max_tokens=len(x), max_sequences=1, max_rows=1, max_context=1)
+    program = ops.CpuProgram(recorder, limits, inputs=[rows], outputs=[out])
     program._calls.buffers.of(out, "rows").array()[:] = math.nan
     program.write(rows, x.numpy())
     program.run(step(len(x)), ())

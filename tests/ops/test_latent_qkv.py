@@ -70,9 +70,13 @@ class Layer:
         )
         out = ops.attention(q, layer, ops.AttentionSpec(scale))
         program = ops.CpuProgram(
-            recorder, max_tokens=len(rows[0]), max_sequences=len(spans), max_rows=1, max_context=POSITIONS,
-            inputs=values, outputs=[out],
-        )  # fmt: skip
+            recorder,
+            ops.StepLimits(
+                max_tokens=len(rows[0]), max_sequences=len(spans), max_rows=1, max_context=POSITIONS
+            ),
+            inputs=values,
+            outputs=[out],
+        )
         program._calls.buffers.of(out, "rows").array()[:] = math.nan
         for value, given in zip(values, rows, strict=True):
             program.write(value, given.numpy())

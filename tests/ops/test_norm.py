@@ -96,9 +96,11 @@ class NormAndProduct:
         self.x = recorder.value(ops.Kind.RESIDUAL, hidden)
         self.rows = ops.linear(ops.norm(self.x, norm_weight(norm, 1e-5)), weight)
         self.program = ops.CpuProgram(
-            recorder, max_tokens=32, max_sequences=1, max_rows=1, max_context=32, inputs=[self.x],
+            recorder,
+            ops.StepLimits(max_tokens=32, max_sequences=1, max_rows=1, max_context=32),
+            inputs=[self.x],
             outputs=[self.rows],
-        )  # fmt: skip
+        )
 
     def run(self, x: Tensor) -> Tensor:
         tokens = len(x)

@@ -52,12 +52,11 @@ class Case:
         self.parts = [decoded_values(source) for source in sources]
         self.biases = [torch.randn(len(part)) * self.has_bias for part in self.parts]
         self.rope = rope_table(self.rotary_dim or self.head_dim, POSITIONS) if self.has_rope else None
-        self.weight = ops.qkv_weight(
-            sources[0], sources[1], sources[2], self.packing, num_heads=self.heads,
-            num_kv_heads=self.kv_heads, head_dim=self.head_dim,
-            rotary_dim=self.rotary_dim, norms=self.norms, is_interleaved=self.is_interleaved,
-            biases=[from_tensor(bias) for bias in self.biases] if self.has_bias else None,
-        )  # fmt: skip
+        heads = ops.QkvHeads(
+            self.heads, self.kv_heads, self.head_dim, self.rotary_dim or self.head_dim, self.is_interleaved
+        )
+        biases = [from_tensor(bias) for bias in self.biases] if self.has_bias else None
+        self.weight = ops.qkv_weight(sources, self.packing, heads, biases=biases, norms=self.norms)
 
     def expected(self, a: Tensor, positions: Tensor) -> list[Tensor]:
         """Return queries, keys and values [n_tokens, heads, head_dim] in float64."""
@@ -217,14 +216,8 @@ def run_without_queries(
     recorder = ops.Recorder()
     given = recorder.value(ops.Kind.ACTIVATION, case.hidden)
     ops.qkv(given, case.weight, layer, case.rope)
-    program = ops.CpuProgram(
-        recorder,
-        max_tokens=len(a),
-        max_sequences=len(spans),
-        max_rows=1,
-        max_context=POSITIONS,
-        inputs=[given],
-    )
+    limits = ops.StepLimits(max_tokens=len(a), max_sequences=len(spans), max_rows=1, max_context=POSITIONS)
+    program = ops.CpuProgram(recorder, limits, inputs=[given])
     program.write(given, a.numpy())
     free = torch.randperm(NUM_BLOCKS).tolist()
     blocks = [[free.pop() for _ in range(-(-stop // block_size))] for _, stop in spans]
@@ -258,10 +251,8 @@ def test_bfloat16_rounds_to_the_nearest_even_and_keeps_nan(kernel_set: str) -> N
     value = torch.tensor([1.00390625, 1.01171875, -1.00390625, 3.4e38, torch.inf, torch.nan, 0.0, 0.1] * 2)
     case = Case(heads=1, kv_heads=1, hidden=1, has_bias=True, has_rope=False)
     sources = [from_tensor(torch.zeros(16, 1)) for _ in range(3)]
-    case.weight = ops.qkv_weight(
-        sources[0], sources[1], sources[2], EXACT, num_heads=1, num_kv_heads=1, head_dim=16,
-        biases=[from_tensor(bias) for bias in (torch.zeros(16), value, value)],
-    )  # fmt: skip
+    biases = [from_tensor(bias) for bias in (torch.zeros(16), value, value)]
+    case.weight = ops.qkv_weight(sources, EXACT, ops.QkvHeads(1, 1, 16, rotary_dim=16), biases=biases)
     layer, slots = run_without_queries(case, torch.zeros(1, 1), [(5, 6)], "bfloat16", 16)
     for found in read_kv(layer, slots):
         torch.testing.assert_close(found[0, 0], value.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
@@ -297,22 +288,22 @@ def test_places_out_of_range_are_refused_before_anything_is_written(
 
 def test_weights_norms_and_tables_that_do_not_fit_are_refused() -> None:
     query, key = random_source(48, 37)[1], random_source(16, 37)[1]
-    sizes: dict[str, Any] = {"num_heads": 3, "num_kv_heads": 1, "head_dim": 16}
+    sources, heads = (query, key, key), ops.QkvHeads(3, 1, 16, rotary_dim=16)
     with pytest.raises(ValueError, match="a norm must have 16 elements"):
-        ops.qkv_weight(query, key, key, EXACT, **sizes, norms=head_norms(16, 15))
+        ops.qkv_weight(sources, EXACT, heads, norms=head_norms(16, 15))
     with pytest.raises(ValueError, match="a norm must have 48 elements"):
-        ops.qkv_weight(query, key, key, EXACT, **sizes, norms=head_norms(16, 16, is_whole=True))
+        ops.qkv_weight(sources, EXACT, heads, norms=head_norms(16, 16, is_whole=True))
     with pytest.raises(ValueError, match=r"`key` must be \[1 x 16, 37\], got \(48, 37\)"):
-        ops.qkv_weight(query, query, key, EXACT, **sizes)
+        ops.qkv_weight((query, query, key), EXACT, heads)
     for rotary_dim in (0, 3, 18):
         with pytest.raises(ValueError, match="`rotary_dim` must be even and at most 16"):
-            ops.qkv_weight(query, key, key, EXACT, **sizes, rotary_dim=rotary_dim)
-    weight = ops.qkv_weight(query, key, key, EXACT, **sizes)
+            ops.QkvHeads(3, 1, 16, rotary_dim)
+    weight = ops.qkv_weight(sources, EXACT, heads)
     with pytest.raises(ValueError, match="the norms of queries and of keys must be of one kind"):
         one, other = head_norms(16, 16), head_norms(16, 16, has_bias=True)
-        ops.qkv_weight(query, key, key, EXACT, **sizes, norms=ops.HeadNorms(one.query, other.key))
+        ops.qkv_weight(sources, EXACT, heads, norms=ops.HeadNorms(one.query, other.key))
     with pytest.raises(ValueError, match="a norm over all heads must be an RMSNorm before the rotation"):
-        ops.qkv_weight(query, key, key, EXACT, **sizes, norms=head_norms(48, 16, is_whole=True, is_last=True))
+        ops.qkv_weight(sources, EXACT, heads, norms=head_norms(48, 16, is_whole=True, is_last=True))
     layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype="float32").layers[0]
     with pytest.raises(ValueError, match="the rotary table turns 8 dims, the weight 16"):
         eager_ops.qkv(torch.randn(1, 37), weight, layer, rope_table(8, 4), flat_rows([(0, 1)], [[0]], 16))

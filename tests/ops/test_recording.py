@@ -23,6 +23,7 @@ from tgi_asgi import _C, ops
 from tgi_asgi.models.config import CacheShape
 from tgi_asgi.ops import calls, cpu_calls, cuda
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
+from tgi_asgi.ops.cuda_modes import CudaModes
 from tgi_asgi.ops.tensors import from_tensor
 
 ODD = Shape(hidden=60, intermediate=100, heads=3, kv_heads=1, head_dim=20, rotary_dim=12)
@@ -35,9 +36,7 @@ class Values:
         self.recorder = ops.Recorder()
         self.square = ops.linear_weight(random_source(48, 48)[1], EXACT)
         parts = [random_source(rows, 48)[1] for rows in (48, 16, 16)]
-        self.heads = ops.qkv_weight(
-            parts[0], parts[1], parts[2], EXACT, num_heads=3, num_kv_heads=1, head_dim=16
-        )
+        self.heads = ops.qkv_weight(parts, EXACT, ops.QkvHeads(3, 1, 16, rotary_dim=16))
         self.gates = ops.gate_up_weight(random_source(40, 48)[1], random_source(40, 48)[1], EXACT)
         self.layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype="float32").layers[0]
         self.ones = norm_weight(torch.ones(48), 1e-5)
@@ -183,7 +182,8 @@ def test_other_columns_are_refused_by_both_numbers(operator: str) -> None:
 
 
 def made(recorder: ops.Recorder) -> ops.CpuProgram:
-    return ops.CpuProgram(recorder, max_tokens=4, max_sequences=1, max_rows=1, max_context=16)
+    limits = ops.StepLimits(max_tokens=4, max_sequences=1, max_rows=1, max_context=16)
+    return ops.CpuProgram(recorder, limits)
 
 
 def test_what_a_program_cannot_be_is_refused_when_it_is_made() -> None:
@@ -308,9 +308,8 @@ def test_a_query_that_was_given_is_that_of_the_rows_sampled_after(threads: int) 
     attended = ops.attention(given, values.layer, ops.AttentionSpec(0.25))
     x = ops.linear_add(attended, values.square, values.residual)
     ops.head(x, values.ones, values.square)
-    program = ops.CpuProgram(
-        values.recorder, max_tokens=9, max_sequences=1, max_rows=2, max_context=16, inputs=[given]
-    )
+    limits = ops.StepLimits(max_tokens=9, max_sequences=1, max_rows=2, max_context=16)
+    program = ops.CpuProgram(values.recorder, limits, inputs=[given])
     batch, query = flat_rows([(0, 9)], [[3]], 16, ids=range(9)), torch.randn(9, 48)
     program.write(given, query.numpy())
     logits = program.run(batch, [4, 8])
@@ -336,6 +335,9 @@ def test_a_cuda_program_names_what_its_attention_lacks() -> None:
     ops.attention(recorder.value(ops.Kind.QUERY, 64), layer, ops.AttentionSpec(0.25, chunk=8))
     with pytest.raises(ValueError, match="no CUDA kernel supports attention with `chunk`"):
         cuda.CudaProgram(
-            recorder, max_tokens=1, max_sequences=1, max_rows=1, max_blocks=1, dtype=torch.bfloat16,
+            recorder,
+            ops.StepLimits(max_tokens=1, max_sequences=1, max_rows=1, max_context=1),
+            CudaModes(),
+            max_blocks=1,
             device=torch.device("cpu"),
-        )  # fmt: skip
+        )

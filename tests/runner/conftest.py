@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.ops.conftest import kernel_set
-from tests.support.kv import plain_size
+from tests.support.kv import plain_limits, plain_size
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.models.family import Model
+from tgi_asgi.runner.kv import CacheSizes
 from tgi_asgi.runner.runner import HostRunner
 
 __all__ = ["kernel_set", "make_runner", "runner"]
@@ -22,7 +23,11 @@ def make_runner(model: Model) -> Iterator[Callable[..., HostRunner]]:
 
     def make(model: Model = model) -> HostRunner:
         size = plain_size(64)
-        runners.append(HostRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=256))
+        runners.append(
+            HostRunner(
+                model, CacheSizes(size), plain_limits(max_sequences=8, max_tokens=128, max_context=256)
+            )
+        )
         return runners[-1]
 
     yield make

@@ -15,12 +15,13 @@ from tests.engine.helpers import Answer, collect, submit
 from tests.runner.test_grammar import EOS, PATTERN, Letters
 from tests.support.adapters import write_adapter
 from tests.support.checkpoints import load_model, make_model, save
-from tests.support.kv import plain_size
+from tests.support.kv import plain_limits, plain_size
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.family import Model
+from tgi_asgi.runner.kv import CacheSizes
 from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain import source as sources
@@ -70,7 +71,10 @@ def grammar(model: Model) -> Grammar:
 async def engine(model: Model, loader: AdapterLoader[ops.AdapterLayout]) -> AsyncIterator[Engine]:
     size = plain_size(9)
     runner = HostRunner(
-        model, size, max_batch_size=8, max_step_tokens=128, max_context=192, adapters=loader.layout
+        model,
+        CacheSizes(size),
+        plain_limits(max_sequences=8, max_tokens=128, max_context=192),
+        adapters=loader.layout,
     )
     vocab_size = model.config.vocab_size
     info = ModelInfo("tiny", None, "Llama", "float32", "cpu", vocab_size, 191, 192, frozenset({EOS}))

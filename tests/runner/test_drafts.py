@@ -17,13 +17,14 @@ from tests.runner.test_grammar import AUTO, EOS, MARK, Letters
 from tests.support import architectures
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.generic import load_generic
-from tests.support.kv import plain_size
+from tests.support.kv import plain_limits, plain_size
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.runner.drafts import speculation_of
+from tgi_asgi.runner.kv import CacheSizes
 from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
@@ -65,7 +66,10 @@ async def serving(
 ) -> AsyncIterator[Engine]:
     size = plain_size(num_blocks)
     runner = HostRunner(
-        model, size, max_batch_size=8, max_step_tokens=128, max_context=LONGEST, speculation=speculation
+        model,
+        CacheSizes(size),
+        plain_limits(max_sequences=8, max_tokens=128, max_context=LONGEST),
+        speculation=speculation,
     )
     vocab_size = model.config.vocab_size
     info = ModelInfo(

@@ -12,11 +12,12 @@ import pytest
 
 from tests.engine.helpers import Answer, collect, submit
 from tests.support.checkpoints import load_model, make_model, save
-from tests.support.kv import plain_size
+from tests.support.kv import plain_limits, plain_size
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.family import Model
+from tgi_asgi.runner.kv import CacheSizes
 from tgi_asgi.runner.plan import StepPlan, StepResult
 from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
@@ -61,7 +62,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture
 async def engine(model: Model) -> AsyncIterator[Engine]:
     size = plain_size(12)
-    runner = HostRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=192)
+    runner = HostRunner(
+        model, CacheSizes(size), plain_limits(max_sequences=8, max_tokens=128, max_context=192)
+    )
     vocab_size = model.config.vocab_size
     info = ModelInfo("tiny", None, "Llama", "float32", "cpu", vocab_size, 191, 192, frozenset({EOS}))
     engine = Engine(runner, Letters(vocab_size), Settings(), info)
@@ -162,7 +165,9 @@ async def test_a_row_of_free_text_takes_no_step_to_python(
     size = recorded.config.vocab_size
     grammar = GrammarCompiler(Letters(size), size).compile(AUTO if is_free else AUTO_MASKED)
     kv = plain_size(40)
-    runner = HostRunner(recorded, kv, max_batch_size=8, max_step_tokens=128, max_context=192)
+    runner = HostRunner(
+        recorded, CacheSizes(kv), plain_limits(max_sequences=8, max_tokens=128, max_context=192)
+    )
     plans: list[StepPlan] = []
     run = runner.run
 

@@ -122,13 +122,10 @@ class Cache:
         # The cache's contents before it is written must not matter, so it starts as NaN, including int8
         # scales.
         pool.native.memory()[:] = 0x7F if dtype == "int8" else 0xFF
-        self.program = ops.CpuProgram(
-            record(model, pool.layers),
-            max_tokens=MAX_TOKENS,
-            max_sequences=32,
-            max_rows=32,
-            max_context=config.context_length,
+        limits = ops.StepLimits(
+            max_tokens=MAX_TOKENS, max_sequences=32, max_rows=32, max_context=config.context_length
         )
+        self.program = ops.CpuProgram(record(model, pool.layers), limits)
         self.tables: dict[int, list[int]] = {}
         self.free = list(range(NUM_BLOCKS))
 

@@ -24,7 +24,7 @@ from tests.runner.test_grammar import Letters
 from tests.support import architectures
 from tests.support.checkpoints import load_model, make_model, reference_logits, save
 from tests.support.generic import load_generic
-from tests.support.kv import plain_size
+from tests.support.kv import plain_limits, plain_size
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
 from tgi_asgi.engine.blocks import BlockPool
@@ -34,7 +34,7 @@ from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.runner import runner as runners
 from tgi_asgi.runner.groups import CacheGroups
-from tgi_asgi.runner.kv import groups_of
+from tgi_asgi.runner.kv import CacheSizes, groups_of
 from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
@@ -101,7 +101,10 @@ async def serving(
     """Serve a model."""
     size = plain_size(num_blocks, dtype)
     runner = HostRunner(
-        model, size, max_batch_size=8, max_step_tokens=64, max_context=LONGEST, speculation=speculation
+        model,
+        CacheSizes(size),
+        plain_limits(max_sequences=8, max_tokens=64, max_context=LONGEST),
+        speculation=speculation,
     )
     vocab_size = model.config.vocab_size
     info = ModelInfo("tiny", None, "any", "float32", "cpu", vocab_size, LONGEST - 1, LONGEST, frozenset())

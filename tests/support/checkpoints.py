@@ -108,9 +108,8 @@ def our_logits(
         block_size=16,
         dtype=kv_dtype or ("float32" if is_exact else "bfloat16"),
     )
-    program = ops.CpuProgram(
-        record(model, pool.layers), max_tokens=512, max_sequences=1, max_rows=512, max_context=512
-    )
+    limits = ops.StepLimits(max_tokens=512, max_sequences=1, max_rows=512, max_context=512)
+    program = ops.CpuProgram(record(model, pool.layers), limits)
     inputs = StepInputs(
         vocab_size=config.vocab_size,
         num_blocks=64,

@@ -170,10 +170,11 @@ def _run(
     num_tokens = len(batch.ids)
     assert all(len(tensor) == num_tokens and tensor.dtype is torch.float32 for tensor, _ in inputs)
     room = max(num_tokens, 1)
-    program = ops.CpuProgram(
-        recorder, max_tokens=room, max_sequences=max(len(batch.context_len), 1), max_rows=room,
-        max_context=max([1, *batch.context_len]), inputs=values, outputs=[out],
-    )  # fmt: skip
+    num_sequences, max_context = max(len(batch.context_len), 1), max([1, *batch.context_len])
+    limits = ops.StepLimits(
+        max_tokens=room, max_sequences=num_sequences, max_rows=room, max_context=max_context
+    )
+    program = ops.CpuProgram(recorder, limits, inputs=values, outputs=[out])
     for value, (tensor, _) in zip(values, inputs, strict=True):
         program.write(value, tensor.numpy())
     logits = program.run(batch, range(num_tokens) if out.kind is Kind.LOGITS else ())

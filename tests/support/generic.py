@@ -127,14 +127,10 @@ def program_of(
         yield cast(Program, model.program(caches, max_context, adapters=layout))
         return
     num_tokens = num_sequences * max_context
-    yield ops.CpuProgram(
-        record(model, caches),
-        max_tokens=num_tokens,
-        max_sequences=num_sequences,
-        max_rows=num_tokens,
-        max_context=max_context,
-        adapters=layout,
+    limits = ops.StepLimits(
+        max_tokens=num_tokens, max_sequences=num_sequences, max_rows=num_tokens, max_context=max_context
     )
+    yield ops.CpuProgram(record(model, caches), limits, adapters=layout)
 
 
 def batch_of(

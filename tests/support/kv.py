@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.models.config import CacheShape
-from tgi_asgi.ops import KvDtype, KvLayer, KvPool, cached_head_dim, layout
+from tgi_asgi.ops import KvDtype, KvLayer, KvPool, StepLimits, cached_head_dim, layout
 from tgi_asgi.runner.groups import BlockNeeds
 from tgi_asgi.runner.kv import KvSize
 
@@ -28,6 +28,13 @@ def plain_size(num_blocks: int, dtype: KvDtype = "float32") -> KvSize:
     """Return the size of a pool of blocks of 16 tokens whose tables serve all layers."""
     needs = BlockNeeds((None,), block_size=16, max_step_tokens=4096)
     return KvSize(num_blocks, needs, bytes_per_token=1, dtype=dtype)
+
+
+def plain_limits(*, max_sequences: int, max_tokens: int, max_context: int) -> StepLimits:
+    """Return limits of steps with a row of logits per sequence."""
+    return StepLimits(
+        max_tokens=max_tokens, max_sequences=max_sequences, max_rows=max_sequences, max_context=max_context
+    )
 
 
 def poison(pool: KvPool) -> None:

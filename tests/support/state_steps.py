@@ -54,10 +54,8 @@ class Steps:
         recorder = ops.Recorder()
         self._inputs = [recorder.value(Kind.ROWS, count) for count in columns]
         self._out = operator(self._inputs, pool.layers[1])
-        self._program = ops.CpuProgram(
-            recorder, max_tokens=MAX_TOKENS, max_sequences=num_slots, max_rows=1, max_context=1000,
-            inputs=self._inputs, outputs=[self._out],
-        )  # fmt: skip
+        limits = ops.StepLimits(max_tokens=MAX_TOKENS, max_sequences=num_slots, max_rows=1, max_context=1000)
+        self._program = ops.CpuProgram(recorder, limits, inputs=self._inputs, outputs=[self._out])
 
     def run(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tgi_asgi.api.limits import Overflow
 from tgi_asgi.api.parse import refuse_field
@@ -148,9 +148,9 @@ class Job:
         check: Further validation, done once there is a permit (TGI's order).
         where: Its path in the call, prepended to the field of a refusal: `instances[2]`.
         max_tokens: Number that the client asked for; None: `default_max_tokens`, or the rest of the context.
-        keep_tokens: Number of tokens to keep at the prompt's end; -1: as many as fit into the context.
+        keep_tokens: Number of tokens to keep at the prompt's end, or those that fit the context; None: all.
         reads_reasoning: Whether a reasoning section is separated from the content.
-        reasoning_budget: Maximum number of tokens of reasoning; -1: any, None: the administrator's.
+        reasoning_budget: Maximum number of tokens of reasoning; None: the administrator's.
         adapter: Name of its adapter, if the API has a field for it (`adapter_id`).
     """
 
@@ -162,7 +162,7 @@ class Job:
     max_tokens: int | None = None
     default_max_tokens: int | None = None
     overflow: Overflow = Overflow.REFUSED
-    keep_tokens: int | None = None
+    keep_tokens: int | Literal["fitting"] | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: frozenset[int] = frozenset()
@@ -173,7 +173,7 @@ class Job:
     tools: ToolChoice | None = None
     reads_reasoning: bool = True
     shows_reasoning: bool = True
-    reasoning_budget: int | None = None
+    reasoning_budget: int | Literal["any"] | None = None
     priority: int = 0
     cache_salt: str | None = None
     prompt_logprobs: int | None = None

@@ -116,11 +116,15 @@ class ServerContext:
         is_terminating: Whether SIGTERM has arrived; `/readyz` then fails, while requests are still accepted.
     """
 
-    responses: ResponseStore  # set by `app.py`, as the next
-    conversations: ConversationStore
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: Settings,
+        routes: Sequence[Route],
+        responses: ResponseStore,
+        conversations: ConversationStore,
+    ) -> None:
+        self.settings, self.routes = settings, routes
+        self.responses, self.conversations = responses, conversations
         self.served: Served | None = None
         self.failure: BaseException | None = None
         self.progress = LoadProgress()
@@ -131,7 +135,6 @@ class ServerContext:
         self.num_pool_calls = 0
         self.tokenising_keys: Counter[str | None] = Counter()
         self.is_terminating = False
-        self.routes: Sequence[Route] = ()
         self._warned: set[str] = set()
         self._unknown_models: set[str] = set()
         self.text_threads = ThreadPool(settings.validation_workers, "text")

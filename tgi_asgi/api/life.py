@@ -220,7 +220,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         if job.tools is not None or job.constraint is not None:
             grammar = await compile_grammar(exchange, served.grammars, job, form)
         reading = form.reading()
-        thinking = context.settings.reasoning_budget if job.reasoning_budget is None else job.reasoning_budget
+        thinking = _reasoning_tokens(job, context.settings)
     salt = cache_salt_of(exchange, job.cache_salt)
     request = GenerationRequest(
         request_id=exchange.request_id,
@@ -232,13 +232,20 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         cache_salt=salt,
         adapter=adapter,
         grammar=grammar,
-        reasoning_budget=None if thinking is None or thinking < 0 else form.reasoning_budget(thinking),
+        reasoning_budget=None if thinking is None else form.reasoning_budget(thinking),
         prompt_logprobs=job.prompt_logprobs,
         uses_prefix_cache=job.prompt_logprobs is None,
         seeds=job.seeds,
         images=salted_images(prompt.images, salt),
     )
     return Prepared(job, prompt, request, reading)
+
+
+def _reasoning_tokens(job: Job, settings: Settings) -> int | None:
+    """Return the maximum number of tokens of a job's reasoning; None: any."""
+    if job.reasoning_budget is None:  # -1: as `--reasoning-budget`
+        return None if settings.reasoning_budget == -1 else settings.reasoning_budget
+    return None if job.reasoning_budget == "any" else job.reasoning_budget
 
 
 def _stop_conditions(job: Job, budget: int, form: AnswerForm, reading: Reading | None) -> StopConditions:

@@ -64,7 +64,7 @@ def make_prompt(job: Job, served: Served, settings: Settings) -> Prompt:
         InvalidRequest, TemplateError: as in `chat_text`, or if it is too long however it is tokenised.
     """
     info, keep = served.info, job.keep_tokens
-    if keep == -1:  # as many as the context has space for
+    if keep == "fitting":
         keep = max(min(info.max_total_tokens - (job.max_tokens or 1), info.max_input_tokens), 1)
     try:
         if isinstance(job.prompt, Text):

@@ -13,6 +13,7 @@ request releases it, even if the name is removed or replaced meanwhile.
 from __future__ import annotations
 
 import asyncio
+import enum
 import itertools
 import logging
 import time
@@ -43,38 +44,77 @@ class Loaded(Protocol):
     def num_bytes(self) -> int: ...
 
 
+class _State(enum.Enum):
+    """Where an adapter is.
+
+    ```text
+    QUEUED ──► READING ─────────► IN_MEMORY
+                │    ▲ lease          │ memory is needed,
+          fails ▼    │                │ or the name is gone
+               UNLOADED ◄─────────────┘
+    ```
+    """
+
+    QUEUED = "queued"  # until its turn to be read for the first time
+    READING = "reading"
+    IN_MEMORY = "in memory"
+    UNLOADED = "unloaded"
+
+
 class _Entry:
     """An adapter that requests can name.
 
     Attributes:
-        adapter: The adapter, while it is in memory.
-        key: Key of its contents, once it has been read.
-        task: The task that loads it.
-        is_queued: Whether it waits for its turn to be read for the first time.
+        state: Changed by the methods only.
+        task: The task that reads it: in the state READING.
+        adapter: The adapter: in the state IN_MEMORY.
+        key: Key of its contents; None: it has never been read.
+        failure: Why the last attempt to read it failed; None: it did not.
+        retry_s: Before then, a failed adapter is not read again.
         num_users: Number of leases, and of requests that wait for it to be read.
         used: Turn number of its last lease; turn numbers only grow.
-        failed_s: When loading last failed, except for lack of room.
-        failure: Why the last attempt to read it failed.
     """
 
     __slots__ = (
-        "adapter", "failed_s", "failure", "has_loaded", "idle", "is_queued", "key", "num_users", "source",
-        "task", "used",
+        "adapter", "failure", "idle", "key", "num_users", "retry_s", "source", "state", "task", "used",
     )  # fmt: skip
 
     def __init__(self, source: AdapterSource) -> None:
         self.source = source
-        self.adapter: Adapter | None = None
-        self.key = ""
+        self.state = _State.QUEUED
         self.task: asyncio.Task[None] | None = None
-        self.has_loaded = False
-        self.is_queued = False
+        self.adapter: Adapter | None = None
+        self.key: str | None = None
+        self.failure: Exception | None = None
+        self.retry_s = 0.0
         self.num_users = 0
         self.used = 0
-        self.failed_s: float | None = None
-        self.failure: Exception | None = None
         self.idle = asyncio.Event()
         self.idle.set()
+
+    @property
+    def is_read_first(self) -> bool:
+        """Whether nobody knows yet if it can be read."""
+        is_coming = self.state in (_State.QUEUED, _State.READING)
+        return is_coming and self.key is None and self.failure is None
+
+    def begin(self, task: asyncio.Task[None]) -> None:
+        """Note the task that reads it."""
+        self.state, self.task = _State.READING, task
+
+    def succeed(self, adapter: Adapter) -> None:
+        """Note that it has been read."""
+        self.state, self.task, self.adapter = _State.IN_MEMORY, None, adapter
+        self.key, self.failure = adapter.key, None
+
+    def fail(self, error: Exception, retry_s: float) -> None:
+        """Note that it could not be read."""
+        self.state, self.task = _State.UNLOADED, None
+        self.failure, self.retry_s = error, retry_s
+
+    def unload(self) -> None:
+        """Drop the adapter from memory."""
+        self.state, self.adapter = _State.UNLOADED, None
 
     def enter(self) -> None:
         """Add a user; while there is one, the adapter is not unloaded."""
@@ -140,10 +180,7 @@ class Adapters:
         All are read, even if memory holds fewer, to find out which of them cannot be served. The returned
         task ends when all have been read.
         """
-        entries = list(self._entries.values())
-        for entry in entries:
-            entry.is_queued = True
-        return self._spawn(self._read_in_turn(entries))
+        return self._spawn(self._read_in_turn(list(self._entries.values())))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -151,18 +188,18 @@ class Adapters:
     @property
     def names(self) -> list[str]:
         """Names that can be requested, in the order of arrival: in memory, or reloaded on request."""
-        return [name for name, entry in self._entries.items() if entry.has_loaded]
+        return list(self.keys)
 
     @property
     def keys(self) -> dict[str, str]:
         """The content key of each adapter in `names`."""
-        return {name: self._entries[name].key for name in self.names}
+        return {name: entry.key for name, entry in self._entries.items() if entry.key is not None}
 
     @property
     def num_loaded(self) -> int:
         """Number of adapters in memory or being read, including those that leave once they are unused."""
         entries = (*self._entries.values(), *self._nameless)
-        return sum(entry.adapter is not None or entry.task is not None for entry in entries)
+        return sum(entry.state in (_State.READING, _State.IN_MEMORY) for entry in entries)
 
     async def lease(self, name: str) -> Lease:
         """Return a reference to an adapter, which is reloaded first if it was unloaded.
@@ -194,7 +231,6 @@ class Adapters:
         if name in self._entries or name in self._taken:
             raise InvalidRequest(f"The name '{name}' is taken", param="lora_name")
         entry = self._entries[name] = _Entry(AdapterSource(name, location))
-        entry.is_queued = True
         await self._finish(self._read_first(entry))
         _check(entry)
 
@@ -262,7 +298,7 @@ class Adapters:
         try:
             await self._begin(entry)
         finally:
-            if not entry.has_loaded and self._entries.get(entry.source.name) is entry:
+            if entry.key is None and self._entries.get(entry.source.name) is entry:
                 del self._entries[entry.source.name]
 
     async def _read_and_swap(self, entry: _Entry) -> None:
@@ -289,7 +325,7 @@ class Adapters:
                 await asyncio.wait({entry.task})
             await entry.idle.wait()
         finally:
-            entry.adapter = None
+            entry.unload()
             self._nameless.discard(entry)
 
     async def _wait(self, entry: _Entry) -> None:
@@ -298,11 +334,11 @@ class Adapters:
         Raises:
             Unavailable, InvalidRequest, Overloaded: as `lease`.
         """
-        if entry.is_queued or (entry.task is not None and not entry.has_loaded and entry.failure is None):
+        if entry.is_read_first:
             raise Unavailable(f"The adapter '{entry.source.name}' is loading", retry_after_s=2)
         task = entry.task
         if task is None:
-            if entry.failed_s is not None and self._clock() - entry.failed_s < _PAUSE_S:
+            if entry.failure is not None and self._clock() < entry.retry_s:
                 raise _client_error(entry)
             task = self._begin(entry)
         await asyncio.wait({task}, timeout=_WAIT_S)
@@ -312,9 +348,9 @@ class Adapters:
             raise Unavailable(f"The adapter '{entry.source.name}' is loading", retry_after_s=2)
 
     def _begin(self, entry: _Entry) -> asyncio.Task[None]:
-        entry.is_queued = False
-        entry.task = asyncio.get_running_loop().create_task(self._read(entry))
-        return entry.task
+        task = asyncio.get_running_loop().create_task(self._read(entry))
+        entry.begin(task)
+        return task
 
     async def _read(self, entry: _Entry) -> None:
         source, begun_s = entry.source, self._clock()
@@ -323,21 +359,16 @@ class Adapters:
             loop = asyncio.get_running_loop()
             loaded = await loop.run_in_executor(self._executor, self._load, source)
         except Exception as error:
-            entry.failure = error
+            entry.fail(error, self._clock() + (0.0 if isinstance(error, Overloaded) else _PAUSE_S))
             if isinstance(error, ModelLoadError):
-                entry.failed_s = self._clock()
                 logger.error("adapter %r: %s", source.name, error)
             elif isinstance(error, Overloaded):
                 logger.warning("adapter %r not loaded: all adapters in memory are in use", source.name)
             else:
-                entry.failed_s = self._clock()
                 logger.exception("adapter %r could not be read", source.name)
             return
-        finally:
-            entry.task = None
-        entry.key = loaded.digest.hex()
-        entry.adapter = Adapter(source.name, entry.key, self._shared(entry.key, loaded.weights))
-        entry.failure, entry.failed_s, entry.has_loaded = None, None, True
+        key = loaded.digest.hex()
+        entry.succeed(Adapter(source.name, key, self._shared(key, loaded.weights)))
         entry.used = next(self._turns)
         logger.info(
             "adapter %r: rank %d, %.1f MB, read in %.1f s",
@@ -364,7 +395,7 @@ class Adapters:
             if not unused:
                 raise Overloaded(f"All {self._max_loaded} adapters that memory may hold are in use")
             oldest = min(unused, key=lambda entry: entry.used)
-            oldest.adapter = None
+            oldest.unload()
             logger.info("adapter %r unloaded; it is reloaded on request", oldest.source.name)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -119,20 +120,19 @@ class LayerWeights:
     def qkv(self) -> ops.QkvWeight:
         """Make the weight of `ops.qkv`."""
         config, rope, cut = self.config, self.spec.rope, self.config.cut
-        num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
+        heads = ops.QkvHeads(
+            config.num_heads, config.num_kv_heads, config.head_dim,
+            rotary_dim=config.head_dim if rope is None else rope.dim,
+            is_interleaved=config.has_interleaved_rope,
+        )  # fmt: skip
         sources, biases, norms = self.qkv_sources(), self.qkv_biases(), self.norms()
         if cut is not None:
-            num_heads, num_kv_heads = len(cut.heads), len(cut.kv_heads)
+            heads = replace(heads, num_heads=len(cut.heads), num_kv_heads=len(cut.kv_heads))
             rows = cutting.qkv_rows(cut, config.head_dim)
             sources = cutting.rows_of(sources, rows)
             biases = None if biases is None else cutting.rows_of(biases, rows)
             norms = None if norms is None else cutting.norms_of(norms, cut, config.head_dim)
-        query, key, value = sources
-        return ops.qkv_weight(
-            query, key, value, self.arithmetic, num_heads=num_heads, num_kv_heads=num_kv_heads,
-            head_dim=config.head_dim, rotary_dim=None if rope is None else rope.dim,
-            biases=biases, norms=norms, is_interleaved=config.has_interleaved_rope,
-        )  # fmt: skip
+        return ops.qkv_weight(sources, self.arithmetic, heads, biases=biases, norms=norms)
 
     def output_gate(self) -> ops.LinearWeight | None:
         """Make the weight of the gates on heads' results, if there are any."""

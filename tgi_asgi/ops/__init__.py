@@ -35,6 +35,7 @@ from tgi_asgi.ops.packing import ROUNDED, Packing
 from tgi_asgi.ops.product import Product
 from tgi_asgi.ops.prompt_time import bfloat16_time_ratio
 from tgi_asgi.ops.qkv import qkv
+from tgi_asgi.ops.qkv_heads import QkvHeads
 from tgi_asgi.ops.recorder import RecordedBatch, Recorder
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.sample import SampleResult, sample
@@ -54,6 +55,7 @@ from tgi_asgi.ops.sources import (
     stack_rows,
 )
 from tgi_asgi.ops.states import StateLayer, StatePool, StateShape, kept_state_bytes, state_bytes
+from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.ops.team import (
     configure_threads,
     join_threads,
@@ -114,6 +116,7 @@ __all__ = [
     "Packing",
     "PlanError",
     "Product",
+    "QkvHeads",
     "QkvWeight",
     "RecordedBatch",
     "Recorder",
@@ -129,6 +132,7 @@ __all__ = [
     "StateLayer",
     "StatePool",
     "StateShape",
+    "StepLimits",
     "StepQueue",
     "Target",
     "TokenLogprobs",

@@ -11,7 +11,7 @@ al., LoRA, arXiv 2106.09685.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -168,21 +168,14 @@ def _products_of(weight: AdaptableWeight) -> list[_Product]:
             return [_Product(made.parts[0], layout.interleaved_order(rows))]
         return _shifted(made.parts, [layout.row_order(rows)] * 2, [rows] * 2)
     assert isinstance(made, PackedQkv)
-    head_dim = weight.head_dim
-    orders = layout.qkv_orders(
-        weight.num_heads, weight.num_kv_heads, head_dim, weight.rotary_dim,
-        is_interleaved=weight.is_interleaved,
-    )  # fmt: skip
-    counts = [weight.num_heads * head_dim, *[weight.num_kv_heads * head_dim] * 2]
+    orders, rows_each = layout.qkv_orders(weight.heads), weight.heads.rows
     if len(made.parts) == 3:
-        return _shifted(made.parts, orders, counts)
-    joined = [each.order for each in _shifted([made.parts[0]] * 3, orders, counts)]
+        return _shifted(made.parts, orders, rows_each)
+    joined = [each.order for each in _shifted([made.parts[0]] * 3, orders, rows_each)]
     return [_Product(made.parts[0], np.concatenate(joined))]
 
 
-def _shifted(
-    parts: tuple[PackedLinear, ...] | list[PackedLinear], orders: list[Order], counts: list[int]
-) -> list[_Product]:
+def _shifted(parts: Sequence[PackedLinear], orders: Sequence[Order], counts: Sequence[int]) -> list[_Product]:
     starts = np.cumsum([0, *counts[:-1]])
     return [
         _Product(part, np.where(order >= 0, order + start, -1))

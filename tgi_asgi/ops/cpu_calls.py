@@ -130,12 +130,13 @@ class CpuCalls:
     def _qkv(self, call: calls.Qkv) -> None:
         weight, made = call.weight, _made(call.weight.made, PackedQkv)
         layer = _layer_of(call.cache)
-        out = self.buffers.query(call.out, layer.pool, weight.num_heads)
+        shape = weight.heads
+        out = self.buffers.query(call.out, layer.pool, shape.num_heads)
         scale = self._liveness.query_scale(call.out)
-        cosines, sines = self._table(call.rope, weight.head_dim, weight.rotary_dim)
+        cosines, sines = self._table(call.rope, shape.head_dim, shape.rotary_dim)
         norms = weight.norms
         heads = _C.Heads(
-            pool=layer.pool.native, layer=layer.index, num_heads=weight.num_heads, true_dim=weight.head_dim,
+            pool=layer.pool.native, layer=layer.index, num_heads=shape.num_heads, true_dim=shape.head_dim,
             scale=scale, cosines=cosines, sines=sines, norms=made.norms, clip=call.clip or 0.0,
             query_scales=call.query_scales,
         )  # fmt: skip

@@ -17,21 +17,19 @@ from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.ops.sample_state import SampleState
 from tgi_asgi.ops.shards import Shard
 from tgi_asgi.ops.sources import WeightSource, decode
+from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.ops.values import Kind, Value
 
 
 class CpuProgram:
     """Runs steps of a recorded model on the team of threads.
 
-        program = CpuProgram(recorder, max_tokens=4224, max_sequences=128, max_rows=128, max_context=8192)
+        program = CpuProgram(recorder, limits)
         result = program.run_and_sample(batch, rows, slots, state)
 
     It is built for the kernel set in use and at most the team's current number of threads.
 
     Args:
-        max_tokens, max_sequences, max_rows: Maximum tokens and sequences of a step, and rows of logits at a
-            time.
-        max_context: Maximum number of tokens of a sequence.
         inputs: Values that no call computes; `write` sets them.
         outputs: Values that `read` can return, in addition to the residual.
         adapters: Adapters that rows of a step may use.
@@ -44,19 +42,17 @@ class CpuProgram:
     def __init__(
         self,
         recorder: Recorder,
+        limits: StepLimits,
         *,
-        max_tokens: int,
-        max_sequences: int,
-        max_rows: int,
-        max_context: int,
         inputs: Sequence[Value] = (),
         outputs: Sequence[Value] = (),
         adapters: AdapterLayout | None = None,
         shard: Shard | None = None,
     ) -> None:
         self.native = _C.Program(
-            max_tokens=max_tokens, max_sequences=max_sequences, max_rows=max_rows, max_context=max_context
-        )
+            max_tokens=limits.max_tokens, max_sequences=limits.max_sequences, max_rows=limits.max_rows,
+            max_context=limits.max_context,
+        )  # fmt: skip
         if adapters is not None:
             self.native.set_adapters(adapters.native)
         if shard is not None:
@@ -160,8 +156,8 @@ class CpuProgram:
         """Return a query's heads, head size and rotated dims, and whether neighbours are rotated together."""
         for call in self._recorded:
             if isinstance(call, calls.Qkv) and call.out is value:
-                weight = call.weight
-                return weight.num_heads, weight.head_dim, weight.rotary_dim, weight.is_interleaved
+                heads = call.weight.heads
+                return heads.num_heads, heads.head_dim, heads.rotary_dim, heads.is_interleaved
             if isinstance(call, calls.Attention) and call.q is value:
                 return value.columns // call.head_dim, call.head_dim, call.rotary_dim or call.head_dim, False
         raise ValueError("no call uses this query")

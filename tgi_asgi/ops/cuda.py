@@ -19,7 +19,7 @@ from tgi_asgi.ops.adapters import AdaptableWeight
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.buffers import Buffers, Liveness
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
-from tgi_asgi.ops.cuda_attention import Gathering, PromptAttention
+from tgi_asgi.ops.cuda_attention import Gathering
 from tgi_asgi.ops.cuda_batch import INPUTS, SIZES, CudaBatch
 from tgi_asgi.ops.cuda_experts import CudaExperts, Routing
 from tgi_asgi.ops.cuda_float8 import TOKEN_MULTIPLE, Float8Product, can_multiply, float8_matrix
@@ -35,6 +35,7 @@ from tgi_asgi.ops.cuda_list import (
     prompts_of,
     tokens_of,
 )
+from tgi_asgi.ops.cuda_modes import CudaModes
 from tgi_asgi.ops.cuda_prompts import PromptLibraries
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix, joined_halves
 from tgi_asgi.ops.cuda_scratch import Scratch
@@ -42,10 +43,12 @@ from tgi_asgi.ops.cuda_shards import CudaShard, WholeLogits
 from tgi_asgi.ops.cuda_weights import DeviceWeights
 from tgi_asgi.ops.layout import round_up
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
+from tgi_asgi.ops.qkv_heads import QkvHeads
 from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.rope import RopeTable
+from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.ops.values import Value
-from tgi_asgi.ops.weights import LinearWeight, QkvWeight
+from tgi_asgi.ops.weights import LinearWeight
 
 _kernels: Any = torch.ops.tgi_cuda
 
@@ -53,19 +56,13 @@ _kernels: Any = torch.ops.tgi_cuda
 class CudaProgram:
     """Runs steps of a recorded model on a device.
 
-        program = CudaProgram(recorder, max_tokens=4224, max_rows=128, max_sequences=128, max_blocks=512, ...)
+        program = CudaProgram(recorder, limits, CudaModes(), max_blocks=512, device=device)
         program.forward(batch)
         program.head(rows)
         program.logits[: len(rows)]
 
     Args:
-        max_tokens, max_sequences, max_rows: Maximum tokens and sequences of a step, and rows of logits at a
-            time.
         max_blocks: Number of columns of the block tables.
-        dtype: Dtype of activations and weights, bfloat16 or float16; the residual and logits are float32.
-        is_batch_invariant: Whether a token's results have the same bits whatever else is in the step.
-        prompt_attention: Implementation of prompt attention, for the layers that it supports.
-        has_float8_products: Whether steps of many tokens are multiplied in FP8 where weights are FP8.
         shard: The shard that it computes, if the model is split.
         adapters: Adapters that tokens of a step may have.
     """
@@ -73,38 +70,32 @@ class CudaProgram:
     def __init__(
         self,
         recorder: Recorder,
+        limits: StepLimits,
+        modes: CudaModes,
         *,
-        max_tokens: int,
-        max_sequences: int,
-        max_rows: int,
         max_blocks: int,
-        dtype: torch.dtype,
         device: torch.device,
-        is_batch_invariant: bool = False,
-        prompt_attention: PromptAttention = PromptAttention.PAGED,
-        has_float8_products: bool = False,
         shard: CudaShard | None = None,
         adapters: CudaAdapterLayout | None = None,
     ) -> None:
         self._shard, self._adapters = shard, adapters
-        self._max_tokens = round_up(max_tokens, TOKEN_MULTIPLE)  # rows of buffers
-        self._max_sequences, self._max_rows = max_sequences, max_rows
-        self._max_blocks = max_blocks
-        self._dtype, self._device = dtype, device
-        self._is_batch_invariant = is_batch_invariant
-        self._has_float8_products = has_float8_products
+        self._max_tokens = round_up(limits.max_tokens, TOKEN_MULTIPLE)  # rows of buffers
+        self._limits, self._max_blocks = limits, max_blocks
+        self._modes, self._dtype, self._device = modes, modes.dtype, device
         self._float8_products: list[Float8Product] = []
         self._launches = LaunchList(SIZES, INPUTS)
         self._head = LaunchList((Size.ROWS,), (Input.ROWS,))
         self._logits = torch.empty(0)
         self._last_norm: tuple[Tensor, tuple[Tensor, Tensor | None, float]] | None = None
-        self._scratch = Scratch(dtype, device, 0 if is_batch_invariant else _max_codes(recorder.calls))
-        self._libraries = PromptLibraries(prompt_attention, self._launches, self._scratch, max_blocks)
+        max_codes = 0 if modes.is_batch_invariant else _max_codes(recorder.calls)
+        self._scratch = Scratch(modes.dtype, device, max_codes)
+        self._libraries = PromptLibraries(modes.prompt_attention, self._launches, self._scratch, max_blocks)
         self._values = Buffers()
-        self._weights = DeviceWeights(dtype, device)
+        self._weights = DeviceWeights(modes.dtype, device)
         self._experts = CudaExperts(
-            self._launches, self._scratch, self._weights, max_tokens, is_streamed=is_batch_invariant
-        )
+            self._launches, self._scratch, self._weights, limits.max_tokens,
+            is_streamed=modes.is_batch_invariant,
+        )  # fmt: skip
         self._plans: dict[int, Tensor] = {}  # for decode attention, by window
         liveness = Liveness(recorder.calls, (), (), lambda call: [])
         for index, call in enumerate(recorder.calls):
@@ -194,22 +185,21 @@ class CudaProgram:
     def _qkv(self, call: calls.Qkv) -> None:
         layer, weight = _layer_of(call.cache), call.weight
         made: DeviceMatrix = weight.made
-        rows = (weight.num_heads + 2 * weight.num_kv_heads) * weight.head_dim
-        product = self._product(call.a, made, rows, "qkv")
+        product = self._product(call.a, made, sum(weight.heads.rows), "qkv")
         self._adapt(weight, call.a, product)
         if call.clip is not None:
             self._launches.add("aten::clamp_", tokens_of(product), -call.clip, call.clip)
         norms = weight.norms
         if norms is not None and norms.is_whole:
-            self._whole_norms(product, weight, norms)
+            self._whole_norms(product, weight.heads, norms)
         cos, sin = self._table(call.rope)
-        q = self._heads(self._make(call.out, self._dtype), weight.head_dim)
+        q = self._heads(self._make(call.out, self._dtype), weight.heads.head_dim)
         parts: list[Tensor | None] = [None] * 4
         eps, is_last = 0.0, False
         if norms is not None and not norms.is_whole:
             query, key = norms.query, norms.key
             parts = [
-                None if part is None else self._head_norm(part, weight)
+                None if part is None else self._head_norm(part, weight.heads)
                 for part in (query.weight, key.weight, query.bias, key.bias)
             ]
             eps, is_last = query.eps, norms.is_last
@@ -218,11 +208,11 @@ class CudaProgram:
             is_last, eps, layer.key_scale, layer.value_scale, tokens_of(q), layer.pool,
         )  # fmt: skip
 
-    def _whole_norms(self, product: Tensor, weight: QkvWeight, norms: HeadNorms) -> None:
+    def _whole_norms(self, product: Tensor, heads: QkvHeads, norms: HeadNorms) -> None:
         """Normalise all heads of queries together, and all heads of keys, in place."""
         first = 0
         for norm in (norms.query, norms.key):
-            scale = self._head_norm(norm.weight, weight)
+            scale = self._head_norm(norm.weight, heads)
             part = tokens_of(product[:, first : first + scale.numel()])
             wide = tokens_of(self._scratch.buffer("heads", (self._max_tokens, scale.numel()), torch.float32))
             self._launches.add("aten::copy_", wide, part)
@@ -230,10 +220,10 @@ class CudaProgram:
             self._launches.add("aten::copy_", part, wide)
             first += scale.numel()
 
-    def _head_norm(self, norm: Floats, weight: QkvWeight) -> Tensor:
+    def _head_norm(self, norm: Floats, heads: QkvHeads) -> Tensor:
         """Return weights or biases of head norms on the device, in the device's row order."""
-        if weight.is_interleaved:
-            norm = norm[joined_halves(weight, norm.size // weight.head_dim)]
+        if heads.is_interleaved:
+            norm = norm[joined_halves(heads, norm.size // heads.head_dim)]
         return self._weights.move(norm, torch.float32)
 
     def _table(self, rope: RopeTable | None) -> tuple[Tensor, Tensor]:
@@ -254,7 +244,7 @@ class CudaProgram:
         query = self._heads(self._in(call.q), head_dim)
         out = self._heads(self._make(call.out, self._dtype), head_dim)
         num_bytes = _kernels.attention_workspace_bytes(
-            self._max_sequences, self._max_blocks, block_size, query.shape[1], head_dim
+            self._limits.max_sequences, self._max_blocks, block_size, query.shape[1], head_dim
         )
         workspace = self._scratch.buffer("workspace", (num_bytes,), torch.uint8)
         seen = spec.window or 0  # the kernels use 0 for no window
@@ -279,7 +269,7 @@ class CudaProgram:
     def _plan(self, block_size: int, window: int) -> Tensor:
         """Return the plan [max_sequences + 1] of layers with this window; the first of them computes it."""
         if window not in self._plans:
-            plan = torch.zeros(self._max_sequences + 1, dtype=torch.int32, device=self._device)
+            plan = torch.zeros(self._limits.max_sequences + 1, dtype=torch.int32, device=self._device)
             self._plans[window] = plan
             self._launches.add(
                 "tgi_cuda::attention_plan", decodes_of(Input.CONTEXT_LEN), decodes_of(Input.BLOCK_TABLE),
@@ -316,7 +306,7 @@ class CudaProgram:
         if shard is None or not weight.is_partial:
             return
         parts = None
-        if self._is_batch_invariant:
+        if self._modes.is_batch_invariant:
             count = shard.group.count * product.numel()
             parts = self._scratch.buffer("parts", (count,), product.dtype)
         self._launches.add(functools.partial(shard.add, parts=parts), tokens_of(product))
@@ -356,8 +346,9 @@ class CudaProgram:
     def _make_head(self, call: calls.Head) -> None:
         x, norm = self._last_norm = self._in(call.x), self._norm_of(call.norm)
         linear = self._product_of(call.weight.made)
-        normed = self._scratch.buffer("head", (self._max_rows, call.weight.columns))
-        shape = (self._max_rows, call.weight.rows)
+        max_rows = self._limits.max_rows
+        normed = self._scratch.buffer("head", (max_rows, call.weight.columns))
+        shape = (max_rows, call.weight.rows)
         self._logits = logits = torch.zeros(shape, dtype=torch.float32, device=self._device)
         out = Rows(logits, Size.ROWS)
         self._head.add("tgi_cuda::norm", x, *norm, Input.ROWS, Rows(normed, Size.ROWS))
@@ -369,7 +360,7 @@ class CudaProgram:
             self._head.add("aten::tanh_", out)
             self._head.add("aten::mul_.Scalar", out, call.cap)
         if self._shard is not None:
-            whole = WholeLogits(self._shard, self._max_rows, self._device)
+            whole = WholeLogits(self._shard, max_rows, self._device)
             self._head.add(whole.join, out)
             self._logits = whole.logits
 
@@ -410,10 +401,10 @@ class CudaProgram:
         matrix = self._weights.matrix(made)
         if isinstance(matrix, CudaQuantMatrix):
             return QuantLinear(
-                matrix, bias, self._scratch, is_batch_invariant=self._is_batch_invariant,
-                float8=self._float8_product(matrix) if self._has_float8_products else None,
+                matrix, bias, self._scratch, is_batch_invariant=self._modes.is_batch_invariant,
+                float8=self._float8_product(matrix) if self._modes.has_float8_products else None,
             )  # fmt: skip
-        return PlainLinear(matrix, bias, self._scratch, is_batch_invariant=self._is_batch_invariant)
+        return PlainLinear(matrix, bias, self._scratch, is_batch_invariant=self._modes.is_batch_invariant)
 
     def _float8_product(self, matrix: CudaQuantMatrix) -> Float8Product | None:
         """Return the product in FP8 for many tokens; None: the scales are not those of such a product."""

@@ -12,6 +12,7 @@ An adapter's matrices lie one after another, so placing it is one copy. Kernels:
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -185,13 +186,12 @@ def _ends_of(weight: AdaptableWeight) -> tuple[int, ...]:
     if isinstance(weight, GateUpWeight):
         return weight.intermediate_size, 2 * weight.intermediate_size
     if isinstance(weight, QkvWeight):
-        queries, keys = weight.num_heads * weight.head_dim, weight.num_kv_heads * weight.head_dim
-        return queries, queries + keys, queries + 2 * keys
+        return tuple(itertools.accumulate(weight.heads.rows))
     return (weight.rows,)
 
 
 def _in_device_order(weight: AdaptableWeight, piece: int, up: Floats) -> Floats:
     """Return a piece's rows in the order of the device's matrix, as `Repacking.qkv` stacks it."""
-    if not isinstance(weight, QkvWeight) or not weight.is_interleaved or piece == 2:
+    if not isinstance(weight, QkvWeight) or not weight.heads.is_interleaved or piece == 2:
         return up
-    return up[joined_halves(weight, (weight.num_heads, weight.num_kv_heads)[piece])]
+    return up[joined_halves(weight.heads, weight.heads.counts[piece])]

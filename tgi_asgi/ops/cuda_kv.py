@@ -20,6 +20,20 @@ def dtype_name(dtype: torch.dtype) -> KvDtype:
     return cast(KvDtype, str(dtype).removeprefix("torch."))
 
 
+@dataclass(frozen=True, slots=True)
+class CudaKvFormat:
+    """How a device stores the keys and values of a model.
+
+    Attributes:
+        block_size: Number of tokens in a block.
+        scales: Scales of keys and of values per layer, for an FP8 cache; None: all 1.
+    """
+
+    block_size: int
+    dtype: torch.dtype
+    scales: Sequence[tuple[float, float]] | None = None
+
+
 @dataclass(slots=True)
 class CudaKvLayer:
     """One layer's keys and values, the counterpart of the CPU's `KvLayer`."""
@@ -44,17 +58,16 @@ class CudaKvLayer:
 
 
 def make_cuda_pools(
+    stored: CudaKvFormat,
     num_layers: int,
     num_blocks: int,
     num_kv_heads: int,
     head_dim: int,
-    block_size: int,
-    dtype: torch.dtype,
     device: torch.device,
 ) -> list[Tensor]:
     """Make the pools of all layers, filled with zeros: a block that was never written must not hold NaN."""
-    shape = (num_blocks, 2, num_kv_heads, block_size, head_dim)
-    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+    shape = (num_blocks, 2, num_kv_heads, stored.block_size, head_dim)
+    return [torch.zeros(shape, dtype=stored.dtype, device=device) for _ in range(num_layers)]
 
 
 def copy_cuda_blocks(layers: Sequence[CudaKvLayer], pairs: Sequence[tuple[int, int]]) -> None:

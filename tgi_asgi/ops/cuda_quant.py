@@ -19,9 +19,10 @@ from torch import Tensor
 from tgi_asgi import _C
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.formats import FORMATS
+from tgi_asgi.ops.norm_weight import HeadNorms
+from tgi_asgi.ops.qkv_heads import QkvHeads
 from tgi_asgi.ops.sources import WeightSource
 from tgi_asgi.ops.tensors import plain_tensor
-from tgi_asgi.ops.weights import QkvWeight
 
 _kernels: Any = torch.ops.tgi_cuda
 SCALE_ROWS = 16  # the number of rows of scales is a multiple of it
@@ -62,11 +63,15 @@ class Repacking:
         return DeviceMatrix(self._stack([source]), _joined_biases([bias], self.device))
 
     def qkv(
-        self, sources: Sequence[WeightSource], biases: Sequence[Floats] | None, shape: QkvWeight
+        self,
+        sources: Sequence[WeightSource],
+        biases: Sequence[Floats] | None,
+        heads: QkvHeads,
+        norms: HeadNorms | None,
     ) -> DeviceMatrix:
         """Stack q, k and v; see `Arithmetic.qkv`. Rows rotated together are placed rotary_dim / 2 apart."""
-        if shape.is_interleaved:
-            orders = [joined_halves(shape, shape.num_heads), joined_halves(shape, shape.num_kv_heads)]
+        if heads.is_interleaved:
+            orders = [joined_halves(heads, heads.num_heads), joined_halves(heads, heads.num_kv_heads)]
             sources = [
                 *(part.in_rows(order) for part, order in zip(sources, orders, strict=False)),
                 sources[2],
@@ -118,11 +123,14 @@ def _joined_biases(biases: Sequence[Floats | None] | None, device: torch.device)
     return torch.from_numpy(np.concatenate(found)).to(device) if found else None
 
 
-def joined_halves(shape: QkvWeight, num_heads: int) -> npt.NDArray[np.int64]:
-    """Return the heads' rows with the pairs rotated together, 2i and 2i + 1, at i and i + rotary_dim / 2."""
-    pairs = np.arange(shape.rotary_dim).reshape(-1, 2)
-    one = np.concatenate([pairs.T.reshape(-1), np.arange(shape.rotary_dim, shape.head_dim)])
-    starts = np.arange(num_heads, dtype=np.int64)[:, None] * shape.head_dim
+def joined_halves(heads: QkvHeads, num_heads: int) -> npt.NDArray[np.int64]:
+    """Return the rows of `num_heads` heads with the pairs rotated together at i and i + rotary_dim / 2.
+
+    They are at 2i and 2i + 1 before.
+    """
+    pairs = np.arange(heads.rotary_dim).reshape(-1, 2)
+    one = np.concatenate([pairs.T.reshape(-1), np.arange(heads.rotary_dim, heads.head_dim)])
+    starts = np.arange(num_heads, dtype=np.int64)[:, None] * heads.head_dim
     rows: npt.NDArray[np.int64] = (starts + one).reshape(-1)
     return rows
 

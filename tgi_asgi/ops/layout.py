@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.ops.arrays import Floats
+from tgi_asgi.ops.qkv_heads import QkvHeads
 
 PANEL = 16
 STRIP = 2 * PANEL
@@ -92,12 +93,10 @@ def pad_columns(rows: Floats, count: int, value: float = 0.0) -> Floats:
     return np.ascontiguousarray(rows)
 
 
-def qkv_orders(
-    num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int, *, is_interleaved: bool
-) -> list[Order]:
+def qkv_orders(heads: QkvHeads) -> list[Order]:
     """Return the row orders of q, k and v."""
     rotated = [
-        head_order(count, head_dim, rotary_dim, is_interleaved=is_interleaved)
-        for count in (num_heads, num_kv_heads)
+        head_order(count, heads.head_dim, heads.rotary_dim, is_interleaved=heads.is_interleaved)
+        for count in (heads.num_heads, heads.num_kv_heads)
     ]
-    return [*rotated, head_order(num_kv_heads, head_dim, None)]
+    return [*rotated, head_order(heads.num_kv_heads, heads.head_dim, None)]

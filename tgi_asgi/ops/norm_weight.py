@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.ops.arrays import Floats
+from tgi_asgi.ops.qkv_heads import QkvHeads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +80,7 @@ class HeadNorms:
     is_whole: bool = False
     is_last: bool = False
 
-    def check(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    def check(self, heads: QkvHeads) -> None:
         """Check the sizes against those of the heads.
 
         Raises:
@@ -90,8 +91,8 @@ class HeadNorms:
             raise ValueError("the norms of queries and of keys must be of one kind")
         if self.is_whole and (query.bias is not None or self.is_last):
             raise ValueError("a norm over all heads must be an RMSNorm before the rotation")
-        is_each = self.is_whole or query.columns != head_dim
-        for norm, count in ((query, num_heads), (key, num_kv_heads)):
-            expected = count * head_dim if is_each else head_dim
+        is_each = self.is_whole or query.columns != heads.head_dim
+        for norm, num_rows in zip((query, key), heads.rows, strict=False):
+            expected = num_rows if is_each else heads.head_dim
             if norm.columns != expected:
                 raise ValueError(f"a norm must have {expected} elements, got {norm.columns}")

@@ -14,9 +14,9 @@ from tgi_asgi.ops import layout
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.formats import FORMATS
 from tgi_asgi.ops.layout import Order
-from tgi_asgi.ops.norm_weight import NormWeight
+from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
+from tgi_asgi.ops.qkv_heads import QkvHeads
 from tgi_asgi.ops.sources import WORDS, WeightSource, decode, from_floats, rounded
-from tgi_asgi.ops.weights import QkvWeight
 
 # Precision that depends on the token: int8 for generated tokens, bfloat16 for prompt tokens.
 BY_KIND = "by_kind"
@@ -68,13 +68,12 @@ class _Shares:
 _ALONE = _Shares()
 
 
-def _qkv_shares(shape: QkvWeight) -> _Shares:
+def _qkv_shares(heads: QkvHeads, norms: HeadNorms | None) -> _Shares:
     """Return how `qkv` divides its rows between threads: by heads if these are normalised, else by strips."""
-    if shape.norms is not None and shape.norms.is_whole:  # computed as separate products first
+    if norms is not None and norms.is_whole:  # computed as separate products first
         return _ALONE
-    strips = -(-shape.head_dim // layout.STRIP)
-    heads = shape.num_heads + 2 * shape.num_kv_heads
-    return _Shares(1 if shape.norms is None else strips, shape.num_heads * strips, heads * strips)
+    strips = -(-heads.head_dim // layout.STRIP)
+    return _Shares(1 if norms is None else strips, heads.num_heads * strips, sum(heads.counts) * strips)
 
 
 def _head_norm(norm: NormWeight, order: Order, head_dim: int) -> _C.Norm:
@@ -124,23 +123,21 @@ class Packing:
         return self._pack([stored], bias, order, is_vocabulary=is_vocabulary)
 
     def qkv(
-        self, sources: Sequence[WeightSource], biases: Sequence[Floats] | None, shape: QkvWeight
+        self,
+        sources: Sequence[WeightSource],
+        biases: Sequence[Floats] | None,
+        heads: QkvHeads,
+        norms: HeadNorms | None,
     ) -> PackedQkv:
         """Pack q, k and v; see `Arithmetic.qkv`."""
-        orders = layout.qkv_orders(
-            shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rotary_dim,
-            is_interleaved=shape.is_interleaved,
-        )  # fmt: skip
-        norms = None
-        if shape.norms is not None:
+        orders, packed = layout.qkv_orders(heads), None
+        if norms is not None:
             query, key = (
-                _head_norm(norm, order, shape.head_dim)
-                for norm, order in zip((shape.norms.query, shape.norms.key), orders, strict=False)
+                _head_norm(norm, order, heads.head_dim)
+                for norm, order in zip((norms.query, norms.key), orders, strict=False)
             )
-            norms = _C.HeadNorms(
-                query=query, key=key, is_whole=shape.norms.is_whole, is_last=shape.norms.is_last
-            )
-        return PackedQkv(self._pack_parts(sources, biases, orders, _qkv_shares(shape)), norms)
+            packed = _C.HeadNorms(query=query, key=key, is_whole=norms.is_whole, is_last=norms.is_last)
+        return PackedQkv(self._pack_parts(sources, biases, orders, _qkv_shares(heads, norms)), packed)
 
     def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Floats] | None) -> PackedGateUp:
         """Pack gate and up; see `Arithmetic.gate_up`."""

@@ -39,5 +39,5 @@ def qkv(
     if clip is not None and weight.norms is not None and weight.norms.is_whole:
         raise ValueError("`clip` is not computed with norms over all heads")
     recorder = recorder_of("qkv", a=(a, Kind.ACTIVATION, weight.columns))
-    out = recorder.value(Kind.QUERY, weight.num_heads * weight.head_dim)
+    out = recorder.value(Kind.QUERY, weight.heads.rows[0])
     return recorder.note(calls.Qkv(out, a, weight, cache, rope, clip, query_scales))

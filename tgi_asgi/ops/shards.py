@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tgi_asgi import _C
 from tgi_asgi.ops import layout
+from tgi_asgi.ops.step_limits import StepLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,7 @@ class ShardMemory:
     count: int  # number of shards
     num_threads: int  # threads per shard
     num_columns: int  # of the residual
-    max_tokens: int  # per step, as are the next two
-    max_sequences: int
-    max_rows: int  # rows of logits
+    limits: StepLimits
     vocab_size: int
     num_groups: int  # groups of layers that share block tables
     table_width: int  # blocks of the longest sequence
@@ -57,7 +56,7 @@ class ShardMemory:
     def _shape(self) -> _C.ShardShape:
         return _C.ShardShape(
             count=self.count, num_members=self.num_threads,
-            num_columns=layout.round_up(self.num_columns), max_tokens=self.max_tokens,
-            max_sequences=self.max_sequences, max_rows=self.max_rows, vocab_size=self.vocab_size,
-            num_groups=self.num_groups, table_width=self.table_width,
+            num_columns=layout.round_up(self.num_columns), max_tokens=self.limits.max_tokens,
+            max_sequences=self.limits.max_sequences, max_rows=self.limits.max_rows,
+            vocab_size=self.vocab_size, num_groups=self.num_groups, table_width=self.table_width,
         )  # fmt: skip

@@ -7,12 +7,13 @@ device's arithmetic (`Packing` for a CPU, `Repacking` for CUDA) decides the resu
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.layout import STRIP
 from tgi_asgi.ops.norm_weight import HeadNorms
+from tgi_asgi.ops.qkv_heads import QkvHeads
 from tgi_asgi.ops.sources import WeightSource, decode
 
 
@@ -31,13 +32,9 @@ class QkvWeight:
     """The query, key and value projections."""
 
     columns: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rotary_dim: int  # dims of a head that are rotated, which are its first
+    heads: QkvHeads
     norms: HeadNorms | None
     made: Any
-    is_interleaved: bool = False  # dims 2i and 2i + 1 are rotated together, not i and i + rotary_dim / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +72,13 @@ class Arithmetic(Protocol):
     def linear(self, source: WeightSource, bias: Floats | None, *, is_vocabulary: bool) -> Any:
         """Make `LinearWeight.made`."""
 
-    def qkv(self, sources: Sequence[WeightSource], biases: Sequence[Floats] | None, shape: QkvWeight) -> Any:
+    def qkv(
+        self,
+        sources: Sequence[WeightSource],
+        biases: Sequence[Floats] | None,
+        heads: QkvHeads,
+        norms: HeadNorms | None,
+    ) -> Any:
         """Make `QkvWeight.made` from the sources of q, k and v."""
 
     def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Floats] | None) -> Any:
@@ -151,41 +154,26 @@ def heads_weight(
 
 
 def qkv_weight(
-    query: WeightSource,
-    key: WeightSource,
-    value: WeightSource,
+    sources: Sequence[WeightSource],
     arithmetic: Arithmetic,
+    heads: QkvHeads,
     *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    rotary_dim: int | None = None,
     biases: Sequence[WeightSource] | None = None,
     norms: HeadNorms | None = None,
-    is_interleaved: bool = False,
 ) -> QkvWeight:
-    """Make the weight of `qkv` from [heads * head_dim, columns] sources.
-
-    Dim i of a head is rotated with dim i + rotary_dim / 2, or dim 2i with 2i + 1 if `is_interleaved` (GPT-J,
-    GLM). If `rotary_dim` is None, all dims of a head are rotated.
+    """Make the weight of `qkv` from the sources [heads * head_dim, columns] of queries, keys and values.
 
     Raises:
         ValueError: if a source's or bias's rows do not match the heads, or a norm has another size.
     """
-    rotary_dim = head_dim if rotary_dim is None else rotary_dim
-    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim or head_dim % 2:
-        raise ValueError(f"`rotary_dim` must be even and at most {head_dim}, got {rotary_dim}")
-    sources = (query, key, value)
-    columns = query.shape[-1]
-    for name, part, heads in zip(
-        ("query", "key", "value"), sources, (num_heads, num_kv_heads, num_kv_heads), strict=True
-    ):
-        if _matrix(name, part) != (heads * head_dim, columns):
-            raise ValueError(f"`{name}` must be [{heads} x {head_dim}, {columns}], got {part.shape}")
+    columns = sources[0].shape[-1]
+    for name, part, count in zip(("query", "key", "value"), sources, heads.counts, strict=True):
+        if _matrix(name, part) != (count * heads.head_dim, columns):
+            raise ValueError(f"`{name}` must be [{count} x {heads.head_dim}, {columns}], got {part.shape}")
     if norms is not None:
-        norms.check(num_heads, num_kv_heads, head_dim)
-    shape = QkvWeight(columns, num_heads, num_kv_heads, head_dim, rotary_dim, norms, None, is_interleaved)
-    return replace(shape, made=arithmetic.qkv(sources, _biases(biases, sources), shape))
+        norms.check(heads)
+    made = arithmetic.qkv(sources, _biases(biases, sources), heads, norms)
+    return QkvWeight(columns, heads, norms, made)
 
 
 def gate_up_weight(

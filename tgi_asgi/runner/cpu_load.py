@@ -17,12 +17,13 @@ from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner import prompt_precision
 from tgi_asgi.runner.drafts import max_drafts_per_row, speculation_of
 from tgi_asgi.runner.kv import (
+    CacheSizes,
     KvSize,
     check_address_space,
     choose_cpu_dtype,
     choose_size,
     groups_of,
-    step_tokens,
+    limits_of,
 )
 from tgi_asgi.runner.load_by_team import load_by_team
 from tgi_asgi.runner.memory import (
@@ -107,7 +108,7 @@ class OnCpu:
 
     def _place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:
         settings, budget = self.settings, self._budget
-        adapters = None
+        adapters, limits = None, limits_of(settings, self.max_context)
         if settings.serves_adapters:
             is_exact = self.arithmetic.is_exact
             layout = ops.AdapterLayout(targets_of(model), settings.max_lora_rank, is_exact=is_exact)
@@ -116,26 +117,16 @@ class OnCpu:
         if model.kind == "encoder":
             from tgi_asgi.runner.encoder import EncoderRunner  # imports torch
 
-            encoder = EncoderRunner(
-                model,
-                budget.cache,
-                max_batch_size=settings.max_batch_size,
-                max_step_tokens=settings.max_batch_prefill_tokens,
-                max_context=self.max_context,
-                dense=dense,
-            )
+            limits = replace(limits, max_tokens=settings.max_batch_prefill_tokens)
+            encoder = EncoderRunner(model, budget.cache, limits, dense=dense)
             return Placed(encoder, budget.cache)
         runner = HostRunner(
             model,
-            budget.cache,
-            max_batch_size=settings.max_batch_size,
-            max_step_tokens=step_tokens(settings),
-            max_context=self.max_context,
-            image_cache=settings.image_cache,
+            CacheSizes(budget.cache, budget.num_kept_states, settings.image_cache),
+            limits,
             dense=dense,
             has_prompt_arithmetic=self.prompt_precision is not None,
             speculation=speculation_of(model, settings),
-            num_kept_states=budget.num_kept_states,
             adapters=None if adapters is None else adapters.layout,
             shards=self.shards,
         )

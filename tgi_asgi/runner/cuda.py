@@ -37,7 +37,7 @@ from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_pooling import CudaPooler, StepVectors
 from tgi_asgi.runner.cuda_sampler import CudaSampler, FetchedSamples, SampleStaging
 from tgi_asgi.runner.cuda_shards import CudaShards
-from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
+from tgi_asgi.runner.cuda_steps import CudaSteps, CudaStepSpec
 from tgi_asgi.runner.handoff import PendingStep, StepHandoff
 from tgi_asgi.runner.inputs import PlanError, StepInputs
 from tgi_asgi.runner.kv import KvSize
@@ -51,6 +51,24 @@ from tgi_asgi.types import PoolingKind
 logger = logging.getLogger(__name__)
 
 MAX_TOP = 20  # most probable tokens listed per sampled one: the limit of OpenAI's API
+
+
+@dataclass(frozen=True, slots=True)
+class CudaOutputs:
+    """What steps compute from the states after the last layer.
+
+    Attributes:
+        has_logits: Whether they compute logits; a model that only embeds needs none.
+        max_top: Maximum number of log-probabilities that a sequence can request besides its token's.
+        dense: Dense layers applied to pooled vectors.
+    """
+
+    has_logits: bool = True
+    max_top: int = MAX_TOP
+    dense: Sequence[Dense] = ()
+
+
+_DEFAULT_OUTPUTS = CudaOutputs()
 
 
 @dataclass(slots=True)
@@ -79,7 +97,7 @@ class _Staging:
 class CudaRunner:
     """A `Runner` that computes on a CUDA device.
 
-        runner = CudaRunner(model, CudaDevice(), choose, StepLimits(16, 256, 8448, 8192))
+        runner = CudaRunner(model, CudaDevice(), choose, spec)
         result = await runner.submit(StepPlan(0, rows))
 
     The model's weights are plain tensors. The model is not kept once it is recorded.
@@ -87,11 +105,9 @@ class CudaRunner:
     Args:
         choose: Returns the cache size for the bytes that are free after everything else is allocated and a
             step of the largest size has run.
-        max_top: Maximum number of log-probabilities that a sequence can request besides its token's.
+        spec: Sizes and modes of the steps; those with drafts have a row for each draft besides.
         shards: The other shards, if the model is split.
         adapters: The adapters that rows may have, with their slots on the device.
-        dense: Dense layers applied to pooled vectors.
-        has_logits: Whether steps compute logits; a model that only embeds needs none.
         speculation: How to draft tokens, for a model that generates and is not split; None: each row samples
             one.
 
@@ -106,49 +122,42 @@ class CudaRunner:
         model: Model,
         device: Device,
         choose: Callable[[int], KvSize],
-        limits: StepLimits,
-        types: CudaTypes | None = None,
+        spec: CudaStepSpec,
+        outputs: CudaOutputs = _DEFAULT_OUTPUTS,
         *,
-        max_top: int = MAX_TOP,
         shards: CudaShards | None = None,
         adapters: CudaAdapterLayout | None = None,
-        dense: Sequence[Dense] = (),
-        has_logits: bool = True,
         speculation: Speculation | None = None,
     ) -> None:
-        types = CudaTypes() if types is None else types
+        limits, max_batch_size, num_spares = spec.limits, spec.limits.max_sequences, 0
         self.max_context = limits.max_context
         self.num_threads = 0
         self.progress: int | None = None
         self._device, self._shards, self._adapters = device, shards, adapters
         self._guard = StepGuard(device)
         self._choose = choose
-        max_batch_size, num_spares = limits.max_batch_size, 0
         self._drafts: CudaDrafts | None = None
         if speculation is not None:
-            self._drafts = CudaDrafts(
-                speculation, max_batch_size=max_batch_size, max_step_tokens=limits.max_step_tokens
-            )
-            num_spares = self._drafts.num_spares
-            limits = replace(limits, max_batch_size=self._drafts.max_rows)
+            self._drafts = CudaDrafts(speculation, limits)
+            num_spares, limits = self._drafts.num_spares, self._drafts.step_limits
+            spec = replace(spec, limits=limits)
         self._sampler = CudaSampler(
-            max_batch_size, model.config.vocab_size, max_top, device,
-            num_spares=num_spares, max_rows=limits.max_batch_size,
+            max_batch_size, model.config.vocab_size, outputs.max_top, device,
+            num_spares=num_spares, max_rows=limits.max_rows,
         )  # fmt: skip
-        self._has_logits, self._generates = has_logits, has_logits and model.config.generates
+        self._has_logits = outputs.has_logits
+        self._generates = outputs.has_logits and model.config.generates
         self._steps = CudaSteps(
-            model, device, limits, types, last_ids=self._sampler.state.last_ids,
+            model, device, spec, last_ids=self._sampler.state.last_ids,
             sample=self._sample if self._generates else None,
             shard=None if shards is None else shards.join(device.device), adapters=adapters,
-            has_logits=has_logits,
+            has_logits=outputs.has_logits,
         )  # fmt: skip
-        self._vectors = CudaPooler(self._steps.program, device, dense)
-        self._scorer = PromptScorer(
-            self._logits_of, token_logprobs, torch.clone, max_rows=limits.max_batch_size
-        )
+        self._vectors = CudaPooler(self._steps.program, device, outputs.dense)
+        self._scorer = PromptScorer(self._logits_of, token_logprobs, torch.clone, max_rows=limits.max_rows)
         self._staging = [
             _Staging(inputs, inputs.numpy(), self._sampler.staging())
-            for inputs in (device.pinned(limits.largest.num_bytes) for _ in range(MAX_IN_FLIGHT))
+            for inputs in (device.pinned(spec.largest.num_bytes) for _ in range(MAX_IN_FLIGHT))
         ]
         self._num_launched = 0
         # With at most two steps in flight, the step before the last has passed its event.
@@ -164,9 +173,9 @@ class CudaRunner:
         self.cache = self._prepared.result()
         self.traits = RunnerTraits(
             num_blocks=self.cache.num_blocks,
-            block_size=limits.block_size,
+            block_size=spec.kv.block_size,
             max_batch_size=max_batch_size,
-            max_step_tokens=limits.max_step_tokens,
+            max_step_tokens=limits.max_tokens,
             min_chunk=self._guard.min_chunk,
             drafts=None if self._drafts is None else self._drafts.limits,
             windows=(None,),  # one block table serves all layers: blocks outside windows are not freed
@@ -174,7 +183,7 @@ class CudaRunner:
         self._inputs = StepInputs.of(
             self.traits, model.config.vocab_size, limits.max_context, num_spares=num_spares
         )
-        self._rows = DeviceRows(StepRow, self._inputs.limits, types.is_batch_invariant)
+        self._rows = DeviceRows(StepRow, self._inputs.limits, spec.modes.is_batch_invariant)
         self._waiter.start()
 
     @property

@@ -16,9 +16,10 @@ Called by `CudaRunner`, which waits for earlier steps where this module says so.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tgi_asgi.ops import PlanError
+from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.runner.cuda_device import Command, Copy
 from tgi_asgi.runner.cuda_sampler import CudaSampler, SampleStaging
 from tgi_asgi.runner.drafts import SlotDrafts
@@ -86,7 +87,7 @@ class LaidStep:
 class CudaDrafts:
     """The drafts of a CUDA runner's slots.
 
-        drafts = CudaDrafts(speculation, max_batch_size=128, max_step_tokens=4096)
+        drafts = CudaDrafts(speculation, limits)
         if drafts.must_wait(plan): ...                            # for earlier steps
         laid = drafts.lay_out(plan, sampler, staging, is_idle=True)
         drafts.observe(laid.starts, slots, samples)               # on the thread that waited for a step
@@ -94,17 +95,19 @@ class CudaDrafts:
     Attributes:
         limits: Maximum numbers of drafts, for the engine.
         num_spares: Number of spare slots, which come after those of sequences.
-        max_rows: Maximum number of rows in a step, drafts included, as far as the engine plans them.
+        step_limits: Sizes of the steps, with a row for each draft that the engine may plan.
         are_in_flight: Whether the step launched last has drafts: nobody knows yet where its slots are.
     """
 
-    def __init__(self, how: Speculation, *, max_batch_size: int, max_step_tokens: int) -> None:
+    def __init__(self, how: Speculation, step_limits: StepLimits) -> None:
+        max_batch_size = step_limits.max_sequences
         self._slots = SlotDrafts(how, max_batch_size)
         self._first_spare = max_batch_size
         self.limits = limits = self._slots.limits
         self.num_spares = min(limits.per_step, limits.per_row * max_batch_size)
         most = max(count * (1 + limits.for_rows(count)) for count in range(1, max_batch_size + 1))
-        self.max_rows = max(max_batch_size, min(most, max_step_tokens))
+        max_rows = max(max_batch_size, min(most, step_limits.max_tokens))
+        self.step_limits = replace(step_limits, max_sequences=max_rows, max_rows=max_rows)
         self.are_in_flight = False
 
     def must_wait(self, plan: StepPlan) -> bool:
@@ -209,8 +212,9 @@ class CudaDrafts:
             for values, of_drafts in zip(spares, ([slot] * count, range(1, count + 1), of_row), strict=True):
                 values[first : first + count] = of_drafts
             first += row.num_drafts
-        if len(rows) > self.max_rows:
-            raise PlanError(f"a step has at most {self.max_rows} rows, drafts included, got {len(rows)}")
+        max_rows = self.step_limits.max_rows
+        if len(rows) > max_rows:
+            raise PlanError(f"a step has at most {max_rows} rows, drafts included, got {len(rows)}")
         drafted = DraftedRows(
             [index for index, _, _ in origins],
             [slot for _, slot, _ in origins],

@@ -6,7 +6,7 @@ What it must know is a `CudaShardJob`; what shard 0 sends it, step by step, are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.cuda_shards import CudaShard, DeviceGroup
 from tgi_asgi.runner.cuda_buffers import StepShape
 from tgi_asgi.runner.cuda_device import Device, Event, must_fit, register_kernels
-from tgi_asgi.runner.cuda_steps import CudaSteps, CudaTypes, StepLimits
+from tgi_asgi.runner.cuda_steps import CudaSteps, CudaStepSpec
 from tgi_asgi.runner.kv import kv_scales_of
 from tgi_asgi.runner.plan import MAX_IN_FLIGHT
 from tgi_asgi.settings import Settings
@@ -35,8 +35,7 @@ class CudaShardJob:
     cuts: Sequence[ModelCut]  # of all shards, by rank
     rank: int
     device_class: type[Device]
-    limits: StepLimits
-    types: CudaTypes  # without the scales from the files
+    spec: CudaStepSpec  # without the scales from the files
     store: Path  # as in `DeviceGroup`
     descriptors: Sequence[int] = ()
 
@@ -101,21 +100,21 @@ class Follower:
             OpenModel(job.files, model_impl=settings.model_impl, rope=settings.given_rope) as opened,
         ):
             opened.use_cut(job.cut)
-            arithmetic = Repacking(job.types.dtype, device.device)
-            model = opened.load(arithmetic, job.limits.max_context)
+            arithmetic = Repacking(job.spec.modes.dtype, device.device)
+            model = opened.load(arithmetic, job.spec.limits.max_context)
             assert isinstance(model, Decoder)  # only native families are cut
             self._model = model
-            self._types = replace(job.types, kv_scales=kv_scales_of(opened, settings))
+            self._spec = job.spec.with_kv_scales(kv_scales_of(opened, settings))
 
     def run(self) -> None:
         """Do what shard 0 does, until it sends the end."""
         job, device, connection = self._job, self._device, self._connection
         shard = job.join(device.device)
-        steps = CudaSteps(self._model, device, job.limits, self._types, shard=shard)
+        steps = CudaSteps(self._model, device, self._spec, shard=shard)
         del self._model  # the program holds all of it
         steps.profile()
         shard.group.all_reduce_min(device.free_bytes())
-        staging = [device.pinned(job.limits.largest.num_bytes) for _ in range(MAX_IN_FLIGHT)]
+        staging = [device.pinned(self._spec.largest.num_bytes) for _ in range(MAX_IN_FLIGHT)]
         taken: list[Event] = [device.event() for _ in staging]
         num_steps = 0
         while (message := connection.recv()) is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -16,24 +15,24 @@ from tgi_asgi.models.family import Model
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
 from tgi_asgi.models.needs import Need, needs_of
-from tgi_asgi.models.pooling import Dense, PoolingFiles
+from tgi_asgi.models.pooling import PoolingFiles
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import PromptAttention
 from tgi_asgi.ops.cuda_experts import has_kernels
-from tgi_asgi.ops.cuda_kv import HEAD_DIMS, MAX_GROUP, dtype_name
+from tgi_asgi.ops.cuda_kv import HEAD_DIMS, MAX_GROUP, CudaKvFormat, dtype_name
+from tgi_asgi.ops.cuda_modes import CudaModes
 from tgi_asgi.ops.cuda_quant import Repacking
-from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
+from tgi_asgi.runner.cuda import MAX_TOP, CudaOutputs, CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device, must_fit, register_kernels
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
-from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
+from tgi_asgi.runner.cuda_steps import CudaStepSpec
 from tgi_asgi.runner.drafts import speculation_of
-from tgi_asgi.runner.kv import KvSize, choose_size, gpu_groups_of, kv_scales_of, step_tokens
+from tgi_asgi.runner.kv import KvSize, choose_size, gpu_groups_of, kv_scales_of, limits_of
 from tgi_asgi.runner.load_pooling import uses_logits
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.shards import cuts_of
 from tgi_asgi.settings import Settings
-from tgi_asgi.settings.speculation import Speculation
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +121,9 @@ class OnCuda:
         self.shards: CudaShards | None = None
         if cuts:
             opened.use_cut(cuts[0])
-            self.shards = make_shards(files, settings, cuts, device, self._dtype, max_context)
+            self.shards = make_shards(
+                files, settings, cuts, device, spec_of(settings, self._dtype, max_context)
+            )
 
     def load(self, weights: Weights) -> ServedModel:
         """Load the model, as described in `Placement`."""
@@ -144,15 +145,13 @@ class OnCuda:
                 return place_module(
                     model, self.settings, self._device, self._dtype, self.max_context, pooling.dense
                 )
-        settings, is_split, adapters = self.settings, self.shards is not None, None
+        settings, adapters = self.settings, None
+        spec = spec_of(settings, self._dtype, self.max_context).with_kv_scales(self._kv_scales)
         if settings.serves_adapters:
             adapters = AdapterLoader(make_adapter_layout(model, settings, self._device, self._dtype))
         runner = make_runner(
-            model, settings, self._device, self._dtype, self.max_context, self._kv_scales, self.shards,
-            adapters=None if adapters is None else adapters.layout, dense=pooling.dense,
-            # All shards capture the same graphs, and the others do not know how the model pools.
-            has_logits=is_split or uses_logits(model.config, pooling, settings),
-            speculation=speculation_of(model, settings, is_split=is_split),
+            model, settings, self._device, spec, pooling, shards=self.shards,
+            adapters=None if adapters is None else adapters.layout,
         )  # fmt: skip
         if runner.prompts_by is not None:
             which = "long prompts" if settings.prompt_attention == "auto" else "prompts"
@@ -275,20 +274,21 @@ def why_no_kernels(config: ModelConfig) -> str:
     return ""
 
 
-def types_of(settings: Settings, dtype: torch.dtype) -> CudaTypes:
-    """Return the types and modes of a model, except the scales from its files.
+def spec_of(settings: Settings, dtype: torch.dtype, max_context: int) -> CudaStepSpec:
+    """Return the sizes, modes and cache format of a model's steps, without the scales from its files.
 
     Raises:
         ModelLoadError: if what --kv-cache-dtype or --prompt-attention asks for is not available.
     """
-    return CudaTypes(
+    kv = CudaKvFormat(settings.block_size, _choose_kv_dtype(settings.kv_cache_dtype, dtype))
+    modes = CudaModes(
         dtype,
-        _choose_kv_dtype(settings.kv_cache_dtype, dtype),
         is_batch_invariant=settings.batch_invariant,
         prompt_attention=_choose_prompt_attention(settings),
         has_float8_products=_wants_float8_products(settings),
         has_dependent_launches=settings.dependent_launches,
     )
+    return CudaStepSpec(limits_of(settings, max_context), modes, kv)
 
 
 def _wants_float8_products(settings: Settings) -> bool:
@@ -318,8 +318,7 @@ def _choose_prompt_attention(settings: Settings) -> PromptAttention:
 
 
 def make_shards(
-    files: ModelFiles, settings: Settings, cuts: Sequence[ModelCut], device: Device, dtype: torch.dtype,
-    max_context: int,
+    files: ModelFiles, settings: Settings, cuts: Sequence[ModelCut], device: Device, spec: CudaStepSpec
 ) -> CudaShards:  # fmt: skip
     """Start the other shards, which begin to load their parts.
 
@@ -327,34 +326,30 @@ def make_shards(
         ModelLoadError: if the kernels cannot compute a part.
     """
     check_cuts(cuts)
-    limits = limits_of(settings, max_context)
-    return CudaShards(files, settings, cuts, type(device), limits, types_of(settings, dtype))
-
-
-def limits_of(settings: Settings, max_context: int) -> StepLimits:
-    """Return the sizes that no step exceeds."""
-    return StepLimits(settings.block_size, settings.max_batch_size, step_tokens(settings), max_context)
+    return CudaShards(files, settings, cuts, type(device), spec)
 
 
 def make_runner(
-    model: Model, settings: Settings, device: Device, dtype: torch.dtype, max_context: int,
-    kv_scales: Sequence[tuple[float, float]] | None = None, shards: CudaShards | None = None, *,
-    adapters: CudaAdapterLayout | None = None, dense: Sequence[Dense] = (), has_logits: bool = True,
-    speculation: Speculation | None = None,
+    model: Model, settings: Settings, device: Device, spec: CudaStepSpec, pooling: PoolingFiles, *,
+    shards: CudaShards | None = None, adapters: CudaAdapterLayout | None = None,
 ) -> CudaRunner:  # fmt: skip
     """Record a model whose weights are on the device, and give the remaining memory to the cache.
 
     Args:
-        kv_scales: Scales of keys and of values per layer, for an FP8 cache.
-        shards, adapters, dense, has_logits, speculation: As for `CudaRunner`.
+        pooling: How the model's files say that it pools.
+        shards, adapters: As for `CudaRunner`.
 
     Raises:
-        ModelLoadError: if it does not fit, or the GPU does not support what --kv-cache-dtype asks for; the
-            message says what to change.
+        ModelLoadError: if it does not fit; the message says what to change.
     """
-    types = replace(types_of(settings, dtype), kv_scales=kv_scales)
-    kv_dtype = types.kv or dtype
+    is_split, kv_dtype, max_context = shards is not None, spec.kv.dtype, spec.limits.max_context
     groups = gpu_groups_of(model.config, kv_dtype.itemsize)
+    outputs = CudaOutputs(
+        # All shards capture the same graphs, and the others do not know how the model pools.
+        has_logits=is_split or uses_logits(model.config, pooling, settings),
+        max_top=max(MAX_TOP, settings.max_top_n_tokens or 0),
+        dense=pooling.dense,
+    )
     if settings.quantize is not None:
         logger.warning("--quantize is for the CPU: on a GPU weights keep the file's format")
 
@@ -364,9 +359,8 @@ def make_runner(
 
     with must_fit():
         return CudaRunner(
-            model, device, choose, limits_of(settings, max_context), types,
-            max_top=max(MAX_TOP, settings.max_top_n_tokens or 0), shards=shards, adapters=adapters,
-            dense=dense, has_logits=has_logits, speculation=speculation,
+            model, device, choose, spec, outputs, shards=shards, adapters=adapters,
+            speculation=speculation_of(model, settings, is_split=is_split),
         )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from tgi_asgi.ops.cuda_kv import dtype_name
 from tgi_asgi.runner.cuda_device import Device
 from tgi_asgi.runner.drafts import speculation_of
 from tgi_asgi.runner.encoder import EncoderRunner
-from tgi_asgi.runner.kv import choose_size, gpu_groups_of, step_tokens
+from tgi_asgi.runner.kv import CacheSizes, choose_size, gpu_groups_of, limits_of, step_tokens
 from tgi_asgi.runner.memory import fitting_batch, state_bytes
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.runner import HostRunner
@@ -62,9 +62,7 @@ def place_module(
         encoder = EncoderRunner(
             model,
             cache,
-            max_batch_size=settings.max_batch_size,
-            max_step_tokens=settings.max_batch_prefill_tokens,
-            max_context=max_context,
+            replace(limits_of(settings, max_context), max_tokens=settings.max_batch_prefill_tokens),
             dense=dense,
             device=StepGuard(device),
         )
@@ -79,11 +77,8 @@ def place_module(
     cache = choose_size(config, settings, groups, kv_name, max_context, free, share=_cache_share(model))
     runner = HostRunner(
         model,
-        cache,
-        max_batch_size=batch,
-        max_step_tokens=step_tokens(settings),
-        max_context=max_context,
-        image_cache=settings.image_cache,
+        CacheSizes(cache, image_bytes=settings.image_cache),
+        limits_of(settings, max_context),
         dense=dense,
         speculation=speculation_of(model, settings),
         device=StepGuard(device),

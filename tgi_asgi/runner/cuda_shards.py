@@ -27,7 +27,7 @@ from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.ops.cuda_shards import CudaShard
 from tgi_asgi.runner.cuda_device import Device
 from tgi_asgi.runner.cuda_follower import CudaShardJob, Message
-from tgi_asgi.runner.cuda_steps import CudaTypes, StepLimits
+from tgi_asgi.runner.cuda_steps import CudaStepSpec
 from tgi_asgi.runner.plan import DeviceLost
 from tgi_asgi.runner.shard_processes import ShardProcesses
 from tgi_asgi.settings import Settings
@@ -52,7 +52,7 @@ def check_cuts(cuts: Sequence[ModelCut]) -> None:
 class CudaShards:
     """The other shards, and the group of all devices.
 
-        shards = CudaShards(files, settings, cuts, type(device), limits, types)   # they begin to load
+        shards = CudaShards(files, settings, cuts, type(device), spec)   # they begin to load
         shards.others.wait_ready()
         runner = CudaRunner(model, ..., shards=shards)
 
@@ -62,15 +62,13 @@ class CudaShards:
 
     def __init__(
         self, files: ModelFiles, settings: Settings, cuts: Sequence[ModelCut], device_class: type[Device],
-        limits: StepLimits, types: CudaTypes,
+        spec: CudaStepSpec,
     ) -> None:  # fmt: skip
         self._folder = Path(tempfile.mkdtemp(prefix="tgi-shards-"))
         self._job, *others = (
-            CudaShardJob(
-                files, settings, cuts, rank, device_class, limits, types, self._folder / "store"
-            )
+            CudaShardJob(files, settings, cuts, rank, device_class, spec, self._folder / "store")
             for rank in range(len(cuts))
-        )  # fmt: skip
+        )
         self._shard: CudaShard | None = None
         self._lost: str | None = None
         self.others = ShardProcesses(others, self._give_up)

@@ -16,8 +16,10 @@ from tgi_asgi.models.family import Model, record
 from tgi_asgi.ops.cuda import CudaProgram
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import PromptAttention
-from tgi_asgi.ops.cuda_kv import CudaKvLayer, copy_cuda_blocks, make_cuda_pools
+from tgi_asgi.ops.cuda_kv import CudaKvFormat, CudaKvLayer, copy_cuda_blocks, make_cuda_pools
+from tgi_asgi.ops.cuda_modes import CudaModes
 from tgi_asgi.ops.cuda_shards import CudaShard
+from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Copy, Device
 
@@ -34,47 +36,33 @@ MAX_DEPENDENT_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class StepLimits:
-    """Sizes that no step exceeds."""
+class CudaStepSpec:
+    """What all devices that compute a model agree on: sizes of its steps, how they compute, and the cache.
 
-    block_size: int
-    max_batch_size: int
-    max_step_tokens: int
-    max_context: int
+    CudaStepSpec(limits, CudaModes(torch.bfloat16), CudaKvFormat(16, torch.bfloat16))
+    """
+
+    limits: StepLimits
+    modes: CudaModes
+    kv: CudaKvFormat
+
+    def with_kv_scales(self, scales: Sequence[tuple[float, float]] | None) -> CudaStepSpec:
+        """Return the same with the cache's scales, which are in the model's files."""
+        return replace(self, kv=replace(self.kv, scales=scales))
 
     @property
     def max_blocks(self) -> int:
         """Number of block table columns."""
-        return -(-self.max_context // self.block_size)
+        return -(-self.limits.max_context // self.kv.block_size)
 
     @property
     def largest(self) -> StepShape:
         """The shape that needs the most memory."""
-        most = self.max_batch_size
+        limits = self.limits
         return StepShape(
-            self.max_step_tokens, most, most, most, self.max_step_tokens, num_columns=self.max_blocks
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class CudaTypes:
-    """The types and modes that a model computes with.
-
-    Attributes:
-        kv: Type of the cache; None: `dtype`.
-        kv_scales: Scales of keys and of values per layer; None: all 1.
-        prompt_attention: What computes the attention of prompts (`ops/cuda_attention.py`).
-        has_float8_products: Whether steps of many tokens are multiplied in FP8 where weights are FP8.
-        has_dependent_launches: Whether a kernel of a small step may begin before the previous one has ended.
-    """
-
-    dtype: torch.dtype = torch.bfloat16
-    kv: torch.dtype | None = None
-    kv_scales: Sequence[tuple[float, float]] | None = None
-    is_batch_invariant: bool = False
-    prompt_attention: PromptAttention = PromptAttention.PAGED
-    has_float8_products: bool = False
-    has_dependent_launches: bool = False
+            limits.max_tokens, limits.max_sequences, limits.max_rows, limits.max_sequences, limits.max_tokens,
+            num_columns=self.max_blocks,
+        )  # fmt: skip
 
 
 def graph_shapes(limits: StepLimits, *, has_mixed: bool, has_logits: bool = True) -> list[StepShape]:
@@ -83,14 +71,14 @@ def graph_shapes(limits: StepLimits, *, has_mixed: bool, has_logits: bool = True
     Each has one logits row per sequence, or none without `has_logits`. Up to 16 are for decode-only batches
     and, with `has_mixed`, up to 18 for batches that also have short prompts.
     """
-    max_size = limits.max_batch_size
+    max_size = limits.max_sequences
     decode_only = {size for size in BUCKETS if size < max_size} | {max_size}
     shapes = [StepShape(size, size, size, size, 0) for size in decode_only]
     prompts = min(MIXED_PROMPTS, (max_size + 1) // 2)
     mixed = {min(size, max_size - prompts) for size in MIXED_DECODES}
     for tokens in MIXED_TOKENS if has_mixed else ():
         for size in mixed:
-            if size + tokens <= limits.max_step_tokens:
+            if size + tokens <= limits.max_tokens:
                 rows = size + prompts
                 shapes.append(StepShape(size + tokens, rows, rows, size, tokens))
     if not has_logits:
@@ -113,7 +101,7 @@ class Graphs:
 class CudaSteps:
     """Computes the logits of steps, on fixed buffers and without waiting.
 
-        steps = CudaSteps(model, device, limits, types)
+        steps = CudaSteps(model, device, spec)
         steps.profile()
         steps.make_cache(num_blocks)
         steps.capture()
@@ -131,50 +119,47 @@ class CudaSteps:
     """
 
     def __init__(
-        self, model: Model, device: Device, limits: StepLimits, types: CudaTypes, *,
+        self, model: Model, device: Device, spec: CudaStepSpec, *,
         last_ids: Tensor | None = None, sample: Callable[[StepBuffers], None] | None = None,
         shard: CudaShard | None = None, adapters: CudaAdapterLayout | None = None, has_logits: bool = True,
     ) -> None:  # fmt: skip
-        config, largest = model.config, limits.largest
+        config, limits, modes = model.config, spec.limits, spec.modes
         torch.ops.tgi_cuda.set_dependent_launches(False)
-        self._has_dependent_launches = types.has_dependent_launches
-        self.limits = limits
+        self._limits, self._modes = limits, modes
         self._device, self._shard, self._last_ids = device, shard, last_ids
         self._sample = sample
         (num_kv_heads,) = {cache.num_kv_heads for cache in config.caches}
-        self._pool_shape = (
-            num_kv_heads, config.head_dim, limits.block_size, types.kv or types.dtype, device.device
+        self._make_pools = functools.partial(
+            make_cuda_pools, spec.kv, config.num_layers, num_kv_heads=num_kv_heads, head_dim=config.head_dim,
+            device=device.device,
         )  # fmt: skip
-        scales = types.kv_scales or [(1.0, 1.0)] * config.num_layers
-        pools = make_cuda_pools(config.num_layers, 1, *self._pool_shape)
+        scales, pools = spec.kv.scales or [(1.0, 1.0)] * config.num_layers, self._make_pools(num_blocks=1)
         self._kv = [CudaKvLayer(pool, *of_layer) for pool, of_layer in zip(pools, scales, strict=True)]
         self.program = CudaProgram(
-            record(model, self._kv), max_tokens=limits.max_step_tokens, max_sequences=limits.max_batch_size,
-            max_rows=limits.max_batch_size, max_blocks=limits.max_blocks, dtype=types.dtype,
-            device=device.device, is_batch_invariant=types.is_batch_invariant,
-            prompt_attention=types.prompt_attention,
-            has_float8_products=types.has_float8_products, shard=shard, adapters=adapters,
+            record(model, self._kv), limits, modes, max_blocks=spec.max_blocks, device=device.device,
+            shard=shard, adapters=adapters,
         )  # fmt: skip
-        self._inputs = torch.zeros(largest.sections.num_bytes, dtype=torch.uint8, device=device.device)
+        self._inputs = torch.zeros(spec.largest.sections.num_bytes, dtype=torch.uint8, device=device.device)
         # A step uploads only the columns that it has; later ones are left from earlier steps and are past
         # every sequence's end.
         self._tables = torch.zeros(
-            limits.max_batch_size, limits.max_blocks, dtype=torch.int32, device=device.device
+            limits.max_sequences, spec.max_blocks, dtype=torch.int32, device=device.device
         )
         self._shape: StepShape | None = None  # of the last step
-        self._prompt_attention = types.prompt_attention
-        has_mixed = types.prompt_attention in (PromptAttention.PAGED, PromptAttention.AUTO)
+        has_mixed = modes.prompt_attention in (PromptAttention.PAGED, PromptAttention.AUTO)
         self._shapes = graph_shapes(limits, has_mixed=has_mixed, has_logits=has_logits)
-        self._for_decodes = [self._smallest(size) for size in range(limits.max_batch_size + 1)]
+        self._for_decodes = [self._smallest(size) for size in range(limits.max_sequences + 1)]
         self._graphs: dict[tuple[int, ...], Graphs] = {}  # by `StepShape.graph`
         self._has_adapters = adapters is not None
 
     def profile(self) -> None:
         """Run a padding-only step of the largest size, so that libraries allocate the memory they need."""
-        most, tokens = self.limits.max_batch_size, self.limits.max_step_tokens
-        longest = min(tokens, self.limits.max_context)
+        most, tokens = self._limits.max_sequences, self._limits.max_tokens
+        longest = min(tokens, self._limits.max_context)
         lens = ((longest, longest),)
-        shape = StepShape(tokens, most, most, 0, tokens, self._has_adapters, prompt_lens=lens)
+        shape = StepShape(
+            tokens, most, self._limits.max_rows, 0, tokens, self._has_adapters, prompt_lens=lens
+        )
         buffers = StepBuffers.view(self._inputs, shape)
         buffers.clear()
         self._forward(buffers)
@@ -184,8 +169,7 @@ class CudaSteps:
 
     def make_cache(self, num_blocks: int) -> None:
         """Allocate the cache; must precede every capture."""
-        pools = make_cuda_pools(len(self._kv), num_blocks, *self._pool_shape)
-        for layer, pool in zip(self._kv, pools, strict=True):
+        for layer, pool in zip(self._kv, self._make_pools(num_blocks=num_blocks), strict=True):
             layer.grow(pool)
 
     def capture(self) -> None:
@@ -232,14 +216,14 @@ class CudaSteps:
     @property
     def prompts_by(self) -> str | None:
         """The library that computes the attention of prompts; None: only the native kernel does."""
-        if self._prompt_attention is PromptAttention.FLASHINFER:
-            return str(self._prompt_attention)
+        if self._modes.prompt_attention is PromptAttention.FLASHINFER:
+            return str(self._modes.prompt_attention)
         gathering = self.program.gathering
         return None if gathering is None else str(gathering.library)
 
     def _needs_lengths(self, prompts: Sequence[tuple[int, int]]) -> bool:
         """Return whether another library computes a prompt: it needs lengths, which no graph has."""
-        if self._prompt_attention is PromptAttention.FLASHINFER:
+        if self._modes.prompt_attention is PromptAttention.FLASHINFER:
             return bool(prompts)
         gathering = self.program.gathering
         return gathering is not None and any(gathering.takes(*lengths) for lengths in prompts)
@@ -269,7 +253,7 @@ class CudaSteps:
         return Graphs(functools.partial(self._forward, buffers), sample)
 
     def head(self, rows: Sequence[int] | None = None) -> None:
-        """Compute logits of at most `max_batch_size` tokens of the last step; None: its own rows."""
+        """Compute logits of at most `max_rows` tokens of the last step; None: its own rows."""
         if rows is not None:
             self.program.head(torch.tensor(rows, dtype=torch.int32, device=self._device.device))
         elif self._shape is not None and self._shape.num_rows > 0:
@@ -278,7 +262,7 @@ class CudaSteps:
     def _forward(self, buffers: StepBuffers) -> None:
         """Compute a step up to its logits; capturable, as it uses fixed buffers and never waits."""
         decodes = buffers.shape.num_decodes
-        if self._has_dependent_launches:
+        if self._modes.has_dependent_launches:
             is_small = buffers.shape.num_tokens <= MAX_DEPENDENT_TOKENS
             torch.ops.tgi_cuda.set_dependent_launches(is_small)
         if decodes > 0:

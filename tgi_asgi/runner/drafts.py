@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,11 @@ MAX_DRAFTS_PER_STEP = 64  # over all rows: each draft needs a row of logits
 def max_drafts_per_row(how: Speculation | None) -> int:
     """Return the maximum number of drafts per row."""
     return 0 if how is None else min(how.num_tokens, MAX_DRAFTS_PER_STEP)
+
+
+def with_drafts(limits: ops.StepLimits, how: Speculation | None) -> ops.StepLimits:
+    """Return the limits of a CPU's program: each draft that a step may have needs a row of logits."""
+    return limits if how is None else replace(limits, max_rows=limits.max_rows + MAX_DRAFTS_PER_STEP)
 
 
 def speculation_of(

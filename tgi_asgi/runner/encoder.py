@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 class EncoderRunner:
     """A `Runner` for prompts that are computed whole.
 
-        runner = EncoderRunner(model, kv_size, max_batch_size=128, max_step_tokens=4096, max_context=512)
+        runner = EncoderRunner(model, kv_size, limits)
         result = await runner.submit(StepPlan(0, rows))
 
     Args:
-        max_step_tokens: Maximum number of tokens per step; raised to `max_context` so that the longest prompt
-            fits one step.
+        limits: Sizes of the steps; `max_tokens` is raised to `max_context`, so that the longest prompt fits
+            one step.
         dense: Dense layers applied to pooled vectors.
         device: Guard of the GPU that computes, if it is not the CPU.
 
@@ -47,10 +47,8 @@ class EncoderRunner:
         self,
         model: EncoderModel,
         kv_size: KvSize,
+        limits: ops.StepLimits,
         *,
-        max_batch_size: int,
-        max_step_tokens: int,
-        max_context: int,
         dense: Sequence[Dense] = (),
         device: StepGuard | None = None,
     ) -> None:
@@ -58,17 +56,18 @@ class EncoderRunner:
         self.traits = RunnerTraits(
             num_blocks=kv_size.num_blocks,
             block_size=kv_size.block_size,
-            max_batch_size=max_batch_size,
-            max_step_tokens=max(max_step_tokens, max_context),
+            max_batch_size=limits.max_sequences,
+            max_step_tokens=max(limits.max_tokens, limits.max_context),
             num_kept_states=0,
             takes_whole_prompts=True,
         )
-        self.max_context = max_context
+        self.max_context = limits.max_context
         self._vocab_size = model.config.vocab_size
         self._dense = dense
         self._program = model.program(
-            max_tokens=self.traits.max_step_tokens, max_rows=max_batch_size, max_context=max_context
-        )
+            max_tokens=self.traits.max_step_tokens, max_rows=limits.max_sequences,
+            max_context=limits.max_context,
+        )  # fmt: skip
         self._handoff = StepHandoff()
         self._thread = self._handoff.start(self.run)
 

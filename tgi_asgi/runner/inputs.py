@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.ops import FlatRows, PlanError, RowLimits, flatten_rows
@@ -80,8 +80,8 @@ class StepInputs:
     def fill(
         self,
         rows: Sequence[StepRow],
-        last_ids: npt.NDArray[Any],
-        positions: npt.NDArray[Any] | None = None,
+        last_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int64] | None = None,
         drafts: Sequence[Sequence[int]] = (),
     ) -> FlatRows:
         """Return the rows as arrays; a row without token ids uses its slot's entry of `last_ids` [n_slots].

@@ -64,6 +64,21 @@ class KvSize:
         return max(num_sequences * longest, self.num_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class CacheSizes:
+    """Sizes of what a runner keeps from one step to the next.
+
+    Attributes:
+        kv: Size of the block pool.
+        num_kept_states: Number of recurrent states to keep, besides those of running sequences.
+        image_bytes: Bytes of encoded images.
+    """
+
+    kv: KvSize
+    num_kept_states: int = 0
+    image_bytes: int = 0
+
+
 def groups_of(config: ServedConfig, kv_dtype: ops.KvDtype) -> CacheGroups:
     """Return which of a model's layers share block tables on a CPU."""
     sizes = [ops.kv_bytes_per_token(cache, kv_dtype) for cache in config.caches]
@@ -171,6 +186,14 @@ def refusal(size: KvSize) -> ModelLoadError:
 def step_tokens(settings: Settings) -> int:
     """Return the maximum number of tokens in a step, on a CPU or a GPU."""
     return settings.max_batch_prefill_tokens + settings.max_batch_size
+
+
+def limits_of(settings: Settings, max_context: int) -> ops.StepLimits:
+    """Return the sizes that no step exceeds, with a row of logits per sequence."""
+    batch = settings.max_batch_size
+    return ops.StepLimits(
+        max_tokens=step_tokens(settings), max_sequences=batch, max_rows=batch, max_context=max_context
+    )
 
 
 def choose_cpu_dtype(config: ServedConfig, settings: Settings, *, is_exact: bool) -> ops.KvDtype:

@@ -14,7 +14,6 @@ from tgi_asgi.models.family import Model, record
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.runner.groups import CacheGroups
 from tgi_asgi.runner.kv import EAGER_BYTES, KvSize, refusal
-from tgi_asgi.runner.plan import DraftLimits
 
 if TYPE_CHECKING:
     from tgi_asgi.models.generic.backend import Pool
@@ -99,26 +98,23 @@ def make_states(
 
 
 def make_program(
-    model: Model | GenericModel, caches: Sequence[Any], *, max_batch_size: int, max_step_tokens: int,
-    max_context: int, image_cache: int = 0, drafts: DraftLimits | None = None, num_kept_states: int = 0,
-    adapters: ops.AdapterLayout | None = None, shard: ops.Shard | None = None,
+    model: Model | GenericModel, caches: Sequence[Any], limits: ops.StepLimits, *, image_cache: int = 0,
+    num_drafts: int = 0, num_kept_states: int = 0, adapters: ops.AdapterLayout | None = None,
+    shard: ops.Shard | None = None,
 ) -> Program:  # fmt: skip
     """Create the program that runs a model's steps over its layers' caches.
 
     Args:
-        drafts: Limits of drafts; they get rows of logits in addition to the batch's.
+        image_cache: Bytes of encoded images to keep.
+        num_drafts: Maximum number of drafts per row; each needs a state. `limits` has their rows of logits.
         num_kept_states: Number of kept states, in addition to those of running sequences.
         adapters: Layout of the adapters that rows may have.
         shard: The shard whose part of the model this is, if the model is split.
     """
     if model.kind == "generic":
-        return model.program(caches, max_context, image_cache, adapters)
-    per_row, per_step = (drafts.per_row, drafts.per_step) if drafts is not None else (0, 0)
-    states = make_states(model.config, max_batch_size, num_kept_states, per_row)
-    return ops.CpuProgram(
-        record(model, caches, states), max_tokens=max_step_tokens, max_sequences=max_batch_size,
-        max_rows=max_batch_size + per_step, max_context=max_context, adapters=adapters, shard=shard,
-    )  # fmt: skip
+        return model.program(caches, limits.max_context, image_cache, adapters)
+    states = make_states(model.config, limits.max_sequences, num_kept_states, num_drafts)
+    return ops.CpuProgram(record(model, caches, states), limits, adapters=adapters, shard=shard)
 
 
 def module_program(program: Program, model: Model | GenericModel) -> ModuleProgram | None:

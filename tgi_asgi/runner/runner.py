@@ -17,10 +17,10 @@ import numpy.typing as npt
 from tgi_asgi import ops
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.pooling import Dense
-from tgi_asgi.runner.drafts import SlotDrafts
+from tgi_asgi.runner.drafts import SlotDrafts, max_drafts_per_row, with_drafts
 from tgi_asgi.runner.handoff import StepHandoff
 from tgi_asgi.runner.inputs import StepInputs
-from tgi_asgi.runner.kv import KvSize, groups_of, one_group
+from tgi_asgi.runner.kv import CacheSizes, groups_of, one_group
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult
 from tgi_asgi.runner.pooling import Pooler
@@ -39,14 +39,15 @@ if TYPE_CHECKING:
 class HostRunner:
     """A `Runner` that lays out and samples on the host, and computes on the CPU's team or as a GPU's module.
 
-        runner = HostRunner(model, kv_size, max_batch_size=128, max_step_tokens=4096, max_context=8192)
+        runner = HostRunner(model, CacheSizes(kv_size), limits)
         result = await runner.submit(StepPlan(0, rows))
 
     Args:
+        sizes: Sizes of what is kept between steps.
+        limits: Sizes of the steps; drafts get rows of logits besides.
         dense: Dense layers applied to pooled vectors.
         has_prompt_arithmetic: Whether the weights are packed so that prompts use another arithmetic.
         speculation: How to draft tokens; None: each row samples one.
-        num_kept_states: Number of recurrent states to keep, for models with recurrent layers.
         adapters: Layout of the adapters that rows may have.
         shards: The other shards, if the model is split.
         device: Guard of the GPU that computes, if it is not the CPU.
@@ -59,36 +60,29 @@ class HostRunner:
     def __init__(
         self,
         model: Model | GenericModel,
-        kv_size: KvSize,
+        sizes: CacheSizes,
+        limits: ops.StepLimits,
         *,
-        max_batch_size: int,
-        max_step_tokens: int,
-        max_context: int,
-        image_cache: int = 0,
         dense: Sequence[Dense] = (),
         has_prompt_arithmetic: bool = False,
         speculation: Speculation | None = None,
-        num_kept_states: int = 0,
         adapters: ops.AdapterLayout | None = None,
         shards: Shards | None = None,
         device: StepGuard | None = None,
     ) -> None:
-        config = model.config
-        self.max_context = max_context
+        config, kv_size, max_batch_size = model.config, sizes.kv, limits.max_sequences
+        self.max_context = limits.max_context
         self._device = device
         groups = groups_of(config, kv_size.dtype) if device is None else one_group(config, kv_size)
         self._kv_pool = make_pool(model, kv_size, groups, is_on_gpu=device is not None)
         self._drafts = None if speculation is None else SlotDrafts(speculation, max_batch_size)
-        draft_limits = None if self._drafts is None else self._drafts.limits
         self._program = make_program(
             model,
             [] if self._kv_pool is None else self._kv_pool.layers,
-            max_batch_size=max_batch_size,
-            max_step_tokens=max_step_tokens,
-            max_context=max_context,
-            image_cache=image_cache,
-            drafts=draft_limits,
-            num_kept_states=num_kept_states,
+            with_drafts(limits, speculation),
+            image_cache=sizes.image_bytes,
+            num_drafts=max_drafts_per_row(speculation),
+            num_kept_states=sizes.num_kept_states,
             adapters=adapters,
             shard=None if shards is None else shards.shard,
         )
@@ -103,16 +97,16 @@ class HostRunner:
             num_blocks=kv_size.num_blocks,
             block_size=kv_size.block_size,
             max_batch_size=max_batch_size,
-            max_step_tokens=max_step_tokens,
+            max_step_tokens=limits.max_tokens,
             num_eager_blocks=None if device is not None else kv_size.num_eager_blocks,
             min_chunk=0 if device is None else device.min_chunk,
-            num_kept_states=num_kept_states if config.has_states else None,
+            num_kept_states=sizes.num_kept_states if config.has_states else None,
             vision=None if self._vision_program is None else self._vision_program.bidirectional,
             has_prompt_arithmetic=has_prompt_arithmetic,
-            drafts=draft_limits,
+            drafts=None if self._drafts is None else self._drafts.limits,
             windows=groups.windows,
         )
-        self._inputs = StepInputs.of(self.traits, config.vocab_size, max_context)
+        self._inputs = StepInputs.of(self.traits, config.vocab_size, limits.max_context)
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
         self._masks = SlotMasks(config.vocab_size)
         self._scorer = PromptScorer(

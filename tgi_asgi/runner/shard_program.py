@@ -12,10 +12,9 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.shard import ModelCut
-from tgi_asgi.runner.drafts import MAX_DRAFTS_PER_STEP, max_drafts_per_row
+from tgi_asgi.runner.drafts import max_drafts_per_row
 from tgi_asgi.runner.kv import KvSize, groups_of
 from tgi_asgi.runner.load_by_team import load_by_team
-from tgi_asgi.runner.plan import DraftLimits
 from tgi_asgi.runner.programs import make_cpu_pool, make_program
 from tgi_asgi.settings import Settings
 
@@ -29,7 +28,6 @@ class CpuShardJob:
     cut: ModelCut
     packing: ops.Packing
     kv_size: KvSize
-    max_context: int  # tokens in a sequence
     memory: ops.ShardMemory
     descriptor: int  # of that memory
 
@@ -54,7 +52,7 @@ def load_program(job: CpuShardJob) -> ops.NativeProgram:
     Raises:
         ModelLoadError: if a tensor is missing or does not fit.
     """
-    settings, cut, how = job.settings, job.cut, job.settings.speculation
+    settings, cut = job.settings, job.cut
     # While the process may still use the cores of all shards: the group compares their number with that of
     # all threads, and yields early if there are fewer.
     group = job.memory.open(job.descriptor, cut.rank)
@@ -63,18 +61,17 @@ def load_program(job: CpuShardJob) -> ops.NativeProgram:
     ops.configure_threads(
         num_threads, nice=settings.thread_nice, pin=num_threads == num_cores, num_shards=cut.count
     )
+    limits = job.memory.limits
     with OpenModel(job.files, model_impl=settings.model_impl, rope=settings.given_rope) as opened:
         opened.use_cut(cut)
-        model = load_by_team(opened, job.packing, job.max_context, opened.weights)
+        model = load_by_team(opened, job.packing, limits.max_context, opened.weights)
     pool = make_cpu_pool(opened.config, job.kv_size, groups_of(opened.config, job.kv_size.dtype))
     assert pool is not None and isinstance(model, Decoder)
     program = make_program(
         model,
         pool.layers,
-        max_batch_size=settings.max_batch_size,
-        max_step_tokens=job.memory.max_tokens,
-        max_context=job.max_context,
-        drafts=None if how is None else DraftLimits(max_drafts_per_row(how), MAX_DRAFTS_PER_STEP),
+        limits,
+        num_drafts=max_drafts_per_row(settings.speculation),
         shard=ops.Shard(group, cut.vocab_ids.start),
     )
     ops.join_threads()

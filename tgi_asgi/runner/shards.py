@@ -21,8 +21,8 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.shard import ModelCut
-from tgi_asgi.runner.drafts import MAX_DRAFTS_PER_STEP
-from tgi_asgi.runner.kv import KvSize, step_tokens
+from tgi_asgi.runner.drafts import with_drafts
+from tgi_asgi.runner.kv import KvSize, limits_of
 from tgi_asgi.runner.shard_processes import ShardProcesses
 from tgi_asgi.runner.shard_program import CpuShardJob
 from tgi_asgi.settings import Settings
@@ -63,20 +63,17 @@ def jobs_of(
     Raises:
         ModelLoadError: if the system cannot create shared memory.
     """
-    drafts = 0 if settings.speculation is None else MAX_DRAFTS_PER_STEP
     memory = ops.ShardMemory(
         count=len(cuts), num_threads=ops.num_threads(), num_columns=config.hidden_size,
-        max_tokens=step_tokens(settings), max_sequences=settings.max_batch_size,
-        max_rows=settings.max_batch_size + drafts, vocab_size=config.vocab_size,
-        num_groups=len(kv_size.windows), table_width=-(-max_context // kv_size.block_size),
+        limits=with_drafts(limits_of(settings, max_context), settings.speculation),
+        vocab_size=config.vocab_size, num_groups=len(kv_size.windows),
+        table_width=-(-max_context // kv_size.block_size),
     )  # fmt: skip
     try:
         descriptor = memory.create()
     except (OSError, AttributeError) as error:  # AttributeError: no memfd, as on macOS
         raise _no_memory(error) from error
-    return [
-        CpuShardJob(files, settings, cut, packing, kv_size, max_context, memory, descriptor) for cut in cuts
-    ]
+    return [CpuShardJob(files, settings, cut, packing, kv_size, memory, descriptor) for cut in cuts]
 
 
 class Shards:

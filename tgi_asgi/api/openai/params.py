@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tgi_asgi.api.call import Constraint, Conversation, Job, Text
 from tgi_asgi.api.limits import MAX_IDS, Limits, Overflow, check_stops
@@ -99,7 +99,7 @@ def job_of(
         prompt=prompt,
         sampling=sampling(info, info.sampling, logprobs=logprobs, **given),
         overflow=overflow_of(settings),
-        keep_tokens=request.truncate_prompt_tokens,
+        keep_tokens="fitting" if request.truncate_prompt_tokens == -1 else request.truncate_prompt_tokens,
         min_tokens=request.min_tokens or 0,
         ignore_eos=bool(request.ignore_eos),
         stop_token_ids=frozenset(request.stop_token_ids or ()),
@@ -132,10 +132,11 @@ def overflow_of(settings: Settings) -> Overflow:
     return Overflow.CLIPPED if settings.clip_max_tokens else Overflow.REFUSED
 
 
-def thinking_budget(request: TextRequest) -> int | None:
+def thinking_budget(request: TextRequest) -> int | Literal["any"] | None:
     """Return the largest number of reasoning tokens, if the request has one."""
-    given = (getattr(request, name) for name in THINKING_BUDGETS)
-    return next((value for value in given if value is not None), None)
+    every = (getattr(request, name) for name in THINKING_BUDGETS)
+    given: int | None = next((value for value in every if value is not None), None)
+    return "any" if given == -1 else given
 
 
 def constraint_of(request: CommonRequest) -> Constraint | None:

@@ -287,9 +287,11 @@ def _run(model: Model, ids: Any) -> Tensor:
     num_blocks = -(-len(ids) // _BLOCK)
     pool = ops.KvPool(config.caches, num_blocks=num_blocks, block_size=_BLOCK, dtype="float32")
     program = ops.CpuProgram(
-        record(model, pool.layers), max_tokens=len(ids), max_sequences=1, max_rows=len(ids),
-        max_context=num_blocks * _BLOCK,
-    )  # fmt: skip
+        record(model, pool.layers),
+        ops.StepLimits(
+            max_tokens=len(ids), max_sequences=1, max_rows=len(ids), max_context=num_blocks * _BLOCK
+        ),
+    )
     positions = np.arange(len(ids))
     batch = ops.FlatRows(
         ids=ids, positions=positions, slots=positions, query_start=[0, len(ids)], context_len=[len(ids)],

@@ -71,11 +71,31 @@ _GEMMA3N_NAMES = {
 
 
 def read_gemma4(reader: Reader, file: GgufFile) -> dict[str, Any]:
-    """Return Gemma 4's configuration; layers without a window have heads of their own shape."""
+    """Return Gemma 4's configuration."""
     config = _read_common(reader)
     kinds = config["layer_types"]
     num_shared = reader.integer("attention.shared_kv_layers", 0)
     _check_shared(num_shared, kinds)
+    num_own = len(kinds) - num_shared
+    config["rope_parameters"]["full_attention"] |= {
+        "rope_type": "proportional",
+        "partial_rotary_factor": _turned_share(file),
+    }
+    return {
+        **config,
+        "model_type": "gemma4_text",
+        "architectures": ["Gemma4ForCausalLM"],
+        "num_kv_shared_layers": num_shared,
+        "hidden_size_per_layer_input": reader.integer("embedding_length_per_layer_input", 0),
+        **_gemma4_heads(reader, kinds),
+        "attention_k_eq_v": _keys_are_values(reader, kinds[:num_own]),
+        **_gemma4_mlp(reader, num_own, len(kinds)),
+        **_gemma4_experts(reader),
+    }
+
+
+def _gemma4_heads(reader: Reader, kinds: list[str]) -> dict[str, Any]:
+    """Return the shapes of heads: layers without a window have one of their own."""
     num_kv_heads = _by_kind(reader, "num_key_value_heads", kinds)
     head_dims = {
         "sliding_attention": reader.positive("attention.key_length_swa", MAX_SIZE),
@@ -91,20 +111,7 @@ def read_gemma4(reader: Reader, file: GgufFile) -> dict[str, Any]:
         "full_attention": reader.integer("rope.dimension_count", head_dims["full_attention"]),
     }
     check(turned == head_dims, f"rope.dimension_count must be that of a head, {head_dims}, got {turned}")
-    first_shared = len(kinds) - num_shared
-    full = [index for index in range(first_shared) if kinds[index] == "full_attention"]
-    has_values = {f"blk.{index}.attn_v.weight" in reader.tensors for index in full}
-    check(len(has_values) < 2, "only some of the layers without a window have values of their own")
-    sizes = per_layer(reader, "intermediate_size", len(kinds))
-    is_double = num_shared > 0 and sizes[-1] == 2 * sizes[0]
-    wanted = [sizes[0] * (1 + (is_double and index >= first_shared)) for index in range(len(kinds))]
-    check(sizes == wanted, "feed_forward_length must be one size, or double where keys are shared")
-    num_experts = reader.integer("num_experts", 0)
-    config |= {
-        "model_type": "gemma4_text",
-        "architectures": ["Gemma4ForCausalLM"],
-        "intermediate_size": sizes[0],
-        "use_double_wide_mlp": is_double,
+    return {
         "num_key_value_heads": num_kv_heads["sliding_attention"],
         "head_dim": head_dims["sliding_attention"],
         "per_layer_config": {
@@ -112,22 +119,37 @@ def read_gemma4(reader: Reader, file: GgufFile) -> dict[str, Any]:
             for index, kind in enumerate(kinds)
             if kind == "full_attention"
         },
-        "num_kv_shared_layers": num_shared,
-        "attention_k_eq_v": has_values == {False},
-        "hidden_size_per_layer_input": reader.integer("embedding_length_per_layer_input", 0),
-        "enable_moe_block": num_experts > 0,
     }
-    if num_experts:
-        config |= {
-            "num_experts": reader.positive("num_experts", MAX_SIZE),
-            "top_k_experts": reader.positive("num_experts_per_tok", num_experts),
-            "moe_intermediate_size": reader.positive("moe_intermediate_size", MAX_SIZE),
-        }
-    config["rope_parameters"]["full_attention"] |= {
-        "rope_type": "proportional",
-        "partial_rotary_factor": _turned_share(file),
+
+
+def _keys_are_values(reader: Reader, own_kinds: list[str]) -> bool:
+    """Return whether layers without a window use keys as values, given the kinds of layers that have keys."""
+    full = [index for index, kind in enumerate(own_kinds) if kind == "full_attention"]
+    has_values = {f"blk.{index}.attn_v.weight" in reader.tensors for index in full}
+    check(len(has_values) < 2, "only some of the layers without a window have values of their own")
+    return has_values == {False}
+
+
+def _gemma4_mlp(reader: Reader, num_own: int, num_layers: int) -> dict[str, Any]:
+    """Return the size of the MLPs: one, or double that in the layers after the `num_own` with own keys."""
+    sizes = per_layer(reader, "intermediate_size", num_layers)
+    is_double = num_own < num_layers and sizes[-1] == 2 * sizes[0]
+    wanted = [sizes[0] * (1 + (is_double and index >= num_own)) for index in range(num_layers)]
+    check(sizes == wanted, "feed_forward_length must be one size, or double where keys are shared")
+    return {"intermediate_size": sizes[0], "use_double_wide_mlp": is_double}
+
+
+def _gemma4_experts(reader: Reader) -> dict[str, Any]:
+    """Return the experts beside the MLPs, if there are any."""
+    num_experts = reader.integer("num_experts", 0)
+    if not num_experts:
+        return {"enable_moe_block": False}
+    return {
+        "enable_moe_block": True,
+        "num_experts": reader.positive("num_experts", MAX_SIZE),
+        "top_k_experts": reader.positive("num_experts_per_tok", num_experts),
+        "moe_intermediate_size": reader.positive("moe_intermediate_size", MAX_SIZE),
     }
-    return config
 
 
 def read_gemma3n(reader: Reader, file: GgufFile) -> dict[str, Any]:
