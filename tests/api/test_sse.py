@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -146,6 +148,33 @@ async def test_a_disconnect_before_the_first_token_cancels_too(steps: Steps) -> 
         await ended(task)
         assert engine.channels[0].is_cancelled
         assert call.sent == []
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_request_that_a_client_left_needs_no_collector_to_be_freed(
+    steps: Steps, stream: bool, has_begun: bool
+) -> None:
+    """Its pixels, for example."""
+    call, engine, exchanges = chat(stream=stream), ScriptedEngine(steps.script), []
+    app = scripted_app(engine)
+    app.observers.append(lambda exchange, _: exchanges.append(weakref.ref(exchange)))
+    gc.disable()
+    try:
+        task = asyncio.create_task(send(app, call))
+        await submitted(engine)
+        if has_begun:
+            await steps.deliver(token("a"))
+        call.gone.set()
+        await ended(task)
+        (channel,) = engine.channels
+        channel._sink = None  # the script, which was cancelled, keeps the channel
+        engine.channels.clear()
+        for _ in range(3):  # let the task that watches for a disconnect end
+            await asyncio.sleep(0)
+        assert [exchange() for exchange in exchanges] == [None]
+    finally:
+        gc.enable()
 
 
 async def test_a_blocked_reader_gets_what_waited_in_one_merged_send(steps: Steps) -> None:

@@ -110,6 +110,7 @@ class EventStream:
             pass
         finally:
             self._is_over = True
+            self._end = None  # once raised, its frames refer to this stream
             exchange.cancel_channels()
             watch.cancel()
 
