@@ -50,11 +50,11 @@ class Sequence:
 
     __slots__ = (
         "adapter", "arrival_s", "chain", "choice", "copy_sources", "epoch", "followers", "images",
-        "is_prefilling",
-        "leader", "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed", "num_encoded_images",
-        "num_freed", "num_pending", "num_registered", "num_restarts", "num_reused", "num_settled", "owner",
-        "pooling", "prompt_len", "reasoning", "recurrent", "request", "slot", "stage", "starts_slot",
-        "stop_ids", "tables", "tenant", "token_ids", "urgency", "wants_prompt_logprobs", "watch",
+        "is_prefilling", "leader", "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed",
+        "num_encoded_images", "num_freed", "num_pending", "num_registered", "num_restarts", "num_reused",
+        "num_settled", "owner", "pooling", "prompt_len", "reasoning", "recurrent", "request", "slot", "stage",
+        "starts_slot", "stop_ids", "tables", "tenant", "token_ids", "urgency", "wants_prompt_logprobs",
+        "watch",
     )  # fmt: skip
 
     def __init__(
@@ -73,8 +73,8 @@ class Sequence:
         stop = request.stop
         self.request = request
         self.adapter = None if request.adapter is None else request.adapter.weights
-        # Of its own: the runner keeps what it makes of an image for as long as the object exists. The request
-        # may exist until a garbage collection, if its client has disconnected.
+        # Of its own: the runner keeps what it makes of an image for as long as the object exists, and the
+        # request exists for as long as its client reads the answer.
         self.images = tuple(map(copy.copy, request.images))
         self.choice = choice
         self.arrival_s = arrival_s
