@@ -113,11 +113,11 @@ def decode_bfloat16(data: npt.NDArray[np.uint8], format: str, columns: int) -> n
     """Return the bits of a file's rows rounded to bfloat16, [rows, columns]."""
 
 def decode_halves(
-    data: npt.NDArray[np.uint8], format: str, columns: int, order: npt.NDArray[np.int64]
+    data: npt.NDArray[np.uint8], format: str, columns: int, places: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.uint16] | None:
-    """Return the bits of a file's rows rounded to float16, [rows, columns], column i at order[i].
+    """Return the bits of a file's rows rounded to float16, [rows, columns], column i at places[i].
 
-    None if one is not finite.
+    None if one is not finite. `places` must be a permutation.
     """
 
 def quantise(data: npt.NDArray[np.uint8], format: str, columns: int, to: str) -> npt.NDArray[np.uint8]:
@@ -146,7 +146,7 @@ def unpacked_stream(words: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.u
     """Unpack a stream of codes in each row of words [n, m], lowest bits first: [n, m * 32 / bits]."""
 
 def reordered_nibbles(codes: npt.NDArray[np.uint8], order: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    """Return nibbles [rows, columns / 2], the first of two in the low half, in this order of columns."""
+    """Return nibbles [rows, columns / 2], the first of two in the low half: column i is that at order[i]."""
 
 def dequantise(
     codes: npt.NDArray[np.uint8], bits: int, scales: npt.NDArray[np.float32], zeros: npt.NDArray[np.uint8],

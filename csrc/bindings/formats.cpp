@@ -87,14 +87,14 @@ Array<uint16_t> decode_bfloat16(const Bytes& data, const std::string& format_nam
 }
 
 std::optional<Array<uint16_t>> decode_halves(const Bytes& data, const std::string& format_name,
-                                             int64_t columns, const Array<int64_t>& order) {
+                                             int64_t columns, const Array<int64_t>& places) {
   const step::Format format = format_of(format_name);
   const int64_t num_rows = count_rows(data, format, columns);
-  check_shape(order, "order", {columns});
-  check_range(order.data(), columns, columns, "order");
+  check_shape(places, "places", {columns});
+  check_range(places.data(), columns, columns, "places");
   Array<uint16_t> out({num_rows, columns});
   uint16_t* const to = out.mutable_data();
-  const int64_t* const places = order.data();
+  const int64_t* const at = places.data();
   std::atomic<bool> is_finite = true;
   each_row(data, num_rows, columns, [&](int64_t row, const uint8_t* bytes) {
     std::vector<float> values(static_cast<size_t>(columns));
@@ -105,7 +105,7 @@ std::optional<Array<uint16_t>> decode_halves(const Bytes& data, const std::strin
     for (int64_t c = 0; c < columns; ++c) {
       const uint16_t half = halves[static_cast<size_t>(c)];
       largest = std::max(largest, half & 0x7FFF);
-      to[row * columns + places[c]] = half;
+      to[row * columns + at[c]] = half;
     }
     if (largest >= 0x7C00) is_finite = false;
   });
@@ -219,9 +219,9 @@ void bind_formats(py::module_& module) {
              "Return the bits of a file's rows rounded to bfloat16, uint16 [rows, columns].");
   module.def(
       "decode_halves", &decode_halves, py::arg("data").noconvert(), py::arg("format"),
-      py::arg("columns"), py::arg("order").noconvert(),
+      py::arg("columns"), py::arg("places").noconvert(),
       "Return the bits of a file's rows rounded to float16, uint16 [rows, columns], column i "
-      "at order[i]; None if one is not finite.");
+      "at places[i]; None if one is not finite. `places` must be a permutation.");
   module.def("quantise", &quantise, py::arg("data").noconvert(), py::arg("format"),
              py::arg("columns"), py::arg("to"),
              "Quantise a file's rows to Q8_0 or Q4_0; return the bytes of their blocks.");

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kLineWords = 16;  // 32-bit words in a cache line
 
-// The row, among eight, of each nibble of a word, the lowest first.
+// The row, among eight, of each nibble of a word, the lowest first; also known to formats/codes.py.
 constexpr int64_t kAwqRows[8] = {0, 2, 4, 6, 1, 3, 5, 7};
 
 uint32_t read_word(const uint8_t* words, int64_t at) {

@@ -285,7 +285,7 @@ async def test_in_native_prompts_only_listed_hosts_are_fetched_from() -> None:
 async def test_the_administrator_s_hosts_may_be_listed_with_commas() -> None:
     app, _ = vision_app(
         ScriptedEngine(has_vision=True),
-        Settings(allowed_media_domains=("A.example, b.example,", "c.example")),
+        Settings(allowed_media_domains=(" ,A.example, ,b.example,,", "c.example")),
     )
     takes = app.context.fetcher.allows_host_of
     assert all(map(takes, ("http://a.example/", "https://b.example", "http://C.EXAMPLE:80/x")))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import threading
 import tracemalloc
 
 import numpy as np
 import pytest
 
 from tests.support.gguf_blocks import DECODED, random_matrix
-from tgi_asgi import ops
-from tgi_asgi.formats.gguf_decoded import BY_NAME
+from tgi_asgi import _C, ops
+from tgi_asgi.formats.codes import Bytes, Floats
+from tgi_asgi.formats.gguf_decoded import BY_NAME, Decoded
 from tgi_asgi.ops.sources import decode
 
 ROUNDING = {"Q4_0": 0.0, "F32": 2**-23, "Q8_0": 2**-11}  # of one weight: Q8_0's scale is a float16
@@ -38,6 +42,24 @@ def test_many_blocks_are_decoded_part_by_part() -> None:
     whole = BY_NAME["TQ2_0"].convert(matrix.data.reshape(-1))
     rows = [BY_NAME["TQ2_0"].convert(row) for row in matrix.data]
     assert np.array_equal(whole, np.concatenate(rows))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads have no affinity on this system")
+def test_blocks_are_decoded_on_all_cores_by_a_thread_that_stays_on_one() -> None:
+    kind, seen = BY_NAME["TQ2_0"], list[set[int]]()
+
+    def decoded(blocks: Bytes) -> Decoded | Floats:
+        seen.append(os.sched_getaffinity(0))
+        return kind.decode(blocks)
+
+    def convert_on_one_core() -> None:
+        os.sched_setaffinity(0, _C.usable_cores()[:1])
+        dataclasses.replace(kind, decode=decoded).convert(np.zeros(66 * 10_000, np.uint8))
+
+    thread = threading.Thread(target=convert_on_one_core)
+    thread.start()
+    thread.join()
+    assert seen == [set(_C.usable_cores())] * 3
 
 
 def test_decoding_holds_the_result_once() -> None:

@@ -23,7 +23,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.config_file import read_config_file
 from tgi_asgi.formats.quantised import Quantisation
-from tgi_asgi.formats.small_floats import TableState, decode_table
+from tgi_asgi.formats.small_floats import TableState, decode_fp4, decode_table
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.ops.sources import decode
 
@@ -135,6 +135,11 @@ def test_damaged_states_of_bitsandbytes_are_refused(tmp_path: Path) -> None:
         tensors[name] = torch.frombuffer(bytearray(change), dtype=torch.uint8)
         with pytest.raises(ModelLoadError, match=words):
             read(tmp_path, tensors, values.shape, BITSANDBYTES)
+
+
+def test_four_bit_floats_without_columns_are_refused() -> None:
+    with pytest.raises(ModelLoadError, match="do not fit 2 rows of 0 columns"):
+        decode_fp4(np.empty((2, 0), np.uint8), np.ones((2, 1), np.float32))
 
 
 def test_a_block_larger_than_its_matrix_takes_no_more_memory() -> None:

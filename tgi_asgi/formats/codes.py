@@ -22,7 +22,8 @@ Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
-_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of eight rows: the nibble of AutoAWQ's word, the lowest first
+# The nibble of each of eight rows in AutoAWQ's words, the lowest first: the inverse of `kAwqRows`.
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 # Widths of GPTQ's codes. GPTQModel also writes 5 to 7, in a layout of its own (planes of bits).
 GPTQ_BITS = (2, 3, 4, 8)
 

@@ -9,6 +9,7 @@ Used by `models/loading/gguf.py`; knows neither torch nor files. Source: ggml-qu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from tgi_asgi.formats.codes import Bytes, Floats
 from tgi_asgi.formats.gguf_grids import grid
 from tgi_asgi.formats.small_floats import decode_e4m3, decode_fp4
 
-_CHUNK_BLOCKS = 1 << 12  # a million weights: with the number of threads, bounds the temporary arrays
-_MAX_THREADS = 16
+_CHUNK_BLOCKS = 1 << 12  # a million weights: bounds the temporary arrays of a thread
+_MAX_THREADS = 16  # bounds the temporary arrays, too
 _HELD_BYTES = {"Q4_0": 18, "Q8_0": 34, "F32": 128}  # of 32 columns
 
 Decoded = tuple[Floats, npt.NDArray[np.int8]]  # scales [n, m], codes [n, m, columns of a scale]
@@ -53,10 +54,16 @@ class DecodedType:
             out[chunk] = _held(self.decode(np.ascontiguousarray(blocks[chunk])), self.held)
 
         # numpy computes without the GIL.
-        with ThreadPoolExecutor(min(_C.default_num_threads(), _MAX_THREADS)) as threads:
+        with ThreadPoolExecutor(min(_C.num_threads(), _MAX_THREADS), initializer=_use_all_cores) as threads:
             for _ in threads.map(convert_from, range(0, len(blocks), _CHUNK_BLOCKS)):
                 pass
         return out.reshape(-1)
+
+
+def _use_all_cores() -> None:
+    """Undo what this thread inherits from the one that loads, which stays on one core."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, _C.usable_cores())
 
 
 def _held(decoded: Decoded | Floats, held: str) -> Bytes:

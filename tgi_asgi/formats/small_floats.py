@@ -91,7 +91,10 @@ def decode_fp4(packed: Bytes, scales: Floats) -> Floats:
     """Return weights of nibbles [rows, columns / 2], the low half first, and scales [rows, num_groups]."""
     rows, columns = packed.shape[0], packed.shape[1] * 2
     check(
-        scales.ndim == 2 and scales.shape[0] == rows and scales.size > 0 and columns % scales.shape[1] == 0,
+        scales.ndim == 2
+        and scales.shape[0] == rows
+        and min(columns, scales.size) > 0
+        and columns % scales.shape[1] == 0,
         f"scales of shape {scales.shape} do not fit {rows} rows of {columns} columns",
     )
     run = columns // scales.shape[1]

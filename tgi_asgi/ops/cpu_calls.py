@@ -130,25 +130,25 @@ class CpuCalls:
     def _qkv(self, call: calls.Qkv) -> None:
         weight, made = call.weight, _made(call.weight.made, PackedQkv)
         layer = _layer_of(call.cache)
-        shape = weight.heads
-        out = self.buffers.query(call.out, layer.pool, shape.num_heads)
+        heads = weight.heads
+        out = self.buffers.query(call.out, layer.pool, heads.num_heads)
         scale = self._liveness.query_scale(call.out)
-        cosines, sines = self._table(call.rope, shape.head_dim, shape.rotary_dim)
+        cosines, sines = self._table(call.rope, heads.head_dim, heads.rotary_dim)
         norms = weight.norms
-        heads = _C.Heads(
-            pool=layer.pool.native, layer=layer.index, num_heads=shape.num_heads, true_dim=shape.head_dim,
+        native = _C.Heads(
+            pool=layer.pool.native, layer=layer.index, num_heads=heads.num_heads, true_dim=heads.head_dim,
             scale=scale, cosines=cosines, sines=sines, norms=made.norms, clip=call.clip or 0.0,
             query_scales=call.query_scales,
         )  # fmt: skip
         products = [self._product(call.a, part) for part in made.parts]
         if norms is None or not norms.is_whole:
-            self._native.qkv(products=products, heads=heads, out=out)
+            self._native.qkv(products=products, heads=native, out=out)
             return
         widths = [part.matrix.num_stored_rows for part in made.parts]
         rows = self.buffers.scratch(sum(widths))
         for part, product in enumerate(products):
             self._native.linear(product=product, out=rows, first_column=sum(widths[:part]))
-        self._native.head_rows(rows=rows, heads=heads, has_keys=True, out=out)
+        self._native.head_rows(rows=rows, heads=native, has_keys=True, out=out)
         self.buffers.release(rows)
 
     def _latent_qkv(self, call: calls.LatentQkv) -> None:

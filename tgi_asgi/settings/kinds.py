@@ -50,8 +50,8 @@ ORIGIN = Kind(
         re.fullmatch(r"(?i)\*|null|[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+/?", each) for each in value
     ),
 )
-# Hosts, separated by commas; the last comma may be followed by nothing.
-_HOSTS = re.compile(r"\s*[\w.:-]+\s*(,\s*[\w.:-]+\s*)*,?\s*")
+# Hosts, at least one, separated by commas; there may be nothing between two.
+_HOSTS = re.compile(r"[\s,]*[\w.:-]+(\s*,[\s,]*[\w.:-]+)*[\s,]*")
 # TGI's methods are named by its users' settings, but the files say how they are quantised.
 _METHODS = {
     "q8_0", "q4_0", "awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes",

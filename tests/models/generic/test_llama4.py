@@ -65,16 +65,18 @@ def test_colours_are_those_of_its_own_processor() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"do_rescale": False}, {"do_normalize": False}, {"resample": 3}, {"do_resize": False}], ids=str
-)
+    "change",
+    [
+        {"do_rescale": False}, {"do_normalize": False}, {"resample": 3}, {"do_resize": False}, {"size": None},
+        {"size": {"height": 28, "width": 56}}, {"size": {"height": 0, "width": 0}}, {"max_patches": 0},
+        {"max_patches": 100_000}, {"max_patches": 4.0}, {"image_mean": None},
+        {"image_std": [0.5, "0.5", 0.5]},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_what_files_cannot_ask_for_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(change))} must be"):
         Llama4Images(change)
-
-
-def test_tiles_are_squares() -> None:
-    with pytest.raises(ValueError, match="size must be a square"):
-        Llama4Images({"size": {"height": 28, "width": 56}})
 
 
 def test_prompts_are_those_of_its_own_processor(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate, pad
 from tgi_asgi.models.generic.vision.torch_images import TorchImages, flat, pixels_of
 
 _BILINEAR = 2
+_MAX_SIDE, _MAX_TILES = 4096, 256
 
 
 class Llama4Images(TorchImages):
@@ -33,10 +34,21 @@ class Llama4Images(TorchImages):
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__(options)
-        size = self.values["size"]
-        self._side = int(size["height"])
-        if size["width"] != self._side:
-            raise ValueError(f"size must be a square, got {str(size)[:100]}")
+        size, most = self.values["size"], self.values["max_patches"]
+        side = size.get("height") if isinstance(size, dict) else None
+        if type(side) is not int or not 0 < side <= _MAX_SIDE or size.get("width") != side:
+            raise ValueError(f"size must be a square of 1 to {_MAX_SIDE} pixels, got {str(size)[:100]}")
+        if type(most) is not int or not 0 < most <= _MAX_TILES:
+            raise ValueError(f"max_patches must be in 1..{_MAX_TILES}, got {str(most)[:100]}")
+        for name in ("image_mean", "image_std"):
+            colours = self.values[name]
+            if (
+                not isinstance(colours, list)
+                or len(colours) != 3
+                or {type(each) for each in colours} - {int, float}
+            ):
+                raise ValueError(f"{name} must be three numbers, got {str(colours)[:100]}")
+        self._side, self._grids = side, torch.tensor(_grids(most)) * side
 
     def __call__(self, images: Sequence[Any], **_: Any) -> dict[str, Any]:
         """Return tiles [tiles, 3, side, side] of all images, and [images, 2] their rows and columns."""
@@ -64,7 +76,7 @@ class Llama4Images(TorchImages):
 
     def _canvas(self, height: int, width: int) -> Tensor:
         """Return the height and width of the tiles that enlarge an image least, or else shrink it least."""
-        grids = torch.tensor(_grids(self.values["max_patches"])) * self._side
+        grids = self._grids
         scales = torch.minimum(grids[:, 0] / height, grids[:, 1] / width)
         larger = scales[scales >= 1]
         if len(larger):

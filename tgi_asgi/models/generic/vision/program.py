@@ -162,7 +162,7 @@ class VisionProgram(GenericProgram):
 
     def _encoding(self, seen: PromptImage) -> ImageEncoding:
         image = seen.image()
-        assert image is not None, "the engine holds a request while a step has a row of it"
+        assert image is not None, "the engine holds a sequence while a step has a row of it"
         return self.encodings.get(image)
 
     def _crossed_inputs(self, batch: ops.FlatRows, cross: CrossAttention) -> dict[str, Any]:

@@ -22,7 +22,7 @@ _SIZES = ("image_grid_thw", "target_sizes")
 
 @dataclass(frozen=True, slots=True)
 class PromptImage:
-    """An image in a prompt. Only the request owns it, so that an idle slot keeps no pixels alive."""
+    """An image in a prompt. The engine's sequence owns it, so that an idle slot keeps no pixels alive."""
 
     image: weakref.ref[ImageInput]
     places: Ints  # positions of its rows, ascending
