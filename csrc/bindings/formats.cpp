@@ -53,6 +53,22 @@ void each_row(const Bytes& data, int64_t num_rows, int64_t columns, const Visit&
       kAlone / columns + 1);
 }
 
+// Calls visit(row, first column, decoded values, their number) for pieces of all rows. Nothing is
+// allocated, because an exception would end a thread of the team, and with it the process.
+template <class Visit>
+void each_piece(const Bytes& data, step::Format format, int64_t num_rows, int64_t columns,
+                const Visit& visit) {
+  constexpr int64_t kPiece = 1024;  // a multiple of every format's block
+  each_row(data, num_rows, columns, [&](int64_t row, const uint8_t* bytes) {
+    float values[kPiece];
+    for (int64_t first = 0; first < columns; first += kPiece) {
+      const int64_t count = std::min(kPiece, columns - first);
+      step::decode_row(format, bytes + step::file_row_bytes(format, first), count, values);
+      visit(row, first, values, count);
+    }
+  });
+}
+
 Array<float> decode_rows(const Bytes& data, const std::string& format_name, int64_t columns) {
   const step::Format format = format_of(format_name);
   const int64_t num_rows = count_rows(data, format, columns);
@@ -78,11 +94,10 @@ Array<uint16_t> decode_bfloat16(const Bytes& data, const std::string& format_nam
   const int64_t num_rows = count_rows(data, format, columns);
   Array<uint16_t> out({num_rows, columns});
   uint16_t* const to = out.mutable_data();
-  each_row(data, num_rows, columns, [&](int64_t row, const uint8_t* bytes) {
-    std::vector<float> values(static_cast<size_t>(columns));
-    step::decode_row(format, bytes, columns, values.data());
-    std::transform(values.begin(), values.end(), to + row * columns, bfloat16_of);
-  });
+  each_piece(data, format, num_rows, columns,
+             [&](int64_t row, int64_t first, const float* values, int64_t count) {
+               std::transform(values, values + count, to + row * columns + first, bfloat16_of);
+             });
   return out;
 }
 
@@ -96,19 +111,16 @@ std::optional<Array<uint16_t>> decode_halves(const Bytes& data, const std::strin
   uint16_t* const to = out.mutable_data();
   const int64_t* const at = places.data();
   std::atomic<bool> is_finite = true;
-  each_row(data, num_rows, columns, [&](int64_t row, const uint8_t* bytes) {
-    std::vector<float> values(static_cast<size_t>(columns));
-    std::vector<uint16_t> halves(values.size());
-    step::decode_row(format, bytes, columns, values.data());
-    std::transform(values.begin(), values.end(), halves.begin(), step::float_to_half);
-    int largest = 0;
-    for (int64_t c = 0; c < columns; ++c) {
-      const uint16_t half = halves[static_cast<size_t>(c)];
-      largest = std::max(largest, half & 0x7FFF);
-      to[row * columns + at[c]] = half;
-    }
-    if (largest >= 0x7C00) is_finite = false;
-  });
+  each_piece(data, format, num_rows, columns,
+             [&](int64_t row, int64_t first, const float* values, int64_t count) {
+               int largest = 0;
+               for (int64_t i = 0; i < count; ++i) {
+                 const uint16_t half = step::float_to_half(values[i]);
+                 largest = std::max(largest, half & 0x7FFF);
+                 to[row * columns + at[first + i]] = half;
+               }
+               if (largest >= 0x7C00) is_finite = false;
+             });
   if (!is_finite) return std::nullopt;
   return out;
 }
@@ -123,11 +135,11 @@ Bytes quantise(const Bytes& data, const std::string& format_name, int64_t column
   Bytes out({num_rows * row_bytes});
   uint8_t* const to = out.mutable_data();
   std::atomic<bool> is_done = true;
-  each_row(data, num_rows, columns, [&](int64_t row, const uint8_t* bytes) {
-    std::vector<float> values(static_cast<size_t>(columns));
-    step::decode_row(format, bytes, columns, values.data());
-    if (!step::quantise_row(target, values.data(), columns, to + row * row_bytes)) is_done = false;
-  });
+  each_piece(data, format, num_rows, columns,
+             [&](int64_t row, int64_t first, const float* values, int64_t count) {
+               uint8_t* const blocks = to + row * row_bytes + step::file_row_bytes(target, first);
+               if (!step::quantise_row(target, values, count, blocks)) is_done = false;
+             });
   check(is_done, "the weight has a number that is NaN, infinite or too large for a float16 scale");
   return out;
 }

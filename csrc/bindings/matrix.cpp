@@ -7,7 +7,6 @@
 
 #include "cpu/step/kernel_sets.h"
 #include "cpu/step/pack.h"
-#include "cpu/team.h"
 
 namespace tgi {
 

@@ -95,8 +95,9 @@ def test_nibbles_of_a_table_are_decoded(count: int, run: int, is_high_first: boo
 @pytest.mark.parametrize("name", ["F32", "F16", "F8_64", "Q4_K"])
 def test_rows_are_rounded_to_bfloat16(name: str) -> None:
     rng, info = np.random.default_rng(6), FORMATS[name]
-    data = rng.integers(0, 256, 33 * 256 // info.block_columns * info.block_bytes, dtype=np.uint8)
-    source = WeightSource(data, name, (33, 256))
+    columns = 2304  # pieces of 1,024 and a rest
+    data = rng.integers(0, 256, 33 * columns // info.block_columns * info.block_bytes, dtype=np.uint8)
+    source = WeightSource(data, name, (33, columns))
     np.testing.assert_array_equal(rounded(source).data, as_bfloat16(decode(source)).data)
 
 
@@ -107,11 +108,11 @@ def halves_of(values: npt.NDArray[np.float32], order: npt.NDArray[np.int64]) -> 
 def test_rows_are_rounded_to_float16_in_another_order() -> None:
     """All exponents of float16 and some below, and every tie: the mantissa's last 13 bits are 0x1000."""
     rng = np.random.default_rng(7)
-    bits = rng.integers(0x33000000, 0x477FE000, (40, 1000), dtype=np.uint32)
+    bits = rng.integers(0x33000000, 0x477FE000, (40, 1100), dtype=np.uint32)
     bits[::2] = bits[::2] & 0xFFFFE000 | 0x1000
     bits[::3] |= 0x80000000
     bits[0, :5] = 0, 0x80000000, 1, 0x33000000, 0x33000001  # zeros, and about half of the least number
-    values, order = bits.view(np.float32), rng.permutation(1000)
+    values, order = bits.view(np.float32), rng.permutation(1100)
     expected = np.empty(values.shape, np.float16)
     expected[:, order] = values.astype(np.float16)
     found = halves_of(values, order)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +64,8 @@ class DecodedType:
 def _use_all_cores() -> None:
     """Undo what this thread inherits from the one that loads, which stays on one core."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, _C.usable_cores())
+        with suppress(OSError):  # the cores may have been taken away since
+            os.sched_setaffinity(0, _C.usable_cores())
 
 
 def _held(decoded: Decoded | Floats, held: str) -> Bytes:
