@@ -6,11 +6,13 @@ oracle/gptq.npz; oracle/record_gptqmodel.py, with GPTQModel, oracle/gptqmodel.np
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from tests.support.quantised import awq_tensors, random_codes
@@ -88,6 +90,16 @@ def test_a_shorter_last_group_is_read_without_the_groups_of_columns(tmp_path: Pa
     options = {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "gptq_v2"}
     source = read(tmp_path, arrays, values.shape, options)
     np.testing.assert_allclose(decode(source), values, rtol=2**-10, atol=2e-4)
+
+
+@pytest.mark.parametrize("key", ["group_size", "q_group_size"])
+def test_a_shorter_last_group_of_awq_is_no_group_of_equal_size(tmp_path: Path, key: str) -> None:
+    matrix = random_codes(64, 192, 64)
+    groups = torch.arange(192) // 128  # and not two groups of 96
+    matrix = replace(matrix, scales=matrix.scales[:, :2], zeros=matrix.zeros[:, :2], groups=groups)
+    arrays = {name: tensor.numpy() for name, tensor in awq_tensors(matrix).items()}
+    source = read(tmp_path, arrays, (64, 192), {"quant_method": "awq", "bits": 4, key: 128})
+    np.testing.assert_allclose(decode(source), matrix.weights().numpy(), rtol=2**-10, atol=2e-4)
 
 
 @pytest.mark.parametrize("size", [256, 10**30])

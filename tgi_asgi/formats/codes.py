@@ -123,7 +123,7 @@ def unpack_gptq(
     )  # fmt: skip
 
 
-def unpack_awq(qweight: Words, qzeros: Words, scales: Floats) -> IntegerMatrix:
+def unpack_awq(qweight: Words, qzeros: Words, scales: Floats, layout: Layout) -> IntegerMatrix:
     """Undo AutoAWQ's packing (GEMM) of eight rows per word, in its own order.
 
     Args:
@@ -136,13 +136,14 @@ def unpack_awq(qweight: Words, qzeros: Words, scales: Floats) -> IntegerMatrix:
     check(
         scales.shape == (num_groups, rows)
         and qzeros.shape == (num_groups, rows // 8)
-        and qweight.shape[0] % num_groups == qweight.shape[0] % 2 == 0,
+        and qweight.shape[0] % 2 == 0,
         f"qweight, qzeros and scales do not fit: {qweight.shape}, {qzeros.shape} and {scales.shape}",
     )
     zeros = _C.unpacked_stream(qzeros, 4).reshape(-1, 8)[:, _AWQ_PLACES].reshape(num_groups, rows)
     return IntegerMatrix(
-        _C.awq_codes(qweight), np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros.T), 4
-    )
+        _C.awq_codes(qweight), np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros.T), 4,
+        layout.groups(qweight.shape[0], num_groups),
+    )  # fmt: skip
 
 
 def unpack_compressed(

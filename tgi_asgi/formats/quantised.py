@@ -113,7 +113,7 @@ class Quantisation:
             version == "gemm" and str(options.get("backend", "")) != "llm-awq",
             f"AWQ of version {version!r} is not supported, only gemm",
         )
-        return cls("awq")
+        return cls("awq", layout=Layout(group=_group_size(options, "q_group_size")))
 
     @classmethod
     def _auto_round(cls, options: Mapping[str, Any]) -> Quantisation:
@@ -235,9 +235,9 @@ def _check_quark(options: Mapping[str, Any]) -> None:
             )
 
 
-def _group_size(options: Mapping[str, Any]) -> int | None:
-    """Return the columns per group; None if they are one group (-1), or it is not given."""
-    size = options.get("group_size")
+def _group_size(options: Mapping[str, Any], other: str = "") -> int | None:
+    """Return the columns per group; None if they are one group (-1), or neither key gives it."""
+    size = options.get("group_size", options.get(other))
     return size if type(size) is int and size > 0 else None
 
 

@@ -66,7 +66,8 @@ def _read_integers(
             words_or_none("g_idx"), columns, quantisation.layout,
         )  # fmt: skip
     if quantisation.method == "awq":
-        return unpack_awq(words("qweight"), words("qzeros"), read_floats(checkpoint, f"{stem}scales"))
+        scales = read_floats(checkpoint, f"{stem}scales")
+        return unpack_awq(words("qweight"), words("qzeros"), scales, quantisation.layout)
     _check_zeros(checkpoint, f"{stem}weight_zero_point", quantisation)
     return unpack_compressed(
         words("weight_packed"), read_floats(checkpoint, f"{stem}weight_scale"),
