@@ -397,6 +397,28 @@ def test_the_products_of_vision_models_are_found_whatever_their_checkpoints_call
     assert names and sorted(different) == sorted(names)
 
 
+@pytest.mark.parametrize("named", ["lm_head", "embed_out"])
+@pytest.mark.parametrize("stored", ["lm_head", "embed_out"])
+def test_the_head_of_gpt_neox_is_found_by_both_of_its_names(stored: str, named: str, tmp_path: Path) -> None:
+    """`transformers` 5 calls the module `lm_head`, and still writes its matrix under the name of before."""
+    architectures.make("gpt_neox", tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = {name.replace("lm_head", "embed_out"): each for name, each in load_file(path).items()}
+    head = tensors.pop("embed_out.weight")
+    save_file({**tensors, f"{stored}.weight": head}, path)
+    changes = write_adapter(tmp_path / "changes", {f"base_model.model.{named}": (len(head), head.shape[1])})
+    other = "base_model.model.gpt_neox.layers.0.attention.dense"
+    whole = write_adapter(tmp_path / "whole", {other: (64, 64)})
+    changed(whole, **{f"base_model.model.{named}.weight": -head})
+    for adapter, is_whole in ((changes, False), (whole, True)):
+        merged = merge(tmp_path / "base", adapter)
+        [name] = [each for each in merged if each.rpartition(".")[0] in ("lm_head", "embed_out")]
+        assert name == f"{stored}.weight"
+        found = merged.raw(name).view(np.float32).reshape(head.shape)
+        assert np.array_equal(found, -head) is is_whole
+        assert not np.array_equal(found, head)
+
+
 def test_an_embedding_that_was_the_head_too_leaves_it_as_it_was(tmp_path: Path) -> None:
     """Phi's head has a bias, which no head of its own makes of it."""
     save(make_model("Phi", tie_word_embeddings=True), tmp_path / "base")

@@ -40,6 +40,8 @@ _RENAMED = (
     ("model.", "model.language_model."),
     ("lm_head.", "language_model.lm_head."),
     ("language_model.lm_head.", "lm_head."),
+    ("lm_head.", "embed_out."),  # of GPT-NeoX, in whose files it keeps the old name
+    ("embed_out.", "lm_head."),
 )
 # What a model with a head puts before the names of the model inside it (`base_model_prefix`): the adapter may
 # have been trained on the one, and the checkpoint be of the other.
