@@ -33,13 +33,15 @@ _REASONS = {
     "kv_b_proj": "the product that expands latents to keys and values is not changed by adapters",
     ".in_proj_": "this product of recurrent layers is kept in another form and not changed by adapters",
 }
-# Of vision models before transformers 4.52: Gemma 3 and LLaVA, and Qwen 2-VL and 2.5-VL.
+# Of vision models before transformers 4.52: Gemma 3 and LLaVA, and Qwen 2-VL and 2.5-VL. Of Nemotron-H in the
+# code that comes with its checkpoints.
 _FORMER_PREFIXES = (
     ("language_model.model.", "model.language_model."),
     ("model.", "model.language_model."),
     ("visual.", "model.visual."),
     ("vision_tower.", "model.vision_tower."),
     ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("backbone.", "model."),
 )
 
 

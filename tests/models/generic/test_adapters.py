@@ -83,6 +83,16 @@ def test_adapters_with_the_former_names_of_vision_models_load(
         np.testing.assert_array_equal(today[name].down, former[name].down)
 
 
+def test_adapters_of_nemotron_s_own_code_are_those_of_transformers(tmp_path: Path) -> None:
+    """NVIDIA's code, on which adapters are trained, calls `backbone` what `transformers` calls `model`."""
+    architectures.make("nemotron_h", tmp_path / "base")
+    targets = targets_of(load_generic(tmp_path / "base"))
+    loader = AdapterLoader(ops.AdapterLayout(targets, max_rank=8))
+    name = next(each for each in targets if each.startswith("model.") and each.endswith("q_proj"))
+    former = f"base_model.model.backbone.{name.removeprefix('model.')}"
+    assert loader.load(write_adapter(tmp_path / "former", {former: targets[name].shape})).rank == 4
+
+
 def test_experts_are_refused_by_name(tmp_path: Path) -> None:
     base = tmp_path / "base"
     architectures.make("olmoe", base)

@@ -40,6 +40,8 @@ _RENAMED = (
     ("model.", "model.language_model."),
     ("lm_head.", "language_model.lm_head."),
     ("language_model.lm_head.", "lm_head."),
+    ("model.", "backbone."),  # of Nemotron-H, likewise
+    ("backbone.", "model."),
     ("lm_head.", "embed_out."),  # of GPT-NeoX, in whose files it keeps the old name
     ("embed_out.", "lm_head."),
 )
