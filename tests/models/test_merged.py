@@ -80,6 +80,8 @@ def save_base(folder: Path, **changes: Any) -> Path:
         ("gpt2", "transformers", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
         ("gemma2", "transformers", {"target_modules": [*ATTENTION, *MLP], "use_dora": True}),
         ("olmoe", "transformers", {"target_modules": ATTENTION}),
+        ("hy_v3", "transformers", {"target_modules": ["o_proj", "down_proj"]}),  # renamed by transformers
+        ("kimi_linear", "transformers", {"target_modules": MLP, "use_dora": True}),
         ("nemotron_h", "transformers", {"target_modules": ["in_proj", "o_proj", "down_proj"]}),
         ("llama", "native", {"target_modules": ["q_proj", "embed_tokens"]}),
         ("gemma", "native", {"target_modules": ["embed_tokens"]}),  # whose head stays as it was

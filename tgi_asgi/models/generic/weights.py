@@ -62,6 +62,47 @@ class _Target:
         return list(zip(*columns, strict=True)) if len({len(each) for each in columns}) == 1 else []
 
 
+def file_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return what a checkpoint calls the tensors of a module, by the module's names.
+
+    Those that `transformers` makes of others (joins, splits, stacks) are left out.
+
+    Args:
+        names: Names of the checkpoint's tensors.
+    """
+    known = dict.fromkeys(model.state_dict(), True)
+    renamed = _renamed(model, names, known)
+    return {new: name for name, new, converter, _ in renamed if converter is None and new in known}
+
+
+def _renamed(
+    model: Any, names: Iterable[str], known: dict[str, bool]
+) -> Iterator[tuple[str, str, Any, str | None]]:
+    """Yield each tensor's name in the file and in the module, its converter and the pattern that found it.
+
+    Args:
+        known: The names of the module's tensors, as keys.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    prefix = model.base_model_prefix
+    for name in sorted(names, key=dot_natural_key):
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
+        if renamed not in known and name in known:
+            renamed, pattern = rename_source_key(name, [], [], prefix, known)
+        yield name, renamed, by_pattern[pattern] if pattern is not None else None, pattern
+
+
 class Filler:
     """Passes each tensor of a checkpoint to the module that needs it.
 
@@ -90,31 +131,15 @@ class Filler:
         self._targets = self._plan()
 
     def _plan(self) -> dict[str, _Target]:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            dot_natural_key,
-            rename_source_key,
-        )
-
-        mapping = get_model_conversion_mapping(self._model)
-        renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-        converters = [each for each in mapping if isinstance(each, WeightConverter)]
-        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
         known = dict.fromkeys(self._shapes, True)
-        prefix = self._model.base_model_prefix
         targets: dict[str, _Target] = {}
-        for name in sorted(self._weights.names(), key=dot_natural_key):
-            renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
-            if renamed not in known and name in known:
-                renamed, pattern = rename_source_key(name, [], [], prefix, known)
+        for name, renamed, converter, pattern in _renamed(self._model, self._weights.names(), known):
             if renamed not in known:
                 self._check_unused(name)
                 continue
             target = targets.setdefault(renamed, _Target())
             if pattern is not None and target.converter is None:
-                target.converter = copy.deepcopy(by_pattern[pattern])
+                target.converter = copy.deepcopy(converter)
             target.sources.append((name, pattern or name))
         return targets
 

@@ -6,8 +6,9 @@ may do what adapters beside a base may not: DoRA (Liu et al., arXiv 2402.09353),
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,11 +84,19 @@ class MergedCheckpoint(Checkpoint):
         vocab_size: The number of tokens if the adapter changes it, else None.
     """
 
-    def __init__(self, base: Checkpoint, config: Mapping[str, Any], directory: Path) -> None:
+    def __init__(
+        self,
+        base: Checkpoint,
+        config: Mapping[str, Any],
+        directory: Path,
+        file_names: Callable[[Iterable[str]], Mapping[str, str]] = lambda names: {},
+    ) -> None:
         """Read an adapter's directory.
 
         Args:
             config: The base's config.json.
+            file_names: Returns which of these tensors of the base the modules' are, by the modules' names;
+                called only for an adapter with names that neither the base nor this module knows.
 
         Raises:
             ModelLoadError: if it cannot be read, or does not fit the base; the message names the tensor. The
@@ -95,6 +104,7 @@ class MergedCheckpoint(Checkpoint):
         """
         self._base = base
         self._config = config
+        self._file_names = functools.cache(lambda: file_names(base))
         self._whole: dict[str, SafeTensor] = {}  # tensors that replace the base's, by their names there
         self._copies: dict[str, str] = {}  # further names of tensors of the base, as they were in it
         self._changes: dict[str, _Change] = {}
@@ -119,7 +129,8 @@ class MergedCheckpoint(Checkpoint):
 
     def _replace(self, module_name: str, tensor: SafeTensor) -> None:
         """Take a whole tensor of the adapter; an embedding or head may be new, or have other rows."""
-        name, last = _name_in(self._base, module_name), _module(module_name)
+        last = _module(module_name)  # a head may be new
+        name = _name_in(self._base, module_name) if last in _HEADS else self._find(module_name)
         if tensor.dtype not in WORDS:
             raise ModelLoadError(f"tensor {tensor.name!r} is of dtype {tensor.dtype}")
         if name is None and last not in _HEADS:
@@ -155,6 +166,10 @@ class MergedCheckpoint(Checkpoint):
                     f"head, too, {self._base.tensor(name).shape[0]}: save both the embedding and the head"
                 )
 
+    def _find(self, name: str) -> str | None:
+        """Return the base's name of a module's tensor; None if it has none, or only as a part of others."""
+        return _name_in(self, name) or self._file_names().get(name)
+
     def _text_config(self) -> Mapping[str, Any]:
         """Return the part of the configuration with the size of the vocabulary."""
         text = self._config.get("text_config")
@@ -184,7 +199,7 @@ class MergedCheckpoint(Checkpoint):
     def _matrix_of(self, target: PeftTarget) -> str:
         """Return the base's name of a module's matrix."""
         wanted = f"{target.module}.weight"
-        name = _name_in(self, wanted)
+        name = self._find(wanted)
         if name is not None and self.tensor(name).dtype in WORDS:
             return name
         has_codes = name is not None or self._config.get("quantization_config")
@@ -224,7 +239,7 @@ class MergedCheckpoint(Checkpoint):
     def _replace_rows(self, rows: PeftRows) -> None:
         """Take rows of an embedding; a head that is the same tensor has them, too, as in `peft`."""
         what = f"tensor {rows.rows.name!r}"
-        name = _name_in(self, f"{rows.module}.weight")
+        name = self._find(f"{rows.module}.weight")
         if name is None or self.tensor(name).dtype not in WORDS:
             raise ModelLoadError(f"{what}: the base model has no such embedding, or stores it as codes")
         shape = self.tensor(name).shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, cast
@@ -117,7 +117,11 @@ class OpenModel:
         config = with_architecture(read_config_file(directory))
         checkpoint = Checkpoint.open(directory)
         if files.adapter is not None:
-            checkpoint = merged = MergedCheckpoint(checkpoint, config, files.adapter)
+
+            def file_names(names: Iterable[str]) -> Mapping[str, str]:
+                return _file_names(directory, config, names, trusts_code)
+
+            checkpoint = merged = MergedCheckpoint(checkpoint, config, files.adapter, file_names)
             config, self._vocab_size = merged.fitted_config(), merged.vocab_size
         architecture = architecture_of(config)
         self.weights = SafetensorsWeights(directory, Quantisation.from_json(config), checkpoint)
@@ -345,6 +349,19 @@ def _open_encoder(directory: Path | None, config: Mapping[str, Any], trusts_code
     from tgi_asgi.models.generic.encoder import OpenEncoder
 
     return OpenEncoder(directory, config, trusts_code=trusts_code)
+
+
+def _file_names(
+    directory: Path, config: Mapping[str, Any], names: Iterable[str], trusts_code: bool
+) -> Mapping[str, str]:
+    """Return `weights.file_names` of the module that `transformers` makes; none if it makes none."""
+    from tgi_asgi.models.generic.build import build
+    from tgi_asgi.models.generic.weights import file_names
+
+    try:
+        return file_names(build(directory, config, trusts_code=trusts_code), names)
+    except ModelLoadError:
+        return {}
 
 
 def unsplit(config: ModelConfig, family: Family) -> str | None:
