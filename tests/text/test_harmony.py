@@ -99,6 +99,19 @@ def test_a_grammar_lets_thoughts_come_first(compiler: GrammarCompiler, thought: 
     assert not accepts(compiler, chosen, f"{thought}{FINAL}no")
 
 
+@pytest.mark.parametrize("mark", ["json", "<|constrain|>json", " json", " <|constrain|>json", ""])
+def test_a_grammar_lets_nothing_be_added_to_a_tool_s_name(compiler: GrammarCompiler, mark: str) -> None:
+    """With `functions.fjson`, which `required` allowed, the answer was a text and no call."""
+    forced = harmony_grammar(None, SPECS, must_call=True)
+    assert forced is not None
+    late = f"<|channel|>commentary to=functions.f{mark}<|message|>"
+    early = f" to=functions.f<|channel|>commentary{mark}<|message|>"
+    for header in (late, early):
+        text = f'{header}{{"a": 1}}'
+        assert accepts(compiler, forced, text) == (mark != "json")
+        assert mark == "json" or parse(HarmonyParser(SPECS), text, 3) == F
+
+
 def test_a_header_that_is_cut_is_no_text_if_a_call_must_follow() -> None:
     for must_call, wanted in ((True, []), (False, [Content(" to=functions.f")])):
         parser = HarmonyParser(SPECS, must_call=must_call)

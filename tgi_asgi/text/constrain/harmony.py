@@ -63,5 +63,5 @@ def _calls(tools: Sequence[ToolArguments], channel: str, message: str, constrain
         'TO_EARLY: " to=functions."',
         'COMMENTARY: "commentary"',
         'TO_LATE: "commentary to=functions."',
-        f'json_type: (" "? {constrain}? "json")?',
+        f'json_type: (" json" | " "? {constrain} "json")?',  # directly after a name it would be part of that
     ]
