@@ -41,6 +41,8 @@ class ModelFiles:
     revision: str | None  # the Hub's commit, or the SHA-256 of a wheel's GGUF file
     kind: Literal["gguf", "directory"]
     path: Path  # the .gguf file, or the directory with config.json and safetensors
+    projector: Path | None = None  # vision tower and projector of a GGUF model (`mmproj`)
+    is_projector_named: bool = False  # by the administrator: it must be used, or the model is refused
     adapter: Path | None = None  # directory of an adapter that is merged into the model, which is its base
 
 

@@ -46,6 +46,7 @@ class GgufModule:
         restored: By llama.cpp's names without layer, undoes what the converter does to a tensor's values.
         shapes: By the same names, what this does to the tensor's shape, if anything.
         unused: Names of tensors that nothing reads, or only `read_config`.
+        paired: llama.cpp's names, without layer and kind, of tensors whose rows it stores in rotary pairs.
     """
 
     gguf_name: str
@@ -56,10 +57,15 @@ class GgufModule:
     restored: Mapping[str, Callable[[Floats], Floats]] = field(default_factory=dict)
     shapes: Mapping[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = field(default_factory=dict)
     unused: Sequence[str] = ()
+    paired: Sequence[str] = ()
 
     def restore_of(self, stored: str) -> Callable[[Floats], Floats] | None:
         """Return what undoes the converter's change to a tensor of the file; None if it changed none."""
         return self.restored.get(self._prefix_of(stored)[1])
+
+    def is_paired(self, stored: str) -> bool:
+        """Return whether the rows of a tensor of the file are stored in rotary pairs."""
+        return self._prefix_of(stored)[1].rpartition(".")[0] in self.paired
 
     def shape_of(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a tensor of the file after `restore_of`."""

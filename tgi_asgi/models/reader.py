@@ -120,6 +120,22 @@ class Reader:
         }
         return cls(values, is_gguf=True, tensors=tensors)
 
+    @classmethod
+    def of_clip(cls, metadata: Mapping[str, Any], tensors: frozenset[str]) -> Reader:
+        """Read a projector file's keys of its vision tower, and those without a modality's name."""
+        plain = {
+            key.removeprefix("clip."): value for key, value in metadata.items() if key.startswith("clip.")
+        }
+        parts = ("vision.", "audio.", "gen.")
+        values = {key: value for key, value in plain.items() if not key.startswith(parts)}
+        values |= {
+            key.removeprefix("vision."): value for key, value in plain.items() if key.startswith("vision.")
+        }
+        values = {
+            key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in values.items()
+        }
+        return cls(values, is_gguf=True, tensors=tensors)
+
     def rename(self, **names: tuple[str, ...]) -> None:
         """Set the names of keys in this family's config.json; call before `defaults`.
 

@@ -15,7 +15,12 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile, GgufTensor
 from tgi_asgi.models.gguf_module import GgufModule, layer_of
 from tgi_asgi.models.loading import WHOLE, check_shape
-from tgi_asgi.models.loading.gguf_tensors import GgufTensors, held_format, without_ones
+from tgi_asgi.models.loading.gguf_tensors import (
+    GgufTensors,
+    held_format,
+    join_rotary_halves,
+    without_ones,
+)
 from tgi_asgi.ops import WeightSource
 from tgi_asgi.ops.arrays import Floats
 
@@ -27,6 +32,7 @@ class _Place:
     Attributes:
         restore: How its values become the model's.
         restored: Their shape then.
+        pair_dim: Size of a head whose rows are stored in rotary pairs.
     """
 
     info: GgufTensor
@@ -34,6 +40,7 @@ class _Place:
     num_parts: int | None = None  # None: `index` is that of a stack
     restore: Callable[[Floats], Floats] | None = None
     restored: tuple[int, ...] | None = None
+    pair_dim: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,9 +68,12 @@ class GgufModuleWeights(GgufTensors):
 
     Args:
         num_layers: The model's. Further ones only draft, and are not read.
+        head_dim: Size of a head, for the module's `paired` tensors.
     """
 
-    def __init__(self, file: GgufFile, module: GgufModule, num_layers: int) -> None:
+    def __init__(
+        self, file: GgufFile, module: GgufModule, num_layers: int, head_dim: int | None = None
+    ) -> None:
         super().__init__(file)
         self._places: dict[str, _Place] = {}
         for stored in file.names:
@@ -86,7 +96,9 @@ class GgufModuleWeights(GgufTensors):
                     self._places[name.replace("*", str(index))] = _Place(info, index)
             else:
                 restored = module.shape_of(stored, info.shape)
-                self._places[name] = _Place(info, restore=module.restore_of(stored), restored=restored)
+                pair_dim = head_dim if module.is_paired(stored) else None
+                restore = module.restore_of(stored)
+                self._places[name] = _Place(info, restore=restore, restored=restored, pair_dim=pair_dim)
         self._named = {place.info.name for place in self._places.values()}
 
     def __contains__(self, name: object) -> bool:
@@ -109,6 +121,8 @@ class GgufModuleWeights(GgufTensors):
             return matrix if part == WHOLE else matrix.rows(*part.indices(shape[0])[:2])
         count = shape[0] if shape else 1
         start, stop, _ = part.indices(count)
+        if place.pair_dim is not None:
+            return self._joined(info, place.pair_dim, shape).rows(start, stop)
         if place.restore is None:
             return self._part(info, start, stop, (count, *shape[1:]))
         stored = ops.decode(self._part(info, 0, info.shape[0], info.shape)).reshape(info.shape)
@@ -119,6 +133,13 @@ class GgufModuleWeights(GgufTensors):
         # NVFP4's second scale must not be applied if the model has it as a weight of its own.
         is_scaled = f"{info.name.removesuffix('.weight')}.scale" not in self._named
         return self._source(info, data, (stop - start, *shape[1:]), start, is_scaled=is_scaled)
+
+    def _joined(self, info: GgufTensor, head_dim: int, shape: tuple[int, ...]) -> WeightSource:
+        """Return a tensor with the halves of heads apart, not their rotary pairs."""
+        if shape[0] % head_dim:
+            raise ModelLoadError(f"tensor {info.name!r} must have whole heads of {head_dim} rows")
+        data = join_rotary_halves(self._rows(info, 0, shape[0], shape[0]), shape[0], head_dim)
+        return self._source(info, data, shape, 0)
 
     def names(self) -> list[str]:
         """Return the names of all weights, as described in `NamedWeights.names`."""

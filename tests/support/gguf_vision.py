@@ -1,0 +1,238 @@
+"""Tiny vision models as llama.cpp's converter writes them: a text model's file, and a projector's beside it.
+
+    made = gguf_vision.make("gemma3", folder)
+    made.files                          # for OpenModel: f32.gguf, and mmproj-f32.gguf beside it
+    made.checkpoint                     # the folder of the same model as safetensors
+
+Their image processors have the values of published models: projector files do not say all of them. The
+converter reads published checkpoints, whose names and settings may differ from what transformers 5 saves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+
+from tests.support import vision_models
+from tests.support.family_files import convert
+from tests.support.vision_family import Family
+from tests.support.vision_table import FAMILIES
+from tgi_asgi.formats.sources import ModelFiles
+
+Tensors = dict[str, torch.Tensor]
+KIND = "f32"
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A model in both forms."""
+
+    checkpoint: Path
+    files: ModelFiles
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A family with the values of published models.
+
+    Attributes:
+        family: For `vision_models.make`.
+        publish: Changes config.json and tensors to what the converter reads.
+        round: Names (patterns) of tensors that the converter always writes as float16.
+    """
+
+    family: Family
+    publish: Callable[[dict[str, Any], Tensors], tuple[dict[str, Any], Tensors]]
+    round: str = "(?!)"
+
+
+def _plain(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    return config, tensors
+
+
+def _smolvlm(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    text = {**config["text_config"], "architectures": ["VLlama3ForCausalLM"]}
+    return {**config, "text_config": text}, tensors
+
+
+def _gemma3(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    return config, {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+_INTERNVL_NAMES = {
+    "embeddings.cls_token": "embeddings.class_embedding",
+    "embeddings.position_embeddings": "embeddings.position_embedding",
+    "embeddings.patch_embeddings.projection": "embeddings.patch_embedding",
+    "encoder.layer.": "encoder.layers.",
+    "attention.projection_layer": "attn.proj",
+    "attention.q_norm": "attn.q_norm",
+    "attention.k_norm": "attn.k_norm",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "lambda_": "ls",
+    "multi_modal_projector.layer_norm": "mlp1.0",
+    "multi_modal_projector.linear_1": "mlp1.1",
+    "multi_modal_projector.linear_2": "mlp1.3",
+    "vision_tower.": "vision_model.",
+}
+
+
+def _internvl(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Return the form of OpenGVLab's own code, which the converter reads."""
+    vision = config["vision_config"]
+    text = {**config["text_config"], "architectures": ["Qwen2ForCausalLM"]}
+    found = {
+        "architectures": ["InternVLChatModel"],
+        "llm_config": text,
+        "vision_config": {**vision, "architectures": ["InternVisionModel"]},
+        "downsample_ratio": config["downsample_ratio"],
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 12,
+        "tie_word_embeddings": config["tie_word_embeddings"],
+    }
+    renamed: Tensors = {}
+    for name, tensor in tensors.items():
+        for old, new in _INTERNVL_NAMES.items():
+            name = name.replace(old, new)
+        renamed[re.sub(r"^(language_model\.)(?!model|lm_head)", r"\1model.", name)] = tensor
+    layers = [
+        name.removesuffix("q_proj.weight") for name in renamed if name.endswith("attention.q_proj.weight")
+    ]
+    for layer in layers:
+        for kind in ("weight", "bias"):
+            if f"{layer}q_proj.{kind}" in renamed:
+                parts = [renamed.pop(f"{layer}{part}_proj.{kind}") for part in "qkv"]
+                renamed[f"{layer.replace('attention', 'attn')}qkv.{kind}"] = torch.cat(parts)
+    return found, renamed
+
+
+def _with(name: str, config: Mapping[str, Any], **changes: Any) -> Family:
+    """Return a family with changes, those of the configuration one level deep."""
+    family = FAMILIES[name]
+    changed = dict(family.config)
+    for key, value in config.items():
+        changed[key] = {**changed[key], **value} if isinstance(value, dict) else value
+    return dataclasses.replace(family, config=changed, **changes)
+
+
+_QWEN = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+_QWEN2_SIZES = {"size": {"shortest_edge": 3136, "longest_edge": 12845056}, **_QWEN}
+_TIED = {"tie_word_embeddings": True}
+
+CASES: Mapping[str, Case] = {
+    "smolvlm": Case(
+        _with("smolvlm", {}, preprocessor={**FAMILIES["smolvlm"].preprocessor, "size": {"longest_edge": 84}}),
+        _smolvlm,
+    ),
+    "gemma3": Case(
+        _with(
+            "gemma3",
+            {
+                "text_config": {
+                    "num_hidden_layers": 7,
+                    "layer_types": [
+                        *["sliding_attention"] * 5,
+                        "full_attention",
+                        "sliding_attention",
+                    ],
+                    "rope_parameters": {
+                        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                    },
+                },
+                "vision_config": {"image_size": 56},
+                "mm_tokens_per_image": 4,
+            },
+            preprocessor={"size": {"height": 56, "width": 56}},
+            processor={"image_seq_length": 4},
+        ),
+        _gemma3,
+        "mm_input_projection_weight",
+    ),
+    "qwen2_vl": Case(
+        _with("qwen2_vl", {"vision_config": {"patch_size": 14}}, preprocessor=_QWEN2_SIZES), _plain
+    ),
+    "qwen2_5_vl": Case(
+        _with(
+            "qwen2_5_vl",
+            {
+                "vision_config": {
+                    "patch_size": 14, "window_size": 112, "depth": 4, "fullatt_block_indexes": [1, 3],
+                }
+            },
+            preprocessor=_QWEN2_SIZES,
+        ),
+        _plain,
+    ),
+    "qwen3_vl": Case(
+        _with(
+            "qwen3_vl",
+            {"vision_config": {"patch_size": 16, "deepstack_visual_indexes": [0, 2]}},
+            preprocessor={
+                "size": {"shortest_edge": 65536, "longest_edge": 16777216}, **_QWEN, "patch_size": 16,
+            },
+        ),
+        _plain,
+    ),
+    "pixtral": Case(FAMILIES["pixtral"], _plain),
+    "mistral3": Case(FAMILIES["mistral3"], _plain),
+    "internvl": Case(
+        _with(
+            "internvl",
+            {"vision_config": {"attention_bias": True, "layer_norm_eps": 1e-5, "num_hidden_layers": 4}},
+            preprocessor={**FAMILIES["internvl"].preprocessor, "max_patches": 12},
+        ),
+        _internvl,
+    ),
+    # InternViT-6B.
+    "internvl_large": Case(
+        _with(
+            "internvl",
+            {"vision_config": {"use_qk_norm": True, "norm_type": "rms_norm", "num_hidden_layers": 4}},
+            preprocessor={**FAMILIES["internvl"].preprocessor, "max_patches": 12},
+        ),
+        _internvl,
+    ),
+}  # fmt: skip
+
+
+def make(name: str, folder: Path) -> Made:
+    """Make a model, and convert it."""
+    case = CASES[name]
+    checkpoint = folder / "checkpoint"
+    vision_models.make_family(name, case.family, checkpoint)
+    _round(checkpoint, case.round)
+    published = shutil.copytree(checkpoint, folder / "published")
+    config = json.loads((published / "config.json").read_text())
+    tensors = safetensors.torch.load_file(published / "model.safetensors")
+    config, tensors = case.publish(config, tensors)
+    (published / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(tensors, published / "model.safetensors", {"format": "pt"})
+    images = transformers.AutoImageProcessor.from_pretrained(checkpoint, backend="pil").to_dict()
+    more = {key: list(images[key]) for key in ("image_mean", "image_std")}
+    options = json.loads((published / "preprocessor_config.json").read_text())
+    (published / "preprocessor_config.json").write_text(json.dumps({**options, **more}))
+    convert(published, (KIND, f"mmproj-{KIND}"), folder)
+    text, projector = folder / f"{KIND}.gguf", folder / f"mmproj-{KIND}.gguf"
+    return Made(checkpoint, ModelFiles(name, None, "gguf", text, projector, is_projector_named=True))
+
+
+def _round(checkpoint: Path, names: str) -> None:
+    """Round tensors of a checkpoint to float16."""
+    path = checkpoint / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    rounded = {
+        name: each.half().float() if re.search(names, name) else each for name, each in tensors.items()
+    }
+    safetensors.torch.save_file(rounded, path, {"format": "pt"})
