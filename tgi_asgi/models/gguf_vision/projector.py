@@ -93,7 +93,7 @@ class VisionModel:
         processor: Contents of a processor_config.json.
         tokens: Special tokens by the names under which processors look for them.
         needless_tokens: Others that they look for, which the vocabulary may lack.
-        image_text: Text of an image in a chat whose template writes none; empty: the placeholder.
+        chat_text: Text of an image in a chat whose template writes none; empty: the placeholder.
     """
 
     config: dict[str, Any]
@@ -103,7 +103,7 @@ class VisionModel:
     processor: dict[str, Any]
     tokens: dict[str, str]
     needless_tokens: dict[str, str] = field(default_factory=dict)
-    image_text: str = ""
+    chat_text: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,7 +190,7 @@ def _model(
     tokens = {"image_token": _IMAGE} | ({"video_token": _VIDEO} if ids["video_token_id"] is not None else {})
     return VisionModel(
         config, "model.language_model.", names.finish(), preprocessor, {}, tokens,
-        image_text=f"{_START}{_IMAGE}{_END}",
+        chat_text=f"{_START}{_IMAGE}{_END}",
     )  # fmt: skip
 
 

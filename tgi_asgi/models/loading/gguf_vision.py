@@ -211,4 +211,4 @@ def processor_of(vision: VisionModel, metadata: Mapping[str, Any]) -> GivenProce
             tokenizer_object=vocab.backend, extra_special_tokens=tokens, **vocab.special_tokens
         )
 
-    return GivenProcessor(vision.preprocessor, vision.processor, tokenizer)
+    return GivenProcessor(vision.preprocessor, vision.processor, tokenizer, vision.chat_text)

@@ -55,6 +55,7 @@ class VisionProcessor:
 
     Attributes:
         encoded_bytes: Bytes of an encoded image, if a request keeps it until it ends.
+        chat_text: See `types.ImageProcessor`.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class VisionProcessor:
         self._processor, self._token_id, self._input_names = processor, token_id, input_names
         self._needs_gap, self._is_seen_by_all = needs_gap, is_seen_by_all
         self._fence: str = processor.fake_image_token if _has(processor, _WITH_FENCES) else ""
-        self.encoded_bytes = 0
+        self.encoded_bytes, self.chat_text = 0, ""
         self._token: str = processor.tokenizer.convert_ids_to_tokens(token_id)
         self._options, self.adds_special_tokens = _image_options(processor)
         self._is_together = _has(processor, _TOGETHER)
@@ -135,11 +136,13 @@ class GivenProcessor:
         images: Contents of a preprocessor_config.json, with the image processor's class.
         options: Contents of a processor_config.json.
         tokenizer: Makes the tokenizer of `transformers`, which knows the special tokens.
+        chat_text: See `types.ImageProcessor`.
     """
 
     images: Mapping[str, Any]
     options: Mapping[str, Any]
     tokenizer: Callable[[], Any]
+    chat_text: str
 
 
 def load_processor(
@@ -160,10 +163,12 @@ def load_processor(
         logger.warning("the model accepts images, but its files have no preprocessor_config.json: text only")
         return None
     try:
-        return VisionProcessor(
+        made = VisionProcessor(
             _build(source, config), token_id, input_names, needs_gap=needs_gap,
             is_seen_by_all=is_seen_by_all,
         )  # fmt: skip
+        made.chat_text = "" if isinstance(source, Path) else source.chat_text or made.placeholder
+        return made
     except Exception as error:  # a file can make a `transformers` class raise anything
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
         raise ModelLoadError(f"the model's image processor cannot be created: {reason}") from error
