@@ -19,14 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 import transformers
 
 from tests.support import vision_models
 from tests.support.family_files import convert
+from tests.support.gguf_bytes import Tensor, gguf_bytes
 from tests.support.vision_family import Family
 from tests.support.vision_table import FAMILIES
+from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.sources import ModelFiles
 
 Tensors = dict[str, torch.Tensor]
@@ -207,8 +210,8 @@ CASES: Mapping[str, Case] = {
 }  # fmt: skip
 
 
-def make(name: str, folder: Path) -> Made:
-    """Make a model, and convert it."""
+def make(name: str, folder: Path, kinds: tuple[str, str] = (KIND, KIND)) -> Made:
+    """Make a model, and convert it; the text model and its projector to these kinds of weights."""
     case = CASES[name]
     checkpoint = folder / "checkpoint"
     vision_models.make_family(name, case.family, checkpoint)
@@ -223,9 +226,35 @@ def make(name: str, folder: Path) -> Made:
     more = {key: list(images[key]) for key in ("image_mean", "image_std")}
     options = json.loads((published / "preprocessor_config.json").read_text())
     (published / "preprocessor_config.json").write_text(json.dumps({**options, **more}))
-    convert(published, (KIND, f"mmproj-{KIND}"), folder)
-    text, projector = folder / f"{KIND}.gguf", folder / f"mmproj-{KIND}.gguf"
+    names = (kinds[0], f"mmproj-{kinds[1]}")
+    convert(published, names, folder)
+    text, projector = (folder / f"{name}.gguf" for name in names)
     return Made(checkpoint, ModelFiles(name, None, "gguf", text, projector, is_projector_named=True))
+
+
+def changed(
+    projector: Path, target: Path, metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray | None]
+) -> Path:
+    """Write a projector file with other metadata and tensors (None: without it); it must be float32."""
+    with GgufFile.open(projector) as file:
+        kept = {
+            name: file.raw(name).view(np.float16 if info.type == "F16" else np.float32).reshape(info.shape)
+            for name, info in file.tensors.items()
+        }
+        values = {**file.metadata, **metadata}
+        arrays = {name: each for name, each in {**kept, **tensors}.items() if each is not None}
+        written = [
+            Tensor(name, each.shape[::-1], int(each.dtype == np.float16), each.tobytes())
+            for name, each in arrays.items()
+        ]
+        plain = {key: _plain_value(each) for key, each in values.items() if each is not None}
+        target.write_bytes(gguf_bytes(plain, written))
+    return target
+
+
+def _plain_value(value: Any) -> Any:
+    """Return a value as `gguf_bytes` takes it: numbers of arrays have types that it does not know."""
+    return value.tolist() if isinstance(value, np.ndarray) and value.dtype == bool else value
 
 
 def _round(checkpoint: Path, names: str) -> None:

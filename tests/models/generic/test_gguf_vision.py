@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.models.generic.test_vision import ANSWER, distance
 from tests.support import gguf_vision
 from tests.support import vision_models as vision
-from tests.support.gguf_vision import CASES, Made
-from tests.support.vision_chats import Part
+from tests.support.gguf_vision import CASES, Made, changed
+from tests.support.vision_chats import Part, chatting
 from tests.support.vision_models import Prompt, picture
 from tests.support.vision_runs import run
 from tgi_asgi import ops
+from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading.open import OpenModel
@@ -29,24 +34,6 @@ pytestmark = [pytest.mark.demo, pytest.mark.filterwarnings("ignore")]  # the con
 def of_each(names: Sequence[str]) -> list[Any]:
     """Return these cases as parameters, with those outside `FEW` marked `models`."""
     return [pytest.param(name, marks=() if name in FEW else pytest.mark.models) for name in names]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> None:
-    ops.configure_threads(1, nice=0, pin=False)
-
-
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
-    """Return a function that makes each case once."""
-    made: dict[str, Made] = {}
-
-    def model(name: str) -> Made:
-        if name not in made:
-            made[name] = gguf_vision.make(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return model
 
 
 def opened(files: ModelFiles) -> tuple[GenericModel, ImageProcessor, Tokenizer]:
@@ -81,3 +68,69 @@ def test_logits_are_those_of_transformers(name: str, model_of: Callable[[str], M
     for logits, prompt in zip(found, own, strict=True):
         wanted = vision.reference(made.checkpoint, prompt, ANSWER, reference)
         assert distance(logits, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("name", of_each(["gemma3", "qwen2_vl"]))
+def test_old_files_have_names_swapped(name: str, model_of: Callable[[str], Made], tmp_path: Path) -> None:
+    made = model_of(name)
+    assert made.files.projector is not None
+    with GgufFile.open(made.files.projector) as file:
+        names = [each for each in file.tensors if ".ffn_" in each]
+        kept = {each: file.raw(each).view(np.float32).reshape(file.tensors[each].shape) for each in names}
+        other = {
+            each: each.replace("_up", "_x").replace("_down", "_up").replace("_x", "_down") for each in names
+        }
+        tensors = {other[each]: array.copy() for each, array in kept.items()}
+    metadata = {"clip.vision.feed_forward_length": 0}
+    old = changed(made.files.projector, tmp_path / "mmproj.gguf", metadata, tensors)
+    model, processor, _ = opened(replace(made.files, projector=old))
+    wanted, _, _ = opened(made.files)
+    (image,) = prompts_of(made, name, processor)[2].images
+    assert model.tower is not None and wanted.tower is not None
+    rows = [each.encode(image.payload).rows for each in (model.tower, wanted.tower)]
+    assert rows[0].equal(rows[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "projector"),
+    [
+        ("qwen2_5_vl", "q8_0"),
+        pytest.param("qwen2_5_vl", "bf16", marks=pytest.mark.models),
+        pytest.param("smolvlm", "f16", marks=pytest.mark.models),
+        pytest.param("mistral3", "q8_0", marks=pytest.mark.models),
+    ],
+)
+def test_files_with_codes_are_close(name: str, projector: str, tmp_path: Path) -> None:
+    made = gguf_vision.make(name, tmp_path, ("q8_0", projector))
+    model, processor, _ = opened(made.files)
+    prompts = prompts_of(made, name, processor)
+    found, _ = run(model, [(prompt, ANSWER) for prompt in prompts], [1000] * 3)
+    reference = vision.open_reference(made.checkpoint)
+    for logits, prompt in zip(found, prompts, strict=True):
+        wanted = vision.reference(made.checkpoint, prompt, ANSWER, reference)
+        assert 1e-6 < float(np.linalg.norm(logits - wanted) / np.linalg.norm(wanted)) < 0.1
+
+
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("qwen2_5_vl", marks=pytest.mark.models)])
+async def test_a_client_gets_what_transformers_would_answer(
+    name: str, model_of: Callable[[str], Made], tmp_path: Path
+) -> None:
+    made, family = model_of(name), CASES[name].family
+    assert made.files.projector is not None
+    shutil.copy(made.files.path, tmp_path / "m-F32.gguf")
+    shutil.copy(made.files.projector, tmp_path / "mmproj-m-F32.gguf")
+    turns: list[list[Part]] = [["what is ", picture(50, 30), " and ", picture(40, 70, 1), " this?"], ["no"]]
+    processor, reference = vision.processor_of(made.checkpoint), vision.open_reference(made.checkpoint)
+    wanted = []
+    for turn in turns:
+        parts: list[Part] = ["user: ", *turn, "\nassistant: "]
+        prompt, answer = vision.prompt_with(family, made.checkpoint, processor, parts), list[int]()
+        for _ in range(6):
+            logits = vision.reference(made.checkpoint, prompt, answer, reference)
+            answer.append(int(logits[-1].argmax()))
+        wanted.append(vision.text_of(made.checkpoint, answer))
+    async with chatting(tmp_path) as (ask, app):
+        found = [await ask(turn) for turn in turns]
+        assert app.context.served is not None
+        assert app.context.served.accepts_images
+    assert [each.choices[0].message.content for each in found] == wanted

@@ -40,7 +40,7 @@ def read_gemma3(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
     )
     check_stored(file, _MATRIX, (sizes.width, width))
     reader.ignore("projection_dim")
-    names = TowerNames(file, sizes.num_layers)
+    names = TowerNames(file, sizes)
     names.add({f"{_TOWER}encoder.layers.{{}}.{own}": name for own, name in SIGLIP_LAYERS.items()})
     names.add({
         f"{_TOWER}embeddings.patch_embedding": "v.patch_embd",

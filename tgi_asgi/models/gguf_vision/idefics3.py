@@ -21,7 +21,7 @@ from tgi_asgi.models.reader import Reader
 
 _TOWER = "model.vision_model."
 _FENCE = "<fake_token_around_image>"
-_MAX_LONGEST = 1 << 14  # pixels
+_MAX_TILES = 8  # of a side: every image is enlarged to as many
 
 
 def read_idefics3(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
@@ -35,10 +35,10 @@ def read_idefics3(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel
     # Files of 2025 do not say it; it was four times the tower's size for every published model.
     longest = reader.integer("preproc_image_size", 4 * sizes.image_size)
     check(
-        sizes.image_size <= longest <= _MAX_LONGEST,
-        f"preproc_image_size must be in {sizes.image_size}..{_MAX_LONGEST}, got {longest}",
+        sizes.image_size <= longest <= _MAX_TILES * sizes.image_size,
+        f"preproc_image_size must be {sizes.image_size} to {_MAX_TILES} times that, got {longest}",
     )
-    names = TowerNames(file, sizes.num_layers)
+    names = TowerNames(file, sizes)
     names.add({f"{_TOWER}encoder.layers.{{}}.{own}": name for own, name in SIGLIP_LAYERS.items()})
     names.add({
         f"{_TOWER}embeddings.patch_embedding": "v.patch_embd",

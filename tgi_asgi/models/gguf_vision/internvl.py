@@ -48,7 +48,7 @@ def read_internvl(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel
     check_stored(file, "v.class_embd", (sizes.width,))
     check_width(file, "mm.model.mlp.3.weight", text)
     reader.ignore("projection_dim")
-    names = TowerNames(file, sizes.num_layers)
+    names = TowerNames(file, sizes)
     layers = f"{_TOWER}encoder.layer.{{}}."
     names.add({f"{layers}{own}": name for own, name in _LAYERS.items()})
     for index in range(sizes.num_layers):

@@ -50,7 +50,7 @@ def read_pixtral(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
     check(joins == (merge > 1), f"spatial_merge_size is {merge}, which the tensors contradict")
     check_width(file, "mm.2.weight", text)
     reader.ignore("projection_dim")
-    names = TowerNames(file, sizes.num_layers)
+    names = TowerNames(file, sizes)
     layers = f"{_TOWER}transformer.layers.{{}}."
     names.add({f"{layers}{own}": name for own, name in _LAYERS.items()})
     names.add({f"{layers}{own}": name for own, name in _PAIRED.items()}, pair_dim=sizes.head_dim)

@@ -28,6 +28,8 @@ _MAX_WIDTH = 1 << 16
 _MAX_HEAD_DIM = 256
 _KINDS = ("weight", "bias")
 _PATCHES = "v.patch_embd.weight"
+_UP, _DOWN = "v.blk.{}.ffn_up", "v.blk.{}.ffn_down"
+_SWAPPED = {_UP: _DOWN, _DOWN: _UP}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,8 @@ class TowerSizes:
     """What every tower has, checked against the file's tensors.
 
     Attributes:
+        mlp_width: That of layers' MLPs, by the tensors: old files have another number in their metadata.
+        is_swapped: Whether the file's names of an MLP's two matrices are swapped, as in old ones.
         side: Number of patches of a side.
         normal: Mean and standard deviation of pixels, for the image processor.
     """
@@ -140,6 +144,7 @@ class TowerSizes:
     num_heads: int
     image_size: int
     patch_size: int
+    is_swapped: bool
     side: int
     eps: float
     normal: Mapping[str, list[float]]
@@ -187,8 +192,13 @@ def read_sizes(reader: Reader, file: GgufFile) -> TowerSizes:
     eps = reader.number("layer_norm_eps", 1e-6)
     check(0 < eps < 1, f"attention.layer_norm_epsilon must be in (0, 1), got {eps}")
     reader.ignore("use_gelu", "use_silu")  # what is meant follows from the kind, except where it is read
-    mlp_width = reader.positive("intermediate_size", _MAX_WIDTH)
-    return TowerSizes(width, mlp_width, num_layers, num_heads, image_size, patch_size, side, eps, normal)
+    reader.ignore("intermediate_size")
+    up, down = (file.tensor(f"v.blk.0.{name}.weight").shape for name in ("ffn_up", "ffn_down"))
+    is_swapped = up[-1] != width and down[-1] == width
+    mlp_width = (down if is_swapped else up)[0]
+    return TowerSizes(
+        width, mlp_width, num_layers, num_heads, image_size, patch_size, is_swapped, side, eps, normal
+    )
 
 
 def _read_channels(reader: Reader, key: str) -> list[float]:
@@ -224,7 +234,7 @@ def check_width(file: GgufFile, name: str, text: TextFile) -> None:
 class TowerNames:
     """Collects the tensors of a tower by the names of `transformers`.
 
-        names = TowerNames(file, sizes.num_layers)
+        names = TowerNames(file, sizes)
         names.add({"model.vision.layers.{}.q_proj": "v.blk.{}.attn_q"})
         names.finish()
 
@@ -232,14 +242,15 @@ class TowerNames:
     """
 
     file: GgufFile
-    num_layers: int
+    sizes: TowerSizes
     parts: dict[str, TowerPart] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
 
     def add(self, names: Mapping[str, str], *, pair_dim: int | None = None) -> None:
         """Add tensors that the file has, by the names of the file."""
-        for own, stored in names.items():
-            for index in range(self.num_layers if "{}" in own else 1):
+        for own, given in names.items():
+            stored = _SWAPPED.get(given, given) if self.sizes.is_swapped else given
+            for index in range(self.sizes.num_layers if "{}" in own else 1):
                 for kind in _KINDS:
                     name = f"{stored.format(index)}.{kind}"
                     if name in self.file.tensors:
@@ -247,7 +258,7 @@ class TowerNames:
 
     def add_joined(self, own: str, *stored: str) -> None:
         """Add tensors that the file has in several, whose rows follow each other."""
-        for index in range(self.num_layers):
+        for index in range(self.sizes.num_layers):
             for kind in _KINDS:
                 names = tuple(f"{each.format(index)}.{kind}" for each in stored)
                 if any(name in self.file.tensors for name in names):

@@ -35,20 +35,22 @@ _LAYERS = {
     "attn.proj": "v.blk.{}.attn_out",
 }
 _JOINED = ("v.blk.{}.attn_q", "v.blk.{}.attn_k", "v.blk.{}.attn_v")
-_MAX_PIXELS = 1 << 28
+_MAX_SHORTEST, _MAX_PIXELS = 1 << 22, 1 << 28  # smaller images are enlarged to the first at most
 
 
 def read_qwen2_vl(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
-    """Return a Qwen 2-VL; its file says something else than the MLP's width."""
+    """Return a Qwen 2-VL."""
     sizes = read_sizes(reader, file)
-    width = file.tensor("v.blk.0.ffn_up.weight").shape[0]
-    check(width % sizes.width == 0, f"an MLP of {width} is no multiple of the width {sizes.width}")
+    check(
+        sizes.mlp_width % sizes.width == 0,
+        f"an MLP of {sizes.mlp_width} is no multiple of the width {sizes.width}",
+    )
     mlp = {"mlp.fc1": "v.blk.{}.ffn_up", "mlp.fc2": "v.blk.{}.ffn_down"}
     vision = {
         **_vision_config(sizes),
         "embed_dim": sizes.width,
         "hidden_size": text.config["hidden_size"],
-        "mlp_ratio": width // sizes.width,
+        "mlp_ratio": sizes.mlp_width // sizes.width,
     }
     names = _names_of_2(file, sizes, mlp)
     return _model(reader, file, text, sizes, vision, names, "qwen2_vl", _PIXELS_OF_2)
@@ -101,7 +103,7 @@ def read_qwen3_vl(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel
         "deepstack_visual_indexes": deep,
         "hidden_act": "gelu_pytorch_tanh",
     }
-    names = TowerNames(file, sizes.num_layers)
+    names = TowerNames(file, sizes)
     layers = {
         **_LAYERS,
         "attn.qkv": "v.blk.{}.attn_qkv",
@@ -134,7 +136,7 @@ def _vision_config(sizes: TowerSizes) -> dict[str, Any]:
 
 def _names_of_2(file: GgufFile, sizes: TowerSizes, mlp: Mapping[str, str]) -> TowerNames:
     """Return the names of Qwen 2's and 2.5's towers, whose attention the converter takes apart."""
-    names = TowerNames(file, sizes.num_layers)
+    names = TowerNames(file, sizes)
     names.add({f"{_TOWER}blocks.{{}}.{own}": name for own, name in {**_LAYERS, **mlp}.items()})
     names.add_joined(f"{_TOWER}blocks.{{}}.attn.qkv", *_JOINED)
     names.add({
@@ -164,8 +166,8 @@ def _model(
         for key, default in zip(("image_min_pixels", "image_max_pixels"), pixels, strict=True)
     )
     check(
-        0 < shortest <= longest <= _MAX_PIXELS,
-        f"image_min_pixels and image_max_pixels must be in order, got {shortest} and {longest}",
+        0 < shortest <= longest <= _MAX_PIXELS and shortest <= _MAX_SHORTEST,
+        f"image_min_pixels and image_max_pixels cannot be {shortest} and {longest}",
     )
     others = {"video_token_id": _VIDEO, "vision_start_token_id": _START, "vision_end_token_id": _END}
     ids = {key: text.find_token(each) for key, each in others.items()}
