@@ -51,12 +51,26 @@ class Case:
     Attributes:
         family: For `vision_models.make`.
         publish: Changes config.json and tensors to what the converter reads.
-        round: Names (patterns) of tensors that the converter always writes as float16.
+        edit: Changes tensors of the checkpoint, by name, before all else.
     """
 
     family: Family
     publish: Callable[[dict[str, Any], Tensors], tuple[dict[str, Any], Tensors]]
-    round: str = "(?!)"
+    edit: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
+
+
+def _rounded(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Round Gemma 3's projection, which the converter always writes as float16."""
+    return tensor.half().float() if "mm_input_projection" in name else tensor
+
+
+def _clipped(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Let Gemma 4's products be clipped, and its tower's rows be scaled."""
+    if name.endswith(("_min", "_max")):
+        return torch.full_like(tensor, -0.7 if name.endswith("_min") else 0.8)
+    if name.endswith(("std_bias", "std_scale")):
+        return torch.linspace(0.2, 1.1, tensor.numel())
+    return tensor
 
 
 def _plain(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
@@ -133,6 +147,12 @@ _QWEN = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
 _QWEN2_SIZES = {"size": {"shortest_edge": 3136, "longest_edge": 12845056}, **_QWEN}
 _TIED = {"tie_word_embeddings": True}
 
+_WIDE = {"global_head_dim": 32}  # the converter needs another one
+_POOLED = {"pooling_kernel_size": 3, "position_embedding_size": 840}
+_GEMMA4: dict[str, Any] = {
+    "preprocessor": {"patch_size": 4, "pooling_kernel_size": 3}, "processor": {},
+}  # fmt: skip
+
 CASES: Mapping[str, Case] = {
     "smolvlm": Case(
         _with("smolvlm", {}, preprocessor={**FAMILIES["smolvlm"].preprocessor, "size": {"longest_edge": 84}}),
@@ -161,7 +181,7 @@ CASES: Mapping[str, Case] = {
             processor={"image_seq_length": 4},
         ),
         _gemma3,
-        "mm_input_projection_weight",
+        _rounded,
     ),
     "qwen2_vl": Case(
         _with("qwen2_vl", {"vision_config": {"patch_size": 14}}, preprocessor=_QWEN2_SIZES), _plain
@@ -198,6 +218,24 @@ CASES: Mapping[str, Case] = {
         ),
         _internvl,
     ),
+    "gemma4": Case(
+        _with(
+            "gemma4", {"text_config": _WIDE, "vision_config": _POOLED}, **_GEMMA4
+        ),
+        _plain,
+    ),
+    "gemma4_large": Case(
+        _with(
+            "gemma4_large",
+            {
+                "text_config": _WIDE,
+                "vision_config": {**_POOLED, "standardize": True, "use_clipped_linears": True},
+            },
+            **_GEMMA4,
+        ),
+        _plain,
+        _clipped,
+    ),
     # InternViT-6B.
     "internvl_large": Case(
         _with(
@@ -215,7 +253,7 @@ def make(name: str, folder: Path, kinds: tuple[str, str] = (KIND, KIND)) -> Made
     case = CASES[name]
     checkpoint = folder / "checkpoint"
     vision_models.make_family(name, case.family, checkpoint)
-    _round(checkpoint, case.round)
+    _edit(checkpoint, case.edit)
     published = shutil.copytree(checkpoint, folder / "published")
     config = json.loads((published / "config.json").read_text())
     tensors = safetensors.torch.load_file(published / "model.safetensors")
@@ -257,11 +295,8 @@ def _plain_value(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) and value.dtype == bool else value
 
 
-def _round(checkpoint: Path, names: str) -> None:
-    """Round tensors of a checkpoint to float16."""
+def _edit(checkpoint: Path, edit: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Change tensors of a checkpoint."""
     path = checkpoint / "model.safetensors"
-    tensors = safetensors.torch.load_file(path)
-    rounded = {
-        name: each.half().float() if re.search(names, name) else each for name, each in tensors.items()
-    }
-    safetensors.torch.save_file(rounded, path, {"format": "pt"})
+    tensors = {name: edit(name, each) for name, each in safetensors.torch.load_file(path).items()}
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})

@@ -155,7 +155,7 @@ _NUMBERS: tuple[Any, ...] = (
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["smolvlm", "gemma3", "qwen2_5_vl", "mistral3"])
+@pytest.mark.parametrize("name", ["smolvlm", "gemma3", "gemma4", "qwen2_5_vl", "mistral3"])
 def test_random_changes_are_served_or_refused(
     name: str, model_of: Callable[[str], Made], tmp_path: Path
 ) -> None:

@@ -1,12 +1,13 @@
 """Text models of GGUF files that accept images: configurations and tensors by the names of `transformers`.
 
-Native families read the same files when there is no projector beside them.
+Without a projector beside them, native families read the same files, or modules of `models/gguf_modules`,
+which are used here, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tgi_asgi.errors import ModelLoadError, check
@@ -17,6 +18,7 @@ from tgi_asgi.models.gguf_module import (
     MAX_SIZE,
     GgufModule,
     common_names,
+    find_module,
     layer_types,
     read_common,
     vocab_size_of,
@@ -52,13 +54,27 @@ def read_text(file: GgufFile, kind: str) -> dict[str, Any]:
         ModelLoadError: if the file asks for something that the code of `transformers` would not compute.
     """
     reader = Reader.of_gguf(file.metadata, frozenset(file.tensors))
-    config = TEXTS[_architecture(file)].read(reader, file)
+    module = find_module(_architecture(file))
+    read = TEXTS[_architecture(file)].read if module is None else module.read_config
+    config = read(reader, file)
     reader.finish()
     return {"model_type": kind, **config}
 
 
+def is_known(name: str) -> bool:
+    """Return whether text models of this `general.architecture` can be read."""
+    return name in TEXTS or find_module(name) is not None
+
+
 def text_module(file: GgufFile, prefix: str) -> GgufModule:
     """Return the names of a text model's tensors, which begin with a prefix, except the head's."""
+    module = find_module(_architecture(file))
+    if module is not None:
+        names = {
+            f"{prefix}{own.removeprefix('model.')}" if own.startswith("model.") else own: stored
+            for own, stored in module.names.items()
+        }
+        return replace(module, names=names, layers=f"{prefix}layers.")
     text = TEXTS[_architecture(file)]
     outer = {f"{prefix}embed_tokens": "token_embd", f"{prefix}norm": "output_norm", "lm_head": "output"}
     return GgufModule(

@@ -15,7 +15,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError, check
 from tgi_asgi.formats.gguf import GgufFile, GgufTensor
 from tgi_asgi.models.gguf_vision.projector import TextFile, TowerPart, VisionModel, find_projector
-from tgi_asgi.models.gguf_vision.texts import TEXTS, read_text, text_module
+from tgi_asgi.models.gguf_vision.texts import is_known, read_text, text_module
 from tgi_asgi.models.loading import WHOLE, NamedWeights, check_shape
 from tgi_asgi.models.loading.gguf_module import GgufModuleWeights
 from tgi_asgi.models.loading.gguf_tensors import (
@@ -44,7 +44,7 @@ def open_vision(text: GgufFile, path: Path) -> tuple[VisionModel, GgufVisionWeig
         projector = find_projector(file)
         name = str(text.metadata.get("general.architecture"))
         check(
-            name in projector.texts and name in TEXTS,
+            name in projector.texts and is_known(name),
             f"a projector of type {projector.kind!r} does not belong to a text model of architecture "
             f"{name[:100]!r}, only to {', '.join(projector.texts)}",
         )
