@@ -82,6 +82,14 @@ def _smolvlm(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], 
     return {**config, "text_config": text}, tensors
 
 
+def _with_experts(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Store experts as published, columns first; transformers 5 turns them on loading, but not on saving."""
+    return config, {
+        name: each.transpose(1, 2).contiguous() if ".experts." in name else each
+        for name, each in tensors.items()
+    }
+
+
 def _gemma3(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
     old, new = "vision_tower.", "vision_tower.vision_model."
     return config, {name.replace(old, new): tensor for name, tensor in tensors.items()}
@@ -208,8 +216,43 @@ CASES: Mapping[str, Case] = {
         ),
         _plain,
     ),
+    "qwen3_vl_moe": Case(
+        _with(
+            "qwen3_vl",
+            {
+                "text_config": {
+                    "model_type": "qwen3_vl_moe_text", "num_experts": 4, "num_experts_per_tok": 2,
+                    "moe_intermediate_size": 32, "norm_topk_prob": True, "decoder_sparse_step": 1,
+                    "mlp_only_layers": [],
+                },
+                "vision_config": {"patch_size": 16, "deepstack_visual_indexes": [1]},
+            },
+            preprocessor={
+                "size": {"shortest_edge": 65536, "longest_edge": 16777216}, **_QWEN, "patch_size": 16,
+            },
+            architecture="Qwen3VLMoeForConditionalGeneration",
+        ),
+        _with_experts,
+    ),
     "pixtral": Case(FAMILIES["pixtral"], _plain),
     "mistral3": Case(FAMILIES["mistral3"], _plain),
+    # Ministral 3.
+    "ministral3": Case(
+        _with(
+            "mistral3",
+            {
+                "text_config": {
+                    "model_type": "ministral3",
+                    "rope_parameters": {
+                        "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "beta_fast": 32.0,
+                        "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+                        "original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.1,
+                    },
+                },
+            },
+        ),
+        _plain,
+    ),
     "internvl": Case(
         _with(
             "internvl",

@@ -221,14 +221,14 @@ class Reader:
         """Declare that keys do not matter to this family."""
         self._read.update(map(self._name, keys))
 
-    def finish(self) -> None:
-        """Refuse keys that were not read and might matter.
+    def finish(self, *more: str) -> None:
+        """Refuse keys that were not read and might matter; these matter, whatever their names suggest.
 
         Raises:
             NotInFamily: if there is one; the message names it.
         """
         for key, value in self._values.items():
-            if key not in self._read and self._matters(key, value):
+            if key not in self._read and (key in more or self._matters(key, value)):
                 raise NotInFamily(
                     f"`{key}` is {str(value)[:100]}, which this server does not know for this architecture: "
                     "the model would compute something else"

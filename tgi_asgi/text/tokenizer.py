@@ -115,7 +115,9 @@ class Tokenizer:
             parts = {name: text for name, text in named.items() if text is not None}
             older_files.surround(vocab.backend, parts)
         tokens = tokens or {}
-        vocab.backend.add_special_tokens(list(tokens.values()))
+        added = vocab.backend.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special}
+        vocab.backend.add_special_tokens([text for text in tokens.values() if text not in special])
         return cls(vocab.backend, {**vocab.special_tokens, **tokens}, vocab.eos_ids)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -59,6 +59,9 @@ def floats(*shape: int) -> np.ndarray:
         ("smolvlm", {f"{VISION}projector.scale_factor": 1}, {}, "has the shape"),
         ("smolvlm", {f"{VISION}preproc_image_size": 1 << 14}, {}, "preproc_image_size must be 28 to 8 times"),
         ("smolvlm", {f"{VISION}norm_scale": 2.0}, {}, "norm_scale"),
+        ("smolvlm", {f"{VISION}feature_layer": np.zeros(1, np.int32)}, {}, "`feature_layer` is"),
+        ("smolvlm", {f"{VISION}attention.head_dim": 8}, {}, "attention.head_dim"),
+        ("qwen2_5_vl", {f"{VISION}window_size": 1 << 20}, {}, "window_size must be in"),
         ("smolvlm", {}, {"v.blk.1.attn_q.weight": None}, "no tensor for '.*layers.1.*q_proj.weight'"),
         ("smolvlm", {}, {"v.blk.1.attn_q.weight": floats(16, 32)}, "has the shape"),
         ("smolvlm", {}, {"v.blk.1.attn_gate.weight": floats(32, 32)}, "'v.blk.1.attn_gate.weight', which"),
@@ -70,7 +73,7 @@ def floats(*shape: int) -> np.ndarray:
         ("qwen2_5_vl", {}, {"v.blk.0.attn_k.weight": None}, "there is no tensor 'v.blk.0.attn_k.weight'"),
         ("qwen2_5_vl", {}, {"v.patch_embd.weight.1": None}, "there is no tensor 'v.patch_embd.weight.1'"),
         ("qwen2_5_vl", {}, {"mm.2.weight": floats(32, 128)}, "it gives rows of 32 numbers"),
-        ("qwen2_5_vl", {"clip.projector_type": "gemma3"}, {}, "not belong to a text model of .* 'qwen2vl'"),
+        ("qwen2_5_vl", {"clip.projector_type": "gemma3"}, {}, "with text models of .* 'qwen2vl'"),
         ("mistral3", {f"{VISION}spatial_merge_size": 1}, {}, "which the tensors contradict"),
         ("mistral3", {f"{VISION}attention.head_count": 16}, {}, "heads of 2 have no two rotary axes"),
         ("mistral3", {f"{VISION}attention.layer_norm_epsilon": 1e-3}, {}, "must be 1e-05"),
@@ -88,7 +91,7 @@ def test_files_that_contradict_themselves_are_refused(
 def test_a_file_of_another_model_is_refused(model_of: Callable[[str], Made]) -> None:
     made, other = model_of("gemma3"), model_of("smolvlm")
     assert other.files.projector is not None
-    check_refused(made, other.files.projector, "not belong to a text model of architecture 'gemma3'")
+    check_refused(made, other.files.projector, "not supported with text models of architecture 'gemma3'")
 
 
 @pytest.mark.parametrize("size", [0, 3, 100, 2000, -1])
@@ -130,6 +133,14 @@ def test_native_code_reads_texts_only(model_of: Callable[[str], Made]) -> None:
         assert opened.kind == "native"
     with pytest.raises(ModelLoadError, match="--model-impl native: no native family accepts images"):
         OpenModel(files, model_impl="native")
+
+
+def test_several_shards_need_the_text_model_alone(model_of: Callable[[str], Made]) -> None:
+    with (
+        OpenModel(model_of("smolvlm").files, model_impl="auto") as opened,
+        pytest.raises(ModelLoadError, match="leave --num-shard out, or add --mmproj none"),
+    ):
+        opened.cuts(2)
 
 
 def test_every_kind_belongs_to_some_text_model() -> None:

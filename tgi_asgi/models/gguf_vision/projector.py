@@ -27,6 +27,12 @@ _MAX_SIDE = 256  # patches of a side: some towers compute a table for each place
 _MAX_WIDTH = 1 << 16
 _MAX_HEAD_DIM = 256
 _KINDS = ("weight", "bias")
+# Keys that change what a tower computes, or how images become its input, in kinds that read them.
+MEANINGFUL = (
+    "feature_layer", "image_grid_pinpoints", "image_max_pixels", "image_min_pixels", "is_deepstack_layers",
+    "mm_patch_merge_type", "n_wa_pattern", "preproc_image_size", "preproc_max_tiles", "preproc_min_tiles",
+    "spatial_merge_size", "wa_layer_indexes", "wa_pattern_mode",
+)  # fmt: skip
 _PATCHES = "v.patch_embd.weight"
 _UP, _DOWN = "v.blk.{}.ffn_up", "v.blk.{}.ffn_down"
 _SWAPPED = {_UP: _DOWN, _DOWN: _UP}
@@ -177,6 +183,9 @@ def read_sizes(reader: Reader, file: GgufFile) -> TowerSizes:
         width % num_heads == 0 and width // num_heads <= _MAX_HEAD_DIM,
         f"{num_heads} heads cannot share a width of {width}, or are too large",
     )
+    reader.require(**{
+        "attention.head_dim": width // num_heads, "attention.head_count_kv": num_heads,
+    })  # fmt: skip
     num_layers = reader.positive("num_hidden_layers", MAX_LAYERS)
     check(
         f"v.blk.{num_layers - 1}.ln1.weight" in reader.tensors,

@@ -25,10 +25,17 @@ from tgi_asgi.ops.arrays import Floats
 _TOWER = "model.visual."
 _IMAGE, _VIDEO, _START, _END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
 _MERGE = 2  # patches of a side that become one token, in all published models
-_WINDOW = 112  # pixels of a side in Qwen 2.5-VL's windows; files do not say it
+_WINDOW = 112  # pixels of a side in Qwen 2.5-VL's windows; llama.cpp's files do not say it
+_MAX_WINDOW = 1 << 14
 # Pixels of an image after resizing, at least and at most: those of the published processors.
 _PIXELS_OF_2 = (56 * 56, 28 * 28 * 16384)
 _PIXELS_OF_3 = (256 * 256, 4096 * 4096)
+_ARCHITECTURES = {
+    "qwen2_vl": "Qwen2VL",
+    "qwen2_5_vl": "Qwen2_5_VL",
+    "qwen3_vl": "Qwen3VL",
+    "qwen3_vl_moe": "Qwen3VLMoe",
+}
 _LAYERS = {
     "norm1": "v.blk.{}.ln1",
     "norm2": "v.blk.{}.ln2",
@@ -60,6 +67,9 @@ def read_qwen2_5_vl(reader: Reader, file: GgufFile, text: TextFile) -> VisionMod
     """Return a Qwen 2.5-VL: most of the tower's layers attend in windows."""
     sizes = read_sizes(reader, file)
     period = reader.positive("n_wa_pattern", sizes.num_layers)
+    window = reader.integer("window_size", _WINDOW)
+    least = sizes.patch_size * _MERGE
+    check(least <= window <= _MAX_WINDOW, f"window_size must be in {least}..{_MAX_WINDOW}, got {window}")
     mlp = {
         "mlp.gate_proj": "v.blk.{}.ffn_gate",
         "mlp.up_proj": "v.blk.{}.ffn_up",
@@ -70,10 +80,9 @@ def read_qwen2_5_vl(reader: Reader, file: GgufFile, text: TextFile) -> VisionMod
         "hidden_size": sizes.width,
         "intermediate_size": sizes.mlp_width,
         "out_hidden_size": text.config["hidden_size"],
-        "window_size": _WINDOW,
+        "window_size": window,
         "fullatt_block_indexes": list(range(period - 1, sizes.num_layers, period)),
     }
-    check(sizes.patch_size * _MERGE <= _WINDOW, f"patches of {sizes.patch_size} are larger than its windows")
     names = _names_of_2(file, sizes, mlp)
     return _model(reader, file, text, sizes, vision, names, "qwen2_5_vl", _PIXELS_OF_2)
 
@@ -171,7 +180,9 @@ def _model(
     )
     others = {"video_token_id": _VIDEO, "vision_start_token_id": _START, "vision_end_token_id": _END}
     ids = {key: text.find_token(each) for key, each in others.items()}
-    architecture = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[kind]
+    if "num_experts" in text.config:
+        kind = f"{kind}_moe"
+    architecture = _ARCHITECTURES[kind]
     config = {
         "model_type": kind,
         "architectures": [f"{architecture}ForConditionalGeneration"],
@@ -205,5 +216,9 @@ def _stacked(*frames: Floats) -> Floats:
 PROJECTORS = (
     Projector("qwen2vl_merger", {"qwen2vl": "qwen2_vl_text"}, read_qwen2_vl),
     Projector("qwen2.5vl_merger", {"qwen2vl": "qwen2_5_vl_text"}, read_qwen2_5_vl),
-    Projector("qwen3vl_merger", {"qwen3vl": "qwen3_vl_text"}, read_qwen3_vl),
+    Projector(
+        "qwen3vl_merger",
+        {"qwen3vl": "qwen3_vl_text", "qwen3vlmoe": "qwen3_vl_moe_text"},
+        read_qwen3_vl,
+    ),
 )

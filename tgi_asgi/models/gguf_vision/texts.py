@@ -38,13 +38,14 @@ class Text:
         read: Returns the decoder's configuration without its type.
         names: llama.cpp's names of a layer's tensors, by those of `transformers`.
         is_paired: Whether llama.cpp stores rotary pairs of queries and keys adjacent.
-        restored: As for `GgufModule`.
+        restored, joined: As for `GgufModule`.
     """
 
     read: Callable[[Reader, GgufFile], dict[str, Any]]
     names: Mapping[str, str]
     is_paired: bool = False
     restored: Mapping[str, Callable[[Floats], Floats]] = field(default_factory=dict)
+    joined: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def read_text(file: GgufFile, kind: str) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def text_module(file: GgufFile, prefix: str) -> GgufModule:
         {**outer, **text.names},
         layers=f"{prefix}layers.",
         restored=text.restored,
+        joined=text.joined,
         paired=("attn_q", "attn_k") if text.is_paired else (),
     )
 
@@ -91,7 +93,7 @@ def _architecture(file: GgufFile) -> str:
     return str(file.metadata.get("general.architecture"))
 
 
-def _read_plain(reader: Reader, file: GgufFile) -> dict[str, Any]:
+def _read_plain(reader: Reader, file: GgufFile, *, has_experts: bool = False) -> dict[str, Any]:
     """Return what every decoder has."""
     reader.replace("vocab_size", vocab_size_of(file))  # files may list more tokens, or fewer
     config = read_common(reader)
@@ -99,7 +101,8 @@ def _read_plain(reader: Reader, file: GgufFile) -> dict[str, Any]:
     head_dim = reader.integer("head_dim", config["hidden_size"] // num_heads)
     check(0 < head_dim <= MAX_SIZE, f"attention.key_length must be positive, got {head_dim}")
     reader.require(**{"attention.value_length": head_dim, "rope.dimension_count": head_dim})
-    reader.require(expert_count=0, expert_used_count=0)
+    if not has_experts:
+        reader.require(expert_count=0, expert_used_count=0)
     num_kv_heads = reader.integer("num_key_value_heads", num_heads)
     check(0 < num_kv_heads <= MAX_HEADS, f"attention.head_count_kv must be positive, got {num_kv_heads}")
     check(
@@ -172,9 +175,13 @@ def _read_qwen(reader: Reader, file: GgufFile) -> dict[str, Any]:
     return {**_read_plain(reader, file), "rope_parameters": _read_rope(reader)}
 
 
-def _read_axes(reader: Reader, file: GgufFile) -> dict[str, Any]:
+def _read_axes(reader: Reader, file: GgufFile, *, has_experts: bool = False) -> dict[str, Any]:
     """Return the configuration of a Qwen-VL, whose positions have three axes."""
-    config = _read_qwen(reader, file)
+    check(not reader.integer("sliding_window", 0), "its attention has a window")
+    config = {
+        **_read_plain(reader, file, has_experts=has_experts),
+        "rope_parameters": _read_rope(reader),
+    }
     given = reader.get("rope.dimension_sections")
     sections = list(given) if isinstance(given, list) else []
     half = config["head_dim"] // 2
@@ -188,11 +195,25 @@ def _read_axes(reader: Reader, file: GgufFile) -> dict[str, Any]:
     return config
 
 
-def _read_qwen3vl(reader: Reader, file: GgufFile) -> dict[str, Any]:
-    config = _read_axes(reader, file)
+def _read_qwen3vl(reader: Reader, file: GgufFile, *, has_experts: bool = False) -> dict[str, Any]:
+    config = _read_axes(reader, file, has_experts=has_experts)
     config["rope_parameters"]["mrope_interleaved"] = True
     reader.ignore("n_deepstack_layers")  # the projector's file says which
     return {**config, "attention_bias": "blk.0.attn_q.bias" in reader.tensors}
+
+
+def _read_qwen3vlmoe(reader: Reader, file: GgufFile) -> dict[str, Any]:
+    num_experts = reader.positive("num_experts", MAX_SIZE)
+    reader.require(expert_group_count=0, expert_shared_count=0, expert_weights_norm=True)
+    return {
+        **_read_qwen3vl(reader, file, has_experts=True),
+        "num_experts": num_experts,
+        "num_experts_per_tok": reader.positive("num_experts_per_tok", num_experts),
+        "moe_intermediate_size": reader.positive("moe_intermediate_size", MAX_SIZE),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    }
 
 
 def _read_gemma3(reader: Reader, file: GgufFile) -> dict[str, Any]:
@@ -239,6 +260,15 @@ TEXTS: Mapping[str, Text] = {
     "qwen3": Text(_read_qwen, _WITH_NORMS),
     "qwen2vl": Text(_read_axes, _NAMES),
     "qwen3vl": Text(_read_qwen3vl, _WITH_NORMS),
+    "qwen3vlmoe": Text(
+        _read_qwen3vlmoe,
+        {
+            **{own: stored for own, stored in _WITH_NORMS.items() if not own.startswith("mlp.")},
+            "mlp.gate": "ffn_gate_inp",
+            "mlp.experts.down_proj": "ffn_down_exps.weight",
+        },
+        joined={"mlp.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight")},
+    ),
     "gemma3": Text(
         _read_gemma3,
         {**_WITH_NORMS, **SANDWICH_NAMES},

@@ -33,6 +33,7 @@ class _Place:
         restore: How its values become the model's.
         restored: Their shape then.
         pair_dim: Size of a head whose rows are stored in rotary pairs.
+        below: A stack whose matrices' rows come below those of `info`.
     """
 
     info: GgufTensor
@@ -41,11 +42,15 @@ class _Place:
     restore: Callable[[Floats], Floats] | None = None
     restored: tuple[int, ...] | None = None
     pair_dim: int | None = None
+    below: GgufTensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         if self.restored is not None:
             return self.restored
+        if self.below is not None:
+            count, rows, columns = self.info.shape
+            return (count, rows + self.below.shape[1], columns)
         if self.num_parts is not None:
             return (self.info.shape[0] // self.num_parts, *self.info.shape[1:])
         return self.info.shape if self.index is None else self.info.shape[1:]
@@ -61,6 +66,14 @@ def _is_scale_of_nvfp4(file: GgufFile, stored: str) -> bool:
     stem, _, kind = stored.rpartition(".")
     matrix = file.tensors.get(f"{stem}.weight")
     return kind in ("scale", "input_scale") and matrix is not None and matrix.type == "NVFP4"
+
+
+def _joined_place(first: GgufTensor, second: GgufTensor) -> _Place:
+    if len(first.shape) != 3 or len(second.shape) != 3 or first.shape[::2] != second.shape[::2]:
+        raise ModelLoadError(
+            f"tensors {first.name!r} and {second.name!r} must be stacks of the same matrices"
+        )
+    return _Place(first, below=second)
 
 
 class GgufModuleWeights(GgufTensors):
@@ -81,6 +94,10 @@ class GgufModuleWeights(GgufTensors):
                 self._unread.discard(stored)
                 continue
             info = file.tensor(stored)
+            if joined := module.joined_of(stored):
+                own, *pair = joined
+                self._places[own] = _joined_place(*map(file.tensor, pair))
+                continue
             if parts := module.parts_of(stored):
                 if info.shape[0] % len(parts):
                     raise ModelLoadError(f"tensor {stored!r} must have a multiple of {len(parts)} rows")
@@ -99,7 +116,8 @@ class GgufModuleWeights(GgufTensors):
                 pair_dim = head_dim if module.is_paired(stored) else None
                 restore = module.restore_of(stored)
                 self._places[name] = _Place(info, restore=restore, restored=restored, pair_dim=pair_dim)
-        self._named = {place.info.name for place in self._places.values()}
+        tensors = [each for place in self._places.values() for each in (place.info, place.below)]
+        self._named = {info.name for info in tensors if info is not None}
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -121,6 +139,13 @@ class GgufModuleWeights(GgufTensors):
             return matrix if part == WHOLE else matrix.rows(*part.indices(shape[0])[:2])
         count = shape[0] if shape else 1
         start, stop, _ = part.indices(count)
+        if place.below is not None:
+            matrices = [
+                self._part(each, index, index + 1, each.shape)
+                for index in range(start, stop)
+                for each in (info, place.below)
+            ]
+            return ops.stack_rows(matrices)
         if place.pair_dim is not None:
             return self._joined(info, place.pair_dim, shape).rows(start, stop)
         if place.restore is None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError, check
 from tgi_asgi.formats.gguf import GgufFile, GgufTensor
-from tgi_asgi.models.gguf_vision.projector import TextFile, TowerPart, VisionModel, find_projector
+from tgi_asgi.models.gguf_vision.projector import MEANINGFUL, TextFile, TowerPart, VisionModel, find_projector
 from tgi_asgi.models.gguf_vision.texts import is_known, read_text, text_module
 from tgi_asgi.models.loading import WHOLE, NamedWeights, check_shape
 from tgi_asgi.models.loading.gguf_module import GgufModuleWeights
@@ -45,14 +45,14 @@ def open_vision(text: GgufFile, path: Path) -> tuple[VisionModel, GgufVisionWeig
         name = str(text.metadata.get("general.architecture"))
         check(
             name in projector.texts and is_known(name),
-            f"a projector of type {projector.kind!r} does not belong to a text model of architecture "
-            f"{name[:100]!r}, only to {', '.join(projector.texts)}",
+            f"projectors of type {projector.kind!r} are not supported with text models of architecture "
+            f"{name[:100]!r}, only with {', '.join(projector.texts)}",
         )
         config = read_text(text, projector.texts[name])
         reader = Reader.of_clip(file.metadata, frozenset(file.tensors))
         reader.ignore("has_vision_encoder", "has_llava_projector", "has_text_encoder", "projector_type")
         model = projector.read(reader, file, TextFile(text, config))
-        reader.finish()
+        reader.finish(*MEANINGFUL)
         module = text_module(text, model.decoder)
         texts = GgufModuleWeights(text, module, config["num_hidden_layers"], config["head_dim"])
         weights = GgufVisionWeights(texts, TowerWeights(file, model.parts))

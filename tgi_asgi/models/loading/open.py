@@ -276,9 +276,10 @@ class OpenModel:
         """
         config = self.config
         if not isinstance(self._model, _Native) or not isinstance(config, ModelConfig):
+            alone = "" if self._image_processor is None else ", or add --mmproj none"
             raise ModelLoadError(
                 f"--num-shard {count}: {config.architecture} is computed by transformers' code, which is not "
-                "split: leave --num-shard out"
+                f"split: leave --num-shard out{alone}"
             )
         found = unsplit(config, self._model.family)
         check(
