@@ -115,8 +115,8 @@ class Tokenizer:
             parts = {name: text for name, text in named.items() if text is not None}
             older_files.surround(vocab.backend, parts)
         tokens = tokens or {}
-        added = vocab.backend.get_added_tokens_decoder().values()
-        special = {token.content for token in added if token.special}
+        known = vocab.backend.get_added_tokens_decoder()
+        special = {each.content for each in known.values() if each.special}
         vocab.backend.add_special_tokens([text for text in tokens.values() if text not in special])
         return cls(vocab.backend, {**vocab.special_tokens, **tokens}, vocab.eos_ids)
 
