@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,7 @@ import transformers
 from tests.support import vision_models
 from tests.support.family_files import convert
 from tests.support.gguf_bytes import Tensor, gguf_bytes
+from tests.support.llama_cpp import llama_cpp_source
 from tests.support.vision_family import Family
 from tests.support.vision_table import FAMILIES
 from tgi_asgi.formats.gguf import GgufFile
@@ -34,6 +38,7 @@ from tgi_asgi.formats.sources import ModelFiles
 
 Tensors = dict[str, torch.Tensor]
 KIND = "f32"
+_CLIP = Path(__file__).with_name("convert_llava.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,12 @@ class Case:
 def _rounded(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Round Gemma 3's projection, which the converter always writes as float16."""
     return tensor.half().float() if "mm_input_projection" in name else tensor
+
+
+def _rounded_clip(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Round what LLaVA's converter always writes as float16."""
+    is_rounded = "patch_embedding" in name or ("multi_modal_projector" in name and tensor.dim() == 2)
+    return tensor.half().float() if is_rounded else tensor
 
 
 def _clipped(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -279,6 +290,7 @@ CASES: Mapping[str, Case] = {
         _plain,
         _clipped,
     ),
+    "llava": Case(FAMILIES["llava"], _plain, _rounded_clip),
     # InternViT-6B.
     "internvl_large": Case(
         _with(
@@ -308,9 +320,39 @@ def make(name: str, folder: Path, kinds: tuple[str, str] = (KIND, KIND)) -> Made
     options = json.loads((published / "preprocessor_config.json").read_text())
     (published / "preprocessor_config.json").write_text(json.dumps({**options, **more}))
     names = (kinds[0], f"mmproj-{kinds[1]}")
-    convert(published, names, folder)
+    if name == "llava":
+        convert(published, names[:1], folder)
+        _convert_clip(published, folder / f"{names[1]}.gguf")
+    else:
+        convert(published, names, folder)
     text, projector = (folder / f"{name}.gguf" for name in names)
     return Made(checkpoint, ModelFiles(name, None, "gguf", text, projector, is_projector_named=True))
+
+
+def _convert_clip(published: Path, output: Path) -> None:
+    """Write a LLaVA's projector file; the script's other half takes tower and projector apart."""
+    source, folder = llama_cpp_source(), published.parent / "clip"
+    folder.mkdir()
+    config = json.loads((published / "config.json").read_text())
+    tensors = safetensors.torch.load_file(published / "model.safetensors")
+    tower = {
+        name.replace("vision_tower.", "vision_model."): each
+        for name, each in tensors.items()
+        if name.startswith("vision_tower.")
+    }
+    projector = {name: each for name, each in tensors.items() if name.startswith("multi_modal_projector.")}
+    (folder / "config.json").write_text(json.dumps(config["vision_config"]))
+    safetensors.torch.save_file(tower, folder / "model.safetensors", {"format": "pt"})
+    torch.save(projector, folder / "llava.projector")
+    script = source / "tools" / "mtmd" / "legacy-models" / "convert_image_encoder_to_gguf.py"
+    words = ["-m", folder, "--clip-model-is-vision", "--use-f32", "--llava-projector"]
+    done = subprocess.run(
+        [sys.executable, _CLIP, script, *map(str, words), str(folder / "llava.projector"), "-o", str(folder)],
+        env={**os.environ, "PYTHONPATH": str(source / "gguf-py")}, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"llama.cpp's converter failed:\n{done.stderr[-3000:]}")
+    (folder / "mmproj-model-f32.gguf").rename(output)
 
 
 def changed(

@@ -70,6 +70,21 @@ def test_logits_are_those_of_transformers(name: str, model_of: Callable[[str], M
         assert distance(logits, wanted) < 1e-4
 
 
+@pytest.mark.models
+def test_vocabularies_of_the_first_llavas_have_no_token_for_images(
+    model_of: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tgi_asgi.models.gguf_vision.llava._IMAGE", "<none>")
+    made = model_of("llava")
+    model, processor, _ = opened(made.files)
+    assert processor.placeholder == "<unk>"
+    prompt = prompts_of(made, "llava", processor)[0]
+    own = prompts_of(made, "llava", vision.processor_of(made.checkpoint))[0]
+    assert prompt.ids != own.ids and len(prompt.ids) == len(own.ids)
+    (found,), _ = run(model, [(prompt, ANSWER)], [1000])
+    assert distance(found, vision.reference(made.checkpoint, own, ANSWER)) < 1e-4
+
+
 @pytest.mark.parametrize("name", of_each(["gemma3", "qwen2_vl"]))
 def test_old_files_have_names_swapped(name: str, model_of: Callable[[str], Made], tmp_path: Path) -> None:
     made = model_of(name)

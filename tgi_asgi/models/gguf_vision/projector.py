@@ -43,7 +43,8 @@ class TowerPart:
     """What a tensor of the tower is made of.
 
     Attributes:
-        stored: Names of the file's tensors: one, or several whose rows follow each other.
+        stored: Names of the file's tensors: one, or several whose rows follow each other; none if it is made
+            of nothing.
         pair_dim: Size of a head whose rows llama.cpp stores pair by pair, as for rotary embeddings.
         make: Computes the tensor from the decoded values of the file's, instead.
         shape: The tensor's shape then.

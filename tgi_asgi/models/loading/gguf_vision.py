@@ -116,8 +116,11 @@ class TowerWeights(GgufTensors):
     def stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes, as described in `Weights.stored`, by the names of `transformers`."""
         return {
-            name: (held_format(self._infos[name][0].type, for_memory=True), math.prod(self.shape(name)))
-            for name in self._parts
+            name: (
+                held_format(infos[0].type, for_memory=True) if infos else "F32",
+                math.prod(self.shape(name)),
+            )
+            for name, infos in self._infos.items()
         }
 
 

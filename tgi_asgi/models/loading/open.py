@@ -141,6 +141,7 @@ class OpenModel:
                 raise ModelLoadError(f"--mmproj {files.projector}: {error}") from error
             logger.warning("for text only, as %s cannot be used: %s", files.projector, error)
             return False
+        logger.info("images are read by %s", files.projector)
         self.weights, self._model = weights, model
         self.companions = GgufCompanions(file, vision.tokens)
         return True
