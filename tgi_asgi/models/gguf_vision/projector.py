@@ -216,10 +216,10 @@ def _read_channels(reader: Reader, key: str) -> list[float]:
     given = reader.get(key)
     values = given[:3] if isinstance(given, list) else []
     check(
-        len(values) == 3 and all(type(each) is float and math.isfinite(each) for each in values),
+        len(values) == 3 and all(type(each) in (int, float) and math.isfinite(each) for each in values),
         f"{key} must be three numbers, got {str(given)[:100]}",
     )
-    return list(values)
+    return [float(each) for each in values]
 
 
 def check_stored(file: GgufFile, name: str, shape: Sequence[int]) -> None:
