@@ -15,7 +15,7 @@ import pytest
 from tests.support.gguf_vision import Made, changed
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.formats.gguf import GgufFile, GgufStrings
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.gguf_vision.projector import all_projectors
 from tgi_asgi.models.loading.open import OpenModel
@@ -125,6 +125,24 @@ def test_a_file_beside_a_model_that_cannot_be_used_is_left_out(
         assert isinstance(opened.load(ops.Packing(is_exact=True), 64), Decoder)
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith(f"for text only, as {beside} cannot be used: projectors of type 'resampler'")
+
+
+def test_a_text_model_with_tensors_that_the_class_lacks_is_served_without_images(
+    model_of: Callable[[str], Made], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The native family knows what old files have beside weights."""
+    made = model_of("smolvlm")
+    more = {"blk.0.attn_rot_embd.weight": floats(8)}
+    with GgufFile.open(made.files.path) as file:
+        items = file.metadata.items()
+        tokens = {key: each.to_list() for key, each in items if isinstance(each, GgufStrings)}
+    text = changed(made.files.path, tmp_path / "old.gguf", tokens, more)
+    files = replace(made.files, path=text, is_projector_named=False)
+    with caplog.at_level(logging.WARNING), OpenModel(files, model_impl="auto") as opened:
+        assert opened.kind == "native"
+    assert "'blk.0.attn_rot_embd.weight'" in caplog.text
+    with pytest.raises(ModelLoadError, match=r"'blk\.0\.attn_rot_embd\.weight'"):
+        OpenModel(replace(files, is_projector_named=True), model_impl="auto")
 
 
 def test_native_code_reads_texts_only(model_of: Callable[[str], Made]) -> None:

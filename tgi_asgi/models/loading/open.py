@@ -132,6 +132,7 @@ class OpenModel:
             try:
                 model = self._open_generic(None, vision.config, trusts_code=False)
                 check_fits(weights, model.shapes())
+                model.packed_tensors(weights)  # refuses tensors without a place
                 self._image_processor = model.image_processor(processor_of(vision, file.metadata))
             except ModelLoadError:
                 weights.close_tower()
