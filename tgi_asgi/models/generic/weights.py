@@ -107,7 +107,7 @@ class Filler:
         targets: dict[str, _Target] = {}
         for name in sorted(self._weights.names(), key=dot_natural_key):
             renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
-            if renamed not in known and name in known:
+            if name in known and (self._weights.is_gguf or renamed not in known):
                 renamed, pattern = rename_source_key(name, [], [], prefix, known)
             if renamed not in known:
                 self._check_unused(name)
