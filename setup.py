@@ -3,7 +3,8 @@
 tgi_asgi._C, the CPU arithmetic, needs a C++ compiler and pybind11, and works with any torch. tgi_asgi._cuda,
 the CUDA kernels, is built if torch has CUDA and an nvcc of its version is found; it is tied to that torch.
 
-Environment: MAX_JOBS limits parallel compilers. TGI_CUDA=1 requires the CUDA kernels, TGI_CUDA=0 omits them,
+Environment: MAX_JOBS limits parallel compilers. TGI_KERNEL_SETS=native leaves out the kernels for other
+processors than this machine's, half of the time. TGI_CUDA=1 requires the CUDA kernels, TGI_CUDA=0 omits them,
 and TORCH_CUDA_ARCH_LIST selects their targets. TGI_SANITIZE=1 builds with the address and undefined behaviour
 sanitizers (`make sanitize`).
 """
@@ -37,6 +38,14 @@ FLAGS_OF_SOURCES = {"csrc/cpu/step/step_amx_model.cpp": "-O1"}
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--fmad=true"]
 BINDING_GROUPS = 6
+SET_PREFIX = "csrc/cpu/step/step_"  # of the sources with one kernel set each
+# Sets whose results have the same bits: a process uses the one that it measures as the fastest.
+ALIKE = ("avx2", "avx_vnni", "avx512_vnni")
+# A program that prints the sets that the machine can run, best last.
+SUPPORTED_SETS = [
+    "csrc/tools/supported_sets.cpp",
+    *(f"csrc/cpu/step/{name}.cpp" for name in ("supported_sets", "amx_grant", "amx_state")),
+]
 DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
 CUDA_FOLDER = "/usr/local/cuda"
 
@@ -52,7 +61,8 @@ class Build(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        sources = _translation_units(ext.sources, folder)
+        left_out = _sets_left_out(folder)
+        sources = [source for source in _translation_units(ext.sources, folder) if source not in left_out]
         (folder / "build.ninja").write_text(_ninja_file(sources, target), encoding="utf-8")
         jobs = os.environ.get("MAX_JOBS")
         command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), *(["-j", jobs] if jobs else [])]
@@ -99,8 +109,33 @@ def _translation_units(sources: list[str], folder: Path) -> list[str]:
         lines = [f'#include "{source.removeprefix("csrc/")}"\n' for source in bindings[index::BINDING_GROUPS]]
         _write_if_new(group, "".join(lines))
         groups.append(str(group))
-    sets = [source for source in sources if source.startswith("csrc/cpu/step/step_")]
+    sets = [source for source in sources if source.startswith(SET_PREFIX)]
     return sets + groups + [source for source in sources if source not in sets and source not in bindings]
+
+
+def _sets_left_out(folder: Path) -> set[str]:
+    """Return the sources of kernel sets that TGI_KERNEL_SETS leaves out: none, or those of other machines.
+
+    The best set serves, or the fastest of those with its bits. If the system refuses AMX's tiles later, it is
+    the next.
+    """
+    wish = os.environ.get("TGI_KERNEL_SETS", "all")
+    if wish not in ("all", "native"):
+        raise SystemExit(f"TGI_KERNEL_SETS must be all or native, got {wish}")
+    if wish == "all":
+        return set()
+    program = folder / "supported_sets"
+    command = [*shlex.split(_compiler()), "-std=c++20", "-Icsrc", *SUPPORTED_SETS, "-o", str(program)]
+    subprocess.check_call(command)
+    supported = subprocess.check_output([program], text=True).split()
+    best = supported[-1]
+    if best in ALIKE:
+        wanted = [name for name in supported if name in ALIKE]
+    else:
+        wanted = supported[-2:] if best == "amx" else [best]
+    print(f"tgi_asgi: kernels for this machine only ({', '.join(wanted)})", flush=True)
+    kept = {f"{SET_PREFIX}{name}.cpp" for name in wanted}
+    return set(glob(f"{SET_PREFIX}*.cpp")) - kept
 
 
 def _write_if_new(path: Path, text: str) -> None:

@@ -32,6 +32,11 @@ from tgi_asgi.settings import DEMO_MODEL, Settings
 
 BLOCK = 16
 LAYER = ("norm", "qkv", "attention", "linear_add o", "norm", "gate_up", "linear_add down")
+# The same if all products have an order of columns.
+ORDERED_LAYER = (
+    "norm", "reorder", "qkv", "attention", "reorder", "linear_add o", "norm", "reorder", "gate_up", "reorder",
+    "linear_add down",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,9 @@ class Bench:
     def seconds(self, shape: Shape, repeats: int) -> list[tuple[str, float]]:
         """Return each operator's median seconds per step, summed over layers, in order of first use."""
         batch, rows = _batch(self.config, shape)
-        names = ["embed", *LAYER * self.config.num_layers, "norm", "logits"]
+        down: ops.LinearWeight = self.model.layers[0].down
+        layer = LAYER if down.made.order is None else ORDERED_LAYER
+        names = ["embed", *layer * self.config.num_layers, "norm", "logits"]
         if len(names) != self._program.num_calls:
             raise SystemExit(
                 f"{self.config.architecture} does not have the {len(LAYER)} calls of Llama's layers"

@@ -1,12 +1,15 @@
 """Models of random weights in shapes that benchmarks need and for which there is no small download.
 
 `bench.kernels --shape 1b-q8_0`: Llama 3.2 1B's layers, with SmolLM2's vocabulary, in the formats that
-llama.cpp would use. The time of a product does not depend on the values.
+llama.cpp would use, or as GPTQ's 4-bit codes in groups of 128 columns. The time of a product does not depend
+on the values.
 """
 
 from __future__ import annotations
 
 import functools
+
+import numpy as np
 
 from tgi_asgi import ops
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
@@ -14,7 +17,8 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading import WHOLE
 
 _LAYERS = 16
-SHAPES = ("1b-q8_0", "1b-q4_k_m")
+SHAPES = ("1b-q8_0", "1b-q4_k_m", "1b-gptq", "1b-gptq-act-order", "1b-gptq-act-order-decoded")
+_GROUP = 128
 
 
 def load_shape(name: str, packing: ops.Packing, positions: int) -> tuple[ModelConfig, Decoder]:
@@ -44,6 +48,9 @@ class RandomWeights:
         assert part == WHOLE, "no shape has experts"
         if len(shape) == 1:
             return _random("F32", 1, shape[0])
+        if self._file_type.startswith("gptq") and ".layers." in name:
+            source = _gptq(name.split(".")[-2], "act-order" in self._file_type, *shape)
+            return source.in_order() if self._file_type.endswith("decoded") else source
         return _random("Q8_0" if self._file_type == "q8_0" else _k_format(name), *shape)
 
     def unread(self) -> list[str]:
@@ -67,6 +74,20 @@ def _k_format(name: str) -> str:
     layer, eighth = int(name.split(".")[2]), _LAYERS // 8
     is_more = layer < eighth or layer >= 7 * eighth or (layer - eighth) % 3 == 2
     return "Q6_K" if is_more else "Q4_K"
+
+
+@functools.cache
+def _gptq(product: str, has_order: bool, rows: int, columns: int) -> ops.WeightSource:
+    """Return 4-bit codes; matrices of one input have one order of columns."""
+    random = np.random.default_rng(rows)
+    shape = rows, columns // _GROUP
+    inputs = {"o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
+    order = np.random.default_rng(inputs.get(product, 0)).permutation(columns) if has_order else None
+    codes = random.integers(0, 256, (rows, columns // 2), np.uint8)
+    zeros = np.full(shape, 8, np.uint8)
+    source = ops.integer_source(codes, np.full(shape, 2.0**-8, np.float32), zeros, 4, order)
+    assert source is not None
+    return source
 
 
 @functools.cache

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# In the ImportError of an extension that has no kernels for this machine: csrc/bindings/module.cpp.
+_NO_KERNELS = ("TGI_ISA", "compiled for another processor")
+
 Loader = Callable[[Settings, Progress], Served]  # runs in a thread; its engine has not been started yet
 Observer = Callable[[Exchange, RequestSummary], None]  # called after every response, failed ones included
 
@@ -246,8 +249,8 @@ def load_model(settings: Settings, progress: Progress) -> Served:
 
     try:
         from tgi_asgi.runner.load import load
-    except ImportError as error:  # the extension's, whose text lists the names
-        if "TGI_ISA" not in str(error):
+    except ImportError as error:
+        if not any(words in str(error) for words in _NO_KERNELS):
             raise
         raise ModelLoadError(str(error)) from None
 

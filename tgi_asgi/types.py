@@ -137,6 +137,10 @@ class ImageProcessor(Protocol):
     def placeholder(self) -> str: ...
 
     @property
+    def chat_text(self) -> str:
+        """Text of an image, with one placeholder, in a chat whose template writes none; empty: it must."""
+
+    @property
     def adds_special_tokens(self) -> bool:
         """Whether a chat gets the tokenizer's special tokens if its template has not written BOS."""
 

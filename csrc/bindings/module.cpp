@@ -48,12 +48,14 @@ void use_kernel_set(const std::string& name) {
   throw std::invalid_argument("`name` must be one of kernel_sets(), got " + name);
 }
 
-// Fails if TGI_ISA names a kernel set that is unavailable: it is set in order to compare sets.
-void check_requested_isa() {
-  const char* wanted = std::getenv("TGI_ISA");
+// Fails if no kernel set runs here, or if TGI_ISA, which is set in order to compare sets, names one
+// that does not.
+void check_kernel_sets() {
   // Done at import: the system grants AMX's tiles only to a process whose threads have no small
   // signal stacks.
   const std::vector<std::string> names = kernel_set_names();
+  if (names.empty()) throw py::import_error(step::refused_kernel_set());
+  const char* wanted = std::getenv("TGI_ISA");
   if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == step::kernels().name) return;
   std::string known;
   for (const std::string& name : names) known += (known.empty() ? "" : ", ") + name;
@@ -159,7 +161,7 @@ void bind_team(py::module_& module) {
 }  // namespace tgi
 
 PYBIND11_MODULE(_C, module) {
-  tgi::check_requested_isa();
+  tgi::check_kernel_sets();
   tgi::cpu::raise_stack_size();
   module.doc() = "The engine's own arithmetic on CPUs; call it through tgi_asgi.ops.";
   module.def(

@@ -131,6 +131,8 @@ void bind_program(py::module_& module) {
            py::arg("x").none(false))
       .def("pack", &Program::pack, py::kw_only(), py::arg("rows").none(false),
            py::arg("out").none(false))
+      .def("reorder", &Program::reorder, py::kw_only(), py::arg("source").none(false),
+           py::arg("order").noconvert(), py::arg("out").none(false))
       .def("linear", &Program::linear, py::kw_only(), py::arg("product"),
            py::arg("out").none(false), py::arg("first_column") = 0)
       .def("linear_add", &Program::linear_add, py::kw_only(), py::arg("product"), py::arg("factor"),

@@ -54,6 +54,8 @@ class Recording {
   void norm_in_place(const Norm& norm, const RowsPtr& x);
   // Packs the first columns of rows, as many as `out` has.
   void pack(const RowsPtr& rows, const ActivationPtr& out);
+  // Writes to `out` the columns [order] of a float32 activation, [columns] indices.
+  void reorder(const ActivationPtr& in, const Array<int32_t>& order, const ActivationPtr& out);
   // Writes to the columns of `out` from `first_column` on.
   void linear(const Product& product, const RowsPtr& out, int64_t first_column);
   void linear_add(const Product& product, double factor, const RowsPtr& x);

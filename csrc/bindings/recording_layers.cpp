@@ -135,6 +135,37 @@ void Recording::pack(const RowsPtr& rows, const ActivationPtr& out) {
   forward_.add(step::kernels().pack, params);
 }
 
+void Recording::reorder(const ActivationPtr& in, const Array<int32_t>& order,
+                        const ActivationPtr& out) {
+  const int64_t columns = out->view.num_columns;
+  check(in->view.precision == step::Precision::kFloat32 && in->view.num_columns == columns &&
+            in != out,
+        "`source` must be another activation in float32, of ", columns, " columns");
+  check_num_rows(*in, "source");
+  check_num_rows(*out, "out");
+  check_shape(order, "order", {columns});
+  check_range(order.data(), columns, columns, "order");
+  const int64_t tile_floats = in->tile_tokens * step::kBlockColumns;  // of a block
+  check_size(cpu::product_of_sizes({columns, in->tile_tokens}), "order");
+  const cpu::Memory memory = cpu::allocate(columns * static_cast<int64_t>(sizeof(int32_t)));
+  auto* const places = reinterpret_cast<int32_t*>(memory.get());
+  for (int64_t k = 0; k < columns; ++k) {
+    const int64_t column = order.data()[k];
+    places[k] = static_cast<int32_t>(column / step::kBlockColumns * tile_floats +
+                                     column % step::kBlockColumns);
+  }
+  keep(memory);
+  keep(*in);
+  keep(*out);
+  const step::ReorderParams params = {
+      .in = in->view,
+      .is_private = in->is_private,
+      .places = places,
+      .out = shared(out),
+  };
+  forward_.add(step::kernels().reorder, params);
+}
+
 void Recording::linear(const Product& product, const RowsPtr& out, int64_t first_column) {
   const int64_t rows = product.weight.packed.num_rows;
   check_rows_buffer(out, out->num_columns, "out");

@@ -289,12 +289,21 @@ async def test_an_observer_that_fails_holds_no_body() -> None:
     assert app.context.body_budget.held == 0
 
 
-def test_kernels_that_the_machine_lacks_end_the_load_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "TGI_ISA must be one of portable, avx2 on this machine, got sse9",
+        "the kernels were compiled for another processor: install again on this machine",
+    ],
+)
+def test_kernels_that_the_machine_lacks_end_the_load_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     class Refusing(types.ModuleType):
         def __getattr__(self, name: str) -> object:
-            raise ImportError("TGI_ISA must be one of portable, avx2 on this machine, got sse9")
+            raise ImportError(text)
 
     monkeypatch.setattr(sources, "resolve", lambda *given: types.SimpleNamespace(model_id="m"))
     monkeypatch.setitem(sys.modules, "tgi_asgi.runner.load", Refusing("tgi_asgi.runner.load"))
-    with pytest.raises(ModelLoadError, match=r"^TGI_ISA must be one of"):
+    with pytest.raises(ModelLoadError, match=f"^{text}$"):
         load_model(Settings(model_id="m"), lambda *progress: None)

@@ -245,6 +245,34 @@ async def test_a_template_that_shows_texts_in_parts_alone_gets_parts() -> None:
     assert prompt_of(engine) == f"system:See.;user:a{IMAGE_TOKENS};"
 
 
+STRINGS = "{% for m in messages %}{{ m.role + ':' + m.content }};{% endfor %}"
+TEXTS_IN_PARTS = (
+    "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %};{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "expected"),
+    [
+        (STRINGS, "a", f"user:a\n({IMAGE_TOKENS})\nb;"),
+        (STRINGS, "<image>", f"user:<image>\n({IMAGE_TOKENS})\nb;"),
+        (TEXTS_IN_PARTS, "a", f"user:a({IMAGE_TOKENS})b;"),
+        (TEXTS_IN_PARTS, "<image>", f"user:<image>({IMAGE_TOKENS})b;"),
+        (TEXT_PARTS_ONLY, "a", f"user:a{IMAGE_TOKENS}b;"),
+    ],
+)
+async def test_images_of_a_gguf_file_have_a_text_if_its_template_writes_none(
+    template: str, text: str, expected: str
+) -> None:
+    engine = ScriptedEngine(has_vision=True)
+    app, processor = vision_app(engine, template=template)
+    processor.chat_text = "(<image>)"
+    assert (await post("/v1/chat/completions", chat(text, URL, "b"), app=app))[0] == 200
+    assert prompt_of(engine) == expected
+    assert list(engine.requests[0].prompt_ids).count(IMAGE) == 4
+
+
 async def test_a_template_that_takes_no_images_is_a_refusal() -> None:
     app, _ = vision_app(
         ScriptedEngine(has_vision=True), template="{% for m in messages %}{{ m.role }}{% endfor %}"

@@ -56,6 +56,31 @@ std::vector<float> adapted_rows(const Kernels& kernels, LinearParams linear) {
   return rows;
 }
 
+// Returns rows with their columns in reverse order, as the input of a product, by one member and by
+// several.
+Bytes reordered(const Kernels& kernels, Precision precision, const std::vector<float>& x) {
+  std::vector<int32_t> places;
+  for (int64_t k = kColumns - 1; k >= 0; --k) {
+    const int64_t block = k / kBlockColumns, column = k % kBlockColumns;
+    places.push_back(static_cast<int32_t>(block * kernels.tile_tokens * kBlockColumns + column));
+  }
+  Bytes found;
+  for (const int64_t tokens : {int64_t{2}, int64_t{5}, kTokens}) {
+    StepHeader step = {};
+    step.num_tokens = tokens;
+    Input input(kernels, Precision::kFloat32, kColumns, tokens);
+    kernels.pack({x.data(), kColumns, kColumns, input.view}, step, 0, 1);
+    for (const int num_members : {1, 3}) {
+      Input out(kernels, precision, kColumns, tokens);
+      for (int member = 0; member < num_members; ++member) {
+        kernels.reorder({input.view, false, places.data(), out.view}, step, member, num_members);
+      }
+      out.append_to(found);
+    }
+  }
+  return found;
+}
+
 // Returns the results of a product and related operators: norm, rows, sums, gates, logits.
 Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision precision,
                   const std::vector<float>& x) {
@@ -80,6 +105,8 @@ Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision 
   kernels.logits({linear, logits.data(), kRows - 5, 0.5f, 20.0f}, step, 0, 1);
   Bytes found;
   append(found, adapted_rows(kernels, linear));
+  const Bytes ordered = reordered(kernels, precision, x);
+  found.insert(found.end(), ordered.begin(), ordered.end());
   for (const auto kind :
        {tgi::MlpActivation::kSilu, tgi::MlpActivation::kGeluTanh, tgi::MlpActivation::kGelu,
         tgi::MlpActivation::kRelu, tgi::MlpActivation::kReluSquared, tgi::MlpActivation::kXielu}) {

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def program() -> Path:
     """Build the choice of kernels with dummy kernel sets and a simulated processor."""
-    sources = [f"csrc/cpu/step/{name}.cpp" for name in ("amx_grant", "kernel_sets")]
+    sources = [f"csrc/cpu/step/{name}.cpp" for name in ("amx_grant", "kernel_sets", "supported_sets")]
     return compiled("amx_grant", "tests/csrc/amx_grant.cpp", *sources)
 
 

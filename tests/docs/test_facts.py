@@ -13,6 +13,7 @@ import pytest
 from bench import peers_page
 from tests.support.documents import ROOT, blocks_of, lines_of, pages
 from tgi_asgi.models.gguf_module import all_modules
+from tgi_asgi.models.gguf_vision.projector import all_projectors
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.tools import FORMATS, harmony
 from tgi_asgi.text.tools.reasoning import STYLES
@@ -143,3 +144,10 @@ def test_the_table_of_gguf_modules_is_complete() -> None:
     rows = marked.partition("\n<!-- /gguf modules -->")[0].splitlines()[2:]
     names = {name for row in rows for name in re.findall(r"`([\w-]+)`", row.split("|")[1])}
     assert names == {module.gguf_name for module in all_modules()}
+
+
+def test_the_table_of_projectors_is_complete() -> None:
+    marked = _text("docs/images.md").partition("<!-- gguf projectors -->\n")[2]
+    rows = [row.split("|") for row in marked.partition("\n<!-- /gguf projectors -->")[0].splitlines()[2:]]
+    found = {kind.strip(" `"): set(re.findall(r"`([\w-]+)`", texts)) for _, kind, _, texts, _ in rows}
+    assert found == {kind: set(each.texts) for kind, each in all_projectors().items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.gguf_names import Part, choose, models_of, quant_of
+from tgi_asgi.formats.gguf_names import Part, choose, models_of, projector_of, quant_of
 
 # As the repositories of bartowski, unsloth and others name them.
 FLAT = ["M-Q3_K_S.gguf", "M-Q4_0.gguf", "M-Q4_0_4_4.gguf", "M-Q4_K_M.gguf", "M-Q8_0.gguf", "M-f16.gguf"]
@@ -125,3 +125,26 @@ def test_parts_are_counted() -> None:
 @pytest.mark.parametrize("name", ["m.gguf", "m-00000-of-00002.gguf", "m-00003-of-00002.gguf", "m-1-of-2"])
 def test_other_names_are_of_no_part(name: str) -> None:
     assert Part.of(name) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "others", "expected"),
+    [
+        ("M-Q4_K_M.gguf", FOLDERS, "mmproj-F16.gguf"),
+        ("M-Q4_K_M.gguf", FLAT, None),
+        ("M-Q4_K_M.gguf", ["mmproj-M-Q8_0.gguf", "mmproj-M-f16.gguf"], "mmproj-M-f16.gguf"),
+        ("M-Q4_K_M.gguf", ["mmproj-F32.gguf", "mmproj-F16.gguf", "mmproj-BF16.gguf"], "mmproj-BF16.gguf"),
+        ("M-Q4_K_M.gguf", ["M-mmproj.gguf", "mmproj-model-f16.gguf"], "M-mmproj.gguf"),
+        ("M-4B-Q4_0.gguf", ["mmproj-M-12B-BF16.gguf", "mmproj-M-4B-Q8_0.gguf"], "mmproj-M-4B-Q8_0.gguf"),
+        ("M-4B-Q4_0.gguf", ["mmproj-A-BF16.gguf", "mmproj-model-F32.gguf"], "mmproj-model-F32.gguf"),
+        ("M-4B-Q4_0.gguf", ["mmproj-A-F16.gguf"], "mmproj-A-F16.gguf"),
+        ("Q4_K_M/model-00001-of-00003.gguf", FOLDERS, "mmproj-F16.gguf"),
+        ("a/M-Q4_0.gguf", ["mmproj-F16.gguf", "a/mmproj-Q8_0.gguf"], "a/mmproj-Q8_0.gguf"),
+        ("a/M-Q4_0.gguf", ["b/mmproj-F16.gguf", "a/b/mmproj-F16.gguf", "mmproj.txt"], None),
+    ],
+)
+def test_a_projector_is_the_nearest_one_of_the_model_s_name(
+    model: str, others: list[str], expected: str | None
+) -> None:
+    assert projector_of(model, [model, *others]) == expected
+    assert projector_of(model, [*reversed(others), model]) == expected

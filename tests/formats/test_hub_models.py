@@ -31,8 +31,8 @@ for name in sys.argv[1:]:
     except ModelLoadError as error:
         print(json.dumps(str(error)))
     else:
-        adapter = [] if files.adapter is None else [str(files.adapter)]
-        print(json.dumps([files.model_id, files.kind, str(files.path), files.revision, *adapter]))
+        more = [str(each) for each in (files.adapter, files.projector) if each is not None]
+        print(json.dumps([files.model_id, files.kind, str(files.path), files.revision, *more]))
 """
 WHISPER = b'{"is_encoder_decoder": true, "num_mel_bins": 80}'
 LLAMA = {**FILES, "config.json": b'{"architectures": ["LlamaForCausalLM"]}'}
@@ -141,12 +141,15 @@ def snapshot(tmp_path: Path, repo_id: str) -> Path:
     return tmp_path / "hf" / "hub" / f"models--{repo_id.replace('/', '--')}" / "snapshots" / COMMIT
 
 
-def test_a_gguf_file_is_fetched_alone_and_found_again_without_network(hub: Hub, tmp_path: Path) -> None:
+def test_a_gguf_file_is_fetched_with_its_projector_and_found_again_without_network(
+    hub: Hub, tmp_path: Path
+) -> None:
     folder = snapshot(tmp_path, "org/m-GGUF")
     (found,), log = find(tmp_path, hub.address, "org/m-GGUF", REVISION="v2")
-    assert found == ["org/m-GGUF", "gguf", str(folder / "m-Q4_K_M.gguf"), COMMIT]
+    paths = [str(folder / "m-Q4_K_M.gguf"), COMMIT, str(folder / "mmproj-F16.gguf")]
+    assert found == ["org/m-GGUF", "gguf", *paths]
     assert "org/m-GGUF: using Q4_K_M" in log
-    assert hub.fetched() == ["m-Q4_K_M.gguf"]
+    assert sorted(hub.fetched()) == ["m-Q4_K_M.gguf", "mmproj-F16.gguf"]
     assert (folder / "m-Q4_K_M.gguf").read_bytes() == b"four"
     names = ("org/m-GGUF:q4_k_m", "org/m-GGUF", "org/m-GGUF:Q8_0", "org/other-GGUF:Q8_0")
     (named, unnamed, absent, unknown), _ = find(
@@ -160,6 +163,12 @@ def test_a_gguf_file_is_fetched_alone_and_found_again_without_network(hub: Hub, 
     assert again[1:] == found[1:]
 
 
+def test_a_gguf_file_is_fetched_alone_if_it_is_to_read_texts_only(hub: Hub, tmp_path: Path) -> None:
+    (found,), _ = find(tmp_path, hub.address, "org/m-GGUF", MMPROJ="none")
+    assert found[2:] == [str(snapshot(tmp_path, "org/m-GGUF") / "m-Q4_K_M.gguf"), COMMIT]
+    assert hub.fetched() == ["m-Q4_K_M.gguf"]
+
+
 def test_names_behind_the_colon_choose_among_files_folders_and_parts(hub: Hub, tmp_path: Path) -> None:
     names = [f"org/m-GGUF:{name}" for name in ("q8_0", "m-Q8_0.gguf", "bf16", "Q2_K", "mmproj-F16.gguf")]
     (eight, by_file, parts, absent, eyes), _ = find(tmp_path, hub.address, *names)
@@ -169,7 +178,9 @@ def test_names_behind_the_colon_choose_among_files_folders_and_parts(hub: Hub, t
     assert (folder / "big [x]" / "m-BF16-00002-of-00002.gguf").read_bytes() == b"second"
     assert absent == "org/m-GGUF has no 'Q2_K'; it has BF16, Q4_K_M, Q8_0"
     assert "org/m-GGUF has no 'mmproj-F16.gguf'" in eyes
-    assert sorted(hub.fetched()) == sorted(name for name in GGUFS if "BF16" in name or "Q8_0" in name)
+    assert sorted(hub.fetched()) == sorted(
+        name for name in GGUFS if any(each in name for each in ("BF16", "Q8_0", "mmproj"))
+    )
 
 
 def test_an_adapter_is_fetched_with_its_base_model(hub: Hub, tmp_path: Path) -> None:
@@ -253,4 +264,4 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(tmp_path: Path) -> 
 def test_a_file_that_is_here_is_not_fetched_again(hub: Hub, tmp_path: Path) -> None:
     find(tmp_path, hub.address, "org/m-GGUF:Q8_0", "org/m-GGUF:Q8_0")
     find(tmp_path, hub.address, "org/m-GGUF:Q8_0")
-    assert hub.fetched() == ["m-Q8_0.gguf"]
+    assert sorted(hub.fetched()) == ["m-Q8_0.gguf", "mmproj-F16.gguf"]

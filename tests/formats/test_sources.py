@@ -63,6 +63,28 @@ class TestPaths:
             (tmp_path / name).write_bytes(b"GGUF")
         assert find(tmp_path).path == tmp_path / "m-00001-of-00002.gguf"
 
+    def test_a_projector_beside_a_gguf_file_belongs_to_it(self, tmp_path: Path) -> None:
+        for name in ("m-Q4_0.gguf", "mmproj-m-F16.gguf", "mmproj-m-Q8_0.gguf"):
+            (tmp_path / name).write_bytes(b"GGUF")
+        for model_id in (tmp_path, tmp_path / "m-Q4_0.gguf"):
+            found = find(model_id)
+            assert (found.projector, found.is_projector_named) == (tmp_path / "mmproj-m-F16.gguf", False)
+        named = tmp_path / "mmproj-m-Q8_0.gguf"
+        found = resolve(Settings(model_id=str(tmp_path), mmproj=str(named)), ignore_progress)
+        assert (found.projector, found.is_projector_named) == (named, True)
+        assert resolve(Settings(model_id=str(tmp_path), mmproj="none"), ignore_progress).projector is None
+        with pytest.raises(ModelLoadError, match="--mmproj: no such file: 'other"):
+            resolve(Settings(model_id=str(tmp_path), mmproj="other.gguf"), ignore_progress)
+
+    def test_a_checkpoint_takes_no_projector(self, tmp_path: Path) -> None:
+        for name in ("config.json", "model.safetensors", "mmproj-m-F16.gguf"):
+            (tmp_path / name).write_bytes(b"{}")
+        assert find(tmp_path).projector is None
+        with pytest.raises(ModelLoadError, match="--mmproj is for GGUF models"):
+            resolve(
+                Settings(model_id=str(tmp_path), mmproj=str(tmp_path / "mmproj-m-F16.gguf")), ignore_progress
+            )
+
     def test_safetensors_go_before_gguf(self, tmp_path: Path) -> None:
         for name in ("m.gguf", "config.json", "model.safetensors"):
             (tmp_path / name).write_bytes(b"{}")
@@ -130,8 +152,10 @@ def test_other_names_are_ids_of_the_hub(
     asked = []
 
     def fetch(
-        repo_id: str, revision: str | None, quant: str | None, progress: Progress, *, with_code: bool
-    ) -> hub_models.Fetched:
+        repo_id: str, revision: str | None, quant: str | None, progress: Progress, *, with_code: bool,
+        with_projector: bool,
+    ) -> hub_models.Fetched:  # fmt: skip
+        assert with_projector
         asked.append((repo_id, revision, quant, with_code))
         return hub_models.Fetched("directory", tmp_path, "abc123")
 

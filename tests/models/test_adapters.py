@@ -13,10 +13,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.support.adapters import make_adapter, peft_logprobs, write_adapter
+from tests.support.checkpoints import make_model, save, save_tokenizer
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import Reference, checkpoint, gguf_file, reference
 from tests.support.family_scores import differences
+from tests.support.quantised import save_quantised
 from tests.support.runner_driver import Job, generate
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
@@ -55,11 +57,11 @@ def job_of(found: Reference, weights: Any) -> Job:
     return Job(found.prompt_ids, 6, sampling, wants_prompt_logprobs=NUM_BEST, adapter=weights)
 
 
-def assert_matches_peft(job: Job, base: Path, adapter: Path | None) -> None:
+def assert_matches_peft(job: Job, base: Path, adapter: Path | None, limit: float = EXACT) -> None:
     """Compare a job's log-probabilities with peft's for the tokens that it generated."""
     ids = [*job.prompt_ids, *job.token_ids]
     truth = Reference(list(job.prompt_ids), job.token_ids, peft_logprobs(base, adapter, ids))
-    assert differences(job, truth).max() <= EXACT
+    assert differences(job, truth).max() <= limit
 
 
 def of(*target_modules: str, **more: Any) -> dict[str, Any]:
@@ -196,6 +198,25 @@ def test_quantised_bases_take_adapters_in_every_arithmetic(kind: str, dtype: str
         truth = Reference(list(jobs[0].prompt_ids), jobs[0].token_ids, peft_logprobs(base, adapter, ids))
         assert differences(jobs[0], truth).mean() <= 0.08
         assert jobs[1].prompt_logprobs != jobs[0].prompt_logprobs
+
+
+@pytest.mark.parametrize("has_order", [True, "each"], ids=["one order", "an order each"])
+def test_matrices_in_act_order_take_adapters(has_order: bool | str, tmp_path: Path) -> None:
+    model = make_model(hidden_size=128, intermediate_size=256, num_attention_heads=2, num_key_value_heads=1)
+    files = save_quantised(model, tmp_path / "codes", "gptq", has_order=has_order)
+    save_tokenizer(files.path)
+    base = save(model, tmp_path / "values").path
+    adapters = [make_adapter(base, tmp_path / f"{seed}", seed=seed) for seed in (1, 2)]
+    loaded = load_case(files)
+    found = Reference(list(range(3, 40)), [], np.empty(0))
+    try:
+        assert loaded.adapters is not None
+        jobs = [job_of(found, loaded.adapters.load(adapter).weights) for adapter in adapters]
+        run(loaded, [*jobs, job_of(found, None)])
+    finally:
+        loaded.runner.close()
+    for job, adapter in zip(jobs, adapters, strict=True):
+        assert_matches_peft(job, base, adapter, limit=4 * EXACT)  # with weights four times as large
 
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -22,6 +22,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.codes import Layout
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.ops import direct
 from tgi_asgi.ops.sources import decode
 
 ORACLE = Path(__file__).with_name("oracle") / "gptq.npz"
@@ -45,6 +46,17 @@ def test_weights_are_those_that_autogptq_multiplies_by(tmp_path: Path, case: str
     assert source.format == CASES[case]
     # Each value is rounded once: to float16 if no block format holds the codes.
     np.testing.assert_allclose(decode(source), values, rtol=2**-11 if source.format == "F16" else 0)
+
+
+@pytest.mark.parametrize("case", ["int4-symmetric-order", "int4-order"])
+def test_codes_in_act_order_are_multiplied_as_autogptq_s_weights(tmp_path: Path, case: str) -> None:
+    arrays = read_case(ORACLE, case)
+    values = arrays.pop("values")
+    options = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+    weight = ops.linear_weight(read(tmp_path, arrays, values.shape, options), ops.Packing(is_exact=True))
+    assert weight.made.matrix.format == "INT4_64"
+    found = direct.linear(weight, torch.eye(values.shape[1])).T
+    np.testing.assert_array_equal(found, values)
 
 
 GPTQMODEL = Path(__file__).with_name("oracle") / "gptqmodel.npz"

@@ -26,7 +26,8 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import GGUF_NAMES
-from tgi_asgi.models.loading.gguf import gguf_name, join_rotary_halves
+from tgi_asgi.models.loading.gguf import gguf_name
+from tgi_asgi.models.loading.gguf_tensors import join_rotary_halves
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.loading.recognise import architecture_of, with_architecture
 

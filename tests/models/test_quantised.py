@@ -17,6 +17,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.loading.open import OpenModel
 
 IDS = torch.randint(0, 160, (70,), generator=torch.Generator().manual_seed(2)).tolist()
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -27,7 +28,10 @@ RECIPES = [
     pytest.param("gptq", {"is_centred": True, "group": 128}, "INT4_128", id="gptq-symmetric"),
     pytest.param("gptq", {"shift": 0}, "INT4_32", id="gptq-v2"),
     pytest.param("gptq", {"group": 16}, None, id="gptq-small-groups"),
-    pytest.param("gptq", {"has_order": True}, None, id="gptq-act-order"),
+    pytest.param("gptq", {"has_order": True}, "INT4_32", id="gptq-act-order"),
+    pytest.param("gptq", {"has_order": True, "group": 64}, "INT4_64", id="gptq-act-order-64"),
+    pytest.param("gptq", {"has_order": True, "group": 16}, None, id="gptq-act-order-small-groups"),
+    pytest.param("gptq", {"has_order": True, "bits": 8, "is_centred": True}, "Q8_0", id="gptq-8-act-order"),
     pytest.param("gptq", {"bits": 8, "is_centred": True}, "Q8_0", id="gptq-8"),
     pytest.param("gptq", {"bits": 8}, None, id="gptq-8-asymmetric"),
     pytest.param("awq", {}, "INT4_32", id="awq"),
@@ -266,14 +270,52 @@ def test_modelopt_s_float8_is_read_as_any_other(tmp_path: Path) -> None:
     assert torch.equal(our_logits(files, IDS), expected)
 
 
-def test_act_order_beyond_float16_makes_float32(tmp_path: Path) -> None:
+def test_act_order_beyond_float16_is_decoded_to_float32(tmp_path: Path) -> None:
     files = save_quantised(make_model(**SHAPE), tmp_path, "gptq", has_order=True)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[f"{STEM}scales"][0, 0] = 60000.0
     save_file(tensors, tmp_path / "model.safetensors")
+    assert load(files).layers[1].down.made.matrix.format == "INT4_32"
+    with OpenModel(files) as opened:
+        for layer, expected in ((0, "F16"), (1, "F32")):
+            source = opened.weights.get(f"model.layers.{layer}.mlp.down_proj.weight", (128, 256))
+            assert source.in_order().format == expected  # as shards do, which have some of the columns
+
+
+def test_matrices_of_one_input_may_have_different_orders(tmp_path: Path) -> None:
+    model = make_model(**SHAPE)
+    files = save_quantised(model, tmp_path, "gptq", has_order="each")
+    ours = our_logits(files, IDS)
+    assert float((ours - reference_logits(model, IDS)).abs().max()) < TOLERANCE
+    layer = load(files).layers[0]
+    assert [len(weight.made.parts) for weight in (layer.qkv, layer.up)] == [3, 2]
+
+
+def test_groups_of_different_sizes_are_decoded(tmp_path: Path) -> None:
+    """Move a column to another group, whose columns are then no multiple of 32."""
+    model = make_model(**SHAPE)
+    files = save_quantised(model, tmp_path, "gptq", has_order=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    groups, scales = tensors[f"{STEM}g_idx"], tensors[f"{STEM}scales"].float()
+    zeros, old = unpacked_zeros(tensors[f"{STEM}qzeros"]), int(groups[5])
+    groups[5] = new = (old + 1) % 8
+    save_file(tensors, tmp_path / "model.safetensors")
+    weight = model.get_parameter(f"{STEM}weight").data
+    codes = (weight[:, 5] / scales[old] + zeros[old]).round()
+    weight[:, 5] = scales[new] * (codes - zeros[new])
+    weight.copy_(weight.half().float())
     loaded = load(files)
-    assert loaded.layers[0].down.made.matrix.format == "F16"
-    assert loaded.layers[1].down.made.matrix.format == "F32"
+    found = [layer.down.made.matrix.format for layer in loaded.layers]
+    with OpenModel(files) as opened:
+        stored = opened.weights.stored()
+    foretold = [stored[f"model.layers.{layer}.mlp.down_proj.qweight"][0] for layer in (0, 1)]
+    assert (found[:2], foretold) == (["INT4_32", "F16"], ["I32", "F16"])
+    assert float((our_logits(files, IDS) - reference_logits(model, IDS)).abs().max()) < TOLERANCE
+
+
+def unpacked_zeros(words: torch.Tensor) -> torch.Tensor:
+    """Return GPTQ's zero points [groups, rows]."""
+    return torch.stack([(words >> shift) & 15 for shift in range(0, 32, 4)], -1).reshape(len(words), -1) + 1
 
 
 def test_weights_that_cannot_be_quantised_are_said(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,14 @@ from tests.reference.layers import activate, linear, norm, rotate
 from tests.support.batches import flat_rows, random_blocks
 from tests.support.eager_ops import array_of, norm_weight
 from tests.support.kv import poisoned_pool
-from tests.support.random_weights import decoded_values, random_weight
+from tests.support.random_weights import decoded_values, in_other_order, random_weight
 from tgi_asgi import ops
+from tgi_asgi.ops.packing import PackedLinear
 from tgi_asgi.types import SamplingParams
 
 EPS = 1e-5
 BLOCK_SIZE = 16
+ORDERED = "@"  # in a format, before the seed of an order of its columns
 NUM_EXPERTS = 5
 
 
@@ -62,7 +65,7 @@ class Graph:
 
     Attributes:
         lengths: Number of tokens of each sequence.
-        formats: Formats of the weights, used in rotation.
+        formats: Formats of the weights, used in rotation; `Q8_0@3` has an order of columns, of seed 3.
         packing: Packing of the weights; if exact, activations are float32, otherwise those of codes are
             rounded to int8.
     """
@@ -91,17 +94,23 @@ class Graph:
     def _num_blocks(self) -> int:
         return sum(-(-length // BLOCK_SIZE) for length in self.lengths) + 1
 
+    @property
+    def _in_order(self) -> list[str]:
+        """The formats without an order of columns, for weights that cannot have one."""
+        return [format for format in self.formats if ORDERED not in format]
+
     def _source(self, rows: int, columns: int, formats: Sequence[str] | None = None) -> ops.WeightSource:
         """Make the next weight in the next format, or in F32 if its blocks do not fit the columns."""
         self._num_weights += 1
         formats = self.formats if formats is None else formats
-        format = formats[self._num_weights % len(formats)]
+        format, _, order = formats[self._num_weights % len(formats)].partition(ORDERED)
         if columns % ops.FORMATS[format].block_columns:
-            format = "F32"
-        return random_weight(format, rows, columns, seed=self._num_weights)
+            format, order = "F32", ""
+        source = random_weight(format, rows, columns, seed=self._num_weights)
+        return in_other_order(source, seed=int(order)) if order else source
 
     def embed(self, factor: float, *, has_positions: bool = False) -> Twin:
-        source = self._source(self.shape.vocab, self.shape.hidden)
+        source = self._source(self.shape.vocab, self.shape.hidden, self._in_order)
         added = torch.randn(max(self.lengths), self.shape.hidden) if has_positions else None
         x = ops.embed(self.recorder.batch, ops.linear_weight(source, self.packing), factor, array_of(added))
         exact = decoded_values(source).double()[self.ids] * factor
@@ -148,7 +157,7 @@ class Graph:
         sources = [self._source(self.shape.intermediate, a.value.columns) for _ in range(2)]
         weight = ops.gate_up_weight(sources[0], sources[1], self.packing)
         gate, up = (
-            linear(rounded(a.exact.float(), part.precision), decoded_values(source))
+            linear(_rounded(a, part), decoded_values(source))
             for part, source in zip((weight.made.parts[0], weight.made.parts[-1]), sources, strict=True)
         )
         return Twin(ops.gate_up(a.value, weight, activation), activate(gate, activation) * up)
@@ -162,7 +171,7 @@ class Graph:
         made, mlps = [], []
         for _ in range(NUM_EXPERTS):
             sizes = [(shape.intermediate, columns)] * 2 + [(shape.hidden, shape.intermediate)]
-            sources = [self._source(*size, self.formats[:1]) for size in sizes]
+            sources = [self._source(*size, self._in_order[:1]) for size in sizes]
             gate_up = ops.gate_up_weight(sources[0], sources[1], self.packing)
             made.append((gate_up, ops.linear_weight(sources[2], self.packing)))
             gate, up, down = map(decoded_values, sources)
@@ -210,7 +219,7 @@ class Graph:
         parts = weight.made.parts * (3 if len(weight.made.parts) == 1 else 1)
         heads = []
         for index, (source, part) in enumerate(zip(sources, parts, strict=True)):
-            rows = linear(rounded(a.exact.float(), part.precision), decoded_values(source))
+            rows = linear(_rounded(a, part), decoded_values(source))
             rows = rows if clip is None else rows.clamp(-clip, clip)
             each = rows.view(len(rows), -1, shape.head_dim)
             if norms not in (None, "last") and index < 2:
@@ -234,7 +243,8 @@ class Graph:
         return Twin(out, torch.cat(found))
 
     def head(self, x: Twin, scale: float, cap: float) -> None:
-        source, last = self._source(self.shape.vocab, self.shape.hidden), self.norm_weight(self.shape.hidden)
+        source = self._source(self.shape.vocab, self.shape.hidden, self._in_order)
+        last = self.norm_weight(self.shape.hidden)
         weight = ops.linear_weight(source, self.packing)
         ops.head(x.value, last, weight, scale=scale, cap=cap)
         logits = linear(rounded(norm(x.exact, last).float(), weight.made.precision), decoded_values(source))
@@ -252,7 +262,7 @@ class Graph:
         return ops.linear_weight(source, self.packing), decoded_values(source)
 
     def _seen(self, a: Twin, weight: ops.LinearWeight) -> Tensor:
-        return rounded(a.exact.float(), weight.made.precision)
+        return _rounded(a, weight.made)
 
     # The program and its steps.
 
@@ -273,6 +283,16 @@ class Graph:
             ids=[self.ids[token] for token in tokens],
         )  # fmt: skip
         return batch, tokens
+
+
+def _rounded(a: Twin, part: PackedLinear) -> Tensor:
+    """Return an activation as a product reads it: rounded in blocks of columns in the product's order."""
+    if part.order is None:
+        return rounded(a.exact.float(), part.precision)
+    order = torch.from_numpy(part.order.indices.astype(np.int64))
+    found = torch.empty_like(a.exact)
+    found[:, order] = rounded(a.exact[:, order].float(), part.precision)
+    return found
 
 
 def greedy_state(num_slots: int, vocab: int) -> ops.SampleState:

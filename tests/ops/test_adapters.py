@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference.compare import assert_close, assert_same_bits
+from tests.support.quantised import ordered_source, random_codes
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import AdapterLayout, Delta, Packing, Target, direct
 from tgi_asgi.ops.tensors import from_tensor, plain_tensor
@@ -81,6 +82,16 @@ def test_a_product_has_what_its_rows_adapters_add(
         assert_same_bits(direct.linear(weight, x[span], False, batch_of(own, (count,)), layout), found[span])
         last = direct.linear(weight, x[span.stop - 1 : span.stop], False, batch_of(own, (1,)), layout)
         assert_same_bits(last, found[span.stop - 1 : span.stop])
+
+
+def test_an_adapter_has_the_columns_of_the_input_whatever_order_the_weight_has(kernel_set: str) -> None:
+    matrix = random_codes(96, 160, 32, order_seed=1)
+    weight = ops.linear_weight(ordered_source(matrix), EXACT)
+    layout, change = AdapterLayout({"w": Target(weight, 0, 96)}, max_rank=8), delta(96, 160, 8)
+    x = torch.randn(sum(LENGTHS), 160)
+    step = batch_of([layout.pack({"w": change})] * len(LENGTHS))
+    expected = x.double() @ matrix.weights().double().T + added(x.double(), change)
+    assert_close(direct.linear(weight, x, False, step, layout), expected, length=160)
 
 
 def test_all_kernels_and_numbers_of_threads_give_the_same_bits() -> None:

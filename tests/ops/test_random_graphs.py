@@ -111,6 +111,7 @@ class Plan:
     sampled: list[int]
     threads: int
     seed: int
+    num_orders: int = 0  # of columns of weights, besides that of their input
 
 
 PLANS = st.builds(
@@ -125,12 +126,14 @@ PLANS = st.builds(
     sampled=st.lists(st.integers(0, 200), min_size=1, max_size=4),
     threads=st.sampled_from([1, 1, 2, 3]),
     seed=st.integers(0, 1000),
+    num_orders=st.integers(0, 2),
 )
 
 
 def make(plan: Plan) -> tuple[Graph, ops.CpuProgram]:
     torch.manual_seed(plan.seed)
     formats = ("F32", "BF16", "Q8_0", "Q4_0", "F16")[plan.seed % 4 :]
+    formats += ((), ("Q8_0@1",), ("Q8_0@1", "Q8_0@1", "Q8_0@2"))[plan.num_orders]
     packing = EXACT if plan.is_exact else FAST
     num_layers = sum(operator in ("qkv", "layer") for operator, _, _ in plan.calls) or 1
     graph = Graph(plan.shape, plan.lengths, formats, packing, num_layers)
@@ -188,7 +191,8 @@ def test_a_graph_means_the_same_recorded_cut_and_sampled(scale: Scale) -> None:
     assert statistics.median(errors) <= USUAL_TOLERANCE
 
 
+@pytest.mark.parametrize("num_orders", [0, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: str(shape.hidden))
-def test_each_operator_is_part_of_a_graph(kernel_set: str, shape: Shape) -> None:
+def test_each_operator_is_part_of_a_graph(kernel_set: str, shape: Shape, num_orders: int) -> None:
     calls = [(operator, 1, option) for option in range(3) for operator in OPERATORS]
-    check(Plan(shape, True, calls, [20, 1, 35], [7, 0, 34], [0, 20, 55], 2, 1))
+    check(Plan(shape, True, calls, [20, 1, 35], [7, 0, 34], [0, 20, 55], 2, 1, num_orders))

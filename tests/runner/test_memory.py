@@ -107,6 +107,7 @@ def assert_size_is_predicted(files: ModelFiles, packing: ops.Packing) -> None:
     [
         {"recipe": "gptq"},
         {"recipe": "gptq", "has_order": True},
+        {"recipe": "gptq", "has_order": True, "bits": 8, "is_centred": True},
         {"recipe": "gptq", "bits": 8, "is_centred": True},
         {"recipe": "gptq", "bits": 8},
         {"recipe": "awq"},

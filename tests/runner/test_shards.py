@@ -18,6 +18,7 @@ from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint
 from tests.support.gguf_models import LLAMA, make
+from tests.support.quantised import save_quantised
 from tests.support.runner_driver import Job, compare, generate, sample_over_a_shared_block
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
@@ -120,6 +121,14 @@ async def test_shards_of_quantised_weights_write_what_one_does(
 ) -> None:
     made = make(case, tmp_path, {"*embed*": "Q8_0", "*lm_head*": "Q8_0", "*": format})
     compare(await scored(made.files, 2), await scored(made.files, 1))
+
+
+async def test_shards_of_weights_in_act_order_write_what_one_does(tmp_path: Path) -> None:
+    """Rows of codes keep their order of columns; columns, which have parts of all groups, are decoded."""
+    model = make_model(hidden_size=256, intermediate_size=512)
+    files = save_quantised(model, tmp_path, "gptq", has_order=True)
+    save_tokenizer(tmp_path)
+    compare(await scored(files, 2), await scored(files, 1), tolerance=0.03)  # columns became float16
 
 
 def test_a_shard_joins_the_group_while_it_may_use_the_cores_of_all_shards() -> None:

@@ -1,6 +1,6 @@
 """Run llama.cpp's own converter, with its sources on PYTHONPATH.
 
-Arguments: the checkpoint, then pairs of type and output.
+Arguments: the checkpoint, then pairs of type and output; `mmproj-` before a type asks for the vision tower.
 
 The converter identifies a tokenizer by a hash of its output for a fixed text and rejects test tokenizers.
 Here every tokenizer is therefore declared as one that splits text like GPT-2's, even if the family uses
@@ -86,5 +86,7 @@ if __name__ == "__main__":
         model.set_vocab = TextModel._set_vocab_gpt2
     checkpoint, *outputs = sys.argv[1:]
     for kind, output in zip(outputs[::2], outputs[1::2], strict=True):
-        sys.argv[1:] = [checkpoint, "--outtype", kind, "--outfile", output]
+        plain = kind.removeprefix("mmproj-")
+        sys.argv[1:] = [checkpoint, "--outtype", plain, "--outfile", output]
+        sys.argv += ["--mmproj"] * (plain != kind)
         convert_hf_to_gguf.main()

@@ -123,6 +123,8 @@ def _made_at(folder: Path) -> Iterator[Path]:
 def convert(model: Path, kinds: tuple[str, ...], folder: Path) -> None:
     """Write `folder`/<kind>.gguf for each kind; what was written for the same files before is copied.
 
+    A kind is a type of weights, or that of a vision tower: mmproj-f32.
+
     The converter's process takes seconds to import llama.cpp's own gguf, torch and transformers.
     """
     files = sorted(path for path in model.iterdir() if path.is_file())

@@ -21,7 +21,8 @@ _PACKAGE = SourcePackage(
     sha256="832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
     members=re.compile(
         r"llama_cpp/llama_chat_format\.py"
-        r"|vendor/llama\.cpp/(LICENSE|convert_\w+\.py|(conversion|gguf-py|models)/.*|src/llama-vocab\.cpp)"
+        r"|vendor/llama\.cpp/(LICENSE|convert_\w+\.py|(conversion|gguf-py|models)/.*|src/llama-vocab\.cpp"
+        r"|tools/mtmd/legacy-models/convert_image_encoder_to_gguf\.py)"
     ),
 )
 

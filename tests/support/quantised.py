@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.checkpoints import Model, save
+from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column in each nibble of a word, the lowest first
@@ -55,6 +56,20 @@ def random_codes(
         zeros = torch.full_like(zeros, 1 << bits - 1)
     scales = (torch.rand(rows, num_groups) * 0.04 + 0.01) * 16 / (1 << bits)
     return Codes(torch.randint(1 << bits, (rows, columns)), scales.half(), zeros, groups)
+
+
+def ordered_source(matrix: Codes, *, bits: int = 4) -> ops.WeightSource:
+    """Return a matrix as loaders do that keep its codes: its columns group by group."""
+    order = torch.argsort(matrix.groups, stable=True)
+    codes = matrix.codes[:, order].to(torch.uint8)
+    if bits == 4:
+        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+    source = ops.integer_source(
+        codes.contiguous().numpy(), matrix.scales.float().numpy(), matrix.zeros.to(torch.uint8).numpy(), bits,
+        order.numpy(),
+    )  # fmt: skip
+    assert source is not None
+    return source
 
 
 def pack(values: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
@@ -115,7 +130,8 @@ def float8_tensors(weight: Tensor, kind: str, block: int = 32) -> tuple[dict[str
 def save_quantised(model: Model, directory: Path, recipe: str, **options: Any) -> ModelFiles:
     """Write a checkpoint with quantised layer matrices; embedding, head and norms are float32.
 
-    Recipes: gptq, awq, compressed, fp8.
+    Recipes: gptq, awq, compressed, fp8. With `has_order`, matrices of one input share an order of columns;
+    if it is "each", none do.
     """
     files = save(model, directory)
     tensors = load_file(directory / "model.safetensors")
@@ -124,7 +140,8 @@ def save_quantised(model: Model, directory: Path, recipe: str, **options: Any) -
             continue
         stem = name.removesuffix("weight")
         del tensors[name]
-        made, weights = _quantise(parameter.detach(), recipe, options, _order_seed(name))
+        seed = len(tensors) if options.get("has_order") == "each" else _order_seed(name)
+        made, weights = _quantise(parameter.detach(), recipe, options, seed)
         tensors |= {stem + key: tensor.contiguous() for key, tensor in made.items()}
         parameter.data.copy_(weights)
     save_file(tensors, directory / "model.safetensors")
@@ -170,7 +187,7 @@ def _config(recipe: str, options: dict[str, Any]) -> dict[str, Any]:
         layout = "gptq" if options.get("shift", 1) else "gptq_v2"
         bits, has_order = options.get("bits", 4), options.get("has_order", False)
         return {
-            "quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": has_order,
+            "quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": bool(has_order),
             "checkpoint_format": layout, "sym": options.get("is_centred", False),
         }  # fmt: skip
     if recipe == "awq":

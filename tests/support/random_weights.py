@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -55,6 +57,11 @@ def same_codes(format: str, rows: int, columns: int, byte: int) -> WeightSource:
     return _with_scales(blocks, np.random.default_rng(0), format, (rows, columns))
 
 
+def in_other_order(source: WeightSource, seed: int) -> WeightSource:
+    """Return a source whose columns are those of the matrix in a random order, the same for the same seed."""
+    return replace(source, order=np.random.default_rng(seed).permutation(source.shape[1]))
+
+
 def _with_scales(
     blocks: NDArray[np.uint8], rng: np.random.Generator, format: str, shape: tuple[int, int]
 ) -> WeightSource:
@@ -69,7 +76,11 @@ def _with_scales(
 
 
 def decoded_values(source: WeightSource) -> Tensor:
-    """Return a weight's values as float32."""
+    """Return a weight's values as float32, its columns in order."""
+    if source.order is not None:
+        values = torch.empty(source.shape)
+        values[:, torch.from_numpy(source.order)] = decoded_values(replace(source, order=None))
+        return values
     if source.format in _FLOATS:
         values = torch.from_numpy(source.data).view(_FLOATS[source.format])
         return values.view(source.shape).float()

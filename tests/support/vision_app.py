@@ -32,6 +32,7 @@ class FakeProcessor:
     """A `types.ImageProcessor` that records the images it was given and the threads it ran on."""
 
     placeholder = "<image>"
+    chat_text = ""
     adds_special_tokens = True
 
     def __init__(self) -> None:

@@ -32,7 +32,7 @@ from tgi_asgi.models.generic.vision.cross_attention import CrossFeatures
 from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_processor
 from tgi_asgi.models.generic.vision.text import complete_outputs, decoder_of
 from tgi_asgi.text.images import expand_placeholders, join_fences, locate_images
-from tgi_asgi.types import Image, ImageInput
+from tgi_asgi.types import Image, ImageInput, ImageProcessor
 
 _BASIC = ("<s>", "</s>", "<pad>", "<unk>")
 _CONFIG_NAMES = {
@@ -59,10 +59,14 @@ def picture(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
     return PIL.Image.fromarray(small).resize((width, height), PIL.Image.Resampling.BICUBIC)
 
 
-@one_thread()
 def make(name: str, folder: Path) -> None:
     """Write a checkpoint of a family; the same family always yields the same checkpoint."""
-    family = FAMILIES[name]
+    make_family(name, FAMILIES[name], folder)
+
+
+@one_thread()
+def make_family(name: str, family: Family, folder: Path) -> None:
+    """Write a checkpoint of a family that the table may not have; its name seeds the weights."""
     torch.manual_seed(zlib.crc32(name.encode()))
     texts = _save_tokenizer(family, folder)
     kind = getattr(transformers, family.architecture)
@@ -197,7 +201,13 @@ def _inner_name(model: Any) -> str:
 
 def prompt_of(name: str, folder: Path, parts: Sequence[str | PIL.Image.Image]) -> Prompt:
     """Return a prompt of texts and pictures, made by this project's image processor and text code."""
-    family, processor = FAMILIES[name], processor_of(folder)
+    return prompt_with(FAMILIES[name], folder, processor_of(folder), parts)
+
+
+def prompt_with(
+    family: Family, folder: Path, processor: ImageProcessor, parts: Sequence[str | PIL.Image.Image]
+) -> Prompt:
+    """Return a prompt of texts and pictures, made by an image processor."""
     pictures = tuple(part for part in parts if not isinstance(part, str))
     images = [Image(each, zlib.crc32(each.tobytes()).to_bytes(4, "big") * 8, "image") for each in pictures]
     processed = processor.process(images)

@@ -11,7 +11,7 @@ from tgi_asgi.api.call import Conversation, Images, Job, Text
 from tgi_asgi.api.limits import Overflow, check_characters, tgi_too_long
 from tgi_asgi.errors import ContextExceeded, InvalidRequest, TemplateError
 from tgi_asgi.settings import MIB, Settings
-from tgi_asgi.text.images import expand_placeholders, join_fences, locate_images
+from tgi_asgi.text.images import expand_placeholders, join_fences, locate_images, spell_out_images
 from tgi_asgi.text.tools import (
     add_tool_prompt,
     spell_out,
@@ -194,7 +194,8 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
     is_marked = not settings.chat_special_tokens and guard.is_needed(messages, given)
     if is_marked:
         messages, given = guard.protect(messages), guard.protect(given)
-    # The marks of these calls are the model's own, and no text of the client.
+    # The marks of these images and calls are the model's own, and no text of the client.
+    messages = _with_image_texts(messages, chat.images, template, served)
     messages = with_calls_in_text(messages, tool_format(template, settings)[0], template.shows_calls)
     text = template.render(
         messages,
@@ -203,6 +204,18 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
         **given,
     )
     return ChatText(*guard.marks(text), is_marked=True) if is_marked else ChatText(text, text)
+
+
+def _with_image_texts(
+    messages: list[dict[str, Any]], images: Images | None, template: ChatTemplate, served: Served
+) -> list[dict[str, Any]]:
+    """Return messages in which images have a text, if the template of a GGUF file writes none for them."""
+    processor = served.image_processor
+    if not _has(images) or processor is None or not processor.chat_text:
+        return messages
+    if template.shows_images(processor.placeholder):
+        return messages
+    return spell_out_images(messages, processor.chat_text, takes_parts="user" in template.part_roles)
 
 
 def _fitted(chat: Conversation, template: ChatTemplate, settings: Settings) -> list[dict[str, Any]]:

@@ -74,7 +74,10 @@ def read_settings(model_id: str, options: dict[str, object]) -> Settings:
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if "log_level" in given:
         given["log_level"] = str(given["log_level"]).lower().replace("warning", "warn")
-    read = ("REVISION", "LORA_ADAPTERS", "LORA_MODULES", "JSON_OUTPUT", "LOG_LEVEL", "TRUST_REMOTE_CODE")
+    read = (
+        "REVISION", "LORA_ADAPTERS", "LORA_MODULES", "JSON_OUTPUT", "LOG_LEVEL", "TRUST_REMOTE_CODE",
+        "MMPROJ",
+    )  # fmt: skip
     environ = {name: os.environ[name] for name in read if name in os.environ}
     try:
         return Settings.from_environ(environ, model_id=model_id, **given)
@@ -91,7 +94,7 @@ def fetch(settings: Settings) -> list[Path]:
     console = Console(settings)
     try:
         files = resolve(settings, console.report)
-        paths = [files.path, *([] if files.adapter is None else [files.adapter])]
+        paths = [each for each in (files.path, files.projector, files.adapter) if each is not None]
         for source in adapter_sources(settings):
             console.report(f"looking for the adapter {source.name}", 0, None)
             paths.append(resolve_adapter(source))

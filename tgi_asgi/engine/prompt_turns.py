@@ -12,6 +12,9 @@ A prompt that overtakes is at most a quarter as long as what is left of those th
 be computed at once. The half-computed prompts of a tenant, which hold blocks, thus stay few: those behind the
 first one need a third of its blocks together. Only more urgent prompts add to them.
 
+A prompt that ends in a step has its first token when the step ends. One that does not end therefore gets what
+it would beside the stream that begins, but no less than all before it, so that short ones do not stop it.
+
 Called only by the scheduler; knows neither torch nor asyncio.
 """
 
@@ -68,6 +71,7 @@ class PromptTurns:
 
     Args:
         budget: Number of prompt tokens in the step.
+        beside_stream: What the budget would be beside one more stream.
         prefilling: The sequences in prefill, most urgent first.
 
     Attributes:
@@ -75,13 +79,14 @@ class PromptTurns:
     """
 
     __slots__ = (
-        "_adapters", "_continuing", "_lines", "_lookups_left", "_next", "_prefilling", "_shares",
-        "_tables", "_waiting", "left",
+        "_adapters", "_beside_stream", "_continuing", "_has_end", "_lines", "_lookups_left", "_next",
+        "_num_planned", "_prefilling", "_shares", "_tables", "_waiting", "left",
     )  # fmt: skip
 
     def __init__(
         self,
         budget: int,
+        beside_stream: int,
         prefilling: list[Sequence],
         waiting: WaitingQueue,
         tables: BlockTables,
@@ -89,6 +94,9 @@ class PromptTurns:
         history: ClaimHistory,
     ) -> None:
         self.left = budget
+        self._beside_stream = beside_stream
+        self._num_planned = 0
+        self._has_end = False
         self._waiting, self._tables, self._adapters = waiting, tables, adapters
         self._lookups_left = _MAX_LOOKUPS
         self._lines: dict[str | None, list[Sequence]] = {}  # by tenant: who may overtake, most urgent last
@@ -199,7 +207,7 @@ class PromptTurns:
 
     def start(self, sequence: Sequence, count: int) -> None:
         """Note that a sequence has started with `count` tokens."""
-        self._spend(self._claim_of_new(sequence), count)
+        self._spend(sequence, self._claim_of_new(sequence), count)
         if sequence.num_left:
             insort(self._prefilling.setdefault(sequence.tenant, []), sequence, key=_urgency)
 
@@ -212,11 +220,22 @@ class PromptTurns:
         for index, (claim, sequence) in enumerate(self._continuing):
             later = {each for each, _ in self._continuing[index + 1 :] if each not in (None, claim)}
             limit = self.left - sum(share for each, share in self._shares.items() if each in later)
+            if limit < sequence.num_left:
+                limit = min(limit, self._limit_of_part())
             if limit > 0:
-                self._spend(claim, plan_chunk(sequence, limit))
+                self._spend(sequence, claim, plan_chunk(sequence, limit))
+        self.left = min(self.left, self._limit_of_part())
 
-    def _spend(self, claim: Claim | None, count: int) -> None:
+    def _limit_of_part(self) -> int:
+        """Return how many tokens a prompt may compute that does not end in this step."""
+        if not self._has_end:
+            return self.left
+        return max(self._beside_stream - self._num_planned, self._num_planned, self._tables.block_size)
+
+    def _spend(self, sequence: Sequence, claim: Claim | None, count: int) -> None:
         self.left -= count
+        self._num_planned += count
+        self._has_end |= count > 0 and sequence.num_left == 0
         if claim is not None and claim in self._shares:
             self._shares[claim] = max(self._shares[claim] - count, 0)
 

@@ -145,14 +145,17 @@ class Scheduler:
         prefilling = self._plan_decodes(step)
         step.num_decode_rows = step.num_generated_rows = len(step.sequences)
         following = prefilling[0] if prefilling else self._waiting.first(self._running.num_of_tenant)
-        budget, waited_s = 0, 0.0
+        budget, beside_stream, waited_s = 0, 0, 0.0
         if following is not None:
             waited_s = now - following.arrival_s
-            budget = self._budget.tokens(step.num_decode_rows, following.num_left, waited_s)
+            budget, beside_stream = (
+                self._budget.tokens(num_rows, following.num_left, waited_s)
+                for num_rows in (step.num_decode_rows, step.num_decode_rows + 1)
+            )
             budget = min(budget, self.traits.max_step_tokens - step.num_decode_rows)
             if self._has_vision and step.num_decode_rows and any(map(awaits_image, prefilling)):
                 budget = max(budget // 2, self.block_size)
-        self._plan_prompts(step, prefilling, budget)
+        self._plan_prompts(step, prefilling, budget, beside_stream)
         if step.pending_images:
             left = 1.0 - step.num_prefill_tokens / max(budget, step.num_prefill_tokens, 1)
             spare_s = left * self._budget.spare_s(step.num_decode_rows, waited_s)
@@ -234,13 +237,14 @@ class Scheduler:
             sequence.reset_to(Stage.WAITING)
             self._waiting.push(sequence)
 
-    def _plan_prompts(self, step: Step, prefilling: list[Sequence], budget: int) -> None:
+    def _plan_prompts(self, step: Step, prefilling: list[Sequence], budget: int, beside_stream: int) -> None:
         """Add rows for prompts in prefill and for new ones, as long as tokens, slots and blocks last."""
         may_admit = self._may_admit(step)
         if self._may_interleave(prefilling):
             turns = PromptTurns(
-                budget, prefilling, self._waiting, self.tables, self._running.adapters, self._claims
-            )
+                budget, beside_stream, prefilling, self._waiting, self.tables, self._running.adapters,
+                self._claims,
+            )  # fmt: skip
             if may_admit:
                 self._admit_ahead(step, turns)
             turns.go_on(partial(self._plan_chunk, step))

@@ -2,6 +2,7 @@
 
     models = models_of(["a/m-Q4_K_M-00001-of-00002.gguf", "a/m-Q4_K_M-00002-of-00002.gguf", "m-Q8_0.gguf"])
     choose(models, "q8_0", "org/repo-GGUF").files         # ("m-Q8_0.gguf",)
+    projector_of("m-Q8_0.gguf", ["m-Q8_0.gguf", "mmproj-m-f16.gguf"])     # "mmproj-m-f16.gguf"
 
 `sources.py` passes the files of a repository or a directory; `gguf.py` looks up the parts of one model.
 """
@@ -22,6 +23,10 @@ _QUANT = re.compile(
     r"(?<![a-z0-9])(?:ud-)?(?:i?q\d+(?:_\w+)*|t?q\d+_\d+|mxfp4(?:_moe)?|nvfp4|b?f16|f32|fp16|fp32)(?![a-z0-9_])",
     re.IGNORECASE,
 )
+_PROJECTOR = re.compile(r"mmproj", re.IGNORECASE)
+_WORDS = re.compile(r"[a-z0-9]+")
+# Of the same projector: bfloat16 is what most models are published in; float32 is twice as large.
+_PRECISIONS = ("BF16", "F16", "FP16", "Q8_0", "F32", "FP32")
 _MAX_LISTED = 40
 
 
@@ -79,6 +84,47 @@ def models_of(names: Iterable[str]) -> list[GgufModel]:
         GgufModel(tuple(files), count - len(files), quant_of(files[0]))
         for (_, count), files in groups.items()
     ]
+
+
+def projector_of(model: str, names: Iterable[str]) -> str | None:
+    """Return the file of a model's vision tower and projector (`mmproj`); None if there is none.
+
+    It lies in the model's folder, or in one above it; the nearest is used, as in llama.cpp. Of several there,
+    those come first whose names have the words of the model's, then those that name no model. Of the same
+    projector, the order is BF16, F16, Q8_0.
+
+    Args:
+        model: Path of one of the model's files.
+        names: Paths of all files.
+    """
+    folder, wanted = _folder(model), _words_of(model)
+
+    def rank(name: str) -> tuple[int, int, int, str]:
+        words, quant = _words_of(name), quant_of(name.rpartition("/")[2])
+        fits = 0 if words == wanted else 1 if words <= {"model"} else 2
+        precision = _PRECISIONS.index(quant) if quant in _PRECISIONS else len(_PRECISIONS)
+        return -len(_folder(name)), fits, precision, name
+
+    found = [
+        name
+        for name in names
+        if name.lower().endswith(".gguf")
+        and _PROJECTOR.search(_base(name))
+        and folder[: len(_folder(name))] == _folder(name)
+    ]
+    return min(found, key=rank, default=None)
+
+
+def _folder(path: str) -> list[str]:
+    return path.split("/")[:-1]
+
+
+def _words_of(path: str) -> frozenset[str]:
+    """Return the words of a file's name that name a model, not its quantisation or part."""
+    name = _base(path).rpartition(".")[0]
+    part = Part.of(_base(path))
+    text = _QUANT.sub(" ", part.stem if part is not None else name)
+    return frozenset(_WORDS.findall(_PROJECTOR.sub(" ", text)))
 
 
 def quant_of(path: str) -> str:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import hub
 from tgi_asgi.formats.config_file import read_config_file
-from tgi_asgi.formats.gguf_names import choose, models_of
+from tgi_asgi.formats.gguf_names import choose, models_of, projector_of
 from tgi_asgi.formats.kinds import is_adapter, is_draft_heads, servable_config
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.weight_files import INDEX_NAME, choose_files, read_index, weight_names
@@ -35,11 +35,13 @@ class Fetched(NamedTuple):
     kind: Literal["gguf", "directory", "adapter", "draft heads"]
     path: Path  # the .gguf file, or the first of several, or the snapshot's directory (an adapter's own)
     commit: str
+    projector: Path | None = None  # vision tower of a GGUF model
 
 
 def fetch_model(
-    repo_id: str, revision: str | None, quant: str | None, progress: Progress, *, with_code: bool = False
-) -> Fetched:
+    repo_id: str, revision: str | None, quant: str | None, progress: Progress, *, with_code: bool = False,
+    with_projector: bool = False,
+) -> Fetched:  # fmt: skip
     """Choose a model among a repository's files, and fetch it: safetensors if there are any, otherwise GGUF.
 
     An adapter is fetched alone, and of draft heads only the configuration: it names the base model.
@@ -47,6 +49,7 @@ def fetch_model(
     Args:
         quant: Text after the colon of an id, which selects a GGUF model.
         with_code: Whether to fetch the model's own code, too.
+        with_projector: Whether to fetch the vision tower beside a GGUF model, if there is one.
 
     Raises:
         ModelLoadError: if there is no such repository or no model in it, or it cannot be served or fetched.
@@ -62,8 +65,11 @@ def fetch_model(
             logger.info("%s: using %s; name REPOSITORY:NAME to use another", where, model.label)
         if model.num_missing:
             raise ModelLoadError(f"{where} lacks {model.num_missing} of the parts of {model.files[0]}")
-        folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly(model.files))
-        return Fetched("gguf", folder / model.files[0], commit)
+        projector = projector_of(model.files[0], listing.names) if with_projector else None
+        wanted = [*model.files, *([] if projector is None else [projector])]
+        folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly(wanted))
+        tower = None if projector is None else folder / projector
+        return Fetched("gguf", folder / model.files[0], commit, tower)
     small = _matching(listing, (*_CONFIGURATION, *(_CODE if with_code else ())))
     folder, commit = Path(), ""
     if is_adapter(listing.names):

@@ -11,6 +11,7 @@ import logging
 import re
 import stat
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from typing import Literal
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import kinds
 from tgi_asgi.formats.config_file import read_config_file
-from tgi_asgi.formats.gguf_names import models_of
+from tgi_asgi.formats.gguf_names import models_of, projector_of
 from tgi_asgi.formats.peft import PeftAdapter
 from tgi_asgi.formats.weight_files import weight_names
 from tgi_asgi.settings import Settings
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _QUANT = re.compile(r"\w[\w.+ /-]{0,255}", re.ASCII)  # or a file's path in the repository
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+NO_PROJECTOR = "none"
 _MAX_SHOWN = 200  # longest excerpt of the administrator's input in a message
 _FILE_SUFFIXES = _PICKLE_SUFFIXES | {".gguf", ".safetensors"}
 
@@ -41,6 +43,8 @@ class ModelFiles:
     revision: str | None  # the Hub's commit, or the SHA-256 of a wheel's GGUF file
     kind: Literal["gguf", "directory"]
     path: Path  # the .gguf file, or the directory with config.json and safetensors
+    projector: Path | None = None  # vision tower and projector of a GGUF model (`mmproj`)
+    is_projector_named: bool = False  # by the administrator: it must be used, or the model is refused
     adapter: Path | None = None  # directory of an adapter that is merged into the model, which is its base
 
 
@@ -204,7 +208,27 @@ def resolve(settings: Settings, progress: Progress) -> ModelFiles:
             files = _without_draft_heads(found, settings, progress)
         case _:
             files = found
+    if settings.mmproj is not None:
+        files = _with_named_projector(files, settings.mmproj)
     return replace(files, model_id=settings.served_model_name or files.model_id)
+
+
+def _with_named_projector(files: ModelFiles, named: str) -> ModelFiles:
+    """Return a model with the projector that the administrator named, or without any (`none`)."""
+    if named == NO_PROJECTOR:
+        return replace(files, projector=None)
+    if files.kind != "gguf":
+        raise ModelLoadError(
+            "--mmproj is for GGUF models: a checkpoint of safetensors has its own vision tower"
+        )
+    try:
+        path = Path(named).expanduser()
+        mode = _mode_of(path)
+    except (OSError, RuntimeError) as error:
+        raise _no_such("--mmproj: no such file", named, error) from None
+    if mode is None:
+        raise ModelLoadError(f"--mmproj: no such file: {_shown(named)}")
+    return replace(files, projector=path, is_projector_named=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,14 +303,15 @@ def _find(settings: Settings, progress: Progress) -> ModelFiles | _FoundAdapter 
         raise ModelLoadError(f"no such file or directory: {model_id}")
     from tgi_asgi.formats import hub_models
 
-    kind, path, commit = hub_models.fetch_model(
-        repository, settings.revision, quant or None, progress, with_code=settings.trust_remote_code
-    )
+    kind, path, commit, projector = hub_models.fetch_model(
+        repository, settings.revision, quant or None, progress, with_code=settings.trust_remote_code,
+        with_projector=settings.mmproj is None,
+    )  # fmt: skip
     if kind == "adapter":
         return _FoundAdapter(model_id, commit, path)
     if kind == "draft heads":
         return _FoundDraftHeads(model_id, path)
-    return ModelFiles(model_id, commit, kind, path)
+    return ModelFiles(model_id, commit, kind, path, projector)
 
 
 def _looks_like_path(model_id: str) -> bool:
@@ -310,7 +335,7 @@ def _in_directory(model_id: str, directory: Path) -> ModelFiles | _FoundAdapter 
     if len(ggufs) > 1:
         listed = ", ".join(model.files[0] for model in ggufs)
         raise ModelLoadError(f"{directory} holds several models, name one: {listed}")
-    return ModelFiles(model_id, None, "gguf", directory / ggufs[0].files[0])
+    return _gguf(model_id, directory / ggufs[0].files[0], names)
 
 
 def _in_file(model_id: str, path: Path) -> ModelFiles:
@@ -321,4 +346,15 @@ def _in_file(model_id: str, path: Path) -> ModelFiles:
         raise ModelLoadError(f"{model_id} contains only weights: name the directory with its config.json")
     if suffix != ".gguf":
         raise ModelLoadError(f"{model_id} is not a model: a directory or a .gguf file is expected")
-    return ModelFiles(model_id, None, "gguf", path)
+    try:
+        beside = {entry.name for entry in path.parent.iterdir()}
+    except OSError:  # a file may be readable in a folder that is not
+        beside = set()
+    return _gguf(model_id, path, beside)
+
+
+def _gguf(model_id: str, path: Path, names: Collection[str]) -> ModelFiles:
+    """Return a model in a GGUF file, with the projector beside it."""
+    projector = projector_of(path.name, names)
+    tower = None if projector is None or projector == path.name else path.with_name(projector)
+    return ModelFiles(model_id, None, "gguf", path, tower)

@@ -121,11 +121,9 @@ def _gate_of(weights: LayerWeights, names: ExpertNames, hidden: int) -> ops.Line
 
 def read_products(weights: LayerWeights, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
     """Yield the products of each expert in turn, so that no expert stays in memory in the file's format."""
+    arithmetic = weights.arithmetic.for_experts()
     for gate, up, down in _matrices(weights, names, spec):
-        yield (
-            ops.gate_up_weight(gate, up, weights.arithmetic),
-            ops.linear_weight(down, weights.arithmetic),
-        )
+        yield ops.gate_up_weight(gate, up, arithmetic), ops.linear_weight(down, arithmetic)
 
 
 def _matrices(weights: LayerWeights, names: ExpertNames, spec: ExpertsSpec) -> Iterator[Matrices]:

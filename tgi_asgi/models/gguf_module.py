@@ -46,6 +46,9 @@ class GgufModule:
         restored: By llama.cpp's names without layer, undoes what the converter does to a tensor's values.
         shapes: By the same names, what this does to the tensor's shape, if anything.
         unused: Names of tensors that nothing reads, or only `read_config`.
+        joined: llama.cpp's names of two stacks of matrices, by a checkpoint's name for one stack of both, in
+            which each matrix has the rows of the second below those of the first.
+        paired: llama.cpp's names, without layer and kind, of tensors whose rows it stores in rotary pairs.
     """
 
     gguf_name: str
@@ -56,10 +59,25 @@ class GgufModule:
     restored: Mapping[str, Callable[[Floats], Floats]] = field(default_factory=dict)
     shapes: Mapping[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = field(default_factory=dict)
     unused: Sequence[str] = ()
+    joined: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    paired: Sequence[str] = ()
 
     def restore_of(self, stored: str) -> Callable[[Floats], Floats] | None:
         """Return what undoes the converter's change to a tensor of the file; None if it changed none."""
         return self.restored.get(self._prefix_of(stored)[1])
+
+    def joined_of(self, stored: str) -> tuple[str, str, str] | None:
+        """Return a checkpoint's name for the joined stack of a tensor, and the file's names of its parts."""
+        prefix, name = self._prefix_of(stored)
+        found = next(((own, pair) for own, pair in self.joined.items() if name in pair), None)
+        if found is None:
+            return None
+        outer = stored.removesuffix(name)
+        return f"{prefix}{found[0]}", f"{outer}{found[1][0]}", f"{outer}{found[1][1]}"
+
+    def is_paired(self, stored: str) -> bool:
+        """Return whether the rows of a tensor of the file are stored in rotary pairs."""
+        return self._prefix_of(stored)[1].rpartition(".")[0] in self.paired
 
     def shape_of(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a tensor of the file after `restore_of`."""

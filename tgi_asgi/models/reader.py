@@ -120,6 +120,22 @@ class Reader:
         }
         return cls(values, is_gguf=True, tensors=tensors)
 
+    @classmethod
+    def of_clip(cls, metadata: Mapping[str, Any], tensors: frozenset[str]) -> Reader:
+        """Read a projector file's keys of its vision tower, and those without a modality's name."""
+        plain = {
+            key.removeprefix("clip."): value for key, value in metadata.items() if key.startswith("clip.")
+        }
+        parts = ("vision.", "audio.", "gen.")
+        values = {key: value for key, value in plain.items() if not key.startswith(parts)}
+        values |= {
+            key.removeprefix("vision."): value for key, value in plain.items() if key.startswith("vision.")
+        }
+        values = {
+            key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in values.items()
+        }
+        return cls(values, is_gguf=True, tensors=tensors)
+
     def rename(self, **names: tuple[str, ...]) -> None:
         """Set the names of keys in this family's config.json; call before `defaults`.
 
@@ -205,14 +221,14 @@ class Reader:
         """Declare that keys do not matter to this family."""
         self._read.update(map(self._name, keys))
 
-    def finish(self) -> None:
-        """Refuse keys that were not read and might matter.
+    def finish(self, *more: str) -> None:
+        """Refuse keys that were not read and might matter; these matter, whatever their names suggest.
 
         Raises:
             NotInFamily: if there is one; the message names it.
         """
         for key, value in self._values.items():
-            if key not in self._read and self._matters(key, value):
+            if key not in self._read and (key in more or self._matters(key, value)):
                 raise NotInFamily(
                     f"`{key}` is {str(value)[:100]}, which this server does not know for this architecture: "
                     "the model would compute something else"

@@ -202,7 +202,7 @@ def _pack(product: _Product, changes: list[tuple[str, Target, Delta]]) -> tuple[
         starts[mine] = num_up + np.arange(len(mine)) * rank
         inner[mine] = len(scales), rank
         scales += [delta.scale] * rank
-        downs.append(np.pad(_bits(delta.down), ((0, 0), (0, product.columns - delta.down.shape[1]))))
+        downs.append(_down(product, delta))
         rows = np.where(panels[mine] >= 0, panels[mine] - target.start, target.stop - target.start)
         padded = np.pad(_bits(delta.up), ((0, 1), (0, 0)))  # the last row stands for padding
         ups.append(padded[rows].swapaxes(1, 2).reshape(-1, layout.PANEL))  # [panels * rank, 16]
@@ -213,6 +213,13 @@ def _pack(product: _Product, changes: list[tuple[str, Target, Delta]]) -> tuple[
     in_order = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(num_up)
     up = np.concatenate(ups)[in_order]  # panel by panel, as the product reads it
     return np.concatenate(downs), np.array(scales, np.float32), inner, up
+
+
+def _down(product: _Product, delta: Delta) -> _Bits:
+    """Return a delta's `down` with its columns as in the product's input: in the same order, and padded."""
+    order, columns = product.part.order, delta.down.shape[1]
+    down = delta.down if order is None else delta.down[:, order.indices]
+    return np.pad(_bits(down), ((0, 0), (0, product.columns - columns)))
 
 
 def _in_parts(delta: Delta) -> Delta:

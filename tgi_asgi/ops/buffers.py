@@ -7,18 +7,19 @@ from typing import Any
 
 from tgi_asgi import _C
 from tgi_asgi.ops import calls
+from tgi_asgi.ops.column_order import Form, OrderedForm
 from tgi_asgi.ops.kv import KvPool
 from tgi_asgi.ops.values import Kind, Value
 
 
 class Liveness:
-    """Which calls use which value, in which precisions, and for how long.
+    """Which calls use which value, in which forms, and for how long.
 
     Args:
         recorded: The calls, in order.
         inputs: Values that are written before the first call.
         outputs: Values that are needed after the last call.
-        precisions_of: Function that returns the precisions in which a call needs its activation.
+        forms_of: Function that returns the forms in which a call needs its activation.
     """
 
     def __init__(
@@ -26,10 +27,10 @@ class Liveness:
         recorded: Sequence[calls.Call],
         inputs: Sequence[Value],
         outputs: Sequence[Value],
-        precisions_of: Callable[[calls.Call], list[str]],
+        forms_of: Callable[[calls.Call], list[Form]],
     ) -> None:
         self._spans: dict[Value, tuple[int, int]] = {}  # by root: its first call and its last
-        self._precisions: dict[Value, list[str]] = {}
+        self._forms: dict[Value, list[Form]] = {}
         self._scales: dict[Value, float] = {}
         for value in inputs:
             self._touch(value, -1)
@@ -37,7 +38,7 @@ class Liveness:
             for value in call.inputs:
                 self._touch(value, index)
                 if value.kind is Kind.ACTIVATION:
-                    self._want(value, precisions_of(call))
+                    self._want(value, forms_of(call))
             self._touch(call.out, index)
             if (
                 isinstance(call, calls.Attention)
@@ -54,13 +55,21 @@ class Liveness:
         first, _ = self._spans.get(value.root, (index, index))
         self._spans[value.root] = (first, index)
 
-    def _want(self, value: Value, precisions: Iterable[str]) -> None:
-        wanted = self._precisions.setdefault(value, [])
-        wanted += [precision for precision in dict.fromkeys(precisions) if precision not in wanted]
+    def _want(self, value: Value, forms: Iterable[Form]) -> None:
+        wanted = self._forms.setdefault(value, [])
+        wanted += [form for form in dict.fromkeys(forms) if form not in wanted]
 
     def precisions(self, value: Value) -> list[str]:
-        """Return the precisions in which an activation is read; empty if no call reads it."""
-        return self._precisions.get(value, [])
+        """Return the precisions in which an activation's call must write it; empty if no call reads it.
+
+        Forms with an order of columns are made from float32.
+        """
+        forms = self._forms.get(value, [])
+        return list(dict.fromkeys(form if isinstance(form, str) else "float32" for form in forms))
+
+    def ordered_forms(self, value: Value) -> list[OrderedForm]:
+        """Return the forms of an activation that have an order of columns."""
+        return [form for form in self._forms.get(value, []) if isinstance(form, OrderedForm)]
 
     def query_scale(self, value: Value) -> float | None:
         """Return the factor on a query's scores; None if no call attends with it."""
@@ -79,17 +88,17 @@ class Buffers:
     """The buffers of a program's values. Residuals that replace each other share one buffer."""
 
     def __init__(self) -> None:
-        self._assigned: dict[tuple[Value, str], tuple[Hashable, Any]] = {}
+        self._assigned: dict[tuple[Value, Form], tuple[Hashable, Any]] = {}
         self._free: dict[Hashable, list[Any]] = {}
         self._acquired: dict[int, Hashable] = {}  # kind of each taken buffer, by its id
 
-    def assign(self, value: Value, form: str, kind: Hashable, make: Callable[[], Any]) -> Any:
-        """Assign a value a buffer for one of its forms (rows, query, routing, a precision), until `free`."""
+    def assign(self, value: Value, form: Form, kind: Hashable, make: Callable[[], Any]) -> Any:
+        """Assign a value a buffer for one of its forms, until `free`: rows, query, routing, or a `Form`."""
         buffer = self.acquire(kind, make)
         self._assigned[value.root, form] = (self._acquired.pop(id(buffer)), buffer)
         return buffer
 
-    def of(self, value: Value, form: str) -> Any:
+    def of(self, value: Value, form: Form) -> Any:
         """Return the buffer of a value's form.
 
         Raises:
@@ -100,7 +109,7 @@ class Buffers:
             raise LookupError(f"{value.kind.value} has no buffer as {form}")
         return found
 
-    def find(self, value: Value, form: str) -> Any:
+    def find(self, value: Value, form: Form) -> Any:
         """Return the buffer of a value's form; None if it has none."""
         found = self._assigned.get((value.root, form))
         return None if found is None else found[1]
@@ -135,10 +144,11 @@ class CpuBuffers(Buffers):
         """Assign a value a float32 buffer."""
         return self.assign(value, "rows", ("rows", columns), lambda: self._native.rows(columns))
 
-    def activation(self, value: Value, precision: str) -> Any:
-        """Assign a value an activation buffer of this precision."""
+    def activation(self, value: Value, form: Form) -> Any:
+        """Assign a value an activation buffer of this form."""
+        precision = form if isinstance(form, str) else form.precision
         kind = ("activation", value.columns, precision)
-        return self.assign(value, precision, kind, lambda: self._native.activation(value.columns, precision))
+        return self.assign(value, form, kind, lambda: self._native.activation(value.columns, precision))
 
     def query(self, value: Value, pool: KvPool, num_heads: int) -> Any:
         """Assign a value a buffer for queries, in this pool's layout."""

@@ -1,7 +1,7 @@
 """Lowering of recorded calls to CPU kernels: chooses buffers and appends calls to a C++ program.
 
-`cpu_program.py` goes through the list once. An activation is written once per precision that its consumers
-need. A buffer is reused as soon as no later call reads its contents.
+`cpu_program.py` goes through the list once. An activation is written once per form that its consumers need: a
+precision, and an order of columns. A buffer is reused as soon as no later call reads its contents.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tgi_asgi.ops import calls, layout
 from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.buffers import CpuBuffers, Liveness
+from tgi_asgi.ops.column_order import Form
 from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.packing import PackedExperts, PackedGateUp, PackedLinear, PackedQkv
@@ -60,7 +61,7 @@ class CpuCalls:
         self.residual: Any = None
         self._native, self._recorded = native, recorded
         self._index = 0  # of the call that is being emitted
-        self._liveness = Liveness(recorded, inputs, outputs, _precisions_of)
+        self._liveness = Liveness(recorded, inputs, outputs, _forms_of)
         self._tables: dict[int, tuple[RopeTable, Floats, Floats]] = {}
 
     def emit_all(self) -> None:
@@ -69,6 +70,7 @@ class CpuCalls:
         for index, call in enumerate(self._recorded):
             self._index = index
             _EMITTERS[type(call)](self, call)
+            self._reorder(call.out)
             if writes and index == writes[-1]:
                 self._end_cache_writes(index)
             self.buffers.free(self._liveness.ending_at(index))
@@ -78,9 +80,10 @@ class CpuCalls:
         rows = self.buffers.rows(value, columns)
         if value.kind is Kind.ACTIVATION:
             self._pack(rows, value)
+            self._reorder(value)
 
     def _embed(self, call: calls.Embed) -> None:
-        made: PackedLinear = call.table.made
+        made = _in_order(call.table.made)
         out = self.buffers.rows(call.out, call.out.columns)
         self.residual = out
         positions = None
@@ -167,7 +170,7 @@ class CpuCalls:
         self._native.latent_qkv(absorbed=absorbed, rotary=rotary, latents=latents, heads=heads, out=out)
 
     def _heads_linear(self, call: calls.HeadsLinear) -> None:
-        made = _made(call.weight.made, PackedLinear)
+        made = _in_order(call.weight.made)
         out = self.buffers.rows(call.out, call.out.columns)
         product = _C.Product(weight=made.matrix, source=self.buffers.of(call.a, made.precision))
         self._native.heads_linear(product=product, num_heads=call.weight.num_heads, out=out)
@@ -335,7 +338,7 @@ class CpuCalls:
     def _head(self, call: calls.Head) -> None:
         if self._index != len(self._recorded) - 1:
             raise ValueError("`head` must be the last operator: it reads the final residual")
-        made = _made(call.weight.made, PackedLinear)
+        made = _in_order(call.weight.made)
         source = self._native.activation(made.matrix.num_columns, made.precision, for_logits=True)
         self._native.norm(
             x=self.buffers.of(call.x, "rows"), norm=_norm_of(call.norm), for_logits=True, is_private=True,
@@ -348,8 +351,17 @@ class CpuCalls:
         for precision in self._liveness.precisions(value):
             self._native.pack(rows=rows, out=self.buffers.activation(value, precision))
 
+    def _reorder(self, value: Value) -> None:
+        """Write an activation's forms with an order of columns: one for all products that share it."""
+        for form in self._liveness.ordered_forms(value):
+            self._native.reorder(
+                source=self.buffers.of(value, "float32"),
+                order=form.order.indices,
+                out=self.buffers.activation(value, form),
+            )
+
     def _product(self, a: Value, part: PackedLinear) -> Any:
-        source = self.buffers.of(a, part.precision)
+        source = self.buffers.of(a, part.form)
         number = None if self._adapters is None else self._adapters.product(part)
         return _C.Product(weight=part.matrix, source=source, bias=part.bias, adapter=number)
 
@@ -424,13 +436,13 @@ _EMITTERS: dict[type[calls.Call], Callable[[CpuCalls, Any], None]] = {
 }
 
 
-def _precisions_of(call: calls.Call) -> list[str]:
-    """Return the precisions in which a call's weights are multiplied."""
+def _forms_of(call: calls.Call) -> list[Form]:
+    """Return the forms in which a call's products read its activation."""
     if isinstance(call, calls.ExpertsAdd):
         return [_made(call.weight.made, PackedExperts).precision]
     made = call.weight.made if isinstance(call, _PRODUCTS) else None
     parts = made.parts if isinstance(made, (PackedQkv, PackedGateUp)) else [made]
-    return [part.precision for part in parts if isinstance(part, PackedLinear)]
+    return [part.form for part in parts if isinstance(part, PackedLinear)]
 
 
 def _norm_of(norm: NormWeight) -> _C.Norm:
@@ -442,6 +454,14 @@ def _made(made: object, kind: type[_Made]) -> _Made:
     if not isinstance(made, kind):
         raise TypeError("a CPU's step is recorded with packed weights: make them with a `Packing`")
     return made
+
+
+def _in_order(made: object) -> PackedLinear:
+    """Return the packed matrix of a call whose input is never reordered."""
+    found = _made(made, PackedLinear)
+    if found.order is not None:
+        raise ValueError("an embedding, a head and heads' matrices must have their columns in order")
+    return found
 
 
 def _layer_of(cache: object) -> KvLayer:

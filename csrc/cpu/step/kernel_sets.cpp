@@ -6,39 +6,35 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "amx_grant.h"
+#include "supported_sets.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
-#if defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#endif
 
 namespace tgi::cpu::step {
 
-extern const Kernels kPortableKernels;
+// Weak, since a build may leave out the sets that its machine cannot run (setup.py).
+#define TGI_KERNEL_SET(name) extern const Kernels name __attribute__((weak))
+TGI_KERNEL_SET(kPortableKernels);
 #if defined(__x86_64__)
-extern const Kernels kAvx2Kernels;
-extern const Kernels kAvxVnniKernels;
-extern const Kernels kAvx512VnniKernels;
-extern const Kernels kAvx512Kernels;
-extern const Kernels kAmxKernels;
-extern const Kernels kAmxModelKernels;
+TGI_KERNEL_SET(kAvx2Kernels);
+TGI_KERNEL_SET(kAvxVnniKernels);
+TGI_KERNEL_SET(kAvx512VnniKernels);
+TGI_KERNEL_SET(kAvx512Kernels);
+TGI_KERNEL_SET(kAmxKernels);
+TGI_KERNEL_SET(kAmxModelKernels);
 #endif
 #if defined(__aarch64__)
-extern const Kernels kNeonKernels;
-extern const Kernels kI8mmKernels;
+TGI_KERNEL_SET(kNeonKernels);
+TGI_KERNEL_SET(kI8mmKernels);
 #endif
+#undef TGI_KERNEL_SET
 
 namespace {
 
-#if defined(__x86_64__)
-bool has_avx_vnni() {  // not known to __builtin_cpu_supports of GCC 12
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
-}
-#endif
+constexpr const char* kOfAnotherProcessor =
+    "the kernels were compiled for another processor: install again on this machine";
 
 // Measured with one sequence and with 16 (bench/README.md): prefetching into L1 loses 11 % and more
 // on Zen 4, prefetching into L2 loses it on Zen 5. Other processors are treated like Zen 4.
@@ -64,44 +60,36 @@ bool is_intel() {
   return false;
 }
 
+// Returns the sets of this build, or null in the place of one that was left out.
+std::vector<const Kernels*> compiled_sets() {
+  return {
+      &kPortableKernels,
+#if defined(__x86_64__)
+      &kAvx2Kernels,     &kAvxVnniKernels, &kAvx512VnniKernels,
+      &kAvx512Kernels,   &kAmxKernels,     &kAmxModelKernels,
+#endif
+#if defined(__aarch64__)
+      &kNeonKernels,     &kI8mmKernels,
+#endif
+  };
+}
+
 struct Found {
   std::vector<const Kernels*> sets;
   const char* refused = nullptr;
 };
 
-// Sets are generally in order of speed; the last one defines this machine's arithmetic. The bits of
-// a text therefore depend on the processor and on what the operating system grants, not on a
-// measurement: a restart and a second replica give the same bits.
 Found find() {
-  Found found;
-  std::vector<const Kernels*>& sets = found.sets;
-  sets.push_back(&kPortableKernels);
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
-  const bool has_avx512 =
-      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vnni");
-  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  if (has_bf16) sets.push_back(&kAmxModelKernels);  // for tests
-  if (has_avx2) sets.push_back(&kAvx2Kernels);
-  if (has_avx2 && has_avx_vnni()) sets.push_back(&kAvxVnniKernels);
-  // Intel's VDPBF16PS does a sixth fewer products than two FMAs (Sapphire Rapids); AMD's does twice
-  // as many (Zen 4 and 5).
-  if (has_bf16 && is_intel()) sets.push_back(&kAvx512Kernels);
-  if (has_avx512) sets.push_back(&kAvx512VnniKernels);
-  if (has_bf16 && !is_intel()) sets.push_back(&kAvx512Kernels);
-  if (has_bf16 && request_tiles(read_amx_state(), &found.refused)) sets.push_back(&kAmxKernels);
-#endif
-#if defined(__aarch64__) && defined(__linux__)
-  // Bits from the Linux kernel's asm/hwcap.h, which old headers lack.
-  const bool has_dot = (getauxval(AT_HWCAP) >> 20 & 1) != 0;
-  const bool has_i8mm = (getauxval(AT_HWCAP2) >> 13 & 3) == 3;  // I8MM and BF16
-  if (has_dot) sets.push_back(&kNeonKernels);
-  if (has_dot && has_i8mm) sets.push_back(&kI8mmKernels);
-#endif
+  const SupportedSets supported = supported_sets();
+  Found found{{}, supported.refused};
+  for (const char* name : supported.names) {
+    for (const Kernels* set : compiled_sets()) {
+      if (set != nullptr && std::strcmp(set->name, name) == 0) found.sets.push_back(set);
+    }
+  }
+  const bool has_best =
+      !found.sets.empty() && std::strcmp(found.sets.back()->name, supported.names.back()) == 0;
+  if (!has_best) found.refused = kOfAnotherProcessor;
   return found;
 }
 

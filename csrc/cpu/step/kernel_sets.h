@@ -8,10 +8,11 @@
 
 namespace tgi::cpu::step {
 
-// Returns the sets that this machine can run, best last.
+// Returns the sets of this build that this machine can run, best last. Empty if it was made for
+// another processor.
 const std::vector<const Kernels*>& kernel_sets();
 
-// Returns why a set that the processor supports is not among them, or null.
+// Returns why the best set that the processor supports is not among them, or null.
 const char* refused_kernel_set();
 
 // Returns the set in use: the best, or the one named by the environment variable TGI_ISA if this

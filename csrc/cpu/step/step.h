@@ -129,6 +129,15 @@ struct PackParams {
   Activation out;
 };
 
+// Writes the columns of an activation in another order, for a weight whose columns are sorted by
+// group: column k is the value at places[k] of the token's row in float32 tiles.
+struct ReorderParams {
+  Activation in;          // float32
+  bool is_private;        // with few tokens, each member has its own copy of the input
+  const int32_t* places;  // [out.num_columns], floats from the row's first one
+  Activation out;
+};
+
 // The norm of rows, written as rows; `out` may be `x`.
 struct NormRowsParams {
   const float* x;  // [num_tokens, stride]
@@ -390,6 +399,7 @@ struct Kernels {
   StepFunction<NormParams> norm;
   StepFunction<NormAddParams> norm_add;
   StepFunction<PackParams> pack;
+  StepFunction<ReorderParams> reorder;
   StepFunction<NormRowsParams> norm_rows;
   StepFunction<LinearRowsParams> linear_rows;
   StepFunction<QkvParams> qkv;

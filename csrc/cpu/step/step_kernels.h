@@ -11,6 +11,7 @@
 #include "norm_kernel.h"
 #include "pack.h"
 #include "qkv_kernel.h"
+#include "reorder_kernel.h"
 #include "route_kernel.h"
 #include "sample_rows.h"
 #include "selective_scan_kernel.h"
@@ -111,6 +112,7 @@ constexpr Kernels make_kernels(const char* name) {
           norm<S>,
           norm_add<S>,
           pack<S>,
+          reorder<S>,
           norm_rows<S>,
           linear_rows<S>,
           qkv<S>,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import architectures
+from tests.support import architectures, gguf_vision
+from tests.support.gguf_vision import Made
 from tgi_asgi import ops
 from tgi_asgi.models.generic.common import CommonDecoder
 
@@ -27,3 +28,21 @@ def as_module(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return architectures.made_once(tmp_path_factory.mktemp("architectures"), architectures.make)
+
+
+@pytest.fixture(scope="session")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """Return a function that makes each case of `gguf_vision` once."""
+    made: dict[str, Made] = {}
+
+    def model(name: str) -> Made:
+        if name.startswith("gemma4"):
+            reason = "in this version of transformers Gemma 4's processor needs torchvision"
+            pytest.importorskip(
+                "transformers.models.gemma4.processing_gemma4", reason=reason, exc_type=ImportError
+            )
+        if name not in made:
+            made[name] = gguf_vision.make(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return model

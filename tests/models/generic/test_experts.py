@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support import architectures
+from tests.support.checkpoints import our_logits
 from tests.support.generic import load_generic, run_steps
 from tests.support.quantised import (
     awq_tensors,
@@ -22,6 +23,7 @@ from tests.support.quantised import (
     random_codes,
 )
 from tgi_asgi import ops
+from tgi_asgi.formats.sources import ModelFiles
 
 Checkpoint = Callable[[str], Path]
 
@@ -107,3 +109,9 @@ def test_quantised_experts_keep_their_codes(
     tensors = load_file(floats / "model.safetensors").items()
     elements = sum(tensor.numel() for name, tensor in tensors if ".experts." in name)
     assert packed == pytest.approx(elements * CODES[recipe][2], rel=0.1)
+
+
+def test_native_experts_in_act_order_are_decoded(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folders = with_quantised_experts(checkpoint("mixtral"), tmp_path, "act-order")
+    ours, expected = (our_logits(ModelFiles("tiny", None, "directory", each), IDS[0]) for each in folders)
+    assert float((ours - expected).abs().max() / expected.abs().max()) < ROUNDED

@@ -126,6 +126,7 @@ def test_matrices_of_several_files_and_types_are_one_model(checkpoint: Checkpoin
     [
         ("gptq", {}),
         ("gptq", {"bits": 8, "is_centred": True}),
+        ("gptq", {"has_order": True}),
         ("awq", {}),
         ("compressed", {"is_centred": True}),
         ("fp8", {"kind": "row"}),

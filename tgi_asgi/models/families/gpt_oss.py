@@ -86,11 +86,12 @@ class GptOssWeights(LayerWeights):
         """Yield gate and up, and down, of each expert in turn."""
         is_apart = self.is_gguf or self.has("mlp.experts.0.gate_proj.weight")
         read = self._apart if is_apart else self._of_openai
+        arithmetic = self.arithmetic.for_experts()
         for matrices, biases in read(spec):
             gate, up, down = matrices
             yield (
-                ops.gate_up_weight(gate, up, self.arithmetic, biases=biases[:2]),
-                ops.linear_weight(down, self.arithmetic, bias=biases[2]),
+                ops.gate_up_weight(gate, up, arithmetic, biases=biases[:2]),
+                ops.linear_weight(down, arithmetic, bias=biases[2]),
             )
 
     def _apart(self, spec: ExpertsSpec) -> Iterator[tuple[Sources, Sources]]:

@@ -118,7 +118,7 @@ class ExpertsLoader:
     """Packs a module's experts as their tensors arrive; they become the module's `tgi_experts`."""
 
     def __init__(self, module: Any, arithmetic: ops.Arithmetic, mode: Mode) -> None:
-        self._module, self._how = module, _How(arithmetic, mode)
+        self._module, self._how = module, _How(arithmetic.for_experts(), mode)
         self._gate = gate_of(module)
         self._waiting: dict[str, dict[str, Any]] = {}  # by product: the weight and bias received so far
         self._packed: dict[str, list[Any]] = {}

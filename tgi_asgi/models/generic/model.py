@@ -44,7 +44,11 @@ from tgi_asgi.models.generic.vision import cross_attention
 from tgi_asgi.models.generic.vision.check import check_images, check_processor
 from tgi_asgi.models.generic.vision.cross_attention import CrossFeatures
 from tgi_asgi.models.generic.vision.encodings import EncodingCache
-from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_processor
+from tgi_asgi.models.generic.vision.processor import (
+    GivenProcessor,
+    VisionProcessor,
+    load_processor,
+)
 from tgi_asgi.models.generic.vision.program import VisionProgram
 from tgi_asgi.models.generic.vision.text import TextView, VisionTraits, complete_outputs, vision_traits
 from tgi_asgi.models.generic.vision.tower import Tower, input_names
@@ -208,7 +212,7 @@ class OpenGeneric:
             is_whole = isinstance(own_cache(self._model), WholeText)
             return [], f"{error}{'; each token computes the whole text again' if is_whole else ''}"
 
-    def image_processor(self, directory: Path) -> ImageProcessor | None:
+    def image_processor(self, source: Path | GivenProcessor) -> ImageProcessor | None:
         """Return the model's image processor; None if it accepts no images.
 
         Raises:
@@ -219,12 +223,18 @@ class OpenGeneric:
         config = self._model.config.to_dict()
         names = input_names(self._model)
         self._processor = load_processor(
-            directory, config, self._vision.image_token_id, names, needs_gap=self._vision.has_axes,
+            source, config, self._vision.image_token_id, names, needs_gap=self._vision.has_axes,
             is_seen_by_all=self._vision.has_cross_attention,
         )  # fmt: skip
         if self._processor is not None:
             check_processor(self._processor, self.config.architecture)
         return self._processor
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the module's parameters by name, except of those that are tied to others."""
+        tied = getattr(self._model, "all_tied_weights_keys", None) or {}
+        found = self._model.named_parameters()
+        return {name: tuple(each.shape) for name, each in found if name not in tied}
 
     def packed_tensors(self, weights: NamedWeights) -> list[tuple[str, int]]:
         """Return formats and numbers of elements that the module will hold of these weights.

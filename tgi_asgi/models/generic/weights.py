@@ -76,12 +76,13 @@ def file_names(model: Any, names: Iterable[str]) -> dict[str, str]:
 
 
 def _renamed(
-    model: Any, names: Iterable[str], known: dict[str, bool]
+    model: Any, names: Iterable[str], known: dict[str, bool], *, is_gguf: bool = False
 ) -> Iterator[tuple[str, str, Any, str | None]]:
     """Yield each tensor's name in the file and in the module, its converter and the pattern that found it.
 
     Args:
         known: The names of the module's tensors, as keys.
+        is_gguf: Whether a GGUF file's reader has made the names, which are the module's where it can.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -98,7 +99,7 @@ def _renamed(
     prefix = model.base_model_prefix
     for name in sorted(names, key=dot_natural_key):
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if renamed not in known and name in known:
+        if name in known and (is_gguf or renamed not in known):
             renamed, pattern = rename_source_key(name, [], [], prefix, known)
         yield name, renamed, by_pattern[pattern] if pattern is not None else None, pattern
 
@@ -133,7 +134,10 @@ class Filler:
     def _plan(self) -> dict[str, _Target]:
         known = dict.fromkeys(self._shapes, True)
         targets: dict[str, _Target] = {}
-        for name, renamed, converter, pattern in _renamed(self._model, self._weights.names(), known):
+        names = self._weights.names()
+        for name, renamed, converter, pattern in _renamed(
+            self._model, names, known, is_gguf=self._weights.is_gguf
+        ):
             if renamed not in known:
                 self._check_unused(name)
                 continue

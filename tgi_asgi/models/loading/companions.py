@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class GgufCompanions:
     """What a GGUF file has besides weights; its methods are those of `CheckpointCompanions`."""
 
     file: GgufFile
+    tokens: Mapping[str, str] = field(default_factory=dict)  # that stand for images, by their names
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -62,7 +63,7 @@ class GgufCompanions:
 
     def text(self, override: Path | None) -> tuple[Tokenizer, ChatTemplate | None]:
         """Build the tokenizer and compile the chat template, which `override` may replace."""
-        tokenizer = Tokenizer.from_gguf(self.metadata)
+        tokenizer = Tokenizer.from_gguf(self.metadata, self.tokens)
         special = tokenizer.special_tokens
         return tokenizer, load_chat_template(special, override=override, metadata=self.metadata)
 

@@ -6,15 +6,17 @@ import math
 import re
 from collections.abc import Mapping
 
-import numpy as np
-import numpy.typing as npt
-
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import GGUF_NAMES, Family
 from tgi_asgi.models.loading import WHOLE, check_shape
-from tgi_asgi.models.loading.gguf_tensors import GgufTensors, held_format, without_ones
+from tgi_asgi.models.loading.gguf_tensors import (
+    GgufTensors,
+    held_format,
+    join_rotary_halves,
+    without_ones,
+)
 from tgi_asgi.ops import FORMATS, WeightSource
 
 # Parts of the tensor `attn_qkv`, which a file may have instead: rows of queries, of keys, then of values.
@@ -98,13 +100,3 @@ class GgufWeights(GgufTensors):
             return 1
         assert stored is not None
         return FORMATS[held_format(self._file.tensor(stored).type)].block_columns
-
-
-def join_rotary_halves(data: npt.NDArray[np.uint8], num_rows: int, head_dim: int) -> npt.NDArray[np.uint8]:
-    """Undo llama.cpp's permutation of query and key rows; return a copy.
-
-    The file stores a head's rows pair by pair (0, d/2, 1, d/2 + 1, ...); the kernels use the checkpoint's
-    order, with the first halves first. Rows consist of whole blocks, so this works on any format's bytes.
-    """
-    pairs = data.reshape(num_rows // head_dim, head_dim // 2, 2, data.size // num_rows)
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)

@@ -15,7 +15,12 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile, GgufTensor
 from tgi_asgi.models.gguf_module import GgufModule, layer_of
 from tgi_asgi.models.loading import WHOLE, check_shape
-from tgi_asgi.models.loading.gguf_tensors import GgufTensors, held_format, without_ones
+from tgi_asgi.models.loading.gguf_tensors import (
+    GgufTensors,
+    held_format,
+    join_rotary_halves,
+    without_ones,
+)
 from tgi_asgi.ops import WeightSource
 from tgi_asgi.ops.arrays import Floats
 
@@ -27,6 +32,8 @@ class _Place:
     Attributes:
         restore: How its values become the model's.
         restored: Their shape then.
+        pair_dim: Size of a head whose rows are stored in rotary pairs.
+        below: A stack whose matrices' rows come below those of `info`.
     """
 
     info: GgufTensor
@@ -34,11 +41,16 @@ class _Place:
     num_parts: int | None = None  # None: `index` is that of a stack
     restore: Callable[[Floats], Floats] | None = None
     restored: tuple[int, ...] | None = None
+    pair_dim: int | None = None
+    below: GgufTensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         if self.restored is not None:
             return self.restored
+        if self.below is not None:
+            count, rows, columns = self.info.shape
+            return (count, rows + self.below.shape[1], columns)
         if self.num_parts is not None:
             return (self.info.shape[0] // self.num_parts, *self.info.shape[1:])
         return self.info.shape if self.index is None else self.info.shape[1:]
@@ -56,14 +68,25 @@ def _is_scale_of_nvfp4(file: GgufFile, stored: str) -> bool:
     return kind in ("scale", "input_scale") and matrix is not None and matrix.type == "NVFP4"
 
 
+def _joined_place(first: GgufTensor, second: GgufTensor) -> _Place:
+    if len(first.shape) != 3 or len(second.shape) != 3 or first.shape[::2] != second.shape[::2]:
+        raise ModelLoadError(
+            f"tensors {first.name!r} and {second.name!r} must be stacks of the same matrices"
+        )
+    return _Place(first, below=second)
+
+
 class GgufModuleWeights(GgufTensors):
     """The `NamedWeights` of an open GGUF file, which `close` closes.
 
     Args:
         num_layers: The model's. Further ones only draft, and are not read.
+        head_dim: Size of a head, for the module's `paired` tensors.
     """
 
-    def __init__(self, file: GgufFile, module: GgufModule, num_layers: int) -> None:
+    def __init__(
+        self, file: GgufFile, module: GgufModule, num_layers: int, head_dim: int | None = None
+    ) -> None:
         super().__init__(file)
         self._places: dict[str, _Place] = {}
         for stored in file.names:
@@ -71,6 +94,10 @@ class GgufModuleWeights(GgufTensors):
                 self._unread.discard(stored)
                 continue
             info = file.tensor(stored)
+            if joined := module.joined_of(stored):
+                own, *pair = joined
+                self._places[own] = _joined_place(*map(file.tensor, pair))
+                continue
             if parts := module.parts_of(stored):
                 if info.shape[0] % len(parts):
                     raise ModelLoadError(f"tensor {stored!r} must have a multiple of {len(parts)} rows")
@@ -86,8 +113,11 @@ class GgufModuleWeights(GgufTensors):
                     self._places[name.replace("*", str(index))] = _Place(info, index)
             else:
                 restored = module.shape_of(stored, info.shape)
-                self._places[name] = _Place(info, restore=module.restore_of(stored), restored=restored)
-        self._named = {place.info.name for place in self._places.values()}
+                pair_dim = head_dim if module.is_paired(stored) else None
+                restore = module.restore_of(stored)
+                self._places[name] = _Place(info, restore=restore, restored=restored, pair_dim=pair_dim)
+        tensors = [each for place in self._places.values() for each in (place.info, place.below)]
+        self._named = {info.name for info in tensors if info is not None}
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -109,6 +139,15 @@ class GgufModuleWeights(GgufTensors):
             return matrix if part == WHOLE else matrix.rows(*part.indices(shape[0])[:2])
         count = shape[0] if shape else 1
         start, stop, _ = part.indices(count)
+        if place.below is not None:
+            matrices = [
+                self._part(each, index, index + 1, each.shape)
+                for index in range(start, stop)
+                for each in (info, place.below)
+            ]
+            return ops.stack_rows(matrices)
+        if place.pair_dim is not None:
+            return self._joined(info, place.pair_dim, shape).rows(start, stop)
         if place.restore is None:
             return self._part(info, start, stop, (count, *shape[1:]))
         stored = ops.decode(self._part(info, 0, info.shape[0], info.shape)).reshape(info.shape)
@@ -119,6 +158,13 @@ class GgufModuleWeights(GgufTensors):
         # NVFP4's second scale must not be applied if the model has it as a weight of its own.
         is_scaled = f"{info.name.removesuffix('.weight')}.scale" not in self._named
         return self._source(info, data, (stop - start, *shape[1:]), start, is_scaled=is_scaled)
+
+    def _joined(self, info: GgufTensor, head_dim: int, shape: tuple[int, ...]) -> WeightSource:
+        """Return a tensor with the halves of heads apart, not their rotary pairs."""
+        if shape[0] % head_dim:
+            raise ModelLoadError(f"tensor {info.name!r} must have whole heads of {head_dim} rows")
+        data = join_rotary_halves(self._rows(info, 0, shape[0], shape[0]), shape[0], head_dim)
+        return self._source(info, data, shape, 0)
 
     def names(self) -> list[str]:
         """Return the names of all weights, as described in `NamedWeights.names`."""

@@ -97,3 +97,13 @@ def held_format(name: str, *, for_memory: bool = False) -> str:
 def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the sizes of a shape that are greater than 1: llama.cpp's converter leaves those of 1 out."""
     return tuple(size for size in shape if size != 1)
+
+
+def join_rotary_halves(data: npt.NDArray[np.uint8], num_rows: int, head_dim: int) -> npt.NDArray[np.uint8]:
+    """Undo llama.cpp's permutation of query and key rows; return a copy.
+
+    The file stores a head's rows pair by pair (0, d/2, 1, d/2 + 1, ...); the kernels use the checkpoint's
+    order, with the first halves first. Rows consist of whole blocks, so this works on any format's bytes.
+    """
+    pairs = data.reshape(num_rows // head_dim, head_dim // 2, 2, data.size // num_rows)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)

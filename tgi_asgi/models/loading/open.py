@@ -81,16 +81,19 @@ class OpenModel:
         self._rope = rope
         self._vocab_size: int | None = None  # of a merged adapter, if it has its own
         self._open_module: Callable[[], OpenGeneric | OpenEncoder] | None = None  # instead of a native family
+        self._image_processor: ImageProcessor | None = None  # of a GGUF file with a projector
         self._override = Path(chat_template_path) if chat_template_path else None
         if files.kind == "gguf":
-            self._open_gguf(files.path, model_impl)
+            self._open_gguf(files, model_impl)
         else:
             self._open_checkpoint(files, model_impl, trusts_code=trusts_code)
         self.config = self._model.config
 
-    def _open_gguf(self, path: Path, model_impl: str) -> None:
-        file = GgufFile.open(path)
+    def _open_gguf(self, files: ModelFiles, model_impl: str) -> None:
+        file = GgufFile.open(files.path)
         self.companions = GgufCompanions(file)
+        if self._open_vision(file, files, model_impl):
+            return
         name = file.metadata.get("general.architecture")
         module = find_module(name)
         if module is not None:
@@ -110,6 +113,39 @@ class OpenModel:
         family, read = read_gguf(file.metadata, frozenset(file.tensors))
         self._model = native = _Native(family, self._scaled(read))
         self.weights = GgufWeights(file, native.config, native.family)
+
+    def _open_vision(self, file: GgufFile, files: ModelFiles, model_impl: str) -> bool:
+        """Open the projector beside a text model; return whether the model accepts images.
+
+        Raises:
+            ModelLoadError: if the administrator named one that cannot be used. Any other is left out.
+        """
+        if files.projector is None:
+            return False
+        if model_impl == "native":
+            check(not files.is_projector_named, "--model-impl native: no native family accepts images")
+            return False
+        from tgi_asgi.models.loading.gguf_vision import check_fits, open_vision, processor_of
+
+        try:
+            vision, weights = open_vision(file, files.projector)
+            try:
+                model = self._open_generic(None, vision.config, trusts_code=False)
+                check_fits(weights, model.shapes())
+                model.packed_tensors(weights)  # refuses tensors without a place
+                self._image_processor = model.image_processor(processor_of(vision, file.metadata))
+            except ModelLoadError:
+                weights.close_tower()
+                raise
+        except ModelLoadError as error:
+            if files.is_projector_named:
+                raise ModelLoadError(f"--mmproj {files.projector}: {error}") from error
+            logger.warning("for text only, as %s cannot be used: %s", files.projector, error)
+            return False
+        logger.info("images are read by %s", files.projector)
+        self.weights, self._model = weights, model
+        self.companions = GgufCompanions(file, vision.tokens)
+        return True
 
     def _open_checkpoint(self, files: ModelFiles, model_impl: str, *, trusts_code: bool) -> None:
         directory = files.path
@@ -246,9 +282,10 @@ class OpenModel:
         """
         config = self.config
         if not isinstance(self._model, _Native) or not isinstance(config, ModelConfig):
+            alone = "" if self._image_processor is None else ", or add --mmproj none"
             raise ModelLoadError(
                 f"--num-shard {count}: {config.architecture} is computed by transformers' code, which is not "
-                "split: leave --num-shard out"
+                f"split: leave --num-shard out{alone}"
             )
         found = unsplit(config, self._model.family)
         check(
@@ -313,9 +350,11 @@ class OpenModel:
 
     def read_image_processor(self) -> ImageProcessor | None:
         """Build the image processor of a model that accepts images; may precede loading its weights."""
-        if self._model.kind == "generic" and isinstance(self.companions, CheckpointCompanions):
+        if self._model.kind != "generic":
+            return None
+        if isinstance(self.companions, CheckpointCompanions):
             return self._model.image_processor(self.companions.directory)
-        return None
+        return self._image_processor
 
     def close(self) -> None:
         """Unmap the weights."""

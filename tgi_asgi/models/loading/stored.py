@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.codes import compressed_packing, width
@@ -22,6 +23,7 @@ from tgi_asgi.formats.small_floats import TableState
 from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.loading.mxfp4 import stored_expert
 from tgi_asgi.models.loading.tensors import E8M0, FLOAT8, read_array
+from tgi_asgi.ops.formats import RUNS
 
 _CODES = (FLOAT8, "I8", "U8")  # dtypes of a `weight` that has scales beside it
 _DECODED = "F8_32"  # the format that counts the memory of weights that are decoded and then rounded
@@ -34,6 +36,7 @@ _WEIGHT_PARTS = (
     "", "_packed", "_scale", "_scale_inv", "_scale_2", "_global_scale", "_zero_point", "_g_idx", "_shape",
     *(f".{table}" for table in TABLES), *_STATES,
 )  # fmt: skip
+_IN_ORDER = (".experts.", "lm_head.")  # parts of names of weights whose columns must be in order on a CPU
 # Scales of inputs, which are quantised differently or not at all here, and of queries, keys and values, which
 # only an FP8 cache uses (`kv_scales.py`).
 UNUSED = (
@@ -110,16 +113,28 @@ def _bits(checkpoint: Checkpoint, weight: str, columns: int, quantisation: Quant
 
 
 def _is_decoded(checkpoint: Checkpoint, weight: str, columns: int, quantisation: Quantisation) -> bool:
-    """Return whether codes must be decoded: groups out of order, or eight bits with zero points."""
+    """Return whether codes must be decoded: groups out of order, or eight bits with zero points.
+
+    The columns of groups out of order are sorted if a format holds their groups, except in experts and heads.
+    """
     stem = weight.removesuffix("weight")
     groups, zeros = f"{weight}_g_idx", f"{weight}_zero_point"
     if quantisation.method == "gptq":
         groups, zeros = f"{stem}g_idx", f"{stem}qzeros"
-    if groups in checkpoint and (np.diff(read_array(checkpoint, groups, "I32", "I64").reshape(-1)) < 0).any():
-        return True
+    if groups in checkpoint:
+        found = read_array(checkpoint, groups, "I32", "I64").reshape(-1)
+        is_sorted = (np.diff(found) >= 0).all()
+        if not is_sorted and (any(part in weight for part in _IN_ORDER) or not _are_blocks(found)):
+            return True
     if zeros not in checkpoint or _bits(checkpoint, weight, columns, quantisation) != 8:
         return False
     return bool((checkpoint.raw(zeros) + np.uint8(quantisation.layout.shift) != 128).any())
+
+
+def _are_blocks(groups: npt.NDArray[np.int64]) -> bool:
+    """Return whether all groups have the same number of whole blocks of columns."""
+    _, counts = np.unique(groups, return_counts=True)
+    return bool((counts == counts[0]).all()) and counts[0] % min(RUNS) == 0
 
 
 def quantised_shape(checkpoint: Checkpoint, name: str, quantisation: Quantisation) -> tuple[int, int]:

@@ -58,6 +58,7 @@ class ChatTemplate:
         self._tool_use_source = tool_use_source
         self._special_tokens = dict(special_tokens)
         self._words: set[str] = set()
+        self._shows_images: dict[str, bool] = {}  # by placeholder
         self._default = self._compile(source)
         self._tool_use = self._compile(tool_use_source) if tool_use_source is not None else self._default
         probes = Probes(self._probe)
@@ -89,6 +90,14 @@ class ChatTemplate:
     def shows_calls(self, message: Mapping[str, Any]) -> bool:
         """Return whether a message's calls are shown: some templates drop all, some those beside text."""
         return not self._drops_calls[bool(message.get("content"))]
+
+    def shows_images(self, placeholder: str) -> bool:
+        """Return whether the template writes this text for an image."""
+        if placeholder not in self._shows_images:
+            parts = [{"type": "image"}, {"type": "text", "text": "PROBE"}]
+            text = self._probe([{"role": "user", "content": parts}])
+            self._shows_images[placeholder] = placeholder in text
+        return self._shows_images[placeholder]
 
     def arranged(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return messages in an order that the template accepts; several system messages may become one."""

@@ -35,6 +35,7 @@ _OWN_IMAGES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "Lfm2Vl": Lfm2Images,
     "Llama4": Llama4Images,
 }
+_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOGETHER = frozenset({"LlavaOnevisionProcessor"})  # prepare an image differently if it is one of several
 _WITH_FENCES = frozenset({"Idefics2Processor"})  # write a token around an image that two may share
 _WITH_TENSORS = frozenset({"Ovis2Processor"})  # read an image's grid as a tensor
@@ -54,6 +55,7 @@ class VisionProcessor:
 
     Attributes:
         encoded_bytes: Bytes of an encoded image, if a request keeps it until it ends.
+        chat_text: See `types.ImageProcessor`.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class VisionProcessor:
         self._processor, self._token_id, self._input_names = processor, token_id, input_names
         self._needs_gap, self._is_seen_by_all = needs_gap, is_seen_by_all
         self._fence: str = processor.fake_image_token if _has(processor, _WITH_FENCES) else ""
-        self.encoded_bytes = 0
+        self.encoded_bytes, self.chat_text = 0, ""
         self._token: str = processor.tokenizer.convert_ids_to_tokens(token_id)
         self._options, self.adds_special_tokens = _image_options(processor)
         self._is_together = _has(processor, _TOGETHER)
@@ -126,8 +128,25 @@ class VisionProcessor:
         )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class GivenProcessor:
+    """What stands for a processor's files if the model has none: it is of a GGUF file.
+
+    Attributes:
+        images: Contents of a preprocessor_config.json, with the image processor's class.
+        options: Contents of a processor_config.json.
+        tokenizer: Makes the tokenizer of `transformers`, which knows the special tokens.
+        chat_text: See `types.ImageProcessor`.
+    """
+
+    images: Mapping[str, Any]
+    options: Mapping[str, Any]
+    tokenizer: Callable[[], Any]
+    chat_text: str
+
+
 def load_processor(
-    directory: Path,
+    source: Path | GivenProcessor,
     config: Mapping[str, Any],
     token_id: int,
     input_names: frozenset[str],
@@ -135,46 +154,65 @@ def load_processor(
     needs_gap: bool = False,
     is_seen_by_all: bool = False,
 ) -> VisionProcessor | None:
-    """Return the processor of a checkpoint's files; None, with a warning in the log, if they have none.
+    """Return the processor of a checkpoint's directory; None, with a warning in the log, if it has none.
 
     Raises:
         ModelLoadError: if it needs a library that is not installed, or its files are damaged.
     """
-    names = ("preprocessor_config.json", "processor_config.json")
-    if not any((directory / name).exists() for name in names):
+    if isinstance(source, Path) and not any((source / name).exists() for name in _FILES):
         logger.warning("the model accepts images, but its files have no preprocessor_config.json: text only")
         return None
     try:
-        return VisionProcessor(
-            _build(directory, config, names), token_id, input_names, needs_gap=needs_gap,
+        made = VisionProcessor(
+            _build(source, config), token_id, input_names, needs_gap=needs_gap,
             is_seen_by_all=is_seen_by_all,
         )  # fmt: skip
+        made.chat_text = "" if isinstance(source, Path) else source.chat_text or made.placeholder
+        return made
     except Exception as error:  # a file can make a `transformers` class raise anything
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
         raise ModelLoadError(f"the model's image processor cannot be created: {reason}") from error
 
 
-def _build(directory: Path, config: Mapping[str, Any], names: Sequence[str]) -> Any:
+def _build(source: Path | GivenProcessor, config: Mapping[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
-    options: dict[str, Any] = {}
-    for name in names:
-        options.update(read_optional_json(directory / name))
-    if options.get("processor_class") is None:
-        options["processor_class"] = read_optional_json(directory / "tokenizer_config.json").get(
-            "processor_class"
-        )
+    options = _read_options(source) if isinstance(source, Path) else {**source.images, **source.options}
     kind = _OWN.get(_class_name(options, config)) or _image_half(_processor_class(options, config))
     parameters = inspect.signature(kind.__init__).parameters
     given: dict[str, Any] = {
         name: None for name in ("video_processor", "feature_extractor") if name in parameters
     }
     given |= {name: options[name] for name in parameters if name in options and name not in given}
-    given["image_processor"] = load_image_processor(directory, options)
+    if isinstance(source, Path):
+        given["image_processor"] = load_image_processor(source, options)
+        given["tokenizer"] = AutoTokenizer.from_pretrained(source)
+    else:
+        given["image_processor"] = _image_processor(source.images)
+        given["tokenizer"] = source.tokenizer()
     if any(each.__name__ in _READ_VIDEO_SETTINGS for each in kind.__mro__):
         given["video_processor"] = given["image_processor"]
-    given["tokenizer"] = AutoTokenizer.from_pretrained(directory)
     return kind(**given)
+
+
+def _read_options(directory: Path) -> dict[str, Any]:
+    """Return the contents of a processor's files."""
+    options: dict[str, Any] = {}
+    for name in _FILES:
+        options.update(read_optional_json(directory / name))
+    if options.get("processor_class") is None:
+        options["processor_class"] = read_optional_json(directory / "tokenizer_config.json").get(
+            "processor_class"
+        )
+    return options
+
+
+def _image_processor(options: Mapping[str, Any]) -> Any:
+    """Return the image processor of these options, in its Pillow version."""
+    import transformers
+
+    kind = getattr(transformers, f"{options['image_processor_type']}Pil")
+    return kind.from_dict(dict(options))
 
 
 def load_image_processor(directory: Path, options: Mapping[str, Any]) -> Any:

@@ -1,0 +1,60 @@
+"""A build for one machine (TGI_KERNEL_SETS=native): which kernel sets it has, and what it says on another."""
+
+from __future__ import annotations
+
+import ast
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.csrc.test_kernel_sets import arithmetic_of
+from tests.support.cpp_program import compiled
+from tgi_asgi import _C
+
+ROOT = Path(__file__).parents[2]
+ELSEWHERE = "the kernels were compiled for another processor: install again on this machine"
+
+
+def of_setup(name: str) -> Any:
+    """Return a constant of setup.py, which cannot be imported without building."""
+    for statement in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
+            return eval(ast.unparse(statement.value))
+    raise LookupError(name)
+
+
+def lines_of(program: Path) -> list[str]:
+    done = subprocess.run([program], capture_output=True, check=True, timeout=20, text=True)
+    return done.stdout.split("\n")
+
+
+def test_the_build_asks_for_the_sets_that_a_process_finds() -> None:
+    program = compiled("supported_sets", *of_setup("SUPPORTED_SETS"))
+    assert lines_of(program)[:-1] == _C.kernel_sets()
+
+
+def test_sets_that_setup_takes_for_alike_have_the_same_bits() -> None:
+    alike, arithmetics = of_setup("ALIKE"), {name: arithmetic_of(name) for name in _C.kernel_sets()}
+    assert {arithmetics[name] for name in alike if name in arithmetics} <= {"fma"}
+    assert [name for name, of in arithmetics.items() if of == "fma" and name not in alike] in (
+        ["portable"], ["portable", "neon"],
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="this machine is no x86_64")
+@pytest.mark.parametrize(
+    ("has", "expected"),
+    [
+        (("BEST",), ["avx512", "", ""]),
+        (("BEST", "PORTABLE"), ["portable", "avx512", "", ""]),
+        (("PORTABLE",), ["portable", ELSEWHERE, ""]),
+        ((), [ELSEWHERE, ""]),
+    ],
+)
+def test_what_a_build_lacks_is_said(has: tuple[str, ...], expected: list[str]) -> None:
+    flags = [f"-DTGI_HAS_{each}" for each in has]
+    sources = ("tests/csrc/left_out_sets.cpp", "csrc/cpu/step/kernel_sets.cpp")
+    assert lines_of(compiled("left_out_sets", *sources, flags=flags)) == expected

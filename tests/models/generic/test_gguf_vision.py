@@ -1,0 +1,151 @@
+"""GGUF models with a projector beside them: logits and prompts are those of the same model as safetensors."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.models.generic.test_vision import ANSWER, distance
+from tests.support import gguf_vision
+from tests.support import vision_models as vision
+from tests.support.gguf_vision import CASES, Made, changed
+from tests.support.vision_chats import Part, chatting
+from tests.support.vision_models import Prompt, picture
+from tests.support.vision_runs import run
+from tgi_asgi import ops
+from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.text.tokenizer import Tokenizer
+from tgi_asgi.types import ImageProcessor
+
+FEW = ("smolvlm", "gemma3", "qwen2_5_vl", "mistral3")
+
+pytestmark = [pytest.mark.demo, pytest.mark.filterwarnings("ignore")]  # the converter is fetched
+
+
+def of_each(names: Sequence[str]) -> list[Any]:
+    """Return these cases as parameters, with those outside `FEW` marked `models`."""
+    return [pytest.param(name, marks=() if name in FEW else pytest.mark.models) for name in names]
+
+
+def opened(files: ModelFiles) -> tuple[GenericModel, ImageProcessor, Tokenizer]:
+    with OpenModel(files, model_impl="auto") as found:
+        processor = found.read_image_processor()
+        tokenizer, _ = found.read_text()
+        model = found.load(ops.Packing(is_exact=True), 2048)
+        assert found.weights.unread() == []
+    assert isinstance(model, GenericModel)
+    assert processor is not None
+    return model, processor, tokenizer
+
+
+def prompts_of(made: Made, name: str, processor: ImageProcessor) -> list[Prompt]:
+    parts: list[list[Part]] = [
+        ["what is ", picture(50, 30), " and ", picture(40, 70, 1), " this?"],
+        ["no picture here, is there"],
+        ["one ", picture(130, 190, 2), "?"],
+    ]
+    return [vision.prompt_with(CASES[name].family, made.checkpoint, processor, each) for each in parts]
+
+
+@pytest.mark.parametrize("name", of_each(list(CASES)))
+def test_logits_are_those_of_transformers(name: str, model_of: Callable[[str], Made]) -> None:
+    made = model_of(name)
+    model, processor, _ = opened(made.files)
+    prompts = prompts_of(made, name, processor)
+    own = prompts_of(made, name, vision.processor_of(made.checkpoint))
+    assert [each.ids for each in prompts] == [each.ids for each in own]
+    reference = vision.open_reference(made.checkpoint)
+    found, _ = run(model, [(prompt, ANSWER) for prompt in prompts], [7, 5, 1000])
+    for logits, prompt in zip(found, own, strict=True):
+        wanted = vision.reference(made.checkpoint, prompt, ANSWER, reference)
+        assert distance(logits, wanted) < 1e-4
+
+
+@pytest.mark.models
+def test_vocabularies_of_the_first_llavas_have_no_token_for_images(
+    model_of: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tgi_asgi.models.gguf_vision.llava._IMAGE", "<none>")
+    made = model_of("llava")
+    model, processor, _ = opened(made.files)
+    assert processor.placeholder == "<unk>"
+    prompt = prompts_of(made, "llava", processor)[0]
+    own = prompts_of(made, "llava", vision.processor_of(made.checkpoint))[0]
+    assert prompt.ids != own.ids and len(prompt.ids) == len(own.ids)
+    (found,), _ = run(model, [(prompt, ANSWER)], [1000])
+    assert distance(found, vision.reference(made.checkpoint, own, ANSWER)) < 1e-4
+
+
+@pytest.mark.parametrize("name", of_each(["gemma3", "qwen2_vl"]))
+def test_old_files_have_names_swapped(name: str, model_of: Callable[[str], Made], tmp_path: Path) -> None:
+    made = model_of(name)
+    assert made.files.projector is not None
+    with GgufFile.open(made.files.projector) as file:
+        names = [each for each in file.tensors if ".ffn_" in each]
+        kept = {each: file.raw(each).view(np.float32).reshape(file.tensors[each].shape) for each in names}
+        other = {
+            each: each.replace("_up", "_x").replace("_down", "_up").replace("_x", "_down") for each in names
+        }
+        tensors = {other[each]: array.copy() for each, array in kept.items()}
+    metadata = {"clip.vision.feed_forward_length": 0}
+    old = changed(made.files.projector, tmp_path / "mmproj.gguf", metadata, tensors)
+    model, processor, _ = opened(replace(made.files, projector=old))
+    wanted, _, _ = opened(made.files)
+    (image,) = prompts_of(made, name, processor)[2].images
+    assert model.tower is not None and wanted.tower is not None
+    rows = [each.encode(image.payload).rows for each in (model.tower, wanted.tower)]
+    assert rows[0].equal(rows[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "projector"),
+    [
+        ("qwen2_5_vl", "q8_0"),
+        pytest.param("qwen2_5_vl", "bf16", marks=pytest.mark.models),
+        pytest.param("smolvlm", "f16", marks=pytest.mark.models),
+        pytest.param("mistral3", "q8_0", marks=pytest.mark.models),
+    ],
+)
+def test_files_with_codes_are_close(name: str, projector: str, tmp_path: Path) -> None:
+    made = gguf_vision.make(name, tmp_path, ("q8_0", projector))
+    model, processor, _ = opened(made.files)
+    prompts = prompts_of(made, name, processor)
+    found, _ = run(model, [(prompt, ANSWER) for prompt in prompts], [1000] * 3)
+    reference = vision.open_reference(made.checkpoint)
+    for logits, prompt in zip(found, prompts, strict=True):
+        wanted = vision.reference(made.checkpoint, prompt, ANSWER, reference)
+        assert 1e-6 < float(np.linalg.norm(logits - wanted) / np.linalg.norm(wanted)) < 0.1
+
+
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("qwen2_5_vl", marks=pytest.mark.models)])
+async def test_a_client_gets_what_transformers_would_answer(
+    name: str, model_of: Callable[[str], Made], tmp_path: Path
+) -> None:
+    made, family = model_of(name), CASES[name].family
+    assert made.files.projector is not None
+    shutil.copy(made.files.path, tmp_path / "m-F32.gguf")
+    shutil.copy(made.files.projector, tmp_path / "mmproj-m-F32.gguf")
+    turns: list[list[Part]] = [["what is ", picture(50, 30), " and ", picture(40, 70, 1), " this?"], ["no"]]
+    processor, reference = vision.processor_of(made.checkpoint), vision.open_reference(made.checkpoint)
+    wanted = []
+    for turn in turns:
+        parts: list[Part] = ["user: ", *turn, "\nassistant: "]
+        prompt, answer = vision.prompt_with(family, made.checkpoint, processor, parts), list[int]()
+        for _ in range(6):
+            logits = vision.reference(made.checkpoint, prompt, answer, reference)
+            answer.append(int(logits[-1].argmax()))
+        wanted.append(vision.text_of(made.checkpoint, answer))
+    async with chatting(tmp_path) as (ask, app):
+        found = [await ask(turn) for turn in turns]
+        assert app.context.served is not None
+        assert app.context.served.accepts_images
+    assert [each.choices[0].message.content for each in found] == wanted

@@ -1,0 +1,206 @@
+"""Projector files that cannot be used: named, they are refused; found beside a model, they are left out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.gguf_vision import Made, changed
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.gguf import GgufFile, GgufStrings
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.gguf_vision.projector import all_projectors
+from tgi_asgi.models.loading.open import OpenModel
+
+pytestmark = [pytest.mark.demo, pytest.mark.filterwarnings("ignore")]  # the converter is fetched
+VISION = "clip.vision."
+
+
+def check_refused(made: Made, projector: Path, reason: str) -> None:
+    with pytest.raises(ModelLoadError, match=reason) as caught:
+        OpenModel(replace(made.files, projector=projector), model_impl="auto")
+    assert str(caught.value).startswith(f"--mmproj {projector}: ")
+    assert "\n" not in str(caught.value)
+
+
+def floats(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "tensors", "reason"),
+    [
+        ("smolvlm", {"clip.projector_type": "adapter"}, {}, "type 'adapter' are not supported, only gemma3"),
+        ("smolvlm", {"general.architecture": "llama"}, {}, "is no file of a vision tower"),
+        ("smolvlm", {f"{VISION}block_count": 1000}, {}, "there are fewer layers"),
+        ("smolvlm", {f"{VISION}block_count": 1 << 30}, {}, "block_count must be in"),
+        ("smolvlm", {f"{VISION}block_count": 2}, {}, "'v.blk.2.*' is|'v.blk.2.*', which this server"),
+        ("smolvlm", {f"{VISION}attention.head_count": 5}, {}, "5 heads cannot share a width of 32"),
+        ("smolvlm", {f"{VISION}embedding_length": 64}, {}, "'v.patch_embd.weight' has the shape"),
+        ("smolvlm", {}, {"v.blk.1.ffn_up.weight": floats(49, 32)}, "has the shape"),
+        ("smolvlm", {f"{VISION}image_size": 1 << 31}, {}, "image_size must be in"),
+        ("smolvlm", {f"{VISION}image_size": 16000}, {}, "2285 x 2285 patches"),
+        ("smolvlm", {f"{VISION}image_size": 42}, {}, "'v.position_embd.weight' has the shape"),
+        ("smolvlm", {f"{VISION}patch_size": 0}, {}, "patch_size must be in"),
+        ("smolvlm", {f"{VISION}image_std": np.zeros(3, np.float32)}, {}, "image_std must be positive"),
+        ("smolvlm", {f"{VISION}image_mean": np.full(3, np.nan, np.float32)}, {}, "must be three numbers"),
+        ("smolvlm", {f"{VISION}image_mean": np.zeros(2, np.float32)}, {}, "must be three numbers"),
+        ("smolvlm", {f"{VISION}image_mean": "white"}, {}, "must be three numbers"),
+        ("smolvlm", {f"{VISION}attention.layer_norm_epsilon": float("nan")}, {}, "must be in"),
+        ("smolvlm", {f"{VISION}projector.scale_factor": 3}, {}, "4 patches cannot be joined by 3"),
+        ("smolvlm", {f"{VISION}projector.scale_factor": 1}, {}, "has the shape"),
+        ("smolvlm", {f"{VISION}preproc_image_size": 1 << 14}, {}, "preproc_image_size must be 28 to 8 times"),
+        ("smolvlm", {f"{VISION}norm_scale": 2.0}, {}, "norm_scale"),
+        ("smolvlm", {f"{VISION}feature_layer": np.zeros(1, np.int32)}, {}, "`feature_layer` is"),
+        ("smolvlm", {f"{VISION}attention.head_dim": 8}, {}, "attention.head_dim"),
+        ("qwen2_5_vl", {f"{VISION}window_size": 1 << 20}, {}, "window_size must be in"),
+        ("smolvlm", {}, {"v.blk.1.attn_q.weight": None}, "no tensor for '.*layers.1.*q_proj.weight'"),
+        ("smolvlm", {}, {"v.blk.1.attn_q.weight": floats(16, 32)}, "has the shape"),
+        ("smolvlm", {}, {"v.blk.1.attn_gate.weight": floats(32, 32)}, "'v.blk.1.attn_gate.weight', which"),
+        ("smolvlm", {}, {"v.patch_embd.weight": None}, "there is no tensor 'v.patch_embd.weight'"),
+        ("smolvlm", {}, {"mm.model.fc.weight": floats(128, 128)}, "it gives rows of 128 numbers"),
+        ("gemma3", {}, {"mm.input_projection.weight": floats(32, 96)}, "it gives rows of 96 numbers"),
+        ("gemma3", {f"{VISION}projector.scale_factor": 0}, {}, "projector.scale_factor must be in"),
+        ("qwen2_5_vl", {f"{VISION}n_wa_pattern": 0}, {}, "n_wa_pattern must be in"),
+        ("qwen2_5_vl", {}, {"v.blk.0.attn_k.weight": None}, "there is no tensor 'v.blk.0.attn_k.weight'"),
+        ("qwen2_5_vl", {}, {"v.patch_embd.weight.1": None}, "there is no tensor 'v.patch_embd.weight.1'"),
+        ("qwen2_5_vl", {}, {"mm.2.weight": floats(32, 128)}, "it gives rows of 32 numbers"),
+        ("qwen2_5_vl", {"clip.projector_type": "gemma3"}, {}, "with text models of .* 'qwen2vl'"),
+        ("mistral3", {f"{VISION}spatial_merge_size": 1}, {}, "which the tensors contradict"),
+        ("mistral3", {f"{VISION}attention.head_count": 16}, {}, "heads of 2 have no two rotary axes"),
+        ("mistral3", {f"{VISION}attention.layer_norm_epsilon": 1e-3}, {}, "must be 1e-05"),
+    ],
+)  # fmt: skip
+def test_files_that_contradict_themselves_are_refused(
+    name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any], reason: str,
+    model_of: Callable[[str], Made], tmp_path: Path,
+) -> None:  # fmt: skip
+    made = model_of(name)
+    assert made.files.projector is not None
+    check_refused(made, changed(made.files.projector, tmp_path / "mmproj.gguf", metadata, tensors), reason)
+
+
+def test_a_file_of_another_model_is_refused(model_of: Callable[[str], Made]) -> None:
+    made, other = model_of("gemma3"), model_of("smolvlm")
+    assert other.files.projector is not None
+    check_refused(made, other.files.projector, "not supported with text models of architecture 'gemma3'")
+
+
+@pytest.mark.parametrize("size", [0, 3, 100, 2000, -1])
+def test_a_file_that_was_cut_is_refused(size: int, model_of: Callable[[str], Made], tmp_path: Path) -> None:
+    made = model_of("smolvlm")
+    assert made.files.projector is not None
+    cut = tmp_path / "mmproj.gguf"
+    cut.write_bytes(made.files.projector.read_bytes()[:size])
+    check_refused(made, cut, "mmproj.gguf")
+
+
+def test_a_vocabulary_without_the_tokens_of_images_is_refused(
+    model_of: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = model_of("smolvlm")
+    monkeypatch.setattr("tgi_asgi.models.gguf_vision.idefics3._FENCE", "<fence>")
+    assert made.files.projector is not None
+    check_refused(made, made.files.projector, "vocabulary has no token '<fence>'")
+
+
+def test_a_file_beside_a_model_that_cannot_be_used_is_left_out(
+    model_of: Callable[[str], Made], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = model_of("smolvlm")
+    assert made.files.projector is not None
+    metadata = {"clip.projector_type": "resampler"}
+    beside = changed(made.files.projector, tmp_path / "mmproj.gguf", metadata, {})
+    files = replace(made.files, projector=beside, is_projector_named=False)
+    with caplog.at_level(logging.WARNING), OpenModel(files, model_impl="auto") as opened:
+        assert opened.read_image_processor() is None
+        assert isinstance(opened.load(ops.Packing(is_exact=True), 64), Decoder)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(f"for text only, as {beside} cannot be used: projectors of type 'resampler'")
+
+
+def test_a_text_model_with_tensors_that_the_class_lacks_is_served_without_images(
+    model_of: Callable[[str], Made], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The native family knows what old files have beside weights."""
+    made = model_of("smolvlm")
+    more = {"blk.0.attn_rot_embd.weight": floats(8)}
+    with GgufFile.open(made.files.path) as file:
+        items = file.metadata.items()
+        tokens = {key: each.to_list() for key, each in items if isinstance(each, GgufStrings)}
+    text = changed(made.files.path, tmp_path / "old.gguf", tokens, more)
+    files = replace(made.files, path=text, is_projector_named=False)
+    with caplog.at_level(logging.WARNING), OpenModel(files, model_impl="auto") as opened:
+        assert opened.kind == "native"
+    assert "'blk.0.attn_rot_embd.weight'" in caplog.text
+    with pytest.raises(ModelLoadError, match=r"'blk\.0\.attn_rot_embd\.weight'"):
+        OpenModel(replace(files, is_projector_named=True), model_impl="auto")
+
+
+def test_native_code_reads_texts_only(model_of: Callable[[str], Made]) -> None:
+    files = model_of("smolvlm").files
+    with OpenModel(replace(files, is_projector_named=False), model_impl="native") as opened:
+        assert opened.kind == "native"
+    with pytest.raises(ModelLoadError, match="--model-impl native: no native family accepts images"):
+        OpenModel(files, model_impl="native")
+
+
+def test_several_shards_need_the_text_model_alone(model_of: Callable[[str], Made]) -> None:
+    with (
+        OpenModel(model_of("smolvlm").files, model_impl="auto") as opened,
+        pytest.raises(ModelLoadError, match="leave --num-shard out, or add --mmproj none"),
+    ):
+        opened.cuts(2)
+
+
+def test_every_kind_belongs_to_some_text_model() -> None:
+    assert all(each.texts for each in all_projectors().values())
+
+
+_NUMBERS: tuple[Any, ...] = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    1 << 16,
+    (1 << 32) - 1,
+    -1.0,
+    0.5,
+    float("inf"),
+    "text",
+    True,
+    [1, 2],
+    [],
+)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["smolvlm", "gemma3", "gemma4", "qwen2_5_vl", "mistral3"])
+def test_random_changes_are_served_or_refused(
+    name: str, model_of: Callable[[str], Made], tmp_path: Path
+) -> None:
+    made, random = model_of(name), np.random.default_rng(5)
+    assert made.files.projector is not None
+    with GgufFile.open(made.files.projector) as file:
+        keys = [key for key in file.metadata if key.startswith("clip.")]
+        names = list(file.tensors)
+    for _ in range(60):
+        metadata: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
+        for key in random.choice(keys, random.integers(3)):
+            metadata[str(key)] = [None, *_NUMBERS][random.integers(len(_NUMBERS) + 1)]
+        for each in random.choice(names, random.integers(3)):
+            shape = random.integers(1, 5, random.integers(1, 5)).tolist()
+            tensors[str(each)] = [None, floats(*shape)][random.integers(2)]
+        path = changed(made.files.projector, tmp_path / "mmproj.gguf", metadata, tensors)
+        with contextlib.suppress(ModelLoadError):
+            OpenModel(replace(made.files, projector=path), model_impl="auto").close()

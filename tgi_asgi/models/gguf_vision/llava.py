@@ -1,0 +1,109 @@
+"""LLaVA 1.5: CLIP's tower up to the layer that is read, and two matrices.
+
+llama.cpp's first converter wrote these files (`tools/mtmd/legacy-models`); it leaves out what nothing reads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.models.gguf_vision.projector import (
+    Projector,
+    TextFile,
+    TowerNames,
+    VisionModel,
+    check_stored,
+    check_width,
+    read_sizes,
+)
+from tgi_asgi.models.gguf_vision.siglip import SIGLIP_LAYERS
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.ops.arrays import Floats
+
+_TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
+_IMAGE = "<image>"
+_NO_TEXT = (2, 3)  # types of unknown and of control tokens
+
+
+def read_llava(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
+    """Return a LLaVA; its tower's last layer is the one that is read, the last but one of CLIP's."""
+    uses_gelu = reader.flag("use_gelu", False)
+    sizes = read_sizes(reader, file)
+    check_stored(file, "v.position_embd.weight", (sizes.side**2 + 1, sizes.width))
+    check_stored(file, "v.class_embd", (sizes.width,))
+    check_width(file, "mm.2.weight", text)
+    reader.ignore("projection_dim")
+    names = TowerNames(file, sizes)
+    names.add({f"{_TOWER}encoder.layers.{{}}.{own}": name for own, name in SIGLIP_LAYERS.items()})
+    names.add({
+        f"{_TOWER}embeddings.patch_embedding": "v.patch_embd",
+        f"{_TOWER}embeddings.position_embedding": "v.position_embd",
+        f"{_TOWER}pre_layrnorm": "v.pre_ln",
+        f"{_PROJECTOR}linear_1": "mm.0",
+        f"{_PROJECTOR}linear_2": "mm.2",
+    })  # fmt: skip
+    names.add_one(f"{_TOWER}embeddings.class_embedding", "v.class_embd")
+    names.unused.update(("v.post_ln.weight", "v.post_ln.bias"))
+
+    def ones() -> Floats:
+        return np.ones(sizes.width, np.float32)
+
+    for kind in ("weight", "bias"):  # of a norm that the class has, and images do not pass
+        names.add_one(f"{_TOWER}post_layernorm.{kind}", make=ones, shape=(sizes.width,))
+    token = _placeholder(text)
+    config = {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "text_config": dict(text.config),
+        "vision_config": {
+            **sizes.config(),
+            "model_type": "clip_vision_model",
+            "hidden_act": "gelu" if uses_gelu else "quick_gelu",
+            "layer_norm_eps": sizes.eps,
+            "projection_dim": sizes.width,
+        },
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": "mm.0.bias" in file.tensors,
+        "image_seq_length": sizes.side**2,
+        "image_token_index": text.token_id(token),
+        "tie_word_embeddings": text.config["tie_word_embeddings"],
+    }
+    side = {"height": sizes.image_size, "width": sizes.image_size}
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": sizes.image_size},
+        "crop_size": side,
+        **sizes.normal,
+    }
+    processor = {
+        "patch_size": sizes.patch_size,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
+    return VisionModel(
+        config, "model.language_model.", names.finish(), preprocessor, processor, {"image_token": token}
+    )
+
+
+def _placeholder(text: TextFile) -> str:
+    """Return the token that an image's rows replace.
+
+    Vocabularies of the first files have none for images. Their token for unknown characters then stands in
+    for it: no text has it, as they have a token for every byte.
+    """
+    if text.find_token(_IMAGE) is not None:
+        return _IMAGE
+    metadata = text.file.metadata
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    tokens, types = (metadata.get(f"tokenizer.ggml.{key}", ()) for key in ("tokens", "token_type"))
+    is_known = type(unknown) is int and 0 <= unknown < min(len(tokens), len(types))
+    if not is_known or types[unknown] not in _NO_TEXT:  # "!" may be named as well
+        raise ModelLoadError("the text model's vocabulary has no token that can stand for images")
+    return str(tokens[unknown])
+
+
+PROJECTORS = (Projector("mlp", {"llama": "llama"}, read_llava),)
