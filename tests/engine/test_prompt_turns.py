@@ -72,7 +72,7 @@ def test_a_short_prompt_overtakes_a_long_one_that_gets_the_rest() -> None:
 class _LongAlone:
     """A budget of 512 tokens while nothing decodes, else of 64."""
 
-    def tokens(self, num_decode_rows: int, num_left: int, waited_s: float) -> int:
+    def tokens(self, num_decode_rows: int, prompt_len: int, waited_s: float) -> int:
         return 64 if num_decode_rows else 512
 
 

@@ -149,7 +149,7 @@ class Scheduler:
         if following is not None:
             waited_s = now - following.arrival_s
             budget, beside_stream = (
-                self._budget.tokens(num_rows, following.num_left, waited_s)
+                self._budget.tokens(num_rows, len(following.token_ids), waited_s)
                 for num_rows in (step.num_decode_rows, step.num_decode_rows + 1)
             )
             budget = min(budget, self.traits.max_step_tokens - step.num_decode_rows)
