@@ -163,7 +163,7 @@ $(VENV)/.torch:
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(INSTALL) 'setuptools>=77' 'ninja>=1.11' 'pybind11>=2.13'
-	@echo 'Compiling the kernels, without further output: two to four minutes on two free cores.'
+	@echo 'Compiling the kernels, without further output: two to five minutes on two free cores.'
 	$(INSTALL) --no-build-isolation --editable .
 	touch $@
 

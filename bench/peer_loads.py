@@ -110,6 +110,7 @@ def chat_figures(clients: int, answers: Sequence[Answer]) -> Figures:
         joined = (tokens - len(answers)) / len(gaps)  # tokens per chunk
         figures[f"decode x{clients}: tokens/s"] = clients * joined / percentile(gaps, 0.5)
         figures[name + "ITL p99, ms"] = percentile(gaps, 0.99) * 1e3
+        figures[name + "ITL max, ms"] = max(gaps) * 1e3
     figures |= {
         name + "tokens/s": tokens / seconds,
         name + "TTFT p50, ms": percentile(ttft_s, 0.5) * 1e3,
