@@ -12,8 +12,9 @@ A prompt that overtakes is at most a quarter as long as what is left of those th
 be computed at once. The half-computed prompts of a tenant, which hold blocks, thus stay few: those behind the
 first one need a third of its blocks together. Only more urgent prompts add to them.
 
-A prompt that ends in a step has its first token when the step ends. One that does not end therefore gets what
-it would beside the stream that begins, but no less than all before it, so that short ones do not stop it.
+A prompt that ends in a step has its first token when the step ends. If a stream begins with that token, the
+prompts after it that do not end in the step share what they would have beside the stream. They have no less
+than all before them, so that short ones do not stop them.
 
 Called only by the scheduler; knows neither torch nor asyncio.
 """
@@ -79,8 +80,8 @@ class PromptTurns:
     """
 
     __slots__ = (
-        "_adapters", "_beside_stream", "_continuing", "_has_end", "_lines", "_lookups_left", "_next",
-        "_num_planned", "_prefilling", "_shares", "_tables", "_waiting", "left",
+        "_adapters", "_begins_stream", "_beside_stream", "_continuing", "_left_of_parts", "_lines",
+        "_lookups_left", "_next", "_num_planned", "_prefilling", "_shares", "_tables", "_waiting", "left",
     )  # fmt: skip
 
     def __init__(
@@ -95,8 +96,9 @@ class PromptTurns:
     ) -> None:
         self.left = budget
         self._beside_stream = beside_stream
+        self._begins_stream = False
         self._num_planned = 0
-        self._has_end = False
+        self._left_of_parts: int | None = None  # for prompts that do not end, once a stream begins
         self._waiting, self._tables, self._adapters = waiting, tables, adapters
         self._lookups_left = _MAX_LOOKUPS
         self._lines: dict[str | None, list[Sequence]] = {}  # by tenant: who may overtake, most urgent last
@@ -220,22 +222,26 @@ class PromptTurns:
         for index, (claim, sequence) in enumerate(self._continuing):
             later = {each for each, _ in self._continuing[index + 1 :] if each not in (None, claim)}
             limit = self.left - sum(share for each, share in self._shares.items() if each in later)
-            if limit < sequence.num_left:
-                limit = min(limit, self._limit_of_part())
+            limit = self.limited(sequence, limit)
             if limit > 0:
                 self._spend(sequence, claim, plan_chunk(sequence, limit))
-        self.left = min(self.left, self._limit_of_part())
 
-    def _limit_of_part(self) -> int:
-        """Return how many tokens a prompt may compute that does not end in this step."""
-        if not self._has_end:
-            return self.left
-        return max(self._beside_stream - self._num_planned, self._num_planned, self._tables.block_size)
+    def limited(self, sequence: Sequence, limit: int) -> int:
+        """Return `limit`, or less if a stream begins with this step and the sequence would not end in it."""
+        if not self._begins_stream or sequence.num_left <= limit:
+            return limit
+        if self._left_of_parts is None:
+            planned = self._num_planned
+            self._left_of_parts = max(self._beside_stream - planned, planned, self._tables.block_size)
+        return min(limit, self._left_of_parts)
 
     def _spend(self, sequence: Sequence, claim: Claim | None, count: int) -> None:
         self.left -= count
         self._num_planned += count
-        self._has_end |= count > 0 and sequence.num_left == 0
+        if count and not sequence.num_left:
+            self._begins_stream |= sequence.will_decode
+        elif self._left_of_parts is not None:
+            self._left_of_parts = max(self._left_of_parts - count, 0)
         if claim is not None and claim in self._shares:
             self._shares[claim] = max(self._shares[claim] - count, 0)
 

@@ -148,11 +148,10 @@ class Scheduler:
         budget, beside_stream, waited_s = 0, 0, 0.0
         if following is not None:
             waited_s = now - following.arrival_s
-            budget, beside_stream = (
-                self._budget.tokens(num_rows, len(following.token_ids), waited_s)
-                for num_rows in (step.num_decode_rows, step.num_decode_rows + 1)
-            )
-            budget = min(budget, self.traits.max_step_tokens - step.num_decode_rows)
+            num_rows, prompt_len = step.num_decode_rows, len(following.token_ids)
+            beside_stream = self._budget.tokens(num_rows + 1, prompt_len, waited_s)
+            budget = self._budget.tokens(num_rows, prompt_len, waited_s)
+            budget = min(budget, self.traits.max_step_tokens - num_rows)
             if self._has_vision and step.num_decode_rows and any(map(awaits_image, prefilling)):
                 budget = max(budget // 2, self.block_size)
         self._plan_prompts(step, prefilling, budget, beside_stream)
@@ -250,11 +249,12 @@ class Scheduler:
             turns.go_on(partial(self._plan_chunk, step))
             budget = turns.left
         else:
+            turns = None
             for sequence in prefilling:
                 if budget > 0:
                     budget -= self._plan_chunk(step, sequence, budget)
         if may_admit:
-            self._admit(step, budget)
+            self._admit(step, budget, turns)
 
     def _may_interleave(self, prefilling: list[Sequence]) -> bool:
         """Return whether other prompts may take tokens before those in prefill do.
@@ -367,13 +367,14 @@ class Scheduler:
             sequence = self._waiting.first(running.num_of_tenant, turns.candidate)
             if sequence is None:
                 return
-            count = self._start(step, sequence, turns.limit(sequence))
+            limit = turns.limited(sequence, turns.limit(sequence))
+            count = None if limit < self.block_size else self._start(step, sequence, limit)
             if count is None:
                 return
             if sequence.stage is Stage.RUNNING:
                 turns.start(sequence, count)
 
-    def _admit(self, step: Step, budget: int) -> None:
+    def _admit(self, step: Step, budget: int, turns: PromptTurns | None) -> None:
         """Start waiting sequences, strictly in turn, while tokens, slots and blocks last.
 
         If fewer tokens than a block remain, no sequence starts: one that started without computing anything
@@ -382,8 +383,11 @@ class Scheduler:
         running, size = self._running, self.block_size
         while running.free_slots and (budget >= size or (budget > 0 and not step.num_prefill_tokens)):
             sequence = self._waiting.first(running.num_of_tenant)
-            count = None if sequence is None else self._start(step, sequence, budget)
-            if count is None:
+            if sequence is None:
+                return
+            limit = budget if turns is None else turns.limited(sequence, budget)
+            count = None if limit < min(size, budget) else self._start(step, sequence, limit)
+            if count is None or limit < budget:
                 return
             budget -= count
 
