@@ -114,28 +114,31 @@ def _translation_units(sources: list[str], folder: Path) -> list[str]:
 
 
 def _sets_left_out(folder: Path) -> set[str]:
-    """Return the sources of kernel sets that TGI_KERNEL_SETS leaves out: none, or those of other machines.
-
-    The best set serves, or the fastest of those with its bits. If the system refuses AMX's tiles later, it is
-    the next.
-    """
-    wish = os.environ.get("TGI_KERNEL_SETS", "all")
+    """Return the sources of kernel sets that TGI_KERNEL_SETS leaves out: none, or those of other machines."""
+    wish = os.environ.get("TGI_KERNEL_SETS") or "all"
     if wish not in ("all", "native"):
         raise SystemExit(f"TGI_KERNEL_SETS must be all or native, got {wish}")
     if wish == "all":
         return set()
     program = folder / "supported_sets"
-    command = [*shlex.split(_compiler()), "-std=c++20", "-Icsrc", *SUPPORTED_SETS, "-o", str(program)]
-    subprocess.check_call(command)
-    supported = subprocess.check_output([program], text=True).split()
+    flags = shlex.split(f"{os.environ.get('CXXFLAGS', '')} {os.environ.get('LDFLAGS', '')}")
+    command = [*shlex.split(_compiler()), "-std=c++20", "-Icsrc", *flags, *SUPPORTED_SETS]
+    subprocess.check_call([*command, "-o", str(program)])
+    kept = kept_sets(subprocess.check_output([program], text=True).split())
+    print(f"tgi_asgi: kernels for this machine only ({', '.join(kept)})", flush=True)
+    return set(glob(f"{SET_PREFIX}*.cpp")) - {f"{SET_PREFIX}{name}.cpp" for name in kept}
+
+
+def kept_sets(supported: list[str]) -> list[str]:
+    """Return the kernel sets that may serve on a machine, of those that it can run (best last).
+
+    The best set serves, or the fastest of those with its bits. If the system refuses AMX's tiles later, it is
+    the next.
+    """
     best = supported[-1]
     if best in ALIKE:
-        wanted = [name for name in supported if name in ALIKE]
-    else:
-        wanted = supported[-2:] if best == "amx" else [best]
-    print(f"tgi_asgi: kernels for this machine only ({', '.join(wanted)})", flush=True)
-    kept = {f"{SET_PREFIX}{name}.cpp" for name in wanted}
-    return set(glob(f"{SET_PREFIX}*.cpp")) - kept
+        return [name for name in supported if name in ALIKE]
+    return supported[-2:] if best == "amx" else [best]
 
 
 def _write_if_new(path: Path, text: str) -> None:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # In the ImportError of an extension that has no kernels for this machine: csrc/bindings/module.cpp.
-_NO_KERNELS = ("TGI_ISA", "compiled for another processor")
+_NO_KERNELS = ("TGI_ISA", "lacks the kernels")
 
 Loader = Callable[[Settings, Progress], Served]  # runs in a thread; its engine has not been started yet
 Observer = Callable[[Exchange, RequestSummary], None]  # called after every response, failed ones included

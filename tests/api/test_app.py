@@ -293,7 +293,7 @@ async def test_an_observer_that_fails_holds_no_body() -> None:
     "text",
     [
         "TGI_ISA must be one of portable, avx2 on this machine, got sse9",
-        "the kernels were compiled for another processor: install again on this machine",
+        "this build lacks the kernels for this processor: install again on this machine",
     ],
 )
 def test_kernels_that_the_machine_lacks_end_the_load_in_one_sentence(

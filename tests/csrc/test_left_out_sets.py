@@ -15,15 +15,17 @@ from tests.support.cpp_program import compiled
 from tgi_asgi import _C
 
 ROOT = Path(__file__).parents[2]
-ELSEWHERE = "the kernels were compiled for another processor: install again on this machine"
+ELSEWHERE = "this build lacks the kernels for this processor: install again on this machine"
 
 
-def of_setup(name: str) -> Any:
-    """Return a constant of setup.py, which cannot be imported without building."""
+def of_setup(*names: str) -> list[Any]:
+    """Return constants and functions of setup.py, which cannot be imported without building."""
+    found: dict[str, Any] = {}
     for statement in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
-            return eval(ast.unparse(statement.value))
-    raise LookupError(name)
+        is_constant = isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) in names
+        if is_constant or (isinstance(statement, ast.FunctionDef) and statement.name in names):
+            exec(ast.unparse(statement), found)
+    return [found[name] for name in names]
 
 
 def lines_of(program: Path) -> list[str]:
@@ -32,12 +34,35 @@ def lines_of(program: Path) -> list[str]:
 
 
 def test_the_build_asks_for_the_sets_that_a_process_finds() -> None:
-    program = compiled("supported_sets", *of_setup("SUPPORTED_SETS"))
-    assert lines_of(program)[:-1] == _C.kernel_sets()
+    [sources] = of_setup("SUPPORTED_SETS")
+    assert lines_of(compiled("supported_sets", *sources))[:-1] == _C.kernel_sets()
+
+
+@pytest.mark.parametrize(
+    ("supported", "kept"),
+    [
+        ("portable", "portable"),
+        ("portable avx2", "avx2"),
+        ("portable avx2 avx_vnni", "avx2 avx_vnni"),
+        (
+            "portable avx2 avx_vnni avx512_vnni",
+            "avx2 avx_vnni avx512_vnni",
+        ),  # the same bits, any may be faster
+        ("portable amx_model avx2 avx512_vnni avx512", "avx512"),
+        ("portable amx_model avx2 avx_vnni avx512 avx512_vnni amx", "avx512_vnni amx"),
+        ("portable neon", "neon"),
+        ("portable neon i8mm", "i8mm"),
+    ],
+)
+def test_a_build_for_this_machine_has_what_may_serve_on_it(supported: str, kept: str) -> None:
+    kept_sets, prefix, _ = of_setup("kept_sets", "SET_PREFIX", "ALIKE")
+    found = kept_sets(supported.split())
+    assert found == kept.split()
+    assert all((ROOT / f"{prefix}{name}.cpp").exists() for name in found)
 
 
 def test_sets_that_setup_takes_for_alike_have_the_same_bits() -> None:
-    alike, arithmetics = of_setup("ALIKE"), {name: arithmetic_of(name) for name in _C.kernel_sets()}
+    [alike], arithmetics = of_setup("ALIKE"), {name: arithmetic_of(name) for name in _C.kernel_sets()}
     assert {arithmetics[name] for name in alike if name in arithmetics} <= {"fma"}
     assert [name for name, of in arithmetics.items() if of == "fma" and name not in alike] in (
         ["portable"], ["portable", "neon"],

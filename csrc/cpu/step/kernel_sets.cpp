@@ -33,8 +33,8 @@ TGI_KERNEL_SET(kI8mmKernels);
 
 namespace {
 
-constexpr const char* kOfAnotherProcessor =
-    "the kernels were compiled for another processor: install again on this machine";
+constexpr const char* kNotInBuild =
+    "this build lacks the kernels for this processor: install again on this machine";
 
 // Measured with one sequence and with 16 (bench/README.md): prefetching into L1 loses 11 % and more
 // on Zen 4, prefetching into L2 loses it on Zen 5. Other processors are treated like Zen 4.
@@ -89,7 +89,7 @@ Found find() {
   }
   const bool has_best =
       !found.sets.empty() && std::strcmp(found.sets.back()->name, supported.names.back()) == 0;
-  if (!has_best) found.refused = kOfAnotherProcessor;
+  if (!has_best) found.refused = kNotInBuild;
   return found;
 }
 

@@ -8,8 +8,8 @@
 
 namespace tgi::cpu::step {
 
-// Returns the sets of this build that this machine can run, best last. Empty if it was made for
-// another processor.
+// Returns the sets of this build that this machine can run, best last. Empty if it was made on a
+// machine with another processor.
 const std::vector<const Kernels*>& kernel_sets();
 
 // Returns why the best set that the processor supports is not among them, or null.
