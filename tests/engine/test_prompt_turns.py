@@ -284,6 +284,22 @@ def test_a_prompt_whose_adapter_may_not_run_yet_does_not_overtake() -> None:
     served.end()
 
 
+def test_a_prompt_whose_adapter_may_no_longer_run_does_not_overtake() -> None:
+    """That of one tenant was chosen before another tenant's took the last place of an adapter."""
+    served = _Served(max_adapters=1, num_blocks=400)
+    for tenant in "ab":
+        served.add(2000, tenant)
+    for _ in range(2):
+        served.step()
+    x, y = (Adapter(name, name, weights=f"weights of {name}") for name in "xy")
+    first = served.add(17, "a", adapter=x)
+    second = served.add(17, "b", adapter=y)
+    served.add(1900, "b")  # so that the tenant is asked again
+    step = served.step()
+    assert first in step and second not in step
+    served.end()
+
+
 def test_nobody_overtakes_a_sequence_that_finds_no_blocks() -> None:
     """Otherwise short prompts could keep it waiting forever."""
     served = _Served(num_blocks=64)

@@ -156,7 +156,7 @@ class PromptTurns:
         if not claim.overtakes:
             return head
         found = self._next.get(head.tenant)
-        if found is None or found.stage is not Stage.WAITING:
+        if found is None or found.stage is not Stage.WAITING or not self._adapters.may_run(found):
             found = self._next[head.tenant] = self._next_overtaking(head.tenant)
         return found
 
