@@ -95,7 +95,7 @@ class Bench:
         names = ["embed", *layer * self.config.num_layers, "norm", "logits"]
         if len(names) != self._program.num_calls:
             raise SystemExit(
-                f"{self.config.architecture} does not have the {len(LAYER)} calls of Llama's layers"
+                f"{self.config.architecture} does not have the {len(layer)} calls of Llama's layers"
             )
         runs: list[dict[str, float]] = []
         for _ in range(repeats + 2):

@@ -95,6 +95,14 @@ def test_log_probabilities_are_those_of_what_the_package_decompresses(
     assert kept_format(files) == kept
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_bytes_with_zero_points_are_counted_as_decoded(tmp_path: Path, symmetric: bool) -> None:
+    files = save_compressed(make_model(**SHAPE), tmp_path, "int-quantized", **INT8, symmetric=symmetric)
+    with OpenModel(files) as opened:
+        found = opened.weights.stored()["model.layers.0.mlp.down_proj.weight"]
+    assert found == (kept_format(files), 256 * 256) == ("Q8_0" if symmetric else "F16", 256 * 256)
+
+
 def test_columns_in_act_order_mean_what_the_package_reads(tmp_path: Path) -> None:
     with np.load(ORDERED) as stored:
         arrays = dict(stored)
@@ -124,6 +132,7 @@ def test_bytes_in_act_order_mean_what_the_package_reads(tmp_path: Path) -> None:
     options = {"quant_method": "compressed-tensors", "format": "int-quantized"}
     weights = SafetensorsWeights(tmp_path, Quantisation.from_json({"quantization_config": options}))
     ours = decode(weights.get(name, (32, 128)).in_order())
+    assert [weights.stored(cut)[name][0] for cut in ((), (name,))] == ["Q8_0", "ordered_8"]
     weights.close()
     np.testing.assert_allclose(ours, values.numpy(), rtol=2**-11)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from tests.support.quantised import awq_tensors, random_codes
+from tests.support.quantised import awq_tensors, gptq_tensors, random_codes
 from tests.support.recorded_cases import read_case
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
@@ -112,6 +112,47 @@ def test_a_shorter_last_group_of_awq_is_no_group_of_equal_size(tmp_path: Path, k
     arrays = {name: tensor.numpy() for name, tensor in awq_tensors(matrix).items()}
     source = read(tmp_path, arrays, (64, 192), {"quant_method": "awq", "bits": 4, key: 128})
     np.testing.assert_allclose(decode(source), matrix.weights().numpy(), rtol=2**-10, atol=2e-4)
+    foretold = stored(tmp_path, {"quant_method": "awq", "bits": 4, key: 128})
+    assert foretold[NAME.replace("weight", "qweight")] == (source.format, 64 * 192) == ("F16", 64 * 192)
+
+
+def test_groups_in_order_that_no_format_holds_are_counted_as_decoded(tmp_path: Path) -> None:
+    arrays = {name: tensor.numpy() for name, tensor in gptq_tensors(random_codes(64, 192, 16)).items()}
+    options = {"quant_method": "gptq", "bits": 4, "group_size": 16}
+    assert read(tmp_path, arrays, (64, 192), options).format == "F16"
+    assert stored(tmp_path, options)[NAME.replace("weight", "qweight")] == ("F16", 64 * 192)
+
+
+@pytest.mark.parametrize(
+    ("module", "format"),
+    [
+        ("self_attn.q_proj", "I32"),
+        ("self_attn.kv_a_proj_with_mqa", "I32"),
+        ("self_attn.kv_b_proj", "F16"),
+        ("linear_attn.in_proj_qkv", "I32"),
+        ("linear_attn.in_proj_b", "F16"),
+        ("linear_attn.in_proj_a", "F16"),
+        ("linear_attn.in_proj_ba", "F16"),
+        ("lm_head", "F16"),
+        ("embed_out", "F16"),
+        ("mlp.gate_proj", "I32"),
+        ("mlp.gate", "F16"),
+        ("mlp.router", "F16"),
+        ("mlp.shared_expert_gate", "F16"),
+        ("mlp.experts.3.down_proj", "F16"),
+        ("mlp.shared_experts.down_proj", "I32"),
+    ],
+)
+def test_matrices_that_lose_their_order_are_counted_as_decoded(
+    tmp_path: Path, module: str, format: str
+) -> None:
+    stem = f"model.layers.0.{module}."
+    made = gptq_tensors(random_codes(32, 128, 32, order_seed=1))
+    save_file({stem + key: tensor.numpy() for key, tensor in made.items()}, tmp_path / "model.safetensors")
+    assert stored(tmp_path, {"quant_method": "gptq", "bits": 4, "desc_act": True})[f"{stem}qweight"] == (
+        format,
+        32 * 128 // (8 if format == "I32" else 1),
+    )
 
 
 @pytest.mark.parametrize("size", [256, 10**30])
@@ -182,3 +223,11 @@ def read(
         return weights.get(NAME, shape)
     finally:
         weights.close()
+
+
+def stored(directory: Path, options: dict[str, Any]) -> dict[str, tuple[str, int]]:
+    """Return what the checkpoint is said to store, before it is read."""
+    weights = SafetensorsWeights(directory, Quantisation.from_json({"quantization_config": options}))
+    found = weights.stored()
+    weights.close()
+    return found

@@ -26,6 +26,7 @@ from tgi_asgi.runner import load as loading
 from tgi_asgi.runner.memory import (
     check_rope_fits,
     check_weights_fit,
+    cut_tensors,
     log_adapter_memory,
     packed_bytes,
     reserved_adapter_bytes,
@@ -96,10 +97,15 @@ def assert_size_is_predicted(files: ModelFiles, packing: ops.Packing) -> None:
         predicted = packed_bytes(opened.packed_tensors(), packing, vocabulary)
     model = load_model(files, packing, max_positions=16)
     assert isinstance(model, Decoder)
+    assert held_bytes(model) == pytest.approx(predicted, rel=0.06)
+
+
+def held_bytes(model: Decoder) -> int:
+    """Return the bytes of a model's packed matrices."""
     made = [model.embedding.made, model.head.made]
     for layer in model.layers:
         made += [*layer.qkv.made.parts, layer.output.made, *layer.up.made.parts, layer.down.made]
-    assert sum(part.matrix.nbytes for part in made) == pytest.approx(predicted, rel=0.06)
+    return sum(part.matrix.nbytes for part in made)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +127,30 @@ def test_what_is_foretold_of_quantised_checkpoints(tmp_path: Path, recipe: dict[
     files = save_quantised(make_model(vocab_size=32, **shape), tmp_path, **recipe)
     for is_exact in (False, True):
         assert_size_is_predicted(files, ops.Packing(is_exact))
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 8, "is_centred": True}], ids=["4 bits", "8 bits"])
+def test_what_shards_decode_is_counted_as_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Act-order has no blocks of columns to cut, so shards hold o_proj and down_proj in float16."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    files = save_quantised(make_model(vocab_size=32, **shape), tmp_path, "gptq", has_order=True, **options)
+    save_tokenizer(tmp_path)
+    held = 0
+    for rank in (0, 1):
+        with OpenModel(files) as opened:
+            vocabulary = opened.config.vocab_size * opened.config.hidden_size
+            tensors = opened.packed_tensors()
+            opened.use_cut(opened.cuts(2)[rank])
+            model = opened.load(FAST, 16)
+        assert isinstance(model, Decoder)
+        held += held_bytes(model)
+    assert packed_bytes(cut_tensors(tensors), FAST, vocabulary) == pytest.approx(held, rel=0.06)
+    assert packed_bytes(tensors, FAST, vocabulary) < 0.8 * held
+    monkeypatch.setattr(loading, "free_memory", lambda: int(0.9 * held))
+    with pytest.raises(ModelLoadError, match="the model's weights take"):
+        load(files, num_shard=2)
 
 
 @pytest.fixture

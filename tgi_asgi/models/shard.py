@@ -17,6 +17,7 @@ from tgi_asgi.errors import ModelLoadError
 
 _STRIP = 32  # rows and columns per kernel strip: padding is less than that
 _MAX_SHARDS = 64
+CUT_COLUMNS = ("self_attn.o_proj", "mlp.down_proj")  # the products of a layer that are cut by columns
 
 
 @dataclass(frozen=True, slots=True)

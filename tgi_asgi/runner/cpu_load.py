@@ -29,6 +29,7 @@ from tgi_asgi.runner.load_by_team import load_by_team
 from tgi_asgi.runner.memory import (
     check_weights_fit,
     choose_kept_states,
+    cut_tensors,
     fitting_batch,
     kept_state_bytes,
     log_adapter_memory,
@@ -193,6 +194,8 @@ def _divide(
     free = max(free - opened.table_bytes(max_context), 0)
     vocabulary = config.vocab_size * config.hidden_size
     tensors = opened.packed_tensors()
+    if cuts:
+        tensors = cut_tensors(tensors)
     free -= check_weights_fit(tensors, packing, vocabulary, free)
     if settings.dtype == "auto" and packing.quantise is None and _are_rounded(tensors):
         logger.info("the weights are in float32 or float16: --dtype bfloat16 rounds them, and is faster")

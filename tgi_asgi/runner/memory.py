@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ModelConfig, ServedConfig
+from tgi_asgi.models.loading import ORDERED
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing, vocab
 
 def _bytes_each(name: str, packing: ops.Packing, is_vocabulary: bool) -> float:
     info = ops.FORMATS.get(name)
+    if name in ORDERED:
+        return ORDERED[name]
     if info is None:  # `KEPT`, or part of a quantised matrix: words of codes, zero points
         return 4.0
     if packing.quantise is None and packing.rounds_floats and name in ops.ROUNDED:
@@ -49,6 +52,11 @@ def _bytes_each(name: str, packing: ops.Packing, is_vocabulary: bool) -> float:
         return 4.0 if packing.is_exact else 2.0
     quantised = ops.FORMATS["Q8_0" if is_vocabulary else packing.quantise]
     return quantised.block_bytes / quantised.block_columns
+
+
+def cut_tensors(tensors: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Return the formats and numbers of elements that shards hold: they decode what `ORDERED` names."""
+    return [("F16" if name in ORDERED else name, elements) for name, elements in tensors]
 
 
 def check_weights_fit(

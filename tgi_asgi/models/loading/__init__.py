@@ -17,6 +17,9 @@ from tgi_asgi.ops import WeightSource
 
 # The format of tensors that torch keeps as float32, however they are stored.
 KEPT = "kept"
+# The formats of 4-bit and 8-bit codes that shards would decode (GPTQ's act-order in a matrix that is cut by
+# columns), with the bytes of each weight. Scales count beside.
+ORDERED = {"ordered_4": 0.5, "ordered_8": 1.0}
 WHOLE = slice(None)
 
 

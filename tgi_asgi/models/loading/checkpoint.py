@@ -10,6 +10,7 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.loading import WHOLE
 from tgi_asgi.models.loading.kv_scales import read_kv_scales
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.models.shard import CUT_COLUMNS
 from tgi_asgi.ops import WeightSource
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -87,7 +88,13 @@ class CheckpointWeights:
 
     def stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes, as described in `Weights.stored`."""
-        return self._weights.stored()
+        layers = range(self._config.num_layers)
+        cut = {
+            self.stored_name(f"model.layers.{layer}.{name}.weight")
+            for layer in layers
+            for name in CUT_COLUMNS
+        }
+        return self._weights.stored(cut)
 
     def block_columns(self, name: str) -> int:
         """Return how many columns of a matrix must stay together when it is cut; 1 if it does not exist."""

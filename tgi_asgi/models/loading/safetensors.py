@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,15 @@ class SafetensorsWeights:
         unused = () if self._quantisation is None else UNUSED
         return sorted(name for name in self._unread if not matches(name, unused))
 
-    def stored(self) -> dict[str, tuple[str, int]]:
-        """Return formats and sizes, as described in `Weights.stored`."""
-        return {name: stored_format(self._checkpoint, name, self._quantisation) for name in self._checkpoint}
+    def stored(self, cut: Container[str] = ()) -> dict[str, tuple[str, int]]:
+        """Return formats and sizes, as described in `Weights.stored`.
+
+        Args:
+            cut: Names of the weights that shards would cut by columns; see `ORDERED`.
+        """
+        return {
+            name: stored_format(self._checkpoint, name, self._quantisation, cut) for name in self._checkpoint
+        }
 
     def block_columns(self, name: str) -> int:
         """Return how many columns must stay together; for a quantised matrix the largest run."""

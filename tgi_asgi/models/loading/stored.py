@@ -12,6 +12,7 @@ weight             any     bitsandbytes' codes of four bits in its `bnb_4bit_qua
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,11 @@ _WEIGHT_PARTS = (
     "", "_packed", "_scale", "_scale_inv", "_scale_2", "_global_scale", "_zero_point", "_g_idx", "_shape",
     *(f".{table}" for table in TABLES), *_STATES,
 )  # fmt: skip
-_IN_ORDER = (".experts.", "lm_head.")  # parts of names of weights whose columns must be in order on a CPU
+# Parts of names of weights whose columns must be in order on a CPU: see `ops.Packing`.
+_IN_ORDER = (
+    ".experts.", "lm_head.", "embed_out.", ".gate.", ".router.", ".shared_expert_gate.", ".kv_b_proj.",
+    ".in_proj_b.", ".in_proj_a.", ".in_proj_ba.",
+)  # fmt: skip
 # Scales of inputs, which are quantised differently or not at all here, and of queries, keys and values, which
 # only an FP8 cache uses (`kv_scales.py`).
 UNUSED = (
@@ -67,8 +72,14 @@ def part_names(checkpoint: Checkpoint, name: str) -> list[str]:
     return [each for each in names if each in checkpoint]
 
 
-def stored_format(checkpoint: Checkpoint, name: str, quantisation: Quantisation | None) -> tuple[str, int]:
-    """Return a tensor's format and elements; codes that no format can hold count as the decoded type."""
+def stored_format(
+    checkpoint: Checkpoint, name: str, quantisation: Quantisation | None, cut: Container[str] = ()
+) -> tuple[str, int]:
+    """Return a tensor's format and elements; codes that no format can hold count as the decoded type.
+
+    Args:
+        cut: Names of the weights that shards would cut by columns; see `ORDERED`.
+    """
     info = checkpoint.tensor(name)
     elements = math.prod(info.shape)
     if quantisation is None:
@@ -79,14 +90,16 @@ def stored_format(checkpoint: Checkpoint, name: str, quantisation: Quantisation 
             return found
     weight = _weight_of(name)
     if info.dtype == "I32" and weight is not None:
-        return _stored_integers(checkpoint, weight, quantisation)
+        return _stored_integers(checkpoint, weight, quantisation, is_cut=weight in cut)
     if weight is None or not is_quantised(checkpoint, weight):
         return info.dtype, 0 if info.dtype in (FLOAT8, *E8M0) else elements  # scales are in the blocks
     if state_name(checkpoint, weight) is not None:
         return _DECODED, 2 * info.nbytes
+    if info.dtype == "I8":
+        return _stored_integers(checkpoint, weight, quantisation, is_cut=weight in cut)
     if info.dtype == "U8":
         return ("MXFP4" if is_mxfp4(checkpoint, weight) else _DECODED), 2 * elements
-    return {FLOAT8: _DECODED, "I8": "Q8_0"}.get(info.dtype, info.dtype), elements
+    return _DECODED if info.dtype == FLOAT8 else info.dtype, elements
 
 
 def _weight_of(name: str) -> str | None:
@@ -95,46 +108,82 @@ def _weight_of(name: str) -> str | None:
     return f"{stem}.weight" if last in ("weight", "qweight", "weight_packed") else None
 
 
-def _stored_integers(checkpoint: Checkpoint, weight: str, quantisation: Quantisation) -> tuple[str, int]:
+def _stored_integers(
+    checkpoint: Checkpoint, weight: str, quantisation: Quantisation, *, is_cut: bool
+) -> tuple[str, int]:
     rows, columns = quantised_shape(checkpoint, weight, quantisation)
-    if _is_decoded(checkpoint, weight, columns, quantisation):
+    bits, groups = _bits(checkpoint, weight, columns, quantisation), _given_groups(checkpoint, weight)
+    has_order = groups is not None and bool((np.diff(groups) < 0).any())
+    must_be_decoded = (
+        (has_order and any(part in weight for part in _IN_ORDER))
+        or not _are_blocks(checkpoint, weight, groups, columns, quantisation)
+        or (bits == 8 and _has_zeros(checkpoint, weight, quantisation))
+    )
+    if must_be_decoded:
         return "F16", rows * columns
-    is_wide = _bits(checkpoint, weight, columns, quantisation) > 4
-    return "I32", rows * columns // (4 if is_wide else 8)  # words; scales and zero points count beside them
+    if has_order and is_cut:
+        return "ordered_8" if bits > 4 else "ordered_4", rows * columns
+    if weight in checkpoint:
+        return "Q8_0", rows * columns
+    return "I32", rows * columns // (4 if bits > 4 else 8)  # words; scales and zero points count beside them
 
 
 def _bits(checkpoint: Checkpoint, weight: str, columns: int, quantisation: Quantisation) -> int:
     if quantisation.method == "awq":
         return 4
     packed, stem = f"{weight}_packed", weight.removesuffix("weight")
+    if weight in checkpoint:
+        return 8
     if packed in checkpoint:
         return compressed_packing(checkpoint.tensor(packed).shape[-1], columns, quantisation.layout)[0]
     return width(checkpoint.tensor(f"{stem}qweight").shape[0], columns)
 
 
-def _is_decoded(checkpoint: Checkpoint, weight: str, columns: int, quantisation: Quantisation) -> bool:
-    """Return whether codes must be decoded: groups out of order, or eight bits with zero points.
+def _given_groups(checkpoint: Checkpoint, weight: str) -> npt.NDArray[np.int64] | None:
+    """Return the group of each column; None if the checkpoint leaves it to the order of columns."""
+    for name in (f"{weight.removesuffix('weight')}g_idx", f"{weight}_g_idx"):
+        if name in checkpoint:
+            found = read_array(checkpoint, name, "I32", "I64").reshape(-1)
+            return found if (found != -1).any() else None
+    return None
 
-    The columns of groups out of order are sorted if a format holds their groups, except in experts and heads.
-    """
-    stem = weight.removesuffix("weight")
-    groups, zeros = f"{weight}_g_idx", f"{weight}_zero_point"
+
+def _are_blocks(
+    checkpoint: Checkpoint,
+    weight: str,
+    groups: npt.NDArray[np.int64] | None,
+    columns: int,
+    quantisation: Quantisation,
+) -> bool:
+    """Return whether all groups have the same number of whole blocks of columns, so that codes stay codes."""
+    num_groups = _num_groups(checkpoint, weight)
+    if groups is not None:
+        _, counts = np.unique(groups, return_counts=True)
+        size = int(counts[0])
+        return len(counts) == num_groups and bool((counts == size).all()) and size % min(RUNS) == 0
+    try:
+        is_even = quantisation.layout.groups(columns, num_groups) is None
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{weight!r}: {error}") from None
+    return is_even and columns // num_groups % min(RUNS) == 0
+
+
+def _num_groups(checkpoint: Checkpoint, weight: str) -> int:
+    """Return the number of scales of a row; 1 if there are none, which reading refuses."""
+    for name, axis in ((f"{weight.removesuffix('weight')}scales", 0), (f"{weight}_scale", 1)):
+        if name in checkpoint:
+            shape = checkpoint.tensor(name).shape
+            return max(shape[axis], 1) if len(shape) == 2 else 1
+    return 1
+
+
+def _has_zeros(checkpoint: Checkpoint, weight: str, quantisation: Quantisation) -> bool:
+    """Return whether codes of eight bits have zero points that are not half the range."""
+    name, shift = f"{weight}_zero_point", 0
     if quantisation.method == "gptq":
-        groups, zeros = f"{stem}g_idx", f"{stem}qzeros"
-    if groups in checkpoint:
-        found = read_array(checkpoint, groups, "I32", "I64").reshape(-1)
-        is_sorted = (np.diff(found) >= 0).all()
-        if not is_sorted and (any(part in weight for part in _IN_ORDER) or not _are_blocks(found)):
-            return True
-    if zeros not in checkpoint or _bits(checkpoint, weight, columns, quantisation) != 8:
-        return False
-    return bool((checkpoint.raw(zeros) + np.uint8(quantisation.layout.shift) != 128).any())
-
-
-def _are_blocks(groups: npt.NDArray[np.int64]) -> bool:
-    """Return whether all groups have the same number of whole blocks of columns."""
-    _, counts = np.unique(groups, return_counts=True)
-    return bool((counts == counts[0]).all()) and counts[0] % min(RUNS) == 0
+        name, shift = f"{weight.removesuffix('weight')}qzeros", quantisation.layout.shift
+    middle = 0 if weight in checkpoint else 128  # bytes are signed, words are not
+    return name in checkpoint and bool((checkpoint.raw(name) + np.uint8(shift) != middle).any())
 
 
 def quantised_shape(checkpoint: Checkpoint, name: str, quantisation: Quantisation) -> tuple[int, int]:
