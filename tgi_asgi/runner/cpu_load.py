@@ -42,6 +42,7 @@ from tgi_asgi.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_NO_IMAGES = ", or --mmproj none to serve it for text only"
 _DTYPES = {"auto": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}
 
 
@@ -193,7 +194,9 @@ def _divide(
     free = max(free - opened.table_bytes(max_context), 0)
     vocabulary = config.vocab_size * config.hidden_size
     tensors = opened.packed_tensors()
-    free -= check_weights_fit(tensors, packing, vocabulary, free)
+    free -= check_weights_fit(
+        tensors, packing, vocabulary, free, more_advice=_NO_IMAGES if opened.uses_projector else ""
+    )
     if settings.dtype == "auto" and packing.quantise is None and _are_rounded(tensors):
         logger.info("the weights are in float32 or float16: --dtype bfloat16 rounds them, and is faster")
     adapter_bytes = 0

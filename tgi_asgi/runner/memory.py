@@ -52,9 +52,13 @@ def _bytes_each(name: str, packing: ops.Packing, is_vocabulary: bool) -> float:
 
 
 def check_weights_fit(
-    tensors: list[tuple[str, int]], packing: ops.Packing, vocabulary: int, free_bytes: int
-) -> int:
+    tensors: list[tuple[str, int]], packing: ops.Packing, vocabulary: int, free_bytes: int, *,
+    more_advice: str = "",
+) -> int:  # fmt: skip
     """Return the bytes that the weights will occupy; the arguments are those of `packed_bytes`.
+
+    Args:
+        more_advice: Ends the message.
 
     Raises:
         ModelLoadError: if that exceeds the free memory; the message says what would fit.
@@ -74,7 +78,7 @@ def check_weights_fit(
     )
     raise ModelLoadError(
         f"the model's weights take {needed / _GIB:.1f} GiB, but {free_bytes / _GIB:.1f} GiB of memory are "
-        f"free: {advice}"
+        f"free: {advice}{more_advice}"
     )
 
 

@@ -19,6 +19,8 @@ from tgi_asgi.formats.gguf import GgufFile, GgufStrings
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.gguf_vision.projector import all_projectors
 from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner.load import load
+from tgi_asgi.settings import Settings
 
 pytestmark = [pytest.mark.demo, pytest.mark.filterwarnings("ignore")]  # the converter is fetched
 VISION = "clip.vision."
@@ -159,6 +161,32 @@ def test_several_shards_need_the_text_model_alone(model_of: Callable[[str], Made
         pytest.raises(ModelLoadError, match="leave --num-shard out, or add --mmproj none"),
     ):
         opened.cuts(2)
+
+
+@pytest.mark.parametrize(
+    "given", [{"num_shard": 2}, {"prompt_precision": "bfloat16"}], ids=["shards", "precision"]
+)
+def test_a_file_beside_a_model_ends_no_start_that_succeeds_without_it(
+    given: dict[str, Any], model_of: Callable[[str], Made], caplog: pytest.LogCaptureFixture
+) -> None:
+    files = replace(model_of("smolvlm").files, is_projector_named=False)
+    settings = Settings(thread_nice=0, max_batch_size=4, num_threads=1, **given)
+    loaded = load(settings, files, lambda stage, done, total: None)
+    loaded.runner.close()
+    if loaded.shards is not None:
+        loaded.shards.close()
+    assert (loaded.info.implementation, loaded.image_processor) == ("native", None)
+    assert "--mmproj none" in caplog.text
+    with pytest.raises(ModelLoadError, match="cannot be combined with --mmproj"):
+        load(settings, model_of("smolvlm").files, lambda stage, done, total: None)
+
+
+def test_too_large_models_may_fit_without_a_projector(
+    model_of: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tgi_asgi.runner.load.free_memory", lambda: 1 << 16)
+    with pytest.raises(ModelLoadError, match="weights take .*, or --mmproj none to serve it for text only"):
+        load(Settings(thread_nice=0), model_of("smolvlm").files, lambda stage, done, total: None)
 
 
 def test_every_kind_belongs_to_some_text_model() -> None:

@@ -62,10 +62,13 @@ class TextFile:
 
     Attributes:
         config: The decoder's configuration, for `text_config`.
+        is_certain: Whether the projector is surely this model's: the administrator named it, or both files
+            are named alike.
     """
 
     file: GgufFile
     config: Mapping[str, Any]
+    is_certain: bool = True
 
     def token_id(self, text: str) -> int:
         """Return the id of a special token.

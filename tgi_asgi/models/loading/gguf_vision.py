@@ -32,8 +32,13 @@ if TYPE_CHECKING:  # it imports torch
     from tgi_asgi.models.generic.vision.processor import GivenProcessor
 
 
-def open_vision(text: GgufFile, path: Path) -> tuple[VisionModel, GgufVisionWeights]:
+def open_vision(
+    text: GgufFile, path: Path, *, is_certain: bool = True
+) -> tuple[VisionModel, GgufVisionWeights]:
     """Open a projector file for a text model; the weights close both files.
+
+    Args:
+        is_certain: As for `TextFile`.
 
     Raises:
         ModelLoadError: if it is damaged, of an unsupported kind, or of another model. It is closed then, and
@@ -51,7 +56,7 @@ def open_vision(text: GgufFile, path: Path) -> tuple[VisionModel, GgufVisionWeig
         config = read_text(text, projector.texts[name])
         reader = Reader.of_clip(file.metadata, frozenset(file.tensors))
         reader.ignore("has_vision_encoder", "has_llava_projector", "has_text_encoder", "projector_type")
-        model = projector.read(reader, file, TextFile(text, config))
+        model = projector.read(reader, file, TextFile(text, config, is_certain))
         reader.finish(*MEANINGFUL)
         module = text_module(text, model.decoder)
         texts = GgufModuleWeights(text, module, config["num_hidden_layers"], config["head_dim"])
