@@ -73,6 +73,26 @@ class TowerWeights(GgufTensors):
         self._parts = parts
         self._infos = {name: [file.tensor(each) for each in part.stored] for name, part in parts.items()}
         self._unread = {name for part in parts.values() for name in part.stored}
+        for name, part in parts.items():
+            self._check_part(part, self._infos[name])
+
+    def _check_part(self, part: TowerPart, infos: list[GgufTensor]) -> None:
+        """Refuse tensors that cannot make up one, before `get`: then, the text model can still be served.
+
+        Raises:
+            ModelLoadError: if rows that follow each other are of several widths, or `make` gets more numbers
+                than it returns, or fewer.
+        """
+        for info in infos[1:]:
+            check_shape(info.name, info.shape[1:], infos[0].shape[1:])
+        if part.make is not None and part.shape is not None and infos:
+            found = sum(math.prod(info.shape) for info in infos)
+            wanted = math.prod(part.shape)
+            check(
+                found == wanted,
+                f"tensor {infos[0].name!r} must have {wanted // len(infos)} numbers, but has "
+                f"{found // len(infos)}",
+            )
 
     def __contains__(self, name: object) -> bool:
         return name in self._parts

@@ -136,13 +136,19 @@ class OpenModel:
                 check_fits(weights, model.shapes())
                 model.packed_tensors(weights)  # refuses tensors without a place
                 self._image_processor = model.image_processor(processor_of(vision, file.metadata))
-            except ModelLoadError:
+            except Exception:
                 weights.close_tower()
                 raise
         except ModelLoadError as error:
             if files.is_projector_named:
                 raise ModelLoadError(f"--mmproj {files.projector}: {error}") from error
             logger.warning("for text only, as %s cannot be used: %s", files.projector, error)
+            return False
+        except Exception as error:  # a damaged file may make the code of `transformers` raise anything
+            if files.is_projector_named:
+                raise
+            reason = f"{type(error).__name__}: {str(error)[:300]}"
+            logger.warning("for text only, as %s cannot be used: %s", files.projector, reason, exc_info=True)
             return False
         logger.info("images are read by %s", files.projector)
         self.weights, self._model = weights, model
@@ -277,7 +283,8 @@ class OpenModel:
                 return self._model.load(_named(weights), arithmetic, max_positions)
             model = self._model.load(weights, arithmetic, max_positions)
         except ValueError as error:  # packing refuses values that no header shows
-            raise ModelLoadError(f"a weight of the model cannot be used: {error}") from error
+            alone = "; --mmproj none serves it for text only" if self.uses_projector else ""
+            raise ModelLoadError(f"a weight of the model cannot be used: {error}{alone}") from error
         refuse_unread(weights.unread(), self._unused(self._model))
         return model
 
