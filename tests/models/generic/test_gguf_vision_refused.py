@@ -77,6 +77,10 @@ def floats(*shape: int) -> np.ndarray:
             "internvl", {f"{VISION}image_size": 980, f"{VISION}preproc_max_tiles": 64}, {},
             "enlarge every image to 61465600 pixels",
         ),
+        (
+            "gemma4", {f"{VISION}patch_size": 28, f"{VISION}projector.scale_factor": 16},
+            {"v.patch_embd.weight": floats(32, 3, 28, 28)}, "enlarge every image to 56197120 pixels",
+        ),
         ("smolvlm", {f"{VISION}norm_scale": 2.0}, {}, "norm_scale"),
         ("smolvlm", {f"{VISION}feature_layer": np.zeros(1, np.int32)}, {}, "`feature_layer` is"),
         ("smolvlm", {f"{VISION}attention.head_dim": 8}, {}, "attention.head_dim"),
