@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.gguf_names import Part, choose, models_of, projector_of, quant_of
+from tgi_asgi.formats.gguf_names import Part, choose, models_of, projector_of, quant_of, shares_name
 
 # As the repositories of bartowski, unsloth and others name them.
 FLAT = ["M-Q3_K_S.gguf", "M-Q4_0.gguf", "M-Q4_0_4_4.gguf", "M-Q4_K_M.gguf", "M-Q8_0.gguf", "M-f16.gguf"]
@@ -137,7 +137,42 @@ def test_other_names_are_of_no_part(name: str) -> None:
         ("M-Q4_K_M.gguf", ["M-mmproj.gguf", "mmproj-model-f16.gguf"], "M-mmproj.gguf"),
         ("M-4B-Q4_0.gguf", ["mmproj-M-12B-BF16.gguf", "mmproj-M-4B-Q8_0.gguf"], "mmproj-M-4B-Q8_0.gguf"),
         ("M-4B-Q4_0.gguf", ["mmproj-A-BF16.gguf", "mmproj-model-F32.gguf"], "mmproj-model-F32.gguf"),
-        ("M-4B-Q4_0.gguf", ["mmproj-A-F16.gguf"], "mmproj-A-F16.gguf"),
+        ("M-4B-Q4_0.gguf", ["mmproj-A-F16.gguf"], None),
+        ("llama-2-7b-chat.Q4_K_M.gguf", ["llava-v1.5-7b-mmproj-model-f16.gguf"], None),
+        (
+            "gemma-3-12b-it-qat-Q4_0.gguf",
+            ["mmproj-gemma-3-4b-it-BF16.gguf", "mmproj-gemma-3-12b-it-F16.gguf"],
+            "mmproj-gemma-3-12b-it-F16.gguf",
+        ),
+        (
+            "Qwen2.5-VL-7B-Instruct-abliterated.Q4_K_M.gguf",
+            [f"mmproj-Qwen2.5-VL-{size}-Instruct-f16.gguf" for size in ("3B", "7B")],
+            "mmproj-Qwen2.5-VL-7B-Instruct-f16.gguf",
+        ),
+        (
+            "llava-v1.5-7b-Q4_K.gguf",
+            ["bakllava-mmproj-f16.gguf", "llava-v1.5-7b-mmproj-model-f16.gguf"],
+            "llava-v1.5-7b-mmproj-model-f16.gguf",
+        ),
+        (
+            "Mistral-Small-3.1-24B-Instruct-2503-Q4_K_M.gguf",
+            ["mmproj-mistral-small-24b-f16.gguf", "mmproj-F32.gguf"],
+            "mmproj-mistral-small-24b-f16.gguf",
+        ),
+        (
+            "SmolVLM-500M-Instruct-Q8_0.gguf",
+            ["mmproj-SmolVLM-500M-Instruct-f16.gguf", "mmproj-SmolVLM-500M-Instruct-Q8_0.gguf"],
+            "mmproj-SmolVLM-500M-Instruct-f16.gguf",
+        ),
+        (
+            "google_gemma-3-4b-it-Q4_K_M.gguf",
+            ["mmproj-google_gemma-3-4b-it-f16.gguf"],
+            "mmproj-google_gemma-3-4b-it-f16.gguf",
+        ),
+        ("gemma-3-4b-it-q4_0.gguf", ["mmproj-model-f16-4B.gguf"], "mmproj-model-f16-4B.gguf"),
+        ("gemma-3-12b-it-q4_0.gguf", ["mmproj-model-f16-4B.gguf"], None),
+        ("Qwen2.5-VL-7B.Q4_K_M.gguf", ["Qwen2.5-VL-7B.mmproj-Q8_0.gguf"], "Qwen2.5-VL-7B.mmproj-Q8_0.gguf"),
+        ("ggml-model-q4_k.gguf", ["mmproj-model-f16.gguf"], "mmproj-model-f16.gguf"),
         ("Q4_K_M/model-00001-of-00003.gguf", FOLDERS, "mmproj-F16.gguf"),
         ("a/M-Q4_0.gguf", ["mmproj-F16.gguf", "a/mmproj-Q8_0.gguf"], "a/mmproj-Q8_0.gguf"),
         ("a/M-Q4_0.gguf", ["b/mmproj-F16.gguf", "a/b/mmproj-F16.gguf", "mmproj.txt"], None),
@@ -148,3 +183,21 @@ def test_a_projector_is_the_nearest_one_of_the_model_s_name(
 ) -> None:
     assert projector_of(model, [model, *others]) == expected
     assert projector_of(model, [*reversed(others), model]) == expected
+
+
+def test_a_projector_of_another_model_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    assert projector_of("m-Q4_0.gguf", ["m-Q4_0.gguf", "mmproj-a-F16.gguf", "mmproj-b-BF16.gguf"]) is None
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("mmproj-b-BF16.gguf is not used for images, as its name is not that of m-Q4_0")
+    assert "--mmproj" in message
+    caplog.clear()
+    assert projector_of("m-Q4_0.gguf", ["mmproj-a-F16.gguf", "mmproj-F16.gguf"]) == "mmproj-F16.gguf"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("projector", "expected"),
+    [("llava-v1.5-7b-mmproj-f16.gguf", True), ("mmproj-model-f16.gguf", False), ("mmproj-7b.gguf", False)],
+)
+def test_names_share_words_that_are_no_sizes(projector: str, expected: bool) -> None:
+    assert shares_name("llava-v1.5-7b-Q4_K.gguf", projector) == expected

@@ -200,7 +200,7 @@ def test_nothing_is_read_of_weights_that_do_not_fit(
 def test_a_cpu_without_memory_for_a_cache_does_not_advise_what_it_ignores(
     files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tgi_asgi.runner.cpu_load.check_weights_fit", lambda *given: given[-1])  # takes all
+    monkeypatch.setattr("tgi_asgi.runner.cpu_load.check_weights_fit", lambda *given, **_: given[-1])  # all
     with pytest.raises(ModelLoadError, match="free memory, or set --max-batch-total-tokens"):
         load(files, cuda_memory_fraction=0.5)
 

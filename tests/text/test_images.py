@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tgi_asgi.text.images import join_fences
+from tgi_asgi.text.images import join_fences, spell_out_images
 
 MARK = "\U00100007\U00100009"
 
@@ -41,3 +41,11 @@ def test_only_tokens_that_act_as_such_are_changed(source: str, wanted: str) -> N
 
 def test_models_without_such_tokens_keep_their_prompts() -> None:
     assert join_fences("<f><f>x", "") == "<f><f>x"
+
+
+def test_texts_of_images_stay_parts_for_the_roles_whose_parts_a_template_takes() -> None:
+    content = [{"type": "text", "text": "see"}, {"type": "image"}]
+    messages = [{"role": role, "content": content} for role in ("user", "assistant")]
+    found = spell_out_images(messages, "<i>", part_roles={"user"})
+    parts = [{"type": "text", "text": "see"}, {"type": "text", "text": "<i>"}]
+    assert [each["content"] for each in found] == [parts, "see\n<i>"]

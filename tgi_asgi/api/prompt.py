@@ -215,7 +215,7 @@ def _with_image_texts(
         return messages
     if template.shows_images(processor.placeholder):
         return messages
-    return spell_out_images(messages, processor.chat_text, takes_parts="user" in template.part_roles)
+    return spell_out_images(messages, processor.chat_text, part_roles=template.part_roles)
 
 
 def _fitted(chat: Conversation, template: ChatTemplate, settings: Settings) -> list[dict[str, Any]]:

@@ -9,11 +9,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from tgi_asgi.errors import ModelLoadError
+
+logger = logging.getLogger(__name__)
 
 PREFERRED = ("Q4_K_M", "Q8_0")  # if the user names none
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
@@ -25,6 +28,7 @@ _QUANT = re.compile(
 )
 _PROJECTOR = re.compile(r"mmproj", re.IGNORECASE)
 _WORDS = re.compile(r"[a-z0-9]+")
+_NO_NAMES = frozenset({"model", "ggml", "gguf"})  # words of names that are of no model in particular
 # Of the same projector: bfloat16 is what most models are published in; float32 is twice as large.
 _PRECISIONS = ("BF16", "F16", "FP16", "Q8_0", "F32", "FP32")
 _MAX_LISTED = 40
@@ -89,9 +93,10 @@ def models_of(names: Iterable[str]) -> list[GgufModel]:
 def projector_of(model: str, names: Iterable[str]) -> str | None:
     """Return the file of a model's vision tower and projector (`mmproj`); None if there is none.
 
-    It lies in the model's folder, or in one above it; the nearest is used, as in llama.cpp. Of several there,
-    those come first whose names have the words of the model's, then those that name no model. Of the same
-    projector, the order is BF16, F16, Q8_0.
+    It lies in the model's folder, or in one above it; the nearest is used, as in llama.cpp. Every word of its
+    name must be in the model's, apart from its quantisation: sizes of tensors cannot show that it belongs to
+    another model of the same width. Of several in a folder, the one with the most words is used, hence one
+    that names no model last; of the same projector, the order is BF16, F16, Q8_0.
 
     Args:
         model: Path of one of the model's files.
@@ -100,19 +105,31 @@ def projector_of(model: str, names: Iterable[str]) -> str | None:
     folder, wanted = _folder(model), _words_of(model)
 
     def rank(name: str) -> tuple[int, int, int, str]:
-        words, quant = _words_of(name), quant_of(name.rpartition("/")[2])
-        fits = 0 if words == wanted else 1 if words <= {"model"} else 2
+        quant = quant_of(name.rpartition("/")[2])
         precision = _PRECISIONS.index(quant) if quant in _PRECISIONS else len(_PRECISIONS)
-        return -len(_folder(name)), fits, precision, name
+        return -len(_folder(name)), -len(_words_of(name)), precision, name
 
-    found = [
+    near = [
         name
         for name in names
         if name.lower().endswith(".gguf")
         and _PROJECTOR.search(_base(name))
         and folder[: len(_folder(name))] == _folder(name)
+        and name != model
     ]
-    return min(found, key=rank, default=None)
+    found = min((name for name in near if _words_of(name) <= wanted), key=rank, default=None)
+    if near and found is None:
+        logger.warning(
+            "%s is not used for images, as its name is not that of %s: --mmproj names the file of a model's "
+            "vision tower",
+            min(near, key=rank), model,
+        )  # fmt: skip
+    return found
+
+
+def shares_name(model: str, projector: str) -> bool:
+    """Return whether both files' names have a word, and not only numbers and sizes such as 7b."""
+    return any(word[0].isalpha() for word in _words_of(model) & _words_of(projector))
 
 
 def _folder(path: str) -> list[str]:
@@ -124,7 +141,7 @@ def _words_of(path: str) -> frozenset[str]:
     name = _base(path).rpartition(".")[0]
     part = Part.of(_base(path))
     text = _QUANT.sub(" ", part.stem if part is not None else name)
-    return frozenset(_WORDS.findall(_PROJECTOR.sub(" ", text)))
+    return frozenset(_WORDS.findall(_PROJECTOR.sub(" ", text.casefold()))) - _NO_NAMES
 
 
 def quant_of(path: str) -> str:

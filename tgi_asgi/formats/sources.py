@@ -281,7 +281,7 @@ def _with_base(found: _FoundAdapter, settings: Settings, progress: Progress) -> 
 
 
 def _find(settings: Settings, progress: Progress) -> ModelFiles | _FoundAdapter | _FoundDraftHeads:
-    model_id = settings.model_id
+    model_id, with_projector = settings.model_id, settings.mmproj is None
     if not model_id:
         raise ModelLoadError("no model was named: set --model-id or MODEL_ID")
     if model_id.startswith("pypi:"):
@@ -295,9 +295,9 @@ def _find(settings: Settings, progress: Progress) -> ModelFiles | _FoundAdapter 
     except (OSError, RuntimeError) as error:  # name too long, no permission; no such user
         raise _no_such("no such file or directory", model_id, error) from None
     if mode is not None and stat.S_ISDIR(mode):
-        return replace(_in_directory(model_id, path), model_id=path.resolve().name)
+        return replace(_in_directory(model_id, path, with_projector), model_id=path.resolve().name)
     if mode is not None:
-        return replace(_in_file(model_id, path), model_id=path.stem)
+        return replace(_in_file(model_id, path, with_projector), model_id=path.stem)
     repository, colon, quant = model_id.partition(":")
     if _looks_like_path(repository) or (colon and not _QUANT.fullmatch(quant)):
         raise ModelLoadError(f"no such file or directory: {model_id}")
@@ -305,7 +305,7 @@ def _find(settings: Settings, progress: Progress) -> ModelFiles | _FoundAdapter 
 
     kind, path, commit, projector = hub_models.fetch_model(
         repository, settings.revision, quant or None, progress, with_code=settings.trust_remote_code,
-        with_projector=settings.mmproj is None,
+        with_projector=with_projector,
     )  # fmt: skip
     if kind == "adapter":
         return _FoundAdapter(model_id, commit, path)
@@ -319,7 +319,9 @@ def _looks_like_path(model_id: str) -> bool:
     return Path(model_id).suffix.lower() in _FILE_SUFFIXES or not _HUB_ID.fullmatch(model_id)
 
 
-def _in_directory(model_id: str, directory: Path) -> ModelFiles | _FoundAdapter | _FoundDraftHeads:
+def _in_directory(
+    model_id: str, directory: Path, with_projector: bool
+) -> ModelFiles | _FoundAdapter | _FoundDraftHeads:
     try:
         names = {entry.name for entry in directory.iterdir()}
     except OSError as error:
@@ -335,10 +337,10 @@ def _in_directory(model_id: str, directory: Path) -> ModelFiles | _FoundAdapter 
     if len(ggufs) > 1:
         listed = ", ".join(model.files[0] for model in ggufs)
         raise ModelLoadError(f"{directory} holds several models, name one: {listed}")
-    return _gguf(model_id, directory / ggufs[0].files[0], names)
+    return _gguf(model_id, directory / ggufs[0].files[0], names if with_projector else ())
 
 
-def _in_file(model_id: str, path: Path) -> ModelFiles:
+def _in_file(model_id: str, path: Path, with_projector: bool) -> ModelFiles:
     suffix = path.suffix.lower()
     if suffix in _PICKLE_SUFFIXES:
         raise ModelLoadError(f"{model_id}: pickled weights are never read, convert them to safetensors")
@@ -350,11 +352,11 @@ def _in_file(model_id: str, path: Path) -> ModelFiles:
         beside = {entry.name for entry in path.parent.iterdir()}
     except OSError:  # a file may be readable in a folder that is not
         beside = set()
-    return _gguf(model_id, path, beside)
+    return _gguf(model_id, path, beside if with_projector else ())
 
 
 def _gguf(model_id: str, path: Path, names: Collection[str]) -> ModelFiles:
-    """Return a model in a GGUF file, with the projector beside it."""
+    """Return a model in a GGUF file, with its projector among these names of files beside it."""
     projector = projector_of(path.name, names)
-    tower = None if projector is None or projector == path.name else path.with_name(projector)
+    tower = None if projector is None else path.with_name(projector)
     return ModelFiles(model_id, None, "gguf", path, tower)

@@ -43,6 +43,7 @@ from tgi_asgi.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_NO_IMAGES = ", or --mmproj none to serve it for text only"
 _DTYPES = {"auto": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}
 
 
@@ -196,7 +197,9 @@ def _divide(
     tensors = opened.packed_tensors()
     if cuts:
         tensors = cut_tensors(tensors)
-    free -= check_weights_fit(tensors, packing, vocabulary, free)
+    free -= check_weights_fit(
+        tensors, packing, vocabulary, free, more_advice=_NO_IMAGES if opened.uses_projector else ""
+    )
     if settings.dtype == "auto" and packing.quantise is None and _are_rounded(tensors):
         logger.info("the weights are in float32 or float16: --dtype bfloat16 rounds them, and is faster")
     adapter_bytes = 0

@@ -28,6 +28,7 @@ from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.load_pooling import score_tokens, with_pooling
 from tgi_asgi.runner.memory import check_rope_fits, choose_context, kept_state_bytes
 from tgi_asgi.runner.placement import Placed, Placement, Runner
+from tgi_asgi.runner.projector import with_usable_projector
 from tgi_asgi.runner.shards import Shards
 from tgi_asgi.runner.tracked_weights import TrackedWeights
 from tgi_asgi.settings import Settings
@@ -77,6 +78,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
 
 def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: ExitStack) -> LoadedModel:
     device = find_device()
+    files = with_usable_projector(files, settings, is_on_gpu=device is not None)
     num_threads = ops.configure_threads(
         _usable_threads(settings.num_threads), nice=settings.thread_nice, num_shards=settings.num_shard
     )

@@ -60,9 +60,13 @@ def cut_tensors(tensors: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
 
 
 def check_weights_fit(
-    tensors: list[tuple[str, int]], packing: ops.Packing, vocabulary: int, free_bytes: int
-) -> int:
+    tensors: list[tuple[str, int]], packing: ops.Packing, vocabulary: int, free_bytes: int, *,
+    more_advice: str = "",
+) -> int:  # fmt: skip
     """Return the bytes that the weights will occupy; the arguments are those of `packed_bytes`.
+
+    Args:
+        more_advice: Ends the message.
 
     Raises:
         ModelLoadError: if that exceeds the free memory; the message says what would fit.
@@ -82,7 +86,7 @@ def check_weights_fit(
     )
     raise ModelLoadError(
         f"the model's weights take {needed / _GIB:.1f} GiB, but {free_bytes / _GIB:.1f} GiB of memory are "
-        f"free: {advice}"
+        f"free: {advice}{more_advice}"
     )
 
 

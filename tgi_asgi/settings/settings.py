@@ -59,7 +59,7 @@ class Settings:
     revision: str | None = _model("Branch, tag, commit or refs/pr/N on the Hub.")
     mmproj: str | None = _model(
         "Vision tower and projector of a GGUF model: a file, or none to serve it for text only (default: the "
-        "mmproj file beside the model, if it has one).",
+        "mmproj file beside the model whose name fits the model's, if there is one).",
         None,
         kinds.FILE,
     )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
@@ -25,20 +25,24 @@ def expand_placeholders(source: str, placeholder: str, texts: Sequence[str]) -> 
     return "".join(part for pair in zip(pieces, (*texts, ""), strict=True) for part in pair)
 
 
-def spell_out_images(messages: list[dict[str, Any]], text: str, *, takes_parts: bool) -> list[dict[str, Any]]:
+def spell_out_images(
+    messages: list[dict[str, Any]], text: str, *, part_roles: Collection[str]
+) -> list[dict[str, Any]]:
     """Return messages with a text in place of each image, for a template that writes nothing for images.
 
     Args:
-        takes_parts: Whether the template takes lists of parts; otherwise, they become lines of one text.
+        part_roles: Roles of which the template takes lists of parts; others' become lines of one text.
     """
 
-    def shown(content: Any) -> Any:
+    def shown(role: Any, content: Any) -> Any:
         if not isinstance(content, list) or {"type": "image"} not in content:
             return content
         parts = [{"type": "text", "text": text} if part == {"type": "image"} else part for part in content]
-        return parts if takes_parts else "\n".join(str(part["text"]) for part in parts)
+        return parts if role in part_roles else "\n".join(str(part["text"]) for part in parts)
 
-    return [{**message, "content": shown(message.get("content"))} for message in messages]
+    return [
+        {**message, "content": shown(message.get("role"), message.get("content"))} for message in messages
+    ]
 
 
 def join_fences(source: str, fence: str, mark: str = "") -> str:

@@ -85,6 +85,23 @@ def test_vocabularies_of_the_first_llavas_have_no_token_for_images(
     assert distance(found, vision.reference(made.checkpoint, own, ANSWER)) < 1e-4
 
 
+@pytest.mark.models
+def test_a_llama_is_no_llava_for_a_file_that_only_lies_beside_it(
+    model_of: Callable[[str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tgi_asgi.models.gguf_vision.llava._IMAGE", "<none>")
+    made = model_of("llava")
+    assert made.files.projector is not None
+    text, other = tmp_path / "llava-7b-F32.gguf", tmp_path / "mmproj-7b-F32.gguf"
+    alike = tmp_path / "llava-7b-mmproj-F32.gguf"
+    text.symlink_to(made.files.path)
+    files = replace(made.files, path=text, is_projector_named=False)
+    for path, accepts_images in ((other, False), (alike, True)):
+        path.symlink_to(made.files.projector)
+        with OpenModel(replace(files, projector=path), model_impl="auto") as found:
+            assert (found.read_image_processor() is not None) == accepts_images
+
+
 @pytest.mark.parametrize("name", of_each(["gemma3", "qwen2_vl"]))
 def test_old_files_have_names_swapped(name: str, model_of: Callable[[str], Made], tmp_path: Path) -> None:
     made = model_of(name)

@@ -17,8 +17,13 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile, GgufStrings
 from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.generic.model import OpenGeneric
+from tgi_asgi.models.generic.vision import check
+from tgi_asgi.models.generic.vision.processor import VisionProcessor
 from tgi_asgi.models.gguf_vision.projector import all_projectors
 from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner.load import load
+from tgi_asgi.settings import Settings
 
 pytestmark = [pytest.mark.demo, pytest.mark.filterwarnings("ignore")]  # the converter is fetched
 VISION = "clip.vision."
@@ -46,8 +51,9 @@ def floats(*shape: int) -> np.ndarray:
         ("smolvlm", {f"{VISION}attention.head_count": 5}, {}, "5 heads cannot share a width of 32"),
         ("smolvlm", {f"{VISION}embedding_length": 64}, {}, "'v.patch_embd.weight' has the shape"),
         ("smolvlm", {}, {"v.blk.1.ffn_up.weight": floats(49, 32)}, "has the shape"),
+        ("smolvlm", {f"{VISION}image_size": 4200, f"{VISION}patch_size": 42}, {}, "image_size must be in"),
         ("smolvlm", {f"{VISION}image_size": 1 << 31}, {}, "image_size must be in"),
-        ("smolvlm", {f"{VISION}image_size": 16000}, {}, "2285 x 2285 patches"),
+        ("smolvlm", {f"{VISION}image_size": 4000}, {}, "571 x 571 patches"),
         ("smolvlm", {f"{VISION}image_size": 42}, {}, "'v.position_embd.weight' has the shape"),
         ("smolvlm", {f"{VISION}patch_size": 0}, {}, "patch_size must be in"),
         ("smolvlm", {f"{VISION}image_std": np.zeros(3, np.float32)}, {}, "image_std must be positive"),
@@ -58,6 +64,23 @@ def floats(*shape: int) -> np.ndarray:
         ("smolvlm", {f"{VISION}projector.scale_factor": 3}, {}, "4 patches cannot be joined by 3"),
         ("smolvlm", {f"{VISION}projector.scale_factor": 1}, {}, "has the shape"),
         ("smolvlm", {f"{VISION}preproc_image_size": 1 << 14}, {}, "preproc_image_size must be 28 to 8 times"),
+        (
+            "smolvlm", {"clip.projector_type": None, "clip.audio.projector_type": "ultravox"}, {},
+            "it is for sound only",
+        ),
+        ("smolvlm", {"clip.projector_type": None}, {}, "has no clip.projector_type"),
+        (
+            "smolvlm", {f"{VISION}image_size": 1022, f"{VISION}preproc_image_size": 8176},
+            {"v.position_embd.weight": floats(146**2, 32)}, "enlarge every image to 66846976 pixels",
+        ),
+        (
+            "internvl", {f"{VISION}image_size": 980, f"{VISION}preproc_max_tiles": 64}, {},
+            "enlarge every image to 61465600 pixels",
+        ),
+        (
+            "gemma4", {f"{VISION}patch_size": 28, f"{VISION}projector.scale_factor": 16},
+            {"v.patch_embd.weight": floats(32, 3, 28, 28)}, "enlarge every image to 56197120 pixels",
+        ),
         ("smolvlm", {f"{VISION}norm_scale": 2.0}, {}, "norm_scale"),
         ("smolvlm", {f"{VISION}feature_layer": np.zeros(1, np.int32)}, {}, "`feature_layer` is"),
         ("smolvlm", {f"{VISION}attention.head_dim": 8}, {}, "attention.head_dim"),
@@ -68,9 +91,11 @@ def floats(*shape: int) -> np.ndarray:
         ("smolvlm", {}, {"v.patch_embd.weight": None}, "there is no tensor 'v.patch_embd.weight'"),
         ("smolvlm", {}, {"mm.model.fc.weight": floats(128, 128)}, "it gives rows of 128 numbers"),
         ("gemma3", {}, {"mm.input_projection.weight": floats(32, 96)}, "it gives rows of 96 numbers"),
+        ("gemma3", {}, {"mm.soft_emb_norm.weight": floats(7)}, "'mm.soft_emb_norm.weight' has the shape"),
         ("gemma3", {f"{VISION}projector.scale_factor": 0}, {}, "projector.scale_factor must be in"),
         ("qwen2_5_vl", {f"{VISION}n_wa_pattern": 0}, {}, "n_wa_pattern must be in"),
         ("qwen2_5_vl", {}, {"v.blk.0.attn_k.weight": None}, "there is no tensor 'v.blk.0.attn_k.weight'"),
+        ("qwen2_5_vl", {}, {"v.blk.0.attn_k.weight": floats(32, 48)}, "attn_k.weight' has the shape"),
         ("qwen2_5_vl", {}, {"v.patch_embd.weight.1": None}, "there is no tensor 'v.patch_embd.weight.1'"),
         ("qwen2_5_vl", {}, {"mm.2.weight": floats(32, 128)}, "it gives rows of 32 numbers"),
         ("qwen2_5_vl", {"clip.projector_type": "gemma3"}, {}, "with text models of .* 'qwen2vl'"),
@@ -127,6 +152,24 @@ def test_a_file_beside_a_model_that_cannot_be_used_is_left_out(
     assert message.startswith(f"for text only, as {beside} cannot be used: projectors of type 'resampler'")
 
 
+def test_an_error_without_an_explanation_leaves_a_file_out_too(
+    model_of: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: OpenGeneric, source: Any) -> None:
+        raise RuntimeError("shape is invalid")
+
+    monkeypatch.setattr(OpenGeneric, "image_processor", fail)
+    files = replace(model_of("smolvlm").files, is_projector_named=False)
+    with OpenModel(files, model_impl="auto") as opened:
+        assert opened.kind == "native"
+        assert isinstance(opened.load(ops.Packing(is_exact=True), 64), Decoder)
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "cannot be used: RuntimeError: shape is invalid" in record.getMessage()
+    assert record.exc_info
+    with pytest.raises(RuntimeError, match="shape is invalid"):
+        OpenModel(replace(files, is_projector_named=True), model_impl="auto")
+
+
 def test_a_text_model_with_tensors_that_the_class_lacks_is_served_without_images(
     model_of: Callable[[str], Made], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -159,6 +202,48 @@ def test_several_shards_need_the_text_model_alone(model_of: Callable[[str], Made
         pytest.raises(ModelLoadError, match="leave --num-shard out, or add --mmproj none"),
     ):
         opened.cuts(2)
+
+
+@pytest.mark.parametrize(
+    "given", [{"num_shard": 2}, {"prompt_precision": "bfloat16"}], ids=["shards", "precision"]
+)
+def test_a_file_beside_a_model_ends_no_start_that_succeeds_without_it(
+    given: dict[str, Any], model_of: Callable[[str], Made], caplog: pytest.LogCaptureFixture
+) -> None:
+    files = replace(model_of("smolvlm").files, is_projector_named=False)
+    settings = Settings(thread_nice=0, max_batch_size=4, num_threads=1, **given)
+    loaded = load(settings, files, lambda stage, done, total: None)
+    loaded.runner.close()
+    if loaded.shards is not None:
+        loaded.shards.close()
+    assert (loaded.info.implementation, loaded.image_processor) == ("native", None)
+    assert "--mmproj none" in caplog.text
+    with pytest.raises(ModelLoadError, match="cannot be combined with --mmproj"):
+        load(settings, model_of("smolvlm").files, lambda stage, done, total: None)
+
+
+def test_too_large_models_may_fit_without_a_projector(
+    model_of: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tgi_asgi.runner.load.free_memory", lambda: 1 << 16)
+    with pytest.raises(ModelLoadError, match=r"weights take .*, or --mmproj none to serve it for text only"):
+        load(Settings(thread_nice=0), model_of("smolvlm").files, lambda stage, done, total: None)
+
+
+@pytest.mark.parametrize("name", ["process", "whole"])
+def test_the_self_check_names_what_leaves_a_file_out(
+    name: str, model_of: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setattr(check, "TESTED_CLASSES", frozenset())
+    monkeypatch.setattr(VisionProcessor, name, fail)
+    with (
+        pytest.raises(ModelLoadError, match=r"images here \(ValueError: no\)\. Add --mmproj none"),
+        OpenModel(model_of("smolvlm").files, model_impl="auto") as opened,
+    ):
+        opened.load(ops.Packing(is_exact=True), 64)
 
 
 def test_every_kind_belongs_to_some_text_model() -> None:

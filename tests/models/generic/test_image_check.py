@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support import vision_models as vision
+from tests.support.gguf_vision import CASES
 from tests.support.vision_table import FAMILIES
 from tgi_asgi import ops
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
@@ -46,6 +47,7 @@ def load(name: str, folder: Path) -> GenericModel:
 def test_classes_that_are_not_checked_are_those_that_tests_hold() -> None:
     checked = {"Gemma4UnifiedForConditionalGeneration"}  # it may have images that are longer than its window
     held = {family.architecture for family in FAMILIES.values()}
+    held |= {case.family.architecture for case in CASES.values()}
     assert held - checked == check.TESTED_CLASSES
 
 

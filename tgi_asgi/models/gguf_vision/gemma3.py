@@ -39,6 +39,7 @@ def read_gemma3(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
         f"it belongs to another model: it gives rows of {width} numbers, the text model's have {wanted}",
     )
     check_stored(file, _MATRIX, (sizes.width, width))
+    check_stored(file, _NORM, (sizes.width,))
     reader.ignore("projection_dim")
     names = TowerNames(file, sizes)
     names.add({f"{_TOWER}encoder.layers.{{}}.{own}": name for own, name in SIGLIP_LAYERS.items()})

@@ -9,6 +9,7 @@ from tgi_asgi.models.gguf_vision.projector import (
     TextFile,
     TowerNames,
     VisionModel,
+    check_enlarged,
     check_stored,
     check_width,
     read_sizes,
@@ -47,6 +48,7 @@ def read_gemma4(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
     sizes = read_sizes(reader, file)
     pooled = reader.integer("projector.scale_factor", _POOLED)
     check(0 < pooled <= 16, f"projector.scale_factor must be in 1..16, got {pooled}")
+    check_enlarged(_MAX_TOKENS * (pooled * sizes.patch_size) ** 2, "projector.scale_factor and patch_size")
     table = file.tensor(_TABLE).shape
     check(len(table) == 3, f"tensor {_TABLE!r} must be two tables, got the shape {list(table)}")
     check_stored(file, _TABLE, (2, table[1], sizes.width))

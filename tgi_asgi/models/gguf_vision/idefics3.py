@@ -12,6 +12,7 @@ from tgi_asgi.models.gguf_vision.projector import (
     TextFile,
     TowerNames,
     VisionModel,
+    check_enlarged,
     check_stored,
     check_width,
     read_sizes,
@@ -38,6 +39,7 @@ def read_idefics3(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel
         sizes.image_size <= longest <= _MAX_TILES * sizes.image_size,
         f"preproc_image_size must be {sizes.image_size} to {_MAX_TILES} times that, got {longest}",
     )
+    check_enlarged(longest**2, "preproc_image_size")
     names = TowerNames(file, sizes)
     names.add({f"{_TOWER}encoder.layers.{{}}.{own}": name for own, name in SIGLIP_LAYERS.items()})
     names.add({

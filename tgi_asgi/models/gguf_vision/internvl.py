@@ -9,6 +9,7 @@ from tgi_asgi.models.gguf_vision.projector import (
     TextFile,
     TowerNames,
     VisionModel,
+    check_enlarged,
     check_stored,
     check_width,
     read_sizes,
@@ -44,6 +45,7 @@ def read_internvl(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel
     check(sizes.side % scale == 0, f"{sizes.side} patches cannot be joined by {scale}")
     fewest, most = reader.integer("preproc_min_tiles", 1), reader.integer("preproc_max_tiles", 12)
     check(0 < fewest <= most <= _MAX_TILES, f"an image cannot have {fewest} to {most} tiles")
+    check_enlarged(most * sizes.image_size**2, "preproc_max_tiles and image_size")
     check_stored(file, "v.position_embd.weight", (sizes.side**2 + 1, sizes.width))
     check_stored(file, "v.class_embd", (sizes.width,))
     check_width(file, "mm.model.mlp.3.weight", text)

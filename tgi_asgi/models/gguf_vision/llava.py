@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.errors import ModelLoadError, check
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.gguf_vision.projector import (
     Projector,
@@ -93,10 +93,16 @@ def _placeholder(text: TextFile) -> str:
     """Return the token that an image's rows replace.
 
     Vocabularies of the first files have none for images. Their token for unknown characters then stands in
-    for it: no text has it, as they have a token for every byte.
+    for it: no text has it, as they have a token for every byte. Nothing else in such a file tells
+    it from a plain Llama, so the projector must be known to be this model's.
     """
     if text.find_token(_IMAGE) is not None:
         return _IMAGE
+    check(
+        text.is_certain,
+        f"the text model's vocabulary has no token {_IMAGE!r}, and the files' names do not show that they "
+        "belong together: if they do, name the file with --mmproj",
+    )
     metadata = text.file.metadata
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
     tokens, types = (metadata.get(f"tokenizer.ggml.{key}", ()) for key in ("tokens", "token_type"))

@@ -22,7 +22,8 @@ from tgi_asgi.models.config_bounds import MAX_HEADS, MAX_LAYERS
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.ops.arrays import Floats
 
-_MAX_IMAGE = 1 << 14  # pixels of a side
+_MAX_IMAGE = 1 << 12  # pixels of a side
+_MAX_PIXELS = 1 << 24  # to which an image is enlarged, whatever its own size
 _MAX_SIDE = 256  # patches of a side: some towers compute a table for each place in that square
 _MAX_WIDTH = 1 << 16
 _MAX_HEAD_DIM = 256
@@ -62,10 +63,13 @@ class TextFile:
 
     Attributes:
         config: The decoder's configuration, for `text_config`.
+        is_certain: Whether the projector is surely this model's: the administrator named it, or both files
+            are named alike.
     """
 
     file: GgufFile
     config: Mapping[str, Any]
+    is_certain: bool = True
 
     def token_id(self, text: str) -> int:
         """Return the id of a special token.
@@ -240,6 +244,14 @@ def check_width(file: GgufFile, name: str, text: TextFile) -> None:
     )
 
 
+def check_enlarged(num_pixels: int, keys: str) -> None:
+    """Refuse settings by which any image, however small, becomes one of so many pixels."""
+    check(
+        num_pixels <= _MAX_PIXELS,
+        f"{keys} would enlarge every image to {num_pixels} pixels; at most {_MAX_PIXELS} are allowed",
+    )
+
+
 @dataclass(slots=True)
 class TowerNames:
     """Collects the tensors of a tower by the names of `transformers`.
@@ -307,6 +319,9 @@ def find_projector(file: GgufFile) -> Projector:
     metadata = file.metadata
     check(metadata.get("general.architecture") == "clip", "it is no file of a vision tower")
     kind = metadata.get("clip.projector_type", metadata.get("clip.vision.projector_type"))
+    if kind is None:
+        is_audio = "clip.audio.projector_type" in metadata
+        raise ModelLoadError("it is for sound only" if is_audio else "it has no clip.projector_type")
     found = all_projectors().get(str(kind))
     if found is None:
         known = ", ".join(sorted(all_projectors()))

@@ -32,8 +32,13 @@ if TYPE_CHECKING:  # it imports torch
     from tgi_asgi.models.generic.vision.processor import GivenProcessor
 
 
-def open_vision(text: GgufFile, path: Path) -> tuple[VisionModel, GgufVisionWeights]:
+def open_vision(
+    text: GgufFile, path: Path, *, is_certain: bool = True
+) -> tuple[VisionModel, GgufVisionWeights]:
     """Open a projector file for a text model; the weights close both files.
+
+    Args:
+        is_certain: As for `TextFile`.
 
     Raises:
         ModelLoadError: if it is damaged, of an unsupported kind, or of another model. It is closed then, and
@@ -51,7 +56,7 @@ def open_vision(text: GgufFile, path: Path) -> tuple[VisionModel, GgufVisionWeig
         config = read_text(text, projector.texts[name])
         reader = Reader.of_clip(file.metadata, frozenset(file.tensors))
         reader.ignore("has_vision_encoder", "has_llava_projector", "has_text_encoder", "projector_type")
-        model = projector.read(reader, file, TextFile(text, config))
+        model = projector.read(reader, file, TextFile(text, config, is_certain))
         reader.finish(*MEANINGFUL)
         module = text_module(text, model.decoder)
         texts = GgufModuleWeights(text, module, config["num_hidden_layers"], config["head_dim"])
@@ -68,6 +73,26 @@ class TowerWeights(GgufTensors):
         self._parts = parts
         self._infos = {name: [file.tensor(each) for each in part.stored] for name, part in parts.items()}
         self._unread = {name for part in parts.values() for name in part.stored}
+        for name, part in parts.items():
+            self._check_part(part, self._infos[name])
+
+    def _check_part(self, part: TowerPart, infos: list[GgufTensor]) -> None:
+        """Refuse tensors that cannot make up one, before `get`: then, the text model can still be served.
+
+        Raises:
+            ModelLoadError: if rows that follow each other are of several widths, or `make` gets more numbers
+                than it returns, or fewer.
+        """
+        for info in infos[1:]:
+            check_shape(info.name, info.shape[1:], infos[0].shape[1:])
+        if part.make is not None and part.shape is not None and infos:
+            found = sum(math.prod(info.shape) for info in infos)
+            wanted = math.prod(part.shape)
+            check(
+                found == wanted,
+                f"tensor {infos[0].name!r} must have {wanted // len(infos)} numbers, but has "
+                f"{found // len(infos)}",
+            )
 
     def __contains__(self, name: object) -> bool:
         return name in self._parts

@@ -13,6 +13,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError, NotInFamily, check
 from tgi_asgi.formats.config_file import read_config_file
 from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.formats.gguf_names import shares_name
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.formats.weight_files import Checkpoint
@@ -127,20 +128,27 @@ class OpenModel:
             return False
         from tgi_asgi.models.loading.gguf_vision import check_fits, open_vision, processor_of
 
+        is_certain = files.is_projector_named or shares_name(files.path.name, files.projector.name)
         try:
-            vision, weights = open_vision(file, files.projector)
+            vision, weights = open_vision(file, files.projector, is_certain=is_certain)
             try:
                 model = self._open_generic(None, vision.config, trusts_code=False)
                 check_fits(weights, model.shapes())
                 model.packed_tensors(weights)  # refuses tensors without a place
                 self._image_processor = model.image_processor(processor_of(vision, file.metadata))
-            except ModelLoadError:
+            except Exception:
                 weights.close_tower()
                 raise
         except ModelLoadError as error:
             if files.is_projector_named:
                 raise ModelLoadError(f"--mmproj {files.projector}: {error}") from error
             logger.warning("for text only, as %s cannot be used: %s", files.projector, error)
+            return False
+        except Exception as error:  # a damaged file may make the code of `transformers` raise anything
+            if files.is_projector_named:
+                raise
+            reason = f"{type(error).__name__}: {str(error)[:300]}"
+            logger.warning("for text only, as %s cannot be used: %s", files.projector, reason, exc_info=True)
             return False
         logger.info("images are read by %s", files.projector)
         self.weights, self._model = weights, model
@@ -242,6 +250,11 @@ class OpenModel:
         """Whether the code of `transformers` computes the model."""
         return self.kind != "native"
 
+    @property
+    def uses_projector(self) -> bool:
+        """Whether a GGUF model accepts images, by a second file that `--mmproj none` leaves out."""
+        return self._image_processor is not None
+
     def may_become_native(self, max_positions: int, has_kernels: Callable[[ModelConfig], bool]) -> bool:
         """Return whether a module has the common shape, so that `load` may make a native model of it."""
         if self._model.kind != "generic":
@@ -270,7 +283,8 @@ class OpenModel:
                 return self._model.load(_named(weights), arithmetic, max_positions)
             model = self._model.load(weights, arithmetic, max_positions)
         except ValueError as error:  # packing refuses values that no header shows
-            raise ModelLoadError(f"a weight of the model cannot be used: {error}") from error
+            alone = "; --mmproj none serves it for text only" if self.uses_projector else ""
+            raise ModelLoadError(f"a weight of the model cannot be used: {error}{alone}") from error
         refuse_unread(weights.unread(), self._unused(self._model))
         return model
 
@@ -282,7 +296,7 @@ class OpenModel:
         """
         config = self.config
         if not isinstance(self._model, _Native) or not isinstance(config, ModelConfig):
-            alone = "" if self._image_processor is None else ", or add --mmproj none"
+            alone = ", or add --mmproj none" if self.uses_projector else ""
             raise ModelLoadError(
                 f"--num-shard {count}: {config.architecture} is computed by transformers' code, which is not "
                 f"split: leave --num-shard out{alone}"

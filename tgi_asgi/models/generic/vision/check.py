@@ -23,17 +23,20 @@ from tgi_asgi.types import Image
 if TYPE_CHECKING:
     from tgi_asgi.models.generic.model import GenericModel
 
-# Classes that tests compare with `transformers` (tests/support/vision_table.py).
+# Classes that tests compare with `transformers` (tests/support/vision_table.py, gguf_vision.py).
 TESTED_CLASSES = frozenset(
     f"{stem}ForConditionalGeneration"
     for stem in (
         "AyaVision", "Cohere2Vision", "DeepseekVL", "Gemma3", "Gemma4", "Glm4v", "Granite4Vision",
         "HunYuanVL", "Idefics2", "Idefics3", "InternVL", "Lfm2Vl", "Llama4", "Llava", "LlavaNext",
         "LlavaOnevision", "MiniCPMV4_6", "MiniCPMV4_7", "Mistral3", "Mllama", "Ovis2", "PaliGemma",
-        "QianfanOCR", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5", "SmolVLM",
+        "QianfanOCR", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe",
+        "Qwen3_5", "SmolVLM",
     )
 )  # fmt: skip
 _SIZE = (48, 32)
+_WITHOUT_FILES = "Remove preprocessor_config.json and processor_config.json to serve it for text only"
+_WITHOUT_PROJECTOR = "Add --mmproj none to serve it for text only"
 
 
 def check_processor(processor: VisionProcessor, architecture: str) -> None:
@@ -47,7 +50,7 @@ def check_processor(processor: VisionProcessor, architecture: str) -> None:
     try:
         processor.process([_picture()])
     except Exception as error:  # code for another kind of processor may raise anything
-        raise _refused(architecture, error) from error
+        raise _refused(architecture, processor, error) from error
 
 
 def check_images(model: GenericModel, processor: VisionProcessor) -> None:
@@ -64,21 +67,21 @@ def check_images(model: GenericModel, processor: VisionProcessor) -> None:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the model's code may raise anything
-        raise _refused(name, error) from error
+        raise _refused(name, processor, error) from error
     if not worst <= LARGEST:
         raise ModelLoadError(
             f"{name} fails its image self-check against its own code: logits differ by {worst:.2g} of "
-            f"the largest; {LARGEST} is allowed. Remove preprocessor_config.json and "
-            "processor_config.json to serve it for text only"
+            f"the largest; {LARGEST} is allowed. {_advice(processor)}"
         )
 
 
-def _refused(architecture: str, error: Exception) -> ModelLoadError:
+def _advice(processor: VisionProcessor) -> str:
+    return _WITHOUT_PROJECTOR if processor.is_gguf else _WITHOUT_FILES
+
+
+def _refused(architecture: str, processor: VisionProcessor, error: Exception) -> ModelLoadError:
     reason = f"{type(error).__name__}: {str(error).strip()[:300]}".removesuffix(": ")
-    return ModelLoadError(
-        f"{architecture} cannot process images here ({reason}). Remove preprocessor_config.json and "
-        "processor_config.json to serve it for text only"
-    )
+    return ModelLoadError(f"{architecture} cannot process images here ({reason}). {_advice(processor)}")
 
 
 def _picture() -> Image:

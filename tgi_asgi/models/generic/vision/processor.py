@@ -56,6 +56,7 @@ class VisionProcessor:
     Attributes:
         encoded_bytes: Bytes of an encoded image, if a request keeps it until it ends.
         chat_text: See `types.ImageProcessor`.
+        is_gguf: Whether it stands for a GGUF model's, whose projector `--mmproj none` leaves out.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class VisionProcessor:
         self._processor, self._token_id, self._input_names = processor, token_id, input_names
         self._needs_gap, self._is_seen_by_all = needs_gap, is_seen_by_all
         self._fence: str = processor.fake_image_token if _has(processor, _WITH_FENCES) else ""
-        self.encoded_bytes, self.chat_text = 0, ""
+        self.encoded_bytes, self.chat_text, self.is_gguf = 0, "", False
         self._token: str = processor.tokenizer.convert_ids_to_tokens(token_id)
         self._options, self.adds_special_tokens = _image_options(processor)
         self._is_together = _has(processor, _TOGETHER)
@@ -167,7 +168,8 @@ def load_processor(
             _build(source, config), token_id, input_names, needs_gap=needs_gap,
             is_seen_by_all=is_seen_by_all,
         )  # fmt: skip
-        made.chat_text = "" if isinstance(source, Path) else source.chat_text or made.placeholder
+        if isinstance(source, GivenProcessor):
+            made.chat_text, made.is_gguf = source.chat_text or made.placeholder, True
         return made
     except Exception as error:  # a file can make a `transformers` class raise anything
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
