@@ -28,7 +28,7 @@ def test_no_chunk_is_shorter_than_what_a_gpu_computes_in_the_time_of_a_token() -
 
 
 @pytest.mark.parametrize(
-    ("token_s", "prompt_len", "least", "most"),
+    ("token_s", "num_left", "least", "most"),
     [
         (0.0001, 500, 4096, 4096),
         (0.0001, 99_000, 3700, 4096),
@@ -39,14 +39,14 @@ def test_no_chunk_is_shorter_than_what_a_gpu_computes_in_the_time_of_a_token() -
     ],
 )
 def test_steps_alone_are_shorter_if_the_next_prompt_does_not_fit(
-    token_s: float, prompt_len: int, least: int, most: int
+    token_s: float, num_left: int, least: int, most: int
 ) -> None:
     """What arrives waits for one of them: with 4,096 tokens of 20 ms, for over a minute."""
     budget = make_budget()
     for _ in range(40):
-        tokens = budget.tokens(0, prompt_len)
+        tokens = budget.tokens(0, num_left)
         budget.observe(0, tokens, 0.01 + tokens * token_s)
-    assert least <= budget.tokens(0, prompt_len) <= most and budget.tokens(0, prompt_len) % 16 == 0
+    assert least <= budget.tokens(0, num_left) <= most and budget.tokens(0, num_left) % 16 == 0
 
 
 def test_parts_of_long_prompts_stay_short() -> None:
@@ -55,7 +55,7 @@ def test_parts_of_long_prompts_stay_short() -> None:
     for num_tokens in (3000, 6500, 6500):
         at = 0
         while at < num_tokens:
-            tokens = min(budget.tokens(0, num_tokens), num_tokens - at)
+            tokens = min(budget.tokens(0, num_tokens - at), num_tokens - at)
             duration_s = 0.012 + tokens * (0.0012 + (at + tokens / 2) * 2.2e-7)
             budget.observe(0, tokens, duration_s)
             at += tokens

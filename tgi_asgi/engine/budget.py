@@ -61,23 +61,23 @@ class TokenBudget:
         self._num_due = 1  # steps of this size to average before learning
         self._num_steps = 0
 
-    def tokens(self, num_decode_rows: int, prompt_len: int, waited_s: float = 0.0) -> int:
+    def tokens(self, num_decode_rows: int, num_left: int, waited_s: float = 0.0) -> int:
         """Return how many prompt tokens the next step may compute: whole blocks, or the maximum.
 
         Never zero, so that prompts always advance.
 
         Args:
-            prompt_len: How many tokens the next prompt has, computed ones included.
+            num_left: How many tokens of the next prompt are not computed.
             waited_s: How long the next prompt has waited.
         """
-        return min(self._wanted(num_decode_rows, prompt_len, waited_s), self._limit)
+        return min(self._wanted(num_decode_rows, num_left, waited_s), self._limit)
 
-    def _wanted(self, num_decode_rows: int, prompt_len: int, waited_s: float) -> int:
+    def _wanted(self, num_decode_rows: int, num_left: int, waited_s: float) -> int:
         token_s = self._time.token_s
         if token_s is None:
             return min(max(_UNKNOWN_COST_TOKENS, self._min_tokens), self._max_tokens)
         if num_decode_rows == 0:
-            spare_s = _WHOLE_S if prompt_len * token_s <= _WHOLE_S else _PART_S
+            spare_s = _WHOLE_S if num_left * token_s <= _WHOLE_S else _PART_S
             least = max(_ALONE_TOKENS, self._min_tokens)
         else:
             spare_s, least = self.spare_s(num_decode_rows, waited_s), self._min_tokens

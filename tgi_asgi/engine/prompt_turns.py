@@ -12,10 +12,6 @@ A prompt that overtakes is at most a quarter as long as what is left of those th
 be computed at once. The half-computed prompts of a tenant, which hold blocks, thus stay few: those behind the
 first one need a third of its blocks together. Only more urgent prompts add to them.
 
-A prompt that ends in a step has its first token when the step ends. If a stream begins with that token, the
-prompts after it that do not end in the step share what they would have beside the stream. They have no less
-than all before them, so that short ones do not stop them.
-
 Called only by the scheduler; knows neither torch nor asyncio.
 """
 
@@ -72,7 +68,6 @@ class PromptTurns:
 
     Args:
         budget: Number of prompt tokens in the step.
-        beside_stream: What the budget would be beside one more stream.
         prefilling: The sequences in prefill, most urgent first.
 
     Attributes:
@@ -80,14 +75,13 @@ class PromptTurns:
     """
 
     __slots__ = (
-        "_adapters", "_begins_stream", "_beside_stream", "_continuing", "_left_of_parts", "_lines",
-        "_lookups_left", "_next", "_num_planned", "_prefilling", "_shares", "_tables", "_waiting", "left",
+        "_adapters", "_continuing", "_lines", "_lookups_left", "_next", "_prefilling", "_shares",
+        "_tables", "_waiting", "left",
     )  # fmt: skip
 
     def __init__(
         self,
         budget: int,
-        beside_stream: int,
         prefilling: list[Sequence],
         waiting: WaitingQueue,
         tables: BlockTables,
@@ -95,10 +89,6 @@ class PromptTurns:
         history: ClaimHistory,
     ) -> None:
         self.left = budget
-        self._beside_stream = beside_stream
-        self._begins_stream = False
-        self._num_planned = 0
-        self._left_of_parts: int | None = None  # for prompts that do not end, once a stream begins
         self._waiting, self._tables, self._adapters = waiting, tables, adapters
         self._lookups_left = _MAX_LOOKUPS
         self._lines: dict[str | None, list[Sequence]] = {}  # by tenant: who may overtake, most urgent last
@@ -209,7 +199,7 @@ class PromptTurns:
 
     def start(self, sequence: Sequence, count: int) -> None:
         """Note that a sequence has started with `count` tokens."""
-        self._spend(sequence, self._claim_of_new(sequence), count)
+        self._spend(self._claim_of_new(sequence), count)
         if sequence.num_left:
             insort(self._prefilling.setdefault(sequence.tenant, []), sequence, key=_urgency)
 
@@ -222,26 +212,11 @@ class PromptTurns:
         for index, (claim, sequence) in enumerate(self._continuing):
             later = {each for each, _ in self._continuing[index + 1 :] if each not in (None, claim)}
             limit = self.left - sum(share for each, share in self._shares.items() if each in later)
-            limit = self.limited(sequence, limit)
             if limit > 0:
-                self._spend(sequence, claim, plan_chunk(sequence, limit))
+                self._spend(claim, plan_chunk(sequence, limit))
 
-    def limited(self, sequence: Sequence, limit: int) -> int:
-        """Return `limit`, or less if a stream begins with this step and the sequence would not end in it."""
-        if not self._begins_stream or sequence.num_left <= limit:
-            return limit
-        if self._left_of_parts is None:
-            planned = self._num_planned
-            self._left_of_parts = max(self._beside_stream - planned, planned, self._tables.block_size)
-        return min(limit, self._left_of_parts)
-
-    def _spend(self, sequence: Sequence, claim: Claim | None, count: int) -> None:
+    def _spend(self, claim: Claim | None, count: int) -> None:
         self.left -= count
-        self._num_planned += count
-        if count and not sequence.num_left:
-            self._begins_stream |= sequence.will_decode
-        elif self._left_of_parts is not None:
-            self._left_of_parts = max(self._left_of_parts - count, 0)
         if claim is not None and claim in self._shares:
             self._shares[claim] = max(self._shares[claim] - count, 0)
 

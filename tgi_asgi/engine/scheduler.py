@@ -145,16 +145,14 @@ class Scheduler:
         prefilling = self._plan_decodes(step)
         step.num_decode_rows = step.num_generated_rows = len(step.sequences)
         following = prefilling[0] if prefilling else self._waiting.first(self._running.num_of_tenant)
-        budget, beside_stream, waited_s = 0, 0, 0.0
+        budget, waited_s = 0, 0.0
         if following is not None:
             waited_s = now - following.arrival_s
-            num_rows, prompt_len = step.num_decode_rows, len(following.token_ids)
-            beside_stream = self._budget.tokens(num_rows + 1, prompt_len, waited_s)
-            budget = self._budget.tokens(num_rows, prompt_len, waited_s)
-            budget = min(budget, self.traits.max_step_tokens - num_rows)
+            budget = self._budget.tokens(step.num_decode_rows, following.num_left, waited_s)
+            budget = min(budget, self.traits.max_step_tokens - step.num_decode_rows)
             if self._has_vision and step.num_decode_rows and any(map(awaits_image, prefilling)):
                 budget = max(budget // 2, self.block_size)
-        self._plan_prompts(step, prefilling, budget, beside_stream)
+        self._plan_prompts(step, prefilling, budget)
         if step.pending_images:
             left = 1.0 - step.num_prefill_tokens / max(budget, step.num_prefill_tokens, 1)
             spare_s = left * self._budget.spare_s(step.num_decode_rows, waited_s)
@@ -236,25 +234,23 @@ class Scheduler:
             sequence.reset_to(Stage.WAITING)
             self._waiting.push(sequence)
 
-    def _plan_prompts(self, step: Step, prefilling: list[Sequence], budget: int, beside_stream: int) -> None:
+    def _plan_prompts(self, step: Step, prefilling: list[Sequence], budget: int) -> None:
         """Add rows for prompts in prefill and for new ones, as long as tokens, slots and blocks last."""
         may_admit = self._may_admit(step)
         if self._may_interleave(prefilling):
             turns = PromptTurns(
-                budget, beside_stream, prefilling, self._waiting, self.tables, self._running.adapters,
-                self._claims,
-            )  # fmt: skip
+                budget, prefilling, self._waiting, self.tables, self._running.adapters, self._claims
+            )
             if may_admit:
                 self._admit_ahead(step, turns)
             turns.go_on(partial(self._plan_chunk, step))
             budget = turns.left
         else:
-            turns = None
             for sequence in prefilling:
                 if budget > 0:
                     budget -= self._plan_chunk(step, sequence, budget)
         if may_admit:
-            self._admit(step, budget, turns)
+            self._admit(step, budget)
 
     def _may_interleave(self, prefilling: list[Sequence]) -> bool:
         """Return whether other prompts may take tokens before those in prefill do.
@@ -367,14 +363,13 @@ class Scheduler:
             sequence = self._waiting.first(running.num_of_tenant, turns.candidate)
             if sequence is None:
                 return
-            limit = turns.limited(sequence, turns.limit(sequence))
-            count = None if limit < self.block_size else self._start(step, sequence, limit)
+            count = self._start(step, sequence, turns.limit(sequence))
             if count is None:
                 return
             if sequence.stage is Stage.RUNNING:
                 turns.start(sequence, count)
 
-    def _admit(self, step: Step, budget: int, turns: PromptTurns | None) -> None:
+    def _admit(self, step: Step, budget: int) -> None:
         """Start waiting sequences, strictly in turn, while tokens, slots and blocks last.
 
         If fewer tokens than a block remain, no sequence starts: one that started without computing anything
@@ -383,11 +378,8 @@ class Scheduler:
         running, size = self._running, self.block_size
         while running.free_slots and (budget >= size or (budget > 0 and not step.num_prefill_tokens)):
             sequence = self._waiting.first(running.num_of_tenant)
-            if sequence is None:
-                return
-            limit = budget if turns is None else turns.limited(sequence, budget)
-            count = None if limit < min(size, budget) else self._start(step, sequence, limit)
-            if count is None or limit < budget:
+            count = None if sequence is None else self._start(step, sequence, budget)
+            if count is None:
                 return
             budget -= count
 
