@@ -116,8 +116,11 @@ def _made_at(folder: Path) -> Iterator[Path]:
         partial = Path(scratch) / "made"
         partial.mkdir()
         yield partial
-        if not folder.exists():
+        try:
             partial.rename(folder)
+        except OSError:  # a folder that has files is not replaced
+            if not folder.exists():
+                raise
 
 
 def convert(model: Path, kinds: tuple[str, ...], folder: Path) -> None:

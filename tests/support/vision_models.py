@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import pytest
 import tokenizers
 import torch
 import transformers
@@ -50,6 +51,15 @@ class Prompt:
     ids: list[int]
     images: tuple[ImageInput, ...]
     pictures: tuple[PIL.Image.Image, ...]
+
+
+def require_processor(name: str) -> None:
+    """Skip the test if the installed `transformers` cannot make the family's processor."""
+    if name.startswith("gemma4"):
+        reason = "in this version of transformers Gemma 4's processor needs torchvision"
+        pytest.importorskip(
+            "transformers.models.gemma4.processing_gemma4", reason=reason, exc_type=ImportError
+        )
 
 
 def picture(width: int, height: int, seed: int = 0) -> PIL.Image.Image:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import architectures, gguf_vision
+from tests.support import architectures, gguf_vision, vision_models
 from tests.support.gguf_vision import Made
 from tgi_asgi import ops
 from tgi_asgi.models.generic.common import CommonDecoder
@@ -36,11 +36,7 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     made: dict[str, Made] = {}
 
     def model(name: str) -> Made:
-        if name.startswith("gemma4"):
-            reason = "in this version of transformers Gemma 4's processor needs torchvision"
-            pytest.importorskip(
-                "transformers.models.gemma4.processing_gemma4", reason=reason, exc_type=ImportError
-            )
+        vision_models.require_processor(name)
         if name not in made:
             made[name] = gguf_vision.make(name, tmp_path_factory.mktemp(name))
         return made[name]

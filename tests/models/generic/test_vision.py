@@ -61,11 +61,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
-        if name.startswith("gemma4"):
-            reason = "in this version of transformers Gemma 4's processor needs torchvision"
-            pytest.importorskip(
-                "transformers.models.gemma4.processing_gemma4", reason=reason, exc_type=ImportError
-            )
+        vision.require_processor(name)
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
             vision.make(name, made[name])

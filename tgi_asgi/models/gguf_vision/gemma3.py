@@ -10,6 +10,7 @@ from tgi_asgi.models.gguf_vision.projector import (
     TowerNames,
     VisionModel,
     check_stored,
+    check_width,
     read_sizes,
 )
 from tgi_asgi.models.gguf_vision.siglip import SIGLIP_LAYERS
@@ -32,13 +33,8 @@ def read_gemma3(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
     check(0 < scale <= sizes.side, f"projector.scale_factor must be in 1..{sizes.side}, got {scale}")
     check(sizes.side % scale == 0, f"{sizes.side} patches cannot be averaged by {scale}")
     check_stored(file, "v.position_embd.weight", (sizes.side**2, sizes.width))
-    width = file.tensor(_MATRIX).shape[-1]
-    wanted = text.config["hidden_size"]
-    check(
-        width == wanted,
-        f"it belongs to another model: it gives rows of {width} numbers, the text model's have {wanted}",
-    )
-    check_stored(file, _MATRIX, (sizes.width, width))
+    check_width(file, _MATRIX, text, axis=-1)
+    check_stored(file, _MATRIX, (sizes.width, text.config["hidden_size"]))
     check_stored(file, _NORM, (sizes.width,))
     reader.ignore("projection_dim")
     names = TowerNames(file, sizes)

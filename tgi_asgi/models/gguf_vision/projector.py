@@ -235,9 +235,9 @@ def check_stored(file: GgufFile, name: str, shape: Sequence[int]) -> None:
     )
 
 
-def check_width(file: GgufFile, name: str, text: TextFile) -> None:
-    """Refuse a projector whose rows, those of this matrix or vector, are not as wide as embeddings."""
-    found, wanted = file.tensor(name).shape[0], text.config["hidden_size"]
+def check_width(file: GgufFile, name: str, text: TextFile, *, axis: int = 0) -> None:
+    """Refuse a projector whose outputs, on this axis of a tensor, are not as wide as embeddings."""
+    found, wanted = file.tensor(name).shape[axis], text.config["hidden_size"]
     check(
         found == wanted,
         f"it belongs to another model: it gives rows of {found} numbers, the text model's have {wanted}",
