@@ -21,6 +21,7 @@ from tgi_asgi.engine.policy import SchedulingPolicy
 from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence as EngineSequence
+from tgi_asgi.engine.step_time import StepSize
 from tgi_asgi.errors import TgiError
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult
@@ -106,7 +107,7 @@ def scheduler_us(num_sequences: int, num_steps: int, prompt_len: int) -> float:
         request = make_request(index, prompt_len, num_steps + 3)
         chain = HashChain(root_digest(None, None), BLOCK_SIZE)
         scheduler.add([EngineSequence(request, 0, arrival_s=0.0, number=index, chain=chain)])
-    budget.observe(0, 1, 0.0)
+    budget.observe(StepSize(0, 1), 0.0)
     ahead = scheduler.plan()
     spent_s = 0.0
     for _ in range(num_steps):
@@ -142,7 +143,7 @@ def blocked_us(prompt_len: int = 128_000, num_steps: int = 50) -> float:
     num_blocks = prompt_len // BLOCK_SIZE + 100
     budget = TokenBudget(max_tokens=1 << 20, block_size=BLOCK_SIZE, target_s=1e9)
     scheduler = Scheduler(make_traits(num_blocks, 2), SchedulingPolicy(), budget, EngineStats())
-    budget.observe(0, 1, 1e-6)
+    budget.observe(StepSize(0, 1), 1e-6)
     for number in range(2):  # the second prompt begins like the first and is 200 blocks longer
         request = make_request(0, prompt_len + number * 200 * BLOCK_SIZE, num_steps + 2)
         chain = HashChain(root_digest(None, None), BLOCK_SIZE)

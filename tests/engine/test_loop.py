@@ -10,6 +10,7 @@ from tests.engine.conftest import MakeEngine
 from tests.engine.helpers import collect, make_request, submit
 from tests.support.fake_runner import FakeRunner
 from tests.support.waiting import until
+from tgi_asgi.engine.step_time import StepSize
 
 
 @pytest.mark.parametrize(("step_s", "num_before"), [(1.0, 1), (0.1, 2)])
@@ -19,7 +20,7 @@ async def test_what_arrives_waits_for_one_long_step_of_a_prompt_at_most(
     """A second one is queued behind it only if such steps are short."""
     runner = FakeRunner(num_blocks=400, is_manual=True)
     engine = make_engine(runner, max_batch_prefill_tokens=512)
-    engine._loop._budget.observe(0, 512, step_s)
+    engine._loop._budget.observe(StepSize(0, 512), step_s)
     long = submit(engine, make_request(3000, max_tokens=1))
     await until(lambda: runner.num_in_flight == num_before)
     short = submit(engine, make_request(b"short", max_tokens=1))
@@ -42,7 +43,7 @@ async def test_streams_have_their_next_step_queued_beside_a_long_prompt(make_eng
     engine = make_engine(runner, max_batch_prefill_tokens=512)
     stream = submit(engine, make_request(16, max_tokens=40))
     await until(lambda: runner.num_in_flight == 2)
-    engine._loop._budget.observe(1, 512, 1.0)
+    engine._loop._budget.observe(StepSize(1, 512), 1.0)
     long = submit(engine, make_request(3000, max_tokens=1))
     for _ in range(4):
         runner.run_next()

@@ -69,6 +69,71 @@ def test_a_short_prompt_overtakes_a_long_one_that_gets_the_rest() -> None:
     served.end()
 
 
+class _LongAlone:
+    """A budget of 512 tokens while nothing decodes, else of 64."""
+
+    def tokens(self, num_decode_rows: int, prompt_len: int, num_before: float, waited_s: float) -> int:
+        return 64 if num_decode_rows else 512
+
+
+def test_what_ends_in_a_step_does_not_wait_for_much_of_others() -> None:
+    served = _Served()
+    served.scheduler._budget = _LongAlone()  # type: ignore[assignment]
+    long = served.add(2000)
+    assert served.step() == {long: 512}
+    short = served.add(20, max_tokens=2)
+    assert served.step() == {short: 20, long: 32}  # of 64, whole blocks
+    assert served.step() == {short: 1, long: 64}
+    assert served.step() == {long: 512}
+    shorts = [served.add(48, max_tokens=2) for _ in range(4)]
+    assert served.step() == {**dict.fromkeys(shorts, 48), long: 192}  # as many as those before it
+    served.end()
+
+
+def test_prompts_that_begin_no_stream_hold_up_nobody() -> None:
+    """Embeddings, rankings: what counts is how soon all of them are computed."""
+    served = _Served()
+    served.scheduler._budget = _LongAlone()  # type: ignore[assignment]
+    long = served.add(2000)
+    served.step()
+    short = served.add(20)
+    assert served.step() == {short: 20, long: 480}
+    served.end()
+
+
+def test_what_ends_in_the_same_step_is_not_held_back() -> None:
+    served = _Served(num_blocks=400)
+    served.scheduler._budget = _LongAlone()  # type: ignore[assignment]
+    first = served.add(530, max_tokens=2)
+    assert served.step() == {first: 512}
+    others = [served.add(150, max_tokens=2) for _ in range(4)]
+    step = served.step()
+    assert step == {first: 18, **dict.fromkeys(others[:3], 150), others[3]: 32}
+    served.end()
+
+
+def test_those_that_do_not_end_share_what_is_left_beside_a_stream() -> None:
+    served = _Served(num_blocks=600)
+    served.scheduler._budget = _LongAlone()  # type: ignore[assignment]
+    long = [served.add(2000, tenant) for tenant in "abc"]
+    for _ in range(2):
+        served.step()
+    short = served.add(16, "d", max_tokens=2)
+    step = served.step()
+    assert step.pop(short) == 16
+    assert set(step) <= set(long) and sum(step.values()) == 48
+    served.end()
+
+
+def test_a_long_prompt_that_ends_holds_up_no_other() -> None:
+    served = _Served()
+    served.scheduler._budget = _LongAlone()  # type: ignore[assignment]
+    first, second = served.add(530, max_tokens=2), served.add(2000)
+    assert served.step() == {first: 512}
+    assert served.step() == {first: 18, second: 32}
+    served.end()
+
+
 def test_a_prompt_that_overtakes_may_take_several_steps_of_half_the_tokens() -> None:
     served = _Served()
     long = served.add(2000)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tgi_asgi.engine.step_time import StepTime
+from tgi_asgi.engine.step_time import StepSize, StepTime
 
 _UNKNOWN_COST_TOKENS = 128  # size of the first prompt chunk, whose duration reveals the cost of a token
 _PATIENCE_S = 1.0  # wait after which the second value of each pair below holds; interpolated before
@@ -41,6 +41,7 @@ class TokenBudget:
         "_min_tokens",
         "_num_due",
         "_num_pending_drafts",
+        "_num_pending_pairs",
         "_num_steps",
         "_pending_s",
         "_size",
@@ -55,40 +56,43 @@ class TokenBudget:
         self._block_size = block_size
         self._target_s = target_s
         self._time = StepTime()
-        self._size = (0, 0)  # of the last step: decode rows, prompt tokens
+        self._size = (0.0, 0.0)  # of the last step: decode rows, prompt tokens
         self._pending_s: list[float] = []  # durations of steps of that size that are not learnt from yet
         self._num_pending_drafts = 0
+        self._num_pending_pairs = 0.0
         self._num_due = 1  # steps of this size to average before learning
         self._num_steps = 0
 
-    def tokens(self, num_decode_rows: int, num_left: int, waited_s: float = 0.0) -> int:
+    def tokens(
+        self, num_decode_rows: int, prompt_len: int, num_before: float = 0, waited_s: float = 0.0
+    ) -> int:
         """Return how many prompt tokens the next step may compute: whole blocks, or the maximum.
 
         Never zero, so that prompts always advance.
 
         Args:
-            num_left: How many tokens of the next prompt are not computed.
+            prompt_len: How many tokens the next prompt has.
+            num_before: How many tokens before its next one that token reads.
             waited_s: How long the next prompt has waited.
         """
-        return min(self._wanted(num_decode_rows, num_left, waited_s), self._limit)
+        return min(self._wanted(num_decode_rows, prompt_len, num_before, waited_s), self._limit)
 
-    def _wanted(self, num_decode_rows: int, num_left: int, waited_s: float) -> int:
-        token_s = self._time.token_s
-        if token_s is None:
+    def _wanted(self, num_decode_rows: int, prompt_len: int, num_before: float, waited_s: float) -> int:
+        if not self._time.knows_prompts:
             return min(max(_UNKNOWN_COST_TOKENS, self._min_tokens), self._max_tokens)
         if num_decode_rows == 0:
-            spare_s = _WHOLE_S if num_left * token_s <= _WHOLE_S else _PART_S
+            spare_s = _WHOLE_S if self._time.prompt_s(prompt_len, 0) <= _WHOLE_S else _PART_S
             least = max(_ALONE_TOKENS, self._min_tokens)
         else:
             spare_s, least = self.spare_s(num_decode_rows, waited_s), self._min_tokens
-        if token_s * self._max_tokens <= spare_s:
+        if self._time.prompt_s(self._max_tokens, num_before) <= spare_s:
             return self._max_tokens
-        tokens = int(spare_s / token_s)
+        tokens = int(self._time.prompt_tokens(spare_s, num_before))
         return min(max(tokens - tokens % self._block_size, least), self._max_tokens)
 
     def spare_s(self, num_decode_rows: int, waited_s: float = 0.0) -> float:
         """Return how long the next step may take in addition to its decoding."""
-        decode_s = self._time.predict_s(num_decode_rows, 0)
+        decode_s = self._time.predict_s(StepSize(num_decode_rows, 0))
         patience = min(max(waited_s, 0.0) / _PATIENCE_S, 1.0)
         share, stretch = (first + patience * (last - first) for first, last in (_SHARE, _STRETCH))
         return max(self._target_s * stretch - decode_s, decode_s * share)
@@ -100,42 +104,48 @@ class TokenBudget:
         If a few delayed steps made rows look expensive, no row would get drafts and no step could show that
         they are cheap. A few steps now and then therefore assume that rows are cheap, and correct the model.
         """
-        whole = self._time.predict_s(1, 0)
-        row = whole - self._time.predict_s(0, 0)
+        whole = self._time.predict_s(StepSize(1, 0))
+        row = whole - self._time.predict_s(StepSize(0, 0))
         if self._num_steps % _PROBE_EVERY < _AVERAGED_STEPS:
             row = min(row, _PROBED_SHARE * whole)
         return whole - row, row
 
-    def observe(
-        self, num_decode_rows: int, num_prefill_tokens: int, duration_s: float, *, num_drafts: int = 0
-    ) -> None:
+    def observe(self, size: StepSize, duration_s: float, *, num_drafts: int = 0) -> None:
         """Learn from a step that took `duration_s`: at once if it is long or its size new, else every eighth.
 
-        A draft costs as much as a row. A different number of drafts does not count as a new size, because it
-        changes with every step.
+        A draft costs as much as a row. Other numbers of drafts, or of pairs, do not count as a new size,
+        because they change with every step.
+
+        Args:
+            size: Of the step, without its drafts.
         """
         self._num_steps += 1
-        size = (num_decode_rows, num_prefill_tokens)
-        if size != self._size:
-            self._size, self._num_due = size, 1
-            self._pending_s.clear()
-            self._num_pending_drafts = 0
+        if size[:2] != self._size:
+            self._size = size[:2]
+            self._start_average(1)
         self._pending_s.append(duration_s)
         self._num_pending_drafts += num_drafts
+        self._num_pending_pairs += size.num_pairs
         count = len(self._pending_s)
         if count >= self._num_due:
-            num_rows = num_decode_rows + self._num_pending_drafts / count
-            self._time.observe(num_rows, num_prefill_tokens, sum(self._pending_s) / count)
-            self._pending_s.clear()
-            self._num_pending_drafts = 0
-            self._num_due = 1 if duration_s > _TELLING_S else _AVERAGED_STEPS
-        if num_prefill_tokens:
+            num_rows = size.num_rows + self._num_pending_drafts / count
+            mean = StepSize(num_rows, size.num_tokens, self._num_pending_pairs / count)
+            self._time.observe(mean, sum(self._pending_s) / count)
+            self._start_average(1 if duration_s > _TELLING_S else _AVERAGED_STEPS)
+        if size.num_tokens:
             self._limit = min(self._limit + self._block_size, self._max_tokens)
 
     def shrink(self, num_prefill_tokens: int) -> None:
         """Limit steps to half as many prompt tokens after one ran out of memory; the limit grows again."""
         self._limit = max(min(self._limit, num_prefill_tokens // 2), self._block_size)
 
-    def predict_s(self, num_decode_rows: int, num_prefill_tokens: int) -> float:
+    def _start_average(self, num_steps: int) -> None:
+        """Learn next from the average of `num_steps` steps of the present size."""
+        self._num_due = num_steps
+        self._pending_s.clear()
+        self._num_pending_drafts = 0
+        self._num_pending_pairs = 0.0
+
+    def predict_s(self, size: StepSize) -> float:
         """Return how long a step is expected to take; 0 while nothing is known."""
-        return self._time.predict_s(num_decode_rows, num_prefill_tokens)
+        return self._time.predict_s(size)

@@ -214,11 +214,11 @@ class ServingLoop:
         step = self.pipeline.newest
         if step is None or step.num_decode_rows:
             return False
-        return self._budget.predict_s(0, step.num_prefill_tokens) > _LONG_STEP_S
+        return self._budget.predict_s(step.size) > _LONG_STEP_S
 
     def submit(self, step: Step) -> Flight:
         """Submit a step, with a limit on its duration, and note when its requests first ran."""
-        predicted_s = self._budget.predict_s(step.num_decode_rows, step.num_prefill_tokens)
+        predicted_s = self._budget.predict_s(step.size)
         flight = self.pipeline.submit(step, max(self._step_timeout_s, _LIMIT_FACTOR * predicted_s))
         encoding = [each.sequence for each in step.pending_images]
         for sequence in (*step.sequences[step.num_decode_rows :], *encoding):
@@ -236,9 +236,7 @@ class ServingLoop:
         step, result = flight.step, flight.future.result()
         duration_s = flight.done_s - flight.begun_s - result.image_s
         if step.sequences:
-            self._budget.observe(
-                step.num_decode_rows, step.num_prefill_tokens, duration_s, num_drafts=result.num_drafts
-            )
+            self._budget.observe(step.size, duration_s, num_drafts=result.num_drafts)
             self._stats.step_s["prefill" if step.num_prefill_tokens else "decode"].observe(duration_s)
         live = self.scheduler.apply(step, result)
         # A live decode row got its last token from the step before.

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import NamedTuple
 
+from tgi_asgi.engine.allowance import Allowance
 from tgi_asgi.engine.running_adapters import RunningAdapters
 from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.tables import BlockTables
@@ -67,28 +68,25 @@ class PromptTurns:
     """The turns of the prompts in one step: first those that start ahead of others, then those in prefill.
 
     Args:
-        budget: Number of prompt tokens in the step.
+        allowance: The step's prompt tokens.
         prefilling: The sequences in prefill, most urgent first.
-
-    Attributes:
-        left: Number of tokens that are left of the budget.
     """
 
     __slots__ = (
-        "_adapters", "_continuing", "_lines", "_lookups_left", "_next", "_prefilling", "_shares",
-        "_tables", "_waiting", "left",
+        "_adapters", "_allowance", "_continuing", "_lines", "_lookups_left", "_next", "_prefilling",
+        "_shares", "_tables", "_waiting",
     )  # fmt: skip
 
     def __init__(
         self,
-        budget: int,
+        allowance: Allowance,
         prefilling: list[Sequence],
         waiting: WaitingQueue,
         tables: BlockTables,
         adapters: RunningAdapters,
         history: ClaimHistory,
     ) -> None:
-        self.left = budget
+        self._allowance = allowance
         self._waiting, self._tables, self._adapters = waiting, tables, adapters
         self._lookups_left = _MAX_LOOKUPS
         self._lines: dict[str | None, list[Sequence]] = {}  # by tenant: who may overtake, most urgent last
@@ -123,8 +121,8 @@ class PromptTurns:
         for tenant, prefilling in self._prefilling.items():
             if len(prefilling) > 1 or tenant in waiting:
                 claims.append(Claim(tenant, True))
-        claims = history.choose(claims, max(self.left // size, 1))
-        part = self.left // len({claim.tenant for claim in claims})
+        claims = history.choose(claims, max(self._allowance.left // size, 1))
+        part = self._allowance.left // len({claim.tenant for claim in claims})
         shares: dict[Claim, int] = {}
         for claim in sorted(claims, key=lambda claim: not claim.overtakes):
             other = Claim(claim.tenant, not claim.overtakes)
@@ -189,17 +187,17 @@ class PromptTurns:
         Otherwise, it is its tenant's most urgent prompt and may use all but what other tenants have.
         """
         if claim.overtakes:
-            return min(self._shares.get(claim, 0), self.left)
+            return min(self._shares.get(claim, 0), self._allowance.left)
         shares = self._shares.items()
-        return self.left - sum(share for other, share in shares if other.tenant != claim.tenant)
+        return self._allowance.left - sum(share for other, share in shares if other.tenant != claim.tenant)
 
     def limit(self, sequence: Sequence) -> int:
         """Return how many tokens the sequence that `candidate` returned may compute."""
-        return self._limit(self._claim_of_new(sequence))
+        return self._allowance.limit(sequence, self._limit(self._claim_of_new(sequence)))
 
     def start(self, sequence: Sequence, count: int) -> None:
         """Note that a sequence has started with `count` tokens."""
-        self._spend(self._claim_of_new(sequence), count)
+        self._spend(sequence, self._claim_of_new(sequence), count)
         if sequence.num_left:
             insort(self._prefilling.setdefault(sequence.tenant, []), sequence, key=_urgency)
 
@@ -211,12 +209,13 @@ class PromptTurns:
         """
         for index, (claim, sequence) in enumerate(self._continuing):
             later = {each for each, _ in self._continuing[index + 1 :] if each not in (None, claim)}
-            limit = self.left - sum(share for each, share in self._shares.items() if each in later)
+            share = self._allowance.left - sum(self._shares.get(each, 0) for each in later)
+            limit = self._allowance.limit(sequence, share)
             if limit > 0:
-                self._spend(claim, plan_chunk(sequence, limit))
+                self._spend(sequence, claim, plan_chunk(sequence, limit))
 
-    def _spend(self, claim: Claim | None, count: int) -> None:
-        self.left -= count
+    def _spend(self, sequence: Sequence, claim: Claim | None, count: int) -> None:
+        self._allowance.spend(sequence, count)
         if claim is not None and claim in self._shares:
             self._shares[claim] = max(self._shares[claim] - count, 0)
 

@@ -26,9 +26,11 @@ applied. A prompt that starts over rewrites all of its blocks, so they count as 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from operator import attrgetter
 
+from tgi_asgi.engine.allowance import Allowance
 from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.drafting import plan_drafts
@@ -39,7 +41,7 @@ from tgi_asgi.engine.prompt_turns import ClaimHistory, PromptTurns
 from tgi_asgi.engine.running_set import RunningSet
 from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.stats import EngineStats
-from tgi_asgi.engine.step import Step, apply_result
+from tgi_asgi.engine.step import Step, apply_result, undo_rows
 from tgi_asgi.engine.tables import BlockTables
 from tgi_asgi.engine.waiting import WaitingQueue
 from tgi_asgi.runner.groups import BlockNeeds
@@ -79,6 +81,7 @@ class Scheduler:
             shares_only_prompts=traits.has_prompt_arithmetic, stats=stats,
         )  # fmt: skip
         self._policy = policy
+        self._reach: float = traits.windows[0] or math.inf  # of the longest attention
         self._has_vision = traits.vision is not None
         self._budget = budget
         self._stats = stats
@@ -145,14 +148,18 @@ class Scheduler:
         prefilling = self._plan_decodes(step)
         step.num_decode_rows = step.num_generated_rows = len(step.sequences)
         following = prefilling[0] if prefilling else self._waiting.first(self._running.num_of_tenant)
-        budget, waited_s = 0, 0.0
+        budget, beside_stream, waited_s = 0, 0, 0.0
         if following is not None:
             waited_s = now - following.arrival_s
-            budget = self._budget.tokens(step.num_decode_rows, following.num_left, waited_s)
-            budget = min(budget, self.traits.max_step_tokens - step.num_decode_rows)
-            if self._has_vision and step.num_decode_rows and any(map(awaits_image, prefilling)):
+            num_rows, num_before = step.num_decode_rows, min(following.num_computed, self._reach)
+            budget, beside_stream = (
+                self._budget.tokens(rows, len(following.token_ids), num_before, waited_s)
+                for rows in (num_rows, num_rows + 1)
+            )
+            budget = min(budget, self.traits.max_step_tokens - num_rows)
+            if self._has_vision and num_rows and any(map(awaits_image, prefilling)):
                 budget = max(budget // 2, self.block_size)
-        self._plan_prompts(step, prefilling, budget)
+        self._plan_prompts(step, prefilling, Allowance(budget, beside_stream, self.block_size))
         if step.pending_images:
             left = 1.0 - step.num_prefill_tokens / max(budget, step.num_prefill_tokens, 1)
             spare_s = left * self._budget.spare_s(step.num_decode_rows, waited_s)
@@ -234,23 +241,23 @@ class Scheduler:
             sequence.reset_to(Stage.WAITING)
             self._waiting.push(sequence)
 
-    def _plan_prompts(self, step: Step, prefilling: list[Sequence], budget: int) -> None:
+    def _plan_prompts(self, step: Step, prefilling: list[Sequence], allowance: Allowance) -> None:
         """Add rows for prompts in prefill and for new ones, as long as tokens, slots and blocks last."""
         may_admit = self._may_admit(step)
         if self._may_interleave(prefilling):
             turns = PromptTurns(
-                budget, prefilling, self._waiting, self.tables, self._running.adapters, self._claims
+                allowance, prefilling, self._waiting, self.tables, self._running.adapters, self._claims
             )
             if may_admit:
                 self._admit_ahead(step, turns)
             turns.go_on(partial(self._plan_chunk, step))
-            budget = turns.left
         else:
             for sequence in prefilling:
-                if budget > 0:
-                    budget -= self._plan_chunk(step, sequence, budget)
+                limit = allowance.limit(sequence, allowance.left)
+                if limit > 0:
+                    allowance.spend(sequence, self._plan_chunk(step, sequence, limit))
         if may_admit:
-            self._admit(step, budget)
+            self._admit(step, allowance)
 
     def _may_interleave(self, prefilling: list[Sequence]) -> bool:
         """Return whether other prompts may take tokens before those in prefill do.
@@ -323,6 +330,7 @@ class Scheduler:
             self.tables.states.plan_row(step.keeps, row, sequence)
         step.insert(at, row, sequence)
         step.num_prefill_tokens += count
+        step.num_pairs += count * (min(start, self._reach) + count / 2)
         sequence.num_computed = start + count
         sequence.num_pending += samples
         self.tables.register(sequence, start + count)
@@ -363,25 +371,30 @@ class Scheduler:
             sequence = self._waiting.first(running.num_of_tenant, turns.candidate)
             if sequence is None:
                 return
-            count = self._start(step, sequence, turns.limit(sequence))
+            limit = turns.limit(sequence)
+            count = self._start(step, sequence, limit) if limit >= self.block_size else None
             if count is None:
                 return
             if sequence.stage is Stage.RUNNING:
                 turns.start(sequence, count)
 
-    def _admit(self, step: Step, budget: int) -> None:
+    def _admit(self, step: Step, allowance: Allowance) -> None:
         """Start waiting sequences, strictly in turn, while tokens, slots and blocks last.
 
         If fewer tokens than a block remain, no sequence starts: one that started without computing anything
         would have looked into the cache too early.
         """
         running, size = self._running, self.block_size
-        while running.free_slots and (budget >= size or (budget > 0 and not step.num_prefill_tokens)):
+        while running.free_slots and allowance.left > 0:
             sequence = self._waiting.first(running.num_of_tenant)
-            count = None if sequence is None else self._start(step, sequence, budget)
+            if sequence is None:
+                return
+            limit = allowance.limit(sequence, allowance.left)
+            is_enough = limit >= size or (limit > 0 and not step.num_prefill_tokens)
+            count = self._start(step, sequence, limit) if is_enough else None
             if count is None:
                 return
-            budget -= count
+            allowance.spend(sequence, count)
 
     def _start(self, step: Step, sequence: Sequence, budget: int) -> int | None:
         """Start the sequence whose turn it is, or park it; return how many of its tokens this step computes.
@@ -414,23 +427,7 @@ class Scheduler:
 
     def rollback(self, step: Step) -> None:
         """Undo a step that failed, or that followed a failed one; undo the newest of several first."""
-        live = dict(step.live())
-        lost: dict[int, int] = {}  # by block: position from which its contents are lost
-        for index, row in enumerate(step.plan.rows):
-            begin = row.start
-            sequence = live.get(index)
-            if sequence is not None:
-                # Results that the runner accumulates over a prompt's chunks start over from position 0.
-                begin = 0 if sequence.needs_all else sequence.num_computed - row.num_tokens
-                sequence.num_computed = begin
-                sequence.num_ahead -= row.num_drafts
-                sequence.num_registered = min(sequence.num_registered, begin // self.block_size)
-                sequence.num_pending -= row.samples
-                sequence.is_prefilling = True
-                sequence.starts_slot = True
-            for at in range(begin // self.block_size, self.tables.blocks_for(row.end)):
-                for table in row.block_tables:
-                    lost[table[at]] = max(begin, at * self.block_size)
+        lost = undo_rows(step, self.tables)
         self.pool.forget(lost)
         void = set() if self.tables.states is None else self.tables.states.undo(step.keeps)
         for sequence in self.running:

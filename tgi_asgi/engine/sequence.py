@@ -136,6 +136,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def will_decode(self) -> bool:
+        """Whether steps follow that of the first token."""
+        return self.pooling is None and self.max_tokens > 1
+
+    @property
     def is_past_prompt(self) -> bool:
         """Whether the next token to compute is a sampled one."""
         return self.num_computed >= self.prompt_len

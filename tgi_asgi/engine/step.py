@@ -1,4 +1,4 @@
-"""A planned step, and the handling of its result: append tokens, register blocks."""
+"""A planned step, and the handling of its result (append tokens, register blocks) or of its failure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from tgi_asgi.engine.drafting import settle_row
 from tgi_asgi.engine.image_encoding import PendingImage, settle
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.states import Keep
+from tgi_asgi.engine.step_time import StepSize
 from tgi_asgi.engine.tables import BlockTables
 from tgi_asgi.runner.plan import StepPlan, StepResult, StepRow
 
@@ -14,8 +15,8 @@ class Step:
     """A planned step: the plan for the runner, and the sequence that each row belongs to."""
 
     __slots__ = (
-        "epochs", "keeps", "num_decode_rows", "num_generated_rows", "num_prefill_tokens", "pending_images",
-        "plan", "sequences",
+        "epochs", "keeps", "num_decode_rows", "num_generated_rows", "num_pairs", "num_prefill_tokens",
+        "pending_images", "plan", "sequences",
     )  # fmt: skip
 
     def __init__(self, step_id: int) -> None:
@@ -27,6 +28,12 @@ class Step:
         self.num_decode_rows = 0
         self.num_generated_rows = 0  # decode rows, and rows that recompute sampled tokens
         self.num_prefill_tokens = 0
+        self.num_pairs = 0.0  # as in `StepSize`
+
+    @property
+    def size(self) -> StepSize:
+        """What determines how long the step takes."""
+        return StepSize(self.num_decode_rows, self.num_prefill_tokens, self.num_pairs)
 
     def insert(self, at: int, row: StepRow, sequence: Sequence) -> None:
         """Add a sequence's row at index `at`; it is live for as long as the sequence keeps its epoch."""
@@ -61,6 +68,32 @@ def apply_result(step: Step, result: StepResult, tables: BlockTables) -> list[tu
     if tables.states is not None:
         tables.states.settle(step.keeps)
     return live
+
+
+def undo_rows(step: Step, tables: BlockTables) -> dict[int, int]:
+    """Reset the live sequences of a failed step to where it began.
+
+    Returns:
+        By block that the step was to fill: the position from which its contents are lost.
+    """
+    live, size = dict(step.live()), tables.block_size
+    lost: dict[int, int] = {}
+    for index, row in enumerate(step.plan.rows):
+        begin = row.start
+        sequence = live.get(index)
+        if sequence is not None:
+            # Results that the runner accumulates over a prompt's chunks start over from position 0.
+            begin = 0 if sequence.needs_all else sequence.num_computed - row.num_tokens
+            sequence.num_computed = begin
+            sequence.num_ahead -= row.num_drafts
+            sequence.num_registered = min(sequence.num_registered, begin // size)
+            sequence.num_pending -= row.samples
+            sequence.is_prefilling = True
+            sequence.starts_slot = True
+        for at in range(begin // size, tables.blocks_for(row.end)):
+            for table in row.block_tables:
+                lost[table[at]] = max(begin, at * size)
+    return lost
 
 
 def _append(sequence: Sequence, token_id: int) -> bool:
