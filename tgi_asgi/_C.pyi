@@ -97,6 +97,7 @@ class WeightFormat:
     block_bytes: int
     is_quantised: bool  # stored as codes and scales
     has_kernel: bool  # the CPU has a kernel for it
+    panel_bytes: float  # per weight, as the CPU's kernels hold it; 0 without a kernel
     repacked_bits: int  # bits of a code in the CUDA layout
     repacked_zero: int
     has_half_scales: bool

@@ -212,6 +212,16 @@ void bind_formats(py::module_& module) {
       .def_readonly("block_bytes", &FormatInfo::block_bytes)
       .def_readonly("is_quantised", &FormatInfo::is_quantised)
       .def_readonly("has_kernel", &FormatInfo::has_kernel)
+      .def_property_readonly(
+          "panel_bytes",
+          [](const FormatInfo& info) {
+            const step::PanelInfo& panel = info.panel;
+            const auto headers = static_cast<double>(panel.header_bytes());
+            return (static_cast<double>(panel.block_bytes()) +
+                    headers / std::max(panel.header_blocks, 1)) /
+                   (step::kPanelRows * step::kBlockColumns);
+          },
+          "Bytes per weight as the CPU's kernels hold it.")
       .def_property_readonly("repacked_bits",
                              [](const FormatInfo& info) { return info.repacked.bits; })
       .def_property_readonly("repacked_zero",

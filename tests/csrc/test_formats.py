@@ -44,6 +44,14 @@ def _int4(blocks: _Bytes) -> _Floats:
     return weights
 
 
+def _float4(blocks: _Bytes) -> _Floats:
+    halves = np.ascontiguousarray(blocks[:, :4]).view(np.float16).astype(np.float32)
+    codes = np.stack([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=2).reshape(len(blocks), 2, 16)
+    doubled = (2 * E2M1).numpy()[codes]
+    weights: _Floats = halves[:, :, None] * doubled
+    return weights.reshape(len(blocks), 32)
+
+
 def _float8(blocks: _Bytes) -> _Floats:
     scales = np.ascontiguousarray(blocks[:, :4]).view(np.float32)
     codes = torch.from_numpy(np.ascontiguousarray(blocks[:, 4:])).view(torch.float8_e4m3fn)
@@ -53,7 +61,7 @@ def _float8(blocks: _Bytes) -> _Floats:
 
 def _reference(name: str) -> Callable[[_Bytes], _Floats]:
     if TABLE[name].ggml_type is None:
-        return _int4 if name.startswith("INT4") else _float8
+        return {"INT4": _int4, "FP4_": _float4}.get(name[:4], _float8)
     if name == "Q8_1":  # only used for products inside ggml; `gguf` does not decode it
         return _q8_1
 

@@ -75,7 +75,7 @@ RECIPES = [
     pytest.param("int-quantized", INT8, "Q8_0", id="w8a8"),
     pytest.param("int-quantized", INT8 | {"symmetric": False}, "F16", id="w8a8-asymmetric"),
     pytest.param("naive-quantized", INT8, "Q8_0", id="naive-int8", marks=pytest.mark.models),
-    pytest.param("nvfp4-pack-quantized", NVFP4, "BF16", id="nvfp4"),
+    pytest.param("nvfp4-pack-quantized", NVFP4, "FP4_16", id="nvfp4"),
     pytest.param("mxfp4-pack-quantized", MXFP4, "MXFP4", id="mxfp4"),
     pytest.param("mxfp8-quantized", MXFP4 | {"num_bits": 8}, "BF16", id="mxfp8"),
 ]

@@ -271,9 +271,9 @@ def test_counts_that_contradict_a_gguf_file_are_refused(
         load_model(gguf_file(tmp_path, counts=counts))
 
 
-@pytest.mark.parametrize("format", ["IQ2_XS", "Q8_0"])
+@pytest.mark.parametrize("format", ["NVFP4", "Q8_0"])
 def test_each_expert_of_a_gguf_file_is_read_alone(tmp_path: Path, format: str) -> None:
-    """With all in one tensor, decoding that for each of its experts took hours and gigabytes."""
+    """With all in one tensor, converting that for each of its experts took hours and gigabytes."""
     count, rows, columns = 32, 32, 1024
     matrix = random_matrix(format, count * rows, columns, 0.5, np.random.default_rng(1))
     stored = gguf_bytes.Tensor(

@@ -19,16 +19,14 @@ import pytest
 from tests.support.checkpoints import our_logits
 from tests.support.family_case import FamilyCase
 from tests.support.family_scores import differences, score
-from tests.support.gguf_blocks import DECODED, FORMATS
+from tests.support.gguf_blocks import CONVERTED, FORMATS
 from tests.support.gguf_models import LLAMA, QWEN2, MadeModel, format_of, make
 from tgi_asgi import ops
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.formats.gguf_decoded import BY_NAME
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.ops.formats import FORMATS as READ
 
 EXACT = 2e-4  # of a log-probability; correct results are within 1e-4
-ROUNDED = 2e-2  # with scales rounded to float16; a tenth of the error of 8-bit activations
 MARGIN = 1.1  # of llama.cpp's errors
 MARGIN_OF_ONE = 1.5  # of its largest, which is noise: llama.cpp's own varies by 1.7 with the cache's type
 ERRORS = json.loads(Path(__file__).with_name("oracle").joinpath("llama-errors.json").read_text("utf-8"))
@@ -86,12 +84,13 @@ def test_log_probabilities_are_those_of_transformers(made: Maker, case: FamilyCa
     assert model.reference.logprobs.max(1).mean() > -2.5, "flat log-probabilities prove nothing"
 
 
-@pytest.mark.parametrize("format", DECODED)
-def test_types_that_are_decoded_give_the_log_probabilities_of_transformers(made: Maker, format: str) -> None:
+@pytest.mark.parametrize("format", CONVERTED)
+def test_types_that_are_converted_give_the_log_probabilities_of_transformers(
+    made: Maker, format: str
+) -> None:
     model = made(LLAMA, format)
     job = score(LLAMA, model.files, model.reference, "float32")
-    limit = ROUNDED if BY_NAME[format].held == "Q8_0" else EXACT
-    assert differences(job, model.reference).max() <= limit
+    assert differences(job, model.reference).max() <= EXACT
     assert model.reference.logprobs.max(1).mean() > -2.5, "flat log-probabilities prove nothing"
 
 

@@ -70,7 +70,8 @@ def test_weights_that_do_not_fit_are_refused_with_what_would(free: int, words: s
         ("F32", ops.Packing(is_exact=False, quantise="Q8_0", rounds_floats=True), 1088),
         ("Q4_0", ROUNDED, 576),
         ("Q4_0", ops.Packing(is_exact=False, quantise="Q8_0"), 576),
-        ("Q4_K", FAST, 576),
+        ("Q4_K", FAST, 592),  # its scales are whole bytes
+        ("IQ2_XS", FAST, 596),
         ("F8_32", FAST, 2048),
         ("F8_32", ops.Packing(is_exact=True), 4096),
         ("I32", FAST, 4096),

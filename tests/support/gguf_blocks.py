@@ -40,23 +40,23 @@ _BLOCKS = {
     "Q4_K": _Block(256, 144, 0, 2, 7.5),
     "Q5_K": _Block(256, 176, 0, 2, 15.5),
     "Q6_K": _Block(256, 210, 208),
-    "IQ4_NL": _Block(32, 18, 0),
-    "IQ4_XS": _Block(256, 136, 0),
-}
-_DECODED = {
-    "TQ1_0": _Block(256, 54, 52),
-    "TQ2_0": _Block(256, 66, 64),
-    "Q1_0": _Block(128, 18, 0),
     "IQ1_S": _Block(256, 50, 0),
     "IQ2_XXS": _Block(256, 66, 0),
     "IQ2_XS": _Block(256, 74, 0),
     "IQ2_S": _Block(256, 82, 0),
     "IQ3_XXS": _Block(256, 98, 0),
     "IQ3_S": _Block(256, 110, 0),
+    "IQ4_NL": _Block(32, 18, 0),
+    "IQ4_XS": _Block(256, 136, 0),
+}
+_CONVERTED = {
+    "TQ1_0": _Block(256, 54, 52),
+    "TQ2_0": _Block(256, 66, 64),
+    "Q1_0": _Block(128, 18, 0),
 }
 _FLOATS = ("F32", "F16", "BF16")
-FORMATS = ("F16", "BF16", *_BLOCKS, "MXFP4")  # without F32, which is compared with nothing
-DECODED = (*_DECODED, "IQ1_M", "NVFP4")  # that the server decodes while it loads them
+FORMATS = ("F16", "BF16", *_BLOCKS, "IQ1_M", "MXFP4")  # without F32, which is compared with nothing
+CONVERTED = (*_CONVERTED, "NVFP4")  # that the server converts while it loads them
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def random_matrix(
     elif format == "IQ1_M":
         data = _iq1_m_blocks(rows, columns, deviation, random)
     else:
-        block = _BLOCKS.get(format) or _DECODED[format]
+        block = _BLOCKS.get(format) or _CONVERTED[format]
         data = _scaled_blocks(block, format, rows, columns, deviation, random)
     return GgufMatrix(format, data, decoded_values(format, data))
 

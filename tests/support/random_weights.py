@@ -27,15 +27,22 @@ _HALVES = {
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
+    "IQ1_S": (0,),
+    "IQ2_XXS": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ3_S": (0,),
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
 }
 # Values of MXFP4's codes.
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 _EXPONENT = "MXFP4"  # its first byte is an E8M0 exponent
+_SPREAD = "IQ1_M"  # the highest four bits of its last four words are an fp16 number, the lowest first
 _MAX_ZERO = 128  # of INT4's zero points, which follow the scale
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-QUANTISED = (*_HALVES, _EXPONENT)
+QUANTISED = (*_HALVES, _EXPONENT, _SPREAD)
 FORMATS = (*_FLOATS, *QUANTISED)  # the GGUF formats that the CPU kernels multiply directly
 
 
@@ -70,6 +77,12 @@ def _with_scales(
         blocks[:, offset : offset + 2] = scales.astype(np.float16).view(np.uint8).reshape(-1, 2)
     if format == _EXPONENT:
         blocks[:, 0] = rng.integers(118, 122, len(blocks))
+    if format == _SPREAD:
+        scales = rng.uniform(1e-4, 4e-3, len(blocks)) * rng.choice([-1, 1], len(blocks))
+        nibbles = (
+            scales.astype(np.float16).view(np.uint16)[:, None] >> np.array([0, 4, 8, 12], np.uint16) & 15
+        )
+        blocks[:, 49::2] = blocks[:, 49::2] & 15 | (nibbles << 4).astype(np.uint8)
     if format.startswith("INT4"):
         blocks[:, 2] = rng.integers(0, _MAX_ZERO + 1, len(blocks))
     return WeightSource(blocks.reshape(-1), format, shape)

@@ -1,12 +1,12 @@
-"""ggml's tensor types: those of the table of weight formats, those decoded while loading, and the others."""
+"""ggml's tensor types: those of the table of weight formats, those converted on load, and the others."""
 
 from __future__ import annotations
 
 from tgi_asgi import _C
-from tgi_asgi.formats.gguf_decoded import DECODED, DecodedType
+from tgi_asgi.formats.gguf_converted import CONVERTED, ConvertedType
 
-READ: dict[int, _C.WeightFormat | DecodedType] = {
-    **DECODED,
+READ: dict[int, _C.WeightFormat | ConvertedType] = {
+    **CONVERTED,
     **{row.ggml_type: row for row in _C.formats() if row.ggml_type is not None},
 }
 # Names for the message that refuses them (ggml.h). Files of 2024 have Q4_0 in orders for ARM, which llama.cpp

@@ -87,8 +87,12 @@ def float8_scales(scales: Floats, block: tuple[int, int] | None, shape: tuple[in
     raise ModelLoadError(f"scales of shape {scales.shape} do not fit blocks of {block} in {shape}")
 
 
-def decode_fp4(packed: Bytes, scales: Floats) -> Floats:
-    """Return weights of nibbles [rows, columns / 2], the low half first, and scales [rows, num_groups]."""
+def fp4_run(packed: Bytes, scales: Floats) -> int:
+    """Return how many columns share a scale; the arguments are those of `decode_fp4`.
+
+    Raises:
+        ModelLoadError: if the scales do not fit the codes.
+    """
     rows, columns = packed.shape[0], packed.shape[1] * 2
     check(
         scales.ndim == 2
@@ -97,9 +101,31 @@ def decode_fp4(packed: Bytes, scales: Floats) -> Floats:
         and columns % scales.shape[1] == 0,
         f"scales of shape {scales.shape} do not fit {rows} rows of {columns} columns",
     )
-    run = columns // scales.shape[1]
+    return columns // scales.shape[1]
+
+
+def decode_fp4(packed: Bytes, scales: Floats) -> Floats:
+    """Return weights of nibbles [rows, columns / 2], the low half first, and scales [rows, num_groups]."""
+    rows, columns, run = packed.shape[0], packed.shape[1] * 2, fp4_run(packed, scales)
     values = _C.decode_nibbles(packed.reshape(-1), rows * columns, False, _E2M1, scales.reshape(-1), run)
     return values.reshape(rows, columns)
+
+
+def fp4_blocks(packed: Bytes, scales: Floats) -> Bytes:
+    """Return blocks of FP4_16, whose scales are float16: see `holds_fp4_scales`.
+
+    Args:
+        packed: [rows, columns / 2] codes of E2M1, the first of two columns in the low half.
+        scales: [rows, columns / 16].
+    """
+    halves = (scales.reshape(-1, 2) / 2).astype(np.float16)  # the kernels' values are doubled
+    return np.concatenate([halves.view(np.uint8), packed.reshape(-1, 16)], axis=1)
+
+
+def holds_fp4_scales(scales: Floats) -> bool:
+    """Return whether halving scales and rounding them to float16 moves none by 1/2,048 of the largest."""
+    largest = np.abs(scales).max(initial=0.0) / 2
+    return bool(np.finfo(np.float16).tiny <= largest <= np.finfo(np.float16).max)
 
 
 def mxfp4_blocks(codes: Bytes, exponents: Bytes) -> Bytes:

@@ -274,7 +274,7 @@ class Packing:
             rounds = self.rounds_floats and source.format in ROUNDED
             return rounded(source) if rounds else source
         if self.quantise is None:
-            # FP8, NVFP4: rounded to bfloat16, which has more bits
+            # FP8: rounded to bfloat16, which has more bits
             return from_floats(decode(source)) if self.is_exact else rounded(source)
         name = "Q8_0" if is_vocabulary else self.quantise
         rows, columns = source.shape

@@ -47,11 +47,10 @@ def _bytes_each(name: str, packing: ops.Packing, is_vocabulary: bool) -> float:
     if packing.quantise is None and packing.rounds_floats and name in ops.ROUNDED:
         return 2.0
     if info.has_kernel and (info.is_quantised or packing.quantise is None):
-        return info.block_bytes / info.block_columns
+        return info.panel_bytes
     if packing.quantise is None:  # FP8
         return 4.0 if packing.is_exact else 2.0
-    quantised = ops.FORMATS["Q8_0" if is_vocabulary else packing.quantise]
-    return quantised.block_bytes / quantised.block_columns
+    return ops.FORMATS["Q8_0" if is_vocabulary else packing.quantise].panel_bytes
 
 
 def cut_tensors(tensors: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:

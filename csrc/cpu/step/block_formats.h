@@ -65,13 +65,15 @@ inline void add_bits(const uint8_t* p, int64_t shift, int width, int place, uint
   }
 }
 
+// Eight bytes whose bit `place` is one of eight bits, the lowest in the first byte.
+inline uint64_t place_bits(uint8_t bits, int place) {
+  const uint64_t alone = bits * kEachByte & 0x8040201008040201u;  // bit i in byte i
+  return low_bits((alone + 0x7F * kEachByte) >> 7, 1) << place;
+}
+
 // Adds a fifth bit to each code: 32 bits at p.
 inline void add_fifth_bits(const uint8_t* p, uint8_t* codes) {
-  for (int i = 0; i < 32; i += 8) {
-    const uint64_t alone = p[i / 8] * kEachByte & 0x8040201008040201u;  // bit i in byte i
-    const uint64_t added = low_bits((alone + 0x7F * kEachByte) >> 7, 1) << 4;
-    write64(read64(codes + i) | added, codes + i);
-  }
+  for (int i = 0; i < 32; i += 8) write64(read64(codes + i) | place_bits(p[i / 8], 4), codes + i);
 }
 
 // Reads 32 signed bytes as codes with a zero point of 128.
@@ -101,6 +103,7 @@ constexpr std::array<float, 16> as_floats(const int8_t (&values)[16]) {
 template <const int8_t (&Values)[16]>
 struct Codebook {
   static constexpr bool kIsCodebook = true;
+  static constexpr const int8_t (&kValues)[16] = Values;
   static constexpr std::array<float, 16> kFloats = as_floats(Values);
   static float value(const RowBlock& block, int i) { return kFloats[block.codes[i]]; }
 };
@@ -286,6 +289,17 @@ struct MXFP4 : Codebook<kMxfp4Values> {
     const uint32_t e = block.factors[0];
     const float scale = float_of_bits(e < 2 ? 0x00200000u << e : (e - 1) << 23);
     return {{scale, scale}, {}};
+  }
+};
+
+struct FP4_16 : Codebook<kMxfp4Values> {
+  static constexpr bool kHasOffset = false;
+  static void read(const uint8_t* p, int64_t, RowBlock& out) {
+    read_halves(p, 2, out);
+    read_nibble_pairs(p + 4, out.codes);
+  }
+  static Scales scales(const RowBlock& block) {
+    return {{half_to_float(block.halves[0]), half_to_float(block.halves[1])}, {}};
   }
 };
 

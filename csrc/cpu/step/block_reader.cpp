@@ -3,6 +3,7 @@
 
 #include "../platform.h"
 #include "block_formats.h"
+#include "iq_formats.h"
 
 namespace tgi::cpu::step {
 

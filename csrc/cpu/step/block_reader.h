@@ -13,7 +13,8 @@ namespace tgi::cpu::step {
 // 32 columns of one row. Nothing is rounded: packed panels keep these numbers unchanged.
 struct RowBlock {
   uint8_t codes[32];   // unsigned, including the zero point, or codebook indices
-  uint16_t halves[2];  // fp16 scale and min, possibly shared by several blocks (F8: a float32)
+  uint16_t halves[2];  // fp16 scale and min, possibly shared by several blocks (F8 and IQ1 to IQ3:
+                       // a float32)
   uint8_t factors[2];  // small scales and mins, interpreted by the format's reader
 };
 

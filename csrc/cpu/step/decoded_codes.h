@@ -40,6 +40,9 @@ struct Decoded : ByteCodes<S> {
     const uint8_t* codes;
   };
   static inline Block block(const uint8_t* panel, int64_t b) { return {panel + b * kBlockBytes}; }
+  static TGI_INLINE typename S::I quad(Block block, int j) {
+    return ByteCodes<S>::quad(block.codes, j);
+  }
   static inline const float* number(Block block, int i) {
     return reinterpret_cast<const float*>(block.codes + ByteCodes<S>::kCodeBytes + 64 * i);
   }
@@ -77,7 +80,7 @@ inline void decode_block(const uint8_t* panel, int64_t b, uint8_t* out) {
   const auto block = Fmt::block(panel, b);
   TGI_UNROLL(8)
   for (int j = 0; j < 8; ++j) {
-    auto codes = Fmt::quad(block.codes, j);
+    auto codes = Fmt::quad(block, j);
     if constexpr (Fmt::kZeroShift > 0 || Fmt::kHasZeros) {
       codes = S::iadd(codes, to_zero_of_128<S, Fmt>(block));
     }

@@ -15,16 +15,24 @@ enum class Format : int32_t {
 // A panel of 16 rows on the CPU, see packed.h: blocks of 32 columns, with a header before every
 // `header_blocks` blocks. In addition to the codes, each row has fp16 numbers and bytes in its
 // blocks or in its headers.
+constexpr int64_t kBookValues = 64;  // offset in a header
+constexpr int64_t kBookBytes = kBookValues + 16;
+
 struct PanelInfo {
   int32_t code_bits;  // 0: the CPU has no panels of this format
   int32_t block_halves, block_factors;
   int32_t header_halves, header_factors;
   int32_t header_blocks;  // blocks per header, 0: no headers
+  // Whether a header has sixteen float32, one per row, and then the sixteen values of the format's
+  // codebook. Formats that differ only in these then share their kernels.
+  bool has_book;
 
   constexpr int64_t block_bytes() const {
     return 64 * code_bits + 16 * (2 * block_halves + block_factors);
   }
-  constexpr int64_t header_bytes() const { return 16 * (2 * header_halves + header_factors); }
+  constexpr int64_t header_bytes() const {
+    return 16 * (2 * header_halves + header_factors) + (has_book ? kBookBytes : 0);
+  }
 };
 
 // Rows for CUDA: weight = scale * (code - zero) + offset, with one scale and offset per group of
@@ -58,8 +66,10 @@ enum RepackedKind { kHalfScales, kFloatScales, kFloat8, kFloat4 };
 constexpr PanelInfo Panel(int32_t bits = 0, int32_t block_halves = 0, int32_t block_factors = 0,
                           int32_t header_halves = 0, int32_t header_factors = 0,
                           int32_t header_blocks = 0) {
-  return {bits, block_halves, block_factors, header_halves, header_factors, header_blocks};
+  return {bits, block_halves, block_factors, header_halves, header_factors, header_blocks, false};
 }
+
+constexpr PanelInfo Booked(int32_t block_factors) { return {4, 0, block_factors, 0, 0, 8, true}; }
 
 constexpr RepackedInfo Repacked() { return {}; }
 
@@ -95,10 +105,17 @@ constexpr int64_t file_row_bytes(Format format, int64_t columns) {
   return columns / info.block_columns * info.block_bytes;
 }
 
-// The sixteen values that nibbles of IQ4_NL and IQ4_XS, or of MXFP4 (doubled E2M1), represent.
+// Codebooks: the sixteen values that nibbles of IQ4_NL and IQ4_XS, or of MXFP4 (doubled E2M1),
+// represent; or a level of IQ1 to IQ3 below the sign (of IQ1: of the shift, in eighths).
 inline constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                           1,    13,   25,  38,  53,  69,  89,  113};
 inline constexpr int8_t kMxfp4Values[16] = {0, 1,  2,  3,  4,  6,  8,  12,
                                             0, -1, -2, -3, -4, -6, -8, -12};
+inline constexpr int8_t kIq1Values[16] = {-7, 1, 9, 0, -9, -1, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+inline constexpr int8_t kIq2Values[16] = {8, 25, 43, 0, 0, 0, 0, 0, -8, -25, -43, 0, 0, 0, 0, 0};
+inline constexpr int8_t kIq3XxsValues[16] = {4,  12,  20,  28,  36,  44,  52,  62,
+                                             -4, -12, -20, -28, -36, -44, -52, -62};
+inline constexpr int8_t kIq3SValues[16] = {1,  3,  5,  7,  9,  11,  13,  15,
+                                           -1, -3, -5, -7, -9, -11, -13, -15};
 
 }  // namespace tgi::cpu::step

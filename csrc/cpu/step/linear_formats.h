@@ -209,6 +209,7 @@ struct CodeReader : CodesOf {
   static inline typename S::F signed_factor(Block block, int i) {
     return S::to_float(S::load_i8(factors(block, i)));
   }
+  static TGI_INLINE typename S::I quad(Block block, int j) { return CodesOf::quad(block.codes, j); }
   static inline typename S::I zeros(Block) { return S::izero(); }
   static inline typename S::F min(Block, int) { return S::zero(); }
 };
@@ -327,6 +328,53 @@ struct IQ4_XS : CodeReader<S, Iq4Codes<S>, Format::kIQ4_XS> {
   }
 };
 
+// Signed bytes that a table in the block's header has for nibbles.
+template <class S>
+struct BookCodes : NibbleCodes<S> {
+  static constexpr bool kIsSigned = S::kHasSignedDot;
+  static constexpr int kMaxCode = kIsSigned ? 127 : 0;
+  static inline typename S::I dot(typename S::I acc, typename S::I codes, typename S::I values) {
+    if constexpr (kIsSigned) return S::dot_signed(acc, codes, values);
+    return S::dot(acc, codes, values);
+  }
+  static inline typename S::I short_sums(typename S::I codes, typename S::I values) {
+    return S::short_sums_signed(codes, values);
+  }
+};
+
+template <class S, Format format>
+struct Book : CodeReader<S, BookCodes<S>, format> {
+  using Base = CodeReader<S, BookCodes<S>, format>;
+  static_assert(Base::kPanel.has_book, "the kernel reads it");
+  static constexpr int kZeroShift = BookCodes<S>::kIsSigned ? -1 : 0;
+  static constexpr int kNumHalves = Base::kPanel.block_factors;
+  static TGI_INLINE typename S::I quad(typename Base::Block block, int j) {
+    auto table = S::load_table(reinterpret_cast<const int8_t*>(block.header + kBookValues));
+    if constexpr (kZeroShift == 0)  // plus 128
+      table = S::ixor(table, S::iset1(static_cast<int32_t>(0x80808080u)), S::izero());
+    return S::lookup16(NibbleCodes<S>::quad(block.codes, j), table);
+  }
+  static inline typename S::F scale(typename Base::Block block, int half) {
+    const auto unit = S::load(reinterpret_cast<const float*>(block.header));
+    return S::mul(unit, S::to_float(S::load_u8(Base::factors(block, half))));
+  }
+};
+template <class S>
+using IQ3_XXS = Book<S, Format::kIQ3_XXS>;
+template <class S>
+using IQ2_S = Book<S, Format::kIQ2_S>;
+// The same kernels: the panels differ in their codebooks only.
+template <class S>
+using IQ1_S = IQ3_XXS<S>;
+template <class S>
+using IQ2_XXS = IQ3_XXS<S>;
+template <class S>
+using IQ3_S = IQ3_XXS<S>;
+template <class S>
+using IQ1_M = IQ2_S<S>;
+template <class S>
+using IQ2_XS = IQ2_S<S>;
+
 template <class S>
 struct MXFP4 : CodeReader<S, CodebookCodes<S, kMxfp4Values>, Format::kMXFP4> {
   using Base = CodeReader<S, CodebookCodes<S, kMxfp4Values>, Format::kMXFP4>;
@@ -337,6 +385,16 @@ struct MXFP4 : CodeReader<S, CodebookCodes<S, kMxfp4Values>, Format::kMXFP4> {
     const auto e = S::load_u8(Base::factors(block, 0));
     const auto normal = S::ishl(S::isub(e, S::iset1(1)), 23);
     return S::as_float(S::imax(normal, S::ishl(S::iadd(e, S::iset1(1)), 21)));
+  }
+};
+
+template <class S>
+struct FP4_16 : CodeReader<S, CodebookCodes<S, kMxfp4Values>, Format::kFP4_16> {
+  using Base = CodeReader<S, CodebookCodes<S, kMxfp4Values>, Format::kFP4_16>;
+  static constexpr int kZeroShift = CodebookCodes<S, kMxfp4Values>::kZeroShift;
+  static constexpr int kNumHalves = 2;
+  static inline typename S::F scale(typename Base::Block block, int half) {
+    return Base::half(block, half);
   }
 };
 

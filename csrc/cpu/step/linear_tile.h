@@ -193,7 +193,7 @@ inline void block_sums(const typename Fmt::Block (&w)[Panels], const TokenBlock<
   for (int j = First; j < Last; ++j) {
     typename S::I codes[Panels];
     TGI_UNROLL(2)
-    for (int p = 0; p < Panels; ++p) codes[p] = Fmt::quad(w[p].codes, j);
+    for (int p = 0; p < Panels; ++p) codes[p] = Fmt::quad(w[p], j);
     TGI_UNROLL(16)
     for (int t = 0; t < Tokens; ++t) {
       const auto values = S::ibroadcast(x.values(t) + 4 * j);
@@ -450,7 +450,7 @@ inline void each_four_columns(const uint8_t* panel, int64_t begin, int64_t end,
     TGI_UNROLL(8)
     for (int j = 0; j < 8; ++j) {
       const int half = Fmt::kNumHalves == 2 ? j / 4 : 0;
-      const auto codes = Fmt::quad(block.codes, j);
+      const auto codes = Fmt::quad(block, j);
       typename S::F weights[4];
       TGI_UNROLL(4)
       for (int i = 0; i < 4; ++i) {

@@ -5,6 +5,7 @@
 #include <iterator>
 
 #include "block_formats.h"
+#include "iq_formats.h"
 #include "planes.h"
 
 namespace tgi::cpu::step {
@@ -52,8 +53,12 @@ struct Codes {
       write_numbers(columns, kPanel.block_halves, kPanel.block_factors, r,
                     to + 64 * kPanel.code_bits);
       if (kPanel.header_blocks != 0 && part == 0) {
-        write_numbers(columns, kPanel.header_halves, kPanel.header_factors, r,
-                      panel + header_offset(format, first));
+        uint8_t* const header = panel + header_offset(format, first);
+        write_numbers(columns, kPanel.header_halves, kPanel.header_factors, r, header);
+        if constexpr (kPanel.has_book) {
+          std::memcpy(header + 4 * r, columns.halves, 4);
+          std::memcpy(header + kBookValues, Reader::kValues, 16);
+        }
       }
     }
   }
@@ -143,8 +148,9 @@ void unpack_row(const PackedMatrix& weight, int64_t row, float factor, float* ou
     read_codes(info.code_bits, block, r, from.codes);
     read_numbers(block + 64 * info.code_bits, info.block_halves, info.block_factors, r, from);
     if (info.header_blocks != 0) {
-      read_numbers(panel + header_offset(weight.format, b), info.header_halves, info.header_factors,
-                   r, from);
+      const uint8_t* const header = panel + header_offset(weight.format, b);
+      read_numbers(header, info.header_halves, info.header_factors, r, from);
+      if (info.has_book) std::memcpy(from.halves, header + 4 * r, 4);
     }
     decode_block(weight.format, from, out);
     for (int k = 0; k < kBlockColumns; ++k) out[k] *= factor;

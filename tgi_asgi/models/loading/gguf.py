@@ -89,8 +89,7 @@ class GgufWeights(GgufTensors):
     def stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes, as described in `Weights.stored`."""
         return {
-            name: (held_format(info.type, for_memory=True), math.prod(info.shape))
-            for name, info in self._file.tensors.items()
+            name: (held_format(info.type), math.prod(info.shape)) for name, info in self._file.tensors.items()
         }
 
     def block_columns(self, name: str) -> int:

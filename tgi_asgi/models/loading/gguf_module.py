@@ -185,6 +185,6 @@ class GgufModuleWeights(GgufTensors):
     def stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes, as described in `Weights.stored`, by the names of `transformers`."""
         return {
-            name: (held_format(place.info.type, for_memory=True), math.prod(place.shape))
+            name: (held_format(place.info.type), math.prod(place.shape))
             for name, place in self._places.items()
         }

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile, GgufTensor
-from tgi_asgi.formats.gguf_decoded import BY_NAME
-from tgi_asgi.ops import WeightSource
+from tgi_asgi.formats.gguf_converted import BY_NAME
+from tgi_asgi.formats.small_floats import holds_fp4_scales
+from tgi_asgi.ops import FORMATS, WeightSource, decoded_source
+from tgi_asgi.ops.sources import decode
 
 
 class GgufTensors:
@@ -46,17 +50,15 @@ class GgufTensors:
             matrix: tuple[int, ...] = (shape[0] * shape[1], shape[2])
         else:
             matrix = shape
-        decoded = BY_NAME.get(info.type)
-        if decoded is None:
+        converted = BY_NAME.get(info.type)
+        if converted is None:
             return WeightSource(data, info.type, matrix)
-        values = decoded.convert(data)
-        if decoded.held == "F32" and is_scaled:
-            values = self._scaled(values, info.name.removesuffix(".weight"), start, start + shape[0])
-        return WeightSource(values, decoded.held, matrix, is_decoded=decoded.held == "F32")
+        source = WeightSource(converted.convert(data), converted.held, matrix)
+        if info.type == "NVFP4" and is_scaled:
+            return self._scaled(source, info.name.removesuffix(".weight"), start, start + shape[0])
+        return source
 
-    def _scaled(
-        self, values: npt.NDArray[np.uint8], stem: str, start: int, stop: int
-    ) -> npt.NDArray[np.uint8]:
+    def _scaled(self, source: WeightSource, stem: str, start: int, stop: int) -> WeightSource:
         """Apply NVFP4's second scale, if there is one: of a matrix, or of each expert from start to stop.
 
         The scales of activations beside it, `input_scale`, are not used: activations are not quantised.
@@ -64,7 +66,7 @@ class GgufTensors:
         self._unread.discard(f"{stem}.input_scale")
         info = self._file.tensors.get(f"{stem}.scale")
         if info is None:
-            return values
+            return source
         self._unread.discard(info.name)
         if info.type != "F32" or len(info.shape) != 1:
             raise ModelLoadError(f"tensor {info.name!r} must hold floats, one or one for each expert")
@@ -73,9 +75,15 @@ class GgufTensors:
             scales = scales[start:stop]
         if scales.size not in (1, stop - start):
             raise ModelLoadError(f"tensor {info.name!r} must have one scale for each expert")
+        blocks = source.data.reshape(scales.size, -1, FORMATS["FP4_16"].block_bytes).copy()
+        halves = np.ascontiguousarray(blocks[..., :4]).view(np.float16).astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):  # a damaged file may have any scales
-            scaled = values.view(np.float32).reshape(scales.size, -1) * scales[:, None]
-        return scaled.reshape(-1).view(np.uint8)
+            halves *= scales[:, None, None]
+            if holds_fp4_scales(2 * halves):
+                blocks[..., :4] = halves.astype(np.float16).view(np.uint8)
+                return replace(source, data=blocks.reshape(-1))
+            weights = decode(source).reshape(scales.size, -1) * scales[:, None]
+        return decoded_source(weights.reshape(source.shape))
 
     def unread(self) -> list[str]:
         """Return the names that were not read, as described in `Weights.unread`."""
@@ -86,12 +94,10 @@ class GgufTensors:
         self._file.close()
 
 
-def held_format(name: str, *, for_memory: bool = False) -> str:
-    """Return the format in which a tensor of this type is loaded; for memory, floats count as FP8 does."""
-    decoded = BY_NAME.get(name)
-    if decoded is None:
-        return name
-    return "F8_32" if for_memory and decoded.held == "F32" else decoded.held
+def held_format(name: str) -> str:
+    """Return the format in which a tensor of this type is loaded."""
+    converted = BY_NAME.get(name)
+    return name if converted is None else converted.held
 
 
 def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -142,7 +142,7 @@ class TowerWeights(GgufTensors):
         """Return formats and sizes, as described in `Weights.stored`, by the names of `transformers`."""
         return {
             name: (
-                held_format(infos[0].type, for_memory=True) if infos else "F32",
+                held_format(infos[0].type) if infos else "F32",
                 math.prod(self.shape(name)),
             )
             for name, infos in self._infos.items()

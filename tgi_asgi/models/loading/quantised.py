@@ -18,7 +18,16 @@ from tgi_asgi.formats.codes import (
     unpack_gptq,
 )
 from tgi_asgi.formats.quantised import Quantisation
-from tgi_asgi.formats.small_floats import decode_e4m3, decode_fp4, decode_table, float8_scales, mxfp4_blocks
+from tgi_asgi.formats.small_floats import (
+    decode_e4m3,
+    decode_fp4,
+    decode_table,
+    float8_scales,
+    fp4_blocks,
+    fp4_run,
+    holds_fp4_scales,
+    mxfp4_blocks,
+)
 from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.loading import check_shape
 from tgi_asgi.models.loading.stored import TABLES, is_mxfp4, read_state, state_name
@@ -172,6 +181,10 @@ def _read_nibbles(checkpoint: Checkpoint, name: str, codes: str, shape: tuple[in
             scales = scales / read_number(checkpoint, f"{name}_global_scale")
         else:
             raise ModelLoadError("it has neither a weight_global_scale nor a weight_scale_2")
+    run = fp4_run(packed, scales)
+    if run % 16 == shape[1] % 32 == 0 and holds_fp4_scales(scales):
+        blocks = fp4_blocks(packed, np.repeat(scales, run // 16, axis=1))
+        return WeightSource(blocks.reshape(-1), "FP4_16", shape)
     return ops.decoded_source(decode_fp4(packed, scales))
 
 

@@ -98,7 +98,7 @@ def stored_format(
     if info.dtype == "I8":
         return _stored_integers(checkpoint, weight, quantisation, is_cut=weight in cut)
     if info.dtype == "U8":
-        return ("MXFP4" if is_mxfp4(checkpoint, weight) else _DECODED), 2 * elements
+        return ("MXFP4" if is_mxfp4(checkpoint, weight) else "FP4_16"), 2 * elements
     return _DECODED if info.dtype == FLOAT8 else info.dtype, elements
 
 
