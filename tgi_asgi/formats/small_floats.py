@@ -101,7 +101,7 @@ def fp4_run(packed: Bytes, scales: Floats) -> int:
         and columns % scales.shape[1] == 0,
         f"scales of shape {scales.shape} do not fit {rows} rows of {columns} columns",
     )
-    return columns // scales.shape[1]
+    return int(columns // scales.shape[1])
 
 
 def decode_fp4(packed: Bytes, scales: Floats) -> Floats:
