@@ -253,11 +253,11 @@ class Generation:
 class Renderer(Protocol):
     """Produces the bytes of one call's answer: `whole`, or the other methods; in a thread if that is slow."""
 
-    def whole(self, parts: Sequence[Choices]) -> bytes:
-        """Return the body of an answer with the jobs' choices."""
+    def whole(self, job_choices: Sequence[Choices]) -> bytes:
+        """Return the body of an answer; `job_choices[i]` has the choices of job number i."""
 
-    def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
-        """Return complete frames for the new events of job number `part`, or nothing."""
+    def render(self, job_index: int, events: Sequence[TokenEvent]) -> bytes:
+        """Return complete frames for new events of job number `job_index`, or nothing."""
 
     def close(self) -> bytes:
         """Return what follows the last choice's last frame: nothing if that frame marks the end itself."""
