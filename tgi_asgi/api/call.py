@@ -41,11 +41,14 @@ class ImageSource:
 class Images:
     """The images of one prompt, in order. Parsers of message parts add them; `api/images.py` loads them.
 
-    Exists only if the model accepts images.
+    Exists only if the model accepts images; false if there are none.
     """
 
     sources: list[ImageSource] = field(default_factory=list)
     loaded: list[tuple[bytes, ProcessedImage]] = field(default_factory=list)  # with their digests
+
+    def __len__(self) -> int:
+        return len(self.sources)
 
     def add(self, content: object, param: str, *, is_base64: bool = False) -> dict[str, str]:
         """Add an image; return its placeholder for a message.

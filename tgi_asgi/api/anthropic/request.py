@@ -31,7 +31,7 @@ from tgi_asgi.api.parse import (
     refuse_field,
     string_of,
 )
-from tgi_asgi.api.prompt import leaves_open, thinking_variables
+from tgi_asgi.api.prompt_text import leaves_open, thinking_variables
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.api.thoughts import unsealed
 from tgi_asgi.api.tools import Tool, choose

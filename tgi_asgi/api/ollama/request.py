@@ -27,7 +27,7 @@ from tgi_asgi.api.parse import (
     range_of,
     refuse_field,
 )
-from tgi_asgi.api.prompt import leaves_open, thinking_variables
+from tgi_asgi.api.prompt_text import leaves_open, thinking_variables
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.errors import Forbidden
 from tgi_asgi.model_info import ModelInfo

@@ -18,7 +18,7 @@ from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, ImageUrl, Message, ToolCall
 from tgi_asgi.api.openai.tools import add_call_ids, read_choice, read_tools
 from tgi_asgi.api.parse import OMITTED_IMAGE, decode_json, refuse, refuse_field
-from tgi_asgi.api.prompt import leaves_open, thinking_variables
+from tgi_asgi.api.prompt_text import leaves_open, thinking_variables
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import Forbidden, ToolError
 from tgi_asgi.settings import OWN_VARIABLES
