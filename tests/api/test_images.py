@@ -230,6 +230,16 @@ async def test_no_image_is_cut_off() -> None:
         assert status == 422 and "where truncation would cut" in answered["error"]
 
 
+async def test_truncation_moves_an_image_and_changes_nothing_else_of_it() -> None:
+    engine = ScriptedEngine(has_vision=True)
+    app, processor = vision_app(engine)
+    processor.is_seen_by_all = True
+    body = {"inputs": f"{'a' * 50}![]({URL})bc", "parameters": {"truncate": 20}}
+    assert (await post("/generate", body, app=app))[0] == 200
+    [image] = engine.requests[0].images
+    assert image.start == 13 and image.is_seen_by_all
+
+
 TEXT_PARTS_ONLY = (
     "{% for m in messages %}{{ m.role }}:{% for p in m.content %}"
     "{% if p.type == 'image' %}<image>{% elif p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %};"

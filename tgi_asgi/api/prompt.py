@@ -94,10 +94,8 @@ def _cut(prompt: Prompt, size: int, source: Conversation | Text) -> Prompt:
         param = source.images.sources[0].param
         raise InvalidRequest(f"`{param}` is where truncation would cut the prompt off", param=param)
     del prompt.ids[:size]
-    moved = (
-        ImageInput(each.digest, each.start - size, each.num_tokens, each.payload) for each in prompt.images
-    )
-    return replace(prompt, images=tuple(moved))
+    moved = tuple(replace(image, start=image.start - size) for image in prompt.images)
+    return replace(prompt, images=moved)
 
 
 def chat_prompt(
