@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.grammars import accepts
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
-from tests.text.test_grammar import accepts
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.all_of import merge_all_of

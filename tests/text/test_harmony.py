@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.grammars import accepts
+from tests.support.tool_calls import parse
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
-from tests.text.test_grammar import accepts
-from tests.text.test_tools import parse
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.text.constrain.harmony import harmony_grammar

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
+from tests.support.grammars import accepts
 from tests.support.processor_time import at_most
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
-from tests.text.test_grammar import accepts
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.formats import PATTERNS, PLAIN_PATTERNS
