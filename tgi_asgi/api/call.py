@@ -15,6 +15,7 @@ from tgi_asgi.api.limits import Overflow
 from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.errors import Field, TgiError
 from tgi_asgi.model_info import ModelInfo
+from tgi_asgi.text.chat.message import ChatMessage, ChatTool
 from tgi_asgi.text.constrain.source import GrammarSource, source_of
 from tgi_asgi.types import Channel, GenerationRequest, ProcessedImage, SamplingParams, TokenEvent
 
@@ -67,11 +68,8 @@ class Conversation:
     """A chat in the form that chat templates expect.
 
     Attributes:
-        messages: Plain dicts with `role`, `content` (a text, None, or a list of texts and of `{"type":
-            "image"}` for each of the images) and other fields; calls are `{"id", "type": "function",
-            "function": {"name", "arguments"}}`.
-        tools: Tools as `{"type": "function", "function": {...}}`.
-        offers_tools: Whether they may be called; templates also receive tools that may not.
+        messages: A list as `content` has plain texts, and `{"type": "image"}` for each of the images.
+        offers_tools: Whether the tools may be called; templates also receive tools that may not.
         variables: Additional variables of the template.
         is_continued: Whether the last message is left open for the model to continue.
         adds_turn: Whether the prompt ends by opening the assistant's turn.
@@ -81,8 +79,8 @@ class Conversation:
         tool_prompt: TGI's text to add after the last message if there are tools.
     """
 
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
+    messages: list[ChatMessage]
+    tools: list[ChatTool] | None = None
     offers_tools: bool = True
     variables: Mapping[str, Any] = field(default_factory=dict)
     is_continued: bool = False

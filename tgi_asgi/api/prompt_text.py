@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from tgi_asgi.api.answer_form import tool_format
 from tgi_asgi.api.call import Conversation, Images, Text
 from tgi_asgi.errors import InvalidRequest, TemplateError
 from tgi_asgi.settings import Settings
+from tgi_asgi.text.chat.message import ChatMessage
 from tgi_asgi.text.images import expand_placeholders, join_fences, spell_out_images
 from tgi_asgi.text.tools import (
     add_tool_prompt,
@@ -96,8 +97,8 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
 
 
 def _with_spelled_images(
-    messages: list[dict[str, Any]], images: Images | None, template: ChatTemplate, served: Served
-) -> list[dict[str, Any]]:
+    messages: list[ChatMessage], images: Images | None, template: ChatTemplate, served: Served
+) -> list[ChatMessage]:
     """Return messages in which images have a text, if the template of a GGUF file writes none for them."""
     processor = served.image_processor
     if not images or processor is None or not processor.chat_text:
@@ -107,7 +108,7 @@ def _with_spelled_images(
     return spell_out_images(messages, processor.chat_text, part_roles=template.part_roles)
 
 
-def _fitted(chat: Conversation, template: ChatTemplate, settings: Settings) -> list[dict[str, Any]]:
+def _fitted(chat: Conversation, template: ChatTemplate, settings: Settings) -> list[ChatMessage]:
     """Return a conversation's messages in a form that the template accepts, and of which it drops nothing."""
     messages = template.arranged([_shown(message, template, settings) for message in chat.messages])
     tools = chat.tools if chat.offers_tools else None
@@ -124,7 +125,7 @@ def _fitted(chat: Conversation, template: ChatTemplate, settings: Settings) -> l
     return template.with_arguments(template.in_parts(messages))  # JSON may escape special tokens
 
 
-def _shown(message: dict[str, Any], template: ChatTemplate, settings: Settings) -> dict[str, Any]:
+def _shown(message: ChatMessage, template: ChatTemplate, settings: Settings) -> ChatMessage:
     """Return a message with a role that the template shows, and its content as the template takes it."""
     role = message["role"]
     if role == "developer" and not template.accepts_developer:
@@ -174,7 +175,7 @@ def echoed_text(chat: Conversation, template: ChatTemplate, settings: Settings) 
     return content if isinstance(content, str) else ""
 
 
-def leaves_open(messages: Sequence[Mapping[str, Any]]) -> bool:
+def leaves_open(messages: Sequence[ChatMessage]) -> bool:
     """Return whether a conversation ends with an assistant text for the model to continue."""
     last = messages[-1] if messages else {"role": ""}
     return last["role"] == "assistant" and bool(last["content"]) and not last.get("tool_calls")
@@ -193,7 +194,7 @@ def _separator(template: ChatTemplate, role: str, settings: Settings) -> str | N
     return None if role in template.part_roles else "\n"
 
 
-def _content(message: dict[str, Any], separator: str | None) -> Any:
+def _content(message: ChatMessage, separator: str | None) -> Any:
     content = message["content"]
     if not isinstance(content, list):
         return content
