@@ -19,11 +19,6 @@ from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import GrammarCompiler, Matcher
 
 
-@pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
-
-
 def test_a_model_without_an_end_refuses_grammars() -> None:
     tokenizer = ToyTokenizer()
     tokenizer.eos_ids = frozenset()

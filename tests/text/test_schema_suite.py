@@ -30,11 +30,6 @@ FIRST = {family: [schema for name, schema in suite() if name == family] for fami
 REFUSED = {"condition", "collection", "mapping"}
 
 
-@pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_schemas_are_held_to_or_refused_by_name(compiler: GrammarCompiler, family: str) -> None:
     writer = Writer(ToyTokenizer(), VOCAB_SIZE)

@@ -14,7 +14,6 @@ from tests.support.grammars import accepts, random_walk
 from tests.support.schemas import check, random_schema
 from tests.support.tool_calls import PARAMETERS, SPECS, TWO_CALLS, parse, use
 from tests.support.tool_writers import write
-from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain import source as sources
@@ -51,11 +50,6 @@ def beside_json(name: str, calls: str) -> str:
 
 
 TWO_CALLS_OR_JSON = {name: beside_json(name, calls) for name, calls in TWO_CALLS.items()}
-
-
-@pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
 
 
 @names
