@@ -12,6 +12,7 @@ from tests.support.client import client_of
 from tests.support.pictures import data_url, encoded, picture, text_of
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
 from tests.support.serving import serving
+from tests.support.tool_app import sdk_of
 from tests.support.toy_tokenizer import IMAGE
 from tests.support.vision_app import (
     SVG,
@@ -364,10 +365,7 @@ async def test_images_in_the_results_of_tools_are_a_note() -> None:
 async def test_openai_s_sdk_sends_images() -> None:
     engine = ScriptedEngine(say("Hel", "lo"), has_vision=True)
     app, processor = vision_app(engine)
-    async with (
-        serving(app) as url,
-        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as client,
-    ):
+    async with sdk_of(app) as client:
         messages: Any = chat("what?", URL)["messages"]
         done = await client.chat.completions.create(model="m", messages=messages)
         assert done.choices[0].message.content == "Hello"
