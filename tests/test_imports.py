@@ -41,7 +41,7 @@ ALLOWED_DIALECTS = {
     "tei": {"openai"},  # the two APIs share the path /rerank
     "ollama": {"openai"},
 }
-MAX_CHAT_MODULES = 27
+MAX_CHAT_MODULES = 28
 RAY_FILES = {"cluster/serving.py", "cluster/routing.py"}
 # Files that compute in torch.
 TORCH_FILES = (

@@ -369,6 +369,11 @@ class TokenEvent:
     stop: str | int | None = None  # the stop string or stop id that matched, with `finish == STOP`
 
 
+# Per token of a prompt or of a chunk: its log-probability given the tokens before it (None at position 0),
+# and the k best.
+PromptLogprobs = list[tuple[float | None, Sequence[tuple[int, float]]]]
+
+
 @dataclass(slots=True)
 class RequestStats:
     """The engine's record of one request, filled in as it runs; times are from `time.monotonic()`."""
@@ -380,8 +385,7 @@ class RequestStats:
     cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     generated_tokens: int = 0  # sampled tokens over all choices
     finishes: list[FinishReason] = field(default_factory=list)  # of the choices, in the order they ended
-    # Per prompt token, if `prompt_logprobs` asked for them: (logprob, None for the first token; the k best).
-    prompt_logprobs: list[tuple[float | None, Sequence[tuple[int, float]]]] | None = None
+    prompt_logprobs: PromptLogprobs | None = None  # if `GenerationRequest.prompt_logprobs` asked for them
     vector: Vector | None = None  # the vector that `pooling` asked for, float32
 
 

@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from tests.support.client import client_of, post
 from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say, scripted_app
 from tests.support.serving import serving as serving_at
+from tests.support.tool_app import sdk_of
 from tests.support.waiting import LONGEST_S, until
 from tgi_asgi.app import App, named_adapters
 from tgi_asgi.engine.adapters import Adapters
@@ -366,10 +366,7 @@ async def test_a_client_that_goes_away_lets_go_of_its_adapter() -> None:
 
 async def test_openais_client_uses_an_adapter_as_a_model() -> None:
     app = await serving("sql")
-    async with (
-        serving_at(app) as url,
-        openai.AsyncOpenAI(base_url=url + "/v1", api_key="-", max_retries=0) as client,
-    ):
+    async with sdk_of(app) as client:
         assert [model.id async for model in client.models.list()] == ["toy/model", "sql"]
         answer = await client.chat.completions.create(
             model="sql", messages=[{"role": "user", "content": "hi"}]

@@ -11,10 +11,10 @@ from openai.types.responses import Response, ResponseItem, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from tests.agents.player import TEMPLATE, call, play, play_of
-from tests.api.test_openai_tools import app_of, pieces_of, sdk
 from tests.api.test_responses import post
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say
+from tests.support.tool_app import app_of, pieces_of, sdk
 from tests.support.tool_writers import write
 from tgi_asgi.api.openai.response_input import read_items
 from tgi_asgi.api.openai.response_schema import ResponsesRequest

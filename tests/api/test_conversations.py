@@ -9,10 +9,10 @@ import httpx
 import openai
 import pytest
 
-from tests.api.test_openai_tools import CALLS, app_of
-from tests.api.test_response_store import TEMPLATE, TOOLS, chat, prompts, sdk
+from tests.api.test_response_store import TEMPLATE, TOOLS, chat, prompts
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, fail_with, say
+from tests.support.tool_app import CALLS, app_of, sdk_of
 from tgi_asgi.api.openai.conversation_store import ConversationStore, StoredConversation
 from tgi_asgi.app import App
 from tgi_asgi.errors import GenerationFailed
@@ -28,7 +28,7 @@ async def texts(client: openai.AsyncOpenAI, conversation: str) -> list[Any]:
 
 async def test_a_response_continues_its_conversation_and_is_added_to_it() -> None:
     engine = ScriptedEngine(say("Hel", "lo"))
-    async with sdk(app_of(engine)) as client:
+    async with sdk_of(app_of(engine)) as client:
         made = await client.conversations.create(items=[ONE], metadata={"a": "b"})
         first = await client.responses.create(model="m", input="two", conversation=made.id)
         async with client.responses.stream(model="m", input="three", conversation={"id": made.id}) as stream:
@@ -42,14 +42,14 @@ async def test_a_response_continues_its_conversation_and_is_added_to_it() -> Non
 
 
 async def test_an_answer_is_added_even_if_it_is_not_stored_by_itself() -> None:
-    async with sdk(app_of(ScriptedEngine(say("Hello")))) as client:
+    async with sdk_of(app_of(ScriptedEngine(say("Hello")))) as client:
         made = await client.conversations.create()
         await client.responses.create(model="m", input="one", conversation=made.id, store=False)
         assert await texts(client, made.id) == ["one", "Hello"]
 
 
 async def test_a_failed_answer_adds_nothing() -> None:
-    async with sdk(app_of(ScriptedEngine(fail_with(GenerationFailed("no"))))) as client:
+    async with sdk_of(app_of(ScriptedEngine(fail_with(GenerationFailed("no"))))) as client:
         made = await client.conversations.create()
         with pytest.raises(openai.InternalServerError):
             await client.responses.create(model="m", input="one", conversation=made.id)
@@ -58,7 +58,7 @@ async def test_a_failed_answer_adds_nothing() -> None:
 
 async def test_calls_and_their_results_go_on_in_a_conversation() -> None:
     engine = ScriptedEngine(say(*CALLS[4:12]))
-    async with sdk(app_of(engine, chat_template=TEMPLATE)) as client:
+    async with sdk_of(app_of(engine, chat_template=TEMPLATE)) as client:
         made = await client.conversations.create()
         first = await client.responses.create(model="m", input="where?", conversation=made.id, tools=TOOLS)
         [call] = [item for item in first.output if item.type == "function_call"]
@@ -71,7 +71,7 @@ async def test_calls_and_their_results_go_on_in_a_conversation() -> None:
 
 
 async def test_items_are_added_listed_read_and_deleted() -> None:
-    async with sdk(app_of(ScriptedEngine())) as client:
+    async with sdk_of(app_of(ScriptedEngine())) as client:
         made = await client.conversations.create()
         items = client.conversations.items
         given: list[Any] = [{**ONE, "id": "same", "content": f"{i}"} for i in range(3)]
@@ -94,7 +94,7 @@ async def test_items_are_added_listed_read_and_deleted() -> None:
 
 async def test_a_conversation_is_only_its_key_s() -> None:
     app = app_of(ScriptedEngine(), Settings(api_key=("a", "b")))
-    async with sdk(app, "a") as client:
+    async with sdk_of(app, "a") as client:
         made = await client.conversations.create(items=[ONE])
         other = client.with_options(api_key="b")
         attempts: list[Callable[[], Any]] = [

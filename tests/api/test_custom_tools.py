@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from openai.types.chat import ChatCompletionMessageCustomToolCall
 
-from tests.api.test_openai_tools import HI, app_of, sdk
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, say
+from tests.support.tool_app import HI, app_of, sdk
 from tgi_asgi.api.custom_input import CustomInput
 from tgi_asgi.settings import Settings
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.api.test_call_histories import HI, SINGLE, prompt_of
-from tests.api.test_openai_tools import CITY, app_of, chat, deltas
 from tests.support.asgi import request, send
 from tests.support.scripted_engine import ScriptedEngine, say
+from tests.support.tool_app import CITY, app_of, chat, deltas
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.grammar import Grammar
 

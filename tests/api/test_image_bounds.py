@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.api.test_fuzz import ANYTHING, SCALARS
 from tests.support.client import client_of
 from tests.support.fuzzing import post_and_check
-from tests.support.pictures import Answer, answer, data_url, encoded, picture, text_of, web
+from tests.support.pictures import Answer, answer, data_url, encoded, endless, picture, text_of, web
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
 from tests.support.vision_app import (
     PAYLOAD_BYTES,
@@ -194,13 +194,6 @@ def reaching(app: App, names: dict[str, list[str]] | None = None, allowed: Seque
 
 async def never(head: bytes, writer: asyncio.StreamWriter) -> None:
     await asyncio.Event().wait()
-
-
-async def endless(head: bytes, writer: asyncio.StreamWriter) -> None:
-    writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
-    while True:
-        writer.write(b"1000\r\n" + bytes(0x1000) + b"\r\n")
-        await writer.drain()
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])

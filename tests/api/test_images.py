@@ -12,6 +12,7 @@ from tests.support.client import client_of
 from tests.support.pictures import data_url, encoded, picture, text_of
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
 from tests.support.serving import serving
+from tests.support.tool_app import sdk_of
 from tests.support.toy_tokenizer import IMAGE
 from tests.support.vision_app import (
     SVG,
@@ -230,6 +231,16 @@ async def test_no_image_is_cut_off() -> None:
         assert status == 422 and "where truncation would cut" in answered["error"]
 
 
+async def test_truncation_moves_an_image_and_changes_nothing_else_of_it() -> None:
+    engine = ScriptedEngine(has_vision=True)
+    app, processor = vision_app(engine)
+    processor.is_seen_by_all = True
+    body = {"inputs": f"{'a' * 50}![]({URL})bc", "parameters": {"truncate": 20}}
+    assert (await post("/generate", body, app=app))[0] == 200
+    [image] = engine.requests[0].images
+    assert image.start == 13 and image.is_seen_by_all
+
+
 TEXT_PARTS_ONLY = (
     "{% for m in messages %}{{ m.role }}:{% for p in m.content %}"
     "{% if p.type == 'image' %}<image>{% elif p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %};"
@@ -354,10 +365,7 @@ async def test_images_in_the_results_of_tools_are_a_note() -> None:
 async def test_openai_s_sdk_sends_images() -> None:
     engine = ScriptedEngine(say("Hel", "lo"), has_vision=True)
     app, processor = vision_app(engine)
-    async with (
-        serving(app) as url,
-        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as client,
-    ):
+    async with sdk_of(app) as client:
         messages: Any = chat("what?", URL)["messages"]
         done = await client.chat.completions.create(model="m", messages=messages)
         assert done.choices[0].message.content == "Hello"

@@ -12,10 +12,10 @@ import ollama
 import pytest
 from huggingface_hub import AsyncInferenceClient
 
-from tests.api.test_openai_tools import app_of
 from tests.support.asgi import Call, request, send
 from tests.support.scripted_engine import CHATML, Script, ScriptedEngine, fail_with, say
 from tests.support.serving import serving
+from tests.support.tool_app import app_of
 from tgi_asgi.api.sse import DIRECT_WRITE
 from tgi_asgi.app import App
 from tgi_asgi.errors import GenerationFailed

@@ -11,10 +11,10 @@ import anthropic
 import pytest
 from anthropic.types import ThinkingBlock, ToolUseBlock
 
-from tests.api.test_openai_tools import CALLS, CITY, THINKING, app_of
 from tests.support.client import client_of
 from tests.support.scripted_engine import CHATML, Script, ScriptedEngine, fail_with, say
 from tests.support.serving import serving
+from tests.support.tool_app import CALLS, CITY, THINKING, app_of
 from tgi_asgi.errors import GenerationFailed
 from tgi_asgi.settings import Settings
 

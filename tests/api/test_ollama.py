@@ -13,10 +13,10 @@ import httpx
 import ollama
 import pytest
 
-from tests.api.test_openai_tools import CALLS, CITY, THINKING, app_of
 from tests.support.client import client_of
 from tests.support.scripted_engine import CHATML, Script, ScriptedChannel, ScriptedEngine, fail_with, say
 from tests.support.serving import serving
+from tests.support.tool_app import CALLS, CITY, THINKING, app_of
 from tests.support.waiting import LONGEST_S
 from tgi_asgi.api.ollama.request import OllamaOptions
 from tgi_asgi.errors import GenerationFailed, Overloaded

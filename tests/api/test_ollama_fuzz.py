@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.api.test_fuzz import ANYTHING, SCALARS, bodies
-from tests.api.test_openai_tools import app_of
 from tests.support.fuzzing import post_and_check
 from tests.support.scripted_engine import CHATML, ScriptedEngine, say
+from tests.support.tool_app import app_of
 from tgi_asgi.api.ollama.request import OllamaChat, OllamaGenerate, OllamaOptions
 
 TEXT = st.text(max_size=5)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import openai
@@ -12,6 +11,7 @@ import pytest
 
 from tests.support.scripted_engine import Script, ScriptedEngine, fail_with, say, scripted_app
 from tests.support.serving import serving
+from tests.support.tool_app import sdk_of
 from tests.support.waiting import LONGEST_S
 from tgi_asgi.errors import GenerationFailed, Overloaded, TgiError, Unavailable
 from tgi_asgi.settings import Settings
@@ -23,14 +23,8 @@ SYSTEM_AND_USER: list[Any] = [
 SCRIPT = say("Deep", " learn", "ing", " 🦙"[:2], "!")
 
 
-@asynccontextmanager
-async def sdk(script: Script = SCRIPT, **settings: Any) -> AsyncIterator[openai.AsyncOpenAI]:
-    app = scripted_app(ScriptedEngine(script), Settings(**settings))
-    async with (
-        serving(app) as url,
-        openai.AsyncOpenAI(base_url=url + "/v1", api_key="-", max_retries=0) as client,
-    ):
-        yield client
+def sdk(script: Script = SCRIPT, **settings: Any) -> AbstractAsyncContextManager[openai.AsyncOpenAI]:
+    return sdk_of(scripted_app(ScriptedEngine(script), Settings(**settings)))
 
 
 async def test_the_guides_sync_calls() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.api.test_openai_tools import HI, TOOLS, app_of
 from tests.support.asgi import Call, request, send
 from tests.support.scripted_engine import ScriptedEngine, say
+from tests.support.tool_app import HI, TOOLS, app_of
 from tests.support.waiting import until
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.types import EngineState

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.api.test_openai_tools import app_of
 from tests.support.client import client_of
 from tests.support.processor_time import computed_within
 from tests.support.scripted_engine import ScriptedEngine, say
+from tests.support.tool_app import app_of
 from tgi_asgi.api.openai.response_input import read_items
 from tgi_asgi.errors import InvalidRequest
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -13,10 +11,9 @@ import pytest
 from openai.types.responses import ResponseItem
 from pydantic import TypeAdapter
 
-from tests.api.test_openai_tools import CALLS, CITY, app_of
 from tests.support.client import client_of
 from tests.support.scripted_engine import CHATML, ScriptedEngine, fail_with, say
-from tests.support.serving import serving
+from tests.support.tool_app import CALLS, CITY, app_of, sdk_of
 from tgi_asgi.api.exchange import LARGE_BODY
 from tgi_asgi.api.openai.response_store import ResponseStore, StoredResponse
 from tgi_asgi.app import App
@@ -29,15 +26,6 @@ TEMPLATE = CHATML.replace(
     "+ message['content']", "+ (message['content'] or '') + (message['tool_calls'] | string if "
     "message['tool_calls'] else '')"
 )  # fmt: skip
-
-
-@asynccontextmanager
-async def sdk(app: App, key: str = "-") -> AsyncIterator[openai.AsyncOpenAI]:
-    async with (
-        serving(app) as url,
-        openai.AsyncOpenAI(base_url=url + "/v1", api_key=key, max_retries=0) as client,
-    ):
-        yield client
 
 
 async def post(app: App, body: dict[str, Any], key: str = "-") -> httpx.Response:
@@ -67,7 +55,7 @@ def chat(*turns: str) -> str:
 
 async def test_a_conversation_goes_on_from_the_response_before() -> None:
     engine = ScriptedEngine(say("Hel", "lo"))
-    async with sdk(app_of(engine)) as client:
+    async with sdk_of(app_of(engine)) as client:
         first = await client.responses.create(model="m", input="one", instructions="Be brief.")
         second = await client.responses.create(model="m", input="two", previous_response_id=first.id)
         third = await client.responses.create(
@@ -80,7 +68,7 @@ async def test_a_conversation_goes_on_from_the_response_before() -> None:
 
 async def test_a_streamed_response_is_kept_as_well() -> None:
     engine = ScriptedEngine(say("Hel", "lo"))
-    async with sdk(app_of(engine)) as client:
+    async with sdk_of(app_of(engine)) as client:
         async with client.responses.stream(model="m", input="one") as stream:
             first = await stream.get_final_response()
         await client.responses.create(model="m", input="two", previous_response_id=first.id)
@@ -90,7 +78,7 @@ async def test_a_streamed_response_is_kept_as_well() -> None:
 
 
 async def test_what_background_responses_have_is_refused_by_name() -> None:
-    async with sdk(app_of(ScriptedEngine(say("a")))) as client:
+    async with sdk_of(app_of(ScriptedEngine(say("a")))) as client:
         made = await client.responses.create(model="m", input="one")
         with pytest.raises(openai.BadRequestError, match="only background responses") as finished:
             await client.responses.cancel(made.id)
@@ -150,7 +138,7 @@ async def test_what_is_not_to_be_stored_is_not() -> None:
 
 
 async def test_an_unknown_response_is_refused_by_name() -> None:
-    async with sdk(app_of(ScriptedEngine())) as client:
+    async with sdk_of(app_of(ScriptedEngine())) as client:
         with pytest.raises(openai.BadRequestError) as caught:
             await client.responses.create(model="m", input="hi", previous_response_id="resp_nobody")
         assert (caught.value.code, caught.value.param) == (
@@ -349,7 +337,7 @@ def test_no_tenant_takes_the_place_of_anothers_answers() -> None:
 
 
 async def test_the_sdk_pages_through_what_a_response_answers() -> None:
-    async with sdk(app_of(ScriptedEngine(say("yes")), Settings(api_key=("a", "b"))), "a") as client:
+    async with sdk_of(app_of(ScriptedEngine(say("yes")), Settings(api_key=("a", "b"))), "a") as client:
         first = await client.responses.create(model="m", input="one")
         texts: list[Any] = [{"role": "user", "content": f"no. {i}", "x": 10**30} for i in range(3)]
         second = await client.responses.create(model="m", input=texts, previous_response_id=first.id)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import openai
 import pytest
 
-from tests.api.test_openai_tools import THINKING, app_of, sdk
 from tests.api.test_responses import post
 from tests.support.scripted_engine import ScriptedEngine, say
-from tests.support.serving import serving
+from tests.support.tool_app import THINKING, app_of, sdk, sdk_of
 
 THOUGHTS = ["<think>", "hm", " so", "</think>", "Hello"]
 
@@ -61,10 +59,7 @@ async def test_thoughts_come_back_from_a_summary_alone() -> None:
         "summary": [{"type": "summary_text", "text": "hm"}],
         "encrypted_content": "x",
     }
-    async with (
-        serving(app_of(engine, chat_template=template)) as url,
-        openai.AsyncOpenAI(base_url=url + "/v1", api_key="-", max_retries=0) as client,
-    ):
+    async with sdk_of(app_of(engine, chat_template=template)) as client:
         history: Any = [
             {"role": "user", "content": "hi"}, item, {"role": "assistant", "content": "yes"},
         ]  # fmt: skip

@@ -11,11 +11,10 @@ import pytest
 from openai.types.responses import Response
 from pydantic import BaseModel
 
-from tests.api.test_openai_tools import CALLS, CITY, THINKING, app_of, sdk
 from tests.support.asgi import request, send
 from tests.support.client import client_of
 from tests.support.scripted_engine import CHATML, Script, ScriptedEngine, fail_with, say, scripted_app
-from tests.support.serving import serving
+from tests.support.tool_app import CALLS, CITY, THINKING, app_of, sdk, sdk_of
 from tgi_asgi.api.openai.response_input import read_items
 from tgi_asgi.errors import GenerationFailed, InvalidRequest, Overloaded, TgiError
 from tgi_asgi.settings import MIB
@@ -338,10 +337,7 @@ async def test_thoughts_come_back_in_the_field_that_a_client_keeps(kept: tuple[s
     """Many clients send back `encrypted_content` only, and without it no reasoning at all."""
     template = "{% for m in messages %}{{ m | tojson }}\n{% endfor %}{# <think> </think> #}"
     engine = ScriptedEngine(say("<think>", "hm\n", "</think>", "Hello"))
-    async with (
-        serving(app_of(engine, chat_template=template)) as url,
-        openai.AsyncOpenAI(base_url=url + "/v1", api_key="-", max_retries=0) as client,
-    ):
+    async with sdk_of(app_of(engine, chat_template=template)) as client:
         options: dict[str, Any] = {"model": "m", "include": ["reasoning.encrypted_content"], "store": False}
         whole = await client.responses.create(input="hi", **options)
         async with client.responses.stream(input="hi", **options) as stream:
@@ -394,10 +390,7 @@ async def test_namespaces_may_have_tools_of_the_same_name() -> None:
     call = '<tool_call>\n{"name": "mcp__b__search", "arguments": {"city": "Paris"}}\n</tool_call>'
     engine = ScriptedEngine(say(call))
     tools: list[Any] = [searching("mcp__a"), searching("mcp__b"), *TOOLS]
-    async with (
-        serving(app_of(engine)) as url,
-        openai.AsyncOpenAI(base_url=url + "/v1", api_key="-", max_retries=0) as client,
-    ):
+    async with sdk_of(app_of(engine)) as client:
         first = await client.responses.create(model="m", input="hi", tools=tools)
         [item] = first.output
         assert item.type == "function_call"

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.api.test_openai_tools import THINKING, app_of
 from tests.api.test_responses import ALL, post
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, say
+from tests.support.tool_app import THINKING, app_of
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.api.test_openai_tools import HI, app_of
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, say
+from tests.support.tool_app import HI, app_of
 from tgi_asgi.text.tools import ToolSpec
 
 

@@ -7,8 +7,8 @@ import dataclasses
 import itertools
 import random
 import threading
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ from tests.cuda.emulated_runner import (
     save_with_tokenizer,
     spec_of_steps,
 )
-from tests.runner.test_drafts import answers_of, random_request
-from tests.runner.test_grammar import AUTO, EOS, Letters
 from tests.support import real_engine
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.kv import plain_limits, plain_size
+from tests.support.letters import AUTO, letters_grammar
+from tests.support.random_requests import answers_of, random_request
+from tests.support.small_engine import serving_with
 from tgi_asgi.engine import Engine
 from tgi_asgi.engine.budget import TokenBudget
-from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.cuda_sample_state import CudaSampleState
@@ -41,7 +41,7 @@ from tgi_asgi.runner.plan import StepPlan
 from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import GenerationRequest, SamplingParams, StopConditions
 
 pytestmark = pytest.mark.thorough
@@ -68,29 +68,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def grammars() -> list[Grammar]:
     schema = {"enum": ["alpha beta gamma", "alpha beta delta"]}
     texts = [sources.regex("[a-z]{5,9}(-ab-ab){2,6}[0-9]"), AUTO, sources.json_schema(schema)]
-    return [GrammarCompiler(Letters(VOCAB), VOCAB).compile(text) for text in texts]
+    return [letters_grammar(text, VOCAB) for text in texts]
 
 
-@asynccontextmanager
-async def serving(
+def serving(
     model: Model, speculation: Speculation | None, num_blocks: int, device: EmulatedDevice | None = None
-) -> AsyncIterator[Engine]:
+) -> AbstractAsyncContextManager[Engine]:
     size = plain_size(num_blocks, "float16")
     limits = plain_limits(max_sequences=8, max_tokens=128, max_context=LONGEST)
     spec = spec_of_steps(limits, is_batch_invariant=True)  # drafts would otherwise change the last bits
     runner = CudaRunner(
         model, device or make_device(), lambda free_bytes: size, spec, speculation=speculation
     )
-    info = ModelInfo("tiny", None, "Llama", "float16", "cuda", VOCAB, LONGEST - 1, LONGEST, frozenset({EOS}))
-    engine = Engine(runner, Letters(VOCAB), Settings(max_batch_prefill_tokens=64), info)
-    engine.start()
-    try:
-        yield engine
-        await engine.stop()
-        assert engine.scheduler.pool.num_used == 0
-        engine.scheduler.pool.check()
-    finally:
-        runner.close()
+    return serving_with(runner, VOCAB, Settings(max_batch_prefill_tokens=64))
 
 
 def request_of(rng: random.Random, number: int, grammars: list[Grammar]) -> GenerationRequest:

@@ -11,9 +11,9 @@ import torch
 from tests.cuda.emulated_device import EmulatedDevice, Event, Graph
 from tests.cuda.emulated_runner import spec_of_steps
 from tests.emulation import bindings, library
-from tests.runner.test_grammar import EOS, Letters
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.kv import plain_limits, plain_size
+from tests.support.letters import EOS, Letters, letters_grammar
 from tests.support.runner_driver import GREEDY, Job, generate
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_quant import Repacking
@@ -24,7 +24,7 @@ from tgi_asgi.runner.cuda_device import Command, Copy
 from tgi_asgi.runner.cuda_steps import CudaSteps
 from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepRow
 from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import LogprobsMode, SamplingParams
 
 pytestmark = pytest.mark.thorough
@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture(scope="module")
 def grammar() -> Grammar:
-    return GrammarCompiler(Letters(VOCAB), VOCAB).compile(sources.regex("[a-z]{3}-[0-9]{3,9}"))
+    return letters_grammar(sources.regex("[a-z]{3}-[0-9]{3,9}"), VOCAB)
 
 
 @pytest.fixture

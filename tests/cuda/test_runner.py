@@ -23,9 +23,9 @@ from tests.cuda.emulated_runner import (
     save_with_tokenizer,
     spec_of_steps,
 )  # fmt: skip
-from tests.runner.test_grammar import Letters
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
 from tests.support.kv import plain_limits, plain_size
+from tests.support.letters import letters_grammar
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import GREEDY, Job, generate, sample_over_a_shared_block
 from tgi_asgi.errors import ModelLoadError
@@ -40,7 +40,6 @@ from tgi_asgi.runner.load import load
 from tgi_asgi.runner.plan import DeviceLost, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.types import SamplingParams
 
 
@@ -223,7 +222,7 @@ async def test_only_steps_of_a_grammar_wait_for_the_tokens_before_them(
         start_grammars(plan, waits)
 
     monkeypatch.setattr(runner, "_start_grammars", note)
-    grammar = GrammarCompiler(Letters(160), 160).compile(sources.regex("[a-z]{9}"))
+    grammar = letters_grammar(sources.regex("[a-z]{9}"), 160)
     starts = [SlotStart(0, GREEDY, 0, [5]), SlotStart(1, GREEDY, 0, [6], grammar=grammar)]
     prompts = [StepRow(0, [5], 0, [[0]], samples=True), StepRow(1, [6], 0, [[1]], samples=True)]
     plain, constrained = (StepRow(slot, None, 1, [[slot]], samples=True) for slot in (0, 1))

@@ -20,7 +20,7 @@ from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import TgiError
 from tgi_asgi.runner.plan import RunnerTraits
-from tgi_asgi.text.constrain.free_text import Part, Watch
+from tgi_asgi.text.constrain.free_text import FreePart, Watch
 from tgi_asgi.types import FinishReason, GenerationRequest, SamplingParams, StopConditions, TokenEvent
 
 _GREEDY = SamplingParams(temperature=0.0)
@@ -84,7 +84,7 @@ class WatchedGrammar:
     """A grammar whose answers are free text up to the first of the `wakes` tokens."""
 
     def __init__(self, wakes: Tokens[int], masked_ids: Tokens[int] = ()) -> None:
-        self._part = Part(tuple(masked_ids), frozenset(wakes), {}, 0)
+        self._part = FreePart(tuple(masked_ids), frozenset(wakes), {}, 0)
 
     def watch(self) -> Watch:
         return Watch([self._part])

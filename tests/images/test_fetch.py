@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trustme
 
-from tests.support.pictures import Answer, answer, web
+from tests.support.pictures import Answer, answer, endless, web
 from tests.support.waiting import LONGEST_S
 from tgi_asgi.errors import ImageTooLarge, InvalidRequest
 from tgi_asgi.images.addresses import is_public
@@ -229,13 +229,6 @@ async def test_a_refused_connection_is_told_as_any_other_failure(internet: Inter
     async with web({}) as (port, _):
         pass
     assert "no whole answer" in await internet.refusal(f"http://a.example:{port}/")
-
-
-async def endless(head: bytes, writer: asyncio.StreamWriter) -> None:
-    writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
-    while True:
-        writer.write(b"1000\r\n" + bytes(0x1000) + b"\r\n")
-        await writer.drain()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tests.support.family_files import checkpoint, reference
 from tests.support.family_scores import score
 from tests.support.quantised import compressed_tensors, gptq_tensors, random_codes
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.runner.plan import PromptLogprobs
+from tgi_asgi.types import PromptLogprobs
 
 CONFIGS = {
     "compressed": {"quant_method": "compressed-tensors", "format": "pack-quantized"},

@@ -92,13 +92,13 @@ def run(
         inputs=values[: 1 if layer is None else 3], outputs=[routing, out][: 1 if layer is None else 2],
     )  # fmt: skip
     buffers = program._calls.buffers
-    buffers.of(values[0], "rows").array()[:] = np.nan
+    buffers.rows_of(values[0]).array()[:] = np.nan
     program.write(values[0], logits.numpy())
     if layer is not None:
         program.write(values[1], a.numpy())
         program.write(values[2], (torch.zeros_like(a) if x is None else x).numpy())
     program.run(eager_ops.step(num_tokens, num_sampled), ())
-    ids, weights = (torch.from_numpy(part[:num_tokens]) for part in buffers.of(routing, "routing").arrays())
+    ids, weights = (torch.from_numpy(part[:num_tokens]) for part in buffers.routing_of(routing).arrays())
     dense = torch.zeros(num_tokens, spec.num_experts, dtype=torch.float64)
     dense.scatter_(1, ids.long(), weights.double())
     assert all(len(set(row.tolist())) == spec.top_k for row in ids)

@@ -25,7 +25,7 @@ def run(x: Tensor, weight: HeadsWeight) -> Tensor:
     out = ops.heads_linear(ops.activation(rows, weight.num_heads * weight.columns), weight)
     limits = ops.StepLimits(max_tokens=len(x), max_sequences=1, max_rows=1, max_context=1)
     program = ops.CpuProgram(recorder, limits, inputs=[rows], outputs=[out])
-    program._calls.buffers.of(out, "rows").array()[:] = math.nan
+    program._calls.buffers.rows_of(out).array()[:] = math.nan
     program.write(rows, x.numpy())
     program.run(step(len(x)), ())
     return torch.from_numpy(program.read(out, len(x)))

@@ -77,7 +77,7 @@ class Layer:
             inputs=values,
             outputs=[out],
         )
-        program._calls.buffers.of(out, "rows").array()[:] = math.nan
+        program._calls.buffers.rows_of(out).array()[:] = math.nan
         for value, given in zip(values, rows, strict=True):
             program.write(value, given.numpy())
         program.run(flat_rows(spans, blocks, self.block_size), ())

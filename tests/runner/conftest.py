@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.ops.conftest import kernel_set
-from tests.support.kv import plain_limits, plain_size
+from tests.support.small_engine import small_runner
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.models.family import Model
-from tgi_asgi.runner.kv import CacheSizes
 from tgi_asgi.runner.runner import HostRunner
 
 __all__ = ["kernel_set", "make_runner", "runner"]
@@ -22,12 +21,7 @@ def make_runner(model: Model) -> Iterator[Callable[..., HostRunner]]:
     runners: list[HostRunner] = []
 
     def make(model: Model = model) -> HostRunner:
-        size = plain_size(64)
-        runners.append(
-            HostRunner(
-                model, CacheSizes(size), plain_limits(max_sequences=8, max_tokens=128, max_context=256)
-            )
-        )
+        runners.append(small_runner(model, 64, max_context=256))
         return runners[-1]
 
     yield make

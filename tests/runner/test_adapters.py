@@ -12,20 +12,17 @@ from pathlib import Path
 import pytest
 
 from tests.engine.helpers import Answer, collect, submit
-from tests.runner.test_grammar import EOS, PATTERN, Letters
 from tests.support.adapters import write_adapter
 from tests.support.checkpoints import load_model, make_model, save
-from tests.support.kv import plain_limits, plain_size
+from tests.support.letters import letters_grammar
+from tests.support.small_engine import serving_with, small_runner
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
-from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.family import Model
-from tgi_asgi.runner.kv import CacheSizes
-from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import Adapter, GenerationRequest, SamplingParams, StopConditions
 
 NUM_ADAPTERS = 5
@@ -63,26 +60,15 @@ def adapters(loader: AdapterLoader[ops.AdapterLayout], folders: list[Path]) -> l
 
 @pytest.fixture(scope="module")
 def grammar(model: Model) -> Grammar:
-    size = model.config.vocab_size
-    return GrammarCompiler(Letters(size), size).compile(sources.regex(PATTERN))
+    return letters_grammar(sources.regex("[a-z]{30,50}-[0-9]{3}"), model.config.vocab_size)
 
 
 @pytest.fixture
 async def engine(model: Model, loader: AdapterLoader[ops.AdapterLayout]) -> AsyncIterator[Engine]:
-    size = plain_size(9)
-    runner = HostRunner(
-        model,
-        CacheSizes(size),
-        plain_limits(max_sequences=8, max_tokens=128, max_context=192),
-        adapters=loader.layout,
-    )
-    vocab_size = model.config.vocab_size
-    info = ModelInfo("tiny", None, "Llama", "float32", "cpu", vocab_size, 191, 192, frozenset({EOS}))
-    engine = Engine(runner, Letters(vocab_size), Settings(enable_lora=True, max_loras=3), info)
-    engine.start()
-    yield engine
-    await engine.stop()
-    runner.close()
+    runner = small_runner(model, 9, adapters=loader.layout)
+    settings = Settings(enable_lora=True, max_loras=3)
+    async with serving_with(runner, model.config.vocab_size, settings) as engine:
+        yield engine
 
 
 def some_request(seed: int, adapters: list[Adapter], grammar: Grammar) -> GenerationRequest:

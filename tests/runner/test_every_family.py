@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.runner.test_grammar import AUTO, Letters
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint
+from tests.support.letters import AUTO, letters_grammar
 from tests.support.real_engine import all_at_once, client_view, one_by_one, serving
 from tgi_asgi.engine.preemption import choose_victim
 from tgi_asgi.engine.scheduler import Scheduler
@@ -27,7 +27,6 @@ from tgi_asgi.models.registry import all_families
 from tgi_asgi.ops.cpu_program import CpuProgram
 from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.types import Adapter, GenerationRequest, SamplingParams, StopConditions
 
 pytestmark = pytest.mark.usefixtures("drafts_are_free")
@@ -84,8 +83,7 @@ def requests_of(case: FamilyCase, adapters: list[Adapter | None]) -> list[Genera
     """Make the probes, then the others: repetitive texts, some with a common prefix."""
     rng = random.Random(7)
     size = case.config["vocab_size"]
-    compiler = GrammarCompiler(Letters(size), size)
-    grammars = [compiler.compile(each) for each in (sources.regex("[a-z]{5,9}(-ab-ab){2,6}[0-9]"), AUTO)]
+    grammars = [letters_grammar(each, size) for each in (sources.regex("[a-z]{5,9}(-ab-ab){2,6}[0-9]"), AUTO)]
     common = [rng.randrange(2, 97) for _ in range(40)]
     made = []
     for number in range(NUM_PROBES + NUM_OTHERS):

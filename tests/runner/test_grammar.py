@@ -12,44 +12,18 @@ import pytest
 
 from tests.engine.helpers import Answer, collect, submit
 from tests.support.checkpoints import load_model, make_model, save
-from tests.support.kv import plain_limits, plain_size
+from tests.support.letters import AUTO, EOS, MARK, letters_grammar
+from tests.support.small_engine import serving_with, small_runner
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
-from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.family import Model
-from tgi_asgi.runner.kv import CacheSizes
 from tgi_asgi.runner.plan import StepPlan, StepResult
-from tgi_asgi.runner.runner import HostRunner
-from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
-from tgi_asgi.text.constrain.source import GrammarSource, literal
+from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import FinishReason, GenerationRequest, SamplingParams, StopConditions
 
-EOS = 1
-MARK = 96  # "~"
-# Any text, or text, the mark and digits: a minimal form of what `auto` makes of tools.
-AUTO = GrammarSource(
-    'start: TEXT | opening CALLS\nTEXT: /(.|\\n)*/\nopening[lazy]: /(.|\\n)*/ "~"\nCALLS: /[0-9]{6,9};/',
-    free=(literal("~"),),
-)
 AUTO_MASKED = dataclasses.replace(AUTO, free=())
 PATTERN = "[a-z]{30,50}-[0-9]{3}"
-
-
-class Letters:
-    """A tokenizer with a token for each ASCII character, from id 2 on."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self.eos_ids = frozenset({EOS})
-        self.special_ids = frozenset({0, EOS})
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return bytes([32 + (token_id - 2) % 95]) if token_id >= 2 else b"<special>"
-
-    def encode_inside(self, text: str) -> list[int]:
-        return [2 + ord(character) - 32 for character in text]
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +35,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture
 async def engine(model: Model) -> AsyncIterator[Engine]:
-    size = plain_size(12)
-    runner = HostRunner(
-        model, CacheSizes(size), plain_limits(max_sequences=8, max_tokens=128, max_context=192)
-    )
-    vocab_size = model.config.vocab_size
-    info = ModelInfo("tiny", None, "Llama", "float32", "cpu", vocab_size, 191, 192, frozenset({EOS}))
-    engine = Engine(runner, Letters(vocab_size), Settings(), info)
-    engine.start()
-    yield engine
-    await engine.stop()
-    runner.close()
+    async with serving_with(small_runner(model, 12), model.config.vocab_size) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
 def grammar(model: Model) -> Grammar:
-    size = model.config.vocab_size
-    return GrammarCompiler(Letters(size), size).compile(sources.regex(PATTERN))
+    return letters_grammar(sources.regex(PATTERN), model.config.vocab_size)
 
 
 def request(seed: int, grammar: Grammar | None, *, n: int = 1, **conditions: object) -> GenerationRequest:
@@ -119,8 +83,7 @@ async def test_stop_strings_and_lengths_hold_inside_a_grammar(engine: Engine, gr
 async def test_min_tokens_keeps_an_answer_going_where_the_grammar_lets_it(
     engine: Engine, model: Model
 ) -> None:
-    size = model.config.vocab_size
-    open_ended = GrammarCompiler(Letters(size), size).compile(sources.regex("[a-z]+"))
+    open_ended = letters_grammar(sources.regex("[a-z]+"), model.config.vocab_size)
     (answer,) = await alone(engine, [request(2, open_ended, min_tokens=70)])
     assert len(answer.text()) >= 70
 
@@ -138,8 +101,7 @@ def auto_requests(grammar: Grammar) -> list[GenerationRequest]:
 
 async def test_free_text_is_what_it_would_be_under_masks(engine: Engine, model: Model) -> None:
     size = model.config.vocab_size
-    free = GrammarCompiler(Letters(size), size).compile(AUTO)
-    masked = GrammarCompiler(Letters(size), size).compile(AUTO_MASKED)
+    free, masked = letters_grammar(AUTO, size), letters_grammar(AUTO_MASKED, size)
     assert free.watch() is not None and masked.watch() is None
     expected = await alone(engine, auto_requests(masked))
     found = await alone(engine, auto_requests(free))
@@ -163,11 +125,8 @@ async def test_a_row_of_free_text_takes_no_step_to_python(
     files = save(make_model(num_attention_heads=2, num_key_value_heads=1), tmp_path)
     recorded = load_model(files, max_positions=256)
     size = recorded.config.vocab_size
-    grammar = GrammarCompiler(Letters(size), size).compile(AUTO if is_free else AUTO_MASKED)
-    kv = plain_size(40)
-    runner = HostRunner(
-        recorded, CacheSizes(kv), plain_limits(max_sequences=8, max_tokens=128, max_context=192)
-    )
+    grammar = letters_grammar(AUTO if is_free else AUTO_MASKED, size)
+    runner = small_runner(recorded, 40)
     plans: list[StepPlan] = []
     run = runner.run
 
@@ -176,14 +135,11 @@ async def test_a_row_of_free_text_takes_no_step_to_python(
         return run(plan)
 
     monkeypatch.setattr(runner, "run", noting)
-    info = ModelInfo("tiny", None, "Llama", "float32", "cpu", size, 191, 192, frozenset({EOS}))
-    engine = Engine(runner, Letters(size), Settings(), info)
-    engine.start()
     never = SamplingParams(seed=1, logit_bias=((MARK, -100.0), (EOS, -100.0)))
     auto = dataclasses.replace(request(1, grammar), sampling=never)
-    answers = await asyncio.gather(
-        *(collect(submit(engine, each)) for each in (auto, request(2, None), request(3, None)))
-    )
-    await engine.stop()
+    async with serving_with(runner, size) as engine:
+        answers = await asyncio.gather(
+            *(collect(submit(engine, each)) for each in (auto, request(2, None), request(3, None)))
+        )
     assert all(len(answer.tokens()) > 20 for answer in answers[:1])
     assert any(not plan.starts for plan in plans) is not is_free

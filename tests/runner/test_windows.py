@@ -19,27 +19,25 @@ import numpy.typing as npt
 import pytest
 
 from tests.engine.helpers import collect, submit
-from tests.runner.test_drafts import answers_of, random_request
-from tests.runner.test_grammar import Letters
 from tests.support import architectures
 from tests.support.checkpoints import load_model, make_model, reference_logits, save
 from tests.support.generic import load_generic
-from tests.support.kv import plain_limits, plain_size
+from tests.support.letters import letters_grammar
+from tests.support.random_requests import answers_of, random_request
+from tests.support.small_engine import serving_with, small_runner
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
 from tgi_asgi.engine.blocks import BlockPool
-from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.runner import runner as runners
 from tgi_asgi.runner.groups import CacheGroups
-from tgi_asgi.runner.kv import CacheSizes, groups_of
-from tgi_asgi.runner.runner import HostRunner
+from tgi_asgi.runner.kv import groups_of
 from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import GenerationRequest, SamplingParams, StopConditions
 
 pytestmark = pytest.mark.usefixtures("drafts_are_free")
@@ -68,7 +66,7 @@ def each_third(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture(scope="module")
 def grammars(each_third: Model) -> list[Grammar]:
     size = each_third.config.vocab_size
-    return [GrammarCompiler(Letters(size), size).compile(sources.regex("[a-z]{5,9}(-ab-ab){2,6}[0-9]"))]
+    return [letters_grammar(sources.regex("[a-z]{5,9}(-ab-ab){2,6}[0-9]"), size)]
 
 
 @pytest.fixture(scope="module")
@@ -99,26 +97,15 @@ async def serving(
     dtype: ops.KvDtype = "float32",
 ) -> AsyncIterator[Engine]:  # fmt: skip
     """Serve a model."""
-    size = plain_size(num_blocks, dtype)
-    runner = HostRunner(
-        model,
-        CacheSizes(size),
-        plain_limits(max_sequences=8, max_tokens=64, max_context=LONGEST),
-        speculation=speculation,
+    runner = small_runner(
+        model, num_blocks, dtype=dtype, max_tokens=64, max_context=LONGEST, speculation=speculation
     )
-    vocab_size = model.config.vocab_size
-    info = ModelInfo("tiny", None, "any", "float32", "cpu", vocab_size, LONGEST - 1, LONGEST, frozenset())
     settings = Settings(max_batch_prefill_tokens=48, max_batch_size=8)
-    engine = Engine(runner, Letters(vocab_size), settings, info)
-    pool, memory = engine.scheduler.pool, runner._kv_pool
-    assert isinstance(memory, ops.KvPool)
-    _MEMORY[pool] = memory.native.memory()
-    engine.start()
-    yield engine
-    await engine.stop()
-    assert pool.num_used == 0
-    pool.check()
-    runner.close()
+    async with serving_with(runner, model.config.vocab_size, settings) as engine:
+        pool, memory = engine.scheduler.pool, runner._kv_pool
+        assert isinstance(memory, ops.KvPool)
+        _MEMORY[pool] = memory.native.memory()
+        yield engine
     del _MEMORY[pool]
 
 

@@ -32,7 +32,6 @@ from tests.support.fake_states import FakeStates
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.runner.plan import (
     DraftLimits,
-    PromptLogprobs,
     RunnerTraits,
     Sampled,
     SlotStart,
@@ -40,7 +39,7 @@ from tgi_asgi.runner.plan import (
     StepResult,
     StepRow,
 )
-from tgi_asgi.types import Bidirectional, SamplingParams
+from tgi_asgi.types import Bidirectional, PromptLogprobs, SamplingParams
 
 EOS_ID = 256
 BOS_ID = 257

@@ -7,12 +7,12 @@ new family needs an entry or two; `BASE` holds the values that its configuration
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from tests.support.families_newer import NEWER_CASES
 from tests.support.families_plain import PLAIN_CASES
-from tests.support.family_case import BASE, FamilyCase, Fault
+from tests.support.family_case import FamilyCase, Fault, case_of
 from tests.support.family_experts import EXPERT_CASES
 from tests.support.family_latent import LATENT_CASES
 from tests.support.family_states import STATE_CASES
@@ -41,14 +41,6 @@ def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
 
 
-def _case(
-    name: str, config: Mapping[str, Any] | None = None, *, faults: tuple[Fault, ...], **more: Any
-) -> FamilyCase:
-    """Make a case; its name begins with the family's, and `config` overrides `BASE`."""
-    architecture = _ARCHITECTURES[name.partition("-")[0]]
-    return FamilyCase(name, architecture, {**BASE, **(config or {})}, faults, **more)
-
-
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -63,6 +55,7 @@ _ARCHITECTURES = {
     "phi3": "Phi3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
 }
+_case = partial(case_of, _ARCHITECTURES)
 
 _LLAMA3_SCALING = {
     "rope_type": "llama3",

@@ -5,21 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tests.support.family_case import BASE, FamilyCase, Fault
+from tests.support.family_case import BASE, FamilyCase, Fault, ignores_biases, ignores_weights
 
 
 def _rope(kind: str = "default", **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
-
-
-def _flat(norm: str) -> Fault:
-    """Simulate a model that ignores the weights of these norms."""
-    return Fault(f"no-{norm.rpartition('.')[2]}", tensors=f"*{norm}.weight", change="to ones")
-
-
-def _unbiased(module: str) -> Fault:
-    """Simulate a model that ignores the biases of these modules."""
-    return Fault(f"no-{module.rpartition('.')[2]}-bias", tensors=f"*{module}.bias")
 
 
 def _changed(name: str, **config: Any) -> Fault:
@@ -84,14 +74,14 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         "gemma",
         "GemmaForCausalLM",
         _GEMMA,
-        faults=(_flat("input_layernorm"), _flat("post_attention_layernorm"), _ROPE_BASE),
+        faults=(ignores_weights("input_layernorm"), ignores_weights("post_attention_layernorm"), _ROPE_BASE),
         gguf=("f32", "q8_0"),
     ),
     _case(  # as in Google's first files, which say gelu and mean its tanh form
         "gemma-old-config",
         "GemmaForCausalLM",
         {**_GEMMA, "num_key_value_heads": 1},
-        faults=(_flat("model.norm"),),
+        faults=(ignores_weights("model.norm"),),
         gguf=(),
         dtype="bfloat16",
         json={"hidden_act": "gelu", "hidden_activation": None, "rope_theta": 5000.0},
@@ -106,9 +96,9 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
             _ALL_SLIDE,
             _changed("no-cap-of-scores", attn_logit_softcapping=None),
             _changed("no-cap-of-logits", final_logit_softcapping=None),
-            _flat("post_attention_layernorm"),
-            _flat("pre_feedforward_layernorm"),
-            _flat("post_feedforward_layernorm"),
+            ignores_weights("post_attention_layernorm"),
+            ignores_weights("pre_feedforward_layernorm"),
+            ignores_weights("post_feedforward_layernorm"),
         ),
         gguf=("f32", "q8_0"),
     ),
@@ -126,9 +116,9 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         faults=(
             _WIDER,
             _ALL_SLIDE,
-            _flat("q_norm"),
-            _flat("k_norm"),
-            _flat("post_attention_layernorm"),
+            ignores_weights("q_norm"),
+            ignores_weights("k_norm"),
+            ignores_weights("post_attention_layernorm"),
             _changed("global-base", rope_parameters={"full_attention": {"rope_theta": 10000.0}}),
             _changed("local-base", rope_parameters={"sliding_attention": {"rope_theta": 100000.0}}),
             _changed("unscaled", rope_parameters={"full_attention": {"factor": 1.0}}),
@@ -163,7 +153,12 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         "cohere",
         "CohereForCausalLM",
         _COHERE,
-        faults=(_flat("input_layernorm"), _ROPE_BASE, _changed("logit-scale", logit_scale=1.0), _RELU),
+        faults=(
+            ignores_weights("input_layernorm"),
+            _ROPE_BASE,
+            _changed("logit-scale", logit_scale=1.0),
+            _RELU,
+        ),
         gguf=("f32", "q8_0"),
     ),
     _case(  # like Command R+
@@ -173,7 +168,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         faults=(
             Fault("no-query-norms", tensors="*.q_norm.weight", change="to ones"),
             Fault("order-of-key-norms", tensors="*.k_norm.weight", change="swap halves"),
-            _unbiased("o_proj"),
+            ignores_biases("o_proj"),
         ),
         json={"model_max_length": 512},
         gguf=(),
@@ -182,7 +177,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         "cohere2",
         "Cohere2ForCausalLM",
         {**_COHERE, **_FOUR, "sliding_window": 12},
-        faults=(_WIDER, _ALL_SLIDE, _flat("input_layernorm"), _ROPE_BASE),
+        faults=(_WIDER, _ALL_SLIDE, ignores_weights("input_layernorm"), _ROPE_BASE),
         json={"rotary_pct": 1.0, "use_gated_activation": True},
         gguf=("f32", "q8_0"),
     ),
@@ -190,7 +185,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         "cohere2-old-config",
         "Cohere2ForCausalLM",
         {**_COHERE, **_FOUR, "sliding_window": 12, "num_key_value_heads": 4},
-        faults=(_flat("model.norm"),),
+        faults=(ignores_weights("model.norm"),),
         json={"sliding_window_pattern": 2, "rope_theta": 5000.0},
         drops=("layer_types", "rope_parameters", "tie_word_embeddings"),
         dtype="bfloat16",
@@ -233,7 +228,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         faults=(
             _WIDER,
             _ALL_SLIDE,
-            _flat("q_norm"),
+            ignores_weights("q_norm"),
             _changed(
                 "unscaled", rope_parameters={"full_attention": {"rope_type": "default", "factor": None}}
             ),
@@ -244,7 +239,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         "olmo3-unscaled",
         "Olmo3ForCausalLM",
         {**_FOUR, "sliding_window": 12, "rope_parameters": None, "attention_bias": True},
-        faults=(_unbiased("v_proj"), _WIDER),
+        faults=(ignores_biases("v_proj"), _WIDER),
         json={"rope_theta": 500000.0},
         drops=("rope_parameters", "layer_types"),
     ),
@@ -260,7 +255,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         faults=(
             _FUSED_GATE_UP,
             _ROPE_BASE,
-            _unbiased("q_proj"),
+            ignores_biases("q_proj"),
             _changed("all-is-rotated", rope_parameters={"partial_rotary_factor": 1.0}),
         ),
         gguf=("f32", "q8_0"),
@@ -269,7 +264,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         "glm-old-config",
         "GlmForCausalLM",
         {**_HEADS, **_rope(partial_rotary_factor=0.5), "attention_bias": True, "num_key_value_heads": 4},
-        faults=(_flat("post_attention_layernorm"),),
+        faults=(ignores_weights("post_attention_layernorm"),),
         json={"rope_theta": 5000.0},
         drops=("rope_parameters",),
         dtype="bfloat16",
@@ -282,9 +277,9 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         faults=(
             _FUSED_GATE_UP,
             _ROPE_BASE,
-            _flat("post_self_attn_layernorm"),
-            _flat("post_attention_layernorm"),
-            _flat("post_mlp_layernorm"),
+            ignores_weights("post_self_attn_layernorm"),
+            ignores_weights("post_attention_layernorm"),
+            ignores_weights("post_mlp_layernorm"),
         ),
         gguf=("f32", "q8_0"),
     ),
@@ -292,7 +287,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         "glm4-biases",
         "Glm4ForCausalLM",
         {**_HEADS, **_rope(partial_rotary_factor=0.25), "attention_bias": True, "tie_word_embeddings": True},
-        faults=(_unbiased("k_proj"),),
+        faults=(ignores_biases("k_proj"),),
     ),
     _case(
         "exaone4",
@@ -301,9 +296,9 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         faults=(
             _WIDER,
             _ALL_SLIDE,
-            _flat("q_norm"),
-            _flat("post_attention_layernorm"),
-            _flat("post_feedforward_layernorm"),
+            ignores_weights("q_norm"),
+            ignores_weights("post_attention_layernorm"),
+            ignores_weights("post_feedforward_layernorm"),
             _ROPE_BASE,
         ),
         gguf=(),  # llama.cpp only supports windows for the 32B's 64 layers
@@ -312,7 +307,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         "exaone4-full",
         "Exaone4ForCausalLM",
         {"sliding_window": None, "layer_types": ["full_attention"] * 3, "tie_word_embeddings": True},
-        faults=(_flat("k_norm"), _ROPE_BASE),
+        faults=(ignores_weights("k_norm"), _ROPE_BASE),
         gguf=("f32", "q8_0"),
     ),
     _case(
@@ -333,7 +328,12 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         "hunyuan",
         "HunYuanDenseV1ForCausalLM",
         {**_HEADS, "attention_bias": True},
-        faults=(_flat("query_layernorm"), _flat("key_layernorm"), _ROPE_BASE, _unbiased("q_proj")),
+        faults=(
+            ignores_weights("query_layernorm"),
+            ignores_weights("key_layernorm"),
+            _ROPE_BASE,
+            ignores_biases("q_proj"),
+        ),
         gguf=("f32", "q8_0"),
     ),
     _case(
@@ -346,14 +346,14 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
     _case(
         "arcee",
         "ArceeForCausalLM",
-        faults=(_RELU, _ROPE_BASE, _flat("input_layernorm")),
+        faults=(_RELU, _ROPE_BASE, ignores_weights("input_layernorm")),
         gguf=("f32", "q8_0"),
     ),
     _case(
         "arcee-biases",
         "ArceeForCausalLM",
         {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
-        faults=(_unbiased("up_proj"), _unbiased("down_proj"), _unbiased("k_proj")),
+        faults=(ignores_biases("up_proj"), ignores_biases("down_proj"), ignores_biases("k_proj")),
         dtype="bfloat16",
     ),
     _case(
@@ -361,8 +361,8 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         "NemotronForCausalLM",
         {**_HEADS, **_rope(partial_rotary_factor=0.5), "norm_eps": 1e-5},
         faults=(
-            _flat("input_layernorm"),
-            _unbiased("post_attention_layernorm"),
+            ignores_weights("input_layernorm"),
+            ignores_biases("post_attention_layernorm"),
             _ROPE_BASE,
             _changed("all-is-rotated", rope_parameters={"partial_rotary_factor": 1.0}),
             _RELU,
@@ -373,7 +373,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         "nemotron-old-config",
         "NemotronForCausalLM",
         {**_rope(partial_rotary_factor=0.5), "attention_bias": True, "mlp_bias": True},
-        faults=(_unbiased("o_proj"), _unbiased("up_proj")),
+        faults=(ignores_biases("o_proj"), ignores_biases("up_proj")),
         json={"rope_theta": 5000.0, "partial_rotary_factor": 0.5},
         drops=("rope_parameters", "head_dim"),
         dtype="bfloat16",
@@ -391,7 +391,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
             "rope_parameters": {"rope_type": "dynamic", "factor": 6.0, "rope_theta": 10000.0},
         },
         drops=("attention_bias", "mlp_bias"),
-        faults=(_ROPE_BASE, _flat("input_layernorm"), _RELU),
+        faults=(_ROPE_BASE, ignores_weights("input_layernorm"), _RELU),
         gguf=(),
     ),
     _case(
@@ -405,16 +405,16 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
             "bias": True,
         },
         drops=("attention_bias", "mlp_bias"),
-        faults=(_unbiased("q_proj"), _unbiased("down_proj")),
+        faults=(ignores_biases("q_proj"), ignores_biases("down_proj")),
     ),
     _case(
         "apertus",
         "ApertusForCausalLM",
         {},
         faults=(
-            _flat("attention_layernorm"),
-            _flat("feedforward_layernorm"),
-            _flat("q_norm"),
+            ignores_weights("attention_layernorm"),
+            ignores_weights("feedforward_layernorm"),
+            ignores_weights("q_norm"),
             Fault("alpha_p", tensors="*.act_fn.alpha_p", change="to ones"),
             Fault("alpha_n", tensors="*.act_fn.alpha_n", change="to ones"),
             _ROPE_BASE,
@@ -433,7 +433,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
             ),
             "attention_bias": True,
         },
-        faults=(_unbiased("k_proj"), _changed("unscaled", rope_parameters={"rope_type": "default"})),
+        faults=(ignores_biases("k_proj"), _changed("unscaled", rope_parameters={"rope_type": "default"})),
         dtype="bfloat16",
     ),
     _case(
@@ -445,7 +445,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
             _changed("residual_multiplier", residual_multiplier=1.0),
             _changed("attention_multiplier", attention_multiplier=0.17677669),
             _changed("no-positions", position_embedding_type=None),
-            _flat("input_layernorm"),
+            ignores_weights("input_layernorm"),
         ),
         json={"layer_types": ["attention"] * 3},
     ),
@@ -453,7 +453,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         "granite4-no-positions",
         "GraniteMoeHybridForCausalLM",
         {**_GRANITE4, "position_embedding_type": None, "tie_word_embeddings": True},
-        faults=(_flat("post_attention_layernorm"),),
+        faults=(ignores_weights("post_attention_layernorm"),),
         dtype="bfloat16",
         gguf=(),
     ),

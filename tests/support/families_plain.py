@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tests.support.family_case import FamilyCase, Fault
+from tests.support.family_case import FamilyCase, Fault, ignores_biases, ignores_weights
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 320,
@@ -50,16 +50,6 @@ def _rope(**parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **parameters}}
 
 
-def _flat(norm: str) -> Fault:
-    """Simulate a model that ignores the weights of these norms."""
-    return Fault(f"no-{norm.rpartition('.')[2]}", tensors=f"*{norm}.weight", change="to ones")
-
-
-def _unbiased(module: str) -> Fault:
-    """Simulate a model that ignores the biases of these modules."""
-    return Fault(f"no-{module.rpartition('.')[2]}-bias", tensors=f"*{module}.bias")
-
-
 _ROPE_BASE = Fault("rope-base", config={"rope_parameters": {"rope_theta": 100.0}})
 _LESS_TURNS = Fault("less-turns", config={"rope_parameters": {"partial_rotary_factor": 0.25}})
 _QKV = Fault("order-of-qkv", tensors="*.query_key_value.weight", change="swap halves")
@@ -81,10 +71,10 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         _USUAL,
         _rope(),
         faults=(
-            _flat("input_layernorm"),
-            _unbiased("input_layernorm"),
-            _unbiased("c_fc"),
-            _unbiased("c_proj"),
+            ignores_weights("input_layernorm"),
+            ignores_biases("input_layernorm"),
+            ignores_biases("c_fc"),
+            ignores_biases("c_proj"),
             _ROPE_BASE,
             _ACTIVATION,
         ),
@@ -114,7 +104,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         "Starcoder2ForCausalLM",
         _USUAL,
         {**_rope(), "use_bias": False},
-        faults=(_unbiased("post_attention_layernorm"),),
+        faults=(ignores_biases("post_attention_layernorm"),),
     ),
     _case(
         "stablelm",
@@ -122,9 +112,9 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         _USUAL,
         {**_rope(partial_rotary_factor=0.5), "use_qkv_bias": True},
         faults=(
-            _flat("post_attention_layernorm"),
-            _unbiased("input_layernorm"),
-            _unbiased("q_proj"),
+            ignores_weights("post_attention_layernorm"),
+            ignores_biases("input_layernorm"),
+            ignores_biases("q_proj"),
             _LESS_TURNS,
         ),
         gguf=("f32", "q8_0"),
@@ -150,7 +140,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
             "num_attention_heads": 3,
             "num_key_value_heads": 3,
         },
-        faults=(_unbiased("model.norm"),),
+        faults=(ignores_biases("model.norm"),),
         gguf=(),
         json={"rope_theta": 5000.0, "partial_rotary_factor": 0.5},
         drops=("rope_parameters",),
@@ -161,11 +151,11 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         _USUAL,
         {**_rope(partial_rotary_factor=0.5), "num_key_value_heads": 4, "intermediate_size": 512},
         faults=(
-            _flat("input_layernorm"),
-            _unbiased("final_layernorm"),
-            _unbiased("dense"),
-            _unbiased("fc2"),
-            _unbiased("lm_head"),
+            ignores_weights("input_layernorm"),
+            ignores_biases("final_layernorm"),
+            ignores_biases("dense"),
+            ignores_biases("fc2"),
+            ignores_biases("lm_head"),
             _LESS_TURNS,
             _ACTIVATION,
         ),
@@ -176,7 +166,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         "PhiForCausalLM",
         _USUAL,
         {**_rope(partial_rotary_factor=0.5), "qk_layernorm": True},
-        faults=(_flat("q_layernorm"), _unbiased("q_layernorm")),
+        faults=(ignores_weights("q_layernorm"), ignores_biases("q_layernorm")),
         gguf=(),
     ),
     _case(
@@ -185,8 +175,8 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         _NEOX,
         _rope(partial_rotary_factor=0.5),
         faults=(
-            _flat("post_attention_layernorm"),
-            _unbiased("query_key_value"),
+            ignores_weights("post_attention_layernorm"),
+            ignores_biases("query_key_value"),
             _QKV,
             _LESS_TURNS,
             _NOT_PARALLEL,
@@ -222,9 +212,9 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         {"tie_word_embeddings": True},
         faults=(
             Fault("positions-swapped", tensors="*.wpe.weight", change="swap halves"),
-            _flat("ln_1"),
-            _unbiased("ln_2"),
-            _unbiased("attn.c_attn"),
+            ignores_weights("ln_1"),
+            ignores_biases("ln_2"),
+            ignores_biases("attn.c_attn"),
             Fault("relu", config={"activation_function": "relu"}),
         ),
         gguf=("f32", "f16"),
@@ -248,8 +238,8 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         _FALCON,
         _rope(),
         faults=(
-            _flat("input_layernorm"),
-            _unbiased("input_layernorm"),
+            ignores_weights("input_layernorm"),
+            ignores_biases("input_layernorm"),
             _QKV,
             _ROPE_BASE,
             Fault("relu", config={"activation": "relu"}),
@@ -261,7 +251,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         "FalconForCausalLM",
         _FALCON,
         {**_rope(), "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 512},
-        faults=(_flat("ln_attn"), _flat("ln_mlp"), _QKV),
+        faults=(ignores_weights("ln_attn"), ignores_weights("ln_mlp"), _QKV),
         gguf=("f32", "q8_0"),
     ),
     _case(
@@ -276,7 +266,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
             "ffn_hidden_size": 192,
             "tie_word_embeddings": False,
         },
-        faults=(_flat("input_layernorm"),),
+        faults=(ignores_weights("input_layernorm"),),
         gguf=(),
     ),
     _case(
@@ -287,8 +277,8 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         attention="sdpa",  # eager adds the slopes twice
         faults=(
             Fault("rotary", config={"alibi": False}),
-            _unbiased("query_key_value"),
-            _flat("post_attention_layernorm"),
+            ignores_biases("query_key_value"),
+            ignores_weights("post_attention_layernorm"),
         ),
         gguf=(),
     ),
@@ -297,7 +287,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         "FalconForCausalLM",
         _FALCON,
         {**_rope(), "new_decoder_architecture": True, "num_kv_heads": 2},
-        faults=(_flat("ln_mlp"),),
+        faults=(ignores_weights("ln_mlp"),),
         gguf=(),
         dtype="bfloat16",
     ),
@@ -306,11 +296,11 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         "BloomForCausalLM",
         _BLOOM,
         faults=(
-            _flat("word_embeddings_layernorm"),
-            _unbiased("word_embeddings_layernorm"),
-            _unbiased("query_key_value"),
+            ignores_weights("word_embeddings_layernorm"),
+            ignores_biases("word_embeddings_layernorm"),
+            ignores_biases("query_key_value"),
             _QKV,
-            _flat("ln_f"),
+            ignores_weights("ln_f"),
         ),
         gguf=("f32", "q8_0"),
         json={"seq_length": 256},
@@ -320,7 +310,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         "BloomForCausalLM",
         _BLOOM,
         {"hidden_size": 96, "n_head": 6, "tie_word_embeddings": False},
-        faults=(_flat("input_layernorm"),),
+        faults=(ignores_weights("input_layernorm"),),
         gguf=(),
     ),
     _case(
@@ -330,8 +320,8 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         {"attn_config": {"clip_qkv": 0.5}},
         faults=(
             Fault("unclipped", config={"attn_config": {"clip_qkv": None}}),
-            _flat("norm_1"),
-            _flat("norm_f"),
+            ignores_weights("norm_1"),
+            ignores_weights("norm_f"),
             Fault("order-of-qkv", tensors="*.Wqkv.weight", change="swap halves"),
         ),
         gguf=("f32", "q8_0"),
@@ -342,7 +332,7 @@ PLAIN_CASES: tuple[FamilyCase, ...] = (
         "MptForCausalLM",
         _MPT,
         {"d_model": 96, "n_heads": 12},
-        faults=(_flat("norm_2"),),
+        faults=(ignores_weights("norm_2"),),
         json={"architectures": ["MPTForCausalLM"]},
     ),
     _case(

@@ -19,6 +19,16 @@ class Fault:
     change: Literal["to ones", "to zeros", "swap halves"] = "to zeros"
 
 
+def ignores_weights(norm: str) -> Fault:
+    """Return the fault of a model that ignores the weights of these norms."""
+    return Fault(f"no-{norm.rpartition('.')[2]}", tensors=f"*{norm}.weight", change="to ones")
+
+
+def ignores_biases(module: str) -> Fault:
+    """Return the fault of a model that ignores the biases of these modules."""
+    return Fault(f"no-{module.rpartition('.')[2]}-bias", tensors=f"*{module}.bias")
+
+
 @dataclass(frozen=True, slots=True)
 class FamilyCase:
     """One model: its class and configuration, how it is stored, and faults that must show.
@@ -66,6 +76,19 @@ BASE: dict[str, Any] = {
     "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
+
+
+def case_of(
+    architectures: Mapping[str, str],
+    name: str,
+    config: Mapping[str, Any] | None = None,
+    *,
+    faults: tuple[Fault, ...],
+    **more: Any,
+) -> FamilyCase:
+    """Return a case; its name begins with a key of `architectures`, and `config` overrides `BASE`."""
+    architecture = architectures[name.partition("-")[0]]
+    return FamilyCase(name, architecture, {**BASE, **(config or {})}, faults, **more)
 
 
 def overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,9 @@ Routers choose each token's experts clearly (`family_maker`); choice corrections
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
-from tests.support.family_case import BASE, FamilyCase, Fault
+from tests.support.family_case import FamilyCase, Fault, case_of
 
 _ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
@@ -25,12 +24,7 @@ _ARCHITECTURES = {
     "gpt_oss": "GptOssForCausalLM",
 }
 
-
-def _case(
-    name: str, config: Mapping[str, Any] | None = None, *, faults: tuple[Fault, ...], **more: Any
-) -> FamilyCase:
-    architecture = _ARCHITECTURES[name.partition("-")[0]]
-    return FamilyCase(name, architecture, {**BASE, **(config or {})}, faults, **more)
+_case = partial(case_of, _ARCHITECTURES)
 
 
 def _size_of(key: str, value: int) -> Fault:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tests.support.family_case import BASE, FamilyCase, Fault
+from tests.support.family_case import FamilyCase, Fault, case_of
 
 _ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
@@ -18,12 +18,8 @@ _ARCHITECTURES = {
 }
 
 
-def _case(
-    name: str, config: Mapping[str, Any] | None = None, *, faults: tuple[Fault, ...], **more: Any
-) -> FamilyCase:
-    architecture = _ARCHITECTURES[name.partition("-")[0]]
-    base = {**BASE, "num_key_value_heads": 4, **_HEADS}
-    return FamilyCase(name, architecture, {**base, **(config or {})}, faults, **more)
+def _case(name: str, config: Mapping[str, Any] | None = None, **more: Any) -> FamilyCase:
+    return case_of(_ARCHITECTURES, name, {"num_key_value_heads": 4, **_HEADS, **(config or {})}, **more)
 
 
 _HEADS = {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
-from tests.support.family_case import BASE, FamilyCase, Fault
+from tests.support.family_case import FamilyCase, Fault, case_of
 
 _ARCHITECTURES = {
     "lfm2": "Lfm2ForCausalLM",
@@ -17,14 +17,7 @@ _ARCHITECTURES = {
     "falcon_h1": "FalconH1ForCausalLM",
 }
 
-
-def _case(
-    name: str, config: Mapping[str, Any] | None = None, *, faults: tuple[Fault, ...], **more: Any
-) -> FamilyCase:
-    architecture = _ARCHITECTURES[name.partition("-")[0]]
-    return FamilyCase(name, architecture, {**BASE, **(config or {})}, faults, **more)
-
-
+_case = partial(case_of, _ARCHITECTURES)
 _KINDS = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "conv"]}
 _LFM2 = {**_KINDS, "block_multiple_of": 32, "tie_word_embeddings": True}
 _EXPERTS = {

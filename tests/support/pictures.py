@@ -46,6 +46,14 @@ def answer(body: bytes = b"", status: str = "200 OK", **headers: str | int) -> b
     return "\r\n".join([f"HTTP/1.1 {status}", *lines, "", ""]).encode() + body
 
 
+async def endless(head: bytes, writer: asyncio.StreamWriter) -> None:
+    """Answer with a body that does not end."""
+    writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+    while True:
+        writer.write(b"1000\r\n" + bytes(0x1000) + b"\r\n")
+        await writer.drain()
+
+
 @asynccontextmanager
 async def web(
     answers: dict[str, Answer], tls: ssl.SSLContext | None = None

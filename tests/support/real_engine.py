@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine.helpers import Answer, collect, submit
-from tests.runner.test_grammar import Letters
 from tests.support.adapters import write_adapter
+from tests.support.letters import Letters
 from tgi_asgi.engine import Engine
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.runner.cuda import CudaRunner

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tgi_asgi.runner.plan import PromptLogprobs, Runner, Sampled, SlotStart, StepPlan, StepResult, StepRow
-from tgi_asgi.types import SamplingParams
+from tgi_asgi.runner.plan import Runner, Sampled, SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.types import PromptLogprobs, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
 

@@ -34,6 +34,7 @@ class FakeProcessor:
     placeholder = "<image>"
     chat_text = ""
     adds_special_tokens = True
+    is_seen_by_all = False  # as with layers of cross-attention
 
     def __init__(self) -> None:
         self.seen: list[Image] = []
@@ -47,8 +48,9 @@ class FakeProcessor:
     def _processed(self, image: Image) -> ProcessedImage:
         width = image.pixels.width
         return ProcessedImage(
-            f"[{'<image>' * width}]", IMAGE, width, payload=image.param, num_bytes=PAYLOAD_BYTES
-        )
+            f"[{'<image>' * width}]", IMAGE, width, payload=image.param, num_bytes=PAYLOAD_BYTES,
+            is_seen_by_all=self.is_seen_by_all,
+        )  # fmt: skip
 
 
 def vision_app(

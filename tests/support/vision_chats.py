@@ -7,10 +7,8 @@ greedy("llava", folder, ["what is ", picture(50, 30), " this?"], num_tokens=6)
 
 from __future__ import annotations
 
-import base64
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import openai
 import PIL.Image
 
 from tests.support import vision_models as vision
+from tests.support.pictures import data_url, encoded
 from tests.support.vision_models import Prompt
 from tests.support.vision_runs import served
 from tgi_asgi.app import App
@@ -27,9 +26,7 @@ Part = str | PIL.Image.Image
 
 def url_of(made: PIL.Image.Image) -> str:
     """Return a picture as a data URL."""
-    file = BytesIO()
-    made.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return data_url(encoded(made))
 
 
 def content_of(parts: Sequence[Part]) -> list[Any]:

@@ -8,17 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
-from tests.text.test_grammar import accepts
+from tests.support.grammars import accepts
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.all_of import merge_all_of
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
-
-
-@pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
 
 
 @pytest.mark.parametrize(

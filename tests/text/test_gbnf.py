@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.grammars import accepts
 from tests.support.processor_time import computed_within
-from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
-from tests.text.test_grammar import accepts
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.gbnf import gbnf_to_lark
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
-
-
-@pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
 
 
 @pytest.mark.parametrize(

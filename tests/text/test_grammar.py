@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.grammars import NUM_WORDS, accepts, allowed, random_walk
 from tests.support.processor_time import at_most, computed_within
 from tests.support.schemas import check, random_schema
 from tests.support.toy_tokenizer import EOS, IM_END, VOCAB_SIZE, ToyTokenizer
@@ -16,14 +17,6 @@ from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain import grammar as grammar_module
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import GrammarCompiler, Matcher
-from tgi_asgi.text.constrain.source import GrammarSource
-
-NUM_WORDS = -(-VOCAB_SIZE // 32)
-
-
-@pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
 
 
 def test_a_model_without_an_end_refuses_grammars() -> None:
@@ -31,52 +24,6 @@ def test_a_model_without_an_end_refuses_grammars() -> None:
     tokenizer.eos_ids = frozenset()
     with pytest.raises(InvalidRequest, match="no token that ends"):
         GrammarCompiler(tokenizer, VOCAB_SIZE).compile(sources.any_object())
-
-
-def mask_of(matcher: Matcher) -> np.ndarray:
-    mask = np.zeros(NUM_WORDS, np.int32)
-    matcher.fill_mask(mask)
-    assert matcher.error is None
-    return mask
-
-
-def allowed(matcher: Matcher) -> list[int]:
-    bits = np.unpackbits(mask_of(matcher).view(np.uint8), bitorder="little")
-    found: list[int] = np.flatnonzero(bits).tolist()
-    return found
-
-
-def allows(matcher: Matcher, token_id: int) -> bool:
-    """Return whether `allowed` has the token; it is asked for each byte of thousands of texts."""
-    return bool(int(mask_of(matcher)[token_id // 32]) >> token_id % 32 & 1)
-
-
-def accepts(compiler: GrammarCompiler, source: GrammarSource, text: str) -> bool:
-    """Return whether the grammar accepts a whole text, token by token."""
-    matcher = compiler.compile(source).matcher()
-    for byte in text.encode():
-        if not allows(matcher, byte):
-            return False
-        matcher.accept(byte)
-    return matcher.is_ended or allows(matcher, EOS)
-
-
-def random_walk(compiler: GrammarCompiler, source: GrammarSource, rng: random.Random, limit: int) -> str:
-    """Sample allowed tokens at random until the text ends, which it must within `limit`."""
-    matcher = compiler.compile(source).matcher()
-    data = bytearray()
-    while not matcher.is_ended:
-        tokens = allowed(matcher)
-        # Ends and quotes are rare among all bytes, so they are preferred if allowed; otherwise texts would
-        # not end.
-        ends = [token for token in tokens if token in (EOS, *b'"}],')]
-        token = rng.choice(ends if ends and rng.random() < 0.7 else tokens)
-        if token in (EOS, IM_END):
-            break
-        data.append(token)
-        matcher.accept(token)
-        assert len(data) <= limit
-    return data.decode()
 
 
 @pytest.mark.parametrize("seed", range(60))

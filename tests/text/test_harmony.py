@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
-from tests.text.test_grammar import accepts
-from tests.text.test_tools import parse
+from tests.support.grammars import accepts
+from tests.support.tool_calls import parse
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.text.constrain.harmony import harmony_grammar
@@ -77,11 +76,6 @@ def test_content_says_where_it_stands() -> None:
         pieces = [p for at in range(0, len(text), size) for p in parser.push(text[at : at + size])]
         contents = [piece for piece in pieces + parser.finish() if isinstance(piece, Content)]
         assert all(text.startswith(piece.text, piece.start) for piece in contents)
-
-
-@pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("thought", ["", THOUGHT, THOUGHT + THOUGHT])

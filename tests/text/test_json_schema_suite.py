@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
 from tgi_asgi.text.constrain.source import COMPACT, SPACED, GrammarSource, inline_json
@@ -50,11 +49,6 @@ NARROWED = {
 }
 # Invalid instances that pass.
 LEAKS = {("ecmascript-regex", '"\ufeff"')}  # U+FEFF does not count as white space
-
-
-@pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.tool_calls import parse
 from tests.support.tool_writers import write
-from tests.text.test_tools import parse
 from tgi_asgi.errors import TemplateError
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tools import (

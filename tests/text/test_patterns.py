@@ -6,9 +6,8 @@ import re
 
 import pytest
 
+from tests.support.grammars import accepts
 from tests.support.processor_time import at_most
-from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
-from tests.text.test_grammar import accepts
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.formats import PATTERNS, PLAIN_PATTERNS
@@ -19,11 +18,6 @@ from tgi_asgi.text.constrain.source import GrammarSource
 
 EMAIL = r'^(([^<>()[\]\\.,;:\s@"]+(\.[^<>()[\]\\.,;:\s@"]+)*)|(".+"))@(([a-zA-Z\-0-9]+\.)+[a-zA-Z]{2,})$'
 CHARACTERS = ["a", "b", "z", "&", "[", "]", "-", "~", "!", "+", "+]", "b]", "a]", "&]", ":]", "A"]
-
-
-@pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
 
 
 @pytest.mark.filterwarnings("ignore:Possible (nested set|set):FutureWarning")

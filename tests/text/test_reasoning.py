@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.grammars import Marked, accepts, takes
+from tests.support.tool_calls import SPECS, parse
 from tests.support.tool_writers import write
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
-from tests.text.test_grammar import accepts
-from tests.text.test_tool_tokens import Marked, takes
-from tests.text.test_tools import SPECS, parse
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import GrammarCompiler

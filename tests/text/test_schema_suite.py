@@ -18,9 +18,9 @@ from pydantic.json_schema import JsonSchemaMode
 
 from bench.schema_suite import FAMILIES, suite
 from bench.schemas import Writer, judge
+from tests.support.grammars import accepts
 from tests.support.processor_time import computed_within
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
-from tests.text.test_grammar import accepts
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
@@ -28,11 +28,6 @@ from tgi_asgi.text.constrain.grammar import GrammarCompiler
 FIRST = {family: [schema for name, schema in suite() if name == family] for family in FAMILIES}
 # Families with keywords that cannot be enforced.
 REFUSED = {"condition", "collection", "mapping"}
-
-
-@pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

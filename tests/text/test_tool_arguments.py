@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.grammars import Marked, accepts, random_walk, takes
 from tests.support.processor_time import computed_within
 from tests.support.schemas import check
+from tests.support.tool_calls import parse
 from tests.support.tool_writers import write
-from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
-from tests.text.test_grammar import accepts, random_walk
-from tests.text.test_tool_tokens import Marked, takes
-from tests.text.test_tools import parse
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
@@ -31,11 +29,6 @@ from tgi_asgi.text.tools.xml_format import XmlFormat
 TAGS = [name for name, form in FORMATS.items() if isinstance(form, XmlFormat)]
 EACH = [name for name, form in FORMATS.items() if isinstance(form, XmlFormat | GemmaFormat | PythonicFormat)]
 A, B = {"type": "integer"}, {"type": "string"}
-
-
-@pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
 
 
 def grammar_of(name: str, *specs: ToolSpec, mark: Any = None) -> GrammarSource:

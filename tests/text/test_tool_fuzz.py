@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.processor_time import computed_within
+from tests.support.tool_calls import parse
 from tests.support.tool_writers import Call, write
-from tests.text.test_tools import parse
 from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content, ToolSpec
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.base import Piece

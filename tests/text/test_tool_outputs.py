@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.text.test_tools import TWO_CALLS, parse
+from tests.support.tool_calls import TWO_CALLS, parse
 from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content, Piece, Reasoning, ToolSpec
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.reasoning import STYLES

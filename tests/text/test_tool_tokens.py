@@ -2,57 +2,17 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
+from tests.support.grammars import Marked, takes
+from tests.support.tool_calls import SPECS
 from tests.support.tool_writers import Call, write
-from tests.support.toy_tokenizer import EOS, VOCAB_SIZE, ToyTokenizer
-from tests.text.test_grammar import allows
-from tests.text.test_tools import SPECS
 from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.text.constrain.harmony import harmony_grammar
-from tgi_asgi.text.constrain.source import GrammarSource, literal
 from tgi_asgi.text.tools import FORMATS, harmony
 from tgi_asgi.text.tools.reasoning import STYLES, WRAPPERS, ReasoningStyle, Wrapper
 
-FIRST = 300  # id of the first marker
 CALLS: list[Call] = [("f", {"a": 1, "b": True, "s": '}"<'}), ("g", {})]
-
-
-class Marked(ToyTokenizer):
-    """The toy tokenizer's bytes, with single tokens for some texts."""
-
-    def __init__(self, texts: list[str]) -> None:
-        super().__init__()
-        self._special = {**self._special, **{FIRST + index: text for index, text in enumerate(texts)}}
-        self.special_ids = frozenset(self._special)
-
-    def mark(self, text: str) -> str:
-        ids = {given: token_id for token_id, given in self._special.items()}
-        return f"<[{ids[text]}]>" if text in ids else literal(text)
-
-    def ids(self, text: str) -> list[int]:
-        known = sorted((given for token_id, given in self._special.items() if token_id >= FIRST), key=len)
-        parts = re.split("(" + "|".join(map(re.escape, reversed(known))) + ")", text) if known else [text]
-        ids = {given: token_id for token_id, given in self._special.items()}
-        return [i for part in parts for i in ([ids[part]] if part in known else list(part.encode()))]
-
-
-def takes(tokenizer: Marked, source: GrammarSource | None, text: str) -> bool:
-    """Return whether a grammar accepts a whole text; check that skipping its free text changes nothing."""
-    assert source is not None
-    compiled = GrammarCompiler(tokenizer, VOCAB_SIZE).compile(source)
-    matcher = compiled.matcher()
-    for token_id in tokenizer.ids(text):
-        if not allows(matcher, token_id):
-            return False
-        matcher.accept(token_id)
-    is_taken = matcher.is_ended or allows(matcher, EOS)
-    shorter = compiled.matcher(tokenizer.ids(text))  # does not read the free text
-    assert shorter.is_ended == matcher.is_ended and allows(shorter, EOS) == allows(matcher, EOS)
-    return is_taken
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.grammars import accepts, random_walk
 from tests.support.schemas import check, random_schema
+from tests.support.tool_calls import PARAMETERS, SPECS, TWO_CALLS, parse, use
 from tests.support.tool_writers import write
-from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
-from tests.text.test_grammar import accepts, random_walk
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain import source as sources
@@ -33,18 +33,10 @@ from tgi_asgi.text.tools import (
     harmony,
 )
 from tgi_asgi.text.tools.answer import AnswerParser
-from tgi_asgi.text.tools.harmony import HarmonyParser
 from tgi_asgi.text.tools.json_format import BareJsonFormat
 from tgi_asgi.text.tools.reasoning import STYLES, style_of
 
 THINK = STYLES[0]
-PARAMETERS = {
-    "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}, "s": {"type": "string"}},
-    "required": ["a"],
-    "additionalProperties": False,
-}
-SPECS = [ToolSpec("f", PARAMETERS), ToolSpec("g", None)]
-TWO_CALLS = {name: write(name, [("f", {"a": 1, "s": '}"<'}), ("g", {})]) for name in FORMATS}
 LOOSELY_CONSTRAINED = ("gemma4", "functiongemma")  # formats whose grammar cannot enforce all of a schema
 names = pytest.mark.parametrize("name", sorted(FORMATS))
 
@@ -58,34 +50,6 @@ def beside_json(name: str, calls: str) -> str:
 
 
 TWO_CALLS_OR_JSON = {name: beside_json(name, calls) for name, calls in TWO_CALLS.items()}
-
-
-@pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
-
-
-def use(name: str, **options: Any) -> ToolUse:
-    return ToolUse(FORMATS[name], SPECS, **options)
-
-
-def parse(parser: AnswerParser | HarmonyParser, text: str, size: int) -> list[Piece]:
-    """Feed a text in pieces of some size; join the results."""
-    pieces: list[Piece] = []
-    for at in range(0, len(text), size):
-        pieces += parser.push(text[at : at + size])
-    joined: list[Piece] = []
-    for piece in pieces + parser.finish():
-        last = joined[-1] if joined else None
-        if isinstance(piece, Content) and isinstance(last, Content):
-            joined[-1] = Content(last.text + piece.text)
-        elif isinstance(piece, Reasoning) and isinstance(last, Reasoning):
-            joined[-1] = Reasoning(last.text + piece.text)
-        elif isinstance(piece, CallArguments) and isinstance(last, CallArguments):
-            joined[-1] = CallArguments(last.text + piece.text)
-        else:
-            joined.append(piece)
-    return joined
 
 
 @names

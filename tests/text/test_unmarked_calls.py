@@ -6,10 +6,9 @@ import json
 
 import pytest
 
+from tests.support.grammars import accepts
+from tests.support.tool_calls import SPECS, parse, use
 from tests.support.tool_writers import write
-from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
-from tests.text.test_grammar import accepts
-from tests.text.test_tools import SPECS, parse, use
 from tgi_asgi.text.constrain.answer_grammar import answer_grammar
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content
@@ -33,11 +32,6 @@ LIKE_CALLS = [
     "g is a tool",
     " \n {}",
 ]
-
-
-@pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("name", sorted(name for name, form in FORMATS.items() if not form.marker))

@@ -15,6 +15,7 @@ from tgi_asgi.api.limits import Overflow
 from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.errors import Field, TgiError
 from tgi_asgi.model_info import ModelInfo
+from tgi_asgi.text.chat.message import ChatMessage, ChatTool
 from tgi_asgi.text.constrain.source import GrammarSource, source_of
 from tgi_asgi.types import Channel, GenerationRequest, ProcessedImage, SamplingParams, TokenEvent
 
@@ -41,11 +42,14 @@ class ImageSource:
 class Images:
     """The images of one prompt, in order. Parsers of message parts add them; `api/images.py` loads them.
 
-    Exists only if the model accepts images.
+    Exists only if the model accepts images; false if there are none.
     """
 
     sources: list[ImageSource] = field(default_factory=list)
     loaded: list[tuple[bytes, ProcessedImage]] = field(default_factory=list)  # with their digests
+
+    def __len__(self) -> int:
+        return len(self.sources)
 
     def add(self, content: object, param: str, *, is_base64: bool = False) -> dict[str, str]:
         """Add an image; return its placeholder for a message.
@@ -64,11 +68,8 @@ class Conversation:
     """A chat in the form that chat templates expect.
 
     Attributes:
-        messages: Plain dicts with `role`, `content` (a text, None, or a list of texts and of `{"type":
-            "image"}` for each of the images) and other fields; calls are `{"id", "type": "function",
-            "function": {"name", "arguments"}}`.
-        tools: Tools as `{"type": "function", "function": {...}}`.
-        offers_tools: Whether they may be called; templates also receive tools that may not.
+        messages: A list as `content` has plain texts, and `{"type": "image"}` for each of the images.
+        offers_tools: Whether the tools may be called; templates also receive tools that may not.
         variables: Additional variables of the template.
         is_continued: Whether the last message is left open for the model to continue.
         adds_turn: Whether the prompt ends by opening the assistant's turn.
@@ -78,8 +79,8 @@ class Conversation:
         tool_prompt: TGI's text to add after the last message if there are tools.
     """
 
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
+    messages: list[ChatMessage]
+    tools: list[ChatTool] | None = None
     offers_tools: bool = True
     variables: Mapping[str, Any] = field(default_factory=dict)
     is_continued: bool = False
@@ -253,11 +254,11 @@ class Generation:
 class Renderer(Protocol):
     """Produces the bytes of one call's answer: `whole`, or the other methods; in a thread if that is slow."""
 
-    def whole(self, parts: Sequence[Choices]) -> bytes:
-        """Return the body of an answer with the jobs' choices."""
+    def whole(self, job_choices: Sequence[Choices]) -> bytes:
+        """Return the body of an answer; `job_choices[i]` has the choices of job number i."""
 
-    def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
-        """Return complete frames for the new events of job number `part`, or nothing."""
+    def render(self, job_index: int, events: Sequence[TokenEvent]) -> bytes:
+        """Return complete frames for new events of job number `job_index`, or nothing."""
 
     def close(self) -> bytes:
         """Return what follows the last choice's last frame: nothing if that frame marks the end itself."""

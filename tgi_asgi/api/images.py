@@ -42,7 +42,7 @@ async def load_images(exchange: Exchange, served: Served, images: Images) -> Non
         ImageTooLarge, ImageTimeout: if fetched images are too large or too slow.
         Overloaded: if all requests together hold too many bytes.
     """
-    if not images.sources:
+    if not images:
         return
     assert served.image_processor is not None, "a model without image processor gets no images"
     files = await _fetch(exchange, images.sources)

@@ -95,19 +95,23 @@ async def _stream(exchange: Exchange, call: Call, generation: Generation, render
 async def _answer_whole(exchange: Exchange, call: Call, generation: Generation, renderer: Renderer) -> None:
     """Send an answer once it is complete."""
     with _keeping(exchange, call, generation) as kept:
-        parts = await collect(exchange, kept)
+        job_choices = await collect(exchange, kept)
         kept.end()
-        exchange.large_objects.append(parts)
-        size = sum(len(events) for choices in parts for events in choices) * _token_cost(generation)
+        exchange.large_objects.append(job_choices)
+        num_tokens = sum(len(events) for choices in job_choices for events in choices)
+        size = num_tokens * _token_cost(generation)
         size += sum(len(job.request.prompt_ids) * job.request.n for job in generation.jobs)
         exchange.is_large |= size > LARGE_ANSWER
-        body = await exchange.work(renderer.whole, parts)
+        body = await exchange.work(renderer.whole, job_choices)
         if not call.has_headers:
             await exchange.respond(200, body)
             return
-        characters, num_tokens = _num_characters(generation), generation.num_shown
         headers = sync_headers(
-            exchange, generation.info, characters=characters, num_tokens=num_tokens, is_sum=call.is_sum
+            exchange,
+            generation.info,
+            characters=_num_characters(generation),
+            num_tokens=generation.num_shown,
+            is_sum=call.is_sum,
         )
         await exchange.respond(200, body, headers=headers)
 
@@ -192,8 +196,9 @@ async def _prepare_all(
         pairs = zip(jobs, adapters, strict=True)
         return [await prepare(exchange, served, job, adapter) for job, adapter in pairs]
 
-    parts = [(job.prompt.images, job.tools, job.constraint) for job in jobs]
-    may_take_long = exchange.is_large or any(part is not None for each in parts for part in each)
+    may_take_long = exchange.is_large or any(
+        job.prompt.images is not None or job.tools is not None or job.constraint is not None for job in jobs
+    )
     return await (exchange.unless_gone(prepared()) if may_take_long else prepared())
 
 
@@ -284,7 +289,7 @@ def cache_salt_of(exchange: Exchange, salt: str | None) -> str | None:
 
 
 async def collect(exchange: Exchange, kept: KeptAnswer) -> list[Choices]:
-    """Wait for every choice of every channel: `result[part][choice]` has that choice's events in order.
+    """Wait for every choice of every channel: `result[job][choice]` has that choice's events in order.
 
     Raises:
         TgiError: if one channel failed, or the answer is too large; the others are cancelled.
@@ -336,7 +341,7 @@ class _Sink:
 
 @contextlib.contextmanager
 def admitted(exchange: Exchange, num_choices: int) -> Iterator[Permit]:
-    """Take a permit for all choices of a call at once; finally release the part that the engine did not take.
+    """Take a permit for all choices of a call at once; finally release what the engine did not take.
 
     All at once, because admission may displace other requests, and a call that is refused must not do that.
 
@@ -351,11 +356,11 @@ def admitted(exchange: Exchange, num_choices: int) -> Iterator[Permit]:
 
 
 def _submit(exchange: Exchange, engine: Engine, request: GenerationRequest, permit: Permit) -> None:
-    """Submit one of an exchange's prompts to the engine, with its part of the permit."""
-    part = permit.split(request.n)
+    """Submit one of an exchange's prompts to the engine, with its share of the permit."""
+    own_permit = permit.split(request.n)
     try:
-        exchange.channels.append(engine.submit(request, part))
+        exchange.channels.append(engine.submit(request, own_permit))
     except BaseException:
-        part.release()
+        own_permit.release()
         exchange.cancel_channels()
         raise

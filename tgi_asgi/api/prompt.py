@@ -1,39 +1,28 @@
-"""Turns a job's messages or text into token ids. Slow for long inputs, so it runs in a worker thread."""
+"""Turns a job's messages or text into token ids. Slow for long inputs, so it runs in a worker thread.
+
+`prompt_text.py` renders the text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tgi_asgi.api.answer_form import tool_format
 from tgi_asgi.api.call import Conversation, Images, Job, Text
 from tgi_asgi.api.limits import Overflow, check_characters, tgi_too_long
-from tgi_asgi.errors import ContextExceeded, InvalidRequest, TemplateError
+from tgi_asgi.api.prompt_text import chat_text, echoed_text, plain_text
+from tgi_asgi.errors import ContextExceeded, InvalidRequest
 from tgi_asgi.settings import MIB, Settings
-from tgi_asgi.text.images import expand_placeholders, join_fences, locate_images, spell_out_images
-from tgi_asgi.text.tools import (
-    add_tool_prompt,
-    spell_out,
-    with_calls_in_text,
-    with_fitting_ids,
-    with_listed_tools,
-    with_own_tools,
-    with_single_calls,
-)
+from tgi_asgi.text.images import locate_images
 from tgi_asgi.types import ImageInput
 
 if TYPE_CHECKING:
     from tgi_asgi.api.context import Served
-    from tgi_asgi.text.chat.template import ChatTemplate
 
 _TAIL_CHARS = 64
 MAX_COUNTED_CHARS = 4 * MIB  # of a text whose tokens are counted, if no longer prompt fits
 SLACK_TOKENS = 64  # beyond those kept of a long text, because cutting text shifts token boundaries
-_NO_TEMPLATE = (
-    "The model has no chat template: use /v1/completions, or start the server with --chat-template "
-    "and a .jinja file, or a JSON file that has a chat_template"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +94,8 @@ def _cut(prompt: Prompt, size: int, source: Conversation | Text) -> Prompt:
         param = source.images.sources[0].param
         raise InvalidRequest(f"`{param}` is where truncation would cut the prompt off", param=param)
     del prompt.ids[:size]
-    moved = (
-        ImageInput(each.digest, each.start - size, each.num_tokens, each.payload) for each in prompt.images
-    )
-    return replace(prompt, images=tuple(moved))
+    moved = tuple(replace(image, start=image.start - size) for image in prompt.images)
+    return replace(prompt, images=moved)
 
 
 def chat_prompt(
@@ -126,210 +113,46 @@ def chat_prompt(
         is_bounded: Whether it must fit into the context; otherwise, whether it can be counted is checked.
     """
     text = chat_text(chat, served, settings)
-    keep, source = None if _has(chat.images) else keep, text.source
+    source = text.source
     if is_bounded:
-        source = _bounded(source, len(text.shown), served, keep)
+        source = _bounded(source, len(text.shown), served, None if chat.images else keep)
     else:
         check_countable(text.shown, served)
     ids = served.tokenizer.encode(
         source, add_special_tokens=text.adds_special_tokens, is_marked=text.is_marked
     )
-    echo = ""
-    if chat.echoes and chat.is_continued:
-        assert served.chat_template is not None, "the messages were rendered"
-        separator = _separator(served.chat_template, "assistant", settings) or ""
-        content = _content(chat.messages[-1], separator)
-        echo = content if isinstance(content, str) else ""
-    images = _located(ids, chat.images)
-    tail = text.shown[-_TAIL_CHARS:]
-    return Prompt(ids, echo, num_characters=len(text.shown), tail=tail, images=images)
-
-
-@dataclass(frozen=True, slots=True)
-class ChatText:
-    """A rendered conversation.
-
-    Attributes:
-        shown: The text without marks.
-        source: The text to encode; equals `shown` unless `is_marked`.
-        is_marked: Whether the messages contain special tokens as text; the ones that act as such are then
-            marked in `source`.
-        adds_special_tokens: Whether the tokenizer adds its own.
-    """
-
-    shown: str
-    source: str
-    is_marked: bool = False
-    adds_special_tokens: bool = False
-
-
-def chat_text(chat: Conversation, served: Served, settings: Settings) -> ChatText:
-    """Render a conversation, with the model's text for its loaded images.
-
-    Raises:
-        InvalidRequest: if there are no messages, they are nested too deeply, or images have no place.
-        TemplateError: if there is no template, or it refuses the messages.
-    """
-    try:
-        text = _with_images(_render(chat, served, settings), chat.images, served)
-        return replace(text, adds_special_tokens=_adds_special_tokens(chat, text.shown, served))
-    except TemplateError as error:
-        if error.param is None:
-            error.field = ("prompt",)
-        raise
-    except RecursionError:  # a depth that the decoder barely accepts may be too deep to copy
-        raise InvalidRequest("The request body is nested too deeply") from None
-
-
-def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
-    template = served.chat_template
-    if template is None:
-        raise TemplateError(_NO_TEMPLATE)
-    if not chat.messages:
-        raise InvalidRequest("`{field}` must have at least one message", field=("prompt",))
-    messages = _fitted(chat, template, settings)
-    # Template variables that come from the administrator or the client.
-    given = {**settings.template_variables, "tools": chat.tools, **chat.variables}
-    guard = served.tokenizer.guard
-    is_marked = not settings.chat_special_tokens and guard.is_needed(messages, given)
-    if is_marked:
-        messages, given = guard.protect(messages), guard.protect(given)
-    # The marks of these images and calls are the model's own, and no text of the client.
-    messages = _with_image_texts(messages, chat.images, template, served)
-    messages = with_calls_in_text(messages, tool_format(template, settings)[0], template.shows_calls)
-    text = template.render(
-        messages,
-        add_generation_prompt=chat.adds_turn and not chat.is_continued,
-        continue_final_message=chat.is_continued,
-        **given,
+    assert served.chat_template is not None, "the messages were rendered"
+    return Prompt(
+        ids,
+        echo=echoed_text(chat, served.chat_template, settings),
+        num_characters=len(text.shown),
+        tail=text.shown[-_TAIL_CHARS:],
+        images=_located(ids, chat.images),
     )
-    return ChatText(*guard.marks(text), is_marked=True) if is_marked else ChatText(text, text)
-
-
-def _with_image_texts(
-    messages: list[dict[str, Any]], images: Images | None, template: ChatTemplate, served: Served
-) -> list[dict[str, Any]]:
-    """Return messages in which images have a text, if the template of a GGUF file writes none for them."""
-    processor = served.image_processor
-    if not _has(images) or processor is None or not processor.chat_text:
-        return messages
-    if template.shows_images(processor.placeholder):
-        return messages
-    return spell_out_images(messages, processor.chat_text, part_roles=template.part_roles)
-
-
-def _fitted(chat: Conversation, template: ChatTemplate, settings: Settings) -> list[dict[str, Any]]:
-    """Return a conversation's messages in a form that the template accepts, and of which it drops nothing."""
-    messages = template.arranged([_shown(message, template, settings) for message in chat.messages])
-    tools = chat.tools if chat.offers_tools else None
-    if not (template.mentions("tools") or template.mentions("tool_calls")):
-        messages = spell_out(messages, tools, accepts_system=template.accepts_system)
-    elif tools and not template.shows_tools:
-        messages = with_listed_tools(messages, tools, accepts_system=template.accepts_system)
-    if not template.takes_several_calls:
-        messages = with_single_calls(messages)
-    source = template.tool_source if chat.tools else template.source
-    messages = with_own_tools(with_fitting_ids(messages, source), tools, source)
-    if tools and chat.tool_prompt and not chat.is_continued:
-        messages = add_tool_prompt(messages, chat.tool_prompt)
-    return template.with_arguments(template.in_parts(messages))  # JSON may escape special tokens
-
-
-def _shown(message: dict[str, Any], template: ChatTemplate, settings: Settings) -> dict[str, Any]:
-    """Return a message with a role that the template shows, and its content as the template takes it."""
-    role = message["role"]
-    if role == "developer" and not template.accepts_developer:
-        role = "system"
-    return {**message, "role": role, "content": _content(message, _separator(template, role, settings))}
-
-
-def _adds_special_tokens(chat: Conversation, text: str, served: Served) -> bool:
-    """Return whether a chat's text gets the tokenizer's special tokens.
-
-    Those of text models never do. `transformers`' processors add them unless the template has written BOS:
-    LLaVA 1.5's template leaves it to them.
-    """
-    if chat.adds_special_tokens is not None:
-        return chat.adds_special_tokens
-    processor, bos = served.image_processor, served.tokenizer.special_tokens.get("bos_token")
-    return processor is not None and processor.adds_special_tokens and not (bos and text.startswith(bos))
-
-
-def _has(images: Images | None) -> bool:
-    return images is not None and bool(images.sources)
-
-
-def _with_images(text: ChatText, images: Images | None, served: Served) -> ChatText:
-    """Return a prompt with its images' placeholders replaced by the model's text for each."""
-    if images is None or not images.sources:
-        return text
-    assert served.image_processor is not None, "a model without image processor gets no images"
-    guard, placeholder = served.tokenizer.guard, served.image_processor.placeholder
-    texts, fence = [image.text for _, image in images.loaded], images.loaded[0][1].fence
-    if not text.is_marked:
-        source = join_fences(expand_placeholders(text.source, placeholder, texts), fence)
-        return ChatText(source, source)
-    source = expand_placeholders(text.source, guard.mark + placeholder, list(map(guard.marked, texts)))
-    source = join_fences(source, fence, guard.mark)
-    return ChatText(source.replace(guard.mark, ""), source, is_marked=True)
 
 
 def _located(ids: Sequence[int], images: Images | None) -> tuple[ImageInput, ...]:
-    return locate_images(ids, images.loaded) if images is not None and images.loaded else ()
-
-
-def leaves_open(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a conversation ends with an assistant text for the model to continue."""
-    last = messages[-1] if messages else {"role": ""}
-    return last["role"] == "assistant" and bool(last["content"]) and not last.get("tool_calls")
-
-
-def thinking_variables(thinks: bool, level: object = None) -> dict[str, Any]:
-    """Return the template variables that control thinking and its effort, under the names that models use."""
-    effort = {"reasoning_effort": level} if isinstance(level, str) else {}
-    return {"enable_thinking": thinks, "thinking": thinks, **effort}
-
-
-def _separator(template: ChatTemplate, role: str, settings: Settings) -> str | None:
-    """Return the separator of the parts of a role's content, or None if the template takes the list."""
-    if settings.tgi_compat:
-        return ""
-    return None if role in template.part_roles else "\n"
-
-
-def _content(message: dict[str, Any], separator: str | None) -> Any:
-    content = message["content"]
-    if not isinstance(content, list):
-        return content
-    if len(content) == 1 and isinstance(content[0], str):  # gives the same tokens as the plain string
-        return content[0]
-    if separator is None or not all(isinstance(part, str) for part in content):  # images have no text
-        return [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-    return separator.join(content)
-
-
-def prompt_text(prompt: Text, served: Served) -> str:
-    """Return the text of a text prompt, with the model's text for its images."""
-    text = prompt.content
-    assert isinstance(text, str), "ids have no images"
-    return _with_images(ChatText(text, text), prompt.images, served).source
+    return locate_images(ids, images.loaded) if images else ()
 
 
 def _text_prompt(prompt: Text, served: Served, keep: int | None) -> Prompt:
-    given = prompt.content
-    if isinstance(given, str):
-        given = prompt_text(prompt, served)
-        source = _bounded(given, len(given), served, None if _has(prompt.images) else keep)
+    if isinstance(prompt.content, str):
+        text = plain_text(prompt, served)
+        source = _bounded(text, len(text), served, None if prompt.images else keep)
         ids = served.tokenizer.encode(source, add_special_tokens=prompt.adds_special_tokens)
         if not ids and prompt.may_be_empty:
             ids = _beginning(served)
-        text = given
     else:
-        ids, text = list(given), ""
+        ids, text = list(prompt.content), ""
         if prompt.needs_text:
             text = served.tokenizer.decode(ids, skip_special_tokens=not prompt.shows_special_tokens)
-    shown = text if prompt.needs_text else None
-    return Prompt(ids, text if prompt.echoes else "", shown, len(text), images=_located(ids, prompt.images))
+    return Prompt(
+        ids,
+        echo=text if prompt.echoes else "",
+        text=text if prompt.needs_text else None,
+        num_characters=len(text),
+        images=_located(ids, prompt.images),
+    )
 
 
 def _beginning(served: Served) -> list[int]:

@@ -46,7 +46,7 @@ class EventStream:
     __slots__ = (
         "_channels", "_deadline", "_end", "_exchange", "_failure", "_headers", "_is_busy", "_is_over",
         "_is_started", "_keep_alive", "_last_send_s", "_loop", "_num_events", "_num_open", "_num_waiting",
-        "_ready", "_renderer", "_slow_beyond", "_slow_parts", "_waiting", "_woken", "_write",
+        "_ready", "_renderer", "_slow_beyond", "_slow_jobs", "_waiting", "_woken", "_write",
     )  # fmt: skip
 
     def __init__(self, exchange: Exchange, call: Call, renderer: Renderer, headers: Iterable[Header]) -> None:
@@ -59,12 +59,12 @@ class EventStream:
         self._loop = asyncio.get_running_loop()
         self._channels = exchange.channels
         self._num_open = 0  # unfinished choices
-        self._waiting: dict[int, list[TokenEvent]] = {}  # unrendered events, by part
+        self._waiting: dict[int, list[TokenEvent]] = {}  # unrendered events, by job index
         self._num_waiting = 0
         self._num_events = 0  # total so far
         self._ready = b""  # rendered frames not sent yet
         self._slow_beyond = MAX_WAITING_EVENTS
-        self._slow_parts: set[int] = set()
+        self._slow_jobs: set[int] = set()
         self._failure: TgiError | None = None  # the request's failure; later events are ignored
         self._end: BaseException | None = None  # ends the stream at once, without closing frames
         self._is_started = False
@@ -95,15 +95,16 @@ class EventStream:
         """
         exchange, channels = self._exchange, self._channels
         self._slow_beyond = slow_beyond
-        self._slow_parts = set(range(len(channels) if begins_slowly or exchange.is_large else 0))
+        self._slow_jobs = set(range(len(channels) if begins_slowly or exchange.is_large else 0))
         self._num_open = sum(channel.request.n for channel in channels)
         watch = asyncio.ensure_future(exchange.wait_for_disconnect())
         watch.add_done_callback(self._on_disconnect)
         try:
             if kept is not None:
                 kept.begin(self.on_error)
-            for part, channel in enumerate(channels):
-                channel.attach(_Part(self, part) if kept is None else _KeptPart(self, part, kept))
+            for job_index, channel in enumerate(channels):
+                sink = _JobSink(self, job_index) if kept is None else _KeptJobSink(self, job_index, kept)
+                channel.attach(sink)
             while await self._send_more():
                 pass
         except _CutOff:
@@ -119,7 +120,7 @@ class EventStream:
         """Whether no more events count: every choice has finished, or the request has failed."""
         return self._num_open == 0
 
-    def on_events(self, part: int, events: Sequence[TokenEvent]) -> None:
+    def on_events(self, job_index: int, events: Sequence[TokenEvent]) -> None:
         """Accept new events of one channel; never blocks or raises."""
         if self._is_over or self._failure is not None:  # events of other channels after the end are ignored
             return
@@ -127,10 +128,10 @@ class EventStream:
             if event.finish is not None:
                 self._num_open -= 1
         self._num_events += len(events)
-        if self._may_write(part, len(events)):
-            self._write_now(part, events)
+        if self._may_write(job_index, len(events)):
+            self._write_now(job_index, events)
             return
-        self._waiting.setdefault(part, []).extend(events)
+        self._waiting.setdefault(job_index, []).extend(events)
         self._num_waiting += len(events)
         if self._num_waiting > MAX_WAITING_EVENTS:
             self._stop(self._cut_off(f"the reader is {self._num_waiting} tokens behind"))
@@ -146,7 +147,7 @@ class EventStream:
         self._num_open = 0
         self._wake()
 
-    def _may_write(self, part: int, num_events: int) -> bool:
+    def _may_write(self, job_index: int, num_events: int) -> bool:
         """Return whether events may be rendered and written here: they are few, and no earlier ones wait."""
         return (
             self._write is not None
@@ -154,13 +155,13 @@ class EventStream:
             and self._num_open > 0
             and not (self._is_busy or self._waiting or self._ready)
             and num_events * len(self._channels) <= self._slow_beyond  # over all channels, per step
-            and part not in self._slow_parts
+            and job_index not in self._slow_jobs
         )
 
-    def _write_now(self, part: int, events: Sequence[TokenEvent]) -> None:
+    def _write_now(self, job_index: int, events: Sequence[TokenEvent]) -> None:
         assert self._write is not None
         try:
-            frames = _without_line_breaks(self._renderer.render(part, events))
+            frames = _without_line_breaks(self._renderer.render(job_index, events))
             if frames and self._write(frames):
                 self._last_send_s = self._loop.time()
                 return
@@ -216,13 +217,13 @@ class EventStream:
         num_events, self._num_waiting = self._num_waiting, 0
         ready, self._ready = self._ready, b""
         failure = self._failure
-        is_slow = num_events > self._slow_beyond or not self._slow_parts.isdisjoint(waiting)
+        is_slow = num_events > self._slow_beyond or not self._slow_jobs.isdisjoint(waiting)
         if is_last:
             is_slow |= self._exchange.is_large or self._num_events > _LONG * self._slow_beyond
-        self._slow_parts -= waiting.keys()
+        self._slow_jobs -= waiting.keys()
 
         def render() -> bytes:
-            frames = [ready, *(self._renderer.render(part, events) for part, events in waiting.items())]
+            frames = [ready, *(self._renderer.render(job, events) for job, events in waiting.items())]
             waiting.clear()  # in this thread: freeing 4,096 events with 20 alternatives each takes 4 ms
             if failure is not None:
                 frames.append(self._renderer.fail(failure))
@@ -295,29 +296,29 @@ class _CutOff(Exception):
     """Ends a stream without closing frames; the closed connection shows the client a failure."""
 
 
-class _Part:
+class _JobSink:
     """The sink of one channel."""
 
-    __slots__ = ("_part", "_stream")
+    __slots__ = ("_job_index", "_stream")
 
-    def __init__(self, stream: EventStream, part: int) -> None:
+    def __init__(self, stream: EventStream, job_index: int) -> None:
         self._stream = stream
-        self._part = part
+        self._job_index = job_index
 
     def on_events(self, events: Sequence[TokenEvent]) -> None:
-        self._stream.on_events(self._part, events)
+        self._stream.on_events(self._job_index, events)
 
     def on_error(self, error: TgiError) -> None:
         self._stream.on_error(error)
 
 
-class _KeptPart(_Part):
+class _KeptJobSink(_JobSink):
     """The sink of a channel whose tokens the renderer keeps."""
 
     __slots__ = ("_kept",)
 
-    def __init__(self, stream: EventStream, part: int, kept: KeptAnswer) -> None:
-        super().__init__(stream, part)
+    def __init__(self, stream: EventStream, job_index: int, kept: KeptAnswer) -> None:
+        super().__init__(stream, job_index)
         self._kept = kept
 
     def on_events(self, events: Sequence[TokenEvent]) -> None:

@@ -99,7 +99,7 @@ async def _answer(exchange: Exchange, served: Served, work: Tokenise, body: byte
 
 def after_images(images: Images | None, count: Callable[[], bytes]) -> bytes | WithImages:
     """Return the result of `count`, at once or after images have been loaded."""
-    return WithImages(images, count) if images is not None and images.sources else count()
+    return WithImages(images, count) if images else count()
 
 
 def array_of(tokens: Iterable[Struct]) -> bytes:

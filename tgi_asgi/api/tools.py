@@ -16,6 +16,7 @@ import orjson
 from tgi_asgi.api.call import ToolChoice
 from tgi_asgi.api.limits import MAX_TOOLS
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.chat.message import ChatTool
 from tgi_asgi.text.surrogates import parsed
 from tgi_asgi.text.tools import ToolSpec, with_json_types
 
@@ -69,7 +70,7 @@ class Tool:
             description = f"{description or ''}\nThe input must match this grammar:\n{grammar}".strip()
         return cls(index, name, description, _CUSTOM_PARAMETERS, is_custom=True, namespace=namespace)
 
-    def for_template(self) -> dict[str, Any]:
+    def for_template(self) -> ChatTool:
         """Return it in the form that chat templates expect."""
         fields = {"name": self.name, "description": self.description, "parameters": self.parameters}
         function: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}

@@ -15,11 +15,19 @@ from typing import TYPE_CHECKING, Any
 from tgi_asgi.errors import TgiError
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.text.constrain.source import GrammarSource
-from tgi_asgi.types import FinishReason, GenerationRequest, ImageProcessor, RequestStats, TokenEvent
+from tgi_asgi.types import (
+    FinishReason,
+    GenerationRequest,
+    ImageProcessor,
+    PromptLogprobs,
+    RequestStats,
+    TokenEvent,
+)
 
 if TYPE_CHECKING:
     from tgi_asgi.text.chat.template import ChatTemplate
     from tgi_asgi.text.tokenizer import Tokenizer
+    from tgi_asgi.types import Vector
 
 Event = tuple[Any, ...]  # fields of a `TokenEvent`; plain tuples are the fastest to pickle
 _FIELDS = attrgetter("index", "token_id", "data", "text", "logprob", "top", "is_special", "finish", "stop")
@@ -60,8 +68,8 @@ class WireStats:
     first_token_s: float | None
     finished_s: float | None
     cached_tokens: int
-    prompt_logprobs: Any
-    vector: Any
+    prompt_logprobs: PromptLogprobs | None
+    vector: Vector | None
 
     @classmethod
     def of(cls, stats: RequestStats) -> WireStats:

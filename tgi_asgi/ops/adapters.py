@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +27,8 @@ from tgi_asgi.ops.weights import GateUpWeight, LinearWeight, QkvWeight
 AdaptableWeight = LinearWeight | QkvWeight | GateUpWeight
 NativeAdapter = _C.Adapter
 _Bits = npt.NDArray[np.uint16]
+_Indices = npt.NDArray[np.int64]
+_Packed = tuple[_Bits, Floats, _Indices, _Bits]  # down, scales, panels and up, as in `_C.Adapter`
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +58,13 @@ class Delta:
 class _Product:
     """A packed matrix, and the row of its weight for each of its own rows (-1: padding)."""
 
-    part: PackedLinear
+    packed: PackedLinear
     order: Order
 
     @property
     def columns(self) -> int:
         """Columns of the packed matrix, in whole blocks."""
-        return layout.round_up(self.part.matrix.num_columns)
+        return layout.round_up(self.packed.matrix.num_columns)
 
 
 class AdapterLayout:
@@ -95,13 +96,13 @@ class AdapterLayout:
             for each in products:
                 # A product has up to three targets (q, k and v), each with as many inner values as its rank.
                 num_inner = 3 * max_rank * self.rank_factor
-                sizes.append((each.columns, each.part.matrix.num_stored_rows, num_inner))
-        self._of_part = {id(each.part): index for index, each in enumerate(self._products)}
+                sizes.append((each.columns, each.packed.matrix.num_stored_rows, num_inner))
+        self._by_packed = {id(each.packed): index for index, each in enumerate(self._products)}
         self.native = _C.AdapterLayout(sizes)
 
-    def product(self, part: PackedLinear) -> int | None:
+    def product(self, packed: PackedLinear) -> int | None:
         """Return the index of a product; None if no adapter can change it."""
-        return self._of_part.get(id(part))
+        return self._by_packed.get(id(packed))
 
     def pack(self, deltas: Mapping[str, Delta]) -> NativeAdapter:
         """Return an adapter that adds these deltas to their targets.
@@ -110,7 +111,7 @@ class AdapterLayout:
             ValueError: if a name is not a target, a shape differs from its target's, a rank exceeds
                 `max_rank`, a value is not finite, or two targets cover the same rows.
         """
-        parts: list[Any] = []
+        parts: list[tuple[int, _Bits, Floats, _Indices, _Bits]] = []
         for changes in changes_by_weight(self.targets, deltas, self.max_rank):
             if self.rank_factor > 1:
                 changes = [(name, target, _in_parts(delta)) for name, target, delta in changes]
@@ -183,7 +184,7 @@ def _shifted(parts: Sequence[PackedLinear], orders: Sequence[Order], counts: Seq
     ]
 
 
-def _pack(product: _Product, changes: list[tuple[str, Target, Delta]]) -> tuple[Any, ...] | None:
+def _pack(product: _Product, changes: list[tuple[str, Target, Delta]]) -> _Packed | None:
     """Return the extension's arguments for one product of an adapter; None if nothing changes the product."""
     panels = product.order.reshape(-1, layout.PANEL)
     inner = np.zeros((len(panels), 2), np.int64)  # per panel: its first inner value, and how many it has
@@ -217,7 +218,7 @@ def _pack(product: _Product, changes: list[tuple[str, Target, Delta]]) -> tuple[
 
 def _down(product: _Product, delta: Delta) -> _Bits:
     """Return a delta's `down` with its columns as in the product's input: in the same order, and padded."""
-    order, columns = product.part.order, delta.down.shape[1]
+    order, columns = product.packed.order, delta.down.shape[1]
     down = delta.down if order is None else delta.down[:, order.indices]
     return np.pad(_bits(down), ((0, 0), (0, product.columns - columns)))
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from tgi_asgi import _C
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.column_order import Form, OrderedForm
 from tgi_asgi.ops.kv import KvPool
 from tgi_asgi.ops.values import Kind, Value
+
+_Buffer = TypeVar("_Buffer")
 
 
 class Liveness:
@@ -92,7 +94,7 @@ class Buffers:
         self._free: dict[Hashable, list[Any]] = {}
         self._acquired: dict[int, Hashable] = {}  # kind of each taken buffer, by its id
 
-    def assign(self, value: Value, form: Form, kind: Hashable, make: Callable[[], Any]) -> Any:
+    def assign(self, value: Value, form: Form, kind: Hashable, make: Callable[[], _Buffer]) -> _Buffer:
         """Assign a value a buffer for one of its forms, until `free`: rows, query, routing, or a `Form`."""
         buffer = self.acquire(kind, make)
         self._assigned[value.root, form] = (self._acquired.pop(id(buffer)), buffer)
@@ -114,14 +116,14 @@ class Buffers:
         found = self._assigned.get((value.root, form))
         return None if found is None else found[1]
 
-    def acquire(self, kind: Hashable, make: Callable[[], Any]) -> Any:
+    def acquire(self, kind: Hashable, make: Callable[[], _Buffer]) -> _Buffer:
         """Take a buffer of this kind, a free one if possible, until `release`."""
-        free = self._free.get(kind)
+        free: list[_Buffer] | None = self._free.get(kind)
         buffer = free.pop() if free else make()
         self._acquired[id(buffer)] = kind
         return buffer
 
-    def release(self, buffer: Any) -> None:
+    def release(self, buffer: object) -> None:
         """Return a buffer taken with `acquire`."""
         self._free.setdefault(self._acquired.pop(id(buffer)), []).append(buffer)
 
@@ -140,36 +142,66 @@ class CpuBuffers(Buffers):
         super().__init__()
         self._native = native
 
-    def rows(self, value: Value, columns: int) -> Any:
+    def assign_rows(self, value: Value, columns: int) -> _C.Rows:
         """Assign a value a float32 buffer."""
         return self.assign(value, "rows", ("rows", columns), lambda: self._native.rows(columns))
 
-    def activation(self, value: Value, form: Form) -> Any:
+    def assign_activation(self, value: Value, form: Form) -> _C.Activation:
         """Assign a value an activation buffer of this form."""
         precision = form if isinstance(form, str) else form.precision
         kind = ("activation", value.columns, precision)
         return self.assign(value, form, kind, lambda: self._native.activation(value.columns, precision))
 
-    def query(self, value: Value, pool: KvPool, num_heads: int) -> Any:
+    def assign_query(self, value: Value, pool: KvPool, num_heads: int) -> _C.Query:
         """Assign a value a buffer for queries, in this pool's layout."""
         kind = ("query", id(pool), num_heads)
         return self.assign(value, "query", kind, lambda: self._native.query(pool.native, num_heads))
 
-    def routing(self, value: Value, num_experts: int, top_k: int) -> Any:
+    def assign_routing(self, value: Value, num_experts: int, top_k: int) -> _C.Routing:
         """Assign a value a buffer for each token's experts."""
         kind = ("routing", num_experts, top_k)
         return self.assign(value, "routing", kind, lambda: self._native.routing(num_experts, top_k))
 
-    def expert_rows(self, columns: int, precision: str, num_experts: int) -> Any:
+    def rows_of(self, value: Value) -> _C.Rows:
+        """Return a value's rows; raises as `of`."""
+        found: _C.Rows = self.of(value, "rows")
+        return found
+
+    def find_rows(self, value: Value) -> _C.Rows | None:
+        """Return a value's rows; None if it has none."""
+        found: _C.Rows | None = self.find(value, "rows")
+        return found
+
+    def activation_of(self, value: Value, form: Form) -> _C.Activation:
+        """Return an activation in one of its forms; raises as `of`."""
+        found: _C.Activation = self.of(value, form)
+        return found
+
+    def query_of(self, value: Value) -> _C.Query:
+        """Return queries in the layout of a pool; raises as `of`."""
+        found: _C.Query = self.of(value, "query")
+        return found
+
+    def find_query(self, value: Value) -> _C.Query | None:
+        """Return queries in the layout of a pool; None if they were given as rows."""
+        found: _C.Query | None = self.find(value, "query")
+        return found
+
+    def routing_of(self, value: Value) -> _C.Routing:
+        """Return each token's experts; raises as `of`."""
+        found: _C.Routing = self.of(value, "routing")
+        return found
+
+    def expert_rows(self, columns: int, precision: str, num_experts: int) -> _C.Activation:
         """Take a buffer for rows sorted by expert, until `release`; each expert may start a new tile."""
         kind = ("expert rows", columns, precision, num_experts)
         return self.acquire(kind, lambda: self._native.activation(columns, precision, min_tiles=num_experts))
 
-    def scratch(self, columns: int) -> Any:
+    def scratch(self, columns: int) -> _C.Rows:
         """Take rows for a call's internal use, until `release`."""
         return self.acquire(("rows", columns), lambda: self._native.rows(columns))
 
-    def head_rows(self, columns: int) -> Any:
+    def head_rows(self, columns: int) -> _C.Rows:
         """Take rows for attention's result. Attention does not write the padding, which must stay zero.
 
         These buffers are kept apart from products' rows: a product writes the padding, and a NaN there would

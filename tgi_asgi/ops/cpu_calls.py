@@ -58,7 +58,7 @@ class CpuCalls:
     ) -> None:
         self._adapters, self._shard = adapters, shard
         self.buffers = CpuBuffers(native)
-        self.residual: Any = None
+        self.residual: _C.Rows | None = None
         self._native, self._recorded = native, recorded
         self._index = 0  # of the call that is being emitted
         self._liveness = Liveness(recorded, inputs, outputs, _forms_of)
@@ -77,14 +77,14 @@ class CpuCalls:
 
     def take_input(self, value: Value, columns: int) -> None:
         """Allocate an input that is given as rows; an activation is packed from them when a step begins."""
-        rows = self.buffers.rows(value, columns)
+        rows = self.buffers.assign_rows(value, columns)
         if value.kind is Kind.ACTIVATION:
             self._pack(rows, value)
             self._reorder(value)
 
     def _embed(self, call: calls.Embed) -> None:
         made = _in_order(call.table.made)
-        out = self.buffers.rows(call.out, call.out.columns)
+        out = self.buffers.assign_rows(call.out, call.out.columns)
         self.residual = out
         positions = None
         if call.positions is not None and (self._shard is None or self._shard.group.rank == 0):
@@ -95,7 +95,7 @@ class CpuCalls:
             self._native.sum_shards(partial_sum=to, factor=1.0, adds=False, x=out)
 
     def _activation(self, call: calls.Activation) -> None:
-        self._pack(self.buffers.of(call.x, "rows"), call.out)
+        self._pack(self.buffers.rows_of(call.x), call.out)
 
     def _norm(self, call: calls.Norm) -> None:
         # For few tokens, each team member computes the norm for itself, without a barrier. That is safe only
@@ -112,29 +112,29 @@ class CpuCalls:
         )
         for precision in self._liveness.precisions(call.out):
             self._native.norm(
-                x=self.buffers.of(call.x, "rows"),
+                x=self.buffers.rows_of(call.x),
                 norm=_norm_of(call.weight),
                 for_logits=False,
                 is_private=is_private,
-                out=self.buffers.activation(call.out, precision),
+                out=self.buffers.assign_activation(call.out, precision),
             )
 
     def _norm_add(self, call: calls.NormAdd) -> None:
         self._native.norm_add(
-            rows=self.buffers.of(call.rows, "rows"),
+            rows=self.buffers.rows_of(call.rows),
             norm=_norm_of(call.weight),
             factor=call.factor,
-            x=self.buffers.of(call.x, "rows"),
+            x=self.buffers.rows_of(call.x),
         )
 
     def _norm_residual(self, call: calls.NormResidual) -> None:
-        self._native.norm_in_place(norm=_norm_of(call.weight), x=self.buffers.of(call.x, "rows"))
+        self._native.norm_in_place(norm=_norm_of(call.weight), x=self.buffers.rows_of(call.x))
 
     def _qkv(self, call: calls.Qkv) -> None:
         weight, made = call.weight, _made(call.weight.made, PackedQkv)
         layer = _layer_of(call.cache)
         heads = weight.heads
-        out = self.buffers.query(call.out, layer.pool, heads.num_heads)
+        out = self.buffers.assign_query(call.out, layer.pool, heads.num_heads)
         scale = self._liveness.query_scale(call.out)
         cosines, sines = self._table(call.rope, heads.head_dim, heads.rotary_dim)
         norms = weight.norms
@@ -164,15 +164,15 @@ class CpuCalls:
             cosines=call.rope.cos, sines=call.rope.sin, rotary_column=call.rotary_column,
         )  # fmt: skip
         absorbed, rotary, latents = (
-            self.buffers.of(value, "rows") for value in (call.absorbed, call.rotary, call.latents)
+            self.buffers.rows_of(value) for value in (call.absorbed, call.rotary, call.latents)
         )
-        out = self.buffers.query(call.out, layer.pool, num_heads)
+        out = self.buffers.assign_query(call.out, layer.pool, num_heads)
         self._native.latent_qkv(absorbed=absorbed, rotary=rotary, latents=latents, heads=heads, out=out)
 
     def _heads_linear(self, call: calls.HeadsLinear) -> None:
         made = _in_order(call.weight.made)
-        out = self.buffers.rows(call.out, call.out.columns)
-        product = _C.Product(weight=made.matrix, source=self.buffers.of(call.a, made.precision))
+        out = self.buffers.assign_rows(call.out, call.out.columns)
+        product = _C.Product(weight=made.matrix, source=self.buffers.activation_of(call.a, made.precision))
         self._native.heads_linear(product=product, num_heads=call.weight.num_heads, out=out)
 
     def _attention(self, call: calls.Attention) -> None:
@@ -182,11 +182,11 @@ class CpuCalls:
             "true_dim": call.value_dim, "spec": call.spec.native,
         }  # fmt: skip
         if call.out.kind is Kind.ROWS:
-            self._native.attention(**shape, rows=self.buffers.rows(call.out, call.out.columns))
+            self._native.attention(**shape, rows=self.buffers.assign_rows(call.out, call.out.columns))
             return
         precisions = self._liveness.precisions(call.out)
         if call.gate is None and call.value_dim % layout.STRIP == 0 and len(precisions) == 1:
-            out = self.buffers.activation(call.out, precisions[0])
+            out = self.buffers.assign_activation(call.out, precisions[0])
             self._native.attention(**shape, out=out)
             return
         rows = self.buffers.head_rows(call.out.columns)
@@ -197,19 +197,19 @@ class CpuCalls:
             self._pack_gated(rows, call.gate, call.out)
         self.buffers.release(rows)
 
-    def _pack_gated(self, rows: Any, gate: Value, out: Value) -> None:
+    def _pack_gated(self, rows: _C.Rows, gate: Value, out: Value) -> None:
         norm = _C.GatedNorm(
             width=out.columns, group_width=out.columns, eps=0.0, weight=None, is_gate_first=False,
             is_sigmoid=True, gate_scale=1.0,
         )  # fmt: skip
         gated = self.buffers.scratch(out.columns)
-        self._native.gated_norm(rows=rows, gate=self.buffers.of(gate, "rows"), norm=norm, out=gated)
+        self._native.gated_norm(rows=rows, gate=self.buffers.rows_of(gate), norm=norm, out=gated)
         self._pack(gated, out)
         self.buffers.release(gated)
 
     def _linear(self, call: calls.Linear) -> None:
         made = _made(call.weight.made, PackedLinear)
-        out = self.buffers.rows(call.out, call.out.columns)
+        out = self.buffers.assign_rows(call.out, call.out.columns)
         product = self._product(call.a, made)
         if call.weight.is_partial:
             self._sum(product, 1.0, adds=False, x=out)
@@ -218,13 +218,13 @@ class CpuCalls:
 
     def _linear_add(self, call: calls.LinearAdd) -> None:
         made = _made(call.weight.made, PackedLinear)
-        product, x = self._product(call.a, made), self.buffers.of(call.x, "rows")
+        product, x = self._product(call.a, made), self.buffers.rows_of(call.x)
         if call.weight.is_partial:
             self._sum(product, call.factor, adds=True, x=x)
         else:
             self._native.linear_add(product=product, factor=call.factor, x=x)
 
-    def _sum(self, product: Any, factor: float, *, adds: bool, x: Any) -> None:
+    def _sum(self, product: _C.Product, factor: float, *, adds: bool, x: _C.Rows) -> None:
         """Emit a product of which each shard computes a partial sum, and the sum of these."""
         partial_sum = self._native.partial_sum()
         self._native.linear(product=product, out=partial_sum)
@@ -233,7 +233,7 @@ class CpuCalls:
     def _up(self, call: calls.Up) -> None:
         made = _made(call.weight.made, PackedLinear)
         for precision in self._liveness.precisions(call.out):  # one, unless consumers have several formats
-            out = self.buffers.activation(call.out, precision)
+            out = self.buffers.assign_activation(call.out, precision)
             product = self._product(call.a, made)
             self._native.up(product=product, activation=call.activation, alphas=call.alphas, out=out)
 
@@ -242,7 +242,7 @@ class CpuCalls:
         precisions = self._liveness.precisions(call.out)
         if len(parts) == 1:
             for precision in precisions:  # one, unless the consumers' weights have several formats
-                out = self.buffers.activation(call.out, precision)
+                out = self.buffers.assign_activation(call.out, precision)
                 product = self._product(call.a, parts[0])
                 self._native.gate_up(product=product, activation=call.activation, out=out)
             return
@@ -250,15 +250,15 @@ class CpuCalls:
         for part, each in zip(parts, rows, strict=True):
             self._native.linear(product=self._product(call.a, part), out=each)
         for precision in precisions:
-            out = self.buffers.activation(call.out, precision)
+            out = self.buffers.assign_activation(call.out, precision)
             self._native.act_mul(gate=rows[0], up=rows[1], activation=call.activation, out=out)
         for each in rows:
             self.buffers.release(each)
 
     def _route(self, call: calls.Route) -> None:
         spec = call.spec
-        out = self.buffers.routing(call.out, spec.num_experts, spec.top_k)
-        self._native.route(logits=self.buffers.of(call.logits, "rows"), spec=spec.native, out=out)
+        out = self.buffers.assign_routing(call.out, spec.num_experts, spec.top_k)
+        self._native.route(logits=self.buffers.rows_of(call.logits), spec=spec.native, out=out)
 
     def _experts_add(self, call: calls.ExpertsAdd) -> None:
         made, weight = _made(call.weight.made, PackedExperts), call.weight
@@ -272,15 +272,15 @@ class CpuCalls:
             )
         ]
         self._native.experts_add(
-            source=self.buffers.of(call.a, made.precision), routing=self.buffers.of(call.routing, "routing"),
-            mlps=mlps, gathered=room[0], inner=room[1], factor=call.factor,
-            x=self.buffers.of(call.x, "rows"),
+            source=self.buffers.activation_of(call.a, made.precision),
+            routing=self.buffers.routing_of(call.routing), mlps=mlps, gathered=room[0], inner=room[1],
+            factor=call.factor, x=self.buffers.rows_of(call.x),
         )  # fmt: skip
         for each in room:
             self.buffers.release(each)
 
     def _gated_add(self, call: calls.GatedAdd) -> None:
-        rows, gate, x = (self.buffers.of(value, "rows") for value in (call.rows, call.gate, call.x))
+        rows, gate, x = (self.buffers.rows_of(value) for value in (call.rows, call.gate, call.x))
         self._native.gated_add(rows=rows, gate=gate, factor=call.factor, x=x)
 
     def _short_conv(self, call: calls.ShortConv) -> None:
@@ -294,8 +294,8 @@ class CpuCalls:
             has_silu=call.has_silu,
         )
         self._native.short_conv(
-            rows=self.buffers.of(call.rows, "rows"), conv=conv, states=call.cache.pool.native,
-            layer=call.cache.index, out=self.buffers.rows(call.out, channels),
+            rows=self.buffers.rows_of(call.rows), conv=conv, states=call.cache.pool.native,
+            layer=call.cache.index, out=self.buffers.assign_rows(call.out, channels),
         )  # fmt: skip
 
     def _selective_scan(self, call: calls.SelectiveScan) -> None:
@@ -319,10 +319,10 @@ class CpuCalls:
 
     def _heads_of(self, call: calls.SelectiveScan | calls.DeltaRule) -> dict[str, Any]:
         """Return the buffers that heads with recurrent states read and write."""
-        source, steps = (self.buffers.of(value, "rows") for value in (call.rows, call.steps))
+        source, steps = (self.buffers.rows_of(value) for value in (call.rows, call.steps))
         return {
             "source": source, "steps": steps, "states": call.cache.pool.native, "layer": call.cache.index,
-            "out": self.buffers.rows(call.out, call.out.columns),
+            "out": self.buffers.assign_rows(call.out, call.out.columns),
         }  # fmt: skip
 
     def _gated_norm(self, call: calls.GatedNorm) -> None:
@@ -331,8 +331,8 @@ class CpuCalls:
             weight=call.weight,
             is_gate_first=call.is_gate_first, is_sigmoid=call.is_sigmoid, gate_scale=call.gate_scale,
         )  # fmt: skip
-        rows, gate = (self.buffers.of(value, "rows") for value in (call.rows, call.gate))
-        out = self.buffers.rows(call.out, call.out.columns)
+        rows, gate = (self.buffers.rows_of(value) for value in (call.rows, call.gate))
+        out = self.buffers.assign_rows(call.out, call.out.columns)
         self._native.gated_norm(rows=rows, gate=gate, norm=norm, out=out)
 
     def _head(self, call: calls.Head) -> None:
@@ -341,37 +341,37 @@ class CpuCalls:
         made = _in_order(call.weight.made)
         source = self._native.activation(made.matrix.num_columns, made.precision, for_logits=True)
         self._native.norm(
-            x=self.buffers.of(call.x, "rows"), norm=_norm_of(call.norm), for_logits=True, is_private=True,
+            x=self.buffers.rows_of(call.x), norm=_norm_of(call.norm), for_logits=True, is_private=True,
             out=source,
         )  # fmt: skip
         product = _C.Product(weight=made.matrix, source=source, bias=made.bias)
         self._native.logits(product=product, vocab_size=call.weight.rows, scale=call.scale, cap=call.cap)
 
-    def _pack(self, rows: Any, value: Value) -> None:
+    def _pack(self, rows: _C.Rows, value: Value) -> None:
         for precision in self._liveness.precisions(value):
-            self._native.pack(rows=rows, out=self.buffers.activation(value, precision))
+            self._native.pack(rows=rows, out=self.buffers.assign_activation(value, precision))
 
     def _reorder(self, value: Value) -> None:
         """Write an activation's forms with an order of columns: one for all products that share it."""
         for form in self._liveness.ordered_forms(value):
             self._native.reorder(
-                source=self.buffers.of(value, "float32"),
+                source=self.buffers.activation_of(value, "float32"),
                 order=form.order.indices,
-                out=self.buffers.activation(value, form),
+                out=self.buffers.assign_activation(value, form),
             )
 
-    def _product(self, a: Value, part: PackedLinear) -> Any:
-        source = self.buffers.of(a, part.form)
+    def _product(self, a: Value, part: PackedLinear) -> _C.Product:
+        source = self.buffers.activation_of(a, part.form)
         number = None if self._adapters is None else self._adapters.product(part)
         return _C.Product(weight=part.matrix, source=source, bias=part.bias, adapter=number)
 
-    def _query_of(self, call: calls.Attention, layer: KvLayer) -> Any:
+    def _query_of(self, call: calls.Attention, layer: KvLayer) -> _C.Query:
         """Return the attention's queries; queries given as rows are converted to the pool's layout."""
-        found = self.buffers.find(call.q, "query")
+        found = self.buffers.find_query(call.q)
         if found is not None:
             return found
         heads = call.q.columns // call.head_dim
-        query = self.buffers.query(call.q, layer.pool, heads)
+        query = self.buffers.assign_query(call.q, layer.pool, heads)
         shape = _C.Heads(
             pool=layer.pool.native,
             layer=layer.index,
@@ -379,7 +379,7 @@ class CpuCalls:
             true_dim=call.head_dim,
             scale=call.spec.scale,
         )
-        rows = self.buffers.of(call.q, "rows")
+        rows = self.buffers.rows_of(call.q)
         self._native.head_rows(rows=rows, heads=shape, has_keys=False, out=query)
         return query
 
@@ -387,9 +387,9 @@ class CpuCalls:
         """Declare what the rest of a step reads, so that only tokens that need logits continue."""
         alive = self._liveness.alive_after(index)
         can_gather = all(value.kind not in (Kind.ACTIVATION, Kind.ROUTING) for value in alive)
-        kept = [self.buffers.find(value, "query") for value in alive if value.kind is Kind.QUERY]
+        kept = [self.buffers.find_query(value) for value in alive if value.kind is Kind.QUERY]
         queries = [query for query in kept if query is not None]  # the others were given as rows
-        found = [self.buffers.find(value, "rows") for value in alive]
+        found = [self.buffers.find_rows(value) for value in alive]
         rows = [each for each in found if each is not None]
         self._native.end_cache_writes(
             can_gather=can_gather and len(queries) <= 1, rows=rows, query=queries[0] if queries else None

@@ -84,8 +84,9 @@ class CpuProgram:
     @property
     def residual(self) -> Floats:
         """The residual [max_tokens, padded columns] after the last step; the next step overwrites it."""
-        found: Floats = self._calls.residual.array()
-        return found
+        residual = self._calls.residual
+        assert residual is not None, "a model embeds its tokens"
+        return residual.array()
 
     def run(self, batch: _C.FlatRows, rows: Iterable[int]) -> Floats:
         """Compute a step: the forward pass, and the logits of `rows`, indices of tokens.
@@ -136,7 +137,7 @@ class CpuProgram:
 
     def write(self, value: Value, rows: Floats) -> None:
         """Set an input's rows [n_tokens, columns] float32."""
-        array = self._calls.buffers.of(value, "rows").array()
+        array = self._calls.buffers.rows_of(value).array()
         if value.kind is Kind.QUERY:
             rows = _packed_heads(rows, *self._query_shape(value)[:3])
         array[: rows.shape[0], : rows.shape[1]] = rows
@@ -146,9 +147,9 @@ class CpuProgram:
         if value.kind is Kind.QUERY:
             return self._read_query(value, num_tokens)
         if value.kind is Kind.ACTIVATION:
-            read = self._calls.buffers.of(value, "float32").array()
+            read = self._calls.buffers.activation_of(value, "float32").array()
         else:
-            read = self._calls.buffers.of(value, "rows").array()
+            read = self._calls.buffers.rows_of(value).array()
         found: Floats = read[:num_tokens, : value.columns].copy()
         return found
 
@@ -164,7 +165,7 @@ class CpuProgram:
 
     def _read_query(self, value: Value, num_tokens: int) -> Floats:
         heads, head_dim, rotary, is_interleaved = self._query_shape(value)
-        array = np.ascontiguousarray(self._calls.buffers.of(value, "query").array()[:num_tokens])
+        array = np.ascontiguousarray(self._calls.buffers.query_of(value).array()[:num_tokens])
         shape = (num_tokens, heads * head_dim)
         name = {4: "F32", 2: "BF16"}.get(array.shape[1] // shape[1])
         if name is None or array.shape[1] % shape[1]:

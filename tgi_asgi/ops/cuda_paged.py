@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tgi_asgi import _C
-from tgi_asgi.ops.arrays import Floats
+from tgi_asgi.ops.arrays import Bools, Floats, Ints
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cuda_kv import HEAD_DIMS, MAX_GROUP
 from tgi_asgi.ops.cuda_padded import PaddedSteps
@@ -92,8 +93,8 @@ def _make_layer(
     return DeviceKvLayer(pool[:, 0], pool[:, 1], pool if is_known else None)
 
 
-class _Part(NamedTuple):
-    """The sequences of a step that one kernel computes."""
+class _Rows(NamedTuple):
+    """The rows of a step that one kernel computes."""
 
     tokens: Tensor | None  # indices of their tokens; None: all of the step's
     query_start: Tensor
@@ -126,9 +127,9 @@ class CudaPagedAttention:
         self._padded = PaddedSteps(self._device, starts, contexts, table, until)
         lengths = np.diff(starts)
         self._has_lookahead = until is not None and bool(np.any(until > batch.positions + 1))
-        decoding = lengths == 1
-        self._decodes = self._part(table, starts, contexts, decoding)
-        self._prompts = self._part(table, starts, contexts, ~decoding)
+        is_decoding = lengths == 1
+        self._decodes = self._rows_where(is_decoding, table, starts, contexts)
+        self._prompts = self._rows_where(~is_decoding, table, starts, contexts)
         self._plans: dict[tuple[int, int], Tensor] = {}  # by block size and window
         self._workspaces: dict[tuple[int, ...], Tensor] = {}  # by what their size depends on
 
@@ -155,40 +156,40 @@ class CudaPagedAttention:
             )
         query = q.to(layer.pool.dtype).contiguous()
         out = torch.empty_like(query)
-        for part, kernel in ((self._decodes, self._decode), (self._prompts, self._prefill)):
-            if part is None:
+        for rows, kernel in ((self._decodes, self._decode), (self._prompts, self._prefill)):
+            if rows is None:
                 continue
-            if part.tokens is None:
-                kernel(part, query, layer.pool, spec, out)
+            if rows.tokens is None:
+                kernel(rows, query, layer.pool, spec, out)
             else:
-                mine = query[part.tokens]
+                mine = query[rows.tokens]
                 found = torch.empty_like(mine)
-                kernel(part, mine, layer.pool, spec, found)
-                out[part.tokens] = found
+                kernel(rows, mine, layer.pool, spec, found)
+                out[rows.tokens] = found
         return out.float()
 
     def _have_kernels(self, spec: AttentionSpec, group: int) -> bool:
         return spec.chunk is None and not self._has_lookahead and group <= MAX_GROUP
 
-    def _decode(self, part: _Part, q: Tensor, pool: Tensor, spec: AttentionSpec, out: Tensor) -> None:
+    def _decode(self, rows: _Rows, q: Tensor, pool: Tensor, spec: AttentionSpec, out: Tensor) -> None:
         window, block_size = spec.window or 0, int(pool.shape[3])  # the kernels use 0 for no window
         plan = self._plans.get((block_size, window))
         if plan is None:
-            plan = torch.zeros(len(part.context_len) + 1, dtype=torch.int32, device=self._device)
-            _kernels.attention_plan(part.context_len, part.block_table, block_size, window, plan)
+            plan = torch.zeros(len(rows.context_len) + 1, dtype=torch.int32, device=self._device)
+            _kernels.attention_plan(rows.context_len, rows.block_table, block_size, window, plan)
             self._plans[block_size, window] = plan
-        sizes = (len(q), part.block_table.shape[1], block_size, q.shape[1], q.shape[2])
+        sizes = (len(q), rows.block_table.shape[1], block_size, q.shape[1], q.shape[2])
         space = self._workspaces.get(sizes)
         if space is None:
             num_bytes = _kernels.attention_workspace_bytes(*sizes)
             space = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
             self._workspaces[sizes] = space
         kind = self._kind(spec)
-        _kernels.attention_decode(q, pool, part.context_len, part.block_table, *kind, plan, space, out)
+        _kernels.attention_decode(q, pool, rows.context_len, rows.block_table, *kind, plan, space, out)
 
-    def _prefill(self, part: _Part, q: Tensor, pool: Tensor, spec: AttentionSpec, out: Tensor) -> None:
+    def _prefill(self, rows: _Rows, q: Tensor, pool: Tensor, spec: AttentionSpec, out: Tensor) -> None:
         _kernels.attention_prefill(
-            q, pool, part.query_start, part.context_len, part.block_table, part.max_query_len,
+            q, pool, rows.query_start, rows.context_len, rows.block_table, rows.max_query_len,
             *self._kind(spec), out,
         )  # fmt: skip
 
@@ -204,23 +205,23 @@ class CudaPagedAttention:
             self._vectors[id(values)] = (values, self._moved(values))
         return self._vectors[id(values)][1]
 
-    def _part(self, table: Any, starts: Any, contexts: Any, chosen: Any) -> _Part | None:
-        """Return the chosen sequences of a step; None if there are none."""
-        rows = np.flatnonzero(chosen)
-        if not len(rows):
+    def _rows_where(self, is_chosen: Bools, table: Ints, starts: Ints, contexts: Ints) -> _Rows | None:
+        """Return the chosen rows of a step; None if there are none."""
+        chosen = np.flatnonzero(is_chosen)
+        if not len(chosen):
             return None
-        lengths = np.diff(starts)[rows]
+        lengths = np.diff(starts)[chosen]
         tokens = None
-        if len(rows) < len(contexts):
-            places = [np.arange(starts[row], starts[row + 1]) for row in rows]
+        if len(chosen) < len(contexts):
+            places = [np.arange(starts[row], starts[row + 1]) for row in chosen]
             tokens = self._moved(np.concatenate(places).astype(np.int64))
-        return _Part(
+        return _Rows(
             tokens,
             self._moved(np.cumsum([0, *lengths]).astype(np.int32)),
-            self._moved(contexts[rows].astype(np.int32)),
-            self._moved(np.ascontiguousarray(table[rows]).astype(np.int32)),
+            self._moved(contexts[chosen].astype(np.int32)),
+            self._moved(np.ascontiguousarray(table[chosen]).astype(np.int32)),
             int(lengths.max()),
         )
 
-    def _moved(self, array: Any) -> Tensor:
+    def _moved(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tgi_asgi.types import Bidirectional, ImageInput, Pooling, SamplingParams
+from tgi_asgi.types import Bidirectional, ImageInput, Pooling, PromptLogprobs, SamplingParams
 
 if TYPE_CHECKING:
     from tgi_asgi.text.constrain.grammar import Grammar
@@ -119,10 +119,6 @@ class Sampled:
     is_finite: bool = True  # False: the row's logits held NaN or +inf; the token means nothing
     is_last: bool = False  # the slot's grammar is complete, and nothing can follow
     failure: str | None = None  # why the slot's grammar cannot go on; the token means nothing
-
-
-# Per token of a chunk: its log-probability given the tokens before it (None at position 0), and the k best.
-PromptLogprobs = list[tuple[float | None, Sequence[tuple[int, float]]]]
 
 
 @dataclass(slots=True)

@@ -9,8 +9,8 @@ import numpy as np
 
 from tgi_asgi import ops
 from tgi_asgi.ops.arrays import Ints
-from tgi_asgi.runner.plan import PromptLogprobs, StepRow
-from tgi_asgi.types import TopTokens
+from tgi_asgi.runner.plan import StepRow
+from tgi_asgi.types import PromptLogprobs, TopTokens
 
 _Logits = TypeVar("_Logits")  # the device's: an array or a tensor [n_rows, vocab]
 

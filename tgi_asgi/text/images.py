@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.chat.message import ChatMessage
 from tgi_asgi.types import ImageInput, ProcessedImage
 
 
@@ -26,8 +27,8 @@ def expand_placeholders(source: str, placeholder: str, texts: Sequence[str]) -> 
 
 
 def spell_out_images(
-    messages: list[dict[str, Any]], text: str, *, part_roles: Collection[str]
-) -> list[dict[str, Any]]:
+    messages: list[ChatMessage], text: str, *, part_roles: Collection[str]
+) -> list[ChatMessage]:
     """Return messages with a text in place of each image, for a template that writes nothing for images.
 
     Args:

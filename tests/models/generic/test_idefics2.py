@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 import transformers
 
 from tests.support import vision_models as vision
+from tests.support.vision_chats import url_of
 from tests.support.vision_models import picture
 from tests.support.vision_runs import served
 from tgi_asgi import ops
@@ -52,12 +51,6 @@ async def ids_of(folder: Path, path: str, body: dict[str, Any]) -> list[int]:
         response = await http.post(path, json=body)
     found: list[Any] = response.raise_for_status().json()
     return found["tokens"] if isinstance(found, dict) else [each["id"] for each in found]
-
-
-def url_of(made: PIL.Image.Image) -> str:
-    file = BytesIO()
-    made.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 @pytest.mark.parametrize(

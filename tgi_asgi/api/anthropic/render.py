@@ -69,16 +69,16 @@ class MessageRenderer(Renderer):
         self._texts: list[str] = []  # of the open block; a string would be copied for each token
         self._stop: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
 
-    def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
+    def render(self, job_index: int, events: Sequence[TokenEvent]) -> bytes:
         """Return the events for new tokens."""
         # Encoded at once, because later tokens change the message.
         return self._begin() + b"".join(map(_frame, self._take(events)))
 
-    def whole(self, parts: Sequence[Choices]) -> bytes:
+    def whole(self, job_choices: Sequence[Choices]) -> bytes:
         """Return the message."""
         if self._hides_tokens:
             self._generation.num_shown = 0
-        self._take(parts[0][0])
+        self._take(job_choices[0][0])
         return orjson.dumps(self._message())
 
     def fail(self, error: TgiError) -> bytes:

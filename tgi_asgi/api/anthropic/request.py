@@ -31,10 +31,11 @@ from tgi_asgi.api.parse import (
     refuse_field,
     string_of,
 )
-from tgi_asgi.api.prompt import leaves_open, thinking_variables
+from tgi_asgi.api.prompt_text import leaves_open, thinking_variables
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.api.thoughts import unsealed
 from tgi_asgi.api.tools import Tool, choose
+from tgi_asgi.text.chat.message import ChatMessage
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 _THINKING = ("adaptive", "between_tools", "disabled", "enabled")
@@ -125,7 +126,7 @@ def read_conversation(request: CountRequest, tools: list[Tool], images: Images |
     Raises:
         InvalidRequest: if a block or a field is refused; `param` names it.
     """
-    messages: list[dict[str, Any]] = []
+    messages: list[ChatMessage] = []
     system = request.system or ""
     if not isinstance(system, str):  # a counter of Claude Code would prevent shared prefixes
         system = [block for block in system if not str(block.get("text")).startswith(_BILLING)]
@@ -164,7 +165,7 @@ def _shown(turns: Sequence[Turn]) -> Iterator[tuple[str, Turn]]:
         yield path, turn
 
 
-def _turns(turns: list[tuple[str, Turn]], images: Images | None) -> list[dict[str, Any]]:
+def _turns(turns: list[tuple[str, Turn]], images: Images | None) -> list[ChatMessage]:
     """Return turns of one role, with their paths, as messages; tool results become separate messages before.
 
     User's and assistant's turns are combined, as by Anthropic's API: many templates refuse two in a row.
@@ -178,7 +179,7 @@ def _turns(turns: list[tuple[str, Turn]], images: Images | None) -> list[dict[st
     return _combined(role, turns, images)
 
 
-def _combined(role: str, turns: list[tuple[str, Turn]], images: Images | None) -> list[dict[str, Any]]:
+def _combined(role: str, turns: list[tuple[str, Turn]], images: Images | None) -> list[ChatMessage]:
     path, turn = turns[0]
     if len(turns) == 1 and isinstance(turn.content, str):
         return [{"role": role, "content": turn.content}]
@@ -199,7 +200,7 @@ class _Blocks:
     role: str
     images: Images | None
     parts: list[str | dict[str, str]] = field(default_factory=list)  # texts and images
-    results: list[dict[str, Any]] = field(default_factory=list)  # of tools, as messages
+    results: list[ChatMessage] = field(default_factory=list)  # of tools
     thoughts: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
     changes_tools: bool = False
@@ -239,7 +240,7 @@ class _Blocks:
                     rule += f": {NO_IMAGES if self.images is None else ONLY_USERS}"
                 refuse_field(f"{where}.type", rule, "invalid_value")
 
-    def messages(self, path: str) -> list[dict[str, Any]]:
+    def messages(self, path: str) -> list[ChatMessage]:
         """Return the turn, whose path is `path`, as messages."""
         if self.role != "assistant" and not self.parts:
             if not (self.results or self.changes_tools):
@@ -247,7 +248,7 @@ class _Blocks:
             return self.results
         texts = [part for part in self.parts if isinstance(part, str)]
         content = "\n".join(texts) if len(texts) == len(self.parts) else self.parts
-        message: dict[str, Any] = {"role": self.role, "content": content or None}
+        message: ChatMessage = {"role": self.role, "content": content or None}
         if self.thoughts:
             message["reasoning_content"] = "\n".join(self.thoughts)
         if self.calls:

@@ -66,18 +66,18 @@ class LineRenderer(Renderer):
             self._tracker = ChatLogprobs(TokenNames(generation.served.tokenizer), lists_none=False)
         self._calls: list[tuple[str, list[str]]] = []  # function names, and the text of their arguments
 
-    def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
+    def render(self, job_index: int, events: Sequence[TokenEvent]) -> bytes:
         """Return a line with the content of new tokens, if any, followed at the end by the last line."""
         delta, finish = self._take(events), events[-1].finish
         logprobs = self._logprobs()
         lines = _dump({**self._line(delta), **logprobs, "done": False}) if delta or logprobs else b""
         return lines + _dump(self._line({}) | self._end(finish)) if finish is not None else lines
 
-    def whole(self, parts: Sequence[Choices]) -> bytes:
+    def whole(self, job_choices: Sequence[Choices]) -> bytes:
         """Return the complete answer as one object."""
-        if not parts:
+        if not job_choices:
             return _dump({**self._line({}), "done": True, "done_reason": self._reason_without_job})
-        events = parts[0][0]
+        events = job_choices[0][0]
         delta = self._take(events)
         return _dump(self._line(delta) | self._logprobs() | self._end(events[-1].finish))
 

@@ -27,11 +27,12 @@ from tgi_asgi.api.parse import (
     range_of,
     refuse_field,
 )
-from tgi_asgi.api.prompt import leaves_open, thinking_variables
+from tgi_asgi.api.prompt_text import leaves_open, thinking_variables
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.errors import Forbidden
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.settings.sampling import SamplingDefaults
+from tgi_asgi.text.chat.message import ChatMessage
 
 # As in Ollama, a model that recommends values replaces these.
 OLLAMA_DEFAULTS = SamplingDefaults(temperature=0.8, top_k=40, top_p=0.9)
@@ -240,13 +241,13 @@ def _images(given: list[Any] | None, path: str, images: Images | None) -> list[d
     return [images.add(image, f"{path}[{j}]", is_base64=True) for j, image in enumerate(given or ())]
 
 
-def _messages(given: list[OllamaMessage], images: Images | None) -> list[dict[str, Any]]:
+def _messages(given: list[OllamaMessage], images: Images | None) -> list[ChatMessage]:
     """Return messages in template form; add the call ids that some templates need and few clients send."""
     ids: dict[str | None, str] = {}  # by function name
-    messages: list[dict[str, Any]] = []
+    messages: list[ChatMessage] = []
     for i, message in enumerate(given):
         content = _content(message, f"messages[{i}].images", images)
-        result: dict[str, Any] = {"role": message.role, "content": content}
+        result: ChatMessage = {"role": message.role, "content": content}
         if message.thinking:
             result["reasoning_content"] = message.thinking
         for call in message.tool_calls or ():

@@ -18,10 +18,11 @@ from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, ImageUrl, Message, ToolCall
 from tgi_asgi.api.openai.tools import add_call_ids, read_choice, read_tools
 from tgi_asgi.api.parse import OMITTED_IMAGE, decode_json, refuse, refuse_field
-from tgi_asgi.api.prompt import leaves_open, thinking_variables
+from tgi_asgi.api.prompt_text import leaves_open, thinking_variables
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import Forbidden, ToolError
 from tgi_asgi.settings import OWN_VARIABLES
+from tgi_asgi.text.chat.message import ChatMessage
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -156,13 +157,13 @@ def _check_chat(request: ChatRequest, limits: Limits, *, is_compat: bool) -> tup
     return max_tokens, top if request.logprobs else None
 
 
-def _message(message: Message, index: int, images: Images | None, *, is_compat: bool) -> dict[str, Any]:
+def _message(message: Message, index: int, images: Images | None, *, is_compat: bool) -> ChatMessage:
     role, content, path = message.role, message.content, f"messages[{index}]"
     if role not in ROLES and not is_compat:
         refuse_field(f"{path}.role", f"must be one of {', '.join(sorted(ROLES))}, got {role[:40]!r}")
     if content is None and role != "assistant":
         refuse_field(f"{path}.content", f"is required with role `{role}`")
-    result: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": content}
+    result: ChatMessage = {"role": "tool" if role == "function" else role, "content": content}
     if isinstance(content, list):
         result["content"] = [
             _part(part, f"{path}.content[{i}]", role, images) for i, part in enumerate(content)
@@ -203,7 +204,7 @@ def _part(part: ContentPart, path: str, role: str, images: Images | None) -> str
     refuse_field(f"{path}.type", rule, "invalid_value")
 
 
-def _is_continued(request: ChatRequest, messages: list[dict[str, Any]]) -> bool:
+def _is_continued(request: ChatRequest, messages: list[ChatMessage]) -> bool:
     """Return whether the last message is left open for the model to continue."""
     wanted, field = request.continue_final_message, "continue_final_message"
     if wanted and request.add_generation_prompt:

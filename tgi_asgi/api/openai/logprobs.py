@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from tgi_asgi.text.detokenize import Utf8Assembler
-from tgi_asgi.types import TokenEvent
+from tgi_asgi.types import PromptLogprobs, TokenEvent
 
 if TYPE_CHECKING:  # imports a library that is not needed before the model has loaded
     from tgi_asgi.text.tokenizer import Tokenizer
@@ -156,10 +156,7 @@ class CompletionLogprobs(_Tracker):
         # Per token: name, log-probability, alternatives' log-probabilities by name, offset in the text.
         self._tokens, self._values, self._tops, self._starts = (JsonList() for _ in range(4))
 
-    def push_prompt(
-        self, ids: Sequence[int], logprobs: Sequence[tuple[float | None, Sequence[tuple[int, float]]]],
-        special_ids: frozenset[int],
-    ) -> None:  # fmt: skip
+    def push_prompt(self, ids: Sequence[int], logprobs: PromptLogprobs, special_ids: frozenset[int]) -> None:
         """Receive the prompt's tokens, with which an echoed answer starts."""
         data = [self._names.bytes_of(token_id) for token_id in ids]
         offsets = self._offsets(data, [token_id in special_ids for token_id in ids])

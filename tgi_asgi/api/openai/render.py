@@ -29,8 +29,8 @@ _PLACE = "\0"
 class CompletionRenderer:
     """Renders an answer as a chat or text completion, complete or in chunks (`call.Renderer`).
 
-    Choice `index` is `part * n + event.index`, where `part` numbers the prompts. Tokens of a choice that
-    arrive together are sent as one chunk.
+    Choice `index` is `job_index * n + event.index`. Tokens of a choice that arrive together are sent as one
+    chunk.
 
     Args:
         choices: The choices of all prompts.
@@ -81,19 +81,19 @@ class CompletionRenderer:
         self._plain_heads = [head for head, _, _ in parted]
         self._plain_tail = parted[0][2]
 
-    def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
+    def render(self, job_index: int, events: Sequence[TokenEvent]) -> bytes:
         """Return the chunks of new events."""
-        if self._is_plain and self._has_begun[part] and len(events) == 1 and events[0].finish is None:
-            index = part * self._n + events[0].index
+        if self._is_plain and self._has_begun[job_index] and len(events) == 1 and events[0].finish is None:
+            index = job_index * self._n + events[0].index
             self._num_generated[index] += 1
             return self._text_chunk(index, events[0].text)
         frames: list[bytes] = []
-        if not self._has_begun[part]:
-            self._has_begun[part] = True
-            frames += self._begin(part)
+        if not self._has_begun[job_index]:
+            self._has_begun[job_index] = True
+            frames += self._begin(job_index)
         by_choice: dict[int, list[TokenEvent]] = {}
         for event in events:
-            by_choice.setdefault(part * self._n + event.index, []).append(event)
+            by_choice.setdefault(job_index * self._n + event.index, []).append(event)
         for index, of_choice in by_choice.items():
             frames += self._chunks(index, of_choice)
         return b"".join(frames)
@@ -108,15 +108,15 @@ class CompletionRenderer:
         """Return the error as an event, and the end marker."""
         return error_event(error, TGI_CHUNKS if self._is_compat else OPENAI) + DONE
 
-    def whole(self, parts: Sequence[Choices]) -> bytes:
+    def whole(self, job_choices: Sequence[Choices]) -> bytes:
         """Return the body of an answer that is not streamed; of more than n choices, the likeliest n."""
         choices: list[Fields] = []
         if self._hides_tokens:
             self._generation.num_shown = 0
         on_top: Fields = {}
-        for part, all_choices in enumerate(parts):
-            self._num_generated[part * self._n] += sum(map(len, all_choices))  # only their sum is shown
-            prompt_ids = self._begin_part(part)
+        for job_index, all_choices in enumerate(job_choices):
+            self._num_generated[job_index * self._n] += sum(map(len, all_choices))  # only their sum is shown
+            prompt_ids = self._begin_job(job_index)
             if isinstance(self._choices[0], ChatChoice):
                 on_top, prompt_ids = prompt_ids, {}
             for events in (all_choices[i] for i in likeliest(all_choices, self._n)):
@@ -126,10 +126,10 @@ class CompletionRenderer:
                 choices.append({"index": index, **fields, **prompt_ids, **self._token_ids(index)})
         return orjson.dumps({**self._head, "choices": choices, "usage": self._usage(), **on_top})
 
-    def _begin(self, part: int) -> Iterator[bytes]:
-        """Open every choice of a part, in the order of indices, which clients' accumulators require."""
-        prompt_ids = self._begin_part(part)
-        for index in range(part * self._n, (part + 1) * self._n):
+    def _begin(self, job_index: int) -> Iterator[bytes]:
+        """Open every choice of a job, in the order of indices, which clients' accumulators require."""
+        prompt_ids = self._begin_job(job_index)
+        for index in range(job_index * self._n, (job_index + 1) * self._n):
             choice = self._choices[index]
             if isinstance(choice, ChatChoice):
                 on_top = prompt_ids if index == 0 else _NOTHING
@@ -142,12 +142,12 @@ class CompletionRenderer:
             elif choice.echo or prompt_ids:
                 yield self._chunk(index, choice.text(choice.echo), {**prompt_ids, **self._token_ids(index)})
 
-    def _begin_part(self, part: int) -> Fields:
+    def _begin_job(self, job_index: int) -> Fields:
         """Pass the prompt's log-probabilities to its choices; return the prompt's token ids, if requested."""
         generation = self._generation
-        prompt_ids = generation.jobs[part].request.prompt_ids
-        logprobs = generation.channels[part].stats.prompt_logprobs
-        for choice in self._choices[part * self._n : (part + 1) * self._n]:
+        prompt_ids = generation.jobs[job_index].request.prompt_ids
+        logprobs = generation.channels[job_index].stats.prompt_logprobs
+        for choice in self._choices[job_index * self._n : (job_index + 1) * self._n]:
             if logprobs is not None and isinstance(choice.tracker, CompletionLogprobs):
                 choice.tracker.push_prompt(prompt_ids, logprobs, generation.served.tokenizer.special_ids)
         return {"prompt_token_ids": list(prompt_ids)} if self._shows_ids else {}

@@ -29,6 +29,7 @@ from tgi_asgi.api.parse import (
 )
 from tgi_asgi.api.thoughts import unsealed
 from tgi_asgi.api.tools import CUSTOM_INPUT, Tool, note_skipped
+from tgi_asgi.text.chat.message import ChatMessage
 
 _ROLES = ("assistant", "developer", "system", "user")
 _TEXTS = ("input_text", "output_text", "text", "refusal")
@@ -136,7 +137,7 @@ def read_items(
     images: Images | None = None,
     tools: Sequence[Tool] = (),
     paths: ItemPaths = INPUT,
-) -> list[dict[str, Any]]:
+) -> list[ChatMessage]:
     """Convert items to messages.
 
     Args:
@@ -173,7 +174,7 @@ class _Messages:
 
     images: Images | None
     names: Mapping[Any, str]
-    found: list[dict[str, Any]] = field(default_factory=list)
+    found: list[ChatMessage] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
@@ -247,7 +248,7 @@ def _joined(texts: str | list[str]) -> str:
     return texts if isinstance(texts, str) else "\n".join(texts)
 
 
-def _add_text(message: dict[str, Any], content: str | list[Any]) -> None:
+def _add_text(message: ChatMessage, content: str | list[Any]) -> None:
     """Add text that came after a message's calls: for templates, all of it precedes the calls' results."""
     if not message["content"]:
         message["content"] = content

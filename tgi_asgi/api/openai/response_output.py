@@ -61,15 +61,15 @@ class ResponseRenderer(Renderer):
         self._frames: list[bytes] = []
         self._num_frames = 0
 
-    def whole(self, parts: Sequence[Choices]) -> bytes:
+    def whole(self, job_choices: Sequence[Choices]) -> bytes:
         """Return the response."""
-        [[events]] = parts
+        [[events]] = job_choices
         # Log-probabilities that arrive together are one item's.
         for some in [events] if self._tracker is None else ([event] for event in events):
             self._take(some)
         return orjson.dumps(self._response)
 
-    def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
+    def render(self, job_index: int, events: Sequence[TokenEvent]) -> bytes:
         """Return the events for new tokens."""
         self._begin()
         self._take(events)

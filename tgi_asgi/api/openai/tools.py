@@ -10,6 +10,7 @@ from tgi_asgi.api.openai.schema import ToolEntry
 from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.api.tools import Tool, check_tools, choose, note_skipped
 from tgi_asgi.errors import ToolError
+from tgi_asgi.text.chat.message import ChatMessage
 
 _MODES = ("none", "auto", "required")
 _OWN_KINDS = frozenset({"function", "custom", "namespace"})  # types of tools that the model may be shown
@@ -79,7 +80,7 @@ def read_choice(
     return choose(tools, mode, names, is_parallel=is_parallel)
 
 
-def add_call_ids(messages: list[dict[str, Any]]) -> None:
+def add_call_ids(messages: list[ChatMessage]) -> None:
     """Give results of tools without an id those of the calls before them, in their order.
 
     Some clients send none (Qwen-Agent), OpenAI's type of outputs has them optional, and some templates show

@@ -78,12 +78,12 @@ class _Renderer(Renderer):
         self._generation = generation
         self._options = options
 
-    def whole(self, parts: Sequence[Choices]) -> bytes:
+    def whole(self, job_choices: Sequence[Choices]) -> bytes:
         """Return the predictions."""
-        jobs = zip(self._generation.jobs, self._options, parts, strict=True)
+        jobs = zip(self._generation.jobs, self._options, job_choices, strict=True)
         return orjson.dumps({"predictions": [_text(*each) for each in jobs]})
 
-    def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
+    def render(self, job_index: int, events: Sequence[TokenEvent]) -> bytes:
         raise AssertionError("Vertex's predictions are never streamed")
 
     def fail(self, error: TgiError) -> bytes:

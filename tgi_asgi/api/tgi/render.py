@@ -100,9 +100,9 @@ class NativeRenderer(Renderer):
         self._num_tokens = 0
         self._texts: list[str] = []
 
-    def whole(self, parts: Sequence[Choices]) -> bytes:
+    def whole(self, job_choices: Sequence[Choices]) -> bytes:
         """Return the body; of several sequences, the likeliest is the answer."""
-        [choices] = parts
+        [choices] = job_choices
         [best] = likeliest(choices)
         self._generation.num_shown = len(choices[best])
         texts = [self._options.text_prefix + text_of(events) for events in choices]
@@ -135,8 +135,8 @@ class NativeRenderer(Renderer):
             "top_tokens": top_tokens,
         }
 
-    def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
-        """Return one complete SSE event per token; a native stream has one part."""
+    def render(self, job_index: int, events: Sequence[TokenEvent]) -> bytes:
+        """Return one complete SSE event per token; a native stream has one job."""
         return b"".join([self._frame(event) for event in events])
 
     def fail(self, error: TgiError) -> bytes:

@@ -13,7 +13,8 @@ from tgi_asgi.api.openai.chat import read_conversation
 from tgi_asgi.api.openai.params import check_ids
 from tgi_asgi.api.openai.schema import CHAT_DECODER, CHAT_TOKENIZE_DECODER, ChatRequest
 from tgi_asgi.api.parse import decode_json
-from tgi_asgi.api.prompt import chat_prompt, chat_text, check_countable, prompt_text
+from tgi_asgi.api.prompt import chat_prompt, check_countable
+from tgi_asgi.api.prompt_text import chat_text, plain_text
 from tgi_asgi.api.tgi.body_kind import set_dialect
 from tgi_asgi.api.tgi.request import read_inputs
 from tgi_asgi.api.tgi.schema import DETOKENIZE, PROMPT_TOKENIZE, TOKENIZE, SimpleToken
@@ -38,7 +39,7 @@ def tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
             prompt = read_inputs(decode_json(body, TOKENIZE).inputs, exchange.context)
 
             def encode_answer() -> bytes:
-                text = prompt_text(prompt, served)
+                text = plain_text(prompt, served)
                 check_countable(text, served)
                 tokens = served.tokenizer.encode_with_offsets(text, add_special_tokens=True)
                 return _array(text, tokens)

@@ -90,19 +90,19 @@ class Replaced:
 
     def _make(self, path: str, module: Any) -> PackedModule | None:
         """Return the native module for a product or an embedding; None for any other module."""
-        match _part_of(self._model, path, module, self._vocabulary):
-            case _Part.EXPERTS:
+        match _kind_of(self._model, path, module, self._vocabulary):
+            case _Kind.EXPERTS:
                 self._experts[path] = ExpertsLoader(module, self._arithmetic, self.mode)
-            case _Part.LINEAR:
+            case _Kind.LINEAR:
                 return Linear(
                     module.out_features, module.in_features, has_bias=module.bias is not None,
                     mode=self.mode,
                 )  # fmt: skip
-            case _Part.CONV1D:
+            case _Kind.CONV1D:
                 columns, rows = module.weight.shape
                 self._transposed.add(path)
                 return Linear(rows, columns, has_bias=True, mode=self.mode)
-            case _Part.EMBEDDING:
+            case _Kind.EMBEDDING:
                 rows, columns = module.weight.shape
                 factor = factor_of(module)
                 assert factor is not None
@@ -197,7 +197,7 @@ def _source(value: ops.WeightSource | Tensor) -> ops.WeightSource:
     return value if isinstance(value, ops.WeightSource) else from_tensor(value)
 
 
-class _Part(enum.Enum):
+class _Kind(enum.Enum):
     """The kind of native module that replaces a module."""
 
     EXPERTS = "experts"
@@ -206,15 +206,15 @@ class _Part(enum.Enum):
     EMBEDDING = "embedding"
 
 
-def _part_of(model: Any, path: str, module: Any, vocabulary: set[int]) -> _Part | None:
+def _kind_of(model: Any, path: str, module: Any, vocabulary: set[int]) -> _Kind | None:
     if experts.is_experts(module):
-        return _Part.EXPERTS
+        return _Kind.EXPERTS
     if is_linear(module):
-        return None if reads_weight(model, path) else _Part.LINEAR
+        return None if reads_weight(model, path) else _Kind.LINEAR
     if _is_conv1d(module):
-        return None if reads_weight(model, path) else _Part.CONV1D
+        return None if reads_weight(model, path) else _Kind.CONV1D
     is_table = isinstance(module, nn.Embedding) and id(module) in vocabulary and len(module._parameters) == 1
-    return _Part.EMBEDDING if is_table and factor_of(module) is not None else None
+    return _Kind.EMBEDDING if is_table and factor_of(module) is not None else None
 
 
 def _vocabulary_of(model: Any) -> set[int]:
@@ -234,13 +234,13 @@ def _vocabulary_of(model: Any) -> set[int]:
 def packed_names(model: Any) -> set[str]:
     """Return the names of the matrices that `Replaced` would pack, for a model not yet replaced."""
     vocabulary = _vocabulary_of(model)
-    parts = {path: _part_of(model, path, module, vocabulary) for path, module in model.named_modules()}
-    leaves = {_Part.EXPERTS: experts.LEAVES}
+    kinds = {path: _kind_of(model, path, module, vocabulary) for path, module in model.named_modules()}
+    leaves = {_Kind.EXPERTS: experts.LEAVES}
     return {
         f"{path}.{leaf}"
-        for path, part in parts.items()
-        if part is not None
-        for leaf in leaves.get(part, ("weight",))
+        for path, kind in kinds.items()
+        if kind is not None
+        for leaf in leaves.get(kind, ("weight",))
     }
 
 

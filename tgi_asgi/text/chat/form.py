@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tgi_asgi.text.chat.message import ChatMessage
 from tgi_asgi.text.surrogates import parsed
-
-Message = dict[str, Any]
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
@@ -30,7 +29,7 @@ class MessageForm:
     needs_none: bool
     takes_one_text: bool
 
-    def with_arguments(self, messages: Sequence[Message]) -> list[Message]:
+    def with_arguments(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """Return messages with the arguments of calls as objects or as JSON.
 
         Arguments that are no object, as those of a call that was cut, count as an empty one, so that the
@@ -44,7 +43,7 @@ class MessageForm:
             for message in messages
         ]
 
-    def prepared(self, message: Message) -> Message:
+    def prepared(self, message: ChatMessage) -> ChatMessage:
         """Return a copy of a message, with its reasoning under all names that templates read."""
         message = dict(message)
         calls = message.get("tool_calls")

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from tgi_asgi.text.chat.form import Message, MessageForm
+from tgi_asgi.text.chat.form import MessageForm
+from tgi_asgi.text.chat.message import ChatMessage, ChatTool
 
 USER = {"role": "user", "content": "hi"}
 _FUNCTION = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
@@ -21,7 +22,7 @@ _RESULT = {"role": "tool", "tool_call_id": "call00000", "name": "f", "content": 
 class Render(Protocol):
     """Renders messages for probing."""
 
-    def __call__(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> str:
+    def __call__(self, messages: Sequence[ChatMessage], tools: list[ChatTool] | None = None) -> str:
         """Return the prompt; "" if the template refuses the messages."""
 
 
@@ -40,14 +41,14 @@ class Probes:
         needs_none = tolerates_none and not self._shows_call_after("")
         self.form = MessageForm(takes_objects, tolerates_none, needs_none, self._takes_one_text())
 
-    def shows(self, *messages: Message) -> bool:
+    def shows(self, *messages: ChatMessage) -> bool:
         """Return whether the word PROBE in these messages is shown."""
         return "PROBE" in self._render(messages)
 
     def shows_parts(self, role: str) -> bool:
         """Return whether all texts of a role's parts are shown, and not the list itself."""
         parts = [{"type": "text", "text": "FIRST"}, {"type": "text", "text": "SECOND"}]
-        message: Message = {"role": role, "content": parts}
+        message: ChatMessage = {"role": role, "content": parts}
         if role == "tool":
             text = self._answer(self._arguments, after=[{**_RESULT, **message}])
         else:
@@ -103,14 +104,14 @@ class Probes:
         arguments: object,
         content: str | None = None,
         *,
-        after: Sequence[Message] = (),
+        after: Sequence[ChatMessage] = (),
         fields: Mapping[str, str] | None = None,
     ) -> str:
         """Render a question, an answer with a call, and what follows."""
         answer = {"role": "assistant", "content": content, **(fields or {}), "tool_calls": [_call(arguments)]}
         return self._render([USER, answer, *after])
 
-    def _history(self, *messages: Message) -> str:
+    def _history(self, *messages: ChatMessage) -> str:
         """Render a question and what follows, in a request with a tool or, if that fails, without."""
         chat = [USER, *map(self.form.prepared, self.form.with_arguments(messages))]
         return self._render(chat, [{"type": "function", "function": _FUNCTION}]) or self._render(chat)

@@ -7,28 +7,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from tgi_asgi.text.chat.message import ChatMessage, message_text
 
 _PROBE = re.compile(r"PROBE-\d")
 _ROLES = ("system", "developer")
 
 
-def merge_system_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def merge_system_messages(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """Return messages with all instructions merged into the first message, with the first one's role."""
     instructions = [message for message in messages if message["role"] in _ROLES]
     if not instructions:
         return list(messages)
     others = [message for message in messages if message["role"] not in _ROLES]
-    texts = [text for message in instructions if (text := _text(message.get("content")))]
+    texts = [text for message in instructions if (text := message_text(message))]
     return [{**instructions[0], "content": "\n\n".join(texts)}, *others]
 
 
-def is_scattered(messages: Sequence[dict[str, Any]]) -> bool:
+def is_scattered(messages: Sequence[ChatMessage]) -> bool:
     """Return whether there are several instructions, or one that does not come first."""
     return any(message["role"] in _ROLES for message in messages[1:])
 
 
-def accepts_scattered(render: Callable[[list[dict[str, Any]]], str], *, has_developer: bool) -> bool:
+def accepts_scattered(render: Callable[[list[ChatMessage]], str], *, has_developer: bool) -> bool:
     """Return whether a template shows instructions at any position; it may refuse or drop them."""
     second = "developer" if has_developer else "system"
     first, late = {"role": "system", "content": "PROBE-1"}, {"role": second, "content": "PROBE-2"}
@@ -36,7 +37,3 @@ def accepts_scattered(render: Callable[[list[dict[str, Any]]], str], *, has_deve
     user = {"role": "user", "content": "PROBE-3"}
     chats = ([first, late, user], [first, *turns, late, user], [first, *turns, user, late])
     return all({"PROBE-1", "PROBE-2", "PROBE-3"} <= set(_PROBE.findall(render(chat))) for chat in chats)
-
-
-def _text(content: Any) -> str:
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content or ())

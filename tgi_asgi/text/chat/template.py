@@ -15,6 +15,7 @@ import jinja2.nodes
 
 from tgi_asgi.errors import ModelLoadError, TemplateError
 from tgi_asgi.formats.files import read_json
+from tgi_asgi.text.chat.message import ChatMessage, ChatTool
 from tgi_asgi.text.chat.probes import USER, Probes
 from tgi_asgi.text.chat.sandbox import MAX_CHARS, make_environment
 from tgi_asgi.text.chat.system import accepts_scattered, is_scattered, merge_system_messages
@@ -99,16 +100,16 @@ class ChatTemplate:
             self._shows_images[placeholder] = placeholder in text
         return self._shows_images[placeholder]
 
-    def arranged(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def arranged(self, messages: list[ChatMessage]) -> list[ChatMessage]:
         """Return messages in an order that the template accepts; several system messages may become one."""
         is_refused = is_scattered(messages) and not self.accepts_scattered_system
         return merge_system_messages(messages) if is_refused else messages
 
-    def with_arguments(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def with_arguments(self, messages: list[ChatMessage]) -> list[ChatMessage]:
         """Return messages with the arguments of calls as the template takes them; see `render`."""
         return self._form.with_arguments(messages)
 
-    def in_parts(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def in_parts(self, messages: list[ChatMessage]) -> list[ChatMessage]:
         """Return messages with texts as parts, if the template shows no plain texts (SmolVLM's)."""
         if not self._drops_texts:
             return messages
@@ -121,10 +122,10 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: list[dict[str, Any]],
+        messages: list[ChatMessage],
         /,
         *,
-        tools: list[dict[str, Any]] | None = None,
+        tools: list[ChatTool] | None = None,
         documents: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -171,7 +172,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise TemplateError(f"The chat template does not compile: {error}") from error
 
-    def _probe(self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+    def _probe(self, messages: Sequence[ChatMessage], tools: list[ChatTool] | None = None) -> str:
         variables = {**self._special_tokens, "messages": list(messages), "tools": tools, "documents": None}
         try:
             return _render(self._tool_use if tools else self._default, variables)
@@ -269,7 +270,7 @@ def _render(template: jinja2.Template, variables: dict[str, Any]) -> str:
     return "".join(pieces)
 
 
-def _mark_end(chat: list[dict[str, Any]]) -> None:
+def _mark_end(chat: list[ChatMessage]) -> None:
     """Append the sentinel to the last message's content, in place."""
     if not chat or not chat[-1]["content"]:
         raise TemplateError("continue_final_message needs a final message with content")
@@ -285,7 +286,7 @@ def _mark_end(chat: list[dict[str, Any]]) -> None:
     chat[-1]["content"] = parts
 
 
-def _cut_at_end(text: str, final: dict[str, Any]) -> str:
+def _cut_at_end(text: str, final: ChatMessage) -> str:
     content = final["content"]
     if not isinstance(content, str):
         content = next(part["text"] for part in reversed(content) if isinstance(part.get("text"), str))

@@ -22,7 +22,7 @@ MAX_MASKED = 1024  # tokens forbidden in free text; a grammar with more uses mas
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class FreePart:
     """One free part of an answer.
 
     Attributes:
@@ -43,7 +43,7 @@ class FreeText:
 
     __slots__ = ("_parts",)
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[FreePart]) -> None:
         self._parts = parts
 
     def watch(self) -> Watch:
@@ -71,7 +71,7 @@ class Watch:
 
     __slots__ = ("_parts", "is_over", "part")
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[FreePart]) -> None:
         self._parts = parts
         self.part = parts[0]
         self.is_over = False
@@ -127,12 +127,12 @@ class FreeTexts:
         plain = self._plain([*marks, *others, *([opening] if opening is not None else [])])
         if plain is None:
             return None
-        parts: list[Part] = []
+        parts: list[FreePart] = []
         path: list[int] = []  # the marks before the part
         if opening is not None:
             own = {} if opening.own_id is None else {opening.own_id: 1}
             wakes = opening.wakes.difference(own) | marks[1].wakes
-            parts.append(Part(self._forbidden(matcher([])), wakes, own, 2))
+            parts.append(FreePart(self._forbidden(matcher([])), wakes, own, 2))
             path += own
         for at, mark in enumerate(marks, start=len(parts)):
             is_last = mark is marks[-1]
@@ -140,7 +140,7 @@ class FreeTexts:
             # An answer without the optional part is in the same state as after that part.
             before = [] if opening is not None and is_last else path
             masked_ids = self._forbidden(matcher([*before, plain]))
-            parts.append(Part(masked_ids, mark.wakes.difference(own) | waking, own, at))
+            parts.append(FreePart(masked_ids, mark.wakes.difference(own) | waking, own, at))
             path += own
         return FreeText(parts) if all(len(part.masked_ids) <= MAX_MASKED for part in parts) else None
 

@@ -14,8 +14,8 @@ from tgi_asgi.text.tools.held_text import HeldText, num_held_with_blanks
 from tgi_asgi.text.tools.reasoning import ReasoningStyle, Wrapper
 
 
-class _Part(enum.Enum):
-    """What an answer's next character belongs to, in their order; the first and the last two recur."""
+class _State(enum.Enum):
+    """What the parser reads next, in the order of an answer; the first and the last two recur."""
 
     START = enum.auto()  # a reasoning section may begin here, again after another
     REASONING = enum.auto()
@@ -71,20 +71,20 @@ class AnswerParser:
         self._gap = ""  # between two sections
         self._end = wrapper.end if wrapper is not None and not wrapper.start else ""  # once it has begun
         self._wrapper = wrapper
-        self._part = _Part.START
+        self._state = _State.START
         if is_reasoning_open:
-            self._part = _Part.REASONING
+            self._state = _State.REASONING
         elif style is None:
             self._begin_text()
 
     @property
     def is_reasoning(self) -> bool:
         """Whether the text is inside the reasoning section."""
-        return self._part is _Part.REASONING
+        return self._state is _State.REASONING
 
     def _begin_text(self) -> None:
         may_be_wrapped = self._wrapper is not None and self._wrapper.start
-        self._part = _Part.WRAPPER if may_be_wrapped else _Part.TEXT
+        self._state = _State.WRAPPER if may_be_wrapped else _State.TEXT
 
     def push(self, text: str) -> list[Piece]:
         """Return the pieces in the next part of the text."""
@@ -96,27 +96,27 @@ class AnswerParser:
         pieces = self._read(is_end=True) if self._calls is None else []
         if self._calls is not None:
             self._leave_calls(self._calls.finish())
-            if self._part is _Part.REASONING:
+            if self._state is _State.REASONING:
                 pieces += self._read(is_end=True)
             elif not self._must_call:
                 self._emit_text(pieces, 0, is_end=True)
         return pieces
 
     def _read(self, *, is_end: bool) -> list[Piece]:
-        """Read part after part, until one needs more text."""
+        """Go from state to state, until one needs more text."""
         pieces: list[Piece] = []
         is_ended = True
         while is_ended:
-            match self._part:
-                case _Part.START:
+            match self._state:
+                case _State.START:
                     is_ended = self._begin_reasoning(is_end)
-                case _Part.REASONING:
+                case _State.REASONING:
                     is_ended = self._take_reasoning(pieces, is_end)
-                case _Part.WRAPPER:
+                case _State.WRAPPER:
                     is_ended = self._unwrap(is_end)
-                case _Part.TEXT:
+                case _State.TEXT:
                     is_ended = self._take_content(pieces, is_end)
-                case _Part.CALLS:
+                case _State.CALLS:
                     is_ended = self._read_calls(pieces)
         return pieces
 
@@ -126,7 +126,7 @@ class AnswerParser:
         start, head = self._style.start, self._held.text.lstrip()
         if head.startswith(start):
             self._held.drop_marker(start)
-            self._part, self._label = _Part.REASONING, self._style.label
+            self._state, self._label = _State.REASONING, self._style.label
         elif start.startswith(head) and not is_end:
             return False
         else:
@@ -153,7 +153,7 @@ class AnswerParser:
             held.take(len(end))
             held.skip_blanks()
             self._gap = "\n\n" if self._has_reasoned else ""
-            self._part = _Part.START  # some models begin another section at once
+            self._state = _State.START  # some models begin another section at once
         return found is not None
 
     def _show_reasoning(self, pieces: list[Piece], text: str) -> None:
@@ -191,7 +191,7 @@ class AnswerParser:
         found = next((start for start in starts if head.startswith(start)), None)
         if found is None and not is_end and any(start.startswith(head) for start in starts):
             return False
-        self._part = _Part.TEXT
+        self._state = _State.TEXT
         if found is not None:
             self._held.drop_marker(found)
             self._held.skip_blanks()
@@ -207,8 +207,8 @@ class AnswerParser:
             return False
         if not tools.marker or (tools.may_begin and not self._has_begun):
             is_known = self._take_anchored(pieces, tools, is_end)
-            if not tools.marker or not is_known or self._part is _Part.CALLS:
-                return self._part is _Part.CALLS
+            if not tools.marker or not is_known or self._state is _State.CALLS:
+                return self._state is _State.CALLS
         markers = (tools.marker, *tools.openers)
         found = self._held.find(markers)
         if found is not None:
@@ -251,7 +251,7 @@ class AnswerParser:
         """Let the format's parser read what is held now, and what follows."""
         self._calls, self._opening = tools.parser(self._specs), opening
         self._has_called = False
-        self._part = _Part.CALLS
+        self._state = _State.CALLS
 
     def _read_calls(self, pieces: list[Piece]) -> bool:
         """Read calls; return True if they have ended and text follows."""
@@ -276,9 +276,9 @@ class AnswerParser:
         """
         self._calls = None
         was_early, self._is_early = self._is_early, False
-        self._part = _Part.TEXT
+        self._state = _State.TEXT
         if was_early and not self._has_called:  # its marker is not searched again
-            self._part = _Part.REASONING
+            self._state = _State.REASONING
             num_blanks = len(self._opening) - len(self._opening.lstrip())
             self._held.put_back(self._opening + rest, num_known=num_blanks + 1)
         elif self._has_called:

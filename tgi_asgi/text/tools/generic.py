@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from tgi_asgi.text.chat.message import ChatMessage, ChatTool, message_text
 from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.formats import GENERIC
 from tgi_asgi.text.tools.histories import with_calls_in_text
@@ -22,7 +23,7 @@ _SHORT_IDS = re.compile(r"id\s*\|\s*length\s*!=\s*9")
 _NAMED_IDS = "<|tool_call_argument_begin|>"
 
 
-def _prompt(tools: Sequence[dict[str, Any]]) -> str:
+def _prompt(tools: Sequence[ChatTool]) -> str:
     """Return the system message's text about the tools."""
     lines = "\n".join(dumped(tool) for tool in tools)
     return (
@@ -36,20 +37,20 @@ def _prompt(tools: Sequence[dict[str, Any]]) -> str:
 
 
 def spell_out(
-    messages: Sequence[dict[str, Any]],
-    tools: Sequence[dict[str, Any]] | None,
+    messages: Sequence[ChatMessage],
+    tools: Sequence[ChatTool] | None,
     *,
     accepts_system: bool = True,
-) -> list[dict[str, Any]]:
+) -> list[ChatMessage]:
     """Return messages without tool calls and tool roles, and with the tools in the system message.
 
     Args:
         accepts_system: Whether the template shows a system message; if not, the first message has the tools.
     """
-    result: list[dict[str, Any]] = []
+    result: list[ChatMessage] = []
     for is_answer, together in itertools.groupby(messages, key=lambda message: message["role"] == "tool"):
         if is_answer:
-            answers = (f"<tool_response>\n{_text(message)}\n</tool_response>" for message in together)
+            answers = (f"<tool_response>\n{message_text(message)}\n</tool_response>" for message in together)
             result.append({"role": "user", "content": "\n".join(answers)})
         else:
             result += with_calls_in_text(list(together), GENERIC, lambda message: False)
@@ -57,8 +58,8 @@ def spell_out(
 
 
 def with_listed_tools(
-    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], *, accepts_system: bool = True
-) -> list[dict[str, Any]]:
+    messages: Sequence[ChatMessage], tools: Sequence[ChatTool], *, accepts_system: bool = True
+) -> list[ChatMessage]:
     """Return messages with the tools in the system message, for templates that show only calls (DeepSeek R1).
 
     Such models write calls in a form of their own, so the text does not name one.
@@ -68,13 +69,11 @@ def with_listed_tools(
     return _with_system_text(list(messages), text, accepts_system)
 
 
-def _with_system_text(
-    messages: list[dict[str, Any]], text: str, accepts_system: bool
-) -> list[dict[str, Any]]:
+def _with_system_text(messages: list[ChatMessage], text: str, accepts_system: bool) -> list[ChatMessage]:
     """Return messages with a text at the end of the system message, or before the first message's text."""
     first = messages[0] if messages else {"role": ""}
     if first["role"] in ("system", "developer"):
-        return [{**first, "content": f"{_text(first)}\n\n{text}"}, *messages[1:]]
+        return [{**first, "content": f"{message_text(first)}\n\n{text}"}, *messages[1:]]
     if accepts_system or first["role"] != "user":
         return [{"role": "system" if accepts_system else "user", "content": text}, *messages]
     if isinstance(first["content"], list):
@@ -85,8 +84,8 @@ def _with_system_text(
 
 
 def with_own_tools(
-    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, template: str
-) -> list[dict[str, Any]]:
+    messages: Sequence[ChatMessage], tools: Sequence[ChatTool] | None, template: str
+) -> list[ChatMessage]:
     """Return messages with the tools in the system message, if the template reads them there (Phi-4-mini)."""
     if not tools or not _IN_MESSAGE.search(template) or _AS_VARIABLE.search(template):
         return list(messages)
@@ -98,7 +97,7 @@ def with_own_tools(
     return [{**system, "tools": functions}, *others]
 
 
-def add_tool_prompt(messages: Sequence[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
+def add_tool_prompt(messages: Sequence[ChatMessage], prompt: str) -> list[ChatMessage]:
     """Return messages with TGI's `tool_prompt` appended to the last one's text, as TGI does."""
     *before, last = messages
     content, text = last.get("content") or "", f"\n---\n{prompt}"
@@ -106,7 +105,7 @@ def add_tool_prompt(messages: Sequence[dict[str, Any]], prompt: str) -> list[dic
     return [*before, {**last, "content": added}]
 
 
-def with_fitting_ids(messages: Sequence[dict[str, Any]], template: str) -> list[dict[str, Any]]:
+def with_fitting_ids(messages: Sequence[ChatMessage], template: str) -> list[ChatMessage]:
     """Return a history with the ids that the template needs, whichever the client has.
 
     Mistral's templates refuse ids of other than nine characters. Kimi K2's show a call by its id alone, as
@@ -139,8 +138,3 @@ def _short(call_id: str) -> str:
     if len(call_id) == 9 and call_id.isascii() and call_id.isalnum():
         return call_id
     return hashlib.blake2b(call_id.encode("utf-8", "replace"), digest_size=5).hexdigest()[:9]
-
-
-def _text(message: dict[str, Any]) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)

@@ -8,13 +8,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tgi_asgi.text.chat.message import ChatMessage
 from tgi_asgi.text.surrogates import parsed
 from tgi_asgi.text.tools.base import ToolFormat
 
 
 def with_calls_in_text(
-    messages: Sequence[dict[str, Any]], form: ToolFormat, is_shown: Callable[[dict[str, Any]], bool]
-) -> list[dict[str, Any]]:
+    messages: Sequence[ChatMessage], form: ToolFormat, is_shown: Callable[[ChatMessage], bool]
+) -> list[ChatMessage]:
     """Return messages in which calls that a template drops are text, as the model writes them.
 
     The templates of LFM2, Granite 3.3 and Phi-4-mini show no calls, and DeepSeek R1's none beside text.
@@ -33,7 +34,7 @@ def with_calls_in_text(
     return result
 
 
-def with_single_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_single_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """Return messages of which none has several calls; each call's result follows it.
 
         assistant: f, g       assistant: f
@@ -43,7 +44,7 @@ def with_single_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]
 
     Llama 3's templates refuse several calls, and gpt-oss's and GigaChat 3's show only the first.
     """
-    result: list[dict[str, Any]] = []
+    result: list[ChatMessage] = []
     waiting = deque(messages)
     while waiting:
         message = waiting.popleft()
@@ -51,7 +52,7 @@ def with_single_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]
         if len(calls) < 2:
             result.append(message)
             continue
-        answers: dict[str | None, list[dict[str, Any]]] = {}  # by the call's id
+        answers: dict[str | None, list[ChatMessage]] = {}  # by the call's id
         while waiting and waiting[0]["role"] == "tool":
             answers.setdefault(waiting[0].get("tool_call_id"), []).append(waiting.popleft())
         own = message  # text and reasoning came before the first call
