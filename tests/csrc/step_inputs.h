@@ -19,16 +19,21 @@ using namespace tgi::cpu::step;  // NOLINT
 constexpr int64_t kColumns = 256, kRows = 96, kTokens = 39, kContext = 300;
 using Bytes = std::vector<uint8_t>;
 
+constexpr int kMaxZero = 128;  // of INT4's zero points, which follow the scale
+
 // Makes rows of random blocks. Each block is made again until its largest weight is in [2^-8, 1],
 // so that scales are valid in every format, wherever it stores them.
 Bytes random_rows(Format format, std::mt19937& random) {
   const FormatInfo& info = format_info(format);
   Bytes rows(kRows * file_row_bytes(format, kColumns));
   std::vector<float> weights(info.block_columns);
+  const bool has_zero =
+      format == Format::kINT4_32 || format == Format::kINT4_64 || format == Format::kINT4_128;
   for (size_t at = 0; at < rows.size(); at += info.block_bytes) {
     float largest = 0.0f;
     while (!(largest > 0x1p-8f && largest < 1.0f)) {
       for (int64_t i = 0; i < info.block_bytes; ++i) rows[at + i] = static_cast<uint8_t>(random());
+      if (has_zero) rows[at + 2] %= kMaxZero + 1;
       decode_row(format, &rows[at], info.block_columns, weights.data());
       largest = 0.0f;
       for (const float weight : weights)

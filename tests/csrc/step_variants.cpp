@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "cpu/platform.h"
 #include "cpu/step/block_reader.h"
 #include "cpu/step/kernel_sets.h"
 #include "cpu/step/pack.h"
@@ -81,6 +82,34 @@ Bytes reordered(const Kernels& kernels, Precision precision, const std::vector<f
   return found;
 }
 
+// A step of one prompt of 300 tokens, whose blocks are in order.
+struct Text {
+  explicit Text(int64_t num_blocks)
+      : places(count_up(kContext)),
+        blocks(count_up(num_blocks)),
+        slots(places.begin(), places.end()) {
+    step.num_tokens = kContext;
+    step.num_sequences = 1;
+    step.positions = places.data();
+    step.num_groups = 1;
+    step.slots = slots.data();
+    step.query_start = starts;
+    step.context_len = lengths;
+    step.block_table = blocks.data();
+    step.block_table_stride = num_blocks;
+    step.attention_split = split;
+  }
+  const std::vector<int32_t> places, blocks;
+  const std::vector<int64_t> slots;
+  const int32_t starts[2] = {0, kContext}, lengths[1] = {kContext};
+  AttentionPoint split[2];
+  StepHeader step = {};
+};
+
+#include "step_variants_experts.h"
+#include "step_variants_latents.h"
+#include "step_variants_rows.h"
+
 // Returns the results of a product and related operators: norm, rows, sums, gates, logits.
 Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision precision,
                   const std::vector<float>& x) {
@@ -106,7 +135,11 @@ Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision 
   Bytes found;
   append(found, adapted_rows(kernels, linear));
   const Bytes ordered = reordered(kernels, precision, x);
-  found.insert(found.end(), ordered.begin(), ordered.end());
+  const Bytes parts = parts_of(kernels, weight, precision, x);
+  const Bytes experts = experts_of(kernels, weight, precision, x);
+  for (const Bytes* each : {&ordered, &parts, &experts}) {
+    found.insert(found.end(), each->begin(), each->end());
+  }
   for (const auto kind :
        {tgi::MlpActivation::kSilu, tgi::MlpActivation::kGeluTanh, tgi::MlpActivation::kGelu,
         tgi::MlpActivation::kRelu, tgi::MlpActivation::kReluSquared, tgi::MlpActivation::kXielu}) {
@@ -130,30 +163,6 @@ Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision 
   append(found, logits);
   return found;
 }
-
-// A step of one prompt of 300 tokens, whose blocks are in order.
-struct Text {
-  explicit Text(int64_t num_blocks)
-      : places(count_up(kContext)),
-        blocks(count_up(num_blocks)),
-        slots(places.begin(), places.end()) {
-    step.num_tokens = kContext;
-    step.num_sequences = 1;
-    step.positions = places.data();
-    step.num_groups = 1;
-    step.slots = slots.data();
-    step.query_start = starts;
-    step.context_len = lengths;
-    step.block_table = blocks.data();
-    step.block_table_stride = num_blocks;
-    step.attention_split = split;
-  }
-  const std::vector<int32_t> places, blocks;
-  const std::vector<int64_t> slots;
-  const int32_t starts[2] = {0, kContext}, lengths[1] = {kContext};
-  AttentionPoint split[2];
-  StepHeader step = {};
-};
 
 struct AttentionCase {
   Precision precision;
@@ -224,8 +233,6 @@ Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
   append(found, plain);
   return found;
 }
-
-#include "step_variants_latents.h"
 
 // Returns how often the passes over a row differ from the portable ones. Only masses may differ,
 // because some processors round products before they are added and others do not.
@@ -379,6 +386,8 @@ int compare(const Kernels& variant, const Bytes& found, const Bytes& expected, c
 }  // namespace
 
 int main() {
+  // As in a team: 2^x below 2^-126 is 0 in every set only if denormals are flushed.
+  const tgi::cpu::FlushDenormals flush;
   const std::vector<const Kernels*>& sets = kernel_sets();  // the first is the portable one
   std::mt19937 random(7);
   std::normal_distribution<float> normal;
@@ -390,6 +399,12 @@ int main() {
     if (differences == 0) continue;
     ++num_failed;
     std::printf("%s: %d passes over a row differ\n", sets[s]->name, differences);
+  }
+  for (size_t s = 1; s < sets.size(); ++s) {
+    num_failed +=
+        compare(*sets[s], rows_of(*sets[s], x), rows_of(*sets[0], x), "rows", Precision::kFloat32);
+    num_failed += compare(*sets[s], routes_of(*sets[s], x), routes_of(*sets[0], x), "a router",
+                          Precision::kFloat32);
   }
   for (const bool is_gated : {false, true}) {
     const Bytes expected = convolution_of(*sets[0], x, is_gated);
@@ -407,6 +422,12 @@ int main() {
       const Kernels& other = precision == Precision::kBF16 ? like(sets, *sets[s]) : *sets[0];
       num_failed += compare(*sets[s], latents_and_attention(*sets[s], precision, x),
                             latents_and_attention(other, precision, x), "latents", precision);
+    }
+  }
+  for (const Precision precision : {Precision::kFloat32, Precision::kBF16, Precision::kInt8}) {
+    for (size_t s = 1; s < sets.size(); ++s) {
+      num_failed += compare(*sets[s], stored_heads(*sets[s], precision, 40, x),
+                            stored_heads(*sets[0], precision, 40, x), "heads", precision);
     }
   }
   for (int i = 0; i < kNumFormats; ++i) {
