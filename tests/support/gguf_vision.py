@@ -101,9 +101,20 @@ def _with_experts(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, A
     }
 
 
-def _gemma3(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+def _nested(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Give a tower's tensors their published names."""
     old, new = "vision_tower.", "vision_tower.vision_model."
     return config, {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+def _lfm2_vl(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Name the class of the text model, and what it does not save of its MLP's size."""
+    text = config["text_config"]
+    own = {
+        "architectures": ["Lfm2ForCausalLM"], "block_auto_adjust_ff_dim": False,
+        "block_ff_dim": text["intermediate_size"],
+    }  # fmt: skip
+    return _nested({**config, "text_config": {**text, **own}}, tensors)
 
 
 _INTERNVL_NAMES = {
@@ -199,7 +210,7 @@ CASES: Mapping[str, Case] = {
             preprocessor={"size": {"height": 56, "width": 56}},
             processor={"image_seq_length": 4},
         ),
-        _gemma3,
+        _nested,
         _rounded,
     ),
     "qwen2_vl": Case(
@@ -291,6 +302,18 @@ CASES: Mapping[str, Case] = {
         _clipped,
     ),
     "llava": Case(FAMILIES["llava"], _plain, _rounded_clip),
+    "lfm2_vl": Case(
+        _with(
+            "lfm2_vl",
+            {
+                "text_config": _TIED,
+                "vision_config": {"image_size": 256, "patch_size": 16, "num_patches": 256},
+                **_TIED,
+            },
+            preprocessor={"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "return_row_col_info": True},
+        ),
+        _lfm2_vl,
+    ),
     # InternViT-6B.
     "internvl_large": Case(
         _with(
@@ -315,10 +338,11 @@ def make(name: str, folder: Path, kinds: tuple[str, str] = (KIND, KIND)) -> Made
     config, tensors = case.publish(config, tensors)
     (published / "config.json").write_text(json.dumps(config))
     safetensors.torch.save_file(tensors, published / "model.safetensors", {"format": "pt"})
-    images = transformers.AutoImageProcessor.from_pretrained(checkpoint, backend="pil").to_dict()
-    more = {key: list(images[key]) for key in ("image_mean", "image_std")}
     options = json.loads((published / "preprocessor_config.json").read_text())
-    (published / "preprocessor_config.json").write_text(json.dumps({**options, **more}))
+    if "image_mean" not in options:
+        images = transformers.AutoImageProcessor.from_pretrained(checkpoint, backend="pil").to_dict()
+        options |= {key: list(images[key]) for key in ("image_mean", "image_std")}
+    (published / "preprocessor_config.json").write_text(json.dumps(options))
     names = (kinds[0], f"mmproj-{kinds[1]}")
     if name == "llava":
         convert(published, names[:1], folder)

@@ -26,6 +26,7 @@ from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ImageProcessor
 
+LARGE = (1000, 600)  # pixels
 FEW = ("smolvlm", "gemma3", "qwen2_5_vl", "mistral3")
 
 pytestmark = [pytest.mark.demo, pytest.mark.filterwarnings("ignore")]  # the converter is fetched
@@ -68,6 +69,19 @@ def test_logits_are_those_of_transformers(name: str, model_of: Callable[[str], M
     for logits, prompt in zip(found, own, strict=True):
         wanted = vision.reference(made.checkpoint, prompt, ANSWER, reference)
         assert distance(logits, wanted) < 1e-4
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["lfm2_vl"])
+def test_large_images_are_cut_into_tiles(name: str, model_of: Callable[[str], Made]) -> None:
+    made, family = model_of(name), CASES[name].family
+    model, processor, _ = opened(made.files)
+    parts: list[Part] = ["what is ", picture(*LARGE), " this?"]
+    prompt = vision.prompt_with(family, made.checkpoint, processor, parts)
+    own = vision.prompt_with(family, made.checkpoint, vision.processor_of(made.checkpoint), parts)
+    assert prompt.ids == own.ids
+    (found,), _ = run(model, [(prompt, ANSWER)], [1000])
+    assert distance(found, vision.reference(made.checkpoint, own, ANSWER)) < 1e-4
 
 
 @pytest.mark.models
@@ -143,7 +157,9 @@ def test_files_with_codes_are_close(name: str, projector: str, tmp_path: Path) -
         assert 1e-6 < float(np.linalg.norm(logits - wanted) / np.linalg.norm(wanted)) < 0.1
 
 
-@pytest.mark.parametrize("name", ["gemma3", pytest.param("qwen2_5_vl", marks=pytest.mark.models)])
+@pytest.mark.parametrize(
+    "name", ["gemma3", *(pytest.param(name, marks=pytest.mark.models) for name in ("qwen2_5_vl", "lfm2_vl"))]
+)
 async def test_a_client_gets_what_transformers_would_answer(
     name: str, model_of: Callable[[str], Made], tmp_path: Path
 ) -> None:

@@ -102,6 +102,19 @@ def floats(*shape: int) -> np.ndarray:
         ("mistral3", {f"{VISION}spatial_merge_size": 1}, {}, "which the tensors contradict"),
         ("mistral3", {f"{VISION}attention.head_count": 16}, {}, "heads of 2 have no two rotary axes"),
         ("mistral3", {f"{VISION}attention.layer_norm_epsilon": 1e-3}, {}, "must be 1e-05"),
+        ("lfm2_vl", {f"{VISION}projector.scale_factor": 3}, {}, "cannot be cut into tokens of 48"),
+        ("lfm2_vl", {f"{VISION}projector.scale_factor": 0}, {}, "projector.scale_factor must be in"),
+        ("lfm2_vl", {f"{VISION}projector.scale_factor": 16}, {}, "a tile would have 65536 patches"),
+        (
+            "lfm2_vl", {f"{VISION}image_size": 1040}, {"v.position_embd.weight": floats(65**2, 32)},
+            "a tile would have 1024 patches, with positions among 65 x 65",
+        ),
+        ("lfm2_vl", {f"{VISION}image_size": 128}, {}, "'v.position_embd.weight' has the shape"),
+        ("lfm2_vl", {}, {"mm.2.weight": floats(32, 48)}, "it gives rows of 32 numbers"),
+        ("lfm2_vl", {}, {"mm.1.weight": floats(48, 64)}, "has the shape"),
+        ("lfm2_vl", {}, {"mm.1.weight": None}, "there is no tensor 'mm.1.weight'"),
+        ("lfm2_vl", {}, {"mm.input_norm.bias": None}, "no tensor for '.*layer_norm.bias'"),
+        ("lfm2_vl", {"clip.projector_type": "idefics3"}, {}, "with text models of .* 'lfm2'"),
     ],
 )  # fmt: skip
 def test_files_that_contradict_themselves_are_refused(
@@ -269,7 +282,7 @@ _NUMBERS: tuple[Any, ...] = (
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["smolvlm", "gemma3", "gemma4", "qwen2_5_vl", "mistral3"])
+@pytest.mark.parametrize("name", ["smolvlm", "gemma3", "gemma4", "qwen2_5_vl", "mistral3", "lfm2_vl"])
 def test_random_changes_are_served_or_refused(
     name: str, model_of: Callable[[str], Made], tmp_path: Path
 ) -> None:
