@@ -183,6 +183,12 @@ _GEMMA4: dict[str, Any] = {
     "preprocessor": {"patch_size": 4, "pooling_kernel_size": 3}, "processor": {},
 }  # fmt: skip
 
+_QWEN3_5 = _with(
+    "qwen3_5",
+    {"vision_config": {"patch_size": 16}},
+    preprocessor={"size": {"shortest_edge": 65536, "longest_edge": 16777216}, **_QWEN, "patch_size": 16},
+)
+
 CASES: Mapping[str, Case] = {
     "smolvlm": Case(
         _with("smolvlm", {}, preprocessor={**FAMILIES["smolvlm"].preprocessor, "size": {"longest_edge": 84}}),
@@ -255,6 +261,22 @@ CASES: Mapping[str, Case] = {
             architecture="Qwen3VLMoeForConditionalGeneration",
         ),
         _with_experts,
+    ),
+    "qwen3_5": Case(_QWEN3_5, _plain),
+    "qwen3_5_moe": Case(
+        dataclasses.replace(
+            _QWEN3_5,
+            config={
+                **_QWEN3_5.config,
+                "text_config": {
+                    **_QWEN3_5.config["text_config"], "model_type": "qwen3_5_moe_text", "num_experts": 4,
+                    "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                    "shared_expert_intermediate_size": 64,
+                },
+            },
+            architecture="Qwen3_5MoeForConditionalGeneration",
+        ),
+        _plain,
     ),
     "pixtral": Case(FAMILIES["pixtral"], _plain),
     "mistral3": Case(FAMILIES["mistral3"], _plain),

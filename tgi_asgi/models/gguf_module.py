@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
@@ -49,6 +50,8 @@ class GgufModule:
         joined: llama.cpp's names of two stacks of matrices, by a checkpoint's name for one stack of both, in
             which each matrix has the rows of the second below those of the first.
         paired: llama.cpp's names, without layer and kind, of tensors whose rows it stores in rotary pairs.
+        row_orders: By llama.cpp's names without layer, the file's row of each row of a tensor.
+        column_orders: By the same names, the matrix's column of each column in the file.
     """
 
     gguf_name: str
@@ -61,6 +64,8 @@ class GgufModule:
     unused: Sequence[str] = ()
     joined: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     paired: Sequence[str] = ()
+    row_orders: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    column_orders: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
 
     def restore_of(self, stored: str) -> Callable[[Floats], Floats] | None:
         """Return what undoes the converter's change to a tensor of the file; None if it changed none."""
@@ -78,6 +83,11 @@ class GgufModule:
     def is_paired(self, stored: str) -> bool:
         """Return whether the rows of a tensor of the file are stored in rotary pairs."""
         return self._prefix_of(stored)[1].rpartition(".")[0] in self.paired
+
+    def orders_of(self, stored: str) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.int64] | None]:
+        """Return the orders of a tensor's rows and columns, each None if it is the model's."""
+        name = self._prefix_of(stored)[1]
+        return self.row_orders.get(name), self.column_orders.get(name)
 
     def shape_of(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a tensor of the file after `restore_of`."""

@@ -6,12 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from tgi_asgi.errors import ModelLoadError, check
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.config_bounds import MAX_CONTEXT, MAX_HEADS
 from tgi_asgi.models.gguf_module import MAX_SIZE, common_names, read_common, vocab_size_of
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.ops.arrays import Floats
+
+Orders = Mapping[str, npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,7 @@ class Text:
         outer: Those of tensors outside layers, except the head.
         is_paired: Whether llama.cpp stores rotary pairs of queries and keys adjacent.
         restored, joined: As for `GgufModule`.
+        orders: Returns `row_orders` and `column_orders` of `GgufModule` for a configuration.
     """
 
     read: Callable[[Reader, GgufFile], dict[str, Any]]
@@ -34,16 +40,25 @@ class Text:
     is_paired: bool = False
     restored: Mapping[str, Callable[[Floats], Floats]] = field(default_factory=dict)
     joined: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    orders: Callable[[Mapping[str, Any]], tuple[Orders, Orders]] = lambda config: ({}, {})
 
 
-def read_plain(reader: Reader, file: GgufFile, *, has_experts: bool = False) -> dict[str, Any]:
-    """Return what every decoder has."""
+def read_plain(
+    reader: Reader, file: GgufFile, *, has_experts: bool = False, is_partly_rotary: bool = False
+) -> dict[str, Any]:
+    """Return what every decoder has.
+
+    Args:
+        is_partly_rotary: Whether a part of each head may be turned; the caller reads its size.
+    """
     reader.replace("vocab_size", vocab_size_of(file))  # files may list more tokens, or fewer
     config = read_common(reader)
     num_heads = config["num_attention_heads"]
     head_dim = reader.integer("head_dim", config["hidden_size"] // num_heads)
     check(0 < head_dim <= MAX_SIZE, f"attention.key_length must be positive, got {head_dim}")
-    reader.require(**{"attention.value_length": head_dim, "rope.dimension_count": head_dim})
+    reader.require(**{"attention.value_length": head_dim})
+    if not is_partly_rotary:
+        reader.require(**{"rope.dimension_count": head_dim})
     if not has_experts:
         reader.require(expert_count=0, expert_used_count=0)
     num_kv_heads = reader.integer("num_key_value_heads", num_heads)
@@ -86,6 +101,25 @@ def read_rope(reader: Reader) -> dict[str, Any]:
         "mscale": 1.0,
         "mscale_all_dim": reader.number(f"{prefix}yarn_log_multiplier", 0.0),
     }
+
+
+def read_sections(reader: Reader, half: int) -> list[int]:
+    """Return how many of the rotary pairs, of which there are `half`, belong to each of three axes."""
+    given = reader.get("rope.dimension_sections")
+    sections = list(given) if isinstance(given, list) else []
+    check(
+        len(sections) in (3, 4)
+        and all(type(each) is int and each >= 0 for each in sections)
+        and sum(sections) == sum(sections[:3]) == half,
+        f"rope.dimension_sections must be three parts of {half}, got {str(given)[:100]}",
+    )
+    return sections[:3]
+
+
+def less_one(stored: Floats) -> Floats:
+    """Return a norm's weights, to which llama.cpp's converter adds 1."""
+    found: Floats = stored - stored.dtype.type(1)
+    return found
 
 
 NAMES = common_names(

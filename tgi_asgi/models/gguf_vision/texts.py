@@ -16,9 +16,16 @@ from tgi_asgi.models.config_bounds import MAX_CONTEXT
 from tgi_asgi.models.family import SANDWICH_NAMES
 from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, find_module, layer_types
 from tgi_asgi.models.gguf_vision.recurrent_texts import RECURRENT_TEXTS
-from tgi_asgi.models.gguf_vision.text_reading import NAMES, WITH_NORMS, Text, read_plain, read_rope
+from tgi_asgi.models.gguf_vision.text_reading import (
+    NAMES,
+    WITH_NORMS,
+    Text,
+    less_one,
+    read_plain,
+    read_rope,
+    read_sections,
+)
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.ops.arrays import Floats
 
 _LAYERS_OF_27B = 62  # llama.cpp recognises Gemma 3 27B, whose attention has another scale, by these
 _GEMMA_PERIOD = 6  # of the layers without a window
@@ -43,8 +50,12 @@ def is_known(name: str) -> bool:
     return name in TEXTS or find_module(name) is not None
 
 
-def text_module(file: GgufFile, prefix: str) -> GgufModule:
-    """Return the names of a text model's tensors, which begin with a prefix, except the head's."""
+def text_module(file: GgufFile, config: Mapping[str, Any], prefix: str) -> GgufModule:
+    """Return the names of a text model's tensors, which begin with a prefix, except the head's.
+
+    Args:
+        config: What `read_text` has returned.
+    """
     module = find_module(_architecture(file))
     if module is not None:
         names = {
@@ -53,6 +64,7 @@ def text_module(file: GgufFile, prefix: str) -> GgufModule:
         }
         return replace(module, names=names, layers=f"{prefix}layers.")
     text = TEXTS[_architecture(file)]
+    rows, columns = text.orders(config)
     outer = {f"{prefix}{own}": stored for own, stored in text.outer.items()}
     return GgufModule(
         _architecture(file),
@@ -62,6 +74,8 @@ def text_module(file: GgufFile, prefix: str) -> GgufModule:
         restored=text.restored,
         joined=text.joined,
         paired=("attn_q", "attn_k") if text.is_paired else (),
+        row_orders=rows,
+        column_orders=columns,
     )
 
 
@@ -106,16 +120,7 @@ def _read_axes(reader: Reader, file: GgufFile, *, has_experts: bool = False) -> 
         **read_plain(reader, file, has_experts=has_experts),
         "rope_parameters": read_rope(reader),
     }
-    given = reader.get("rope.dimension_sections")
-    sections = list(given) if isinstance(given, list) else []
-    half = config["head_dim"] // 2
-    check(
-        len(sections) in (3, 4)
-        and all(type(each) is int and each >= 0 for each in sections)
-        and sum(sections) == sum(sections[:3]) == half,
-        f"rope.dimension_sections must be three parts of {half}, got {str(given)[:100]}",
-    )
-    config["rope_parameters"]["mrope_section"] = sections[:3]
+    config["rope_parameters"]["mrope_section"] = read_sections(reader, config["head_dim"] // 2)
     return config
 
 
@@ -160,12 +165,6 @@ def _read_gemma3(reader: Reader, file: GgufFile) -> dict[str, Any]:
         "final_logit_softcapping": reader.number("final_logit_softcapping", 0.0) or None,
         "attn_logit_softcapping": None,
     }
-
-
-def less_one(stored: Floats) -> Floats:
-    """Return a norm's weights, to which llama.cpp's converter adds 1."""
-    found: Floats = stored - stored.dtype.type(1)
-    return found
 
 
 _GEMMA_NORMS = (

@@ -34,6 +34,7 @@ class _Place:
         restored: Their shape then.
         pair_dim: Size of a head whose rows are stored in rotary pairs.
         below: A stack whose matrices' rows come below those of `info`.
+        rows_of, columns_of: As `row_orders` and `column_orders` of `GgufModule`.
     """
 
     info: GgufTensor
@@ -43,6 +44,8 @@ class _Place:
     restored: tuple[int, ...] | None = None
     pair_dim: int | None = None
     below: GgufTensor | None = None
+    rows_of: npt.NDArray[np.int64] | None = None
+    columns_of: npt.NDArray[np.int64] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -115,7 +118,9 @@ class GgufModuleWeights(GgufTensors):
                 restored = module.shape_of(stored, info.shape)
                 pair_dim = head_dim if module.is_paired(stored) else None
                 restore = module.restore_of(stored)
-                self._places[name] = _Place(info, restore=restore, restored=restored, pair_dim=pair_dim)
+                self._places[name] = _Place(
+                    info, None, None, restore, restored, pair_dim, None, *module.orders_of(stored)
+                )
         tensors = [each for place in self._places.values() for each in (place.info, place.below)]
         self._named = {info.name for info in tensors if info is not None}
 
@@ -148,10 +153,22 @@ class GgufModuleWeights(GgufTensors):
             return ops.stack_rows(matrices)
         if place.pair_dim is not None:
             return self._joined(info, place.pair_dim, shape).rows(start, stop)
+        if place.rows_of is not None or place.columns_of is not None:
+            return self._ordered(place, shape).rows(start, stop)
         if place.restore is None:
             return self._part(info, start, stop, (count, *shape[1:]))
         stored = ops.decode(self._part(info, 0, info.shape[0], info.shape)).reshape(info.shape)
         return ops.from_floats(place.restore(stored).reshape(shape)[start:stop])
+
+    def _ordered(self, place: _Place, shape: tuple[int, ...]) -> WeightSource:
+        """Return a tensor with its rows in the model's order, and codes with the order of their columns."""
+        info = place.info
+        source = self._part(info, 0, info.shape[0], info.shape)
+        if place.rows_of is not None:
+            source = source.in_rows(place.rows_of)
+        if place.restore is not None:
+            source = ops.from_floats(place.restore(ops.decode(source)).reshape(shape))
+        return source if place.columns_of is None else source.with_order(place.columns_of)
 
     def _part(self, info: GgufTensor, start: int, stop: int, shape: tuple[int, ...]) -> WeightSource:
         data = self._rows(info, start, stop, shape[0])
