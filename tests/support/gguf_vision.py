@@ -36,6 +36,11 @@ from tests.support.vision_table import FAMILIES
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.sources import ModelFiles
 
+# What the published settings of LLaVA 1.6's tower say, for the script that converts it.
+_TILED = {
+    "image_aspect_ratio": "anyres", "image_crop_resolution": 224, "image_split_resolution": 224,
+    "mm_patch_merge_type": "spatial_unpad", "mm_projector_type": "mlp2x_gelu",
+}  # fmt: skip
 Tensors = dict[str, torch.Tensor]
 KIND = "f32"
 _CLIP = Path(__file__).with_name("convert_llava.py")
@@ -86,6 +91,14 @@ def _clipped(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def _plain(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
     return config, tensors
+
+
+def _llava_next(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Name the text model's class: the converter does not know the whole model's."""
+    return {
+        **config,
+        "text_config": {**config["text_config"], "architectures": ["LlamaForCausalLM"]},
+    }, tensors
 
 
 def _smolvlm(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
@@ -324,6 +337,7 @@ CASES: Mapping[str, Case] = {
         _clipped,
     ),
     "llava": Case(FAMILIES["llava"], _plain, _rounded_clip),
+    "llava_next": Case(FAMILIES["llava_next"], _llava_next, _rounded_clip),
     "lfm2_vl": Case(
         _with(
             "lfm2_vl",
@@ -366,7 +380,7 @@ def make(name: str, folder: Path, kinds: tuple[str, str] = (KIND, KIND)) -> Made
         options |= {key: list(images[key]) for key in ("image_mean", "image_std")}
     (published / "preprocessor_config.json").write_text(json.dumps(options))
     names = (kinds[0], f"mmproj-{kinds[1]}")
-    if name == "llava":
+    if name.startswith("llava"):
         convert(published, names[:1], folder)
         _convert_clip(published, folder / f"{names[1]}.gguf")
     else:
@@ -386,8 +400,11 @@ def _convert_clip(published: Path, output: Path) -> None:
         for name, each in tensors.items()
         if name.startswith("vision_tower.")
     }
-    projector = {name: each for name, each in tensors.items() if name.startswith("multi_modal_projector.")}
-    (folder / "config.json").write_text(json.dumps(config["vision_config"]))
+    parts = ("multi_modal_projector.", "image_newline")
+    projector = {name: each for name, each in tensors.items() if name.startswith(parts)}
+    grids = config.get("image_grid_pinpoints")
+    more = {} if grids is None else {**_TILED, "image_grid_pinpoints": grids}
+    (folder / "config.json").write_text(json.dumps({**config["vision_config"], **more}))
     safetensors.torch.save_file(tower, folder / "model.safetensors", {"format": "pt"})
     torch.save(projector, folder / "llava.projector")
     script = source / "tools" / "mtmd" / "legacy-models" / "convert_image_encoder_to_gguf.py"
