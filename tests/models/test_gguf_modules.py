@@ -102,6 +102,11 @@ def test_a_file_that_contradicts_itself_is_refused(
         ("exaone-moe", {"leading_dense_block_count": 5}, "must be at most 4"),
         ("exaone-moe", {"attention.sliding_window_pattern": [True]}, "must be a list of 4 values"),
         ("afmoe", {"expert_weights_norm": False}, "expert_weights_norm"),
+        ("llama4", {"attention.sliding_window": 0}, "MobileLLM"),
+        ("llama4", {"interleave_moe_layer_step": 0}, "interleave_moe_layer_step must be in"),
+        ("llama4", {"expert_used_count": 7}, "must be in 1..6"),
+        ("llama4", {"rope.dimension_count": 16}, "rope.dimension_count"),
+        ("llama4", {"rope.scaling.factor": 2.0}, "rope.scaling.factor"),
     ],
 )
 def test_further_files_that_contradict_themselves_are_refused(
@@ -160,9 +165,18 @@ def load(name: str) -> GenericModel:
 
 def test_experts_keep_the_files_codes() -> None:
     layer = load("gemma4-experts").module.model.layers[0]
-    config = CASES["gemma4-experts"].config
-    num_weights = 3 * config["num_experts"] * config["moe_intermediate_size"] * config["hidden_size"]
-    assert layer.experts.tgi_experts.nbytes < 1.3 * num_weights  # as floats at least twice
+    check_codes(layer.experts, 6 * 64)
+
+
+@pytest.mark.models
+def test_experts_of_llama4_keep_the_files_codes() -> None:
+    layer = load("llama4").module.model.layers[0]
+    check_codes(layer.feed_forward.experts, 6 * 64)
+
+
+def check_codes(experts: Any, num_rows: int) -> None:
+    """Check that experts with as many rows in all take little more than a byte for each weight."""
+    assert experts.tgi_experts.nbytes < 1.3 * 3 * num_rows * 128  # as floats at least twice
 
 
 @pytest.mark.parametrize("name", ["gemma4-shared", "gemma3n"])

@@ -47,6 +47,15 @@ _ROUTED = {
     "moe_intermediate_size": 64, "sliding_window": 12, "num_shared_experts": 1,
 }  # fmt: skip
 
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+_LLAMA4: dict[str, Any] = {
+    **BASE, "num_hidden_layers": 5, "head_dim": 32, "intermediate_size_mlp": 160, "intermediate_size": 64,
+    "num_local_experts": 6, "num_experts_per_tok": 2, "rope_parameters": _LLAMA3_ROPE,
+}  # fmt: skip
+
 MODULE_CASES = (
     FamilyCase(
         "gemma4-shared",
@@ -90,6 +99,13 @@ MODULE_CASES = (
 
 # Further ones, which `make test-models` runs.
 MORE_MODULE_CASES = (
+    # Experts' matrices are turned, so that codes of the file's rows do not represent them exactly.
+    FamilyCase("llama4", "Llama4ForCausalLM", _LLAMA4, (), gguf=("f32",), rounded=("q8_0",)),
+    FamilyCase(
+        "llama4-interleaved", "Llama4ForCausalLM",
+        {**_LLAMA4, "interleave_moe_layer_step": 2, "rope_parameters": BASE["rope_parameters"]}, (),
+        gguf=("f32",), rounded=("q8_0",),
+    ),
     FamilyCase("mamba", "MambaForCausalLM", _MAMBA, (), gguf=("f32", "q8_0")),
     FamilyCase("falcon_mamba", "FalconMambaForCausalLM", _MAMBA, (), gguf=("f32", "q8_0")),
     FamilyCase(

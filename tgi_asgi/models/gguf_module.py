@@ -135,6 +135,37 @@ def read_common(reader: Reader) -> dict[str, Any]:
     }
 
 
+def read_frequencies(
+    reader: Reader, file: GgufFile, rotary_dim: int, max_positions: int, theta: float = 10000.0
+) -> dict[str, Any]:
+    """Return the `rope_parameters` of a file that may have a factor for each frequency.
+
+    Llama 3's scaling becomes such factors in llama.cpp's converter. `transformers` calls any list of them
+    LongRoPE, whose two lists are the same then.
+    """
+    theta = reader.number("rope_theta", theta)
+    reader.require(**{"rope.scaling.type": "none", "rope.scaling.factor": 1.0})
+    name = "rope_freqs.weight"
+    if name not in reader.tensors:
+        return {"rope_type": "default", "rope_theta": theta}
+    info = file.tensor(name)
+    check(
+        info.type == "F32" and info.shape == (rotary_dim // 2,),
+        f"tensor {name!r} must have a factor for each of {rotary_dim // 2} frequencies",
+    )
+    factors = file.raw(name).view(np.float32)
+    check(bool(np.isfinite(factors).all() and (factors > 0).all()), f"{name!r} must be positive")
+    return {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": max_positions,
+        "short_factor": factors.tolist(),
+        "long_factor": factors.tolist(),
+    }
+
+
 def vocab_size_of(file: GgufFile) -> int:
     """Return the number of embeddings, for files that may not say it elsewhere."""
     table = file.tensor("token_embd.weight")
