@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
 from tests.models.test_gguf_nvfp4 import save_nvfp4
 from tests.support.family_case import FamilyCase
@@ -41,6 +42,13 @@ FORMS = [
 ]
 
 pytestmark = pytest.mark.demo  # llama.cpp's converter is fetched
+
+
+@pytest.fixture(autouse=True)
+def _mistral4() -> None:
+    """Let `transformers` open Mistral 4 by its type, which it knows as a part of a model for images only."""
+    kind = transformers.Mistral4Config
+    transformers.AutoModelForCausalLM.register(kind, transformers.Mistral4ForCausalLM, exist_ok=True)
 
 
 @pytest.mark.parametrize(("case", "form"), FORMS)
@@ -107,6 +115,12 @@ def test_a_file_that_contradicts_itself_is_refused(
         ("llama4", {"expert_used_count": 7}, "must be in 1..6"),
         ("llama4", {"rope.dimension_count": 16}, "rope.dimension_count"),
         ("llama4", {"rope.scaling.factor": 2.0}, "rope.scaling.factor"),
+        ("mistral4", {"expert_gating_func": 2}, "expert_gating_func"),
+        ("mistral4", {"attention.kv_lora_rank": 0}, "heads and latents cannot have"),
+        ("mistral4", {"attention.q_lora_rank": -1}, "q_lora_rank must be positive"),
+        ("mistral4", {"rope.scaling.type": "linear"}, "type 'linear' is not supported"),
+        ("mistral4", {"attention.temperature_length": 32}, "temperature_length"),
+        ("mistral4", {"expert_group_count": 0, "expert_shared_count": 0}, "expert_shared_count must be in"),
     ],
 )
 def test_further_files_that_contradict_themselves_are_refused(

@@ -51,6 +51,16 @@ _LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
+_MISTRAL4: dict[str, Any] = {
+    **BASE, "kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32,
+    "v_head_dim": 32, "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+    "num_key_value_heads": 4, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+}  # fmt: skip
 _LLAMA4: dict[str, Any] = {
     **BASE, "num_hidden_layers": 5, "head_dim": 32, "intermediate_size_mlp": 160, "intermediate_size": 64,
     "num_local_experts": 6, "num_experts_per_tok": 2, "rope_parameters": _LLAMA3_ROPE,
@@ -99,6 +109,10 @@ MODULE_CASES = (
 
 # Further ones, which `make test-models` runs.
 MORE_MODULE_CASES = (
+    FamilyCase(
+        "mistral4", "Mistral4ForCausalLM", _MISTRAL4, (), gguf=("f32",), rounded=("q8_0",), is_fused=True,
+        json={"architectures": ["Ministral3ForCausalLM"]},  # by which the converter finds the type
+    ),
     # Experts' matrices are turned, so that codes of the file's rows do not represent them exactly.
     FamilyCase("llama4", "Llama4ForCausalLM", _LLAMA4, (), gguf=("f32",), rounded=("q8_0",)),
     FamilyCase(

@@ -30,6 +30,21 @@ _KINDS = ("weight", "bias")
 
 
 @dataclass(frozen=True, slots=True)
+class Merged:
+    """How a checkpoint's tensor is made of two of the file's.
+
+    Attributes:
+        stored: Their names by llama.cpp, without layer.
+        make: Computes the tensor from their values.
+        shape: Returns its shape for theirs.
+    """
+
+    stored: tuple[str, str]
+    make: Callable[[Floats, Floats], Floats]
+    shape: Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class GgufModule:
     """One architecture.
 
@@ -52,6 +67,7 @@ class GgufModule:
         paired: llama.cpp's names, without layer and kind, of tensors whose rows it stores in rotary pairs.
         row_orders: By llama.cpp's names without layer, the file's row of each row of a tensor.
         column_orders: By the same names, the matrix's column of each column in the file.
+        merged: By a checkpoint's name, with kind, of a tensor that the file may have in two.
     """
 
     gguf_name: str
@@ -66,6 +82,7 @@ class GgufModule:
     paired: Sequence[str] = ()
     row_orders: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     column_orders: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    merged: Mapping[str, Merged] = field(default_factory=dict)
 
     def restore_of(self, stored: str) -> Callable[[Floats], Floats] | None:
         """Return what undoes the converter's change to a tensor of the file; None if it changed none."""
@@ -79,6 +96,15 @@ class GgufModule:
             return None
         outer = stored.removesuffix(name)
         return f"{prefix}{found[0]}", f"{outer}{found[1][0]}", f"{outer}{found[1][1]}"
+
+    def merged_of(self, stored: str) -> tuple[str, Merged, list[str]] | None:
+        """Return a checkpoint's name for what a tensor is a part of, how it is made, and its parts' names."""
+        prefix, name = self._prefix_of(stored)
+        found = next(((own, each) for own, each in self.merged.items() if name in each.stored), None)
+        if found is None:
+            return None
+        outer = stored.removesuffix(name)
+        return f"{prefix}{found[0]}", found[1], [f"{outer}{part}" for part in found[1].stored]
 
     def is_paired(self, stored: str) -> bool:
         """Return whether the rows of a tensor of the file are stored in rotary pairs."""
@@ -212,6 +238,24 @@ def log_of_decay(stored: Floats) -> Floats:
     check(bool((stored < 0).all()), "ssm_a must be negative")
     found: Floats = np.log(-stored)
     return found
+
+
+def _latent_heads(keys: Floats, values: Floats) -> Floats:
+    """Return the rows of heads' keys and values, of matrices for each head; those of keys are transposed."""
+    found: Floats = np.concatenate([keys.swapaxes(1, 2), values], axis=1)
+    return found.reshape(-1, found.shape[2])
+
+
+def _latent_shape(keys: tuple[int, ...], values: tuple[int, ...]) -> tuple[int, ...]:
+    are_heads = len(keys) == len(values) == 3 and keys[0] == values[0] and keys[1] == values[2]
+    check(are_heads, f"matrices of heads [{list(keys)}] and [{list(values)}] do not belong together")
+    return (keys[0] * (keys[2] + values[1]), keys[1])
+
+
+# The product of latents with which heads' keys and values begin; llama.cpp has a matrix of each head's.
+LATENT_HEADS: Mapping[str, Merged] = {
+    "self_attn.kv_b_proj.weight": Merged(("attn_k_b.weight", "attn_v_b.weight"), _latent_heads, _latent_shape)
+}
 
 
 def common_names(*names: str) -> dict[str, str]:

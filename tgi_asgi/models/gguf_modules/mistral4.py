@@ -1,0 +1,108 @@
+"""Mistral 4: latent attention, whose queries may grow with their positions, and experts with a shared one.
+
+Sources: llama.cpp's converter (`conversion/mistral3.py`) and model code (`src/models/deepseek2.cpp`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tgi_asgi.errors import check
+from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.models.config_bounds import MAX_CONTEXT
+from tgi_asgi.models.gguf_module import LATENT_HEADS, MAX_SIZE, GgufModule, common_names, read_common
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading_latent import read_latent
+
+_SOFTMAX = 1  # of llama.cpp's functions that score experts
+
+
+def read_mistral4(reader: Reader, file: GgufFile) -> dict[str, Any]:
+    """Return the configuration."""
+    config = read_common(reader)
+    latent = read_latent(reader)
+    sizes = {
+        "kv_lora_rank": latent.rank,
+        "qk_nope_head_dim": latent.plain_dim,
+        "qk_rope_head_dim": latent.rotary_dim,
+        "v_head_dim": latent.value_dim,
+    }
+    check(all(0 < each <= MAX_SIZE for each in sizes.values()), f"heads and latents cannot have {sizes}")
+    rank = latent.query_rank
+    check(rank is None or 0 < rank <= MAX_SIZE, f"attention.q_lora_rank must be positive, got {rank}")
+    reader.ignore("num_key_value_heads", "head_dim", "attention.value_length")  # of latents, as one head's
+    reader.require(expert_gating_func=_SOFTMAX)
+    num_experts = reader.positive("n_routed_experts", MAX_SIZE)
+    return {
+        **config,
+        **sizes,
+        "model_type": "mistral4",
+        "architectures": ["Mistral4ForCausalLM"],
+        "q_lora_rank": rank,
+        "attention_bias": latent.has_bias,
+        "num_key_value_heads": config["num_attention_heads"],
+        "rope_interleave": True,
+        "intermediate_size": reader.positive("intermediate_size", MAX_SIZE),
+        "first_k_dense_replace": reader.integer("leading_dense_block_count", 0),
+        "n_routed_experts": num_experts,
+        "num_experts_per_tok": reader.positive("num_experts_per_tok", num_experts),
+        "moe_intermediate_size": reader.positive("moe_intermediate_size", MAX_SIZE),
+        "n_shared_experts": reader.positive("n_shared_experts", num_experts),
+        "routed_scaling_factor": reader.number("routed_scaling_factor", 1.0) or 1.0,
+        "norm_topk_prob": reader.flag("norm_topk_prob", False),
+        "n_group": reader.integer("n_group", 1) or 1,
+        "topk_group": reader.integer("topk_group", 1) or 1,
+        "rope_parameters": _read_rope(reader, latent.rotary_dim / (latent.plain_dim + latent.rotary_dim)),
+    }
+
+
+def _read_rope(reader: Reader, part: float) -> dict[str, Any]:
+    """Return the `rope_parameters`; without growth in the file, queries do not grow, as in llama.cpp."""
+    prefix = "rope.scaling."
+    beta = reader.number("attention.temperature_scale", 0.0)
+    common = {
+        "rope_theta": reader.number("rope_theta", 1e4),
+        "partial_rotary_factor": part,
+        "llama_4_scaling_beta": beta,
+    }
+    reader.ignore(f"{prefix}finetuned", f"{prefix}yarn_ext_factor", f"{prefix}yarn_attn_factor")
+    reader.require(**{f"{prefix}attn_factor": 1.0})
+    kind = reader.get(f"{prefix}type")
+    if kind in (None, "none"):
+        context = reader.integer("attention.temperature_length", MAX_CONTEXT)
+        return {**common, "rope_type": "default", "original_max_position_embeddings": context}
+    check(kind == "yarn", f"rope scaling of type {str(kind)[:100]!r} is not supported for this architecture")
+    magnitude = 10 * reader.number(f"{prefix}yarn_log_multiplier", 0.0)  # files have a tenth of it
+    context = reader.positive(f"{prefix}original_context_length", MAX_CONTEXT)
+    reader.require(**{"attention.temperature_length": context})
+    return {
+        **common,
+        "rope_type": "yarn",
+        "factor": reader.number(f"{prefix}factor"),
+        "original_max_position_embeddings": context,
+        "beta_fast": reader.number(f"{prefix}yarn_beta_fast", 32.0),
+        "beta_slow": reader.number(f"{prefix}yarn_beta_slow", 1.0),
+        **({"mscale": magnitude, "mscale_all_dim": magnitude} if magnitude else {}),
+    }
+
+
+_NAMES = {
+    **common_names(
+        "model.embed_tokens", "model.norm", "lm_head", "input_layernorm", "post_attention_layernorm",
+        "self_attn.q_proj", "self_attn.q_a_proj", "self_attn.q_a_layernorm", "self_attn.q_b_proj",
+        "self_attn.kv_a_proj_with_mqa", "self_attn.kv_a_layernorm", "self_attn.kv_b_proj",
+        "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.gate",
+        "mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj",
+    ),
+    "mlp.experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "mlp.experts.down_proj": "ffn_down_exps.weight",
+}  # fmt: skip
+MODULES = (
+    GgufModule(
+        "mistral4",
+        read_mistral4,
+        _NAMES,
+        joined={"mlp.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight")},
+        merged=LATENT_HEADS,
+    ),
+)
