@@ -61,6 +61,12 @@ _MISTRAL4: dict[str, Any] = {
         "llama_4_scaling_beta": 0.1,
     },
 }  # fmt: skip
+_MIMO2: dict[str, Any] = {
+    **{key: value for key, value in BASE.items() if not key.startswith("rope")}, "num_hidden_layers": 4,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "head_dim": 32, "v_head_dim": 16, "sliding_window": 12, "n_routed_experts": 6, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64, "attention_value_scale": 0.7,
+}  # fmt: skip
 _LLAMA4: dict[str, Any] = {
     **BASE, "num_hidden_layers": 5, "head_dim": 32, "intermediate_size_mlp": 160, "intermediate_size": 64,
     "num_local_experts": 6, "num_experts_per_tok": 2, "rope_parameters": _LLAMA3_ROPE,
@@ -112,6 +118,14 @@ MORE_MODULE_CASES = (
     FamilyCase(
         "mistral4", "Mistral4ForCausalLM", _MISTRAL4, (), gguf=("f32",), rounded=("q8_0",), is_fused=True,
         json={"architectures": ["Ministral3ForCausalLM"]},  # by which the converter finds the type
+    ),
+    FamilyCase(
+        "mimo2", "MiMoV2FlashForCausalLM", _MIMO2, (), gguf=("f32", "q8_0"),
+        json={  # as published
+            "hybrid_layer_pattern": [0, 1, 1, 0], "swa_head_dim": 32, "swa_v_head_dim": 16,
+            "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+            "layernorm_epsilon": 1e-5, "rope_parameters": {"partial_rotary_factor": 0.334},
+        },
     ),
     # Experts' matrices are turned, so that codes of the file's rows do not represent them exactly.
     FamilyCase("llama4", "Llama4ForCausalLM", _LLAMA4, (), gguf=("f32",), rounded=("q8_0",)),
