@@ -29,6 +29,7 @@ from tgi_asgi.models.loading.recognise import read_gguf_module
 
 EXACT = 5e-5  # of a log-probability; correct results are within 1e-5
 LOOSE = 0.15  # the median with activations in int8: at a near tie, another expert may be chosen
+SENSITIVE = {"kimi-linear": 0.4}  # likewise, of models whose recurrent layers enlarge what rounding changes
 
 CASES = {case.name: case for case in (*MODULE_CASES, *MORE_MODULE_CASES)}
 MARKED = [
@@ -63,7 +64,7 @@ def test_log_probabilities_are_those_of_transformers(case: FamilyCase, form: str
 def test_default_arithmetic_stays_close(case: FamilyCase) -> None:
     found = reference(case)
     apart = differences(score(case, gguf_file(case, "q8_0"), found, "auto"), found)
-    assert np.median(apart) <= LOOSE
+    assert np.median(apart) <= SENSITIVE.get(case.name, LOOSE)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,11 @@ def test_a_file_that_contradicts_itself_is_refused(
         ("mimo2", {"attention.sliding_window_pattern": [0, 2, 1, 0]}, "must be a list of 4 values"),
         ("mimo2", {"expert_gating_func": 1}, "expert_gating_func"),
         ("mimo2", {"expert_group_used_count": 3}, "expert_group_used_count must be in"),
+        ("kimi-linear", {"attention.head_count_kv": [0, 0]}, "or one for each layer"),
+        ("kimi-linear", {"leading_dense_block_count": 5}, "must be at most 4"),
+        ("kimi-linear", {"kda.head_dim": 0}, "kda.head_dim must be in"),
+        ("kimi-linear", {"kda.safe_gate": True}, "kda.safe_gate"),
+        ("kimi-linear", {"expert_gating_func": 1}, "expert_gating_func"),
         ("mistral4", {"expert_gating_func": 2}, "expert_gating_func"),
         ("mistral4", {"attention.kv_lora_rank": 0}, "heads and latents cannot have"),
         ("mistral4", {"attention.q_lora_rank": -1}, "q_lora_rank must be positive"),

@@ -37,6 +37,7 @@ def read_mistral4(reader: Reader, file: GgufFile) -> dict[str, Any]:
         **config,
         **sizes,
         "model_type": "mistral4",
+        "pad_token_id": None,
         "architectures": ["Mistral4ForCausalLM"],
         "q_lora_rank": rank,
         "attention_bias": latent.has_bias,

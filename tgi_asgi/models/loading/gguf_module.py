@@ -170,7 +170,8 @@ class GgufModuleWeights(GgufTensors):
         if place.restore is None:
             return self._part(info, start, stop, (count, *shape[1:]))
         stored = [self._values(each) for each in (info, place.beside) if each is not None]
-        return ops.from_floats(place.restore(*stored).reshape(shape)[start:stop])
+        values = place.restore(*stored).reshape(shape)[start:stop]
+        return ops.from_floats(values.reshape(-1, shape[-1]) if len(shape) > 2 else values)
 
     def _values(self, info: GgufTensor) -> Floats:
         found: Floats = ops.decode(self._part(info, 0, info.shape[0], info.shape)).reshape(info.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -38,14 +40,11 @@ class GgufTensors:
         """Return bytes of a tensor in the format in which they are held.
 
         Args:
-            shape: Of these bytes; three sizes are matrices one below another.
+            shape: Of these bytes; more than two sizes are matrices one below another.
             start: Index of the first, for NVFP4's second scale.
             is_scaled: Whether to apply that scale.
         """
-        if len(shape) == 3:
-            matrix: tuple[int, ...] = (shape[0] * shape[1], shape[2])
-        else:
-            matrix = shape
+        matrix = shape if len(shape) < 3 else (math.prod(shape[:-1]), shape[-1])
         decoded = BY_NAME.get(info.type)
         if decoded is None:
             return WeightSource(data, info.type, matrix)
