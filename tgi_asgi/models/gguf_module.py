@@ -22,6 +22,7 @@ from tgi_asgi.models import gguf_modules
 from tgi_asgi.models.config_bounds import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS
 from tgi_asgi.models.family import GGUF_NAMES
 from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading_latent import read_latent
 from tgi_asgi.ops.arrays import Floats
 
 MAX_SIZE = 1 << 24  # of a dimension, which bounds a damaged file: a vocabulary has fewer
@@ -158,6 +159,27 @@ def read_common(reader: Reader) -> dict[str, Any]:
         "max_position_embeddings": reader.positive("max_position_embeddings", MAX_CONTEXT),
         "rms_norm_eps": reader.number("rms_norm_eps", 1e-6),
         "tie_word_embeddings": "output.weight" not in reader.tensors,
+    }
+
+
+def read_latent_attention(reader: Reader) -> dict[str, Any]:
+    """Return the sizes of latent attention; a file also has those of a latent, as one head's."""
+    latent = read_latent(reader)
+    sizes = {
+        "kv_lora_rank": latent.rank,
+        "qk_nope_head_dim": latent.plain_dim,
+        "qk_rope_head_dim": latent.rotary_dim,
+        "v_head_dim": latent.value_dim,
+    }
+    check(all(0 < each <= MAX_SIZE for each in sizes.values()), f"heads and latents cannot have {sizes}")
+    rank = latent.query_rank
+    check(rank is None or 0 < rank <= MAX_SIZE, f"attention.q_lora_rank must be positive, got {rank}")
+    reader.ignore("num_key_value_heads", "head_dim", "attention.value_length")
+    return {
+        **sizes,
+        "q_lora_rank": rank,
+        "attention_bias": latent.has_bias,
+        "num_key_value_heads": reader.positive("num_attention_heads", MAX_HEADS),
     }
 
 

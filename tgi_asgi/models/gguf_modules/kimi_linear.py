@@ -18,9 +18,9 @@ from tgi_asgi.models.gguf_module import (
     log_of_decay,
     per_layer,
     read_common,
+    read_latent_attention,
 )
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading_latent import read_latent
 
 _SIGMOID = 2  # of llama.cpp's functions that score experts
 
@@ -29,21 +29,8 @@ def read_kimi_linear(reader: Reader, file: GgufFile) -> dict[str, Any]:
     """Return the configuration; layers without KV heads have delta nets, with as many heads as attention."""
     num_layers = reader.positive("num_hidden_layers", MAX_LAYERS)
     heads = per_layer(reader, "num_key_value_heads", num_layers, least=0)
-    reader.replace("num_key_value_heads", 1)
     config = read_common(reader)
-    latent = read_latent(reader)
-    sizes = {
-        "kv_lora_rank": latent.rank,
-        "qk_nope_head_dim": latent.plain_dim,
-        "qk_rope_head_dim": latent.rotary_dim,
-        "v_head_dim": latent.value_dim,
-    }
-    check(all(0 < each <= MAX_SIZE for each in sizes.values()), f"heads and latents cannot have {sizes}")
-    rank = latent.query_rank
-    check(rank is None or 0 < rank <= MAX_SIZE, f"attention.q_lora_rank must be positive, got {rank}")
-    # The file says what a latent has as one head, and how it would be rotated, which it is not.
-    reader.ignore("num_key_value_heads", "head_dim", "attention.value_length", "rope.freq_base")
-    reader.ignore("rope.scaling.finetuned")
+    reader.ignore("rope.freq_base", "rope.scaling.finetuned")  # nothing is rotated
     reader.require(expert_gating_func=_SIGMOID, expert_weights_norm=True)
     num_experts = reader.positive("num_experts", MAX_SIZE)
     dense = reader.integer("leading_dense_block_count", 0)
@@ -51,13 +38,10 @@ def read_kimi_linear(reader: Reader, file: GgufFile) -> dict[str, Any]:
     groups = reader.positive("n_group", num_experts) if reader.get("n_group") else 1
     return {
         **config,
-        **sizes,
+        **read_latent_attention(reader),
         "model_type": "kimi_linear",
         "pad_token_id": None,
         "architectures": ["KimiLinearForCausalLM"],
-        "q_lora_rank": rank,
-        "attention_bias": latent.has_bias,
-        "num_key_value_heads": config["num_attention_heads"],
         "intermediate_size": reader.positive("intermediate_size", MAX_SIZE),
         "moe_intermediate_size": reader.positive("moe_intermediate_size", MAX_SIZE),
         "num_local_experts": num_experts,

@@ -10,9 +10,15 @@ from typing import Any
 from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.config_bounds import MAX_CONTEXT
-from tgi_asgi.models.gguf_module import LATENT_HEADS, MAX_SIZE, GgufModule, common_names, read_common
+from tgi_asgi.models.gguf_module import (
+    LATENT_HEADS,
+    MAX_SIZE,
+    GgufModule,
+    common_names,
+    read_common,
+    read_latent_attention,
+)
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading_latent import read_latent
 
 _SOFTMAX = 1  # of llama.cpp's functions that score experts
 
@@ -20,28 +26,16 @@ _SOFTMAX = 1  # of llama.cpp's functions that score experts
 def read_mistral4(reader: Reader, file: GgufFile) -> dict[str, Any]:
     """Return the configuration."""
     config = read_common(reader)
-    latent = read_latent(reader)
-    sizes = {
-        "kv_lora_rank": latent.rank,
-        "qk_nope_head_dim": latent.plain_dim,
-        "qk_rope_head_dim": latent.rotary_dim,
-        "v_head_dim": latent.value_dim,
-    }
-    check(all(0 < each <= MAX_SIZE for each in sizes.values()), f"heads and latents cannot have {sizes}")
-    rank = latent.query_rank
-    check(rank is None or 0 < rank <= MAX_SIZE, f"attention.q_lora_rank must be positive, got {rank}")
-    reader.ignore("num_key_value_heads", "head_dim", "attention.value_length")  # of latents, as one head's
+    latent = read_latent_attention(reader)
+    rotary = latent["qk_rope_head_dim"]
     reader.require(expert_gating_func=_SOFTMAX)
     num_experts = reader.positive("n_routed_experts", MAX_SIZE)
     return {
         **config,
-        **sizes,
+        **latent,
         "model_type": "mistral4",
         "pad_token_id": None,
         "architectures": ["Mistral4ForCausalLM"],
-        "q_lora_rank": rank,
-        "attention_bias": latent.has_bias,
-        "num_key_value_heads": config["num_attention_heads"],
         "rope_interleave": True,
         "intermediate_size": reader.positive("intermediate_size", MAX_SIZE),
         "first_k_dense_replace": reader.integer("leading_dense_block_count", 0),
@@ -53,7 +47,7 @@ def read_mistral4(reader: Reader, file: GgufFile) -> dict[str, Any]:
         "norm_topk_prob": reader.flag("norm_topk_prob", False),
         "n_group": reader.integer("n_group", 1) or 1,
         "topk_group": reader.integer("topk_group", 1) or 1,
-        "rope_parameters": _read_rope(reader, latent.rotary_dim / (latent.plain_dim + latent.rotary_dim)),
+        "rope_parameters": _read_rope(reader, rotary / (latent["qk_nope_head_dim"] + rotary)),
     }
 
 
