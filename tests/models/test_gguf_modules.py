@@ -20,7 +20,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.generic.model import GenericConfig, GenericModel
 from tgi_asgi.models.generic.modules import Embedding
 from tgi_asgi.models.gguf_module import find_module
 from tgi_asgi.models.loading.gguf_module import GgufModuleWeights
@@ -199,6 +199,14 @@ def test_experts_keep_the_files_codes() -> None:
 def test_experts_of_llama4_keep_the_files_codes() -> None:
     layer = load("llama4").module.model.layers[0]
     check_codes(layer.feed_forward.experts, 6 * 64)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["llama4", "mistral4", "mimo2", "kimi-linear"])
+def test_sequences_run_in_batches(name: str) -> None:
+    with OpenModel(gguf_file(CASES[name], "f32"), model_impl="auto") as opened:
+        assert isinstance(opened.config, GenericConfig)
+        assert opened.config.sequential_reason == ""
 
 
 def check_codes(experts: Any, num_rows: int) -> None:
