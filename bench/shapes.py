@@ -17,7 +17,10 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading import WHOLE
 
 _LAYERS = 16
-SHAPES = ("1b-q8_0", "1b-q4_k_m", "1b-gptq", "1b-gptq-act-order", "1b-gptq-act-order-decoded")
+SHAPES = (
+    "1b-q8_0", "1b-q4_k_m", "1b-iq3_xxs", "1b-iq2_xs",
+    "1b-gptq", "1b-gptq-act-order", "1b-gptq-act-order-decoded",
+)  # fmt: skip
 _GROUP = 128
 
 
@@ -51,6 +54,8 @@ class RandomWeights:
         if self._file_type.startswith("gptq") and ".layers." in name:
             source = _gptq(name.split(".")[-2], "act-order" in self._file_type, *shape)
             return source.in_order() if self._file_type.endswith("decoded") else source
+        if self._file_type.startswith("iq") and ".layers." in name:
+            return _random(self._file_type.upper(), *shape)
         return _random("Q8_0" if self._file_type == "q8_0" else _k_format(name), *shape)
 
     def unread(self) -> list[str]:

@@ -187,3 +187,26 @@ def test_the_extension_checks_what_it_is_given(
         program.reorder(source=source, order=order.astype(np.int32), out=out)
     with pytest.raises(ValueError, match="another activation"):
         program.reorder(source=source, order=np.arange(96, dtype=np.int32), out=source)
+
+
+@pytest.mark.parametrize("form", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize("packing", [EXACT, FAST], ids=["exact", "fast"])
+def test_any_format_may_have_an_order(form: str, packing: ops.Packing) -> None:
+    values, order = np.random.default_rng(3).normal(size=(48, 96)).astype(np.float32), np.arange(96)
+    order = order.reshape(4, 3, 8).swapaxes(0, 1).reshape(-1)  # heads interleaved, narrower than a block
+    stored = np.ascontiguousarray(values[:, order])
+    if form == "Q8_0":
+        source = ops.WeightSource(
+            _C.quantise(stored.view(np.uint8).reshape(-1), "F32", 96, form), form, (48, 96)
+        )
+    else:
+        source = ops.from_floats(stored.astype(np.float16) if form == "F16" else stored)
+    plain = torch.from_numpy(ops.decode(source)[:, np.argsort(order)].copy())
+    weight = ops.linear_weight(source.with_order(order), packing)
+    a = torch.randn(5, 96)
+    sorted_a = a.double()
+    if form == "Q8_0":
+        sorted_a[:, order] = rounded(a[:, order], weight.made.precision)
+    else:
+        sorted_a = rounded(a, weight.made.precision)
+    assert_close(eager_ops.linear(a, weight), linear(sorted_a, plain), length=96)

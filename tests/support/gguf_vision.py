@@ -36,6 +36,11 @@ from tests.support.vision_table import FAMILIES
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.sources import ModelFiles
 
+# What the published settings of LLaVA 1.6's tower say, for the script that converts it.
+_TILED = {
+    "image_aspect_ratio": "anyres", "image_crop_resolution": 224, "image_split_resolution": 224,
+    "mm_patch_merge_type": "spatial_unpad", "mm_projector_type": "mlp2x_gelu",
+}  # fmt: skip
 Tensors = dict[str, torch.Tensor]
 KIND = "f32"
 _CLIP = Path(__file__).with_name("convert_llava.py")
@@ -88,6 +93,14 @@ def _plain(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Te
     return config, tensors
 
 
+def _llava_next(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Name the text model's class: the converter does not know the whole model's."""
+    return {
+        **config,
+        "text_config": {**config["text_config"], "architectures": ["LlamaForCausalLM"]},
+    }, tensors
+
+
 def _smolvlm(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
     text = {**config["text_config"], "architectures": ["VLlama3ForCausalLM"]}
     return {**config, "text_config": text}, tensors
@@ -101,9 +114,20 @@ def _with_experts(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, A
     }
 
 
-def _gemma3(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+def _nested(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Give a tower's tensors their published names."""
     old, new = "vision_tower.", "vision_tower.vision_model."
     return config, {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+def _lfm2_vl(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Name the class of the text model, and what it does not save of its MLP's size."""
+    text = config["text_config"]
+    own = {
+        "architectures": ["Lfm2ForCausalLM"], "block_auto_adjust_ff_dim": False,
+        "block_ff_dim": text["intermediate_size"],
+    }  # fmt: skip
+    return _nested({**config, "text_config": {**text, **own}}, tensors)
 
 
 _INTERNVL_NAMES = {
@@ -172,6 +196,12 @@ _GEMMA4: dict[str, Any] = {
     "preprocessor": {"patch_size": 4, "pooling_kernel_size": 3}, "processor": {},
 }  # fmt: skip
 
+_QWEN3_5 = _with(
+    "qwen3_5",
+    {"vision_config": {"patch_size": 16}},
+    preprocessor={"size": {"shortest_edge": 65536, "longest_edge": 16777216}, **_QWEN, "patch_size": 16},
+)
+
 CASES: Mapping[str, Case] = {
     "smolvlm": Case(
         _with("smolvlm", {}, preprocessor={**FAMILIES["smolvlm"].preprocessor, "size": {"longest_edge": 84}}),
@@ -199,7 +229,7 @@ CASES: Mapping[str, Case] = {
             preprocessor={"size": {"height": 56, "width": 56}},
             processor={"image_seq_length": 4},
         ),
-        _gemma3,
+        _nested,
         _rounded,
     ),
     "qwen2_vl": Case(
@@ -244,6 +274,22 @@ CASES: Mapping[str, Case] = {
             architecture="Qwen3VLMoeForConditionalGeneration",
         ),
         _with_experts,
+    ),
+    "qwen3_5": Case(_QWEN3_5, _plain),
+    "qwen3_5_moe": Case(
+        dataclasses.replace(
+            _QWEN3_5,
+            config={
+                **_QWEN3_5.config,
+                "text_config": {
+                    **_QWEN3_5.config["text_config"], "model_type": "qwen3_5_moe_text", "num_experts": 4,
+                    "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                    "shared_expert_intermediate_size": 64,
+                },
+            },
+            architecture="Qwen3_5MoeForConditionalGeneration",
+        ),
+        _plain,
     ),
     "pixtral": Case(FAMILIES["pixtral"], _plain),
     "mistral3": Case(FAMILIES["mistral3"], _plain),
@@ -291,6 +337,19 @@ CASES: Mapping[str, Case] = {
         _clipped,
     ),
     "llava": Case(FAMILIES["llava"], _plain, _rounded_clip),
+    "llava_next": Case(FAMILIES["llava_next"], _llava_next, _rounded_clip),
+    "lfm2_vl": Case(
+        _with(
+            "lfm2_vl",
+            {
+                "text_config": _TIED,
+                "vision_config": {"image_size": 256, "patch_size": 16, "num_patches": 256},
+                **_TIED,
+            },
+            preprocessor={"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "return_row_col_info": True},
+        ),
+        _lfm2_vl,
+    ),
     # InternViT-6B.
     "internvl_large": Case(
         _with(
@@ -315,12 +374,13 @@ def make(name: str, folder: Path, kinds: tuple[str, str] = (KIND, KIND)) -> Made
     config, tensors = case.publish(config, tensors)
     (published / "config.json").write_text(json.dumps(config))
     safetensors.torch.save_file(tensors, published / "model.safetensors", {"format": "pt"})
-    images = transformers.AutoImageProcessor.from_pretrained(checkpoint, backend="pil").to_dict()
-    more = {key: list(images[key]) for key in ("image_mean", "image_std")}
     options = json.loads((published / "preprocessor_config.json").read_text())
-    (published / "preprocessor_config.json").write_text(json.dumps({**options, **more}))
+    if "image_mean" not in options:
+        images = transformers.AutoImageProcessor.from_pretrained(checkpoint, backend="pil").to_dict()
+        options |= {key: list(images[key]) for key in ("image_mean", "image_std")}
+    (published / "preprocessor_config.json").write_text(json.dumps(options))
     names = (kinds[0], f"mmproj-{kinds[1]}")
-    if name == "llava":
+    if name.startswith("llava"):
         convert(published, names[:1], folder)
         _convert_clip(published, folder / f"{names[1]}.gguf")
     else:
@@ -340,8 +400,11 @@ def _convert_clip(published: Path, output: Path) -> None:
         for name, each in tensors.items()
         if name.startswith("vision_tower.")
     }
-    projector = {name: each for name, each in tensors.items() if name.startswith("multi_modal_projector.")}
-    (folder / "config.json").write_text(json.dumps(config["vision_config"]))
+    parts = ("multi_modal_projector.", "image_newline")
+    projector = {name: each for name, each in tensors.items() if name.startswith(parts)}
+    grids = config.get("image_grid_pinpoints")
+    more = {} if grids is None else {**_TILED, "image_grid_pinpoints": grids}
+    (folder / "config.json").write_text(json.dumps({**config["vision_config"], **more}))
     safetensors.torch.save_file(tower, folder / "model.safetensors", {"format": "pt"})
     torch.save(projector, folder / "llava.projector")
     script = source / "tools" / "mtmd" / "legacy-models" / "convert_image_encoder_to_gguf.py"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
@@ -21,11 +22,27 @@ from tgi_asgi.models import gguf_modules
 from tgi_asgi.models.config_bounds import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS
 from tgi_asgi.models.family import GGUF_NAMES
 from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading_latent import read_latent
 from tgi_asgi.ops.arrays import Floats
 
 MAX_SIZE = 1 << 24  # of a dimension, which bounds a damaged file: a vocabulary has fewer
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _KINDS = ("weight", "bias")
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """How a checkpoint's tensor is made of two of the file's.
+
+    Attributes:
+        stored: Their names by llama.cpp, without layer.
+        make: Computes the tensor from their values.
+        shape: Returns its shape for theirs.
+    """
+
+    stored: tuple[str, str]
+    make: Callable[[Floats, Floats], Floats]
+    shape: Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +66,9 @@ class GgufModule:
         joined: llama.cpp's names of two stacks of matrices, by a checkpoint's name for one stack of both, in
             which each matrix has the rows of the second below those of the first.
         paired: llama.cpp's names, without layer and kind, of tensors whose rows it stores in rotary pairs.
+        row_orders: By llama.cpp's names without layer, the file's row of each row of a tensor.
+        column_orders: By the same names, the matrix's column of each column in the file.
+        merged: By a checkpoint's name, with kind, of a tensor that the file may have in two.
     """
 
     gguf_name: str
@@ -61,6 +81,9 @@ class GgufModule:
     unused: Sequence[str] = ()
     joined: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     paired: Sequence[str] = ()
+    row_orders: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    column_orders: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    merged: Mapping[str, Merged] = field(default_factory=dict)
 
     def restore_of(self, stored: str) -> Callable[[Floats], Floats] | None:
         """Return what undoes the converter's change to a tensor of the file; None if it changed none."""
@@ -75,9 +98,23 @@ class GgufModule:
         outer = stored.removesuffix(name)
         return f"{prefix}{found[0]}", f"{outer}{found[1][0]}", f"{outer}{found[1][1]}"
 
+    def merged_of(self, stored: str) -> tuple[str, Merged, list[str]] | None:
+        """Return a checkpoint's name for what a tensor is a part of, how it is made, and its parts' names."""
+        prefix, name = self._prefix_of(stored)
+        found = next(((own, each) for own, each in self.merged.items() if name in each.stored), None)
+        if found is None:
+            return None
+        outer = stored.removesuffix(name)
+        return f"{prefix}{found[0]}", found[1], [f"{outer}{part}" for part in found[1].stored]
+
     def is_paired(self, stored: str) -> bool:
         """Return whether the rows of a tensor of the file are stored in rotary pairs."""
         return self._prefix_of(stored)[1].rpartition(".")[0] in self.paired
+
+    def orders_of(self, stored: str) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.int64] | None]:
+        """Return the orders of a tensor's rows and columns, each None if it is the model's."""
+        name = self._prefix_of(stored)[1]
+        return self.row_orders.get(name), self.column_orders.get(name)
 
     def shape_of(self, stored: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a tensor of the file after `restore_of`."""
@@ -122,6 +159,58 @@ def read_common(reader: Reader) -> dict[str, Any]:
         "max_position_embeddings": reader.positive("max_position_embeddings", MAX_CONTEXT),
         "rms_norm_eps": reader.number("rms_norm_eps", 1e-6),
         "tie_word_embeddings": "output.weight" not in reader.tensors,
+    }
+
+
+def read_latent_attention(reader: Reader) -> dict[str, Any]:
+    """Return the sizes of latent attention; a file also has those of a latent, as one head's."""
+    latent = read_latent(reader)
+    sizes = {
+        "kv_lora_rank": latent.rank,
+        "qk_nope_head_dim": latent.plain_dim,
+        "qk_rope_head_dim": latent.rotary_dim,
+        "v_head_dim": latent.value_dim,
+    }
+    check(all(0 < each <= MAX_SIZE for each in sizes.values()), f"heads and latents cannot have {sizes}")
+    rank = latent.query_rank
+    check(rank is None or 0 < rank <= MAX_SIZE, f"attention.q_lora_rank must be positive, got {rank}")
+    reader.ignore("num_key_value_heads", "head_dim", "attention.value_length")
+    return {
+        **sizes,
+        "q_lora_rank": rank,
+        "attention_bias": latent.has_bias,
+        "num_key_value_heads": reader.positive("num_attention_heads", MAX_HEADS),
+    }
+
+
+def read_frequencies(
+    reader: Reader, file: GgufFile, rotary_dim: int, max_positions: int, theta: float = 10000.0
+) -> dict[str, Any]:
+    """Return the `rope_parameters` of a file that may have a factor for each frequency.
+
+    Llama 3's scaling becomes such factors in llama.cpp's converter. `transformers` calls any list of them
+    LongRoPE, whose two lists are the same then.
+    """
+    theta = reader.number("rope_theta", theta)
+    reader.require(**{"rope.scaling.type": "none", "rope.scaling.factor": 1.0})
+    name = "rope_freqs.weight"
+    if name not in reader.tensors:
+        return {"rope_type": "default", "rope_theta": theta}
+    info = file.tensor(name)
+    check(
+        info.type == "F32" and info.shape == (rotary_dim // 2,),
+        f"tensor {name!r} must have a factor for each of {rotary_dim // 2} frequencies",
+    )
+    factors = file.raw(name).view(np.float32)
+    check(bool(np.isfinite(factors).all() and (factors > 0).all()), f"{name!r} must be positive")
+    return {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": max_positions,
+        "short_factor": factors.tolist(),
+        "long_factor": factors.tolist(),
     }
 
 
@@ -171,6 +260,24 @@ def log_of_decay(stored: Floats) -> Floats:
     check(bool((stored < 0).all()), "ssm_a must be negative")
     found: Floats = np.log(-stored)
     return found
+
+
+def _latent_heads(keys: Floats, values: Floats) -> Floats:
+    """Return the rows of heads' keys and values, of matrices for each head; those of keys are transposed."""
+    found: Floats = np.concatenate([keys.swapaxes(1, 2), values], axis=1)
+    return found.reshape(-1, found.shape[2])
+
+
+def _latent_shape(keys: tuple[int, ...], values: tuple[int, ...]) -> tuple[int, ...]:
+    are_heads = len(keys) == len(values) == 3 and keys[0] == values[0] and keys[1] == values[2]
+    check(are_heads, f"matrices of heads [{list(keys)}] and [{list(values)}] do not belong together")
+    return (keys[0] * (keys[2] + values[1]), keys[1])
+
+
+# The product of latents with which heads' keys and values begin; llama.cpp has a matrix of each head's.
+LATENT_HEADS: Mapping[str, Merged] = {
+    "self_attn.kv_b_proj.weight": Merged(("attn_k_b.weight", "attn_v_b.weight"), _latent_heads, _latent_shape)
+}
 
 
 def common_names(*names: str) -> dict[str, str]:

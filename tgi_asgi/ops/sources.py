@@ -85,6 +85,13 @@ class WeightSource:
         data = np.ascontiguousarray(self.data.reshape(self.shape[0], -1)[order]).reshape(-1)
         return replace(self, data=data, shape=(len(order), *self.shape[1:]))
 
+    def with_order(self, order: npt.NDArray[np.int64]) -> WeightSource:
+        """Return the matrix, of which the data has the columns in this order; floats are sorted."""
+        if self.format not in WORDS:
+            return replace(self, order=order)
+        words = self.data.view(WORDS[self.format]).reshape(self.shape)
+        return replace(self, data=words[:, np.argsort(order)].reshape(-1).view(np.uint8))
+
     def in_order(self) -> WeightSource:
         """Return the matrix with its columns in order, as floats, because a group's columns are not adjacent.
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 from tests.models.generic.test_vision import ANSWER, distance
 from tests.support import gguf_vision
@@ -22,10 +24,13 @@ from tgi_asgi import ops
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ImageProcessor
 
+LARGE = (1000, 600)  # pixels
+MORE_CLIENTS = ("qwen2_5_vl", "qwen3_5", "lfm2_vl")
 FEW = ("smolvlm", "gemma3", "qwen2_5_vl", "mistral3")
 
 pytestmark = [pytest.mark.demo, pytest.mark.filterwarnings("ignore")]  # the converter is fetched
@@ -68,6 +73,19 @@ def test_logits_are_those_of_transformers(name: str, model_of: Callable[[str], M
     for logits, prompt in zip(found, own, strict=True):
         wanted = vision.reference(made.checkpoint, prompt, ANSWER, reference)
         assert distance(logits, wanted) < 1e-4
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["lfm2_vl"])
+def test_large_images_are_cut_into_tiles(name: str, model_of: Callable[[str], Made]) -> None:
+    made, family = model_of(name), CASES[name].family
+    model, processor, _ = opened(made.files)
+    parts: list[Part] = ["what is ", picture(*LARGE), " this?"]
+    prompt = vision.prompt_with(family, made.checkpoint, processor, parts)
+    own = vision.prompt_with(family, made.checkpoint, vision.processor_of(made.checkpoint), parts)
+    assert prompt.ids == own.ids
+    (found,), _ = run(model, [(prompt, ANSWER)], [1000])
+    assert distance(found, vision.reference(made.checkpoint, own, ANSWER)) < 1e-4
 
 
 @pytest.mark.models
@@ -143,7 +161,40 @@ def test_files_with_codes_are_close(name: str, projector: str, tmp_path: Path) -
         assert 1e-6 < float(np.linalg.norm(logits - wanted) / np.linalg.norm(wanted)) < 0.1
 
 
-@pytest.mark.parametrize("name", ["gemma3", pytest.param("qwen2_5_vl", marks=pytest.mark.models)])
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_codes_in_another_order_give_what_their_values_give(name: str, tmp_path: Path) -> None:
+    made = gguf_vision.make(name, tmp_path, ("q8_0", "f32"))
+    model, processor, _ = opened(made.files)
+    decoded = shutil.copytree(made.checkpoint, tmp_path / "decoded")
+    path = decoded / "model.safetensors"
+    with OpenModel(made.files, model_impl="auto") as files:
+        tensors = {
+            key: values_of(files.weights, key, tensor)
+            for key, tensor in safetensors.torch.load_file(path).items()
+        }
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    prompts = prompts_of(made, name, processor)
+    found, _ = run(model, [(prompt, ANSWER) for prompt in prompts], [7, 5, 1000])
+    reference = vision.open_reference(decoded)
+    for logits, prompt in zip(found, prompts, strict=True):
+        assert distance(logits, vision.reference(decoded, prompt, ANSWER, reference)) < 1e-4
+
+
+def values_of(weights: Weights, name: str, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the values of a weight of the files, which are near those of the checkpoint."""
+    source = weights.get(name, tuple(wanted.shape))
+    values = ops.decode(replace(source, order=None))
+    if source.order is not None:
+        values = values[:, np.argsort(source.order)]  # `in_order` rounds to float16
+    found = torch.from_numpy(values).reshape(wanted.shape).contiguous()
+    assert float((found - wanted).norm() / wanted.norm()) < 0.01
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma3", *(pytest.param(name, marks=pytest.mark.models) for name in MORE_CLIENTS)]
+)
 async def test_a_client_gets_what_transformers_would_answer(
     name: str, model_of: Callable[[str], Made], tmp_path: Path
 ) -> None:

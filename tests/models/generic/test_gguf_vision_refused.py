@@ -102,6 +102,35 @@ def floats(*shape: int) -> np.ndarray:
         ("mistral3", {f"{VISION}spatial_merge_size": 1}, {}, "which the tensors contradict"),
         ("mistral3", {f"{VISION}attention.head_count": 16}, {}, "heads of 2 have no two rotary axes"),
         ("mistral3", {f"{VISION}attention.layer_norm_epsilon": 1e-3}, {}, "must be 1e-05"),
+        ("lfm2_vl", {f"{VISION}projector.scale_factor": 3}, {}, "cannot be cut into tokens of 48"),
+        ("lfm2_vl", {f"{VISION}projector.scale_factor": 0}, {}, "projector.scale_factor must be in"),
+        ("lfm2_vl", {f"{VISION}projector.scale_factor": 16}, {}, "a tile would have 65536 patches"),
+        (
+            "lfm2_vl", {f"{VISION}image_size": 1040}, {"v.position_embd.weight": floats(65**2, 32)},
+            "a tile would have 1024 patches, with positions among 65 x 65",
+        ),
+        ("lfm2_vl", {f"{VISION}image_size": 128}, {}, "'v.position_embd.weight' has the shape"),
+        ("lfm2_vl", {}, {"mm.2.weight": floats(32, 48)}, "it gives rows of 32 numbers"),
+        ("lfm2_vl", {}, {"mm.1.weight": floats(48, 64)}, "has the shape"),
+        ("lfm2_vl", {}, {"mm.1.weight": None}, "there is no tensor 'mm.1.weight'"),
+        ("lfm2_vl", {}, {"mm.input_norm.bias": None}, "no tensor for '.*layer_norm.bias'"),
+        ("lfm2_vl", {"clip.projector_type": "idefics3"}, {}, "with text models of .* 'lfm2'"),
+        ("llava_next", {f"{VISION}image_grid_pinpoints": [28, 56, 56]}, {}, "pairs of multiples of 28"),
+        ("llava_next", {f"{VISION}image_grid_pinpoints": [28, 57]}, {}, "pairs of multiples of 28"),
+        ("llava_next", {f"{VISION}image_grid_pinpoints": []}, {}, "pairs of multiples of 28"),
+        ("llava_next", {f"{VISION}image_grid_pinpoints": None}, {}, "pairs of multiples of 28"),
+        (
+            "llava_next", {f"{VISION}image_grid_pinpoints": [28, 56, 5600, 5600]}, {},
+            "enlarge every image to 31360000 pixels",
+        ),
+        ("llava_next", {f"{VISION}mm_patch_merge_type": "spatial"}, {}, "mm_patch_merge_type"),
+        ("llava_next", {f"{VISION}feature_layer": [1, 2]}, {}, "`feature_layer` is"),
+        ("llava_next", {}, {"model.image_newline": None}, "`mm_patch_merge_type` is spatial_unpad"),
+        ("llava_next", {}, {"model.image_newline": floats(32)}, "'model.image_newline' has the shape"),
+        ("llava_next", {}, {"mm.2.weight": floats(32, 32)}, "it gives rows of 32 numbers"),
+        ("qwen3_5", {f"{VISION}is_deepstack_layers": [True, False, False]}, {}, "rows of the last only"),
+        ("qwen3_5", {}, {"mm.2.weight": floats(32, 128)}, "it gives rows of 32 numbers"),
+        ("qwen3_5", {"clip.projector_type": "qwen2.5vl_merger"}, {}, "with text models of .* 'qwen35'"),
     ],
 )  # fmt: skip
 def test_files_that_contradict_themselves_are_refused(
@@ -111,6 +140,42 @@ def test_files_that_contradict_themselves_are_refused(
     made = model_of(name)
     assert made.files.projector is not None
     check_refused(made, changed(made.files.projector, tmp_path / "mmproj.gguf", metadata, tensors), reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "reason"),
+    [
+        ("lfm2_vl", {"attention.head_count_kv": [0, 2]}, "KV heads of 3 layers, got 2"),
+        ("lfm2_vl", {"shortconv.l_cache": 0}, "shortconv.l_cache must be in"),
+        ("lfm2_vl", {"shortconv.l_cache": 4}, "has the shape"),
+        ("qwen3_5", {"ssm.time_step_rank": 3}, "must be whole heads, of which there are 3"),
+        ("qwen3_5", {"ssm.group_count": 3}, "4 heads of values cannot share 3 of keys"),
+        ("qwen3_5", {"ssm.group_count": 1}, "has the shape"),
+        ("qwen3_5", {"ssm.state_size": 1 << 30}, "ssm.state_size must be in"),
+        ("qwen3_5", {"ssm.conv_kernel": 3}, "has the shape"),
+        ("qwen3_5", {"rope.dimension_count": 7}, "rope.dimension_count must be even"),
+        ("qwen3_5", {"rope.dimension_sections": [1, 1, 1, 1]}, "must be three parts of 4"),
+        ("qwen3_5", {"block_count": 4}, "no tensor for"),
+        ("qwen3_5", {"nextn_predict_layers": 3}, "block_count must be in"),
+    ],
+)
+def test_text_models_that_contradict_themselves_are_refused(
+    name: str, metadata: Mapping[str, Any], reason: str, model_of: Callable[[str], Made], tmp_path: Path
+) -> None:
+    made = model_of(name)
+    text = changed_text(made, tmp_path / "text.gguf", metadata, {})
+    with pytest.raises(ModelLoadError, match=reason):
+        OpenModel(replace(made.files, path=text), model_impl="auto")
+
+
+def changed_text(made: Made, path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> Path:
+    """Write a text model's file with other metadata, whose keys lack the architecture's name, and tensors."""
+    with GgufFile.open(made.files.path) as file:
+        items = file.metadata.items()
+        lists = {key: each.to_list() for key, each in items if isinstance(each, GgufStrings)}
+        kind = file.metadata["general.architecture"]
+    own = {f"{kind}.{key}": value for key, value in metadata.items()}
+    return changed(made.files.path, path, {**lists, **own}, tensors)
 
 
 def test_a_file_of_another_model_is_refused(model_of: Callable[[str], Made]) -> None:
@@ -176,10 +241,7 @@ def test_a_text_model_with_tensors_that_the_class_lacks_is_served_without_images
     """The native family knows what old files have beside weights."""
     made = model_of("smolvlm")
     more = {"blk.0.attn_rot_embd.weight": floats(8)}
-    with GgufFile.open(made.files.path) as file:
-        items = file.metadata.items()
-        tokens = {key: each.to_list() for key, each in items if isinstance(each, GgufStrings)}
-    text = changed(made.files.path, tmp_path / "old.gguf", tokens, more)
+    text = changed_text(made, tmp_path / "old.gguf", {}, more)
     files = replace(made.files, path=text, is_projector_named=False)
     with caplog.at_level(logging.WARNING), OpenModel(files, model_impl="auto") as opened:
         assert opened.kind == "native"
@@ -269,7 +331,9 @@ _NUMBERS: tuple[Any, ...] = (
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["smolvlm", "gemma3", "gemma4", "qwen2_5_vl", "mistral3"])
+@pytest.mark.parametrize(
+    "name", ["smolvlm", "gemma3", "gemma4", "qwen2_5_vl", "mistral3", "lfm2_vl", "qwen3_5"]
+)
 def test_random_changes_are_served_or_refused(
     name: str, model_of: Callable[[str], Made], tmp_path: Path
 ) -> None:

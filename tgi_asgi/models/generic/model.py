@@ -152,7 +152,7 @@ class OpenGeneric:
         self._model = build(directory, config, trusts_code=trusts_code, rope=rope, vocab_size=vocab_size)
         check_servable(self._model)
         adapt(self._model)
-        adapt_experts(self._model)
+        adapt_experts(self._model, is_gguf=directory is None)
         complete_outputs(self._model)
         cross_attention.adapt(self._model)
         keep_states_in_caches(self._model)

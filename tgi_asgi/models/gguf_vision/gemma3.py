@@ -14,7 +14,7 @@ from tgi_asgi.models.gguf_vision.projector import (
     read_sizes,
 )
 from tgi_asgi.models.gguf_vision.siglip import SIGLIP_LAYERS
-from tgi_asgi.models.gguf_vision.texts import less_one
+from tgi_asgi.models.gguf_vision.text_reading import less_one
 from tgi_asgi.models.reader import Reader
 
 _TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."

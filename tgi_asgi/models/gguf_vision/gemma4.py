@@ -12,10 +12,10 @@ from tgi_asgi.models.gguf_vision.projector import (
     check_enlarged,
     check_stored,
     check_width,
+    flat_patches,
     read_sizes,
 )
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.ops.arrays import Floats
 
 _TOWER = "model.vision_tower."
 _TABLE, _PATCHES, _MATRIX = "v.position_embd.weight", "v.patch_embd.weight", "mm.input_projection.weight"
@@ -69,7 +69,7 @@ def read_gemma4(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
                     names.add_one(f"{layers.format(index)}{own}.{clip}", stored)
     channels = 3 * sizes.patch_size**2
     embedder = f"{_TOWER}patch_embedder."
-    names.add_one(f"{embedder}input_proj.weight", _PATCHES, make=_by_pixel, shape=(sizes.width, channels))
+    names.add_one(f"{embedder}input_proj.weight", _PATCHES, make=flat_patches, shape=(sizes.width, channels))
     names.add_one(f"{embedder}position_embedding_table", _TABLE)
     names.add_one("model.embed_vision.embedding_projection.weight", _MATRIX)
     is_scaled = "v.std_scale" in file.tensors
@@ -130,12 +130,6 @@ def _padding(text: TextFile) -> int:
     """Return the token whose embeddings of layers an image's tokens have."""
     found = text.file.metadata.get("tokenizer.ggml.padding_token_id", 0)
     return found if type(found) is int and 0 <= found < text.config["vocab_size"] else 0
-
-
-def _by_pixel(stored: Floats) -> Floats:
-    """Return the matrix for patches whose colours stand side by side, of a convolution's weights."""
-    found: Floats = stored.transpose(0, 2, 3, 1)
-    return found
 
 
 PROJECTORS = (Projector("gemma4v", {"gemma4": "gemma4_text"}, read_gemma4),)

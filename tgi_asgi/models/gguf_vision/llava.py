@@ -1,4 +1,6 @@
-"""LLaVA 1.5: CLIP's tower up to the layer that is read, and two matrices.
+"""LLaVA 1.5 and 1.6: CLIP's tower up to the layer that is read, and two matrices.
+
+LLaVA 1.6 cuts images into tiles, in one of several grids, and ends each row of patches with a learned one.
 
 llama.cpp's first converter wrote these files (`tools/mtmd/legacy-models`); it leaves out what nothing reads.
 """
@@ -13,7 +15,9 @@ from tgi_asgi.models.gguf_vision.projector import (
     Projector,
     TextFile,
     TowerNames,
+    TowerSizes,
     VisionModel,
+    check_enlarged,
     check_stored,
     check_width,
     read_sizes,
@@ -24,17 +28,24 @@ from tgi_asgi.ops.arrays import Floats
 
 _TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
 _IMAGE = "<image>"
+_NEWLINE = "model.image_newline"
 _NO_TEXT = (2, 3)  # types of unknown and of control tokens
+_MAX_GRIDS, _MAX_SIDE = 64, 1 << 14
 
 
 def read_llava(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
-    """Return a LLaVA; its tower's last layer is the one that is read, the last but one of CLIP's."""
+    """Return a LLaVA; its tower's last layer is the one that is read, the last but one of CLIP's.
+
+    A LLaVA 1.6 is a LLaVA-NeXT for `transformers`.
+    """
     uses_gelu = reader.flag("use_gelu", False)
     sizes = read_sizes(reader, file)
     check_stored(file, "v.position_embd.weight", (sizes.side**2 + 1, sizes.width))
     check_stored(file, "v.class_embd", (sizes.width,))
     check_width(file, "mm.2.weight", text)
     reader.ignore("projection_dim")
+    reader.require(feature_layer=[sizes.num_layers], mm_projector_type="mlp2x_gelu")
+    grids = _read_grids(reader, file, sizes, text)
     names = TowerNames(file, sizes)
     names.add({f"{_TOWER}encoder.layers.{{}}.{own}": name for own, name in SIGLIP_LAYERS.items()})
     names.add({
@@ -54,8 +65,8 @@ def read_llava(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
         names.add_one(f"{_TOWER}post_layernorm.{kind}", make=ones, shape=(sizes.width,))
     token = _placeholder(text)
     config = {
-        "model_type": "llava",
-        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava_next" if grids else "llava",
+        "architectures": [f"{'LlavaNext' if grids else 'Llava'}ForConditionalGeneration"],
         "text_config": dict(text.config),
         "vision_config": {
             **sizes.config(),
@@ -73,8 +84,12 @@ def read_llava(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
         "tie_word_embeddings": text.config["tie_word_embeddings"],
     }
     side = {"height": sizes.image_size, "width": sizes.image_size}
+    if grids:
+        names.add_one(_NEWLINE, _NEWLINE)
+        config["image_grid_pinpoints"] = grids
     preprocessor = {
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": "LlavaNextImageProcessor" if grids else "CLIPImageProcessor",
+        **({"image_grid_pinpoints": grids} if grids else {}),
         "size": {"shortest_edge": sizes.image_size},
         "crop_size": side,
         **sizes.normal,
@@ -87,6 +102,27 @@ def read_llava(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
     return VisionModel(
         config, "model.language_model.", names.finish(), preprocessor, processor, {"image_token": token}
     )
+
+
+def _read_grids(reader: Reader, file: GgufFile, sizes: TowerSizes, text: TextFile) -> list[list[int]]:
+    """Return the heights and widths to which images may be resized, in whole tiles; empty for LLaVA 1.5."""
+    if _NEWLINE not in file.tensors:
+        reader.require(mm_patch_merge_type="flat")
+        return []
+    check_stored(file, _NEWLINE, (text.config["hidden_size"],))
+    reader.require(mm_patch_merge_type="spatial_unpad", image_aspect_ratio="anyres")
+    reader.ignore("image_crop_resolution", "image_split_resolution")  # nothing reads them
+    given = reader.get("image_grid_pinpoints")
+    values = given if isinstance(given, list) else []
+    check(
+        0 < len(values) <= 2 * _MAX_GRIDS and len(values) % 2 == 0
+        and all(type(each) is int and 0 < each <= _MAX_SIDE for each in values)
+        and all(each % sizes.image_size == 0 for each in values),
+        f"image_grid_pinpoints must be pairs of multiples of {sizes.image_size}, got {str(given)[:100]}",
+    )  # fmt: skip
+    pairs = [values[index : index + 2] for index in range(0, len(values), 2)]
+    check_enlarged(max(height * width for height, width in pairs), "image_grid_pinpoints")
+    return pairs
 
 
 def _placeholder(text: TextFile) -> str:

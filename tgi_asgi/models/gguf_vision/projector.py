@@ -244,6 +244,12 @@ def check_width(file: GgufFile, name: str, text: TextFile, *, axis: int = 0) -> 
     )
 
 
+def flat_patches(stored: Floats) -> Floats:
+    """Return a convolution's weights [n, 3, p, p] as those of a product with patches [p, p, 3]."""
+    found: Floats = stored.transpose(0, 2, 3, 1)
+    return found
+
+
 def check_enlarged(num_pixels: int, keys: str) -> None:
     """Refuse settings by which any image, however small, becomes one of so many pixels."""
     check(

@@ -1,4 +1,4 @@
-"""Qwen 2-VL, 2.5-VL and 3-VL: towers for images of any size, whose patches are two frames deep."""
+"""Qwen 2-VL, 2.5-VL, 3-VL and 3.5: towers for images of any size, whose patches are two frames deep."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ _ARCHITECTURES = {
     "qwen2_5_vl": "Qwen2_5_VL",
     "qwen3_vl": "Qwen3VL",
     "qwen3_vl_moe": "Qwen3VLMoe",
+    "qwen3_5": "Qwen3_5",
+    "qwen3_5_moe": "Qwen3_5Moe",
 }
+_DEEP = ("qwen3_vl_text", "qwen3_vl_moe_text")  # models that take rows of several of the tower's layers
 _LAYERS = {
     "norm1": "v.blk.{}.ln1",
     "norm2": "v.blk.{}.ln2",
@@ -60,7 +63,7 @@ def read_qwen2_vl(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel
         "mlp_ratio": sizes.mlp_width // sizes.width,
     }
     names = _names_of_2(file, sizes, mlp)
-    return _model(reader, file, text, sizes, vision, names, "qwen2_vl", _PIXELS_OF_2)
+    return _model(reader, file, text, sizes, vision, names, _PIXELS_OF_2)
 
 
 def read_qwen2_5_vl(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
@@ -84,11 +87,14 @@ def read_qwen2_5_vl(reader: Reader, file: GgufFile, text: TextFile) -> VisionMod
         "fullatt_block_indexes": list(range(period - 1, sizes.num_layers, period)),
     }
     names = _names_of_2(file, sizes, mlp)
-    return _model(reader, file, text, sizes, vision, names, "qwen2_5_vl", _PIXELS_OF_2)
+    return _model(reader, file, text, sizes, vision, names, _PIXELS_OF_2)
 
 
 def read_qwen3_vl(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
-    """Return a Qwen 3-VL: rows of some of the tower's layers are added after the decoder's first ones."""
+    """Return a Qwen 3-VL: rows of some of the tower's layers are added after the decoder's first ones.
+
+    A Qwen 3.5 is the same without those.
+    """
     sizes = read_sizes(reader, file)
     reader.require(spatial_merge_size=_MERGE)
     given = reader.get("is_deepstack_layers")
@@ -98,6 +104,10 @@ def read_qwen3_vl(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel
         f"is_deepstack_layers must say something of {sizes.num_layers} layers, got {str(given)[:100]}",
     )
     deep = [layer for layer, is_deep in enumerate(flags) if is_deep]
+    check(
+        not deep or text.config["model_type"] in _DEEP,
+        f"is_deepstack_layers names {len(deep)} layers, but this text model takes rows of the last only",
+    )
     check(
         len(deep) <= text.config["num_hidden_layers"],
         f"rows of {len(deep)} layers cannot be added to {text.config['num_hidden_layers']}",
@@ -109,7 +119,7 @@ def read_qwen3_vl(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel
         "intermediate_size": sizes.mlp_width,
         "out_hidden_size": text.config["hidden_size"],
         "num_position_embeddings": sizes.side**2,
-        "deepstack_visual_indexes": deep,
+        **({"deepstack_visual_indexes": deep} if text.config["model_type"] in _DEEP else {}),
         "hidden_act": "gelu_pytorch_tanh",
     }
     names = TowerNames(file, sizes)
@@ -130,7 +140,7 @@ def read_qwen3_vl(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel
         merger = f"{_TOWER}deepstack_merger_list.{index}."
         parts = {"norm": "norm", "linear_fc1": "fc1", "linear_fc2": "fc2"}
         names.add({f"{merger}{own}": f"v.deepstack.{layer}.{stored}" for own, stored in parts.items()})
-    return _model(reader, file, text, sizes, vision, names, "qwen3_vl", _PIXELS_OF_3)
+    return _model(reader, file, text, sizes, vision, names, _PIXELS_OF_3)
 
 
 def _vision_config(sizes: TowerSizes) -> dict[str, Any]:
@@ -158,7 +168,7 @@ def _names_of_2(file: GgufFile, sizes: TowerSizes, mlp: Mapping[str, str]) -> To
 
 def _model(
     reader: Reader, file: GgufFile, text: TextFile, sizes: TowerSizes, vision: dict[str, Any],
-    names: TowerNames, kind: str, pixels: tuple[int, int],
+    names: TowerNames, pixels: tuple[int, int],
 ) -> VisionModel:  # fmt: skip
     """Return what is the same for all of them."""
     frames = ("v.patch_embd.weight", "v.patch_embd.weight.1")
@@ -180,8 +190,7 @@ def _model(
     )
     others = {"video_token_id": _VIDEO, "vision_start_token_id": _START, "vision_end_token_id": _END}
     ids = {key: text.find_token(each) for key, each in others.items()}
-    if "num_experts" in text.config:
-        kind = f"{kind}_moe"
+    kind = text.config["model_type"].removesuffix("_text")
     architecture = _ARCHITECTURES[kind]
     config = {
         "model_type": kind,
@@ -218,7 +227,12 @@ PROJECTORS = (
     Projector("qwen2.5vl_merger", {"qwen2vl": "qwen2_5_vl_text"}, read_qwen2_5_vl),
     Projector(
         "qwen3vl_merger",
-        {"qwen3vl": "qwen3_vl_text", "qwen3vlmoe": "qwen3_vl_moe_text"},
+        {
+            "qwen3vl": "qwen3_vl_text",
+            "qwen3vlmoe": "qwen3_vl_moe_text",
+            "qwen35": "qwen3_5_text",
+            "qwen35moe": "qwen3_5_moe_text",
+        },
         read_qwen3_vl,
     ),
 )

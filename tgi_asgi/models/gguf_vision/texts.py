@@ -6,46 +6,29 @@ which are used here, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from tgi_asgi.errors import ModelLoadError, check
+from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.config_bounds import MAX_CONTEXT, MAX_HEADS
+from tgi_asgi.models.config_bounds import MAX_CONTEXT
 from tgi_asgi.models.family import SANDWICH_NAMES
-from tgi_asgi.models.gguf_module import (
-    MAX_SIZE,
-    GgufModule,
-    common_names,
-    find_module,
-    layer_types,
-    read_common,
-    vocab_size_of,
+from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, find_module, layer_types
+from tgi_asgi.models.gguf_vision.recurrent_texts import RECURRENT_TEXTS
+from tgi_asgi.models.gguf_vision.text_reading import (
+    NAMES,
+    WITH_NORMS,
+    Text,
+    less_one,
+    read_plain,
+    read_rope,
+    read_sections,
 )
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.ops.arrays import Floats
 
 _LAYERS_OF_27B = 62  # llama.cpp recognises Gemma 3 27B, whose attention has another scale, by these
 _GEMMA_PERIOD = 6  # of the layers without a window
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """One architecture.
-
-    Attributes:
-        read: Returns the decoder's configuration without its type.
-        names: llama.cpp's names of a layer's tensors, by those of `transformers`.
-        is_paired: Whether llama.cpp stores rotary pairs of queries and keys adjacent.
-        restored, joined: As for `GgufModule`.
-    """
-
-    read: Callable[[Reader, GgufFile], dict[str, Any]]
-    names: Mapping[str, str]
-    is_paired: bool = False
-    restored: Mapping[str, Callable[[Floats], Floats]] = field(default_factory=dict)
-    joined: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def read_text(file: GgufFile, kind: str) -> dict[str, Any]:
@@ -67,8 +50,12 @@ def is_known(name: str) -> bool:
     return name in TEXTS or find_module(name) is not None
 
 
-def text_module(file: GgufFile, prefix: str) -> GgufModule:
-    """Return the names of a text model's tensors, which begin with a prefix, except the head's."""
+def text_module(file: GgufFile, config: Mapping[str, Any], prefix: str) -> GgufModule:
+    """Return the names of a text model's tensors, which begin with a prefix, except the head's.
+
+    Args:
+        config: What `read_text` has returned.
+    """
     module = find_module(_architecture(file))
     if module is not None:
         names = {
@@ -77,15 +64,18 @@ def text_module(file: GgufFile, prefix: str) -> GgufModule:
         }
         return replace(module, names=names, layers=f"{prefix}layers.")
     text = TEXTS[_architecture(file)]
-    outer = {f"{prefix}embed_tokens": "token_embd", f"{prefix}norm": "output_norm", "lm_head": "output"}
+    rows, columns = text.orders(config)
+    outer = {f"{prefix}{own}": stored for own, stored in text.outer.items()}
     return GgufModule(
         _architecture(file),
         lambda reader, file: {},
-        {**outer, **text.names},
+        {"lm_head": "output", **outer, **text.names},
         layers=f"{prefix}layers.",
         restored=text.restored,
         joined=text.joined,
         paired=("attn_q", "attn_k") if text.is_paired else (),
+        row_orders=rows,
+        column_orders=columns,
     )
 
 
@@ -93,71 +83,19 @@ def _architecture(file: GgufFile) -> str:
     return str(file.metadata.get("general.architecture"))
 
 
-def _read_plain(reader: Reader, file: GgufFile, *, has_experts: bool = False) -> dict[str, Any]:
-    """Return what every decoder has."""
-    reader.replace("vocab_size", vocab_size_of(file))  # files may list more tokens, or fewer
-    config = read_common(reader)
-    num_heads = config["num_attention_heads"]
-    head_dim = reader.integer("head_dim", config["hidden_size"] // num_heads)
-    check(0 < head_dim <= MAX_SIZE, f"attention.key_length must be positive, got {head_dim}")
-    reader.require(**{"attention.value_length": head_dim, "rope.dimension_count": head_dim})
-    if not has_experts:
-        reader.require(expert_count=0, expert_used_count=0)
-    num_kv_heads = reader.integer("num_key_value_heads", num_heads)
-    check(0 < num_kv_heads <= MAX_HEADS, f"attention.head_count_kv must be positive, got {num_kv_heads}")
-    check(
-        "rope_freqs.weight" not in reader.tensors,
-        "its rotary embedding has a factor for each frequency (rope_freqs.weight)",
-    )
-    reader.ignore("use_parallel_residual", "tensor_data_layout")  # as for native families
-    return {
-        **config,
-        "intermediate_size": reader.positive("intermediate_size", MAX_SIZE),
-        "num_key_value_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "pad_token_id": 0,  # takes the place of an image's tokens, whose rows are replaced
-    }
-
-
-def _read_rope(reader: Reader) -> dict[str, Any]:
-    """Return the `rope_parameters`, with the scalings that such files have."""
-    theta = reader.number("rope_theta", 10000.0)
-    kind, prefix = reader.get("rope.scaling.type"), "rope.scaling."
-    reader.ignore(f"{prefix}finetuned")
-    reader.require(**{f"{prefix}attn_factor": 1.0})
-    factor = reader.number(f"{prefix}factor", 1.0)
-    if kind in (None, "none") or (kind == "linear" and factor == 1):
-        return {"rope_type": "default", "rope_theta": theta}
-    if kind == "linear":
-        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
-    if kind != "yarn":
-        raise ModelLoadError(f"rope scaling of type {str(kind)[:100]!r} is not supported beside images")
-    reader.ignore(f"{prefix}yarn_ext_factor", f"{prefix}yarn_attn_factor")  # as for native families
-    return {
-        "rope_type": "yarn",
-        "rope_theta": theta,
-        "factor": factor,
-        "original_max_position_embeddings": reader.positive(f"{prefix}original_context_length", MAX_CONTEXT),
-        "beta_fast": reader.number(f"{prefix}yarn_beta_fast", 32.0),
-        "beta_slow": reader.number(f"{prefix}yarn_beta_slow", 1.0),
-        "mscale": 1.0,
-        "mscale_all_dim": reader.number(f"{prefix}yarn_log_multiplier", 0.0),
-    }
-
-
 def _read_llama(reader: Reader, file: GgufFile) -> dict[str, Any]:
     check(not reader.integer("sliding_window", 0), "its attention has a window, unlike that of Llama")
     return {
-        **_read_plain(reader, file),
+        **read_plain(reader, file),
         "attention_bias": "blk.0.attn_q.bias" in reader.tensors,
-        "rope_parameters": _read_rope(reader),
+        "rope_parameters": read_rope(reader),
     }
 
 
 def _read_mistral3(reader: Reader, file: GgufFile) -> dict[str, Any]:
     """Return the configuration of Mistral Small 3, or of Ministral 3, whose queries grow."""
     check(not reader.integer("sliding_window", 0), "its attention has a window")
-    config, rope = _read_plain(reader, file), _read_rope(reader)
+    config, rope = read_plain(reader, file), read_rope(reader)
     beta = reader.number("attention.temperature_scale", 0.0)
     if not beta:
         return {**config, "sliding_window": None, "rope_parameters": rope}
@@ -172,26 +110,17 @@ def _read_mistral3(reader: Reader, file: GgufFile) -> dict[str, Any]:
 
 def _read_qwen(reader: Reader, file: GgufFile) -> dict[str, Any]:
     check(not reader.integer("sliding_window", 0), "its attention has a window")
-    return {**_read_plain(reader, file), "rope_parameters": _read_rope(reader)}
+    return {**read_plain(reader, file), "rope_parameters": read_rope(reader)}
 
 
 def _read_axes(reader: Reader, file: GgufFile, *, has_experts: bool = False) -> dict[str, Any]:
     """Return the configuration of a Qwen-VL, whose positions have three axes."""
     check(not reader.integer("sliding_window", 0), "its attention has a window")
     config = {
-        **_read_plain(reader, file, has_experts=has_experts),
-        "rope_parameters": _read_rope(reader),
+        **read_plain(reader, file, has_experts=has_experts),
+        "rope_parameters": read_rope(reader),
     }
-    given = reader.get("rope.dimension_sections")
-    sections = list(given) if isinstance(given, list) else []
-    half = config["head_dim"] // 2
-    check(
-        len(sections) in (3, 4)
-        and all(type(each) is int and each >= 0 for each in sections)
-        and sum(sections) == sum(sections[:3]) == half,
-        f"rope.dimension_sections must be three parts of {half}, got {str(given)[:100]}",
-    )
-    config["rope_parameters"]["mrope_section"] = sections[:3]
+    config["rope_parameters"]["mrope_section"] = read_sections(reader, config["head_dim"] // 2)
     return config
 
 
@@ -217,7 +146,7 @@ def _read_qwen3vlmoe(reader: Reader, file: GgufFile) -> dict[str, Any]:
 
 
 def _read_gemma3(reader: Reader, file: GgufFile) -> dict[str, Any]:
-    config = _read_plain(reader, file)
+    config = read_plain(reader, file)
     num_layers, head_dim = config["num_hidden_layers"], config["head_dim"]
     is_largest = num_layers == _LAYERS_OF_27B
     heads_dim = config["hidden_size"] // config["num_attention_heads"]
@@ -230,7 +159,7 @@ def _read_gemma3(reader: Reader, file: GgufFile) -> dict[str, Any]:
         "sliding_window": reader.positive("sliding_window", MAX_CONTEXT),
         "layer_types": layer_types(reader, num_layers, _GEMMA_PERIOD),
         "rope_parameters": {
-            "full_attention": _read_rope(reader),
+            "full_attention": read_rope(reader),
             "sliding_attention": {"rope_type": "default", "rope_theta": local_theta},
         },
         "final_logit_softcapping": reader.number("final_logit_softcapping", 0.0) or None,
@@ -238,32 +167,22 @@ def _read_gemma3(reader: Reader, file: GgufFile) -> dict[str, Any]:
     }
 
 
-def less_one(stored: Floats) -> Floats:
-    """Return a norm's weights, to which llama.cpp's converter adds 1."""
-    found: Floats = stored - stored.dtype.type(1)
-    return found
-
-
-_NAMES = common_names(
-    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-)  # fmt: skip
-_WITH_NORMS = {**_NAMES, **common_names("self_attn.q_norm", "self_attn.k_norm")}
 _GEMMA_NORMS = (
     "output_norm", "attn_norm", "attn_q_norm", "attn_k_norm", "post_attention_norm", "ffn_norm",
     "post_ffw_norm",
 )  # fmt: skip
 TEXTS: Mapping[str, Text] = {
-    "llama": Text(_read_llama, _NAMES, is_paired=True),
-    "mistral3": Text(_read_mistral3, _NAMES, is_paired=True),
-    "qwen2": Text(_read_qwen, _NAMES),
-    "qwen3": Text(_read_qwen, _WITH_NORMS),
-    "qwen2vl": Text(_read_axes, _NAMES),
-    "qwen3vl": Text(_read_qwen3vl, _WITH_NORMS),
+    **RECURRENT_TEXTS,
+    "llama": Text(_read_llama, NAMES, is_paired=True),
+    "mistral3": Text(_read_mistral3, NAMES, is_paired=True),
+    "qwen2": Text(_read_qwen, NAMES),
+    "qwen3": Text(_read_qwen, WITH_NORMS),
+    "qwen2vl": Text(_read_axes, NAMES),
+    "qwen3vl": Text(_read_qwen3vl, WITH_NORMS),
     "qwen3vlmoe": Text(
         _read_qwen3vlmoe,
         {
-            **{own: stored for own, stored in _WITH_NORMS.items() if not own.startswith("mlp.")},
+            **{own: stored for own, stored in WITH_NORMS.items() if not own.startswith("mlp.")},
             "mlp.gate": "ffn_gate_inp",
             "mlp.experts.down_proj": "ffn_down_exps.weight",
         },
@@ -271,7 +190,7 @@ TEXTS: Mapping[str, Text] = {
     ),
     "gemma3": Text(
         _read_gemma3,
-        {**_WITH_NORMS, **SANDWICH_NAMES},
+        {**WITH_NORMS, **SANDWICH_NAMES},
         restored={f"{name}.weight": less_one for name in _GEMMA_NORMS},
     ),
 }

@@ -34,15 +34,20 @@ class _Place:
         restored: Their shape then.
         pair_dim: Size of a head whose rows are stored in rotary pairs.
         below: A stack whose matrices' rows come below those of `info`.
+        beside: A tensor of which `restore` makes one with `info`.
+        rows_of, columns_of: As `row_orders` and `column_orders` of `GgufModule`.
     """
 
     info: GgufTensor
     index: int | None = None
     num_parts: int | None = None  # None: `index` is that of a stack
-    restore: Callable[[Floats], Floats] | None = None
+    restore: Callable[..., Floats] | None = None
     restored: tuple[int, ...] | None = None
     pair_dim: int | None = None
     below: GgufTensor | None = None
+    beside: GgufTensor | None = None
+    rows_of: npt.NDArray[np.int64] | None = None
+    columns_of: npt.NDArray[np.int64] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -98,6 +103,12 @@ class GgufModuleWeights(GgufTensors):
                 own, *pair = joined
                 self._places[own] = _joined_place(*map(file.tensor, pair))
                 continue
+            if merged := module.merged_of(stored):
+                own, how, pair = merged
+                first, second = map(file.tensor, pair)
+                shape = how.shape(first.shape, second.shape)
+                self._places[own] = _Place(first, restore=how.make, restored=shape, beside=second)
+                continue
             if parts := module.parts_of(stored):
                 if info.shape[0] % len(parts):
                     raise ModelLoadError(f"tensor {stored!r} must have a multiple of {len(parts)} rows")
@@ -115,8 +126,14 @@ class GgufModuleWeights(GgufTensors):
                 restored = module.shape_of(stored, info.shape)
                 pair_dim = head_dim if module.is_paired(stored) else None
                 restore = module.restore_of(stored)
-                self._places[name] = _Place(info, restore=restore, restored=restored, pair_dim=pair_dim)
-        tensors = [each for place in self._places.values() for each in (place.info, place.below)]
+                rows, columns = module.orders_of(stored)
+                self._places[name] = _Place(
+                    info, restore=restore, restored=restored, pair_dim=pair_dim, rows_of=rows,
+                    columns_of=columns,
+                )  # fmt: skip
+        tensors = [
+            each for place in self._places.values() for each in (place.info, place.below, place.beside)
+        ]
         self._named = {info.name for info in tensors if info is not None}
 
     def __contains__(self, name: object) -> bool:
@@ -148,10 +165,27 @@ class GgufModuleWeights(GgufTensors):
             return ops.stack_rows(matrices)
         if place.pair_dim is not None:
             return self._joined(info, place.pair_dim, shape).rows(start, stop)
+        if place.rows_of is not None or place.columns_of is not None:
+            return self._ordered(place, shape).rows(start, stop)
         if place.restore is None:
             return self._part(info, start, stop, (count, *shape[1:]))
-        stored = ops.decode(self._part(info, 0, info.shape[0], info.shape)).reshape(info.shape)
-        return ops.from_floats(place.restore(stored).reshape(shape)[start:stop])
+        stored = [self._values(each) for each in (info, place.beside) if each is not None]
+        values = place.restore(*stored).reshape(shape)[start:stop]
+        return ops.from_floats(values.reshape(-1, shape[-1]) if len(shape) > 2 else values)
+
+    def _values(self, info: GgufTensor) -> Floats:
+        found: Floats = ops.decode(self._part(info, 0, info.shape[0], info.shape)).reshape(info.shape)
+        return found
+
+    def _ordered(self, place: _Place, shape: tuple[int, ...]) -> WeightSource:
+        """Return a tensor with its rows in the model's order, and codes with the order of their columns."""
+        info = place.info
+        source = self._part(info, 0, info.shape[0], info.shape)
+        if place.rows_of is not None:
+            source = source.in_rows(place.rows_of)
+        if place.restore is not None:
+            source = ops.from_floats(place.restore(ops.decode(source)).reshape(shape))
+        return source if place.columns_of is None else source.with_order(place.columns_of)
 
     def _part(self, info: GgufTensor, start: int, stop: int, shape: tuple[int, ...]) -> WeightSource:
         data = self._rows(info, start, stop, shape[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -42,14 +43,11 @@ class GgufTensors:
         """Return bytes of a tensor in the format in which they are held.
 
         Args:
-            shape: Of these bytes; three sizes are matrices one below another.
+            shape: Of these bytes; more than two sizes are matrices one below another.
             start: Index of the first, for NVFP4's second scale.
             is_scaled: Whether to apply that scale.
         """
-        if len(shape) == 3:
-            matrix: tuple[int, ...] = (shape[0] * shape[1], shape[2])
-        else:
-            matrix = shape
+        matrix = shape if len(shape) < 3 else (math.prod(shape[:-1]), shape[-1])
         converted = BY_NAME.get(info.type)
         if converted is None:
             return WeightSource(data, info.type, matrix)

@@ -58,7 +58,7 @@ def open_vision(
         reader.ignore("has_vision_encoder", "has_llava_projector", "has_text_encoder", "projector_type")
         model = projector.read(reader, file, TextFile(text, config, is_certain))
         reader.finish(*MEANINGFUL)
-        module = text_module(text, model.decoder)
+        module = text_module(text, config, model.decoder)
         texts = GgufModuleWeights(text, module, config["num_hidden_layers"], config["head_dim"])
         weights = GgufVisionWeights(texts, TowerWeights(file, model.parts))
         failing.pop_all()

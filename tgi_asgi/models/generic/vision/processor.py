@@ -213,6 +213,9 @@ def _image_processor(options: Mapping[str, Any]) -> Any:
     """Return the image processor of these options, in its Pillow version."""
     import transformers
 
+    own = _own_images(options)
+    if own is not None:
+        return own
     kind = getattr(transformers, f"{options['image_processor_type']}Pil")
     return kind.from_dict(dict(options))
 
@@ -223,11 +226,14 @@ def load_image_processor(directory: Path, options: Mapping[str, Any]) -> Any:
 
     nested = options.get("image_processor")  # for a processor_config.json that has everything in one file
     options = nested if isinstance(nested, dict) else options
+    own = _own_images(options)
+    return AutoImageProcessor.from_pretrained(directory, backend="pil") if own is None else own
+
+
+def _own_images(options: Mapping[str, Any]) -> Any:
+    """Return this server's image processor of these options; None if `transformers` has one for Pillow."""
     name = str(options.get("image_processor_type", ""))
-    for start, own in _OWN_IMAGES.items():
-        if name.startswith(start):
-            return own(options)
-    return AutoImageProcessor.from_pretrained(directory, backend="pil")
+    return next((own(options) for start, own in _OWN_IMAGES.items() if name.startswith(start)), None)
 
 
 def _processor_class(options: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
