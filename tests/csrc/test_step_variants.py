@@ -1,8 +1,8 @@
 """The recorded step's kernels of every instruction set, bitwise equal to the portable ones.
 
-A small program compares them. It is linked with the objects of the build, and in `make soak` and `make nightly`
-compiled with all kernels, which takes minutes; for Arm it is cross-compiled and run under an emulator if there
-is one. The normal run only checks that it compiles for Arm, and that Arm's kernels do.
+A small program compares them. It is linked with the objects of the build. In `make soak` and `make nightly`
+it is compiled with all kernels, which takes minutes, and for Arm also run, under an emulator if there is one;
+the normal run only checks that it compiles for Arm, and that Arm's kernels do.
 """
 
 from __future__ import annotations
