@@ -314,13 +314,14 @@ async def test_tgi_s_shapes_of_calls() -> None:
     assert all(chunk["delta"]["tool_calls"] is None for chunk in chunks)
 
 
+@pytest.mark.parametrize("any_tool", ["any", {"type": "function", "function": {"name": "any"}}])
 @pytest.mark.parametrize("name", ["any", "f"])
-async def test_any_means_required_unless_a_tool_has_that_name(name: str) -> None:
-    """As Mistral's SDK and LangChain's ChatHuggingFace send it."""
+async def test_any_means_required_unless_a_tool_has_that_name(name: str, any_tool: object) -> None:
+    """As Mistral's SDK sends it, and LangChain's ChatHuggingFace, which makes a function's name of it."""
     tools = [{"type": "function", "function": {"name": each}} for each in (name, "other")]
     engine = ScriptedEngine()
     async with client_of(app_of(engine)) as client:
-        for choice in ("any", "required", {"type": "function", "function": {"name": name}}):
+        for choice in (any_tool, "required", {"type": "function", "function": {"name": name}}):
             body = {"messages": HI, "tools": tools, "tool_choice": choice}
             assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
     of_any, of_required, of_name = (request.grammar for request in engine.requests)

@@ -63,6 +63,37 @@ def test_a_search_that_is_not_the_client_s_is_skipped(execution: dict[str, Any])
 
 
 @pytest.mark.parametrize("stream", [False, True])
+async def test_a_call_of_a_function_that_openai_would_search_names_it_as_its_namespace(stream: bool) -> None:
+    """OpenAI's agents SDK knows no deferred function of a call without it."""
+    hosted, listed = {"type": "tool_search"}, {"type": "function", "name": "f"}
+    script = say(*pieces_of(write("hermes", [("count", {}), ("f", {})])))
+    for tools, expected in (
+        ([COUNT, listed, hosted], ["count", None]),
+        ([COUNT, listed, SEARCH], [None, None]),
+        ([COUNT, listed], [None, None]),
+    ):
+        status, body = await post(script, tools=tools, stream=stream)
+        assert status == 200
+        items = (body[-1]["response"] if stream else body)["output"]
+        assert [item["name"] for item in items] == ["count", "f"]
+        assert [item.get("namespace") for item in items] == expected
+
+
+def test_a_deferred_function_keeps_its_name_in_a_history() -> None:
+    listed: Any = [COUNT, {"type": "tool_search"}]
+    called = {
+        "type": "function_call",
+        "call_id": "c",
+        "name": "count",
+        "namespace": "count",
+        "arguments": "{}",
+    }
+    tools = read_tools(ResponsesRequest(tools=listed), [called])
+    [turn] = read_items([called], tools=tools)
+    assert turn["tool_calls"][0]["function"]["name"] == "count"
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_a_call_is_an_item_of_the_sdk_s_type(stream: bool) -> None:
     script = say(*pieces_of(write("hermes", [("tool_search", ARGUMENTS)])))
     status, body = await post(script, tools=[SEARCH], stream=stream)

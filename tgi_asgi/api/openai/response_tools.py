@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tgi_asgi.api.openai.client_tools import client_tool
@@ -33,7 +34,26 @@ def read_tools(request: ResponsesRequest, items: Sequence[Item] = ()) -> list[To
     tools = distinct(tools)
     check_tools(tools)
     note_skipped(skipped)
-    return tools
+    deferred = _deferred(request.tools or ())
+    return [
+        replace(tool, namespace=tool.name) if tool.namespace is None and tool.name in deferred else tool
+        for tool in tools
+    ]
+
+
+def _deferred(listed: Sequence[Any]) -> set[str]:
+    """Return the functions that OpenAI's own search would find, each of which is a namespace there.
+
+    Its API gives calls of such a function the function's name as `namespace`, too, and OpenAI's agents SDK
+    knows no deferred function of a call without it.
+    """
+    if not any(given["type"] == "tool_search" and client_tool(given) is None for given in listed):
+        return set()
+    return {
+        given["name"]
+        for given in listed
+        if given["type"] == "function" and given.get("defer_loading") is True
+    }
 
 
 def _added_tools(items: Sequence[Item]) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from tgi_asgi.errors import ToolError
 from tgi_asgi.text.chat.message import ChatMessage
 
 _MODES = ("none", "auto", "required")
+_ANY = ("any", {"type": "function", "function": {"name": "any"}})  # Mistral's SDK, ChatHuggingFace
 _OWN_KINDS = frozenset({"function", "custom", "namespace"})  # types of tools that the model may be shown
 
 
@@ -72,7 +73,7 @@ def read_choice(
     has_hosted = not (_OWN_KINDS | typed.keys()).issuperset(offered)
     if offered and (not tools or (has_hosted and _is_hosted(choice, typed))):
         choice = None
-    if choice == "any" and all(tool.name != "any" for tool in tools):  # Mistral's word, and LangChain's
+    if choice in _ANY and all(tool.name != "any" for tool in tools):
         choice = "required"
     mode, names = _choice(choice, typed, has_hosted=has_hosted)
     if is_compat and mode == "named" and names and all(tool.name != names[0] for tool in tools):
