@@ -57,6 +57,9 @@ std::vector<uint8_t> random_panel(Format format) {
     for (size_t r = 0; r < 16; ++r) {
       if (Fmt::kHasZeros) panel[bytes + r] = random_byte(0, 128);
       if (format == Format::kMXFP4) panel[bytes + r] = random_byte(118, 121);
+      if (!info.has_book) continue;
+      const float unit = random_byte(1, 255) / 4096.0f;
+      std::memcpy(&panel[static_cast<size_t>(block.header - panel.data()) + 4 * r], &unit, 4);
     }
   }
   return panel;

@@ -30,8 +30,7 @@ TESTED_CLASSES = frozenset(
         "AyaVision", "Cohere2Vision", "DeepseekVL", "Gemma3", "Gemma4", "Glm4v", "Granite4Vision",
         "HunYuanVL", "Idefics2", "Idefics3", "InternVL", "Lfm2Vl", "Llama4", "Llava", "LlavaNext",
         "LlavaOnevision", "MiniCPMV4_6", "MiniCPMV4_7", "Mistral3", "Mllama", "Ovis2", "PaliGemma",
-        "QianfanOCR", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe",
-        "Qwen3_5", "SmolVLM",
+        "QianfanOCR", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe", "SmolVLM",
     )
 )  # fmt: skip
 _SIZE = (48, 32)
