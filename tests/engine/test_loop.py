@@ -10,7 +10,20 @@ from tests.engine.conftest import MakeEngine
 from tests.engine.helpers import collect, make_request, submit
 from tests.support.fake_runner import FakeRunner
 from tests.support.waiting import until
+from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.step_time import StepSize
+
+
+async def test_steps_teach_what_the_tokens_read_by_a_prompt_cost(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[StepSize] = []
+    monkeypatch.setattr(
+        TokenBudget, "observe", lambda budget, size, duration_s, num_drafts: sizes.append(size)
+    )
+    engine = make_engine(FakeRunner(num_blocks=400), max_batch_prefill_tokens=128)
+    await collect(submit(engine, make_request(256, max_tokens=1)))
+    assert sizes == [StepSize(0, 128, 128 * 64), StepSize(0, 128, 128 * 192)]
 
 
 @pytest.mark.parametrize(("step_s", "num_before"), [(1.0, 1), (0.1, 2)])

@@ -16,6 +16,7 @@ from tests.engine.helpers import (
     run_all,
 )
 from tests.support.fake_runner import FakeRunner
+from tgi_asgi.engine.budget import NextPrompt
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.step import Step
@@ -72,7 +73,7 @@ def test_a_short_prompt_overtakes_a_long_one_that_gets_the_rest() -> None:
 class _LongAlone:
     """A budget of 512 tokens while nothing decodes, else of 64."""
 
-    def tokens(self, num_decode_rows: int, prompt_len: int, num_before: float, waited_s: float) -> int:
+    def tokens(self, num_decode_rows: int, prompt: NextPrompt, waited_s: float) -> int:
         return 64 if num_decode_rows else 512
 
 
@@ -122,6 +123,77 @@ def test_those_that_do_not_end_share_what_is_left_beside_a_stream() -> None:
     step = served.step()
     assert step.pop(short) == 16
     assert set(step) <= set(long) and sum(step.values()) == 48
+    served.end()
+
+
+def test_nothing_escapes_what_is_left_beside_a_stream() -> None:
+    """A younger prompt that would just have ended in the whole step, behind one that would not have."""
+    served = _Served()
+    served.scheduler._budget = _LongAlone()  # type: ignore[assignment]
+    served.add(2000, "a")
+    served.step()
+    short = served.add(20, "d", max_tokens=2)
+    for tenant in "be":
+        served.add(400, tenant, max_tokens=2)
+    served.add(20, "c", max_tokens=2)
+    step = served.step()
+    assert step[short] == 20 and sum(step.values()) <= 64
+    served.end()
+
+
+def test_a_new_prompt_has_its_part_of_what_is_left_beside_a_stream() -> None:
+    served = _Served()
+    served.scheduler._budget = _LongAlone()  # type: ignore[assignment]
+    long = served.add(2000, "a")
+    served.step()
+    short, other = served.add(20, "d", max_tokens=2), served.add(400, "b", max_tokens=2)
+    assert served.step() == {short: 20, other: 16, long: 16}
+    served.end()
+
+
+def test_beside_a_stream_keys_get_equal_parts_in_turn() -> None:
+    served = _Served(num_blocks=20_000)
+    served.scheduler._budget = _LongAlone()  # type: ignore[assignment]
+    running = {"a": served.add(20_000, "a")}
+    num_tokens = dict.fromkeys("abcde", 0)
+    for _ in range(120):
+        for tenant in "bcde":  # more prompts in prefill than blocks are left
+            if tenant not in running or running[tenant].stage is Stage.FINISHED:
+                running[tenant] = served.add(600, tenant)
+        served.add(16, "short", max_tokens=2)
+        step = served.step()
+        for sequence, count in step.items():
+            if sequence.tenant in num_tokens:
+                num_tokens[sequence.tenant] += count
+    assert min(num_tokens.values()) > 0.75 * max(num_tokens.values())
+
+
+@pytest.mark.parametrize("num_cached", [0, 96])
+def test_what_is_cached_does_not_count_as_left_to_compute(num_cached: int) -> None:
+    served = _Served()
+    served.scheduler._budget = _LongAlone()  # type: ignore[assignment]
+    prompt = [index % 239 for index in range(600)]
+    served.add_prompt(prompt[: num_cached + 1])
+    served.step()
+    short, resumed = served.add(20, max_tokens=2), served.add_prompt(prompt[:520], max_tokens=2)
+    assert served.step() == {short: 20, resumed: 520 - 96 if num_cached else 32}
+
+
+def test_a_long_prompt_goes_on_beside_short_ones_that_leave_nothing() -> None:
+    served = _Served()
+
+    class NothingLeft(_LongAlone):
+        def tokens(self, num_decode_rows: int, prompt: NextPrompt, waited_s: float) -> int:
+            return 1 if num_decode_rows else 512
+
+    served.scheduler._budget = NothingLeft()  # type: ignore[assignment]
+    long = served.add(2000)
+    served.step()
+    for _ in range(8):
+        short = served.add(1, max_tokens=2)
+        step = served.step()
+        assert step[short] == 1 and step.get(long, 0) >= 1
+        served.step()
     served.end()
 
 

@@ -16,6 +16,7 @@ from tests.engine.helpers import (
     run_all,
 )
 from tests.support.fake_runner import EOS_ID, FakeRunner
+from tgi_asgi.engine.budget import NextPrompt
 from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.step_time import StepSize
 
@@ -223,7 +224,7 @@ def test_a_priority_does_not_count_as_waiting() -> None:
     waited: list[float] = []
 
     class Budget:
-        def tokens(self, num_decode_rows: int, prompt_len: int, num_before: float, waited_s: float) -> int:
+        def tokens(self, num_decode_rows: int, prompt: NextPrompt, waited_s: float) -> int:
             waited.append(waited_s)
             return 512
 
@@ -232,6 +233,36 @@ def test_a_priority_does_not_count_as_waiting() -> None:
     add_request(scheduler, make_request(5, priority=-10), arrival=100)
     scheduler.plan(now=101.0)
     assert set(waited) == {1.0}
+
+
+@pytest.mark.parametrize(("windows", "reach"), [((None,), 1000), ((None, 40), 1000), ((40,), 40)])
+def test_steps_are_sized_by_the_tokens_that_the_next_prompt_reads(
+    windows: tuple[int | None, ...], reach: int
+) -> None:
+    seen: list[NextPrompt] = []
+
+    class Budget:
+        def tokens(self, num_decode_rows: int, prompt: NextPrompt, waited_s: float) -> int:
+            seen.append(prompt)
+            return 64
+
+    scheduler, runner = (
+        make_scheduler(windows=windows, num_blocks=100),
+        FakeRunner(windows=windows, num_blocks=100),
+    )
+    scheduler._budget = Budget()  # type: ignore[assignment]
+    add_request(scheduler, make_request(range(160), max_tokens=1), arrival=1)
+    pairs = [step.size.num_pairs for step in run_all(scheduler, runner)]
+    assert seen[::2] == [
+        NextPrompt(160, 0, 0),
+        NextPrompt(160, 0, min(64, reach)),
+        NextPrompt(160, 0, min(128, reach)),
+    ]
+    assert pairs == [64 * 32, 64 * (min(64, reach) + 32), 32 * (min(128, reach) + 16)]
+    seen.clear()
+    add_request(scheduler, make_request(range(200), max_tokens=1), arrival=2)
+    scheduler.plan()
+    assert seen[0] == NextPrompt(40, min(160, reach), min(160, reach))  # the rest is cached
 
 
 def test_only_prompts_that_fit_are_computed_for_a_second_while_nothing_decodes() -> None:

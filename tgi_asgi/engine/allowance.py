@@ -1,7 +1,4 @@
-"""The prompt tokens that one step may still compute, for the prompts that end in it and for the others.
-
-Called by the scheduler and by `prompt_turns.py`; knows neither torch nor asyncio.
-"""
+"""The prompt tokens that are left of one step. Called by the scheduler and by `prompt_turns.py`; no torch."""
 
 from __future__ import annotations
 
@@ -12,45 +9,60 @@ class Allowance:
     """What is left of a step's prompt tokens.
 
     A prompt that ends in a step has its first token when the step ends. If a stream begins with that token,
-    the prompts after it that do not end in the step share what they would have beside the stream:
+    all else that the step computes delays it. From the first prompt on that would not end in the step, no
+    more is left than beside that stream:
 
-        tokens 400, beside_stream 100
+        num_tokens 400, num_beside_stream 100
 
-        nothing ends      a a a a a a a a a a a a a a a a
-        b ends first      b a a a
+        no stream begins    a a a a a a a a a a a a a a a a
+        one begins, b       b a a a
 
-    They have no less than all prompts before them, so that short ones do not stop them.
+    but at least as much as was planned before, so that short prompts do not stop a long one.
 
     Args:
-        tokens: Number of prompt tokens in the step.
-        beside_stream: Number of prompt tokens in a step with one more stream.
+        num_tokens: Number of prompt tokens in the step.
+        num_beside_stream: Number of prompt tokens in a step with one more stream.
         block_size: Least number that is of use.
     """
 
-    __slots__ = ("_begins_stream", "_beside_stream", "_block_size", "_left_of_others", "_num_planned", "left")
+    __slots__ = (
+        "_begins_stream",
+        "_block_size",
+        "_is_reduced",
+        "_num_beside_stream",
+        "_num_planned",
+        "num_left",
+    )
 
-    def __init__(self, tokens: int, beside_stream: int, block_size: int) -> None:
-        self.left = tokens
-        self._beside_stream = beside_stream
+    def __init__(self, num_tokens: int, num_beside_stream: int, block_size: int) -> None:
+        self.num_left = num_tokens
+        self._num_beside_stream = num_beside_stream
         self._block_size = block_size
         self._num_planned = 0
-        self._begins_stream = False
-        self._left_of_others: int | None = None  # for prompts that do not end, from the first one on
+        self._begins_stream = self._is_reduced = False
 
-    def limit(self, sequence: Sequence, share: int) -> int:
-        """Return how many of the `share` of tokens that its turn leaves a sequence may compute."""
-        if not self._begins_stream or sequence.num_left <= share:
-            return share
-        if self._left_of_others is None:
-            planned = self._num_planned
-            self._left_of_others = max(self._beside_stream - planned, planned, self._block_size)
-        return min(share, self._left_of_others)
+    def limit(self, num_tokens: int) -> int:
+        """Return how many tokens a prompt may compute that needs `num_tokens`."""
+        if num_tokens > self.num_left:
+            self.reduce()
+        return self.num_left
+
+    def reduce(self) -> bool:
+        """Leave what is left beside the stream that begins, for a prompt that does not end in the step.
+
+        Returns whether that is less: False if no stream begins.
+        """
+        if not self._begins_stream or self._is_reduced:
+            return False
+        self._is_reduced = True
+        planned = self._num_planned
+        num_left = max(self._num_beside_stream - planned, planned, self._block_size)
+        is_less = num_left < self.num_left
+        self.num_left = min(self.num_left, num_left)
+        return is_less
 
     def spend(self, sequence: Sequence, count: int) -> None:
         """Note that the step computes `count` tokens of a sequence, whose `num_left` is without them."""
-        self.left -= count
+        self.num_left -= count
         self._num_planned += count
-        if count and not sequence.num_left:
-            self._begins_stream |= sequence.will_decode
-        elif self._left_of_others is not None:
-            self._left_of_others = max(self._left_of_others - count, 0)
+        self._begins_stream |= count > 0 and sequence.num_left == 0 and sequence.may_decode

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from tgi_asgi.engine.step_time import StepSize, StepTime
 
 _UNKNOWN_COST_TOKENS = 128  # size of the first prompt chunk, whose duration reveals the cost of a token
@@ -18,6 +20,20 @@ _AVERAGED_STEPS = 8  # steps of one size to average, as learning takes 17 us and
 _TELLING_S = 0.25  # a longer step teaches alone: while eight run, a prompt's parts grow much dearer
 _PROBE_EVERY = 128  # steps, of which the first eight assume cheap drafts: see `cost_s`
 _PROBED_SHARE = 0.25  # upper bound of a row's cost in those eight, as a share of a one-row step
+
+
+class NextPrompt(NamedTuple):
+    """The prompt to which a step's tokens go first.
+
+    Attributes:
+        num_tokens: Tokens that it computes in all its steps: those that are not cached.
+        num_cached: Context length of the first of them.
+        num_before: Context length of the next one.
+    """
+
+    num_tokens: int
+    num_cached: float = 0
+    num_before: float = 0
 
 
 class TokenBudget:
@@ -63,31 +79,28 @@ class TokenBudget:
         self._num_due = 1  # steps of this size to average before learning
         self._num_steps = 0
 
-    def tokens(
-        self, num_decode_rows: int, prompt_len: int, num_before: float = 0, waited_s: float = 0.0
-    ) -> int:
+    def tokens(self, num_decode_rows: int, prompt: NextPrompt, waited_s: float = 0.0) -> int:
         """Return how many prompt tokens the next step may compute: whole blocks, or the maximum.
 
         Never zero, so that prompts always advance.
 
         Args:
-            prompt_len: How many tokens the next prompt has.
-            num_before: How many tokens before its next one that token reads.
             waited_s: How long the next prompt has waited.
         """
-        return min(self._wanted(num_decode_rows, prompt_len, num_before, waited_s), self._limit)
+        return min(self._wanted(num_decode_rows, prompt, waited_s), self._limit)
 
-    def _wanted(self, num_decode_rows: int, prompt_len: int, num_before: float, waited_s: float) -> int:
+    def _wanted(self, num_decode_rows: int, prompt: NextPrompt, waited_s: float) -> int:
         if not self._time.knows_prompts:
             return min(max(_UNKNOWN_COST_TOKENS, self._min_tokens), self._max_tokens)
         if num_decode_rows == 0:
-            spare_s = _WHOLE_S if self._time.prompt_s(prompt_len, 0) <= _WHOLE_S else _PART_S
+            whole_s = self._time.prompt_s(prompt.num_tokens, prompt.num_cached)
+            spare_s = _WHOLE_S if whole_s <= _WHOLE_S else _PART_S
             least = max(_ALONE_TOKENS, self._min_tokens)
         else:
             spare_s, least = self.spare_s(num_decode_rows, waited_s), self._min_tokens
-        if self._time.prompt_s(self._max_tokens, num_before) <= spare_s:
+        if self._time.prompt_s(self._max_tokens, prompt.num_before) <= spare_s:
             return self._max_tokens
-        tokens = int(self._time.prompt_tokens(spare_s, num_before))
+        tokens = int(self._time.prompt_tokens(spare_s, prompt.num_before))
         return min(max(tokens - tokens % self._block_size, least), self._max_tokens)
 
     def spare_s(self, num_decode_rows: int, waited_s: float = 0.0) -> float:

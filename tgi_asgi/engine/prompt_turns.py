@@ -44,24 +44,28 @@ class Claim(NamedTuple):
 
 
 class ClaimHistory:
-    """The order of the claims' last turns: a step may have fewer blocks of tokens than there are claims."""
+    """When claims had their last turns: a step may have fewer blocks of tokens than there are claims."""
 
-    __slots__ = ("_in_order",)
+    __slots__ = ("_last_turns", "_num_turns")
 
     def __init__(self) -> None:
-        self._in_order: dict[Claim, None] = {}  # the last turn that is longest ago is first
+        self._last_turns: dict[Claim, int] = {}  # by claim: the number of its last turn, longest ago first
+        self._num_turns = 0
 
     def choose(self, claims: list[Claim], count: int) -> list[Claim]:
-        """Return the `count` claims whose last turns are longest ago; note that they have one now."""
-        if len(claims) > count:
-            places = {claim: place for place, claim in enumerate(self._in_order)}
-            claims = sorted(claims, key=lambda claim: places.get(claim, -1))[:count]
-        for claim in claims:
-            self._in_order.pop(claim, None)
-            self._in_order[claim] = None
-        while len(self._in_order) > len(claims) + _MAX_STALE:
-            del self._in_order[next(iter(self._in_order))]
-        return claims
+        """Return the `count` claims whose last turns are longest ago; note that they have one now.
+
+        Claims that have a turn in the same step keep their order, so that it does not matter if they are then
+        chosen from again.
+        """
+        last = self._last_turns
+        chosen = sorted(claims, key=lambda claim: last.get(claim, -1))[:count]
+        for claim in chosen:
+            last.pop(claim, None)
+            last[claim] = self._num_turns = self._num_turns + 1
+        while len(last) > len(chosen) + _MAX_STALE:
+            del last[next(iter(last))]
+        return chosen
 
 
 class PromptTurns:
@@ -73,8 +77,8 @@ class PromptTurns:
     """
 
     __slots__ = (
-        "_adapters", "_allowance", "_continuing", "_lines", "_lookups_left", "_next", "_prefilling",
-        "_shares", "_tables", "_waiting",
+        "_adapters", "_allowance", "_continuing", "_history", "_lines", "_lookups_left", "_next",
+        "_prefilling", "_shares", "_tables", "_waiting",
     )  # fmt: skip
 
     def __init__(
@@ -86,7 +90,7 @@ class PromptTurns:
         adapters: RunningAdapters,
         history: ClaimHistory,
     ) -> None:
-        self._allowance = allowance
+        self._allowance, self._history = allowance, history
         self._waiting, self._tables, self._adapters = waiting, tables, adapters
         self._lookups_left = _MAX_LOOKUPS
         self._lines: dict[str | None, list[Sequence]] = {}  # by tenant: who may overtake, most urgent last
@@ -94,7 +98,7 @@ class PromptTurns:
         self._prefilling: dict[str | None, list[Sequence]] = {}  # by tenant, most urgent first
         for sequence in prefilling:
             self._prefilling.setdefault(sequence.tenant, []).append(sequence)
-        self._shares = self._divide(history)
+        self._shares = self._divide()
         self._continuing = self._in_turn(prefilling)
 
     def _in_turn(self, prefilling: list[Sequence]) -> list[tuple[Claim | None, Sequence]]:
@@ -114,15 +118,15 @@ class PromptTurns:
         with_claim.sort(key=lambda turn: (turn[0] not in self._shares, turn[1].num_left))
         return [*with_claim, *others]
 
-    def _divide(self, history: ClaimHistory) -> dict[Claim, int]:
+    def _divide(self) -> dict[Claim, int]:
         """Return how many tokens each claim has: at least a block, or none if it is not its turn."""
-        size, waiting = self._tables.block_size, self._waiting.tenants
+        size, waiting, left = self._tables.block_size, self._waiting.tenants, self._allowance.num_left
         claims = [Claim(tenant, False) for tenant in dict.fromkeys([*self._prefilling, *waiting])]
         for tenant, prefilling in self._prefilling.items():
             if len(prefilling) > 1 or tenant in waiting:
                 claims.append(Claim(tenant, True))
-        claims = history.choose(claims, max(self._allowance.left // size, 1))
-        part = self._allowance.left // len({claim.tenant for claim in claims})
+        claims = self._history.choose(claims, max(left // size, 1))
+        part = left // len({claim.tenant for claim in claims})
         shares: dict[Claim, int] = {}
         for claim in sorted(claims, key=lambda claim: not claim.overtakes):
             other = Claim(claim.tenant, not claim.overtakes)
@@ -159,11 +163,7 @@ class PromptTurns:
             may_run = _may_overtake(sequence, first) and self._adapters.may_run(sequence)
             if not may_run or self._tables.shares_next(sequence, first):
                 continue
-            num_left = sequence.num_left
-            if num_left > longest and self._lookups_left:
-                self._lookups_left -= 1
-                num_left = self._tables.num_to_compute(sequence)
-            if num_left <= longest:
+            if self._num_to_compute(sequence, longest) <= longest:
                 return sequence
         return None
 
@@ -187,13 +187,27 @@ class PromptTurns:
         Otherwise, it is its tenant's most urgent prompt and may use all but what other tenants have.
         """
         if claim.overtakes:
-            return min(self._shares.get(claim, 0), self._allowance.left)
+            return min(self._shares.get(claim, 0), self._allowance.num_left)
         shares = self._shares.items()
-        return self._allowance.left - sum(share for other, share in shares if other.tenant != claim.tenant)
+        owed = sum(share for other, share in shares if other.tenant != claim.tenant)
+        return self._allowance.num_left - owed
 
     def limit(self, sequence: Sequence) -> int:
-        """Return how many tokens the sequence that `candidate` returned may compute."""
-        return self._allowance.limit(sequence, self._limit(self._claim_of_new(sequence)))
+        """Return how many tokens the sequence that `candidate` returned may compute; below a block: none."""
+        claim = self._claim_of_new(sequence)
+        limit = self._limit(claim)
+        if self._num_to_compute(sequence, limit) > limit and self._allowance.reduce():
+            self._shares = self._divide()
+            limit = self._limit(claim)
+        return limit
+
+    def _num_to_compute(self, sequence: Sequence, enough: int) -> int:
+        """Return how many tokens a waiting sequence computes; looks more than `enough` up in the cache."""
+        num_left = sequence.num_left
+        if num_left > enough and self._lookups_left:
+            self._lookups_left -= 1
+            num_left = self._tables.num_to_compute(sequence)
+        return num_left
 
     def start(self, sequence: Sequence, count: int) -> None:
         """Note that a sequence has started with `count` tokens."""
@@ -209,10 +223,16 @@ class PromptTurns:
         """
         for index, (claim, sequence) in enumerate(self._continuing):
             later = {each for each, _ in self._continuing[index + 1 :] if each not in (None, claim)}
-            share = self._allowance.left - sum(self._shares.get(each, 0) for each in later)
-            limit = self._allowance.limit(sequence, share)
+            limit = self._left_before(later)
+            if sequence.num_left > limit and self._allowance.reduce():
+                self._shares = self._divide()
+                limit = self._left_before(later)
             if limit > 0:
                 self._spend(sequence, claim, plan_chunk(sequence, limit))
+
+    def _left_before(self, later: set[Claim]) -> int:
+        """Return how many tokens are left if those of later claims are kept for them."""
+        return self._allowance.num_left - sum(self._shares.get(claim, 0) for claim in later)
 
     def _spend(self, sequence: Sequence, claim: Claim | None, count: int) -> None:
         self._allowance.spend(sequence, count)

@@ -32,7 +32,7 @@ from operator import attrgetter
 
 from tgi_asgi.engine.allowance import Allowance
 from tgi_asgi.engine.blocks import BlockPool
-from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.engine.budget import NextPrompt, TokenBudget
 from tgi_asgi.engine.drafting import plan_drafts
 from tgi_asgi.engine.image_encoding import ChunkBoundaries, awaits_image, plan_image_encoding
 from tgi_asgi.engine.policy import SchedulingPolicy
@@ -147,19 +147,19 @@ class Scheduler:
         step = Step(self._next_step)
         prefilling = self._plan_decodes(step)
         step.num_decode_rows = step.num_generated_rows = len(step.sequences)
-        following = prefilling[0] if prefilling else self._waiting.first(self._running.num_of_tenant)
-        budget, beside_stream, waited_s = 0, 0, 0.0
+        following = prefilling[0] if prefilling else None
+        if following is None and self._running.free_slots:
+            following = self._waiting.first(self._running.num_of_tenant)
+        budget, num_beside_stream, waited_s = 0, 0, 0.0
         if following is not None:
             waited_s = now - following.arrival_s
-            num_rows, num_before = step.num_decode_rows, min(following.num_computed, self._reach)
-            budget, beside_stream = (
-                self._budget.tokens(rows, len(following.token_ids), num_before, waited_s)
-                for rows in (num_rows, num_rows + 1)
-            )
+            num_rows, prompt = step.num_decode_rows, self._next_prompt(following)
+            budget = self._budget.tokens(num_rows, prompt, waited_s)
+            num_beside_stream = self._budget.tokens(num_rows + 1, prompt, waited_s)
             budget = min(budget, self.traits.max_step_tokens - num_rows)
             if self._has_vision and num_rows and any(map(awaits_image, prefilling)):
                 budget = max(budget // 2, self.block_size)
-        self._plan_prompts(step, prefilling, Allowance(budget, beside_stream, self.block_size))
+        self._plan_prompts(step, prefilling, Allowance(budget, num_beside_stream, self.block_size))
         if step.pending_images:
             left = 1.0 - step.num_prefill_tokens / max(budget, step.num_prefill_tokens, 1)
             spare_s = left * self._budget.spare_s(step.num_decode_rows, waited_s)
@@ -174,6 +174,15 @@ class Scheduler:
         self._end_prefills(step)
         self._next_step += 1
         return step
+
+    def _next_prompt(self, sequence: Sequence) -> NextPrompt:
+        num_tokens = len(sequence.token_ids)
+        if sequence.stage is Stage.RUNNING:
+            num_cached, num_before = sequence.num_reused, sequence.num_computed
+        else:
+            num_cached = num_before = num_tokens - self.tables.recent_num_to_compute(sequence)
+        reach = self._reach
+        return NextPrompt(num_tokens - num_cached, min(num_cached, reach), min(num_before, reach))
 
     def _plan_decodes(self, step: Step) -> list[Sequence]:
         """Add a row for every decoding sequence; return the sequences that are still in prefill.
@@ -253,7 +262,7 @@ class Scheduler:
             turns.go_on(partial(self._plan_chunk, step))
         else:
             for sequence in prefilling:
-                limit = allowance.limit(sequence, allowance.left)
+                limit = allowance.limit(sequence.num_left)
                 if limit > 0:
                     allowance.spend(sequence, self._plan_chunk(step, sequence, limit))
         if may_admit:
@@ -372,7 +381,9 @@ class Scheduler:
             if sequence is None:
                 return
             limit = turns.limit(sequence)
-            count = self._start(step, sequence, limit) if limit >= self.block_size else None
+            if limit < self.block_size:
+                continue  # it is no candidate any more: a stream begins, and others have what that leaves
+            count = self._start(step, sequence, limit)
             if count is None:
                 return
             if sequence.stage is Stage.RUNNING:
@@ -385,11 +396,14 @@ class Scheduler:
         would have looked into the cache too early.
         """
         running, size = self._running, self.block_size
-        while running.free_slots and allowance.left > 0:
+        while running.free_slots and allowance.num_left > 0:
             sequence = self._waiting.first(running.num_of_tenant)
             if sequence is None:
                 return
-            limit = allowance.limit(sequence, allowance.left)
+            num_left = sequence.num_left
+            if num_left > allowance.num_left:
+                num_left = self.tables.num_to_compute(sequence)
+            limit = allowance.limit(num_left)
             is_enough = limit >= size or (limit > 0 and not step.num_prefill_tokens)
             count = self._start(step, sequence, limit) if is_enough else None
             if count is None:
@@ -406,17 +420,15 @@ class Scheduler:
             self._waiting.pop(sequence)
             running.adapters.park(sequence)
             return 0
-        if not (self._fits(step, sequence, budget) and self.tables.start(sequence, running.sequences)):
+        must_be_cut = sequence.prompt_len > budget and step.num_prefill_tokens
+        if self.traits.takes_whole_prompts and must_be_cut:
+            return None
+        if not self.tables.start(sequence, running.sequences):
             return None
         self._waiting.pop(sequence)
         running.enter(sequence)
         self._num_waiting -= 1
         return self._plan_chunk(step, sequence, budget)
-
-    def _fits(self, step: Step, sequence: Sequence, budget: int) -> bool:
-        """Return whether part of a sequence can be computed, or all of it if prompts may not be cut."""
-        is_small = sequence.prompt_len <= budget or not step.num_prefill_tokens
-        return is_small or not self.traits.takes_whole_prompts
 
     def apply(self, step: Step, result: StepResult) -> list[tuple[int, Sequence]]:
         """Apply a step's result; return (row, sequence) of the live rows.

@@ -136,8 +136,8 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
-    def will_decode(self) -> bool:
-        """Whether steps follow that of the first token."""
+    def may_decode(self) -> bool:
+        """Whether its first token may be followed by others."""
         return self.pooling is None and self.max_tokens > 1
 
     @property

@@ -60,6 +60,7 @@ class BlockTables:
         self._prefix_cache, self._can_fork = prefix_cache, num_kept_states != 0
         self._shares_only_prompts = shares_only_prompts
         self._stats = stats
+        self._asked: tuple[tuple[float, int, int], int] | None = None  # see `recent_num_to_compute`
         self.states: KeptStates | None = None
         if num_kept_states:
             keeps_answers = prefix_cache and not shares_only_prompts
@@ -154,6 +155,15 @@ class BlockTables:
         num_shared = self._num_shared(sequence, num_tokens - 1)
         hit = find_hit(self.pool, self.needs, sequence, num_shared, self.states)
         return num_tokens - hit.num_blocks * self.block_size
+
+    def recent_num_to_compute(self, sequence: Sequence) -> int:
+        """Return `num_to_compute` as it was when this was first asked of the sequence after another one.
+
+        While a long prompt waits for blocks, each step asks, and looking it up takes 38 ns per token.
+        """
+        if self._asked is None or self._asked[0] != sequence.urgency:
+            self._asked = (sequence.urgency, self.num_to_compute(sequence))
+        return self._asked[1]
 
     def shares_next(self, sequence: Sequence, other: Sequence) -> bool:
         """Return whether a waiting sequence has the same tokens in the block that another computes next.
