@@ -123,7 +123,7 @@ def fp4_blocks(packed: Bytes, scales: Floats) -> Bytes:
 
 
 def holds_fp4_scales(scales: Floats) -> bool:
-    """Return whether halving scales and rounding them to float16 moves none by 1/2,048 of the largest."""
+    """Return whether float16 holds half of each scale to within one part in 2,048 of the largest."""
     largest = np.abs(scales).max(initial=0.0) / 2
     return bool(np.finfo(np.float16).tiny <= largest <= np.finfo(np.float16).max)
 

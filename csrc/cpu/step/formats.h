@@ -12,20 +12,20 @@ enum class Format : int32_t {
 #include "../../formats.def"
 };
 
+// A header with a codebook: sixteen float32, one per row, then the codebook's sixteen values.
+// Formats that differ only in these share their kernels.
+constexpr int64_t kBookValues = 64;  // offset
+constexpr int64_t kBookBytes = kBookValues + 16;
+
 // A panel of 16 rows on the CPU, see packed.h: blocks of 32 columns, with a header before every
 // `header_blocks` blocks. In addition to the codes, each row has fp16 numbers and bytes in its
 // blocks or in its headers.
-constexpr int64_t kBookValues = 64;  // offset in a header
-constexpr int64_t kBookBytes = kBookValues + 16;
-
 struct PanelInfo {
   int32_t code_bits;  // 0: the CPU has no panels of this format
   int32_t block_halves, block_factors;
   int32_t header_halves, header_factors;
   int32_t header_blocks;  // blocks per header, 0: no headers
-  // Whether a header has sixteen float32, one per row, and then the sixteen values of the format's
-  // codebook. Formats that differ only in these then share their kernels.
-  bool has_book;
+  bool has_book;          // whether headers have a codebook
 
   constexpr int64_t block_bytes() const {
     return 64 * code_bits + 16 * (2 * block_halves + block_factors);

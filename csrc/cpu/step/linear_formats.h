@@ -332,13 +332,10 @@ struct IQ4_XS : CodeReader<S, Iq4Codes<S>, Format::kIQ4_XS> {
 template <class S>
 struct BookCodes : NibbleCodes<S> {
   static constexpr bool kIsSigned = S::kHasSignedDot;
-  static constexpr int kMaxCode = kIsSigned ? 127 : 0;
+  static constexpr int kMaxCode = 0;  // may be too large for 16-bit sums
   static inline typename S::I dot(typename S::I acc, typename S::I codes, typename S::I values) {
     if constexpr (kIsSigned) return S::dot_signed(acc, codes, values);
     return S::dot(acc, codes, values);
-  }
-  static inline typename S::I short_sums(typename S::I codes, typename S::I values) {
-    return S::short_sums_signed(codes, values);
   }
 };
 
