@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bench import picture
+from bench import beside_long, picture
 from bench.client import Answer, Client
 from bench.loads import ClosedLoop, OpenLoop, Prompts, Target, run
 from bench.report import percentile, spread, table
@@ -163,6 +164,19 @@ async def test_a_connection_that_the_server_drops_is_an_error() -> None:
         exchange = await client.chat({})
     with pytest.raises(ValueError, match="closed"):
         Answer.read(exchange)
+
+
+async def test_short_prompts_are_timed_beside_long_ones() -> None:
+    async def slow_if_long(write: Write, body: dict[str, Any]) -> None:
+        if len(body["messages"][0]["content"].split()) > 100:
+            await asyncio.sleep(0.2)
+        await answer_normally(write, body)
+
+    options = argparse.Namespace(rate=1000.0, requests=5, long_requests=2, model="tgi")
+    async with serving(slow_if_long) as server:
+        seconds = await beside_long.measure(server.url, options, Prompts(40), Prompts(200))
+    assert seconds["p50"] <= seconds["max"] < 0.2 <= seconds["long p50"]
+    assert server.most_running > 1
 
 
 async def test_a_closed_loop_keeps_as_many_requests_running_as_it_has_clients() -> None:
