@@ -58,6 +58,9 @@ def main() -> None:
     options = parser.parse_args()
     urls = dict(server.split("=", 1) for server in options.servers)
     short, long = loads.Prompts(options.short_tokens), loads.Prompts(options.long_tokens)
+    for prompts in (short, long):  # counts the template's tokens, once for all servers
+        load = loads.ClosedLoop(clients=1, requests=1)
+        asyncio.run(loads.run(load, prompts, next(iter(urls.values())), max_tokens=1, model=options.model))
     turns, rows = [], []
     for index in range(options.rounds):
         for name in order_of(list(urls), index):

@@ -168,7 +168,7 @@ async def test_a_connection_that_the_server_drops_is_an_error() -> None:
 
 async def test_short_prompts_are_timed_beside_long_ones() -> None:
     async def slow_if_long(write: Write, body: dict[str, Any]) -> None:
-        if len(body["messages"][0]["content"].split()) > 100:
+        if len(body["messages"][-1]["content"].split()) > 100:
             await asyncio.sleep(0.2)
         await answer_normally(write, body)
 
