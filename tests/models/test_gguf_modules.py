@@ -142,6 +142,49 @@ def test_further_files_that_contradict_themselves_are_refused(
     check_refused(name, changes, reason)
 
 
+# Of these, nemotron_h's file has eight experts, others have six; two of them serve a token.
+ROUTED = ("nemotron_h-experts", "exaone-moe", "mimo2", "kimi-linear", "mistral4")
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize(
+    ("count", "used", "used_experts", "reason"),
+    [
+        (6, 1, 2, "into groups of two or more, got 6"),  # of one, or of no whole number
+        (5, 1, 2, "expert_group_count must divide the [68] experts into groups of two or more, got 5"),
+        (-2, 1, 2, "into groups of two or more, got -2"),
+        (1 << 40, 1, 2, "into groups of two or more"),
+        (2, 0, 2, "expert_group_used_count must be in 1..2, got 0"),
+        (2, 3, 2, "expert_group_used_count must be in 1..2, got 3"),
+        (2, -1, 2, "expert_group_used_count must be in 1..2, got -1"),
+        (2, None, 2, "lacks `expert_group_used_count`"),
+        (2, 1, 5, "expert_used_count must be in 1..[34], got 5"),
+        (0, 0, 0, "expert_used_count must be in 1..[68], got 0"),
+    ],
+)
+def test_groups_that_cannot_have_a_token_s_experts_are_refused(
+    name: str, count: int, used: int | None, used_experts: int, reason: str
+) -> None:
+    changes = {
+        "expert_group_count": count, "expert_group_used_count": used, "expert_used_count": used_experts,
+    }  # fmt: skip
+    check_refused(name, changes, reason)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ROUTED)
+def test_no_groups_are_one(name: str) -> None:
+    with GgufFile.open(gguf_file(CASES[name], "f32").path) as file:
+        kind = file.metadata["general.architecture"]
+        module = find_module(kind)
+        assert module is not None
+        for key in ("expert_group_count", "expert_group_used_count"):
+            file.metadata[f"{kind}.{key}"] = 0
+        config = read_gguf_module(module, file)
+        assert (config["n_group"], config["topk_group"]) == (1, 1)
+
+
 def check_refused(name: str, changes: Mapping[str, Any], reason: str) -> None:
     with GgufFile.open(gguf_file(CASES[name], "f32").path) as file:
         kind = file.metadata["general.architecture"]

@@ -162,6 +162,25 @@ def read_common(reader: Reader) -> dict[str, Any]:
     }
 
 
+def read_routing(reader: Reader, num_experts: int) -> dict[str, int]:
+    """Return how many experts a token uses, and of how many groups, which the code of `transformers` trusts.
+
+    It ranks groups by the sum of their two best experts. As in llama.cpp, no groups (0) are one.
+    """
+    groups = reader.integer("n_group", 0) or 1
+    check(
+        groups > 0 and num_experts % groups == 0 and num_experts // groups > 1,
+        f"expert_group_count must divide the {num_experts} experts into groups of two or more, got {groups}",
+    )
+    given = reader.get("topk_group") or groups > 1
+    used_groups = reader.positive("topk_group", groups) if given else 1
+    return {
+        "num_experts_per_tok": reader.positive("num_experts_per_tok", num_experts // groups * used_groups),
+        "n_group": groups,
+        "topk_group": used_groups,
+    }
+
+
 def read_latent_attention(reader: Reader) -> dict[str, Any]:
     """Return the sizes of latent attention; a file also has those of a latent, as one head's."""
     latent = read_latent(reader)

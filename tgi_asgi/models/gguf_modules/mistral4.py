@@ -17,10 +17,10 @@ from tgi_asgi.models.gguf_module import (
     common_names,
     read_common,
     read_latent_attention,
+    read_routing,
 )
 from tgi_asgi.models.reader import Reader
-
-_SOFTMAX = 1  # of llama.cpp's functions that score experts
+from tgi_asgi.models.reading_experts import SOFTMAX
 
 
 def read_mistral4(reader: Reader, file: GgufFile) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def read_mistral4(reader: Reader, file: GgufFile) -> dict[str, Any]:
     config = read_common(reader)
     latent = read_latent_attention(reader)
     rotary = latent["qk_rope_head_dim"]
-    reader.require(expert_gating_func=_SOFTMAX)
+    reader.require(expert_gating_func=SOFTMAX)
     num_experts = reader.positive("n_routed_experts", MAX_SIZE)
     return {
         **config,
@@ -40,13 +40,11 @@ def read_mistral4(reader: Reader, file: GgufFile) -> dict[str, Any]:
         "intermediate_size": reader.positive("intermediate_size", MAX_SIZE),
         "first_k_dense_replace": reader.integer("leading_dense_block_count", 0),
         "n_routed_experts": num_experts,
-        "num_experts_per_tok": reader.positive("num_experts_per_tok", num_experts),
+        **read_routing(reader, num_experts),
         "moe_intermediate_size": reader.positive("moe_intermediate_size", MAX_SIZE),
         "n_shared_experts": reader.positive("n_shared_experts", num_experts),
         "routed_scaling_factor": reader.number("routed_scaling_factor", 1.0) or 1.0,
         "norm_topk_prob": reader.flag("norm_topk_prob", False),
-        "n_group": reader.integer("n_group", 1) or 1,
-        "topk_group": reader.integer("topk_group", 1) or 1,
         "rope_parameters": _read_rope(reader, rotary / (latent["qk_nope_head_dim"] + rotary)),
     }
 
