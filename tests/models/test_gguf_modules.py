@@ -132,6 +132,7 @@ def test_a_file_that_contradicts_itself_is_refused(
         ("mistral4", {"attention.kv_lora_rank": 0}, "heads and latents cannot have"),
         ("mistral4", {"attention.q_lora_rank": -1}, "q_lora_rank must be positive"),
         ("mistral4", {"rope.scaling.type": "linear"}, "type 'linear' is not supported"),
+        ("mistral4", {"rope.scaling.type": None}, "type 'linear' is not supported"),  # but a factor
         ("mistral4", {"attention.temperature_length": 32}, "temperature_length"),
         ("mistral4", {"expert_group_count": 0, "expert_shared_count": 0}, "expert_shared_count must be in"),
     ],

@@ -233,6 +233,28 @@ def read_frequencies(
     }
 
 
+def scaling_type(reader: Reader) -> Any:
+    """Return the type of scaling of rotary positions; as in llama.cpp, a factor without a type is linear."""
+    prefix = "rope.scaling."
+    reader.ignore(f"{prefix}finetuned")
+    reader.require(**{f"{prefix}attn_factor": 1.0})
+    kind, factor = reader.get(f"{prefix}type"), reader.get(f"{prefix}factor")
+    return ("none" if factor in (None, 0, 1) else "linear") if kind is None else kind
+
+
+def read_yarn(reader: Reader) -> dict[str, Any]:
+    """Return the `rope_parameters` of YaRN but for its base and its magnitudes."""
+    prefix = "rope.scaling."
+    reader.ignore(f"{prefix}yarn_ext_factor", f"{prefix}yarn_attn_factor")  # as for native families
+    return {
+        "rope_type": "yarn",
+        "factor": reader.number(f"{prefix}factor"),
+        "original_max_position_embeddings": reader.positive(f"{prefix}original_context_length", MAX_CONTEXT),
+        "beta_fast": reader.number(f"{prefix}yarn_beta_fast", 32.0),
+        "beta_slow": reader.number(f"{prefix}yarn_beta_slow", 1.0),
+    }
+
+
 def vocab_size_of(file: GgufFile) -> int:
     """Return the number of embeddings, for files that may not say it elsewhere."""
     table = file.tensor("token_embd.weight")

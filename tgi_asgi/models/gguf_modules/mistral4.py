@@ -18,6 +18,8 @@ from tgi_asgi.models.gguf_module import (
     read_common,
     read_latent_attention,
     read_routing,
+    read_yarn,
+    scaling_type,
 )
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading_experts import SOFTMAX
@@ -51,30 +53,23 @@ def read_mistral4(reader: Reader, file: GgufFile) -> dict[str, Any]:
 
 def _read_rope(reader: Reader, part: float) -> dict[str, Any]:
     """Return the `rope_parameters`; without growth in the file, queries do not grow, as in llama.cpp."""
-    prefix = "rope.scaling."
     beta = reader.number("attention.temperature_scale", 0.0)
     common = {
         "rope_theta": reader.number("rope_theta", 1e4),
         "partial_rotary_factor": part,
         "llama_4_scaling_beta": beta,
     }
-    reader.ignore(f"{prefix}finetuned", f"{prefix}yarn_ext_factor", f"{prefix}yarn_attn_factor")
-    reader.require(**{f"{prefix}attn_factor": 1.0})
-    kind = reader.get(f"{prefix}type")
-    if kind in (None, "none"):
+    kind = scaling_type(reader)
+    if kind == "none":
         context = reader.integer("attention.temperature_length", MAX_CONTEXT)
         return {**common, "rope_type": "default", "original_max_position_embeddings": context}
     check(kind == "yarn", f"rope scaling of type {str(kind)[:100]!r} is not supported for this architecture")
-    magnitude = 10 * reader.number(f"{prefix}yarn_log_multiplier", 0.0)  # files have a tenth of it
-    context = reader.positive(f"{prefix}original_context_length", MAX_CONTEXT)
-    reader.require(**{"attention.temperature_length": context})
+    yarn = read_yarn(reader)
+    magnitude = 10 * reader.number("rope.scaling.yarn_log_multiplier", 0.0)  # files have a tenth of it
+    reader.require(**{"attention.temperature_length": yarn["original_max_position_embeddings"]})
     return {
         **common,
-        "rope_type": "yarn",
-        "factor": reader.number(f"{prefix}factor"),
-        "original_max_position_embeddings": context,
-        "beta_fast": reader.number(f"{prefix}yarn_beta_fast", 32.0),
-        "beta_slow": reader.number(f"{prefix}yarn_beta_slow", 1.0),
+        **yarn,
         **({"mscale": magnitude, "mscale_all_dim": magnitude} if magnitude else {}),
     }
 
