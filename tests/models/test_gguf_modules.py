@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,18 @@ def load(name: str) -> GenericModel:
 def test_experts_keep_the_files_codes() -> None:
     layer = load("gemma4-experts").module.model.layers[0]
     check_codes(layer.experts, 6 * 64)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks) for case, marks in MARKED])
+def test_formats_are_foretold(case: FamilyCase) -> None:
+    """The memory that weights need is counted before they are read, by their formats and sizes."""
+    with OpenModel(gguf_file(case, "q8_0"), model_impl="auto") as opened:
+        weights = opened.weights
+        assert isinstance(weights, GgufModuleWeights)
+        found = {name: weights.get(name, weights.shape(name)) for name in weights.names()}
+        made = {name: (each.format, math.prod(each.shape)) for name, each in found.items()}
+        assert weights.stored() == made
+    assert "Q8_0" in {format for format, _ in made.values()}
 
 
 @pytest.mark.models
