@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,7 @@ def test_a_file_that_contradicts_itself_is_refused(
         ("mistral4", {"attention.kv_lora_rank": 0}, "heads and latents cannot have"),
         ("mistral4", {"attention.q_lora_rank": -1}, "q_lora_rank must be positive"),
         ("mistral4", {"rope.scaling.type": "linear"}, "type 'linear' is not supported"),
+        ("mistral4", {"rope.scaling.type": None}, "type 'linear' is not supported"),  # but a factor
         ("mistral4", {"attention.temperature_length": 32}, "temperature_length"),
         ("mistral4", {"expert_group_count": 0, "expert_shared_count": 0}, "expert_shared_count must be in"),
     ],
@@ -140,6 +142,49 @@ def test_further_files_that_contradict_themselves_are_refused(
     name: str, changes: Mapping[str, Any], reason: str
 ) -> None:
     check_refused(name, changes, reason)
+
+
+# Of these, nemotron_h's file has eight experts, others have six; two of them serve a token.
+ROUTED = ("nemotron_h-experts", "exaone-moe", "mimo2", "kimi-linear", "mistral4")
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize(
+    ("count", "used", "used_experts", "reason"),
+    [
+        (6, 1, 2, "into groups of two or more, got 6"),  # of one, or of no whole number
+        (5, 1, 2, "expert_group_count must divide the [68] experts into groups of two or more, got 5"),
+        (-2, 1, 2, "into groups of two or more, got -2"),
+        (1 << 40, 1, 2, "into groups of two or more"),
+        (2, 0, 2, "expert_group_used_count must be in 1..2, got 0"),
+        (2, 3, 2, "expert_group_used_count must be in 1..2, got 3"),
+        (2, -1, 2, "expert_group_used_count must be in 1..2, got -1"),
+        (2, None, 2, "lacks `expert_group_used_count`"),
+        (2, 1, 5, "expert_used_count must be in 1..[34], got 5"),
+        (0, 0, 0, "expert_used_count must be in 1..[68], got 0"),
+    ],
+)
+def test_groups_that_cannot_have_a_token_s_experts_are_refused(
+    name: str, count: int, used: int | None, used_experts: int, reason: str
+) -> None:
+    changes = {
+        "expert_group_count": count, "expert_group_used_count": used, "expert_used_count": used_experts,
+    }  # fmt: skip
+    check_refused(name, changes, reason)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ROUTED)
+def test_no_groups_are_one(name: str) -> None:
+    with GgufFile.open(gguf_file(CASES[name], "f32").path) as file:
+        kind = file.metadata["general.architecture"]
+        module = find_module(kind)
+        assert module is not None
+        for key in ("expert_group_count", "expert_group_used_count"):
+            file.metadata[f"{kind}.{key}"] = 0
+        config = read_gguf_module(module, file)
+        assert (config["n_group"], config["topk_group"]) == (1, 1)
 
 
 def check_refused(name: str, changes: Mapping[str, Any], reason: str) -> None:
@@ -193,6 +238,18 @@ def load(name: str) -> GenericModel:
 def test_experts_keep_the_files_codes() -> None:
     layer = load("gemma4-experts").module.model.layers[0]
     check_codes(layer.experts, 6 * 64)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks) for case, marks in MARKED])
+def test_formats_are_foretold(case: FamilyCase) -> None:
+    """The memory that weights need is counted before they are read, by their formats and sizes."""
+    with OpenModel(gguf_file(case, "q8_0"), model_impl="auto") as opened:
+        weights = opened.weights
+        assert isinstance(weights, GgufModuleWeights)
+        found = {name: weights.get(name, weights.shape(name)) for name in weights.names()}
+        made = {name: (each.format, math.prod(each.shape)) for name, each in found.items()}
+        assert weights.stored() == made
+    assert "Q8_0" in {format for format, _ in made.values()}
 
 
 @pytest.mark.models

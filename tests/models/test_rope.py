@@ -23,8 +23,10 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeScaling, RopeSpec
 from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.rope import scale_positions as scale_positions_of_transformers
+from tgi_asgi.models.gguf_vision.text_reading import read_rope
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.loading.recognise import read_config
+from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.rope import inverse_frequencies, scale_positions
 from tgi_asgi.runner.memory import choose_context
 from tgi_asgi.settings import GivenRope
@@ -216,3 +218,33 @@ def test_a_model_without_rotary_embeddings_has_none_to_scale(tmp_path: Path) -> 
     files = save(make_model("OPT", ffn_dim=96, word_embed_proj_dim=64), tmp_path)
     with pytest.raises(ModelLoadError, match=r"--rope-scaling: .*'opt' have no rotary embedding"):
         OpenModel(files, model_impl="transformers", rope=GivenRope("linear", 2.0))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("default", None)),
+        ({"factor": 1.0}, ("default", None)),
+        ({"factor": 0.0}, ("default", None)),
+        ({"type": "none", "factor": 4.0}, ("default", None)),
+        ({"type": "linear", "factor": 4.0}, ("linear", 4.0)),
+        ({"factor": 4.0}, ("linear", 4.0)),
+        ({"type": "yarn", "factor": 4.0, "original_context_length": 64}, ("yarn", 4.0)),
+    ],
+)
+def test_files_of_models_that_accept_images_scale_as_in_llama_cpp(
+    given: dict[str, Any], expected: tuple[str, float | None]
+) -> None:
+    """A factor without a type is linear, as in files of text models."""
+    metadata = {"general.architecture": "qwen2vl"}
+    reader = Reader.of_gguf(
+        metadata | {f"qwen2vl.rope.scaling.{key}": each for key, each in given.items()}, frozenset()
+    )
+    found = read_rope(reader)
+    assert (found["rope_type"], found.get("factor")) == expected
+
+
+def test_yarn_without_a_factor_is_refused() -> None:
+    metadata = {"general.architecture": "qwen2vl", "qwen2vl.rope.scaling.type": "yarn"}
+    with pytest.raises(ModelLoadError, match=r"lacks `rope.scaling.factor`"):
+        read_rope(Reader.of_gguf(metadata, frozenset()))

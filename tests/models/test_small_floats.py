@@ -5,6 +5,7 @@ oracle/record_small_floats.py has recorded tensors and values with the tools the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tracemalloc
 from pathlib import Path
@@ -123,6 +124,37 @@ def test_modelopt_s_nvfp4_is_decoded_as_it_decodes_it(tmp_path: Path, factor: fl
     )
     packed: Any = ops.linear_weight(source, ops.Packing(is_exact=False)).made
     assert packed.matrix.format == ("FP4_16" if factor == 1.0 else "BF16")
+
+
+@pytest.mark.parametrize(
+    ("columns", "run", "expected"),
+    [
+        (96, 16, "FP4_16"),
+        (96, 32, "FP4_16"),
+        (96, 96, "FP4_16"),  # one scale for a row
+        (48, 16, "F8_32"),  # blocks have 32 columns
+        (96, 8, "F8_32"),
+        (96, 24, "F8_32"),
+    ],
+)
+def test_nvfp4_that_no_format_holds_is_counted_as_decoded(
+    tmp_path: Path, columns: int, run: int, expected: str
+) -> None:
+    scales = torch.rand(8, columns // run).to(torch.float8_e4m3fn)
+    tensors = {
+        "weight": torch.randint(256, (8, columns // 2), dtype=torch.uint8),
+        "weight_scale": scales,
+        "weight_scale_2": torch.tensor(0.5),
+    }
+    save_file({STEM + key: tensor for key, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    with contextlib.closing(
+        SafetensorsWeights(tmp_path, Quantisation.from_json({"quantization_config": NVFP4}))
+    ) as weights:
+        assert weights.stored()[f"{STEM}weight"] == (expected, 8 * columns)
+        source = weights.get(f"{STEM}weight", (8, columns))
+    assert (source.format == "FP4_16") == (expected == "FP4_16")
+    packed: Any = ops.linear_weight(source, ops.Packing(is_exact=False)).made
+    assert packed.matrix.format == ("FP4_16" if expected == "FP4_16" else "BF16")
 
 
 def test_damaged_states_of_bitsandbytes_are_refused(tmp_path: Path) -> None:

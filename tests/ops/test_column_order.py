@@ -15,8 +15,10 @@ from tests.reference.compare import assert_close, assert_same_bits
 from tests.reference.layers import activate, linear, norm
 from tests.support import eager_ops
 from tests.support.eager_ops import norm_weight
+from tests.support.gguf_blocks import random_matrix
 from tests.support.quantised import Codes, ordered_source, random_codes
 from tgi_asgi import _C, ops
+from tgi_asgi.formats.gguf_converted import BY_NAME
 from tgi_asgi.ops import direct
 from tgi_asgi.ops.tensors import from_tensor
 
@@ -189,24 +191,27 @@ def test_the_extension_checks_what_it_is_given(
         program.reorder(source=source, order=np.arange(96, dtype=np.int32), out=source)
 
 
-@pytest.mark.parametrize("form", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize("form", ["F32", "F16", "Q8_0", "Q4_K", "IQ2_XS", "FP4_16"])
 @pytest.mark.parametrize("packing", [EXACT, FAST], ids=["exact", "fast"])
 def test_any_format_may_have_an_order(form: str, packing: ops.Packing) -> None:
-    values, order = np.random.default_rng(3).normal(size=(48, 96)).astype(np.float32), np.arange(96)
-    order = order.reshape(4, 3, 8).swapaxes(0, 1).reshape(-1)  # heads interleaved, narrower than a block
-    stored = np.ascontiguousarray(values[:, order])
-    if form == "Q8_0":
-        source = ops.WeightSource(
-            _C.quantise(stored.view(np.uint8).reshape(-1), "F32", 96, form), form, (48, 96)
-        )
+    random, columns = np.random.default_rng(3), 96 if form in ("F32", "F16", "Q8_0") else 512
+    # Heads are interleaved, and narrower than a block.
+    order = np.arange(columns).reshape(4, -1, 8).swapaxes(0, 1).reshape(-1)
+    if form in ("F32", "F16"):
+        values = random.normal(size=(48, columns))
+        source = ops.from_floats(values.astype(np.float16 if form == "F16" else np.float32))
     else:
-        source = ops.from_floats(stored.astype(np.float16) if form == "F16" else stored)
+        kind = "NVFP4" if form == "FP4_16" else form
+        data = random_matrix(kind, 48, columns, 1.0, random).data.reshape(-1)
+        data = BY_NAME[kind].convert(data) if kind in BY_NAME else data
+        source = ops.WeightSource(data, form, (48, columns))
     plain = torch.from_numpy(ops.decode(source)[:, np.argsort(order)].copy())
     weight = ops.linear_weight(source.with_order(order), packing)
-    a = torch.randn(5, 96)
+    a = torch.randn(5, columns)
     sorted_a = a.double()
-    if form == "Q8_0":
-        sorted_a[:, order] = rounded(a[:, order], weight.made.precision)
-    else:
+    if form in ("F32", "F16"):
         sorted_a = rounded(a, weight.made.precision)
-    assert_close(eager_ops.linear(a, weight), linear(sorted_a, plain), length=96)
+    else:
+        assert weight.made.matrix.format == form
+        sorted_a[:, order] = rounded(a[:, order], weight.made.precision)
+    assert_close(eager_ops.linear(a, weight), linear(sorted_a, plain), length=columns)

@@ -23,7 +23,7 @@ from tgi_asgi.formats.small_floats import decode_e4m3, fp4_blocks
 
 _CHUNK_BLOCKS = 1 << 12  # a million weights: bounds the temporary arrays of a thread
 _MAX_THREADS = 16  # bounds the temporary arrays, too
-_HELD_BYTES = {"Q4_0": 18, "FP4_16": 20}  # of 32 columns
+_HELD = {row.name: row for row in _C.formats() if row.name in ("Q4_0", "FP4_16")}
 
 Codes = npt.NDArray[np.int8]
 
@@ -46,7 +46,9 @@ class ConvertedType:
     def convert(self, data: Bytes) -> Bytes:
         """Return the bytes of the format `held` for whole blocks."""
         blocks = data.reshape(-1, self.block_bytes)
-        out = np.empty((len(blocks), self.block_columns // 32 * _HELD_BYTES[self.held]), np.uint8)
+        held = _HELD[self.held]
+        block_bytes = self.block_columns // held.block_columns * held.block_bytes
+        out = np.empty((len(blocks), block_bytes), np.uint8)
 
         def convert_from(at: int) -> None:
             chunk = slice(at, at + _CHUNK_BLOCKS)

@@ -162,6 +162,25 @@ def read_common(reader: Reader) -> dict[str, Any]:
     }
 
 
+def read_routing(reader: Reader, num_experts: int) -> dict[str, int]:
+    """Return how many experts a token uses, and of how many groups, which the code of `transformers` trusts.
+
+    It ranks groups by the sum of their two best experts. As in llama.cpp, no groups (0) are one.
+    """
+    groups = reader.integer("n_group", 0) or 1
+    check(
+        groups > 0 and num_experts % groups == 0 and num_experts // groups > 1,
+        f"expert_group_count must divide the {num_experts} experts into groups of two or more, got {groups}",
+    )
+    given = reader.get("topk_group") or groups > 1
+    used_groups = reader.positive("topk_group", groups) if given else 1
+    return {
+        "num_experts_per_tok": reader.positive("num_experts_per_tok", num_experts // groups * used_groups),
+        "n_group": groups,
+        "topk_group": used_groups,
+    }
+
+
 def read_latent_attention(reader: Reader) -> dict[str, Any]:
     """Return the sizes of latent attention; a file also has those of a latent, as one head's."""
     latent = read_latent(reader)
@@ -211,6 +230,28 @@ def read_frequencies(
         "original_max_position_embeddings": max_positions,
         "short_factor": factors.tolist(),
         "long_factor": factors.tolist(),
+    }
+
+
+def scaling_type(reader: Reader) -> Any:
+    """Return the type of scaling of rotary positions; as in llama.cpp, a factor without a type is linear."""
+    prefix = "rope.scaling."
+    reader.ignore(f"{prefix}finetuned")
+    reader.require(**{f"{prefix}attn_factor": 1.0})
+    kind, factor = reader.get(f"{prefix}type"), reader.get(f"{prefix}factor")
+    return ("none" if factor in (None, 0, 1) else "linear") if kind is None else kind
+
+
+def read_yarn(reader: Reader) -> dict[str, Any]:
+    """Return the `rope_parameters` of YaRN but for its base and its magnitudes."""
+    prefix = "rope.scaling."
+    reader.ignore(f"{prefix}yarn_ext_factor", f"{prefix}yarn_attn_factor")  # as for native families
+    return {
+        "rope_type": "yarn",
+        "factor": reader.number(f"{prefix}factor"),
+        "original_max_position_embeddings": reader.positive(f"{prefix}original_context_length", MAX_CONTEXT),
+        "beta_fast": reader.number(f"{prefix}yarn_beta_fast", 32.0),
+        "beta_slow": reader.number(f"{prefix}yarn_beta_slow", 1.0),
     }
 
 

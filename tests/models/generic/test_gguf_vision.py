@@ -25,6 +25,7 @@ from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading import Weights
+from tgi_asgi.models.loading.gguf_vision import GgufVisionWeights
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ImageProcessor
@@ -217,3 +218,22 @@ async def test_a_client_gets_what_transformers_would_answer(
         assert app.context.served is not None
         assert app.context.served.accepts_images
     assert [each.choices[0].message.content for each in found] == wanted
+
+
+@pytest.mark.parametrize("name", of_each(("gemma3", "lfm2_vl", "qwen3_5", "llava")))
+def test_formats_are_foretold(name: str, model_of: Callable[[str], Made], tmp_path: Path) -> None:
+    """The memory that weights need is counted before they are read, by their formats."""
+    made = model_of(name)
+    assert made.files.projector is not None
+    with GgufFile.open(made.files.projector) as file:
+        patches = {  # which some towers compute, and all may have in float16
+            each: file.raw(each).view(np.float32).reshape(info.shape).astype(np.float16)
+            for each, info in file.tensors.items()
+            if "patch_embd.weight" in each and info.type == "F32"
+        }
+    projector = changed(made.files.projector, tmp_path / "mmproj.gguf", {}, patches)
+    with OpenModel(replace(made.files, projector=projector), model_impl="auto") as opened:
+        weights = opened.weights
+        assert isinstance(weights, GgufVisionWeights)
+        foretold = {name: format for name, (format, _) in weights.stored().items()}
+        assert foretold == {each: weights.get(each, weights.shape(each)).format for each in weights.names()}

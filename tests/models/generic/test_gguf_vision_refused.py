@@ -119,10 +119,7 @@ def floats(*shape: int) -> np.ndarray:
         ("llava_next", {f"{VISION}image_grid_pinpoints": [28, 57]}, {}, "pairs of multiples of 28"),
         ("llava_next", {f"{VISION}image_grid_pinpoints": []}, {}, "pairs of multiples of 28"),
         ("llava_next", {f"{VISION}image_grid_pinpoints": None}, {}, "pairs of multiples of 28"),
-        (
-            "llava_next", {f"{VISION}image_grid_pinpoints": [28, 56, 5600, 5600]}, {},
-            "enlarge every image to 31360000 pixels",
-        ),
+        ("llava_next", {f"{VISION}image_grid_pinpoints": [28, 56, 28, 4116]}, {}, "of 28 up to 4096, got"),
         ("llava_next", {f"{VISION}mm_patch_merge_type": "spatial"}, {}, "mm_patch_merge_type"),
         ("llava_next", {f"{VISION}feature_layer": [1, 2]}, {}, "`feature_layer` is"),
         ("llava_next", {}, {"model.image_newline": None}, "`mm_patch_merge_type` is spatial_unpad"),

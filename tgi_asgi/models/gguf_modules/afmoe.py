@@ -12,6 +12,7 @@ from tgi_asgi.models.config_bounds import MAX_CONTEXT, MAX_HEADS
 from tgi_asgi.models.family import SANDWICH_NAMES
 from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, common_names, layer_types, read_common
 from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading_experts import SIGMOID
 
 _PERIOD = 4  # of the layers without a window, unless the file says otherwise
 
@@ -22,7 +23,7 @@ def read_afmoe(reader: Reader, file: GgufFile) -> dict[str, Any]:
     num_layers = config["num_hidden_layers"]
     head_dim = reader.positive("head_dim", MAX_SIZE)
     reader.require(**{
-        "expert_gating_func": 2,  # sigmoid
+        "expert_gating_func": SIGMOID,
         "attention.value_length": head_dim,
         "rope.dimension_count": head_dim,
         "norm_topk_prob": True,  # the code of `transformers` knows nothing else

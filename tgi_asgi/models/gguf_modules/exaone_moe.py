@@ -10,8 +10,16 @@ from typing import Any
 from tgi_asgi.errors import check
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.config_bounds import MAX_CONTEXT, MAX_HEADS
-from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, common_names, layer_types, read_common
+from tgi_asgi.models.gguf_module import (
+    MAX_SIZE,
+    GgufModule,
+    common_names,
+    layer_types,
+    read_common,
+    read_routing,
+)
 from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading_experts import SIGMOID
 
 
 def read_exaone_moe(reader: Reader, file: GgufFile) -> dict[str, Any]:
@@ -21,7 +29,7 @@ def read_exaone_moe(reader: Reader, file: GgufFile) -> dict[str, Any]:
     check(num_layers > 0, f"nextn_predict_layers leaves {num_layers} layers")
     head_dim = reader.positive("head_dim", MAX_SIZE)
     reader.require(**{
-        "expert_gating_func": 2,  # sigmoid
+        "expert_gating_func": SIGMOID,
         "attention.value_length": head_dim,
         "rope.dimension_count": head_dim,
         "rope.scaling.type": "none",
@@ -44,12 +52,10 @@ def read_exaone_moe(reader: Reader, file: GgufFile) -> dict[str, Any]:
         "mlp_layer_types": ["dense"] * num_dense + ["sparse"] * (num_layers - num_dense),
         "moe_intermediate_size": size,
         "num_experts": num_experts,
-        "num_experts_per_tok": reader.positive("num_experts_per_tok", num_experts),
+        **read_routing(reader, num_experts),
         "num_shared_experts": num_shared,
         "norm_topk_prob": reader.flag("norm_topk_prob", True),
         "routed_scaling_factor": reader.number("routed_scaling_factor", 1.0),
-        "n_group": reader.integer("n_group", 1),
-        "topk_group": reader.integer("topk_group", 1),
         "rope_parameters": {"rope_type": "default", "rope_theta": reader.number("rope_theta", 1e6)},
     }
 

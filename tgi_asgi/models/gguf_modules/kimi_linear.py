@@ -19,10 +19,10 @@ from tgi_asgi.models.gguf_module import (
     per_layer,
     read_common,
     read_latent_attention,
+    read_routing,
 )
 from tgi_asgi.models.reader import Reader
-
-_SIGMOID = 2  # of llama.cpp's functions that score experts
+from tgi_asgi.models.reading_experts import SIGMOID
 
 
 def read_kimi_linear(reader: Reader, file: GgufFile) -> dict[str, Any]:
@@ -31,11 +31,10 @@ def read_kimi_linear(reader: Reader, file: GgufFile) -> dict[str, Any]:
     heads = per_layer(reader, "num_key_value_heads", num_layers, least=0)
     config = read_common(reader)
     reader.ignore("rope.freq_base", "rope.scaling.finetuned")  # nothing is rotated
-    reader.require(expert_gating_func=_SIGMOID, expert_weights_norm=True)
+    reader.require(expert_gating_func=SIGMOID, expert_weights_norm=True)
     num_experts = reader.positive("num_experts", MAX_SIZE)
     dense = reader.integer("leading_dense_block_count", 0)
     check(0 <= dense <= num_layers, f"leading_dense_block_count must be at most {num_layers}, got {dense}")
-    groups = reader.positive("n_group", num_experts) if reader.get("n_group") else 1
     return {
         **config,
         **read_latent_attention(reader),
@@ -45,12 +44,10 @@ def read_kimi_linear(reader: Reader, file: GgufFile) -> dict[str, Any]:
         "intermediate_size": reader.positive("intermediate_size", MAX_SIZE),
         "moe_intermediate_size": reader.positive("moe_intermediate_size", MAX_SIZE),
         "num_local_experts": num_experts,
-        "num_experts_per_tok": reader.positive("num_experts_per_tok", num_experts),
+        **read_routing(reader, num_experts),
         "n_shared_experts": reader.positive("n_shared_experts", num_experts),
         "routed_scaling_factor": reader.number("routed_scaling_factor", 1.0) or 1.0,
         "norm_topk_prob": True,
-        "n_group": groups,
-        "topk_group": reader.positive("topk_group", groups) if reader.get("topk_group") else groups,
         "layer_types": ["full_attention" if each else "linear_attention" for each in heads],
         "mlp_layer_types": ["dense"] * dense + ["sparse"] * (num_layers - dense),
         "linear_num_heads": config["num_attention_heads"],

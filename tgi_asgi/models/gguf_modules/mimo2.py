@@ -17,10 +17,10 @@ from tgi_asgi.models.gguf_module import (
     layer_types,
     per_layer,
     read_common,
+    read_routing,
 )
 from tgi_asgi.models.reader import Reader
-
-_SIGMOID = 2  # of llama.cpp's functions that score experts
+from tgi_asgi.models.reading_experts import SIGMOID
 
 
 def read_mimo2(reader: Reader, file: GgufFile) -> dict[str, Any]:
@@ -31,9 +31,8 @@ def read_mimo2(reader: Reader, file: GgufFile) -> dict[str, Any]:
     head_dim = reader.positive("head_dim", MAX_SIZE)
     turned = reader.positive("rope.dimension_count", head_dim)
     part = (turned + 0.5) / head_dim  # the class rounds the product with head_dim down
-    reader.require(expert_gating_func=_SIGMOID, expert_weights_norm=True)
+    reader.require(expert_gating_func=SIGMOID, expert_weights_norm=True)
     num_experts = reader.positive("n_routed_experts", MAX_SIZE)
-    groups = reader.positive("n_group", num_experts) if reader.get("n_group") else 1
     kinds = _read_kinds(reader, num_layers)
     return {
         **read_common(reader),
@@ -53,10 +52,8 @@ def read_mimo2(reader: Reader, file: GgufFile) -> dict[str, Any]:
             for index in range(num_layers)
         ],
         "n_routed_experts": num_experts,
-        "num_experts_per_tok": reader.positive("num_experts_per_tok", num_experts),
+        **read_routing(reader, num_experts),
         "routed_scaling_factor": reader.number("routed_scaling_factor", 1.0) or 1.0,
-        "n_group": groups,
-        "topk_group": reader.positive("topk_group", groups) if reader.get("topk_group") else groups,
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": part}
             for kind, theta in (

@@ -8,12 +8,13 @@ from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.config_bounds import MAX_HEADS
 from tgi_asgi.models.gguf_module import MAX_SIZE, GgufModule, common_names, read_common
 from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading_experts import SIGMOID
 
 
 def read_minimax_m2(reader: Reader, file: GgufFile) -> dict[str, Any]:
     """Return the configuration; a part of each head is turned."""
     head_dim = reader.positive("head_dim", MAX_SIZE)
-    reader.require(expert_gating_func=2, **{"attention.value_length": head_dim})  # sigmoid
+    reader.require(expert_gating_func=SIGMOID, **{"attention.value_length": head_dim})
     reader.ignore("intermediate_size")  # the same
     num_experts = reader.positive("num_local_experts", MAX_SIZE)
     return read_common(reader) | {

@@ -17,10 +17,12 @@ from tgi_asgi.models.gguf_module import (
     common_names,
     read_common,
     read_latent_attention,
+    read_routing,
+    read_yarn,
+    scaling_type,
 )
 from tgi_asgi.models.reader import Reader
-
-_SOFTMAX = 1  # of llama.cpp's functions that score experts
+from tgi_asgi.models.reading_experts import SOFTMAX
 
 
 def read_mistral4(reader: Reader, file: GgufFile) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def read_mistral4(reader: Reader, file: GgufFile) -> dict[str, Any]:
     config = read_common(reader)
     latent = read_latent_attention(reader)
     rotary = latent["qk_rope_head_dim"]
-    reader.require(expert_gating_func=_SOFTMAX)
+    reader.require(expert_gating_func=SOFTMAX)
     num_experts = reader.positive("n_routed_experts", MAX_SIZE)
     return {
         **config,
@@ -40,43 +42,34 @@ def read_mistral4(reader: Reader, file: GgufFile) -> dict[str, Any]:
         "intermediate_size": reader.positive("intermediate_size", MAX_SIZE),
         "first_k_dense_replace": reader.integer("leading_dense_block_count", 0),
         "n_routed_experts": num_experts,
-        "num_experts_per_tok": reader.positive("num_experts_per_tok", num_experts),
+        **read_routing(reader, num_experts),
         "moe_intermediate_size": reader.positive("moe_intermediate_size", MAX_SIZE),
         "n_shared_experts": reader.positive("n_shared_experts", num_experts),
         "routed_scaling_factor": reader.number("routed_scaling_factor", 1.0) or 1.0,
         "norm_topk_prob": reader.flag("norm_topk_prob", False),
-        "n_group": reader.integer("n_group", 1) or 1,
-        "topk_group": reader.integer("topk_group", 1) or 1,
         "rope_parameters": _read_rope(reader, rotary / (latent["qk_nope_head_dim"] + rotary)),
     }
 
 
 def _read_rope(reader: Reader, part: float) -> dict[str, Any]:
     """Return the `rope_parameters`; without growth in the file, queries do not grow, as in llama.cpp."""
-    prefix = "rope.scaling."
     beta = reader.number("attention.temperature_scale", 0.0)
     common = {
         "rope_theta": reader.number("rope_theta", 1e4),
         "partial_rotary_factor": part,
         "llama_4_scaling_beta": beta,
     }
-    reader.ignore(f"{prefix}finetuned", f"{prefix}yarn_ext_factor", f"{prefix}yarn_attn_factor")
-    reader.require(**{f"{prefix}attn_factor": 1.0})
-    kind = reader.get(f"{prefix}type")
-    if kind in (None, "none"):
+    kind = scaling_type(reader)
+    if kind == "none":
         context = reader.integer("attention.temperature_length", MAX_CONTEXT)
         return {**common, "rope_type": "default", "original_max_position_embeddings": context}
     check(kind == "yarn", f"rope scaling of type {str(kind)[:100]!r} is not supported for this architecture")
-    magnitude = 10 * reader.number(f"{prefix}yarn_log_multiplier", 0.0)  # files have a tenth of it
-    context = reader.positive(f"{prefix}original_context_length", MAX_CONTEXT)
-    reader.require(**{"attention.temperature_length": context})
+    yarn = read_yarn(reader)
+    magnitude = 10 * reader.number("rope.scaling.yarn_log_multiplier", 0.0)  # files have a tenth of it
+    reader.require(**{"attention.temperature_length": yarn["original_max_position_embeddings"]})
     return {
         **common,
-        "rope_type": "yarn",
-        "factor": reader.number(f"{prefix}factor"),
-        "original_max_position_embeddings": context,
-        "beta_fast": reader.number(f"{prefix}yarn_beta_fast", 32.0),
-        "beta_slow": reader.number(f"{prefix}yarn_beta_slow", 1.0),
+        **yarn,
         **({"mscale": magnitude, "mscale_all_dim": magnitude} if magnitude else {}),
     }
 

@@ -13,6 +13,7 @@ from tgi_asgi.models.gguf_module import (
     log_of_decay,
     per_layer,
     read_common,
+    read_routing,
 )
 from tgi_asgi.models.reader import Reader
 
@@ -84,15 +85,13 @@ def _experts(reader: Reader) -> dict[str, Any]:
     num_experts = reader.positive("n_routed_experts", MAX_SIZE)
     return {
         "n_routed_experts": num_experts,
-        "num_experts_per_tok": reader.positive("num_experts_per_tok", num_experts),
+        **read_routing(reader, num_experts),
         "moe_intermediate_size": reader.positive("moe_intermediate_size", MAX_SIZE),
         "n_shared_experts": reader.positive("n_shared_experts", MAX_SIZE),
         "moe_shared_expert_intermediate_size": reader.positive("shared_expert_intermediate_size", MAX_SIZE),
         "moe_latent_size": reader.integer("moe_latent_size", 0) or None,
         "norm_topk_prob": reader.flag("norm_topk_prob", True),
         "routed_scaling_factor": reader.number("routed_scaling_factor", 1.0),
-        "n_group": reader.integer("n_group", 1),
-        "topk_group": reader.integer("topk_group", 1),
     }
 
 

@@ -12,12 +12,12 @@ import numpy as np
 from tgi_asgi.errors import ModelLoadError, check
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.gguf_vision.projector import (
+    MAX_SIDE,
     Projector,
     TextFile,
     TowerNames,
     TowerSizes,
     VisionModel,
-    check_enlarged,
     check_stored,
     check_width,
     read_sizes,
@@ -30,7 +30,7 @@ _TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
 _IMAGE = "<image>"
 _NEWLINE = "model.image_newline"
 _NO_TEXT = (2, 3)  # types of unknown and of control tokens
-_MAX_GRIDS, _MAX_SIDE = 64, 1 << 14
+_MAX_GRIDS = 64
 
 
 def read_llava(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel:
@@ -116,13 +116,12 @@ def _read_grids(reader: Reader, file: GgufFile, sizes: TowerSizes, text: TextFil
     values = given if isinstance(given, list) else []
     check(
         0 < len(values) <= 2 * _MAX_GRIDS and len(values) % 2 == 0
-        and all(type(each) is int and 0 < each <= _MAX_SIDE for each in values)
+        and all(type(each) is int and 0 < each <= MAX_SIDE for each in values)
         and all(each % sizes.image_size == 0 for each in values),
-        f"image_grid_pinpoints must be pairs of multiples of {sizes.image_size}, got {str(given)[:100]}",
+        f"image_grid_pinpoints must be pairs of multiples of {sizes.image_size} up to {MAX_SIDE}, "
+        f"got {str(given)[:100]}",
     )  # fmt: skip
-    pairs = [values[index : index + 2] for index in range(0, len(values), 2)]
-    check_enlarged(max(height * width for height, width in pairs), "image_grid_pinpoints")
-    return pairs
+    return [values[index : index + 2] for index in range(0, len(values), 2)]
 
 
 def _placeholder(text: TextFile) -> str:

@@ -22,9 +22,9 @@ from tgi_asgi.models.config_bounds import MAX_HEADS, MAX_LAYERS
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.ops.arrays import Floats
 
-_MAX_IMAGE = 1 << 12  # pixels of a side
+MAX_SIDE = 1 << 12  # pixels of an image
 _MAX_PIXELS = 1 << 24  # to which an image is enlarged, whatever its own size
-_MAX_SIDE = 256  # patches of a side: some towers compute a table for each place in that square
+_MAX_PATCHES = 256  # of a side: some towers compute a table for each place in that square
 _MAX_WIDTH = 1 << 16
 _MAX_HEAD_DIM = 256
 _KINDS = ("weight", "bias")
@@ -196,10 +196,13 @@ def read_sizes(reader: Reader, file: GgufFile) -> TowerSizes:
         f"v.blk.{num_layers - 1}.ln1.weight" in reader.tensors,
         f"block_count is {num_layers}, but there are fewer layers",
     )
-    image_size = reader.positive("image_size", _MAX_IMAGE)
+    image_size = reader.positive("image_size", MAX_SIDE)
     patch_size = reader.positive("patch_size", image_size)
     side = image_size // patch_size
-    check(side <= _MAX_SIDE, f"an image would have {side} x {side} patches; at most {_MAX_SIDE} are read")
+    check(
+        side <= _MAX_PATCHES,
+        f"an image would have {side} x {side} patches; a side has at most {_MAX_PATCHES}",
+    )
     check_stored(file, _PATCHES, (width, 3, patch_size, patch_size))
     normal = {key: _read_channels(reader, key) for key in ("image_mean", "image_std")}
     check(min(normal["image_std"]) > 0, f"image_std must be positive, got {normal['image_std']}")

@@ -11,8 +11,15 @@ import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError, check
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.config_bounds import MAX_CONTEXT, MAX_HEADS
-from tgi_asgi.models.gguf_module import MAX_SIZE, common_names, read_common, vocab_size_of
+from tgi_asgi.models.config_bounds import MAX_HEADS
+from tgi_asgi.models.gguf_module import (
+    MAX_SIZE,
+    common_names,
+    read_common,
+    read_yarn,
+    scaling_type,
+    vocab_size_of,
+)
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.ops.arrays import Floats
 
@@ -80,26 +87,18 @@ def read_plain(
 def read_rope(reader: Reader) -> dict[str, Any]:
     """Return the `rope_parameters`, with the scalings that such files have."""
     theta = reader.number("rope_theta", 10000.0)
-    kind, prefix = reader.get("rope.scaling.type"), "rope.scaling."
-    reader.ignore(f"{prefix}finetuned")
-    reader.require(**{f"{prefix}attn_factor": 1.0})
-    factor = reader.number(f"{prefix}factor", 1.0)
-    if kind in (None, "none") or (kind == "linear" and factor == 1):
+    kind, factor = scaling_type(reader), reader.number("rope.scaling.factor", 1.0)
+    if kind == "none" or (kind == "linear" and factor in (0, 1)):
         return {"rope_type": "default", "rope_theta": theta}
     if kind == "linear":
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
     if kind != "yarn":
         raise ModelLoadError(f"rope scaling of type {str(kind)[:100]!r} is not supported beside images")
-    reader.ignore(f"{prefix}yarn_ext_factor", f"{prefix}yarn_attn_factor")  # as for native families
     return {
-        "rope_type": "yarn",
+        **read_yarn(reader),
         "rope_theta": theta,
-        "factor": factor,
-        "original_max_position_embeddings": reader.positive(f"{prefix}original_context_length", MAX_CONTEXT),
-        "beta_fast": reader.number(f"{prefix}yarn_beta_fast", 32.0),
-        "beta_slow": reader.number(f"{prefix}yarn_beta_slow", 1.0),
         "mscale": 1.0,
-        "mscale_all_dim": reader.number(f"{prefix}yarn_log_multiplier", 0.0),
+        "mscale_all_dim": reader.number("rope.scaling.yarn_log_multiplier", 0.0),
     }
 
 

@@ -61,6 +61,13 @@ class _Place:
         return self.info.shape if self.index is None else self.info.shape[1:]
 
     @property
+    def format(self) -> str:
+        """The format in which `get` returns it, unless a second scale of NVFP4 has it decoded."""
+        own = held_format(self.info.type)
+        is_mixed = self.below is not None and held_format(self.below.type) != own
+        return "F32" if self.restore is not None or is_mixed else own
+
+    @property
     def rows(self) -> tuple[int, int]:
         """The first of the tensor's rows, and the last plus one."""
         size = 1 if self.num_parts is None else self.shape[0]
@@ -218,7 +225,4 @@ class GgufModuleWeights(GgufTensors):
 
     def stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes, as described in `Weights.stored`, by the names of `transformers`."""
-        return {
-            name: (held_format(place.info.type), math.prod(place.shape))
-            for name, place in self._places.items()
-        }
+        return {name: (place.format, math.prod(place.shape)) for name, place in self._places.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,12 @@ def open_vision(
         weights = GgufVisionWeights(texts, TowerWeights(file, model.parts))
         failing.pop_all()
     return model, weights
+
+
+def _format(part: TowerPart, infos: Sequence[GgufTensor]) -> str:
+    """Return the format in which a tensor is loaded."""
+    found = {held_format(info.type) for info in infos}
+    return found.pop() if part.make is None and len(found) == 1 else "F32"
 
 
 class TowerWeights(GgufTensors):
@@ -141,10 +147,7 @@ class TowerWeights(GgufTensors):
     def stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes, as described in `Weights.stored`, by the names of `transformers`."""
         return {
-            name: (
-                held_format(infos[0].type) if infos else "F32",
-                math.prod(self.shape(name)),
-            )
+            name: (_format(self._parts[name], infos), math.prod(self.shape(name)))
             for name, infos in self._infos.items()
         }
 

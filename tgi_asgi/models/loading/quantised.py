@@ -30,7 +30,7 @@ from tgi_asgi.formats.small_floats import (
 )
 from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.loading import check_shape
-from tgi_asgi.models.loading.stored import TABLES, is_mxfp4, read_state, state_name
+from tgi_asgi.models.loading.stored import TABLES, are_fp4_blocks, is_mxfp4, read_state, state_name
 from tgi_asgi.models.loading.tensors import FLOAT8, read_array, read_floats, read_number, read_scales
 from tgi_asgi.ops import WeightSource
 
@@ -182,7 +182,7 @@ def _read_nibbles(checkpoint: Checkpoint, name: str, codes: str, shape: tuple[in
         else:
             raise ModelLoadError("it has neither a weight_global_scale nor a weight_scale_2")
     run = fp4_run(packed, scales)
-    if run % 16 == shape[1] % 32 == 0 and holds_fp4_scales(scales):
+    if are_fp4_blocks(shape[1], run) and holds_fp4_scales(scales):
         blocks = fp4_blocks(packed, np.repeat(scales, run // 16, axis=1))
         return WeightSource(blocks.reshape(-1), "FP4_16", shape)
     return ops.decoded_source(decode_fp4(packed, scales))

@@ -98,8 +98,25 @@ def stored_format(
     if info.dtype == "I8":
         return _stored_integers(checkpoint, weight, quantisation, is_cut=weight in cut)
     if info.dtype == "U8":
-        return ("MXFP4" if is_mxfp4(checkpoint, weight) else "FP4_16"), 2 * elements
+        return _nibbles_format(checkpoint, weight, info.shape), 2 * elements
     return _DECODED if info.dtype == FLOAT8 else info.dtype, elements
+
+
+def _nibbles_format(checkpoint: Checkpoint, weight: str, packed: tuple[int, ...]) -> str:
+    """Return the format of four-bit floats; NVFP4 with scales beyond float16 is decoded all the same."""
+    if is_mxfp4(checkpoint, weight):
+        return "MXFP4"
+    scales = f"{weight}_scale"
+    shape = checkpoint.tensor(scales).shape if scales in checkpoint else ()
+    if len(packed) != 2 or len(shape) != 2 or shape[1] == 0:
+        return _DECODED  # refused when it is read
+    columns = 2 * packed[1]
+    return "FP4_16" if are_fp4_blocks(columns, columns // shape[1]) else _DECODED
+
+
+def are_fp4_blocks(columns: int, run: int) -> bool:
+    """Return whether rows are whole blocks of FP4_16, if as many columns share a scale."""
+    return columns % 32 == 0 and run % 16 == 0
 
 
 def _weight_of(name: str) -> str | None:
