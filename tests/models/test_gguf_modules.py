@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,10 @@ from tests.models.test_gguf_nvfp4 import save_nvfp4
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint, convert, gguf_file, reference
 from tests.support.family_scores import differences, score
+from tests.support.gguf_changes import random_changes
 from tests.support.gguf_modules import MODULE_CASES, MORE_MODULE_CASES
+from tests.support.gguf_vision import changed
+from tests.support.runner_driver import Job
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
@@ -30,7 +34,8 @@ from tgi_asgi.models.loading.recognise import read_gguf_module
 
 EXACT = 5e-5  # of a log-probability; correct results are within 1e-5
 LOOSE = 0.15  # the median with activations in int8: at a near tie, another expert may be chosen
-SENSITIVE = {"kimi-linear": 0.4}  # likewise, of models whose recurrent layers enlarge what rounding changes
+# Likewise, of models whose recurrent layers enlarge what rounding of weights changes.
+SENSITIVE = {"kimi-linear": 0.4}
 
 CASES = {case.name: case for case in (*MODULE_CASES, *MORE_MODULE_CASES)}
 MARKED = [
@@ -64,8 +69,44 @@ def test_log_probabilities_are_those_of_transformers(case: FamilyCase, form: str
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks) for case, marks in MARKED])
 def test_default_arithmetic_stays_close(case: FamilyCase) -> None:
     found = reference(case)
-    apart = differences(score(case, gguf_file(case, "q8_0"), found, "auto"), found)
-    assert np.median(apart) <= SENSITIVE.get(case.name, LOOSE)
+    file = gguf_file(case, "q8_0")
+    job = score(case, file, found, "auto")
+    assert np.median(differences(job, found)) <= SENSITIVE.get(case.name, LOOSE)
+    if case.name in SENSITIVE:  # then compare with the file's own values, too
+        assert between(job, score(case, file, found, "float32")) <= LOOSE
+
+
+def between(job: Job, other: Job) -> float:
+    """Return the median over positions of the largest difference of two runs' log-probabilities."""
+    apart = []
+    for ours, theirs in zip(job.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True):
+        # None is the token that follows.
+        first, second = ({None: each[0], **dict(each[1])} for each in (ours, theirs))
+        apart.append(max(abs(first[token] - second[token]) for token in first.keys() & second.keys()))
+    return float(np.median(apart))
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(
+    "wrong", ["0.self_attn.q_proj", "2.self_attn.kv_b_proj", "1.mlp.gate.weight", "3.self_attn.A_log"]
+)
+def test_one_wrong_tensor_of_kimi_linear_is_not_close(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a matrix in the other's place, or one rate of decay for all heads, must exceed the bound."""
+    get = GgufModuleWeights.get
+
+    def faulty(self: GgufModuleWeights, name: str, *given: Any) -> ops.WeightSource:
+        source = get(self, name, *given)
+        if f"layers.{wrong}" not in name:
+            return source
+        if "A_log" in wrong:
+            return ops.from_floats(np.zeros_like(ops.decode(source)))
+        return source.in_rows(np.roll(np.arange(source.shape[0]), source.shape[0] // 2))
+
+    case = CASES["kimi-linear"]
+    found, file = reference(case), gguf_file(case, "q8_0")
+    exact = score(case, file, found, "float32")
+    monkeypatch.setattr(GgufModuleWeights, "get", faulty)
+    assert between(score(case, file, found, "auto"), exact) > 1.5 * LOOSE
 
 
 @pytest.mark.parametrize(
@@ -264,6 +305,20 @@ def test_sequences_run_in_batches(name: str) -> None:
     with OpenModel(gguf_file(CASES[name], "f32"), model_impl="auto") as opened:
         assert isinstance(opened.config, GenericConfig)
         assert opened.config.sequential_reason == ""
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["llama4", "mistral4", "mimo2", "kimi-linear"])
+def test_random_metadata_is_served_or_refused(name: str, seed: int, tmp_path: Path) -> None:
+    file = gguf_file(CASES[name], "f32")
+    for metadata in random_changes(file.path, seed, 8):
+        path = changed(file.path, tmp_path / "changed.gguf", metadata, {})
+        with (
+            contextlib.suppress(ModelLoadError),
+            OpenModel(dataclasses.replace(file, path=path), model_impl="auto") as opened,
+        ):
+            opened.load(ops.Packing(is_exact=True), 64)
 
 
 def check_codes(experts: Any, num_rows: int) -> None:

@@ -199,7 +199,7 @@ def test_any_format_may_have_an_order(form: str, packing: ops.Packing) -> None:
     order = np.arange(columns).reshape(4, -1, 8).swapaxes(0, 1).reshape(-1)
     if form in ("F32", "F16"):
         values = random.normal(size=(48, columns))
-        source = ops.from_floats(values.astype(np.float16 if form == "F16" else np.float32))
+        source = ops.from_floats(values.astype(np.float16) if form == "F16" else values.astype(np.float32))
     else:
         kind = "NVFP4" if form == "FP4_16" else form
         data = random_matrix(kind, 48, columns, 1.0, random).data.reshape(-1)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.gguf_changes import random_changes
 from tests.support.gguf_vision import Made, changed
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
@@ -350,3 +351,16 @@ def test_random_changes_are_served_or_refused(
         path = changed(made.files.projector, tmp_path / "mmproj.gguf", metadata, tensors)
         with contextlib.suppress(ModelLoadError):
             OpenModel(replace(made.files, projector=path), model_impl="auto").close()
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["lfm2_vl", "qwen3_5"])
+def test_random_changes_of_a_text_model_are_served_or_refused(
+    name: str, model_of: Callable[[str], Made], tmp_path: Path
+) -> None:
+    made = model_of(name)
+    for metadata in random_changes(made.files.path, 5, 40):
+        path = changed(made.files.path, tmp_path / "changed.gguf", metadata, {})
+        files = replace(made.files, path=path, projector=made.files.projector)
+        with contextlib.suppress(ModelLoadError), OpenModel(files, model_impl="auto") as opened:
+            opened.load(ops.Packing(is_exact=True), 64)
