@@ -48,9 +48,9 @@ class Allowance:
         return self.num_left
 
     def reduce(self) -> bool:
-        """Leave what is left beside the stream that begins, for a prompt that does not end in the step.
+        """Cut what is left to what fits beside the stream that begins; return whether it became less.
 
-        Returns whether that is less: False if no stream begins.
+        Called for a prompt that would not end in the step. Does nothing if no stream begins.
         """
         if not self._begins_stream or self._is_reduced:
             return False

@@ -382,7 +382,7 @@ class Scheduler:
                 return
             limit = turns.limit(sequence)
             if limit < self.block_size:
-                continue  # it is no candidate any more: a stream begins, and others have what that leaves
+                continue  # no candidate any more: a stream begins, and shares were divided anew
             count = self._start(step, sequence, limit)
             if count is None:
                 return
@@ -420,8 +420,8 @@ class Scheduler:
             self._waiting.pop(sequence)
             running.adapters.park(sequence)
             return 0
-        must_be_cut = sequence.prompt_len > budget and step.num_prefill_tokens
-        if self.traits.takes_whole_prompts and must_be_cut:
+        is_too_long = sequence.prompt_len > budget and step.num_prefill_tokens > 0
+        if self.traits.takes_whole_prompts and is_too_long:
             return None
         if not self.tables.start(sequence, running.sequences):
             return None

@@ -157,9 +157,10 @@ class BlockTables:
         return num_tokens - hit.num_blocks * self.block_size
 
     def recent_num_to_compute(self, sequence: Sequence) -> int:
-        """Return `num_to_compute` as it was when this was first asked of the sequence after another one.
+        """Return `num_to_compute` of a waiting sequence; asked again for the same one, the earlier result.
 
-        While a long prompt waits for blocks, each step asks, and looking it up takes 38 ns per token.
+        It may be outdated, which is enough to size a step. While a long prompt waits for blocks, every step
+        asks, and a look into the cache takes 38 ns per token.
         """
         if self._asked is None or self._asked[0] != sequence.urgency:
             self._asked = (sequence.urgency, self.num_to_compute(sequence))
