@@ -18,7 +18,7 @@ from bench.engine import settings_of
 from bench.report import command_line, emit, table
 from tgi_asgi.formats.sources import resolve
 from tgi_asgi.models.loading.open import OpenModel
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
 from tgi_asgi.text.constrain.source import COMPACT, SPACED, GrammarSource, inline_json
 
 

@@ -22,7 +22,8 @@ from tgi_asgi.formats.sources import resolve
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import SlotStart, StepRow
 from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
+from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import SamplingParams
 
 CONTEXT = 64  # prompt tokens

@@ -26,8 +26,10 @@ from bench.schema_suite import suite
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.formats.sources import resolve
 from tgi_asgi.models.loading.open import OpenModel
-from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler, Vocabulary
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
+from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.text.constrain.source import json_schema
+from tgi_asgi.text.constrain.vocabulary import Vocabulary
 
 MAX_TOKENS = 600
 _KEYWORD = re.compile(r"`(\$?\w+)`|\[\"(\$?\w+)\"")

@@ -28,7 +28,7 @@ from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.app import App
 from tgi_asgi.errors import GenerationFailed, TgiError
 from tgi_asgi.settings import MIB, Settings
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
 from tgi_asgi.types import TokenEvent
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]

@@ -13,7 +13,7 @@ from tests.support.asgi import Call, request, send
 from tests.support.scripted_engine import ScriptedEngine, say
 from tests.support.tool_app import HI, TOOLS, app_of
 from tests.support.waiting import until
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
 from tgi_asgi.types import EngineState
 
 

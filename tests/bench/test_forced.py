@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.forced import count
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
 
 
 def test_what_a_schema_leaves_no_choice_about_counts_as_forced() -> None:

@@ -10,7 +10,8 @@ from tests.support.toy_tokenizer import EOS, VOCAB_SIZE, ToyTokenizer
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import Sampled, SlotStart
 from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
+from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)

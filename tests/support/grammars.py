@@ -8,7 +8,8 @@ import re
 import numpy as np
 
 from tests.support.toy_tokenizer import EOS, IM_END, VOCAB_SIZE, ToyTokenizer
-from tgi_asgi.text.constrain.grammar import GrammarCompiler, Matcher
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
+from tgi_asgi.text.constrain.grammar import Matcher
 from tgi_asgi.text.constrain.source import GrammarSource, literal
 
 NUM_WORDS = -(-VOCAB_SIZE // 32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
+from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.text.constrain.source import GrammarSource, literal
 
 EOS = 1

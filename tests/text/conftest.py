@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tests.support.grammars import accepts
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.all_of import merge_all_of
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
-from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
+from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.text.constrain.source import GrammarSource, json_schema, literal
 from tgi_asgi.text.tools import FORMATS
 from tgi_asgi.text.tools.arguments import ToolSpec

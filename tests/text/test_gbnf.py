@@ -8,8 +8,8 @@ from tests.support.grammars import accepts
 from tests.support.processor_time import computed_within
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
 from tgi_asgi.text.constrain.gbnf import gbnf_to_lark
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
 
 
 @pytest.mark.parametrize(

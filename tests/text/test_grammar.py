@@ -14,9 +14,11 @@ from tests.support.processor_time import at_most, computed_within
 from tests.support.schemas import check, random_schema
 from tests.support.toy_tokenizer import EOS, IM_END, VOCAB_SIZE, ToyTokenizer
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.constrain import compiler as compiler_module
 from tgi_asgi.text.constrain import grammar as grammar_module
 from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.grammar import GrammarCompiler, Matcher
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
+from tgi_asgi.text.constrain.grammar import Matcher
 
 
 def test_a_model_without_an_end_refuses_grammars() -> None:
@@ -246,7 +248,7 @@ def test_a_grammar_that_explodes_stops_with_an_error_and_not_the_thread(
 def test_equal_grammars_are_compiled_once_and_the_least_used_is_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tgi_asgi.text.constrain.grammar.MAX_CACHED", 2)
+    monkeypatch.setattr("tgi_asgi.text.constrain.compiler.MAX_CACHED", 2)
     compiler = GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
     first = compiler.compile(sources.choice(["a"]))
     compiler.compile(sources.choice(["b"]))
@@ -267,7 +269,7 @@ def _read(matcher: Matcher, text: bytes) -> str | None:
 
 
 def test_a_long_bounded_string_goes_on_when_its_lexer_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_module, "_MAX_LEXER_STATES", 1_000)
+    monkeypatch.setattr(compiler_module, "_MAX_LEXER_STATES", 1_000)
     compiler = GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
     matcher = compiler.compile(sources.json_schema({"type": "string", "maxLength": 3_000})).matcher()
     assert _read(matcher, b'"' + b"a" * 600) is None
@@ -277,7 +279,7 @@ def test_a_long_bounded_string_goes_on_when_its_lexer_is_full(monkeypatch: pytes
 def test_what_answers_have_built_takes_no_room_from_those_behind_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(grammar_module, "_MAX_LEXER_STATES", 1_000)
+    monkeypatch.setattr(compiler_module, "_MAX_LEXER_STATES", 1_000)
     compiler = GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
     source = sources.regex("(foo|bar|[a-z]+[0-9]*){1,40}(x[a-z]*y|z{2,30}[a-f0-9]*){0,30}")
     rng = random.Random(1)

@@ -7,7 +7,7 @@ import pytest
 from tests.support.grammars import accepts
 from tests.support.tool_calls import parse
 from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
 from tgi_asgi.text.constrain.harmony import harmony_grammar
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning, ToolSpec
 from tgi_asgi.text.tools.harmony import HarmonyParser, is_open

@@ -12,7 +12,8 @@ from tokenizers import normalizers, pre_tokenizers
 from tests.support.llama_cpp import llama_cpp_source
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.grammar import GrammarCompiler, Mask
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
+from tgi_asgi.text.constrain.grammar import Mask
 from tgi_asgi.text.constrain.source import GrammarSource
 from tgi_asgi.text.gguf_vocab import build
 from tgi_asgi.text.tokenizer import Tokenizer

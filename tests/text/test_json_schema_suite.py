@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
+from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.text.constrain.source import COMPACT, SPACED, GrammarSource, inline_json
 
 RELEASE = "jsonschema==4.26.0"

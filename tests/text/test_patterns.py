@@ -10,8 +10,8 @@ from tests.support.grammars import accepts
 from tests.support.processor_time import at_most
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
 from tgi_asgi.text.constrain.formats import PATTERNS, PLAIN_PATTERNS
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.text.constrain.patterns import rust_regex
 from tgi_asgi.text.constrain.plain_strings import whole_pattern
 from tgi_asgi.text.constrain.source import GrammarSource

@@ -10,7 +10,7 @@ from tests.support.tool_writers import write
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.text.tools.answer import AnswerParser

@@ -23,7 +23,7 @@ from tests.support.processor_time import computed_within
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
 
 FIRST = {family: [schema for name, schema in suite() if name == family] for family in FAMILIES}
 # Families with keywords that cannot be enforced.

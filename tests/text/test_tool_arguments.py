@@ -16,7 +16,7 @@ from tests.support.tool_calls import parse
 from tests.support.tool_writers import write
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
 from tgi_asgi.text.constrain.plain_strings import whole_pattern, without
 from tgi_asgi.text.constrain.source import GrammarSource
 from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, ToolSpec

@@ -18,7 +18,7 @@ from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools import (
     FORMATS,

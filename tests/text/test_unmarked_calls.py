@@ -10,7 +10,7 @@ from tests.support.grammars import accepts
 from tests.support.tool_calls import SPECS, parse, use
 from tests.support.tool_writers import write
 from tgi_asgi.text.constrain.answer_grammar import answer_grammar
-from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.constrain.compiler import GrammarCompiler
 from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content
 from tgi_asgi.text.tools.answer import AnswerParser
 

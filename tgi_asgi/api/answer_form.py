@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from tgi_asgi.api.context import Served
     from tgi_asgi.api.exchange import Exchange
     from tgi_asgi.text.chat.template import ChatTemplate
-    from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+    from tgi_asgi.text.constrain.compiler import GrammarCompiler
+    from tgi_asgi.text.constrain.grammar import Grammar
 
 logger = logging.getLogger(__name__)
 

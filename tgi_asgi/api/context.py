@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # the last three import libraries that are not needed before 
     from tgi_asgi.api.routes import Route
     from tgi_asgi.engine.stats import EngineStats
     from tgi_asgi.text.chat.template import ChatTemplate
-    from tgi_asgi.text.constrain.grammar import GrammarCompiler
+    from tgi_asgi.text.constrain.compiler import GrammarCompiler
     from tgi_asgi.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Served:
     @cached_property
     def grammars(self) -> GrammarCompiler:
         """Grammar compiler for the model's vocabulary, created for the first grammar."""
-        from tgi_asgi.text.constrain.grammar import GrammarCompiler
+        from tgi_asgi.text.constrain.compiler import GrammarCompiler
 
         return GrammarCompiler(self.tokenizer, self.info.vocab_size)
 

@@ -16,9 +16,9 @@ from tgi_asgi.ops.adapters import AdapterLayout, Delta, NativeAdapter, Target
 from tgi_asgi.ops.attention import attention
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cpu_program import CpuProgram
-from tgi_asgi.ops.delta_rule import DeltaRuleWeight, delta_rule
+from tgi_asgi.ops.delta_rule import delta_rule
 from tgi_asgi.ops.embed import embed
-from tgi_asgi.ops.experts import ClampedGate, RouteSpec, experts_add, gated_add, route
+from tgi_asgi.ops.experts import experts_add, gated_add, route
 from tgi_asgi.ops.formats import FORMATS
 from tgi_asgi.ops.gate_up import gate_up
 from tgi_asgi.ops.gated_norm import gated_norm
@@ -36,13 +36,15 @@ from tgi_asgi.ops.product import Product
 from tgi_asgi.ops.prompt_time import bfloat16_time_ratio
 from tgi_asgi.ops.qkv import qkv
 from tgi_asgi.ops.qkv_heads import QkvHeads
-from tgi_asgi.ops.recorder import RecordedBatch, Recorder
+from tgi_asgi.ops.recorder import Kind, RecordedBatch, Recorder, Value
+from tgi_asgi.ops.recurrent_weights import DeltaRuleWeight, SelectiveScanWeight, ShortConvWeight
 from tgi_asgi.ops.rope import RopeTable
+from tgi_asgi.ops.routing import ClampedGate, RouteSpec
 from tgi_asgi.ops.sample import SampleResult, sample
 from tgi_asgi.ops.sample_state import SampleState
-from tgi_asgi.ops.selective_scan import SelectiveScanWeight, selective_scan
+from tgi_asgi.ops.selective_scan import selective_scan
 from tgi_asgi.ops.shards import Shard, ShardMemory
-from tgi_asgi.ops.short_conv import ShortConvWeight, short_conv
+from tgi_asgi.ops.short_conv import short_conv
 from tgi_asgi.ops.sources import (
     WeightSource,
     as_bfloat16,
@@ -67,7 +69,6 @@ from tgi_asgi.ops.team import (
     wake_threads,
 )
 from tgi_asgi.ops.up import up
-from tgi_asgi.ops.values import Kind, Value
 from tgi_asgi.ops.weights import (
     Arithmetic,
     ExpertsWeight,

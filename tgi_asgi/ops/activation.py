@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.layout import STRIP
-from tgi_asgi.ops.values import Kind, Value, recorder_of
+from tgi_asgi.ops.recorder import Kind, Value, recorder_of
 
 
 def activation(x: Value, columns: int | None = None) -> Value:

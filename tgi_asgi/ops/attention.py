@@ -5,7 +5,7 @@ from __future__ import annotations
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.kv import Cache, KvLayer, keys_and_values
-from tgi_asgi.ops.values import Kind, Value, recorder_of
+from tgi_asgi.ops.recorder import Kind, Value, recorder_of
 
 
 def attention(

@@ -9,7 +9,7 @@ from tgi_asgi import _C
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.column_order import Form, OrderedForm
 from tgi_asgi.ops.kv import KvPool
-from tgi_asgi.ops.values import Kind, Value
+from tgi_asgi.ops.recorder import Kind, Value
 
 _Buffer = TypeVar("_Buffer")
 

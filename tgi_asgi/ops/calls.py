@@ -5,36 +5,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.kv import KvCache, KvLayer
 from tgi_asgi.ops.norm_weight import NormWeight
+from tgi_asgi.ops.recorder import Call, Value
+from tgi_asgi.ops.recurrent_weights import DeltaRuleWeight, SelectiveScanWeight, ShortConvWeight
 from tgi_asgi.ops.rope import RopeTable
+from tgi_asgi.ops.routing import ClampedGate, RouteSpec
 from tgi_asgi.ops.states import StateLayer
-from tgi_asgi.ops.values import Value
 from tgi_asgi.ops.weights import ExpertsWeight, GateUpWeight, HeadsWeight, LinearWeight, QkvWeight
-
-if TYPE_CHECKING:
-    from tgi_asgi.ops.delta_rule import DeltaRuleWeight
-    from tgi_asgi.ops.experts import ClampedGate, RouteSpec
-    from tgi_asgi.ops.selective_scan import SelectiveScanWeight
-    from tgi_asgi.ops.short_conv import ShortConvWeight
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Call:
-    """One operator call; `out` is its result."""
-
-    out: Value
-
-    @property
-    def inputs(self) -> list[Value]:
-        """The values that the call reads."""
-        found = (getattr(self, field.name) for field in fields(self) if field.name != "out")
-        return [value for value in found if isinstance(value, Value)]
 
 
 @dataclass(frozen=True, eq=False, slots=True)

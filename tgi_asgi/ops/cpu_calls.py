@@ -19,9 +19,9 @@ from tgi_asgi.ops.column_order import Form
 from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.packing import PackedExperts, PackedGateUp, PackedLinear, PackedQkv
+from tgi_asgi.ops.recorder import Kind, Value
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.shards import Shard
-from tgi_asgi.ops.values import Kind, Value
 
 _Made = TypeVar("_Made")
 # Calls that change the residual in place.

@@ -12,13 +12,12 @@ from tgi_asgi.ops import calls, layout
 from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.cpu_calls import CpuCalls
-from tgi_asgi.ops.recorder import Recorder
+from tgi_asgi.ops.recorder import Kind, Recorder, Value
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.ops.sample_state import SampleState
 from tgi_asgi.ops.shards import Shard
 from tgi_asgi.ops.sources import WeightSource, decode
 from tgi_asgi.ops.step_limits import StepLimits
-from tgi_asgi.ops.values import Kind, Value
 
 
 class CpuProgram:

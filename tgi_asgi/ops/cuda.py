@@ -44,10 +44,9 @@ from tgi_asgi.ops.cuda_weights import DeviceWeights
 from tgi_asgi.ops.layout import round_up
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
 from tgi_asgi.ops.qkv_heads import QkvHeads
-from tgi_asgi.ops.recorder import Recorder
+from tgi_asgi.ops.recorder import Recorder, Value
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.step_limits import StepLimits
-from tgi_asgi.ops.values import Value
 from tgi_asgi.ops.weights import LinearWeight
 
 _kernels: Any = torch.ops.tgi_cuda

@@ -19,7 +19,7 @@ from tgi_asgi.ops.cuda_experts import Routing, has_kernels, operands
 from tgi_asgi.ops.cuda_linear import MAX_CODED_TOKENS, MAX_SKINNY_TOKENS, has_wide_products
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceExperts, DeviceMatrix
 from tgi_asgi.ops.direct import ACTIVATION_FUNCTIONS, by_expert, gated
-from tgi_asgi.ops.experts import ClampedGate
+from tgi_asgi.ops.routing import ClampedGate
 from tgi_asgi.ops.weights import ExpertsWeight, GateUpWeight, LinearWeight
 
 _kernels: Any = torch.ops.tgi_cuda

@@ -21,7 +21,7 @@ from tgi_asgi.ops.cuda_list import Input, LaunchList, tokens_of
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceExperts, DeviceMatrix
 from tgi_asgi.ops.cuda_scratch import Scratch
 from tgi_asgi.ops.cuda_weights import DeviceWeights
-from tgi_asgi.ops.experts import RouteSpec
+from tgi_asgi.ops.routing import RouteSpec
 
 _MIN_TILE = 8  # tokens of the smallest tile of one expert's tokens
 _MAX_EXPERTS = 1024  # kMaxExperts of csrc/cuda/kernels.h

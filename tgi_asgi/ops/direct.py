@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tgi_asgi import _C
 from tgi_asgi.ops.adapters import AdapterLayout
-from tgi_asgi.ops.experts import ClampedGate
 from tgi_asgi.ops.layout import round_up
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.packing import PackedExperts, PackedGateUp, PackedLinear, stacked
+from tgi_asgi.ops.routing import ClampedGate
 from tgi_asgi.ops.weights import ExpertsWeight, GateUpWeight, LinearWeight
 
 # The functions of `ops.GATED_ACTIVATIONS`.

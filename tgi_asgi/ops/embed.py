@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.arrays import Floats
-from tgi_asgi.ops.recorder import RecordedBatch
-from tgi_asgi.ops.values import Kind, Value
+from tgi_asgi.ops.recorder import Kind, RecordedBatch, Value
 from tgi_asgi.ops.weights import LinearWeight
 
 

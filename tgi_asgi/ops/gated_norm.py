@@ -6,7 +6,7 @@ import numpy as np
 
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.arrays import Floats
-from tgi_asgi.ops.values import Kind, Value, recorder_of
+from tgi_asgi.ops.recorder import Kind, Value, recorder_of
 
 
 def gated_norm(

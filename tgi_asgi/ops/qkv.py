@@ -7,8 +7,8 @@ import math
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.kv import Cache, keys_and_values
+from tgi_asgi.ops.recorder import Kind, Value, recorder_of
 from tgi_asgi.ops.rope import RopeTable
-from tgi_asgi.ops.values import Kind, Value, recorder_of
 from tgi_asgi.ops.weights import QkvWeight
 
 

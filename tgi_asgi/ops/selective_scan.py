@@ -5,55 +5,11 @@ Source: Dao and Gu, Transformers are SSMs, arXiv 2405.21060, section 7 (Mamba-2)
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 from tgi_asgi.ops import calls
-from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.kv import Cache
-from tgi_asgi.ops.states import check_heads, states_of
-from tgi_asgi.ops.values import Kind, Value, recorder_of
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class SelectiveScanWeight:
-    """The heads' parameters, float32 [num_heads] each.
-
-    Attributes:
-        head_dim: Dims of a head, a multiple of 16.
-        num_groups: Number of groups of heads; the heads of a group share B and C.
-        a: Negative; a state is multiplied by e^(dt * a).
-        d: Factor with which x bypasses the state.
-        dt_bias: Added to `dt_scale` times a token's step before softplus, whose result is clamped to
-            `dt_limit`.
-
-    Raises:
-        TypeError: if a vector is not float32.
-        ValueError: if a vector does not have one element per head.
-    """
-
-    num_heads: int
-    head_dim: int
-    num_groups: int
-    state_size: int
-    a: Floats
-    d: Floats
-    dt_bias: Floats
-    dt_limit: tuple[float, float] = (0.0, math.inf)
-    dt_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_heads(self.num_heads, a=self.a, d=self.d, dt_bias=self.dt_bias)
-
-    @property
-    def width(self) -> int:
-        """Channels of all heads."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def columns(self) -> int:
-        """Columns of x, B and C together."""
-        return self.width + 2 * self.num_groups * self.state_size
+from tgi_asgi.ops.recorder import Kind, Value, recorder_of
+from tgi_asgi.ops.recurrent_weights import SelectiveScanWeight
+from tgi_asgi.ops.states import states_of
 
 
 def selective_scan(

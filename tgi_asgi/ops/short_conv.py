@@ -2,37 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
-
 from tgi_asgi.ops import calls
-from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.kv import Cache
+from tgi_asgi.ops.recorder import Kind, Value, recorder_of
+from tgi_asgi.ops.recurrent_weights import ShortConvWeight
 from tgi_asgi.ops.states import states
-from tgi_asgi.ops.values import Kind, Value, recorder_of
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class ShortConvWeight:
-    """The taps of each channel, [channels, taps] float32, the oldest token's first, and a bias [channels].
-
-    Raises:
-        TypeError: if an array is not float32.
-        ValueError: if an array has another shape.
-    """
-
-    taps: Floats
-    bias: Floats | None = None
-
-    def __post_init__(self) -> None:
-        if self.taps.ndim != 2:
-            raise ValueError(f"`taps` must be [channels, taps], got {list(self.taps.shape)}")
-        if self.bias is not None and self.bias.shape != self.taps.shape[:1]:
-            raise ValueError(f"`bias` must have {self.taps.shape[0]} elements, got {list(self.bias.shape)}")
-        for name, array in (("taps", self.taps), ("bias", self.bias)):
-            if array is not None and array.dtype != np.float32:
-                raise TypeError(f"`{name}` must be float32, got {array.dtype}")
 
 
 def short_conv(

@@ -6,7 +6,7 @@ import math
 
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.activation_names import ACTIVATIONS, XIELU
-from tgi_asgi.ops.values import Kind, Value, recorder_of
+from tgi_asgi.ops.recorder import Kind, Value, recorder_of
 from tgi_asgi.ops.weights import LinearWeight
 
 
