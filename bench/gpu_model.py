@@ -1,6 +1,6 @@
 """Llama-3-8B's shape with random weights on the device: the cost of a step does not depend on their values.
 
-Used by bench/gpu_stages.py and gpu_runs.py; the forward pass is that of models/decoder.py, with the same
+Used by bench/gpu_kernels.py and gpu_runs.py; the forward pass is that of models/decoder.py, with the same
 operators.
 """
 

@@ -1,4 +1,4 @@
-"""The kernels that bench/gpu_stages.py times one by one: Llama-3-8B's shapes, each compared with its peers.
+"""The kernels that bench/gpu_kernels.py times one by one: Llama-3-8B's shapes, each compared with its peers.
 
 Peers rotate their inputs as the native kernels do: neither finds them in the cache.
 """

@@ -19,8 +19,8 @@ import torch
 
 from bench import gpu_apart, gpu_model, gpu_timing
 from bench.engine import Engine, Sequence
+from bench.gpu_kernels import Report, measure_ceilings
 from bench.gpu_model import GREEDY, TOP_P, StepKind
-from bench.gpu_stages import Report, measure_ceilings
 from bench.gpu_timing import time_calls
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.ops.cuda_kv import CudaKvFormat

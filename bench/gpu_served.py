@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu_stages import Report
+from bench.gpu_kernels import Report
 from bench.loads import WORDS, ClosedLoop, Prompts, Target, run
 from bench.servers import Server
 from tgi_asgi.models.loading.recognise import read_config

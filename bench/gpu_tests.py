@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from bench.gpu_stages import Report
+from bench.gpu_kernels import Report
 
 _ROOT = Path(__file__).parents[1]
 FILES = (

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.api.test_fuzz import ANYTHING, SCALARS, bodies
 from tests.support.fuzzing import post_and_check
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app, toy_info
-from tgi_asgi.api.anthropic.request import MessagesRequest
+from tgi_asgi.api.anthropic.schema import MessagesRequest
 from tgi_asgi.api.openai.client_tools import CALLS, OUTPUTS
 from tgi_asgi.api.openai.response_schema import ResponsesRequest
 from tgi_asgi.settings import Settings

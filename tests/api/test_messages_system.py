@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from tgi_asgi.api.anthropic.request import CountRequest, read_conversation
+from tgi_asgi.api.anthropic.request import read_conversation
+from tgi_asgi.api.anthropic.schema import CountRequest
 from tgi_asgi.api.anthropic.tools import read_tools
 from tgi_asgi.errors import InvalidRequest
 

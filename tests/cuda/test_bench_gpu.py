@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu, gpu_runs, gpu_served, gpu_stages, gpu_tests
+from bench import gpu, gpu_kernels, gpu_runs, gpu_served, gpu_tests
 
 pytestmark = pytest.mark.thorough
 
@@ -35,7 +35,7 @@ def test_stages_come_by_what_they_are_worth_and_each_call_s_fit_into_ten_minutes
     names = [stage.name for stage in gpu.STAGES]
     assert names[:6] == ["build", "ceilings", "checks", "step", "operators", "engine"]
     assert names.index("peers") < names.index("served") < names.index("memcheck") < names.index("profiler")
-    functions = [*gpu_stages.STAGES, *gpu_runs.STAGES, *gpu_served.STAGES, *gpu_tests.STAGES]
+    functions = [*gpu_kernels.STAGES, *gpu_runs.STAGES, *gpu_served.STAGES, *gpu_tests.STAGES]
     assert sorted(stage.__name__ for stage in functions) == sorted(names)
     build = gpu.STAGES[0].deadline_s
     for group in {stage.group for stage in gpu.STAGES} - {0}:
@@ -141,7 +141,7 @@ class Nothing(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Nothing())
-from bench import gpu, gpu_operators, gpu_runs, gpu_stages
+from bench import gpu, gpu_kernels, gpu_operators, gpu_runs
 from tests.cuda import cases, gpu_device
 assert len(list(cases.small())) > 20
 from tests.support.random_weights import decoded_values, random_weight
@@ -200,7 +200,8 @@ def test_wheels_that_are_not_there_are_named_and_the_stages_run_all_the_same(
 
 
 def test_a_build_is_for_the_gpu_that_is_there_alone() -> None:
-    assert [gpu_stages._architecture(found) for found in ((8, 0), (9, 0), (12, 0))] == ["8.0", "9.0a", "12.0"]
+    found = [gpu_kernels._architecture(capability) for capability in ((8, 0), (9, 0), (12, 0))]
+    assert found == ["8.0", "9.0a", "12.0"]
 
 
 def test_what_the_machine_needs_is_named_without_torch() -> None:

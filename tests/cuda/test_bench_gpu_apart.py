@@ -69,7 +69,7 @@ def test_stages_that_are_imported_leave_the_gpu_to_their_parts() -> None:
 import torch, sys
 for name in ("init", "is_available", "device_count", "get_device_capability", "current_device"):
     setattr(torch.cuda, name, lambda *arguments, name=name: sys.exit(f"torch.cuda.{name} was called"))
-from bench import gpu_runs, gpu_stages
+from bench import gpu_kernels, gpu_runs
 from tests.cuda import cases, gpu_device
 torch.manual_seed(0)
 assert [*cases.small(), *cases.large()]

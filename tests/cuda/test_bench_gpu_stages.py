@@ -21,6 +21,7 @@ from torch import Tensor
 from bench import (
     gpu,
     gpu_experts,
+    gpu_kernels,
     gpu_model,
     gpu_operators,
     gpu_runs,
@@ -201,7 +202,7 @@ def test_no_model_outlives_its_kind_of_step(emulation: None, monkeypatch: pytest
         caches.append(weakref.ref(cache))
         return CudaKvLayer(cache)
 
-    def timed(kind: StepKind, limits: dict[str, float], report: gpu_stages.Report) -> None:
+    def timed(kind: StepKind, limits: dict[str, float], report: gpu_kernels.Report) -> None:
         assert not [cache for cache in caches if cache() is not None]
         time_step(kind, limits, report, TINY)
 
@@ -240,9 +241,9 @@ def test_every_stage_but_the_first_begins_with_the_operators(
         began.append(name)
 
     stage.__name__ = name
-    for module in (gpu_stages, gpu_runs, gpu_served, gpu_tests):
+    for module in (gpu_kernels, gpu_runs, gpu_served, gpu_tests):
         monkeypatch.setattr(module, "STAGES", (stage,))
-    monkeypatch.setattr(gpu_stages, "small_cases", stage)
+    monkeypatch.setattr(gpu_kernels, "small_cases", stage)
     monkeypatch.setattr(gpu_stages, "signal", Mock())  # the test's process keeps its own handlers
     monkeypatch.setitem(sys.modules, "tgi_asgi._cuda", None)  # as before it is built
     if name == "build":
@@ -285,7 +286,7 @@ def test_a_sanitizer_is_clean_only_if_every_case_passed(
         if found is not None
         else pytest.raises(RuntimeError, match="relative error 2")
     ):
-        gpu_stages.racecheck(lambda name, row: rows.append(row))
+        gpu_kernels.racecheck(lambda name, row: rows.append(row))
     assert [row["racecheck"] for row in rows] == ([found] if found is not None else [])
     # The command is a stage of its own, and thus begins with the operators.
     assert (tmp_path / "args").read_text().rstrip().endswith("-m bench.gpu_stages small_cases /dev/null")
@@ -294,7 +295,7 @@ def test_a_sanitizer_is_clean_only_if_every_case_passed(
 def test_the_sanitizers_cases_are_the_small_ones(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[object] = []
     monkeypatch.setattr(cases, "small", lambda: iter([("norm", torch.float32, done.append)]))
-    gpu_stages.small_cases(lambda name, row: None)
+    gpu_kernels.small_cases(lambda name, row: None)
     assert len(done) == 1
 
 
@@ -304,7 +305,7 @@ def test_checks_say_how_near_each_operator_came_to_its_limit(
     monkeypatch.setattr(cases, "large", lambda: iter(()))
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
-    gpu_stages.checks(lambda name, row: (rows if name == "checks" else skipped).append(row))
+    gpu_kernels.checks(lambda name, row: (rows if name == "checks" else skipped).append(row))
     why = f"GPUs that can be seen: {torch.cuda.device_count()}"
     assert skipped == [{"what": "two shards", "needed": False, "why": why}]
     assert len({(row["op"], row["dtype"]) for row in rows}) == len(rows)
@@ -327,7 +328,7 @@ def test_a_check_that_fails_shows_by_how_much(emulation: None, monkeypatch: pyte
     monkeypatch.setattr(cases, "large", lambda: iter(()))
     rows: dict[str, Any] = {}
     with pytest.raises(AssertionError, match="2 cases failed"):
-        gpu_stages.checks(lambda name, row: rows.update({row.get("op", name): row}))
+        gpu_kernels.checks(lambda name, row: rows.update({row.get("op", name): row}))
     tol = float(f"{2 * torch.finfo(torch.float32).eps:.3g}")
     assert rows["good"]["ok"] and rows["good"]["worst_rel"] == 0
     assert (rows["bad"]["cases"], rows["bad"]["ok"], rows["bad"]["tol"]) == (2, False, tol)
@@ -341,13 +342,13 @@ def test_what_is_timed_runs_on_the_emulated_kernels(
 ) -> None:
     """One operation cannot be measured: it is reported, and the others are measured."""
     make_small(monkeypatch)
-    monkeypatch.setattr(gpu_stages, "measure_ceilings", lambda: {"read": 1e12, "copy": 1e12, "bf16": 1e12})
-    monkeypatch.setattr(gpu_stages, "compare", lambda us, peers: {"peers": sorted(peers)})
+    monkeypatch.setattr(gpu_kernels, "measure_ceilings", lambda: {"read": 1e12, "copy": 1e12, "bf16": 1e12})
+    monkeypatch.setattr(gpu_kernels, "compare", lambda us, peers: {"peers": sorted(peers)})
     monkeypatch.setattr(gpu_operators, "_gate", _broken)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     rows: list[dict[str, Any]] = []
     with pytest.raises(AssertionError, match="1 could not be measured"):
-        gpu_stages.operators(lambda name, row: rows.append(row))
+        gpu_kernels.operators(lambda name, row: rows.append(row))
     assert [row["op"] for row in rows] == [
         *["attention_decode"] * 2, *["attention_prefill"] * 4, "norm", "_broken", "rope_kv_write", "sample",
         *["linear"] * 2, *["quant_linear"] * len(gpu_model.CODES), "float8_product",
@@ -432,8 +433,8 @@ def test_the_fastest_peer_that_runs_is_compared(monkeypatch: pytest.MonkeyPatch)
     def absent() -> None:
         raise ImportError("no module named flashinfer")
 
-    monkeypatch.setattr(gpu_stages, "time_calls", lambda calls: Timing(calls[0](), 0.0))
-    row = gpu_stages.compare(10.0, {"slow": lambda: 20.0, "fast": lambda: 5.0, "FlashInfer": absent})
+    monkeypatch.setattr(gpu_kernels, "time_calls", lambda calls: Timing(calls[0](), 0.0))
+    row = gpu_kernels.compare(10.0, {"slow": lambda: 20.0, "fast": lambda: 5.0, "FlashInfer": absent})
     assert (row["peer"], row["peer_us"], row["vs_peer"]) == ("fast", 5.0, 0.5)
     assert row["peers_failed"] == {"FlashInfer": "no module named flashinfer"}
-    assert gpu_stages.compare(10.0, {}) == {}
+    assert gpu_kernels.compare(10.0, {}) == {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -19,12 +19,11 @@ from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step
-from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.errors import InvalidRequest, TgiError
 from tgi_asgi.runner.plan import Sampled, StepResult
 from tgi_asgi.types import FinishReason, TokenEvent
 
 if TYPE_CHECKING:
-    from tgi_asgi.engine.loop import ServingLoop
     from tgi_asgi.types import Vector
 
 logger = logging.getLogger(__name__)
@@ -33,19 +32,27 @@ _SLICE_S = 0.001  # longest that delivery may hold the event loop
 _MAX_DELAY_S = 0.05  # longest a token may wait when the event loop is slower than the steps
 
 
+class Requests(Protocol):
+    """What delivery needs of the engine's loop: to end requests."""
+
+    def end(self, channel: RequestChannel, error: TgiError | None) -> None: ...
+
+    def fail_request(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None: ...
+
+
 class Delivery:
     """The events that steps have made and requests have not yet got."""
 
     def __init__(
         self,
-        loop: ServingLoop,
+        requests: Requests,
         scheduler: Scheduler,
         pipeline: Pipeline,
         recovery: Recovery,
         stats: EngineStats,
         clock: Callable[[], float],
     ) -> None:
-        self._loop = loop
+        self._requests = requests
         self._scheduler = scheduler
         self._pipeline = pipeline
         self._recovery = recovery
@@ -91,7 +98,7 @@ class Delivery:
         if not sampled.is_finite and sequence.request.grammar and sequence.request.sampling.logit_bias:
             why = "`logit_bias` and the model's `suppress_tokens` leave no token that the grammar allows"
             self._recovery.note_lost_row()  # the logits may be NaN instead: a probe finds out
-            self._loop.end(channel, InvalidRequest(why))
+            self._requests.end(channel, InvalidRequest(why))
             return
         if not sampled.is_finite:
             self._recovery.fail_row(sequence, "the model's logits were not finite")
@@ -102,7 +109,7 @@ class Delivery:
                 "request %s, choice %d: grammar: %s",
                 sequence.request.request_id, sequence.choice, sampled.failure,
             )  # fmt: skip
-            self._loop.end(channel, InvalidRequest(f"the grammar cannot go on: {sampled.failure}"))
+            self._requests.end(channel, InvalidRequest(f"the grammar cannot go on: {sampled.failure}"))
             return
         stats = channel.stats
         stats.generated_tokens += 1
@@ -113,7 +120,7 @@ class Delivery:
             event = channel.outputs[sequence.choice].push(sampled)
         except Exception as error:
             logger.exception("request %s: token %d", channel.request.request_id, sampled.token_id)
-            self._loop.fail_request(sequence, f"token {sampled.token_id} has no text", error)
+            self._requests.fail_request(sequence, f"token {sampled.token_id} has no text", error)
             return
         channel.push(event)
         self._touched[channel] = None
@@ -122,7 +129,7 @@ class Delivery:
         if event.finish is not None:
             self._scheduler.remove(sequence)
             if channel.is_ended:
-                self._loop.end(channel, None)
+                self._requests.end(channel, None)
 
     def _end_pooled(self, sequence: Sequence, vector: Vector, now: float) -> None:
         """End a request for a vector; its only event carries nothing but the finish reason."""
@@ -136,7 +143,7 @@ class Delivery:
         self._recovery.note_good_row()
         channel.push(TokenEvent(0, 0, finish=FinishReason.STOP))
         self._touched[channel] = None
-        self._loop.end(channel, None)
+        self._requests.end(channel, None)
 
     def _keep_prompt_logprobs(
         self, channel: RequestChannel, step: Step, row: int, result: StepResult

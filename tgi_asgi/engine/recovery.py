@@ -6,7 +6,7 @@ Owned by the engine's loop, which submits and delivers; knows sequences, but no 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.pipeline import Flight, Pipeline
@@ -16,13 +16,24 @@ from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step
 from tgi_asgi.runner.plan import DeviceLost
 
-if TYPE_CHECKING:
-    from tgi_asgi.engine.loop import ServingLoop
-
 logger = logging.getLogger(__name__)
 
 _PROBE_AFTER = 4  # consecutive failed rows after which the engine itself is suspected
 _MAX_RESTARTS = 16  # of a prompt whose chunks cannot be retried one by one
+
+
+class StepLoop(Protocol):
+    """What recovery needs of the engine's loop: to run steps between its own, and to fail requests."""
+
+    def take_waiting(self) -> None: ...
+
+    def submit(self, step: Step) -> Flight: ...
+
+    async def complete(self, flight: Flight) -> None: ...
+
+    async def flush(self) -> None: ...
+
+    def fail_request(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None: ...
 
 
 class Recovery:
@@ -34,7 +45,7 @@ class Recovery:
 
     def __init__(
         self,
-        loop: ServingLoop,
+        loop: StepLoop,
         scheduler: Scheduler,
         pipeline: Pipeline,
         budget: TokenBudget,

@@ -9,7 +9,6 @@ from typing import Any
 
 from tgi_asgi.engine.prefix import HashChain
 from tgi_asgi.engine.reasoning import ReasoningWatch, force
-from tgi_asgi.engine.states import RecurrentUse
 from tgi_asgi.engine.token_ids import TokenIds
 from tgi_asgi.runner.plan import SlotStart
 from tgi_asgi.types import GenerationRequest
@@ -24,6 +23,17 @@ class Stage(enum.Enum):
     WAITING = "waiting"  # in the queue, new or preempted
     RUNNING = "running"
     FINISHED = "finished"
+
+
+@dataclasses.dataclass(slots=True)
+class RecurrentUse:
+    """A running sequence's use of kept states; the places that it holds are not reused."""
+
+    resumes: int | None = None  # the place that its first row resumes from, until that row is computed
+    keep_at: tuple[int, ...] = ()  # positions at which to keep a state, ascending
+    for_choices: int | None = None  # place before the prompt's last token, for other choices
+    num_forks: int = 0  # number of choices that have resumed from there
+    answer: int | None = None  # the place of the state that it keeps while it decodes
 
 
 class Sequence:

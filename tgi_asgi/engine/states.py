@@ -20,25 +20,11 @@ block tables and the scheduler; knows neither torch nor asyncio.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from tgi_asgi.engine.blocks import BlockPool
+from tgi_asgi.engine.sequence import RecurrentUse, Sequence
 from tgi_asgi.runner.plan import StateMoves, StepRow
-
-if TYPE_CHECKING:
-    from tgi_asgi.engine.sequence import Sequence
-
-
-@dataclass(slots=True)
-class RecurrentUse:
-    """A running sequence's use of kept states; the places that it holds are not reused."""
-
-    resumes: int | None = None  # the place that its first row resumes from, until that row is computed
-    keep_at: tuple[int, ...] = ()  # positions at which to keep a state, ascending
-    for_choices: int | None = None  # place before the prompt's last token, for other choices
-    num_forks: int = 0  # number of choices that have resumed from there
-    answer: int | None = None  # the place of the state that it keeps while it decodes
 
 
 class Keep(NamedTuple):

@@ -6,24 +6,20 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
-from msgspec import Struct
 
 from tgi_asgi.api.anthropic.documents import document_text, plain_text, result_text, search_text
 from tgi_asgi.api.anthropic.render import MessageRenderer
-from tgi_asgi.api.anthropic.tools import CHANGES, ClientTool, is_hosted, read_tools
+from tgi_asgi.api.anthropic.schema import ClientTool, CountRequest, MessagesRequest, Turn
+from tgi_asgi.api.anthropic.tools import CHANGES, is_hosted, read_tools
 from tgi_asgi.api.call import Call, Constraint, Conversation, Images, Job, ToolChoice
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits, Overflow, check_stops
 from tgi_asgi.api.parse import (
     NO_IMAGES,
     ONLY_USERS,
-    Fraction,
-    Natural,
-    Refused,
-    Salt,
     check_ranges,
     check_refused,
     decode_json,
@@ -45,44 +41,6 @@ _UNSEEN = (  # blocks of the assistant's turns that only Anthropic's servers rea
     "container_upload",
 )  # fmt: skip
 FAILED = "[the tool failed]"  # stands for the result of a failed call without a text
-
-
-class Turn(Struct):
-    """One turn of the conversation: text, or a list of blocks."""
-
-    role: str
-    content: str | list[dict[str, Any]] | None = None
-    # Of a system turn: until when the model is shown its text, and settings from this turn on.
-    clear_at: Literal["never", "next_user_message"] | None = None
-    output_config: dict[str, Any] | None = None
-
-
-class CountRequest(Struct, kw_only=True):
-    """Body of `POST /v1/messages/count_tokens`: the fields that determine the prompt."""
-
-    messages: list[Turn]
-    model: str | None = None
-    system: str | list[dict[str, Any]] | None = None
-    tools: list[ClientTool] | None = None
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
-
-
-class MessagesRequest(CountRequest, kw_only=True):
-    """Body of `POST /v1/messages`."""
-
-    max_tokens: Natural  # 0 only reads the prompt, so that later requests find it in the cache
-    temperature: Fraction | None = None
-    top_p: Fraction | None = None
-    top_k: Natural | None = None
-    stop_sequences: list[str] | None = None
-    stream: bool | None = None
-    thread: dict[str, Any] | None = None  # a conversation to be stored by the server
-    output_config: dict[str, Any] | None = None
-    output_format: dict[str, Any] | None = None  # older name of `output_config.format`
-    cache_salt: Salt | None = None
-
-    compaction: Refused = None  # asks for a summary of the conversation instead of an answer
 
 
 MESSAGES_DECODER = msgspec.json.Decoder(MessagesRequest)

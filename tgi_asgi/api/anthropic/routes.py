@@ -7,13 +7,8 @@ from functools import partial
 import orjson
 
 from tgi_asgi.api.anthropic.render import ANTHROPIC
-from tgi_asgi.api.anthropic.request import (
-    COUNT_DECODER,
-    CountRequest,
-    MessagesRequest,
-    parse_messages,
-    read_conversation,
-)
+from tgi_asgi.api.anthropic.request import COUNT_DECODER, parse_messages, read_conversation
+from tgi_asgi.api.anthropic.schema import CountRequest, MessagesRequest
 from tgi_asgi.api.anthropic.tools import read_tools
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.life import generating

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
-from msgspec import Struct
 
+from tgi_asgi.api.anthropic.schema import ClientTool, Turn
 from tgi_asgi.api.anthropic.typed_tools import definition_of
 from tgi_asgi.api.parse import refuse, refuse_field, string_of
 from tgi_asgi.api.tools import Tool, check_tools, note_skipped
 
-if TYPE_CHECKING:
-    from tgi_asgi.api.anthropic.request import Turn
-
 CHANGES = ("tool_addition", "tool_removal")  # blocks of system turns
-
-
-class ClientTool(Struct):
-    """A function that the model may call, or one of Anthropic's types; those hosted elsewhere are skipped."""
-
-    name: str | None = None  # toolsets, which are hosted, have none
-    input_schema: dict[str, Any] | None = None
-    description: str | None = None
-    type: str | None = None
-    strict: bool | None = None
 
 
 def read_tools(entries: Sequence[ClientTool] | None, turns: Sequence[Turn]) -> list[Tool]:
