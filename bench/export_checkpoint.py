@@ -18,8 +18,9 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import GGUF_NAMES, Family
+from tgi_asgi.models.layer_spec import LayerSpec, RopeSpec
 from tgi_asgi.models.loading.gguf import GgufWeights, gguf_name
 from tgi_asgi.models.loading.recognise import read_gguf
 from tgi_asgi.ops.sources import decode

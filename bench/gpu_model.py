@@ -18,8 +18,9 @@ from torch import Tensor
 from bench import gpu_timing
 from bench.gpu_timing import random
 from tgi_asgi import ops
-from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import record
+from tgi_asgi.models.layer_spec import LayerSpec, RopeSpec
 from tgi_asgi.ops.cuda import CudaProgram
 from tgi_asgi.ops.cuda_attention import PromptAttention
 from tgi_asgi.ops.cuda_batch import CudaBatch

@@ -12,8 +12,9 @@ import functools
 import numpy as np
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.layer_spec import LayerSpec, RopeSpec
 from tgi_asgi.models.loading import WHOLE
 
 _LAYERS = 16

@@ -31,8 +31,9 @@ from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.step import Step
-from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.layer_spec import LayerSpec, RopeSpec
 from tgi_asgi.runner.groups import BlockNeeds
 from tgi_asgi.runner.kv import CacheSizes, KvSize, groups_of
 from tgi_asgi.runner.plan import RunnerTraits, SlotStart, StepPlan, StepRow

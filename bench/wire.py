@@ -36,11 +36,11 @@ import uvloop
 from hypercorn.asyncio import serve
 
 from bench.report import command_line, emit, machine, percentile
-from tgi_asgi.api.context import Served
 from tgi_asgi.api.errors import OPENAI
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.openai.chat import parse_chat
 from tgi_asgi.api.prompt import make_prompt
+from tgi_asgi.api.served import Served
 from tgi_asgi.app import App, create_app
 from tgi_asgi.engine.output import ChoiceOutput
 from tgi_asgi.model_info import ModelInfo

@@ -20,13 +20,14 @@ import orjson
 from tgi_asgi.api import table
 from tgi_asgi.api.asgi import JSON, ClientDisconnected, Receive, Scope, Send
 from tgi_asgi.api.auth import ApiKeys
-from tgi_asgi.api.context import NO_NAMES, Served, ServerContext
+from tgi_asgi.api.context import NO_NAMES, ServerContext
 from tgi_asgi.api.cors import Cors
 from tgi_asgi.api.errors import NATIVE, OPENAI, headers_of
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.openai.conversation_store import ConversationStore
 from tgi_asgi.api.openai.response_store import ResponseStore
 from tgi_asgi.api.routes import RouteTable, path_of
+from tgi_asgi.api.served import Served
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, NoWebSockets, TgiError
 from tgi_asgi.observe import logs
 from tgi_asgi.observe.access_log import log_access
@@ -90,7 +91,7 @@ class App:
         self.has_stopped = threading.Event()
         self._cors = Cors(context.settings)
         self.keys = ApiKeys(context.settings)
-        self._routes = RouteTable(context.routes, self.keys.check)
+        self._routes = RouteTable(table.routes(context.settings), self.keys.check)
         self.observers: list[Observer] = [context.metrics.request_ended, log_access]
         self._tracing = Tracing.from_settings(context.settings)
         if self._tracing is not None:
@@ -318,10 +319,8 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     """
     if settings is None:
         settings = Settings.from_environ()
-    context = ServerContext(
-        settings, table.routes(settings), ResponseStore(settings.response_store),
-        ConversationStore(settings.response_store),
-    )  # fmt: skip
+    stored = settings.response_store
+    context = ServerContext(settings, ResponseStore(stored), ConversationStore(stored))
     return App(context, loader or load_model)
 
 

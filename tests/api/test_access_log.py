@@ -17,7 +17,7 @@ from tests.support.scripted_engine import (
     toy_info,
 )
 from tests.support.toy_tokenizer import ToyTokenizer
-from tgi_asgi.api.context import Served
+from tgi_asgi.api.served import Served
 from tgi_asgi.engine import Engine
 from tgi_asgi.errors import GenerationFailed, ModelLoadError, RequestAborted
 from tgi_asgi.settings import Settings

@@ -18,8 +18,8 @@ from tests.support.asgi import request, send
 from tests.support.scripted_engine import ScriptedEngine, scripted_app, toy_info
 from tests.support.waiting import LONGEST_S
 from tgi_asgi.api.asgi import Message
-from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.served import Served
 from tgi_asgi.app import App, create_app, load_model
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import sources

@@ -9,7 +9,7 @@ from tests.support.fake_runner import FakeRunner
 from tests.support.scripted_engine import ScriptedEngine, scripted_app, toy_info
 from tests.support.toy_tokenizer import ToyTokenizer
 from tests.support.waiting import LONGEST_S
-from tgi_asgi.api.context import Served
+from tgi_asgi.api.served import Served
 from tgi_asgi.app import create_app
 from tgi_asgi.engine.engine import Engine
 from tgi_asgi.engine.stats import Histogram

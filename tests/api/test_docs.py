@@ -10,7 +10,7 @@ import pytest
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, scripted_app
 from tgi_asgi.api import table
-from tgi_asgi.api.routes import Access
+from tgi_asgi.api.route_traits import Access
 from tgi_asgi.settings import Settings
 
 

@@ -37,7 +37,8 @@ from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.scripted_gpu import Clock
 from tests.emulation import bindings, library
 from tests.reference.compare import assert_close
-from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.layer_spec import LayerSpec, RopeSpec
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 
 pytestmark = pytest.mark.thorough

@@ -16,7 +16,8 @@ from bench import gpu_model, gpu_timing
 from bench.gpu_model import StepKind
 from tests.cuda.emulated_device import Graph
 from tests.emulation import bindings, library
-from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.layer_spec import LayerSpec, RopeSpec
 from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Rows, Size
 
 

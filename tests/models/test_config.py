@@ -13,7 +13,8 @@ from transformers import CONFIG_MAPPING
 
 from tests.support.families import CASES
 from tgi_asgi.errors import ModelLoadError, NotInFamily
-from tgi_asgi.models.config import ModelConfig, RopeScaling, RopeSpec
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.layer_spec import RopeScaling, RopeSpec
 from tgi_asgi.models.loading.recognise import read_config, read_gguf
 
 JSON: dict[str, Any] = {

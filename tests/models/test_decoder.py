@@ -17,7 +17,7 @@ from tests.support.checkpoints import (
     save,
     save_gguf,
 )
-from tgi_asgi.models.config import RopeSpec
+from tgi_asgi.models.layer_spec import RopeSpec
 from tgi_asgi.models.rope import inverse_frequencies
 
 IDS = torch.randint(0, 160, (100,), generator=torch.Generator().manual_seed(2)).tolist()

@@ -20,10 +20,11 @@ from tests.support.generic import run_steps
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeScaling, RopeSpec
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.rope import scale_positions as scale_positions_of_transformers
 from tgi_asgi.models.gguf_vision.text_reading import read_rope
+from tgi_asgi.models.layer_spec import LayerSpec, RopeScaling, RopeSpec
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.loading.recognise import read_config
 from tgi_asgi.models.reader import Reader

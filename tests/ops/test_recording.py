@@ -24,6 +24,7 @@ from tgi_asgi.models.config import CacheShape
 from tgi_asgi.ops import calls, cpu_calls, cuda
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_modes import CudaModes
+from tgi_asgi.ops.recorder import Call
 from tgi_asgi.ops.tensors import from_tensor
 
 ODD = Shape(hidden=60, intermediate=100, heads=3, kv_heads=1, head_dim=20, rotary_dim=12)
@@ -99,7 +100,7 @@ KINDS = {
 
 def test_every_call_can_be_emitted_and_is_tested_here() -> None:
     kinds = {kind for kind in vars(calls).values() if isinstance(kind, type)}
-    every = {kind for kind in kinds if issubclass(kind, calls.Call)} - {calls.Call}
+    every = {kind for kind in kinds if issubclass(kind, Call)} - {Call}
     assert set(cpu_calls._EMITTERS) == every
     assert set(cuda._EMITTERS) == every
     names = {re.sub(r"(?<!^)(?=[A-Z])", "_", call.__name__).lower() for call in every}

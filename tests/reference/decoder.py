@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.reference.layers import activate, linear, rms_norm, rotate
-from tgi_asgi.models.config import ModelConfig, RopeSpec
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.layer_spec import RopeSpec
 
 
 class DecodedWeights(Protocol):

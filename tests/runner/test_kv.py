@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.layer_spec import LayerSpec, RopeSpec
 from tgi_asgi.runner import kv
 from tgi_asgi.runner.programs import make_cpu_pool
 from tgi_asgi.settings import Settings

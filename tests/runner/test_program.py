@@ -16,9 +16,10 @@ from tests.reference.decoder import decoder_logits
 from tests.support.eager_ops import sample, samples_of
 from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
-from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import record
+from tgi_asgi.models.layer_spec import LayerSpec, RopeSpec
 from tgi_asgi.types import SamplingParams
 
 ROPE = RopeSpec(64, 10000.0)

@@ -18,7 +18,7 @@ from tests.support.fake_runner import FakeRunner
 from tests.support.scripted_engine import CHATML, toy_info
 from tests.support.toy_tokenizer import ToyTokenizer
 from tgi_asgi import cli
-from tgi_asgi.api.context import Served
+from tgi_asgi.api.served import Served
 from tgi_asgi.engine.engine import Engine
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.runner.plan import DeviceLost, StepPlan

@@ -19,7 +19,7 @@ from tests.support.fake_runner import FakeRunner
 from tests.support.scripted_engine import CHATML, toy_info
 from tests.support.toy_tokenizer import ToyTokenizer
 from tests.support.waiting import LONGEST_S
-from tgi_asgi.api.context import Served
+from tgi_asgi.api.served import Served
 from tgi_asgi.app import App, Loader
 from tgi_asgi.cluster.ingress import ingress_app
 from tgi_asgi.cluster.remote import RemoteEngine, ReplicaLost

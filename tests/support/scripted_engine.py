@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from tests.support.toy_tokenizer import EOS, VOCAB_SIZE, ToyTokenizer
-from tgi_asgi.api.context import Served
+from tgi_asgi.api.served import Served
 from tgi_asgi.app import App, create_app
 from tgi_asgi.engine.output import ChoiceOutput
 from tgi_asgi.errors import IncompleteGeneration, Overloaded, RequestAborted, TgiError, Unavailable

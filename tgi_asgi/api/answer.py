@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
 
-from tgi_asgi.api.call import Choices
 from tgi_asgi.text.tools import CallStart, Content, Piece, Reasoning
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.harmony import HarmonyParser
 from tgi_asgi.types import TokenEvent
+
+Choices = Sequence[Sequence[TokenEvent]]  # each choice's events, for one prompt
 
 
 @dataclass(frozen=True, slots=True)

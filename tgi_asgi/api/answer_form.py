@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tgi_asgi.api.answer import Reading
-from tgi_asgi.api.call import Constraint, Conversation, Job, Text
+from tgi_asgi.api.job import Constraint, Conversation, Job, Text
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
@@ -29,8 +29,8 @@ from tgi_asgi.text.tools.reasoning import style_of, wrapper_of
 from tgi_asgi.types import ReasoningBudget
 
 if TYPE_CHECKING:
-    from tgi_asgi.api.context import Served
     from tgi_asgi.api.exchange import Exchange
+    from tgi_asgi.api.served import Served
     from tgi_asgi.text.chat.template import ChatTemplate
     from tgi_asgi.text.constrain.compiler import GrammarCompiler
     from tgi_asgi.text.constrain.grammar import Grammar

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.page.files import wants_html
-from tgi_asgi.api.routes import Access
+from tgi_asgi.api.route_traits import Access
 from tgi_asgi.errors import ModelLoadError, Overloaded, Unauthorized
 from tgi_asgi.settings import Settings
 

@@ -6,29 +6,22 @@ import logging
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tgi_asgi.api.budgets import AnswerMemory, ByteBudget
-from tgi_asgi.api.call import Images
+from tgi_asgi.api.served import Served
 from tgi_asgi.api.thread_pools import ThreadPool
 from tgi_asgi.errors import ModelLoadError, Unavailable, UnknownModel
 from tgi_asgi.images.fetch import Fetcher
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.observe.metrics import Metrics
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Adapters, Engine, EngineState, ImageProcessor
+from tgi_asgi.types import EngineState
 
-if TYPE_CHECKING:  # the last three import libraries that are not needed before the model has loaded
+if TYPE_CHECKING:
     from tgi_asgi.api.openai.conversation_store import ConversationStore
     from tgi_asgi.api.openai.response_store import ResponseStore
-    from tgi_asgi.api.routes import Route
-    from tgi_asgi.engine.stats import EngineStats
-    from tgi_asgi.text.chat.template import ChatTemplate
-    from tgi_asgi.text.constrain.compiler import GrammarCompiler
-    from tgi_asgi.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -44,54 +37,6 @@ class LoadProgress:
     stage: str = "starting"
     done: int = 0
     total: int | None = None  # in the stage's unit (bytes, tensors); None: unknown
-
-
-@dataclass(frozen=True)
-class Served:
-    """A loaded model with everything needed to serve it."""
-
-    engine: Engine
-    tokenizer: Tokenizer
-    chat_template: ChatTemplate | None
-    info: ModelInfo
-    stats: EngineStats | None = None  # the engine's counters, for `/metrics`
-    image_processor: ImageProcessor | None = None  # if the model accepts images
-    adapters: Adapters | None = None  # if adapters are served
-
-    @property
-    def accepts_images(self) -> bool:
-        """Whether prompts may have images."""
-        return self.image_processor is not None
-
-    def new_images(self) -> Images | None:
-        """Return a collector for a prompt's images if the model accepts images, else None."""
-        return Images() if self.accepts_images else None
-
-    def serves(self, name: str) -> bool:
-        """Return whether this is the model's name or an adapter's."""
-        return name == self.info.model_id or (self.adapters is not None and name in self.adapters)
-
-    @cached_property
-    def special_ids(self) -> dict[str, int]:
-        """The model's special tokens, by text."""
-        return {self.tokenizer.token_text(i): i for i in sorted(self.tokenizer.special_ids)}
-
-    @cached_property
-    def for_scores(self) -> Served:
-        """The same model with the chat template for the pairs that it scores."""
-        from tgi_asgi.text.chat.template import ChatTemplate
-
-        source = self.info.scoring.template if self.info.scoring is not None else None
-        if source is None:
-            return self
-        return replace(self, chat_template=ChatTemplate(source, self.tokenizer.special_tokens))
-
-    @cached_property
-    def grammars(self) -> GrammarCompiler:
-        """Grammar compiler for the model's vocabulary, created for the first grammar."""
-        from tgi_asgi.text.constrain.compiler import GrammarCompiler
-
-        return GrammarCompiler(self.tokenizer, self.info.vocab_size)
 
 
 class ServerContext:
@@ -112,18 +57,16 @@ class ServerContext:
         num_pool_calls: How many calls for vectors or scores are being computed; they share the capacity.
         tokenising_keys: How many requests that only count or show tokens each API key has; absent if none.
         fetcher: Fetches images.
-        routes: All routes, for the OpenAPI document.
         is_terminating: Whether SIGTERM has arrived; `/readyz` then fails, while requests are still accepted.
     """
 
     def __init__(
         self,
         settings: Settings,
-        routes: Sequence[Route],
         responses: ResponseStore,
         conversations: ConversationStore,
     ) -> None:
-        self.settings, self.routes = settings, routes
+        self.settings = settings
         self.responses, self.conversations = responses, conversations
         self.served: Served | None = None
         self.failure: BaseException | None = None

@@ -15,27 +15,34 @@ import tgi_asgi
 from tgi_asgi.api.asgi import JSON
 from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.errors import NATIVE, OPENAI
-from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.exchange import Exchange, Handler
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.parse import without_refused
-from tgi_asgi.api.routes import Access, Route
+from tgi_asgi.api.route_traits import Access
+from tgi_asgi.api.routes import Route
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.model_info import ModelInfo
 
 Schema = dict[str, Any]
 
 
-async def openapi_json(exchange: Exchange) -> None:
-    """Answer with the OpenAPI document; describing every type takes 30 ms, so a thread does it."""
-    context = exchange.context
-    await exchange.respond(200, await context.text_threads.run(lambda: orjson.dumps(_document(context))))
+def openapi_json(rows: Sequence[Route]) -> Handler:
+    """Return a handler that answers with the OpenAPI document of these routes."""
+
+    async def handle(exchange: Exchange) -> None:
+        context = exchange.context
+        # Describing every type takes 30 ms.
+        body = await context.text_threads.run(lambda: orjson.dumps(_document(rows, context)))
+        await exchange.respond(200, body)
+
+    return handle
 
 
-def _document(context: ServerContext) -> Schema:
+def _document(rows: Sequence[Route], context: ServerContext) -> Schema:
     """Return the OpenAPI 3.1 document; once the model has loaded, it has the actual limits."""
     settings = context.settings
     needs_key = bool(settings.api_key or settings.api_key_file is not None)
-    documented = [row for row in context.routes if row.summary]
+    documented = [row for row in rows if row.summary]
     kinds = [kind for row in documented for kind in (*row.requests, row.response, row.event)]
     found, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     components = {name: without_refused(schema) for name, schema in components.items()}

@@ -20,11 +20,11 @@ from tgi_asgi.api.asgi import JSON, ClientDisconnected, Header, Receive, Scope, 
 from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.errors import Dialect, headers_of
 from tgi_asgi.api.parse import decode_json
+from tgi_asgi.api.route_traits import RouteTraits
 from tgi_asgi.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from tgi_asgi.types import Channel
 
 if TYPE_CHECKING:
-    from tgi_asgi.api.routes import Route
     from tgi_asgi.observe.summary import RequestSummary
     from tgi_asgi.types import Lease
 
@@ -45,7 +45,7 @@ class Exchange:
 
     Attributes:
         dialect: API whose error envelope is used; a handler may change it after reading the body.
-        route: The matching row of the route table, or None.
+        route: The traits of the matching row of the route table, or None.
         tenant: Name of the API key that the request counts against, if there are keys.
         response_headers: Headers added to any answer (request id, CORS).
         status: Status of the response once it has started, else None.
@@ -69,7 +69,7 @@ class Exchange:
     request_id: str = field(init=False)
     response_headers: list[Header] = field(init=False)
     tenant: str | None = None
-    route: Route | None = None
+    route: RouteTraits | None = None
     status: int | None = None
     channels: list[Channel] = field(default_factory=list)
     summary: RequestSummary | None = None

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
 
-from tgi_asgi.api.call import Images, ImageSource
-from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.prompt_images import Images, ImageSource
+from tgi_asgi.api.served import Served
 from tgi_asgi.errors import ImageTimeout, ImageTooLarge, InvalidRequest
 from tgi_asgi.images.decode import Opened, bytes_of_base64, bytes_of_url, is_data_url, open_picture
 from tgi_asgi.types import Image, ImageInput

@@ -13,18 +13,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
-from tgi_asgi.api.answer import Reading
+from tgi_asgi.api.answer import Choices, Reading
 from tgi_asgi.api.answer_form import AnswerForm, answer_form, compile_grammar
+from tgi_asgi.api.answer_headers import stream_headers, sync_headers
 from tgi_asgi.api.budgets import KeptAnswer, token_bytes
-from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer
-from tgi_asgi.api.context import Served, name_in
+from tgi_asgi.api.call import Call, Generation, Prepared, Renderer
+from tgi_asgi.api.context import name_in
 from tgi_asgi.api.exchange import Exchange, Handler
 from tgi_asgi.api.images import check_images, load_images, salted_images
+from tgi_asgi.api.job import Job
 from tgi_asgi.api.limits import bounded_priority
 from tgi_asgi.api.prompt import Prompt, make_prompt
+from tgi_asgi.api.served import Served
 from tgi_asgi.api.sse import EventStream
 from tgi_asgi.errors import InvalidRequest, ModelNotSupported, TgiError
-from tgi_asgi.observe.summary import stream_headers, sync_headers
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Adapter, Engine, GenerationRequest, Permit, StopConditions, TokenEvent, TopTokens
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from tgi_asgi.api.call import Conversation
-from tgi_asgi.api.context import Served
+from tgi_asgi.api.job import Conversation
 from tgi_asgi.api.parse import refuse
 from tgi_asgi.api.pool_call import Input, Pair, PoolCall, Truncation
 from tgi_asgi.api.prompt import SLACK_TOKENS, chat_prompt, check_vocabulary
+from tgi_asgi.api.served import Served
 from tgi_asgi.errors import ContextExceeded
 from tgi_asgi.settings import Settings
 

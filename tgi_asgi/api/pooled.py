@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tgi_asgi.api.context import Served
+from tgi_asgi.api.answer_headers import sync_headers
 from tgi_asgi.api.exchange import Exchange, Handler
 from tgi_asgi.api.life import admitted, cache_salt_of, lease_adapters, served_name
 from tgi_asgi.api.limits import bounded_priority
 from tgi_asgi.api.pool_call import PoolCall, Pooled
 from tgi_asgi.api.pool_prompt import tokenise
+from tgi_asgi.api.served import Served
 from tgi_asgi.errors import Overloaded, TgiError, TooManyPrompts
-from tgi_asgi.observe.summary import sync_headers
 from tgi_asgi.types import (
     Adapter,
     Engine,

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tgi_asgi.api.call import Conversation, Images, Job, Text
+from tgi_asgi.api.job import Conversation, Job, Text
 from tgi_asgi.api.limits import Overflow, check_characters, tgi_too_long
+from tgi_asgi.api.prompt_images import Images
 from tgi_asgi.api.prompt_text import chat_text, echoed_text, plain_text
 from tgi_asgi.errors import ContextExceeded, InvalidRequest
 from tgi_asgi.settings import MIB, Settings
@@ -18,7 +19,7 @@ from tgi_asgi.text.images import locate_images
 from tgi_asgi.types import ImageInput
 
 if TYPE_CHECKING:
-    from tgi_asgi.api.context import Served
+    from tgi_asgi.api.served import Served
 
 _TAIL_CHARS = 64
 MAX_COUNTED_CHARS = 4 * MIB  # of a text whose tokens are counted, if no longer prompt fits

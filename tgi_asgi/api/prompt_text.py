@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tgi_asgi.api.answer_form import tool_format
-from tgi_asgi.api.call import Conversation, Images, Text
+from tgi_asgi.api.job import Conversation, Text
+from tgi_asgi.api.prompt_images import Images
 from tgi_asgi.errors import InvalidRequest, TemplateError
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.message import ChatMessage
@@ -26,7 +27,7 @@ from tgi_asgi.text.tools import (
 )
 
 if TYPE_CHECKING:
-    from tgi_asgi.api.context import Served
+    from tgi_asgi.api.served import Served
     from tgi_asgi.text.chat.template import ChatTemplate
 
 _NO_TEMPLATE = (

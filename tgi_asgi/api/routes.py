@@ -5,9 +5,8 @@ The rows themselves are in `table.py`.
 
 from __future__ import annotations
 
-import enum
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from starlette import routing
 from tgi_asgi.api.asgi import Receive, Scope, Send
 from tgi_asgi.api.errors import NATIVE, Dialect
 from tgi_asgi.api.exchange import Exchange, Handler
+from tgi_asgi.api.route_traits import RouteTraits
 from tgi_asgi.errors import MethodNotAllowed, NotFound
 
 Check = Callable[[Exchange], None]
@@ -29,42 +29,23 @@ _MAX_FOLDERS = 4  # of an unknown path that are compared with the routes: a path
 _EXCHANGE = "tgi_asgi.exchange"  # key in the scope for the endpoint's exchange
 
 
-class Access(enum.Enum):
-    """Who may call a route if there are API keys."""
-
-    OPEN = "open"  # anyone: orchestrators and Prometheus send no key
-    BROWSER = "browser"  # browsers, which send no key for a page; others need a key
-    KEY = "key"
-    ADMIN = "admin"  # always requires the administrator's admin key
-
-
 @dataclass(frozen=True, slots=True)
-class Route:
-    """One method of one path.
+class Route(RouteTraits):
+    """A row of the table: the handler of one method of one path, and how it is documented.
 
     Attributes:
         dialect: API whose error envelope is used; in compatibility mode, OpenAI's routes use TGI's.
         other_dialect: API of those clients that send its `client_header`, if two APIs have the route.
-        generates: Whether it generates text, and counts as a request in the metrics.
-        is_quiet: Whether it is a probe or scrape, logged only if it fails.
         summary: Summary in the OpenAPI document; "" omits the route from it.
-        requests: Types that the body may have. If there are several, its main field selects the type and
-            whether errors have TGI's envelope or OpenAI's.
         response: Type of a 200 response in JSON or in `media_type`; None: no body.
         event: Type of the data in a stream's events or lines, if the request can ask for a stream.
     """
 
-    method: str
-    path: str
     handle: Handler
     summary: str = ""
     tag: str = "Server"
     dialect: Dialect = NATIVE
     other_dialect: Dialect | None = None
-    access: Access = Access.KEY
-    generates: bool = False
-    is_quiet: bool = False
-    requests: Sequence[type] = ()
     response: Any = Any
     media_type: str = "application/json"
     event: type | None = None

@@ -31,7 +31,8 @@ from tgi_asgi.api.openai.responses import RESPONSES, count_input, parse_response
 from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
 from tgi_asgi.api.page.files import Pages
 from tgi_asgi.api.pooled import pooling
-from tgi_asgi.api.routes import Access, Route
+from tgi_asgi.api.route_traits import Access
+from tgi_asgi.api.routes import Route
 from tgi_asgi.api.tei import routes as tei
 from tgi_asgi.api.tei.tokenize import TeiTokenizeRequest, tei_tokenize_or
 from tgi_asgi.api.tgi import routes as tgi
@@ -54,6 +55,7 @@ def routes(settings: Settings) -> list[Route]:
         rows += _admin()
     if settings.debug_endpoints:
         rows.append(Route("GET", "/debug/engine", status.engine))
+    rows.append(Route("GET", "/api-doc/openapi.json", docs.openapi_json(rows), "This document"))
     return rows
 
 
@@ -130,7 +132,6 @@ def _server() -> list[Route]:
         probe("/livez", status.live, "Whether the process is alive"),
         probe("/readyz", status.ready, "Whether requests should be sent here"),
         probe("/metrics", status.metrics, "Prometheus metrics", response=str, media_type="text/plain"),
-        Route("GET", "/api-doc/openapi.json", docs.openapi_json, "This document"),
     ]
 
 

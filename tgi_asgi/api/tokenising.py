@@ -15,11 +15,11 @@ from itertools import islice
 import msgspec
 from msgspec import Struct
 
-from tgi_asgi.api.call import Images
-from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange, Handler
 from tgi_asgi.api.images import check_images, load_images
 from tgi_asgi.api.life import admitted
+from tgi_asgi.api.prompt_images import Images
+from tgi_asgi.api.served import Served
 from tgi_asgi.errors import Overloaded
 from tgi_asgi.system import return_freed_memory
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from tgi_asgi.api.call import ToolChoice
+from tgi_asgi.api.job import ToolChoice
 from tgi_asgi.api.limits import MAX_TOOLS
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.chat.message import ChatTool

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import cast
 
-from tgi_asgi.api.context import Served
+from tgi_asgi.api.served import Served
 from tgi_asgi.app import App, create_app
 from tgi_asgi.cluster.adapters import RemoteAdapters
 from tgi_asgi.cluster.remote import RemoteEngine, Transport

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import replace
 from typing import cast
 
-from tgi_asgi.api.context import Served
+from tgi_asgi.api.served import Served
 from tgi_asgi.app import App, Loader, create_app, load_model
 from tgi_asgi.cluster.totals import snapshot
 from tgi_asgi.cluster.wire import (

@@ -1,108 +1,31 @@
 """A model's configuration as one validated value, which a family reads from config.json or a GGUF file.
 
-`config_bounds.py` checks its numbers. Without torch.
+`config_bounds.py` has the bounds of its numbers. Without torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Protocol
 
+from tgi_asgi.errors import check
 from tgi_asgi.model_info import EncoderDecoder
-from tgi_asgi.models.config_bounds import MAX_CONTEXT, check_config
-from tgi_asgi.models.latent_spec import LatentSpec
-from tgi_asgi.models.recurrent_specs import HybridSpec, RecurrentSpec
+from tgi_asgi.models.config_bounds import (
+    BOUNDS,
+    MAX_CONTEXT,
+    MAX_LABELS,
+    MAX_LAYERS,
+    check_computed,
+    check_layer,
+)
+from tgi_asgi.models.layer_spec import LayerSpec
+from tgi_asgi.models.recurrent_specs import RecurrentSpec
 from tgi_asgi.models.shard import ModelCut
 
 if TYPE_CHECKING:
     from tgi_asgi.ops import StateShape
-
-
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the context that the model was first trained on."""
-
-    kind: str  # linear, dynamic, llama3, yarn or longrope
-    factor: float = 1.0
-    original_context: int = 8192
-    low_freq_factor: float = 1.0  # this and the next: llama3
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0  # this and the next two: yarn
-    beta_slow: float = 1.0
-    is_truncated: bool = True
-    attention_factor: float = 1.0  # on cosines and sines: yarn, longrope, and all kinds in a GGUF file
-    # longrope: divisors of each frequency up to the original context, and beyond; None: stored in the GGUF
-    # file
-    short_factors: tuple[float, ...] | None = None
-    long_factors: tuple[float, ...] | None = None
-    is_override: bool = False  # set by the administrator; then a GGUF file's tensors for it are ignored
-
-
-@dataclass(frozen=True, slots=True)
-class RopeSpec:
-    """A rotary embedding of dims [0, dim) of each head, which rotates dim i together with i + dim / 2."""
-
-    dim: int
-    theta: float
-    scaling: RopeScaling | None = None
-    frequencies: tuple[float, ...] | None = None  # per pair, if no formula yields them
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertsSpec:
-    """The experts of a layer, and how tokens are routed to them; `ops.RouteSpec` defines the terms."""
-
-    num_experts: int
-    top_k: int  # experts per token
-    intermediate_size: int
-    kind: str = "softmax"
-    has_correction: bool = False  # whether a vector is added to the scores for the selection only
-    num_groups: int = 1
-    top_groups: int = 1
-    sums_top_two: bool = False
-    is_renormalised: bool = False
-    eps: float = 0.0
-    scale: float = 1.0
-    jitter: float = 0.01
-    has_bias: bool = False  # of the router, and of the experts' products
-    clamp: tuple[float, float, float] | None = None  # limit, slope and offset of gates (gpt-oss)
-    shared_size: int = 0  # size of an MLP that all tokens use besides the experts; 0: none
-    has_shared_gate: bool = False  # whether a gate per token scales that MLP
-
-
-@dataclass(frozen=True, slots=True)
-class QueryGrowth:
-    """Queries at position p are multiplied by 1 + beta * ln(1 + p // period) (Llama 4, Ministral 3)."""
-
-    beta: float
-    period: int
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSpec:
-    """One layer: its attention, and experts if it has them instead of an MLP.
-
-    In a layer without attention the attention fields are ignored.
-    """
-
-    rope: RopeSpec | None  # None: no rotation
-    window: int | None  # positions a query attends to, its own included; None: all
-    scale: float  # factor on the attention scores
-    chunk: int | None = None  # a query attends only within its own chunk of this many positions
-    soft_cap: float | None = None  # scores become cap * tanh(score / cap)
-    slopes: tuple[float, ...] | None = None  # per head: ALiBi bias per position
-    has_sinks: bool = False  # whether each head has an attention sink
-    query_growth: QueryGrowth | None = None
-    alphas: tuple[float, float] | None = None  # xIELU's two parameters, if the configuration has them
-    experts: ExpertsSpec | None = None
-    recurrent: RecurrentSpec | None = None  # replaces attention
-    hybrid: HybridSpec | None = None  # the layer has both attention and a recurrent part, in parallel
-    latent: LatentSpec | None = None  # latent attention (MLA), if the layer uses it
-
-    @property
-    def attends(self) -> bool:
-        return self.recurrent is None or self.hybrid is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +137,7 @@ class ModelConfig:
     cut: ModelCut | None = None  # the part that this shard computes; None: all
 
     def __post_init__(self) -> None:
-        check_config(self)
+        _check(self)
 
     @property
     def generates(self) -> bool:
@@ -273,3 +196,35 @@ class ModelConfig:
             padded = 0
         dims = [rope.dim for rope in {layer.rope for layer in self.layers} if rope is not None]
         return tuple(size for dim in dims for size in ((dim,) if padded in (0, dim) else (dim, padded)))
+
+
+def _check(config: ModelConfig) -> None:
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(config, name)
+        refuse = check_computed if name == "head_dim" else check  # a limit of the native kernels
+        refuse(
+            type(value) is int and low <= value <= high,
+            f"{name} must be an integer in {low}..{high}, got {value!r}",
+        )
+    for name in ("norm_eps", "embedding_factor", "residual_factor", "logits_scale"):
+        value = getattr(config, name)
+        check(math.isfinite(value) and value > 0, f"{name} must be positive, got {value!r}")
+    cap, clip = config.logits_cap, config.clip
+    check(0 <= cap < math.inf, f"logits_cap must not be negative, got {cap!r}")
+    check(clip is None or 0 < clip < math.inf, f"the bound of q, k and v must be positive, got {clip!r}")
+    has_known_mlp = not config.has_gate or config.activation != "xielu"
+    check_computed(has_known_mlp, "xielu needs an MLP without a gate")
+    for spec in fields(config):
+        if spec.name.startswith(("has_", "is_")):
+            value = getattr(config, spec.name)
+            check(type(value) is bool, f"{spec.name} must be true or false, got {value!r}")
+    num_layers, num_labels = len(config.layers), config.num_labels
+    check(1 <= num_layers <= MAX_LAYERS, f"layers must be 1..{MAX_LAYERS}, got {num_layers}")
+    check(
+        config.num_heads % config.num_kv_heads == 0,
+        f"num_heads ({config.num_heads}) must be a multiple of num_kv_heads ({config.num_kv_heads})",
+    )
+    check(0 <= num_labels <= MAX_LABELS, f"num_labels must be 0..{MAX_LABELS}, got {num_labels}")
+    check_computed(config.head_dim % 2 == 0, f"head_dim must be even, got {config.head_dim}")
+    for layer in set(config.layers):
+        check_layer(layer, config.num_heads, config.head_dim)

@@ -1,32 +1,29 @@
 """Bounds of the numbers in a model's configuration, which buffers, kernels and limits trust.
 
-`ModelConfig` calls `check_config` when it is made. Without torch.
+`ModelConfig` checks its own numbers and calls `check_layer` when it is made. Without torch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, fields
-from typing import TYPE_CHECKING
+from dataclasses import astuple
 
 from tgi_asgi.errors import NotInFamily, check
+from tgi_asgi.models.layer_spec import ExpertsSpec, LayerSpec, RopeScaling, RopeSpec
 from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, MambaSpec, RecurrentSpec
-
-if TYPE_CHECKING:
-    from tgi_asgi.models.config import ExpertsSpec, LayerSpec, ModelConfig, RopeScaling, RopeSpec
 
 MAX_CONTEXT = 1 << 24
 MAX_HEADS = 1 << 10
 MAX_LAYERS = 1 << 10
 _MAX_EXPERTS = 1 << 10  # per layer; limit of the kernels
-_MAX_LABELS = 1 << 16
+MAX_LABELS = 1 << 16
 _MAX_STATE = 1 << 14  # bound of each factor of a recurrent state's size
 _MAX_TAPS = 16  # of a short convolution; limit of the kernels
 _MAX_KEY_DIM = 256  # of the gated delta rule; limit of the kernels
 # Inclusive bounds of every integer: wide enough for any known model, narrow enough that their products fit 64
 # bits.
-_BOUNDS = {
+BOUNDS = {
     "vocab_size": (2, 1 << 21),
     "hidden_size": (1, 1 << 16),
     "intermediate_size": (1, 1 << 20),
@@ -43,45 +40,13 @@ def check_computed(holds: bool, message: str) -> None:
         raise NotInFamily(message)
 
 
-def check_config(config: ModelConfig) -> None:
-    """Check every number of a configuration.
+def check_layer(layer: LayerSpec, num_heads: int, head_dim: int) -> None:
+    """Check every number of a layer.
 
     Raises:
         ModelLoadError: if one is out of bounds or contradicts another.
     """
-    for name, (low, high) in _BOUNDS.items():
-        value = getattr(config, name)
-        refuse = check_computed if name == "head_dim" else check  # a limit of the native kernels
-        refuse(
-            type(value) is int and low <= value <= high,
-            f"{name} must be an integer in {low}..{high}, got {value!r}",
-        )
-    for name in ("norm_eps", "embedding_factor", "residual_factor", "logits_scale"):
-        value = getattr(config, name)
-        check(math.isfinite(value) and value > 0, f"{name} must be positive, got {value!r}")
-    cap, clip = config.logits_cap, config.clip
-    check(0 <= cap < math.inf, f"logits_cap must not be negative, got {cap!r}")
-    check(clip is None or 0 < clip < math.inf, f"the bound of q, k and v must be positive, got {clip!r}")
-    has_known_mlp = not config.has_gate or config.activation != "xielu"
-    check_computed(has_known_mlp, "xielu needs an MLP without a gate")
-    for spec in fields(config):
-        if spec.name.startswith(("has_", "is_")):
-            value = getattr(config, spec.name)
-            check(type(value) is bool, f"{spec.name} must be true or false, got {value!r}")
-    num_layers, num_labels = len(config.layers), config.num_labels
-    check(1 <= num_layers <= MAX_LAYERS, f"layers must be 1..{MAX_LAYERS}, got {num_layers}")
-    check(
-        config.num_heads % config.num_kv_heads == 0,
-        f"num_heads ({config.num_heads}) must be a multiple of num_kv_heads ({config.num_kv_heads})",
-    )
-    check(0 <= num_labels <= _MAX_LABELS, f"num_labels must be 0..{_MAX_LABELS}, got {num_labels}")
-    check_computed(config.head_dim % 2 == 0, f"head_dim must be even, got {config.head_dim}")
-    for layer in set(config.layers):
-        _check_layer(layer, config)
-
-
-def _check_layer(layer: LayerSpec, config: ModelConfig) -> None:
-    _check_attention(layer, config.num_heads)
+    _check_attention(layer, num_heads)
     if layer.experts is not None:
         _check_experts(layer.experts)
     growth = layer.query_growth
@@ -99,7 +64,7 @@ def _check_layer(layer: LayerSpec, config: ModelConfig) -> None:
         reason = layer.latent.refusal(None if layer.rope is None else layer.rope.dim)
         check_computed(reason is None, reason or "")
     if layer.rope is not None:
-        _check_rope(layer.rope, config.head_dim)
+        _check_rope(layer.rope, head_dim)
 
 
 def _check_attention(layer: LayerSpec, num_heads: int) -> None:
@@ -129,7 +94,7 @@ def _check_experts(experts: ExpertsSpec) -> None:
     )
     most = experts.num_experts // experts.num_groups * experts.top_groups
     check(1 <= experts.top_k <= most, f"the experts of a token must be 1..{most}, got {experts.top_k}")
-    low, high = _BOUNDS["intermediate_size"]
+    low, high = BOUNDS["intermediate_size"]
     check(
         low <= experts.intermediate_size <= high,
         f"the experts' size must be in {low}..{high}, got {experts.intermediate_size}",
@@ -147,7 +112,7 @@ def _check_recurrent(spec: RecurrentSpec) -> None:
         _check_mamba(spec)
     if isinstance(spec, GatedDeltaSpec):
         _check_gated_delta(spec)
-    low, high = _BOUNDS["hidden_size"]
+    low, high = BOUNDS["hidden_size"]
     check(
         low <= spec.num_channels <= high,
         f"the channels of a convolution must be in {low}..{high}, got {spec.num_channels}",

@@ -13,7 +13,8 @@ from typing import ClassVar, Literal
 from tgi_asgi import ops
 from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.layer_weights import LayerWeights, read_norm
+from tgi_asgi.models.layer_tensors import read_norm
+from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.layers import Layer, ParallelLayer
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.rope import RopeTables

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import ExpertsSpec
-
-if TYPE_CHECKING:
-    from tgi_asgi.models.layer_weights import LayerWeights
+from tgi_asgi.models.layer_spec import ExpertsSpec
+from tgi_asgi.models.layer_tensors import LayerTensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +48,19 @@ ExpertProducts = tuple[ops.GateUpWeight, ops.LinearWeight]
 
 
 class Experts:
-    """A layer's experts, its router and its shared MLP, if it has one."""
+    """A layer's experts, its router and its shared MLP, if it has one.
 
-    def __init__(self, weights: LayerWeights, names: ExpertNames, spec: ExpertsSpec) -> None:
+    Args:
+        products: Gate and up, and down, of each expert in turn.
+    """
+
+    def __init__(
+        self,
+        weights: LayerTensors,
+        names: ExpertNames,
+        spec: ExpertsSpec,
+        products: Iterator[ExpertProducts],
+    ) -> None:
         config = weights.config
         hidden, self._activation = config.hidden_size, config.activation
         router = weights.get(f"{names.router}.weight", spec.num_experts, hidden)
@@ -61,7 +68,7 @@ class Experts:
         self._router = ops.router_weight(router, weights.arithmetic, bias=bias)
         self._route = _route_of(spec, weights, names)
         self._clamped = None if spec.clamp is None else ops.ClampedGate(*spec.clamp)
-        self._weight = ops.experts_weight(weights.expert_products(names, spec), weights.arithmetic)
+        self._weight = ops.experts_weight(products, weights.arithmetic)
         self._shared: ExpertProducts | None = None
         self._shared_gate: ops.LinearWeight | None = None
         if spec.shared_size:
@@ -82,7 +89,7 @@ class Experts:
         return ops.gated_add(ops.linear(inner, down), ops.linear(a, self._shared_gate), x, factor)
 
 
-def _route_of(spec: ExpertsSpec, weights: LayerWeights, names: ExpertNames) -> ops.RouteSpec:
+def _route_of(spec: ExpertsSpec, weights: LayerTensors, names: ExpertNames) -> ops.RouteSpec:
     correction = None
     if spec.has_correction:
         found = (name for name in (GGUF_CORRECTION, *names.corrections) if weights.has(name))
@@ -96,7 +103,7 @@ def _route_of(spec: ExpertsSpec, weights: LayerWeights, names: ExpertNames) -> o
     )  # fmt: skip
 
 
-def _shared_of(weights: LayerWeights, names: ExpertNames, size: int) -> ExpertProducts:
+def _shared_of(weights: LayerTensors, names: ExpertNames, size: int) -> ExpertProducts:
     """Return the products of the shared MLP."""
     hidden, joined = weights.config.hidden_size, f"{names.shared}.{names.shared_joined}.weight"
     down = "down_proj"
@@ -113,20 +120,20 @@ def _shared_of(weights: LayerWeights, names: ExpertNames, size: int) -> ExpertPr
     )
 
 
-def _gate_of(weights: LayerWeights, names: ExpertNames, hidden: int) -> ops.LinearWeight:
+def _gate_of(weights: LayerTensors, names: ExpertNames, hidden: int) -> ops.LinearWeight:
     """Return the one-row product that gates the shared expert per token."""
     source = weights.get(f"{names.shared_gate}.weight", 1, hidden)
     return ops.router_weight(source, weights.arithmetic)
 
 
-def read_products(weights: LayerWeights, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
+def read_products(weights: LayerTensors, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
     """Yield the products of each expert in turn, so that no expert stays in memory in the file's format."""
     arithmetic = weights.arithmetic.for_experts()
     for gate, up, down in _matrices(weights, names, spec):
         yield ops.gate_up_weight(gate, up, arithmetic), ops.linear_weight(down, arithmetic)
 
 
-def _matrices(weights: LayerWeights, names: ExpertNames, spec: ExpertsSpec) -> Iterator[Matrices]:
+def _matrices(weights: LayerTensors, names: ExpertNames, spec: ExpertsSpec) -> Iterator[Matrices]:
     hidden, inner, count = weights.config.hidden_size, spec.intermediate_size, spec.num_experts
     kinds, usual = (names.gate, names.up, names.down), ("gate_proj", "up_proj", "down_proj")
     if weights.has(f"{names.experts}.0.{usual[0]}.weight"):
@@ -143,7 +150,7 @@ def _matrices(weights: LayerWeights, names: ExpertNames, spec: ExpertsSpec) -> I
 
 
 def each_expert(
-    weights: LayerWeights, prefix: str, name: str, count: int, *shape: int
+    weights: LayerTensors, prefix: str, name: str, count: int, *shape: int
 ) -> Iterator[ops.WeightSource]:
     """Return each expert's matrix or vector, each to be used at once, from one tensor or one per expert."""
     joined = f"{prefix}.{name}"
@@ -152,7 +159,7 @@ def each_expert(
     return (weights.get(f"{prefix}.{index}.{name}", *shape) for index in range(count))
 
 
-def stack(weights: LayerWeights, name: str, count: int, *shape: int) -> Iterator[ops.WeightSource]:
+def stack(weights: LayerTensors, name: str, count: int, *shape: int) -> Iterator[ops.WeightSource]:
     """Yield the matrices or vectors of a tensor [count, *shape], each to be used at once.
 
     Each is requested on its own: the file releases the pages read before, and of a type that is decoded while

@@ -6,7 +6,8 @@ import numpy as np
 
 from tgi_asgi.models.checkpoint import Rows
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.layer_weights import LayerWeights, Sources
+from tgi_asgi.models.layer_tensors import Sources
+from tgi_asgi.models.layer_weights import LayerWeights
 
 _QKV = "self_attn.qkv_proj"
 

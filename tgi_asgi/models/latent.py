@@ -7,16 +7,12 @@ DeepSeek-V2, arXiv 2405.04434, section 2.1.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi import ops
 from tgi_asgi.models.latent_spec import LatentSpec
-
-if TYPE_CHECKING:
-    from tgi_asgi.models.layer_weights import LayerWeights
+from tgi_asgi.models.layer_tensors import LayerTensors
 
 Rows = npt.NDArray[np.int64]
 # Of both inner norms in the code of DeepSeek and of those that followed it, whatever `rms_norm_eps` says.
@@ -30,7 +26,7 @@ class LatentAttention:
         targets: Its products by module name, for adapters.
     """
 
-    def __init__(self, weights: LayerWeights, spec: LatentSpec) -> None:
+    def __init__(self, weights: LayerTensors, spec: LatentSpec) -> None:
         config = weights.config
         hidden, heads = config.hidden_size, config.num_heads
         self._plain_columns = heads * spec.plain_dim
@@ -67,7 +63,7 @@ class LatentAttention:
 
 
 def _in_rows(
-    weights: LayerWeights, name: str, rows: Rows, columns: int, *, has_bias: bool
+    weights: LayerTensors, name: str, rows: Rows, columns: int, *, has_bias: bool
 ) -> ops.LinearWeight:
     """Make the weight of a product whose rows are in another order than the file's."""
     source = weights.get(f"{name}.weight", len(rows), columns).in_rows(rows)
@@ -92,7 +88,7 @@ def _latent_rows(spec: LatentSpec) -> Rows:
     return np.concatenate([np.arange(spec.rank), spec.rank + _rotary_dims(spec)])
 
 
-def _read_ups(weights: LayerWeights, spec: LatentSpec) -> tuple[ops.HeadsWeight, ops.HeadsWeight]:
+def _read_ups(weights: LayerTensors, spec: LatentSpec) -> tuple[ops.HeadsWeight, ops.HeadsWeight]:
     """Read the matrices that expand latents to keys (transposed) and to values.
 
     In checkpoints each head's keys and values are adjacent. Newer GGUF files store them separately, the keys'

@@ -5,47 +5,23 @@ A family whose weights have other names or another order overrides `LayerWeights
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
 from tgi_asgi import ops
 from tgi_asgi.models import cutting
-from tgi_asgi.models.config import ExpertsSpec, ModelConfig
 from tgi_asgi.models.experts import ExpertNames, ExpertProducts, Experts, read_products
 from tgi_asgi.models.latent import LatentAttention
-from tgi_asgi.models.loading import WHOLE, Weights
+from tgi_asgi.models.layer_spec import ExpertsSpec
+from tgi_asgi.models.layer_tensors import LayerTensors, Sources
 from tgi_asgi.models.recurrent import Recurrent, make_recurrent
 from tgi_asgi.ops.arrays import Floats
 
-Sources = list[ops.WeightSource]
 
-
-def read_norm(
-    config: ModelConfig, weights: Weights, name: str, *shape: int, eps: float | None = None
-) -> ops.NormWeight:
-    """Read a norm of the configured kind, of this shape or of the residual's width.
-
-    Args:
-        eps: What is added to the variance, if not the configuration's number.
-    """
-    shape = shape or (config.hidden_size,)
-    eps = config.norm_eps if eps is None else eps
-    columns = math.prod(shape)
-    weight = bias = None
-    if config.has_norm_weight:
-        weight = ops.vector(weights.get(f"{name}.weight", shape)) + config.norm_offset
-    if not config.has_layer_norm:
-        return ops.NormWeight.rms(columns, eps, weight=weight)
-    if config.has_norm_bias:
-        bias = ops.vector(weights.get(f"{name}.bias", shape))
-    return ops.NormWeight.layer(columns, eps, weight=weight, bias=bias)
-
-
-class LayerWeights:
-    """The weights of one layer, by their canonical names, which are those of `transformers`.
+class LayerWeights(LayerTensors):
+    """The weights of one layer.
 
     Attributes:
         expert_names: Candidate names of experts; the first whose router exists is used.
@@ -54,33 +30,6 @@ class LayerWeights:
 
     expert_names: tuple[ExpertNames, ...] = (ExpertNames(),)
     has_whole_norms = False
-
-    def __init__(self, config: ModelConfig, weights: Weights, index: int, arithmetic: ops.Arithmetic) -> None:
-        self.config, self.weights, self.arithmetic = config, weights, arithmetic
-        self.spec, self.prefix = config.layers[index], f"model.layers.{index}."
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether the weights come from a GGUF file."""
-        return self.weights.is_gguf
-
-    def get(self, name: str, *shape: int, part: slice = WHOLE) -> ops.WeightSource:
-        """Return a tensor of this layer, or a part of it as described in `Weights.get`."""
-        return self.weights.get(f"{self.prefix}{name}", shape, part)
-
-    def has(self, name: str) -> bool:
-        """Return whether this layer has the tensor."""
-        return f"{self.prefix}{name}" in self.weights
-
-    def norm(self, name: str, *shape: int, eps: float | None = None) -> ops.NormWeight:
-        """Return a norm of this layer, of the residual's width and with the usual epsilon by default."""
-        return read_norm(self.config, self.weights, f"{self.prefix}{name}", *shape, eps=eps)
-
-    def cut(self, name: str, rows: Sequence[int], *columns: int) -> Sources:
-        """Return the parts of a tensor (matrix or bias) that is several, one below the other."""
-        fused = self.get(name, sum(rows), *columns)
-        starts = [sum(rows[:index]) for index in range(len(rows))]
-        return [fused.rows(start, start + count) for start, count in zip(starts, rows, strict=True)]
 
     def qkv_sources(self) -> Sources:
         """Return the matrices of q, k and v."""
@@ -162,7 +111,8 @@ class LayerWeights:
         if self.spec.experts is None:
             return None
         found = (names for names in self.expert_names if self.has(f"{names.router}.weight"))
-        return Experts(self, next(found, self.expert_names[0]), self.spec.experts)
+        names = next(found, self.expert_names[0])
+        return Experts(self, names, self.spec.experts, self.expert_products(names, self.spec.experts))
 
     def recurrent(self) -> Recurrent | None:
         """Make the layer's recurrent part, if it has one instead of attention or in parallel to it."""
@@ -175,14 +125,6 @@ class LayerWeights:
     def expert_products(self, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
         """Yield gate and up, and down, of each expert in turn."""
         return read_products(self, names, spec)
-
-    def linear(self, name: str, rows: int, columns: int, *, has_bias: bool) -> ops.LinearWeight:
-        """Make the weight of a single product."""
-        bias = self.get(f"{name}.bias", rows) if has_bias else None
-        source, cut = self.get(f"{name}.weight", rows, columns), self.config.cut
-        if cut is not None:
-            return cutting.linear_of(name, source, bias, cut, self.config.head_dim, self.arithmetic)
-        return ops.linear_weight(source, self.arithmetic, bias=bias)
 
     def _queries(self, part: int) -> ops.WeightSource:
         """Return the rows of heads' queries (part 0) or gates (part 1), which follow each head's query."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import LayerSpec, RopeSpec
 from tgi_asgi.models.config_bounds import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, check_computed
+from tgi_asgi.models.layer_spec import LayerSpec, RopeSpec
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading_rope import KINDS_OF_LAYERS, EditRope, read_rope
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import ExpertsSpec, LayerSpec
+from tgi_asgi.models.layer_spec import ExpertsSpec, LayerSpec
 from tgi_asgi.models.reader import Reader
 
 # Keys that only training uses.

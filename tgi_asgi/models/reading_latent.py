@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import LayerSpec, RopeSpec
 from tgi_asgi.models.latent_spec import LatentSpec
+from tgi_asgi.models.layer_spec import LayerSpec, RopeSpec
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_bias, read_sizes
 from tgi_asgi.models.reading_rope import read_rope, rope_values, yarn_magnitude

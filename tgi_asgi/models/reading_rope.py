@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import RopeScaling, RopeSpec
 from tgi_asgi.models.config_bounds import MAX_CONTEXT, check_computed
+from tgi_asgi.models.layer_spec import RopeScaling, RopeSpec
 from tgi_asgi.models.reader import Reader, as_float
 
 EditRope = Callable[[dict[str, Any]], object]

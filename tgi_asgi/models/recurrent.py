@@ -6,16 +6,14 @@ Plain Python over the operators, like `layers.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi import ops
+from tgi_asgi.models.layer_tensors import LayerTensors
 from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, MambaSpec, RecurrentSpec, ShortConvSpec
-
-if TYPE_CHECKING:
-    from tgi_asgi.models.layer_weights import LayerWeights
 
 
 class Recurrent(Protocol):
@@ -37,7 +35,7 @@ class ShortConv:
     Source: Liquid AI, LFM2 Technical Report, arXiv 2511.23404, section 2.
     """
 
-    def __init__(self, weights: LayerWeights, spec: ShortConvSpec) -> None:
+    def __init__(self, weights: LayerTensors, spec: ShortConvSpec) -> None:
         hidden, channels = weights.config.hidden_size, spec.num_channels
         self._input = weights.linear("conv.in_proj", 3 * channels, hidden, has_bias=spec.has_bias)
         taps = ops.vector(weights.get("conv.conv.weight", channels, 1, spec.num_taps))
@@ -58,7 +56,7 @@ class Mamba:
     Source: Dao and Gu, Transformers are SSMs, arXiv 2405.21060, section 7.
     """
 
-    def __init__(self, weights: LayerWeights, spec: MambaSpec) -> None:
+    def __init__(self, weights: LayerTensors, spec: MambaSpec) -> None:
         hidden, heads, width = weights.config.hidden_size, spec.num_heads, spec.width
         rows = width + spec.num_channels + heads
         self._spec, self._eps = spec, weights.config.norm_eps
@@ -101,7 +99,7 @@ class GatedDelta:
     Source: Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464.
     """
 
-    def __init__(self, weights: LayerWeights, spec: GatedDeltaSpec) -> None:
+    def __init__(self, weights: LayerTensors, spec: GatedDeltaSpec) -> None:
         hidden, heads, arithmetic = weights.config.hidden_size, spec.num_heads, weights.arithmetic
         self._head_dim, self._eps = spec.head_dim, weights.config.norm_eps
         self._input, self._gate = (ops.linear_weight(each, arithmetic) for each in _inputs(weights, spec))
@@ -134,7 +132,7 @@ class GatedDelta:
         return ops.linear_add(ops.activation(y), self._output, x, factor)
 
 
-def _inputs(weights: LayerWeights, spec: GatedDeltaSpec) -> Iterator[ops.WeightSource]:
+def _inputs(weights: LayerTensors, spec: GatedDeltaSpec) -> Iterator[ops.WeightSource]:
     """Yield the product of queries, keys and values, one below another, and that of gates."""
     hidden, both = weights.config.hidden_size, "linear_attn.in_proj_qkvz.weight"
     if weights.has(both):
@@ -147,7 +145,7 @@ def _inputs(weights: LayerWeights, spec: GatedDeltaSpec) -> Iterator[ops.WeightS
     yield weights.get("linear_attn.in_proj_z.weight", spec.width, hidden)
 
 
-def _steps(weights: LayerWeights, spec: GatedDeltaSpec) -> ops.WeightSource:
+def _steps(weights: LayerTensors, spec: GatedDeltaSpec) -> ops.WeightSource:
     """Return the product of each head's rate, and below it that of each head's decay."""
     hidden, both = weights.config.hidden_size, "linear_attn.in_proj_ba.weight"
     if weights.has(both):
@@ -168,7 +166,7 @@ def _ungrouped(num_groups: int, sizes: list[int]) -> npt.NDArray[np.int64]:
     return np.concatenate([part.reshape(-1) for part in parts])
 
 
-def make_recurrent(weights: LayerWeights, spec: RecurrentSpec) -> Recurrent:
+def make_recurrent(weights: LayerTensors, spec: RecurrentSpec) -> Recurrent:
     """Make the recurrent part that a specification describes."""
     if isinstance(spec, GatedDeltaSpec):
         return GatedDelta(weights, spec)

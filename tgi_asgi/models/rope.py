@@ -9,8 +9,9 @@ import numpy as np
 
 from tgi_asgi import ops
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import ModelConfig, QueryGrowth, RopeScaling, RopeSpec
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.config_bounds import MAX_CONTEXT
+from tgi_asgi.models.layer_spec import QueryGrowth, RopeScaling, RopeSpec
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.reading_rope import yarn_magnitude
 from tgi_asgi.ops.arrays import Floats

@@ -10,16 +10,12 @@ import asyncio
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 from tgi_asgi.engine.stats import DURATION_BUCKETS, EngineStats, Histogram
 from tgi_asgi.errors import GenerationFailed, TgiError
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.observe.prometheus import Counter, Registry, Value
-from tgi_asgi.observe.summary import RequestSummary
-
-if TYPE_CHECKING:
-    from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.observe.summary import ObservedRequest, RequestSummary
 
 LAG_INTERVAL_S = 0.1
 DROPPED = "dropped"  # the client disconnected
@@ -180,18 +176,18 @@ class Metrics:
         for name, of in _VLLM_ALIASES.items():
             self._registry.alias(f"vllm:{name}", of, model_name=info.model_id, engine="0")
 
-    def request_ended(self, exchange: Exchange, summary: RequestSummary) -> None:
+    def request_ended(self, request: ObservedRequest, summary: RequestSummary) -> None:
         """Record a finished request, successful or not; an observer of `app.py`."""
-        route = exchange.route
-        if exchange.method != "POST" or route is None or not route.generates:
+        route = request.route
+        if request.method != "POST" or route is None or not route.generates:
             return
         self.count.add()
-        if exchange.tenant is not None:
-            self._used(exchange.tenant, summary)
+        if request.tenant is not None:
+            self._used(request.tenant, summary)
         for finish in summary.finishes:
             self.choices["length" if finish == "length" else "stop"].add()
         self.choices["abort"].add(summary.num_choices - len(summary.finishes))
-        if exchange.channels:
+        if request.channels:
             self.input_length.observe(summary.prompt_tokens)
             self.max_new_tokens.observe(min(summary.max_new_tokens, _MAX_NEW_TOKENS))
         # Recorded even if the request then failed or was dropped: those are the ones that waited longest.
@@ -199,11 +195,11 @@ class Metrics:
             self.queue_duration.observe(summary.queue_s)
         if summary.first_token_s is not None:
             self.time_to_first_token.observe(summary.first_token_s)
-        if exchange.error is not None:
+        if request.error is not None:
             # An error that is not a TgiError is a fault of the engine or the server.
-            kind = exchange.error if isinstance(exchange.error, TgiError) else GenerationFailed
+            kind = request.error if isinstance(request.error, TgiError) else GenerationFailed
             self.failure[kind.failure].add()
-        elif exchange.is_disconnected:
+        elif request.is_disconnected:
             self.failure[DROPPED].add()
         else:
             self._request_succeeded(summary)

@@ -1,19 +1,72 @@
-"""Sizes and times of one request, read from its exchange: for metrics, logs, traces and TGI's headers.
-
-Complete answers carry all of TGI's headers; streams carry only those known before the first token.
-"""
+"""What observers read of a request, and its sizes and times: for metrics, logs, traces and headers."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from tgi_asgi.model_info import ModelInfo
+from tgi_asgi.types import Channel, EngineState
 
-if TYPE_CHECKING:
-    from tgi_asgi.api.asgi import Header
-    from tgi_asgi.api.exchange import Exchange
+
+class ObservedRoute(Protocol):
+    """What is read of a request's route."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def generates(self) -> bool: ...
+    @property
+    def is_quiet(self) -> bool: ...
+
+
+class ObservedServer(Protocol):
+    """What is read of the server."""
+
+    @property
+    def state(self) -> EngineState: ...
+    @property
+    def info(self) -> ModelInfo | None: ...
+
+
+class ObservedRequest(Protocol):
+    """What is read of a request, `api.exchange.Exchange`, which defines the terms.
+
+    Attributes:
+        summary: Set once the request's channels have ended.
+    """
+
+    summary: RequestSummary | None
+
+    @property
+    def context(self) -> ObservedServer: ...
+    @property
+    def scope(self) -> Mapping[str, Any]: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def route(self) -> ObservedRoute | None: ...
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def tenant(self) -> str | None: ...
+    @property
+    def started_s(self) -> float: ...
+    @property
+    def status(self) -> int | None: ...
+    @property
+    def channels(self) -> Sequence[Channel]: ...
+    @property
+    def error(self) -> BaseException | None: ...
+    @property
+    def is_disconnected(self) -> bool: ...
+
+    def header(self, name: bytes) -> bytes | None:
+        """Return a request header by its lower-case name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +90,17 @@ class RequestSummary:
     phases: tuple[tuple[str, float, float], ...] = ()
 
     @classmethod
-    def of(cls, exchange: Exchange) -> RequestSummary:
+    def of(cls, request: ObservedRequest) -> RequestSummary:
         """Return the request's sizes and times as of now; those of an ended one are read once.
 
         Reading those of the 2,048 channels that a call for vectors may have takes milliseconds.
         """
         now_s = time.monotonic()
-        channels = exchange.channels
-        if exchange.summary is not None:
-            return replace(exchange.summary, total_s=now_s - exchange.started_s)
+        channels = request.channels
+        if request.summary is not None:
+            return replace(request.summary, total_s=now_s - request.started_s)
         if not channels:
-            return cls(total_s=now_s - exchange.started_s)
+            return cls(total_s=now_s - request.started_s)
         stats = [channel.stats for channel in channels]
         submitted_s = min(s.arrival_s for s in stats)
         begun_s = min((s.scheduled_s for s in stats if s.scheduled_s is not None), default=None)
@@ -55,16 +108,16 @@ class RequestSummary:
         finished_s = max(now_s if s.finished_s is None else s.finished_s for s in stats)
         first_s = min((s.first_token_s for s in stats if s.first_token_s is not None), default=None)
         until_first_s = finished_s if first_s is None else first_s
-        moments = (exchange.started_s, submitted_s, scheduled_s, until_first_s, finished_s)
+        moments = (request.started_s, submitted_s, scheduled_s, until_first_s, finished_s)
         names = ("validation", "queue", "prefill", "decode")
         phases = zip(names, moments, moments[1:], strict=False)
         summary = cls(
-            total_s=now_s - exchange.started_s,
-            validation_s=max(submitted_s - exchange.started_s, 0.0),
+            total_s=now_s - request.started_s,
+            validation_s=max(submitted_s - request.started_s, 0.0),
             queue_s=max(scheduled_s - submitted_s, 0.0),
             inference_s=max(finished_s - scheduled_s, 0.0),
             has_run=begun_s is not None,
-            first_token_s=None if first_s is None else max(first_s - exchange.started_s, 0.0),
+            first_token_s=None if first_s is None else max(first_s - request.started_s, 0.0),
             prompt_tokens=sum(len(channel.request.prompt_ids) for channel in channels),
             cached_tokens=sum(s.cached_tokens for s in stats),
             generated_tokens=sum(s.generated_tokens for s in stats),
@@ -74,48 +127,5 @@ class RequestSummary:
             phases=tuple((name, begin_s, max(end_s, begin_s)) for name, begin_s, end_s in phases),
         )
         if all(s.finished_s is not None for s in stats):
-            exchange.summary = summary
+            request.summary = summary
         return summary
-
-
-def stream_headers(exchange: Exchange, info: ModelInfo, *, characters: int) -> list[Header]:
-    """Return the TGI headers of a stream; `characters` is the length of the prompt's text."""
-    # The administrator's COMPUTE_TYPE, otherwise TGI's `{shards}-{device}`.
-    compute_type = exchange.context.settings.compute_type or f"{info.num_shards}-{info.device}"
-    return [
-        (b"x-compute-type", compute_type.encode("latin-1", "replace")),
-        (b"x-compute-characters", b"%d" % characters),
-    ]
-
-
-def sync_headers(
-    exchange: Exchange,
-    info: ModelInfo,
-    *,
-    characters: int,
-    num_tokens: int | None = None,
-    is_sum: bool = False,
-) -> list[Header]:
-    """Return the TGI headers of a complete answer; times are whole milliseconds, rounded down.
-
-    Args:
-        characters: Length of the prompt's text.
-        num_tokens: Number of generated tokens; by default those of all the request's choices.
-        is_sum: Whether the answer covers several prompts; TGI then omits `x-compute-time`.
-    """
-    summary = RequestSummary.of(exchange)
-    num_tokens = summary.generated_tokens if num_tokens is None else num_tokens
-    milliseconds = (
-        (b"x-total-time", summary.total_s),
-        (b"x-validation-time", summary.validation_s),
-        (b"x-queue-time", summary.queue_s),
-        (b"x-inference-time", summary.inference_s),
-        (b"x-time-per-token", summary.inference_s / max(num_tokens, 1)),
-    )
-    return [
-        *stream_headers(exchange, info, characters=characters),
-        *(() if is_sum else ((b"x-compute-time", b"%.9f" % summary.total_s),)),
-        *((name, b"%d" % int(seconds * 1000)) for name, seconds in milliseconds),
-        (b"x-prompt-tokens", b"%d" % summary.prompt_tokens),
-        (b"x-generated-tokens", b"%d" % num_tokens),
-    ]

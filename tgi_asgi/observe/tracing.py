@@ -10,15 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tgi_asgi.errors import GenerationFailed, ModelLoadError
 from tgi_asgi.observe.access_log import CLIENT_CLOSED
-from tgi_asgi.observe.summary import RequestSummary
+from tgi_asgi.observe.summary import ObservedRequest, RequestSummary
 from tgi_asgi.settings import Settings
-
-if TYPE_CHECKING:
-    from tgi_asgi.api.exchange import Exchange
 
 _CLOSE_S = 1.0  # the exporter would try an unreachable collector again for ten
 
@@ -72,9 +69,9 @@ class Tracing:
         self._provider.shutdown()
         timer.cancel()
 
-    def request_ended(self, exchange: Exchange, summary: RequestSummary) -> None:
+    def request_ended(self, request: ObservedRequest, summary: RequestSummary) -> None:
         """Create a request's spans; only POST requests, which may generate, have any."""
-        if exchange.method != "POST":
+        if request.method != "POST":
             return
         now_s, now_ns = time.monotonic(), time.time_ns()
 
@@ -84,36 +81,36 @@ class Tracing:
         parent = {
             name: value.decode("latin-1")
             for name in ("traceparent", "tracestate")
-            if (value := exchange.header(name.encode())) is not None
+            if (value := request.header(name.encode())) is not None
         }
-        status = exchange.status or CLIENT_CLOSED
+        status = request.status or CLIENT_CLOSED
         span = self._tracer.start_span(
-            f"{exchange.method} {exchange.route.path if exchange.route else 'unknown route'}",
+            f"{request.method} {request.route.path if request.route else 'unknown route'}",
             context=self._propagator.extract(parent),
             kind=self._trace.SpanKind.SERVER,
-            start_time=epoch_ns(exchange.started_s),
-            attributes=_attributes(exchange, summary, status),
+            start_time=epoch_ns(request.started_s),
+            attributes=_attributes(request, summary, status),
         )
-        has_failed = isinstance(exchange.error, GenerationFailed)  # TGI's status for it is 424
-        if status >= 500 or has_failed or (exchange.error is not None and exchange.status == 200):
-            span.set_status(self._trace.StatusCode.ERROR, type(exchange.error).__name__)
+        has_failed = isinstance(request.error, GenerationFailed)  # TGI's status for it is 424
+        if status >= 500 or has_failed or (request.error is not None and request.status == 200):
+            span.set_status(self._trace.StatusCode.ERROR, type(request.error).__name__)
         context = self._trace.set_span_in_context(span)
         for name, begin_s, end_s in summary.phases:
             self._tracer.start_span(name, context=context, start_time=epoch_ns(begin_s)).end(epoch_ns(end_s))
         span.end(now_ns)
 
 
-def _attributes(exchange: Exchange, summary: RequestSummary, status: int) -> dict[str, Any]:
+def _attributes(request: ObservedRequest, summary: RequestSummary, status: int) -> dict[str, Any]:
     """Return a span's attributes, named by OpenTelemetry's conventions where these exist."""
     attributes: dict[str, Any] = {
-        "http.request.method": exchange.method,
+        "http.request.method": request.method,
         "http.response.status_code": status,
-        "tgi.request_id": exchange.request_id,
+        "tgi.request_id": request.request_id,
     }
-    if exchange.route is not None:
-        attributes["http.route"] = exchange.route.path
-    info = exchange.context.info
-    if exchange.channels and info is not None:
+    if request.route is not None:
+        attributes["http.route"] = request.route.path
+    info = request.context.info
+    if request.channels and info is not None:
         attributes |= {
             "gen_ai.request.model": info.model_id,
             "gen_ai.usage.input_tokens": summary.prompt_tokens,

@@ -9,7 +9,7 @@ from tgi_asgi import _C
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.column_order import Form, OrderedForm
 from tgi_asgi.ops.kv import KvPool
-from tgi_asgi.ops.recorder import Kind, Value
+from tgi_asgi.ops.recorder import Call, Kind, Value
 
 _Buffer = TypeVar("_Buffer")
 
@@ -26,10 +26,10 @@ class Liveness:
 
     def __init__(
         self,
-        recorded: Sequence[calls.Call],
+        recorded: Sequence[Call],
         inputs: Sequence[Value],
         outputs: Sequence[Value],
-        forms_of: Callable[[calls.Call], list[Form]],
+        forms_of: Callable[[Call], list[Form]],
     ) -> None:
         self._spans: dict[Value, tuple[int, int]] = {}  # by root: its first call and its last
         self._forms: dict[Value, list[Form]] = {}

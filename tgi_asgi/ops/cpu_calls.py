@@ -19,7 +19,7 @@ from tgi_asgi.ops.column_order import Form
 from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.packing import PackedExperts, PackedGateUp, PackedLinear, PackedQkv
-from tgi_asgi.ops.recorder import Kind, Value
+from tgi_asgi.ops.recorder import Call, Kind, Value
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.shards import Shard
 
@@ -50,7 +50,7 @@ class CpuCalls:
     def __init__(
         self,
         native: _C.Program,
-        recorded: Sequence[calls.Call],
+        recorded: Sequence[Call],
         inputs: Sequence[Value],
         outputs: Sequence[Value],
         adapters: AdapterLayout | None = None,
@@ -411,7 +411,7 @@ class CpuCalls:
         return self._tables[id(rope)][1:]
 
 
-_EMITTERS: dict[type[calls.Call], Callable[[CpuCalls, Any], None]] = {
+_EMITTERS: dict[type[Call], Callable[[CpuCalls, Any], None]] = {
     calls.Embed: CpuCalls._embed,
     calls.Activation: CpuCalls._activation,
     calls.Norm: CpuCalls._norm,
@@ -436,7 +436,7 @@ _EMITTERS: dict[type[calls.Call], Callable[[CpuCalls, Any], None]] = {
 }
 
 
-def _forms_of(call: calls.Call) -> list[Form]:
+def _forms_of(call: Call) -> list[Form]:
     """Return the forms in which a call's products read its activation."""
     if isinstance(call, calls.ExpertsAdd):
         return [_made(call.weight.made, PackedExperts).precision]

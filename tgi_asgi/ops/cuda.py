@@ -44,7 +44,7 @@ from tgi_asgi.ops.cuda_weights import DeviceWeights
 from tgi_asgi.ops.layout import round_up
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
 from tgi_asgi.ops.qkv_heads import QkvHeads
-from tgi_asgi.ops.recorder import Recorder, Value
+from tgi_asgi.ops.recorder import Call, Recorder, Value
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.ops.weights import LinearWeight
@@ -339,7 +339,7 @@ class CudaProgram:
         rows, gate, x = (tokens_of(self._in(value)) for value in (call.rows, call.gate, call.x))
         self._launches.add("tgi_cuda::gated_add", rows, gate, call.factor, x)
 
-    def _refuse(self, call: calls.Call) -> None:
+    def _refuse(self, call: Call) -> None:
         raise TypeError(f"{type(call).__name__} is computed on CPUs only, not on CUDA")
 
     def _make_head(self, call: calls.Head) -> None:
@@ -435,7 +435,7 @@ _CPU_ONLY = (
     calls.GatedNorm, calls.ShortConv, calls.SelectiveScan, calls.DeltaRule, calls.LatentQkv,
     calls.HeadsLinear,
 )  # fmt: skip
-_EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
+_EMITTERS: dict[type[Call], Callable[[CudaProgram, Any], None]] = {
     calls.Embed: CudaProgram._embed,
     calls.Activation: CudaProgram._activation,
     calls.Norm: CudaProgram._norm,
@@ -455,7 +455,7 @@ _EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
 }
 
 
-def _max_codes(recorded: Sequence[calls.Call]) -> int:
+def _max_codes(recorded: Sequence[Call]) -> int:
     """Return the number of weights in the largest quantised matrix that a product uses."""
     made = (getattr(getattr(call, "weight", None), "made", None) for call in recorded)
     matrices = (found.matrix for found in made if isinstance(found, DeviceMatrix))

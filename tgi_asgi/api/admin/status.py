@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 
 import tgi_asgi
-from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.pool_call import max_inputs
+from tgi_asgi.api.served import Served
 from tgi_asgi.errors import UnknownModel
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.observe.prometheus import CONTENT_TYPE

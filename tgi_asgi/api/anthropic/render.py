@@ -8,8 +8,8 @@ from typing import Any
 
 import orjson
 
-from tgi_asgi.api.answer import ChoiceReader
-from tgi_asgi.api.call import Choices, Generation, Renderer
+from tgi_asgi.api.answer import ChoiceReader, Choices
+from tgi_asgi.api.call import Generation, Renderer
 from tgi_asgi.api.errors import Dialect, message_of, rule_of
 from tgi_asgi.api.thoughts import sealed
 from tgi_asgi.api.tools import whole_arguments

@@ -14,8 +14,9 @@ from tgi_asgi.api.anthropic.documents import document_text, plain_text, result_t
 from tgi_asgi.api.anthropic.render import MessageRenderer
 from tgi_asgi.api.anthropic.schema import ClientTool, CountRequest, MessagesRequest, Turn
 from tgi_asgi.api.anthropic.tools import CHANGES, is_hosted, read_tools
-from tgi_asgi.api.call import Call, Constraint, Conversation, Images, Job, ToolChoice
+from tgi_asgi.api.call import Call
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.job import Constraint, Conversation, Job, ToolChoice
 from tgi_asgi.api.limits import Limits, Overflow, check_stops
 from tgi_asgi.api.parse import (
     NO_IMAGES,
@@ -27,6 +28,7 @@ from tgi_asgi.api.parse import (
     refuse_field,
     string_of,
 )
+from tgi_asgi.api.prompt_images import Images
 from tgi_asgi.api.prompt_text import leaves_open, thinking_variables
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.api.thoughts import unsealed

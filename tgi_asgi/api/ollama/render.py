@@ -9,8 +9,8 @@ from typing import Any
 
 import orjson
 
-from tgi_asgi.api.answer import ChoiceReader
-from tgi_asgi.api.call import Choices, Generation, Renderer
+from tgi_asgi.api.answer import ChoiceReader, Choices
+from tgi_asgi.api.call import Generation, Renderer
 from tgi_asgi.api.errors import Dialect, message_of
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames

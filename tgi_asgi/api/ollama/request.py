@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Struct
 
-from tgi_asgi.api.call import Call, Constraint, Conversation, Images, Job, Text, ToolChoice
+from tgi_asgi.api.call import Call
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.job import Constraint, Conversation, Job, Text, ToolChoice
 from tgi_asgi.api.limits import Limits, Overflow, check_stops
 from tgi_asgi.api.ollama.render import NDJSON, LineRenderer
 from tgi_asgi.api.openai.schema import ToolCall, ToolEntry
@@ -27,6 +28,7 @@ from tgi_asgi.api.parse import (
     range_of,
     refuse_field,
 )
+from tgi_asgi.api.prompt_images import Images
 from tgi_asgi.api.prompt_text import leaves_open, thinking_variables
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.errors import Forbidden

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.life import generating, served_name
 from tgi_asgi.api.ollama.embed import OllamaEmbed, OllamaEmbeddings, parse_embed, parse_embeddings
@@ -19,6 +18,7 @@ from tgi_asgi.api.ollama.request import OllamaChat, OllamaGenerate, model_of, pa
 from tgi_asgi.api.parse import check_ranges, refuse_field
 from tgi_asgi.api.pooled import pooling
 from tgi_asgi.api.routes import Route
+from tgi_asgi.api.served import Served
 from tgi_asgi.text.tools.reasoning import style_of
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
-from tgi_asgi.api.call import Call, Conversation, Generation, Images, Job, Renderer, ToolChoice
+from tgi_asgi.api.call import Call, Generation, Renderer
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.job import Conversation, Job, ToolChoice
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
@@ -18,6 +19,7 @@ from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, ImageUrl, Message, ToolCall
 from tgi_asgi.api.openai.tools import add_call_ids, read_choice, read_tools
 from tgi_asgi.api.parse import OMITTED_IMAGE, decode_json, refuse, refuse_field
+from tgi_asgi.api.prompt_images import Images
 from tgi_asgi.api.prompt_text import leaves_open, thinking_variables
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import Forbidden, ToolError

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from tgi_asgi.api.answer import ChoiceReader, LogprobsTracker, Reading
-from tgi_asgi.api.call import ToolChoice
 from tgi_asgi.api.custom_input import CustomInput
+from tgi_asgi.api.job import ToolChoice
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from tgi_asgi.api.call import Call, Generation, Renderer, Text
+from tgi_asgi.api.call import Call, Generation, Renderer
 from tgi_asgi.api.errors import OPENAI
 from tgi_asgi.api.exchange import MANY_JOBS, Exchange
+from tgi_asgi.api.job import Text
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.choice import TextChoice
 from tgi_asgi.api.openai.logprobs import CompletionLogprobs, TokenNames

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from tgi_asgi.api.call import Constraint, Conversation, Job, Text
+from tgi_asgi.api.job import Constraint, Conversation, Job, Text
 from tgi_asgi.api.limits import MAX_IDS, Limits, Overflow, check_stops
 from tgi_asgi.api.openai.schema import CommonRequest, ResponseFormat, TextRequest
 from tgi_asgi.api.parse import check_ranges, check_refused, refuse, refuse_field

@@ -12,8 +12,8 @@ from typing import Any
 
 import orjson
 
-from tgi_asgi.api.answer import likeliest
-from tgi_asgi.api.call import Choices, Generation
+from tgi_asgi.api.answer import Choices, likeliest
+from tgi_asgi.api.call import Generation
 from tgi_asgi.api.errors import OPENAI, TGI_CHUNKS, error_event
 from tgi_asgi.api.openai.choice import ChatChoice, Fields, TextChoice
 from tgi_asgi.api.openai.logprobs import CompletionLogprobs

@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 
-from tgi_asgi.api.call import Images
 from tgi_asgi.api.openai.client_tools import CALLS, OUTPUTS
 from tgi_asgi.api.openai.response_schema import ConfigurationUpdate, Item, ResponsesRequest, TextFormat
 from tgi_asgi.api.openai.response_tools import tools_of
@@ -27,6 +26,7 @@ from tgi_asgi.api.parse import (
     refuse_field,
     string_of,
 )
+from tgi_asgi.api.prompt_images import Images
 from tgi_asgi.api.thoughts import unsealed
 from tgi_asgi.api.tools import CUSTOM_INPUT, Tool, note_skipped
 from tgi_asgi.text.chat.message import ChatMessage

@@ -11,8 +11,8 @@ from typing import Any
 
 import orjson
 
-from tgi_asgi.api.answer import ChoiceReader
-from tgi_asgi.api.call import Choices, Generation, Renderer
+from tgi_asgi.api.answer import ChoiceReader, Choices
+from tgi_asgi.api.call import Generation, Renderer
 from tgi_asgi.api.openai.client_tools import ClientTool
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, JsonList
 from tgi_asgi.api.openai.response_items import OpenItem, new_id

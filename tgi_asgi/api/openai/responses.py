@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 import orjson
 
-from tgi_asgi.api.call import Call, Constraint, Conversation, Generation, Job, Renderer
+from tgi_asgi.api.call import Call, Generation, Renderer
 from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import LARGE_BODY, Exchange
+from tgi_asgi.api.job import Constraint, Conversation, Job
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.chat import template_variables
 from tgi_asgi.api.openai.conversation_store import ConversationStore, StoredConversation

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from tgi_asgi.api.call import ToolChoice
+from tgi_asgi.api.job import ToolChoice
 from tgi_asgi.api.openai.schema import ToolEntry
 from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.api.tools import Tool, check_tools, choose, note_skipped

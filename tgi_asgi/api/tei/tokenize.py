@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import msgspec
 from msgspec import Struct
 
-from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.parse import decode_json
 from tgi_asgi.api.pool_call import check_num_inputs
 from tgi_asgi.api.prompt import check_countable
+from tgi_asgi.api.served import Served
 from tgi_asgi.api.tei.request import TEI, prompt_of
 from tgi_asgi.api.tokenising import Tokenise, WithImages, array_of
 

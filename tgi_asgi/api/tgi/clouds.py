@@ -8,10 +8,11 @@ from functools import partial
 import orjson
 from msgspec import Raw
 
-from tgi_asgi.api.answer import likeliest
-from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer
+from tgi_asgi.api.answer import Choices, likeliest
+from tgi_asgi.api.call import Call, Generation, Prepared, Renderer
 from tgi_asgi.api.errors import NATIVE, OPENAI
 from tgi_asgi.api.exchange import MANY_JOBS, Exchange
+from tgi_asgi.api.job import Job
 from tgi_asgi.api.life import Parse
 from tgi_asgi.api.openai.chat import chat_job, parse_chat
 from tgi_asgi.api.openai.choice import ChatChoice

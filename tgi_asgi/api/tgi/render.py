@@ -13,8 +13,8 @@ import msgspec
 import orjson
 from msgspec import UNSET, UnsetType
 
-from tgi_asgi.api.answer import likeliest
-from tgi_asgi.api.call import Choices, Generation, Renderer
+from tgi_asgi.api.answer import Choices, likeliest
+from tgi_asgi.api.call import Generation, Renderer
 from tgi_asgi.api.errors import NATIVE, error_event
 from tgi_asgi.api.tgi.schema import (
     BestOfSequence,

@@ -12,9 +12,10 @@ from typing import Any
 
 import msgspec
 
-from tgi_asgi.api.call import Call, Constraint, Job, Text
+from tgi_asgi.api.call import Call
 from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.job import Constraint, Job, Text
 from tgi_asgi.api.limits import MAX_STOP_CHARS, Limits, Overflow
 from tgi_asgi.api.parse import decode_json
 from tgi_asgi.api.sampling import ENGINE_SEEDS, GREEDY_BELOW, factor, random_seed, sampling

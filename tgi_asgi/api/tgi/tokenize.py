@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import msgspec
 import orjson
 
-from tgi_asgi.api.call import Conversation
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.job import Conversation
 from tgi_asgi.api.openai.chat import read_conversation
 from tgi_asgi.api.openai.params import check_ids
 from tgi_asgi.api.openai.schema import CHAT_DECODER, CHAT_TOKENIZE_DECODER, ChatRequest

@@ -8,11 +8,12 @@ from __future__ import annotations
 from tgi_asgi import ops
 from tgi_asgi.models.alibi import alibi_slopes
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import LayerSpec, ModelConfig
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights, rows_by_group
-from tgi_asgi.models.layer_weights import read_norm
+from tgi_asgi.models.layer_spec import LayerSpec
+from tgi_asgi.models.layer_tensors import read_norm
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_sizes

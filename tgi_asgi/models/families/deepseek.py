@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.config import ExpertsSpec, ModelConfig
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.latent_spec import LatentSpec
+from tgi_asgi.models.layer_spec import ExpertsSpec
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import check_layer_types, leave_out_drafting, num_layers, read_biases
 from tgi_asgi.models.reading_experts import (

@@ -11,10 +11,11 @@ from typing import Any
 from tgi_asgi.errors import check
 from tgi_asgi.models.alibi import alibi_slopes
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import LayerSpec, ModelConfig
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights, rows_by_group
+from tgi_asgi.models.layer_spec import LayerSpec
 from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.layers import ParallelLayer
 from tgi_asgi.models.reader import Reader

@@ -6,10 +6,11 @@ Source: Radford et al., Language Models are Unsupervised Multitask Learners, sec
 from __future__ import annotations
 
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import LayerSpec, ModelConfig
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.fused import FusedWeights
+from tgi_asgi.models.layer_spec import LayerSpec
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import LLAMA_NAMES, num_layers, read_sizes
 

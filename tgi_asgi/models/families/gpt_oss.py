@@ -10,11 +10,13 @@ from dataclasses import replace
 
 from tgi_asgi import ops
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import ExpertsSpec, LayerSpec, ModelConfig
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames, ExpertProducts, each_expert, stack
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layer_weights import LayerWeights, Sources
+from tgi_asgi.models.layer_spec import ExpertsSpec, LayerSpec
+from tgi_asgi.models.layer_tensors import Sources
+from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, read_windows
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts

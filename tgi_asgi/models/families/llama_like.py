@@ -10,9 +10,10 @@ from typing import Any
 
 from tgi_asgi.errors import check
 from tgi_asgi.models.alibi import alibi_slopes
-from tgi_asgi.models.config import LayerSpec, ModelConfig
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
+from tgi_asgi.models.layer_spec import LayerSpec
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes
 from tgi_asgi.models.reading_experts import everywhere, read_experts, read_scale, with_experts

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tgi_asgi.models.config import LayerSpec, ModelConfig, QueryGrowth
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
+from tgi_asgi.models.layer_spec import LayerSpec, QueryGrowth
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_layers, read_sizes, read_sliding, read_window
 from tgi_asgi.models.reading_rope import default_rope, rope_values

@@ -12,10 +12,11 @@ from typing import Any
 
 from tgi_asgi.errors import check
 from tgi_asgi.models.checkpoint import CheckpointLayout, shared_expert_names
-from tgi_asgi.models.config import LayerSpec, ModelConfig
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.config_bounds import check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
+from tgi_asgi.models.layer_spec import LayerSpec
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import (
     check_layer_types,

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeScaling, RopeSpec
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Model, record
 from tgi_asgi.models.generic.canonical_weights import CanonicalWeights
 from tgi_asgi.models.generic.discover import AttentionLayer, arguments
 from tgi_asgi.models.generic.probes import activation_of, eps_of, norm_offset
 from tgi_asgi.models.generic.weights import owner_of
+from tgi_asgi.models.layer_spec import LayerSpec, RopeScaling, RopeSpec
 from tgi_asgi.models.loading import NamedWeights
 from tgi_asgi.ops.tensors import plain_tensor
 

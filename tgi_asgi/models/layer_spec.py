@@ -1,0 +1,94 @@
+"""What a layer computes: attention, rotary embedding, experts. `config_bounds.py` checks the numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tgi_asgi.models.latent_spec import LatentSpec
+from tgi_asgi.models.recurrent_specs import HybridSpec, RecurrentSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the context that the model was first trained on."""
+
+    kind: str  # linear, dynamic, llama3, yarn or longrope
+    factor: float = 1.0
+    original_context: int = 8192
+    low_freq_factor: float = 1.0  # this and the next: llama3
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0  # this and the next two: yarn
+    beta_slow: float = 1.0
+    is_truncated: bool = True
+    attention_factor: float = 1.0  # on cosines and sines: yarn, longrope, and all kinds in a GGUF file
+    # longrope: divisors of each frequency up to the original context, and beyond; None: stored in the GGUF
+    # file
+    short_factors: tuple[float, ...] | None = None
+    long_factors: tuple[float, ...] | None = None
+    is_override: bool = False  # set by the administrator; then a GGUF file's tensors for it are ignored
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """A rotary embedding of dims [0, dim) of each head, which rotates dim i together with i + dim / 2."""
+
+    dim: int
+    theta: float
+    scaling: RopeScaling | None = None
+    frequencies: tuple[float, ...] | None = None  # per pair, if no formula yields them
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """The experts of a layer, and how tokens are routed to them; `ops.RouteSpec` defines the terms."""
+
+    num_experts: int
+    top_k: int  # experts per token
+    intermediate_size: int
+    kind: str = "softmax"
+    has_correction: bool = False  # whether a vector is added to the scores for the selection only
+    num_groups: int = 1
+    top_groups: int = 1
+    sums_top_two: bool = False
+    is_renormalised: bool = False
+    eps: float = 0.0
+    scale: float = 1.0
+    jitter: float = 0.01
+    has_bias: bool = False  # of the router, and of the experts' products
+    clamp: tuple[float, float, float] | None = None  # limit, slope and offset of gates (gpt-oss)
+    shared_size: int = 0  # size of an MLP that all tokens use besides the experts; 0: none
+    has_shared_gate: bool = False  # whether a gate per token scales that MLP
+
+
+@dataclass(frozen=True, slots=True)
+class QueryGrowth:
+    """Queries at position p are multiplied by 1 + beta * ln(1 + p // period) (Llama 4, Ministral 3)."""
+
+    beta: float
+    period: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One layer: its attention, and experts if it has them instead of an MLP.
+
+    In a layer without attention the attention fields are ignored.
+    """
+
+    rope: RopeSpec | None  # None: no rotation
+    window: int | None  # positions a query attends to, its own included; None: all
+    scale: float  # factor on the attention scores
+    chunk: int | None = None  # a query attends only within its own chunk of this many positions
+    soft_cap: float | None = None  # scores become cap * tanh(score / cap)
+    slopes: tuple[float, ...] | None = None  # per head: ALiBi bias per position
+    has_sinks: bool = False  # whether each head has an attention sink
+    query_growth: QueryGrowth | None = None
+    alphas: tuple[float, float] | None = None  # xIELU's two parameters, if the configuration has them
+    experts: ExpertsSpec | None = None
+    recurrent: RecurrentSpec | None = None  # replaces attention
+    hybrid: HybridSpec | None = None  # the layer has both attention and a recurrent part, in parallel
+    latent: LatentSpec | None = None  # latent attention (MLA), if the layer uses it
+
+    @property
+    def attends(self) -> bool:
+        return self.recurrent is None or self.hybrid is not None
