@@ -41,7 +41,7 @@ ALLOWED_DIALECTS = {
     "tei": {"openai"},  # the two APIs share the path /rerank
     "ollama": {"openai"},
 }
-MAX_CHAT_MODULES = 28
+MAX_CHAT_MODULES = 33
 RAY_FILES = {"cluster/serving.py", "cluster/routing.py"}
 # Files that compute in torch.
 TORCH_FILES = (
