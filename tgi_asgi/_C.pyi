@@ -338,6 +338,14 @@ class FlatRows:
     @property
     def drafts(self) -> _Ints: ...
     @property
+    def resumes(self) -> _Ints:
+        """[rows] places of kept states, -1: its slot's own; or empty"""
+
+    @property
+    def keeps(self) -> list[tuple[int, int, int]]:
+        """Row, position and place of each state to keep, row by row, in order of position."""
+
+    @property
     def block_tables(self) -> _Ints:
         """[groups, rows, blocks]"""
 

@@ -427,6 +427,15 @@ void bind_rows(py::module_& module) {
       .def_property_readonly("sample_plan_rows",
                              [](const FlatRows& rows) { return copy_of(rows.sample_plan_rows); })
       .def_property_readonly("drafts", [](const FlatRows& rows) { return copy_of(rows.drafts); })
+      .def_property_readonly("resumes", [](const FlatRows& rows) { return copy_of(rows.resumes); })
+      .def_property_readonly("keeps",
+                             [](const FlatRows& rows) {
+                               std::vector<std::tuple<int32_t, int32_t, int32_t>> keeps;
+                               for (const StateKeep& each : rows.keeps) {
+                                 keeps.emplace_back(each.row, each.position, each.place);
+                               }
+                               return keeps;
+                             })
       .def_property_readonly("block_tables", [](const FlatRows& rows) {
         return py::array_t<int32_t>({rows.num_groups, rows.num_rows(), rows.table_width},
                                     rows.block_table.data());

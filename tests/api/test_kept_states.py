@@ -27,9 +27,14 @@ def cached(answer: dict[str, Any]) -> int:
     return number
 
 
-@pytest.mark.parametrize("speculate", [0, 4])
-async def test_the_second_turn_of_a_conversation_is_found_up_to_the_answers_end(speculate: int) -> None:
+@pytest.mark.parametrize(
+    ("speculate", "model_impl"), [(0, "native"), (4, "native"), (0, "transformers"), (4, "transformers")]
+)
+async def test_the_second_turn_of_a_conversation_is_found_up_to_the_answers_end(
+    speculate: int, model_impl: str
+) -> None:
     settings = {
+        "model_impl": model_impl,
         "max_total_tokens": 200,
         "max_kept_states": 20,
         "speculate": speculate,
@@ -53,7 +58,8 @@ async def test_the_second_turn_of_a_conversation_is_found_up_to_the_answers_end(
         assert (await server.http.get("/info")).json()["max_kept_states"] == 20
         shown = (await server.http.get("/debug/engine")).json()["kept_states"]
         assert (shown["total"], shown["used"]) == (20, 0) and 0 < shown["findable"] <= 20
-    async with pooled_server(checkpoint(LFM2).path, max_total_tokens=200, max_kept_states=0) as server:
+    settings["max_kept_states"] = 0
+    async with pooled_server(checkpoint(LFM2).path, **settings) as server:
         again = await complete(server, turn)
         assert cached(again) == cached(await complete(server, turn)) == 0
         assert again["choices"][0]["token_ids"] == second["choices"][0]["token_ids"]

@@ -138,8 +138,14 @@ def batch_of(
     ids: Sequence[Sequence[int]],
     max_context: int = MAX_CONTEXT,
     adapters: Sequence[ops.NativeAdapter | None] = (),
+    *,
+    resumes: Sequence[int] = (),
+    keeps: Sequence[tuple[int, int, int]] = (),
 ) -> ops.FlatRows:
-    """Return a step's rows; a sequence's slot is its number, and its blocks are in descending order."""
+    """Return a step's rows; a sequence's slot is its number, and its blocks are in descending order.
+
+    `resumes` and `keeps` are those of `ops.FlatRows`.
+    """
     width = _width(max_context)
     tables = {row[0]: np.arange((row[0] + 1) * width - 1, row[0] * width - 1, -1) for row in step}
     positions = [np.arange(start, start + count) for _, start, count in step]
@@ -156,6 +162,8 @@ def batch_of(
         block_table=np.array([tables[sequence] for sequence, _, _ in step], np.int32),
         row_slots=np.array([sequence for sequence, _, _ in step]),
         adapters=[adapters[sequence] for sequence, _, _ in step] if adapters else [],
+        resumes=resumes,
+        keeps=keeps,
     )
 
 

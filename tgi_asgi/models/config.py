@@ -79,6 +79,10 @@ class ServedConfig(Protocol):
         """Bytes per sequence besides these states, independent of its length."""
 
     @property
+    def other_kept_bytes(self) -> int:
+        """Bytes of a kept state besides these states."""
+
+    @property
     def rotary_dims(self) -> Sequence[int]:
         """The dims of the rotary tables that are computed for every position."""
 
@@ -186,6 +190,10 @@ class ModelConfig:
 
     @property
     def other_state_bytes(self) -> int:
+        return 0
+
+    @property
+    def other_kept_bytes(self) -> int:
         return 0
 
     @property

@@ -122,9 +122,10 @@ class OnCpu:
             limits = replace(limits, max_tokens=settings.max_batch_prefill_tokens)
             encoder = EncoderRunner(model, budget.cache, limits, dense=dense)
             return Placed(encoder, budget.cache)
+        keeps_states = model.kind == "native" or model.keeps_states
         runner = HostRunner(
             model,
-            CacheSizes(budget.cache, budget.num_kept_states, settings.image_cache),
+            CacheSizes(budget.cache, budget.num_kept_states if keeps_states else 0, settings.image_cache),
             limits,
             dense=dense,
             has_prompt_arithmetic=self.prompt_precision is not None,

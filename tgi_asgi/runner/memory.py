@@ -142,7 +142,7 @@ def fitting_batch(config: ServedConfig, max_batch_size: int, free_bytes: int, nu
 
 def kept_state_bytes(config: ServedConfig) -> int:
     """Return the bytes of one kept state; 0 if the model's states cannot be kept."""
-    return sum(map(ops.kept_state_bytes, config.states))
+    return sum(map(ops.kept_state_bytes, config.states)) + config.other_kept_bytes
 
 
 def choose_kept_states(config: ServedConfig, wanted: int | None, cache_bytes: int, free_bytes: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from torch import Tensor
 from tests.support import architectures
 from tests.support.generic import MAX_CONTEXT, load_generic, measure, open_generic, run_steps
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic import caller, check, model, program
+from tgi_asgi.models.generic import caller, check, model, program, recurrent
 from tgi_asgi.models.generic import discover as discovery
 from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.discover import AttentionLayer
 from tgi_asgi.models.generic.model import GenericConfig
 from tgi_asgi.models.generic.modules import Head
 from tgi_asgi.models.generic.rules import Rule
-from tgi_asgi.models.generic.states import SequenceState, SlotStates
+from tgi_asgi.models.generic.states import RowSpan, SequenceState, SlotStates
 
 Checkpoint = Callable[[str], Path]
 
@@ -128,10 +128,8 @@ def test_attention_that_grows_with_positions_is_not_of_the_common_shape(
 class Forgetful(SlotStates[Any]):
     """States that give every row of a step an empty state."""
 
-    def begin(self, slots: list[int], starts: list[int], lengths: list[int]) -> list[SequenceState[Any]]:
-        return [
-            SequenceState(self._make(), state.num_tokens) for state in super().begin(slots, starts, lengths)
-        ]
+    def begin(self, spans: Iterable[RowSpan]) -> list[SequenceState[Any]]:
+        return [SequenceState(self._make(), state.num_tokens) for state in super().begin(spans)]
 
 
 @pytest.mark.parametrize("model_type", ["lfm2", "mamba2", "jamba", "qwen3_next", "bart"])
@@ -154,6 +152,16 @@ def test_a_layer_that_loses_a_little_of_its_state_continues_token_by_token(
     monkeypatch.setattr(check, "LARGEST", 1.0)
     loaded: Any = load_generic(checkpoint(model_type))
     assert loaded.recurrent.continues_by_token == by_token
+    assert loaded.keeps_states != by_token
+
+
+def test_no_states_are_kept_if_resuming_from_one_gives_other_logits(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(recurrent, "copy_layer", lambda *_: None)
+    loaded: Any = load_generic(checkpoint("mamba2"))
+    assert not loaded.keeps_states
+    assert "has no prefix cache: after a kept state, logits differ" in caplog.text
 
 
 def with_layers(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:

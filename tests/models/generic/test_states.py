@@ -12,7 +12,11 @@ import torch
 
 from tests.support import architectures
 from tests.support.generic import batch_of, load_generic, program_of
-from tgi_asgi.models.generic.states import SlotStates
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.generic.states import RowSpan, SlotStates, copy_layer
+from tgi_asgi.runner.load import load
+from tgi_asgi.settings import Settings
 
 # With an index, tables of compressed keys, a list of tensors, an object, and states in modules; or no cache.
 OWN_KINDS = (
@@ -36,7 +40,7 @@ class Cache:
 
 
 def advance(states: SlotStates[Any], slot: int, start: int, length: int) -> Any:
-    (state,) = states.begin([slot], [start], [length])
+    (state,) = states.begin([RowSpan(slot, start, length)])
     state.cache.layers[0].state += length
     state.cache.seen[0] += length
     return state.cache
@@ -71,7 +75,7 @@ def test_a_step_that_was_void_is_taken_back() -> None:
         assert cache.seen[0].tolist() == [6]
         states.commit()
     with pytest.raises(RuntimeError, match="slot 3 has no state of 4 tokens"):
-        states.begin([3], [4], [1])
+        states.begin([RowSpan(3, 4, 1)])
 
 
 def test_what_a_void_step_left_can_be_discarded() -> None:
@@ -82,7 +86,7 @@ def test_what_a_void_step_left_can_be_discarded() -> None:
     states.discard(3, 4)
     states.discard(2, 0)
     with pytest.raises(RuntimeError, match="slot 3 has no state of 5 tokens"):
-        states.begin([3], [5], [1])
+        states.begin([RowSpan(3, 5, 1)])
     assert advance(states, 3, 4, 1).layers[0].state.tolist() == [5, 5]
 
 
@@ -94,7 +98,7 @@ def test_a_step_that_fails_behind_its_last_layer_is_taken_back() -> None:
         states.commit()
     states.forget()
     with pytest.raises(RuntimeError, match="slot 3 has no state of 5 tokens"):
-        states.begin([3], [5], [1])
+        states.begin([RowSpan(3, 5, 1)])
     states.forget()
     assert advance(states, 3, 4, 1).layers[0].state.tolist() == [5, 5]
     assert states.num_steps == 2
@@ -106,7 +110,7 @@ def test_a_slot_s_new_sequence_does_not_go_on_from_the_state_of_the_last() -> No
         advance(states, 3, start, length)
         states.commit()
     with pytest.raises(RuntimeError, match="slot 3 has no state of 4 tokens"):
-        states.begin([3], [4], [1])
+        states.begin([RowSpan(3, 4, 1)])
 
 
 def test_a_slot_that_is_given_to_another_sequence_begins_anew() -> None:
@@ -122,7 +126,80 @@ def test_a_row_that_does_not_go_on_from_its_state_is_refused(slot: int, start: i
     advance(states, 3, 0, 4)
     states.commit()
     with pytest.raises(RuntimeError, match=f"slot {slot} has no state of {start} tokens"):
-        states.begin([slot], [start], [1])
+        states.begin([RowSpan(slot, start, 1)])
+
+
+def test_another_slot_resumes_from_a_state_that_was_kept_between_steps() -> None:
+    states = SlotStates(Cache)
+    advance(states, 3, 0, 4)
+    states.commit()
+    (state,) = states.begin([RowSpan(3, 4, 1, keeps=[(4, 7)])])
+    state.cache.layers[0].state += 1
+    assert not state.forks
+    states.commit()
+    for _ in range(2):  # as often as wanted
+        (state,) = states.begin([RowSpan(5, 4, 2, resumes=7)])
+        assert state.cache.layers[0].state.tolist() == [4, 4]
+        state.cache.layers[0].state += 2
+        states.commit()
+    assert advance(states, 5, 6, 1).layers[0].state.tolist() == [7, 7]
+    assert advance(states, 3, 5, 1).layers[0].state.tolist() == [6, 6]
+
+
+def test_another_slot_resumes_from_a_state_within_a_row() -> None:
+    states = SlotStates(Cache)
+    (state,) = states.begin([RowSpan(3, 0, 6, keeps=[(2, 0), (5, 1)])])
+    assert [tokens for tokens, _ in state.forks] == [2, 5]
+    done = 0
+    for tokens, forked in state.forks:
+        state.cache.layers[0].state += tokens - done
+        state.cache.seen[0] += tokens - done
+        copy_layer(state.cache, forked, 0)
+        done = tokens
+    state.cache.layers[0].state += 1
+    states.commit()
+    for place, tokens in ((0, 2), (1, 5)):
+        (state,) = states.begin([RowSpan(4, tokens, 1, resumes=place)])
+        assert state.cache.layers[0].state.tolist() == [tokens, tokens]
+        assert state.cache.seen[0].tolist() == [tokens]
+    assert advance(states, 3, 6, 1).layers[0].state.tolist() == [7, 7]
+
+
+def test_a_step_that_fails_keeps_no_state() -> None:
+    states = SlotStates(Cache)
+    advance(states, 3, 0, 4)
+    states.commit()
+    states.begin([RowSpan(3, 4, 1, keeps=[(4, 7)])])  # and no commit
+    with pytest.raises(RuntimeError, match="place 7 has no state of 4 tokens"):
+        states.begin([RowSpan(5, 4, 1, resumes=7)])
+    states.begin([RowSpan(3, 4, 1, keeps=[(4, 7)])])
+    states.commit()
+    with pytest.raises(RuntimeError, match="place 7 has no state of 5 tokens"):
+        states.begin([RowSpan(5, 5, 1, resumes=7)])
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["bailing_hybrid", "bamba", "falcon_h1", "kimi_linear", "lara_mini", "lfm2", "mamba2", "minimax",
+     "nemotron_h", "olmo_hybrid", "qwen3_5_text", "zamba2", "zaya"],
+)  # fmt: skip
+def test_rows_resume_from_states_kept_within_and_between_rows(
+    model_type: str, checkpoint: Callable[[str], Path]
+) -> None:
+    """Keep two states within a row and one before a row; the slot's own state is elsewhere each time."""
+    folder = checkpoint(model_type)
+    ids = [architectures.random_ids(37, 0), architectures.random_ids(9, 1)]
+    expected = architectures.reference(folder, ids[0])
+    loaded = load_generic(folder)
+    assert isinstance(loaded, GenericModel) and loaded.keeps_states
+    assert loaded.config.other_kept_bytes * 2 == loaded.config.other_state_bytes > 0
+    with program_of(loaded, num_sequences=2) as program:
+        keeps = [(0, 5, 2), (0, 17, 0)]
+        program.run(batch_of([(0, 0, 20), (1, 0, 9)], ids, keeps=keeps), [0])
+        program.run(batch_of([(0, 20, 1)], ids, keeps=[(0, 20, 1)]), [0])
+        for place, start in ((0, 17), (2, 5), (1, 20), (0, 17)):
+            found = program.run(batch_of([(0, start, 37 - start)], ids, resumes=[place]), range(37 - start))
+            assert np.abs(found - expected[start:]).max() < 1e-4 * np.abs(expected).max(), (place, start)
 
 
 @pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "jamba", "kimi_linear", "rembert", *OWN_KINDS])
@@ -171,3 +248,15 @@ def test_rows_may_fail_in_the_middle_of_a_model(
                 program.run(batch_of([(0, 12, 8)], ids), [0])
         found = program.run(batch_of([(0, 12, 8)], ids), range(8))
     assert np.abs(found - expected[12:]).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("model_type", "is_kept"), [("mamba2", True), ("mamba", False)])
+def test_a_runner_has_places_for_states_that_can_be_kept(
+    model_type: str, is_kept: bool, checkpoint: Callable[[str], Path]
+) -> None:
+    files = ModelFiles("tiny", None, "directory", checkpoint(model_type))
+    loaded = load(Settings(num_threads=1, max_kept_states=5, dtype="float32"), files, lambda *_: None)
+    loaded.runner.close()
+    assert loaded.runner.traits.num_kept_states == loaded.info.num_kept_states == 5 * is_kept
+    each = load_generic(checkpoint(model_type)).config.other_kept_bytes
+    assert loaded.info.kept_state_bytes == 5 * is_kept * each

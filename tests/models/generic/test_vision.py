@@ -286,17 +286,20 @@ async def test_images_side_by_side_are_refused_where_the_model_would_take_them_f
     assert name != "qwen2_vl" or "`inputs` must have text between two images" in beside.json()["error"]
 
 
-@pytest.mark.parametrize("has_cache", [True, False])
+@pytest.mark.parametrize(
+    ("name", "has_cache"), [("llava", True), ("llava", False), ("lfm2_vl", True), ("qwen3_5", True)]
+)
 async def test_an_image_of_the_turn_before_is_not_encoded_again(
-    has_cache: bool, folder_of: Callable[[str], Path]
+    name: str, has_cache: bool, folder_of: Callable[[str], Path]
 ) -> None:
-    async with chatting(folder_of("llava"), prefix_cache=has_cache) as (ask, app):
+    """The last two have recurrent layers, whose states are kept."""
+    async with chatting(folder_of(name), prefix_cache=has_cache) as (ask, app):
         first: list[Part] = ["what is ", picture(50, 30)]
         answer = (await ask(first)).choices[0].message.content
         assert program_of(app).encodings.num_encoded == 1
         again = await ask(first, [answer], ["and now?"])
         assert program_of(app).encodings.num_encoded == 1
-        assert (again.usage.prompt_tokens_details.cached_tokens > 16) == has_cache
+        assert (again.usage.prompt_tokens_details.cached_tokens >= 16) == has_cache
         await ask(["what is ", picture(50, 30, 1)])
         assert program_of(app).encodings.num_encoded == 2
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -62,15 +62,40 @@ def _check(model: GenericModel) -> None:
         by_token = _smallest_difference(model)
         if by_token[0] < worst / 4:
             worst, where = by_token
+            model.keeps_states = False
         else:
             model.recurrent.continues_by_token = False
     if worst <= LARGEST:
+        _check_kept(model)
         _check_served(model)
         return
     raise ModelLoadError(
         f"{model.config.architecture} fails its self-check against its own code: logits differ by "
         f"{worst:.2g} of the largest ({where}); {LARGEST:g} is allowed"
     )
+
+
+def _check_kept(model: GenericModel) -> None:
+    """Keep a state in the middle of a row and resume from it; clear `keeps_states` if the logits differ."""
+    if not model.keeps_states:
+        return
+    length, position = _LENGTHS[0], _CUT - 1
+    [ids] = _random_sequences(model, [length], seed=0)
+    mode = model.replaced.mode
+    with mode.exactly(), _first_of_equals():
+        expected = _eager(model, ids)
+        program, width = _program(model, [length], "float32")
+        program.run(flat_rows([(0, ids, 0)], width, keeps=[(0, position, 0)]), [])
+        rest = ids[position:]
+        batch = flat_rows([(0, rest, position)], width, resumes=[0])
+        found = torch.from_numpy(program.run(batch, range(len(rest))))
+    worst = relative_difference(found, expected[position:], expected)
+    if not worst <= LARGEST:
+        model.keeps_states = False
+        logger.warning(
+            "%s has no prefix cache: after a kept state, logits differ by %.2g of the largest; %g is allowed",
+            model.config.architecture, worst, LARGEST,
+        )  # fmt: skip
 
 
 def _check_served(model: GenericModel) -> None:
@@ -110,13 +135,7 @@ def _difference(model: GenericModel, seed: int, kv_dtype: ops.KvDtype = "float32
     Args:
         kv_dtype: Type of keys and values; with 16 bits, products of the steps are rounded, too.
     """
-    longest = _longest(model)
-    lengths = (longest, _LENGTHS[1])
-    generator = np.random.default_rng(seed)
-    sequences = [generator.integers(0, model.config.vocab_size, size=length) for length in lengths]
-    if model.config.vision is not None:  # text only: no image belongs to such placeholders
-        for ids in sequences:
-            model.config.vision.remove_images(ids)
+    sequences = _random_sequences(model, [_longest(model), _LENGTHS[1]], seed)
     mode = model.replaced.mode
     with mode.exactly(), _first_of_equals():
         expected = [_eager(model, ids) for ids in sequences]
@@ -131,6 +150,15 @@ def _difference(model: GenericModel, seed: int, kv_dtype: ops.KvDtype = "float32
         if difference != difference:
             return float("inf"), name
     return worst, where
+
+
+def _random_sequences(model: GenericModel, lengths: Sequence[int], seed: int) -> list[Any]:
+    generator = np.random.default_rng(seed)
+    sequences = [generator.integers(0, model.config.vocab_size, size=length) for length in lengths]
+    if model.config.vision is not None:  # text only: no image belongs to such placeholders
+        for ids in sequences:
+            model.config.vision.remove_images(ids)
+    return sequences
 
 
 def relative_difference(found: Tensor, wanted: Tensor, scale: Tensor) -> float:
@@ -195,10 +223,7 @@ def _flat(
 
     Clears the model's `is_batch_invariant` if a sequence's bits depend on the others of its step.
     """
-    longest = max(map(len, sequences))
-    width = -(-longest // BLOCK)
-    pool = _pool(model, 2 * width, kv_dtype)
-    program = model.program([] if pool is None else pool.layers, longest)
+    program, width = _program(model, [len(ids) for ids in sequences], kv_dtype)
     first, second = sequences
     if model.is_batch_invariant:
         model.is_batch_invariant = _has_same_bits(program, first, second, width)
@@ -217,6 +242,14 @@ def _flat(
             found.append((name, index, start, logits[at : at + len(ids)].clone()))
             at += len(ids)
     return found
+
+
+def _program(model: GenericModel, lengths: Sequence[int], dtype: ops.KvDtype) -> tuple[Any, int]:
+    """Return a program for sequences of these lengths, and how many blocks each slot has."""
+    longest = max(lengths)
+    width = -(-longest // BLOCK)
+    pool = _pool(model, len(lengths) * width, dtype)
+    return model.program([] if pool is None else pool.layers, longest), width
 
 
 def step_of(
@@ -284,8 +317,17 @@ def decoding_step_of(
     return run
 
 
-def flat_rows(rows: list[tuple[int, Any, int]], width: int) -> ops.FlatRows:
-    """Build a batch from rows of (slot, ids, start); a slot's blocks are in descending order."""
+def flat_rows(
+    rows: list[tuple[int, Any, int]],
+    width: int,
+    *,
+    resumes: Sequence[int] = (),
+    keeps: Sequence[tuple[int, int, int]] = (),
+) -> ops.FlatRows:
+    """Build a batch from rows of (slot, ids, start); a slot's blocks are in descending order.
+
+    `resumes` and `keeps` are those of `ops.FlatRows`.
+    """
     tables = {slot: list(range((slot + 1) * width - 1, slot * width - 1, -1)) for slot, _, _ in rows}
     positions = [np.arange(start, start + len(ids)) for _, ids, start in rows]
     slots = [
@@ -301,4 +343,6 @@ def flat_rows(rows: list[tuple[int, Any, int]], width: int) -> ops.FlatRows:
         context_len=np.array([start + len(ids) for _, ids, start in rows]),
         block_table=np.array([tables[slot] for slot, _, _ in rows], np.int32),
         row_slots=np.array([slot for slot, _, _ in rows]),
+        resumes=resumes,
+        keeps=keeps,
     )

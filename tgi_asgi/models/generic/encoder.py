@@ -77,6 +77,10 @@ class EncoderConfig:
         return 0
 
     @property
+    def other_kept_bytes(self) -> int:
+        return 0
+
+    @property
     def rotary_dims(self) -> tuple[int, ...]:
         """Empty: `OpenEncoder.table_bytes` counts the memory of rotary tables."""
         return ()

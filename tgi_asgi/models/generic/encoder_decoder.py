@@ -194,21 +194,22 @@ class EncoderDecoderProgram(ModuleProgram):
     def _rows(self, batch: ops.FlatRows, wanted: _Ints) -> list[_Row]:
         """Return the rows of a step, whose states may go on."""
         ids = torch.from_numpy(batch.ids.astype(np.int64)).to(self._device)
-        slots, (starts, lengths) = batch.row_slots.tolist(), spans(batch)
-        states = self._states.begin(slots, starts, lengths)
+        parts = spans(batch)
+        states = self._states.begin(parts)
         for answer in self._states.of_others():
             answer.leave()
         found, first = [], 0
-        for slot, start, length, state in zip(slots, starts, lengths, states, strict=True):
-            places = np.flatnonzero((wanted >= first) & (wanted < first + length))
+        for part, state in zip(parts, states, strict=True):
+            stop = first + part.length
+            places = np.flatnonzero((wanted >= first) & (wanted < stop))
             row = _Row(
-                state.cache, ids[first : first + length], start, self._num_prompt[slot], places,
+                state.cache, ids[first:stop], part.start, self._num_prompt[part.slot], places,
                 wanted[places] - first,
             )  # fmt: skip
-            if len(places) and start + row.wanted.min() < row.num_prompt - 1:
+            if len(places) and part.start + row.wanted.min() < row.num_prompt - 1:
                 raise ops.PlanError("an encoder-decoder has no logits of a prompt's tokens")
             found.append(row)
-            first += length
+            first = stop
         return found
 
     def _take_prompt(self, row: _Row) -> Tensor:

@@ -30,7 +30,12 @@ from tgi_asgi.models.generic.invariance import all_products_are_native, applies_
 from tgi_asgi.models.generic.modules import Mode
 from tgi_asgi.models.generic.own_cache import WholeText, cache_name, own_cache, own_sizes
 from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram
-from tgi_asgi.models.generic.recurrent import RecurrentLayers, keep_states_in_caches, recurrent_modules
+from tgi_asgi.models.generic.recurrent import (
+    RecurrentLayers,
+    can_fork,
+    keep_states_in_caches,
+    recurrent_modules,
+)
 from tgi_asgi.models.generic.replace import Replaced, packed_names
 from tgi_asgi.models.generic.rope import (
     fix_rotary_tables,
@@ -39,7 +44,7 @@ from tgi_asgi.models.generic.rope import (
     table_bytes,
     tabulate,
 )
-from tgi_asgi.models.generic.states import state_bytes
+from tgi_asgi.models.generic.states import KEPT, state_bytes
 from tgi_asgi.models.generic.vision import cross_attention
 from tgi_asgi.models.generic.vision.check import check_images, check_processor
 from tgi_asgi.models.generic.vision.cross_attention import CrossFeatures
@@ -81,7 +86,7 @@ class GenericConfig:
     hidden_size: int
     context_length: int
     layers: tuple[AttentionLayer, ...]
-    has_states: bool  # a sequence has state other than keys and values: none of it can be shared
+    has_states: bool  # a sequence has state other than keys and values
     first_position: int = 0  # position of a sequence's first token
     # Why each sequence has a cache of the model's own, and runs alone (of encoder-decoders, only its prompt
     # does); empty: neither holds.
@@ -90,6 +95,7 @@ class GenericConfig:
     vision: VisionTraits | None = None  # for models that accept images
     is_dynamic: bool = False  # rotary tables are computed for the context served
     other_state_bytes: int = 0  # bytes of a running sequence's states
+    other_kept_bytes: int = 0  # bytes of a state kept for other sequences; 0: states cannot be kept
     encoder_decoder: EncoderDecoder | None = None  # what sets an encoder-decoder apart; None: it is none
 
     @property
@@ -165,7 +171,7 @@ class OpenGeneric:
         text = self._model.config.get_text_config(**({} if pair is None else {"decoder": True}))
         first = first_position(self._model)
         hidden_size = int(self._model.get_input_embeddings().weight.shape[1])
-        state_size = 0
+        state_size = kept_size = 0
         if pair is None:
             context = context_length(text) - first
             layers, reason = self._discover(context)
@@ -174,7 +180,8 @@ class OpenGeneric:
                 estimate = 2 * int(getattr(text, "num_hidden_layers", 0) or 1) * hidden_size
                 state_size, numbers = own_sizes(self._model) or (0, estimate)
             elif self._recurrent:
-                state_size = state_bytes(self._model, cache_name(self._model))
+                each = state_bytes(self._model, cache_name(self._model))
+                state_size, kept_size = KEPT * each, each if can_fork(self._recurrent) else 0
         else:
             context, layers = encoder_decoder.context_length(pair), []
             reason, numbers = "it is an encoder-decoder", 2 * encoder_decoder.cache_columns(self._model)
@@ -191,6 +198,7 @@ class OpenGeneric:
             vision=self._vision,
             is_dynamic=is_dynamic(self._model),
             other_state_bytes=state_size,
+            other_kept_bytes=kept_size,
             encoder_decoder=pair,
         )
 
@@ -321,6 +329,8 @@ class GenericModel:
             may round differently with the number of rows, torch's sines with an element's position, and
             recurrent scans and cross-attention to images with the way a prompt is split.
         is_batched: Whether the answers of an encoder-decoder are computed together.
+        keeps_states: Whether sequences can resume from kept states. Not if tokens that continue from a state
+            run one at a time: keeping one would cost as much as it saves.
     """
 
     kind: ClassVar[Literal["generic"]] = "generic"
@@ -333,6 +343,7 @@ class GenericModel:
         self._max_positions = max_positions
         self.backend = replaced.mode.backend
         self.is_batched = True
+        self.keeps_states = config.other_kept_bytes > 0
         self.tower = None if config.vision is None else Tower(module, self.backend)
         self.is_batch_invariant = (
             self.backend.has_row_kernels

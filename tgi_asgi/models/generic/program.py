@@ -22,7 +22,7 @@ from tgi_asgi.models.generic.caller import Caller
 from tgi_asgi.models.generic.modules import Head, Mode
 from tgi_asgi.models.generic.own_cache import own_cache
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
-from tgi_asgi.models.generic.states import SlotStates, empty_cache
+from tgi_asgi.models.generic.states import RowSpan, SlotStates, empty_cache
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.types import ImageInput
 
@@ -118,9 +118,8 @@ class GenericProgram(ModuleProgram):
     def _begin(self, batch: ops.FlatRows) -> None:
         self._layers.begin(batch)
         if self._recurrent is not None:
-            starts, lengths = spans(batch)
-            states = self._states.begin(batch.row_slots.tolist(), starts, lengths)
-            self._recurrent.begin(starts, lengths, states)
+            parts = spans(batch)
+            self._recurrent.begin(parts, self._states.begin(parts))
 
     def run_head(self, rows: Sequence[int]) -> Floats:
         """Compute the logits of other rows of the last step.
@@ -170,21 +169,21 @@ class SequentialProgram(ModuleProgram):
         """Compute a step; see `GenericProgram.run`."""
         wanted = list(rows)
         ids = torch.from_numpy(batch.ids.astype(np.int64)).to(self._device)
-        starts, lengths = spans(batch)
+        parts = spans(batch)
         self._computed = []
         out = torch.empty(len(wanted), self._vocab_size)
         with torch.inference_mode():
-            states = self._states.begin(batch.row_slots.tolist(), starts, lengths)
             first = 0
-            for state, length in zip(states, lengths, strict=True):
-                kept, inputs = self._cache.inputs(state.cache, ids[first : first + length])
-                computed = _Computed(first, first + length, first + length - inputs["input_ids"].shape[1])
+            for state, part in zip(self._states.begin(parts), parts, strict=True):
+                stop = first + part.length
+                kept, inputs = self._cache.inputs(state.cache, ids[first:stop])
+                computed = _Computed(first, stop, stop - inputs["input_ids"].shape[1])
                 places, mine = computed.among(wanted)
                 logits, computed.output = self._caller.compute(mine, **inputs)
                 out[places] = logits.cpu()
                 state.cache = self._cache.after(kept, computed.output)
                 self._computed.append(computed)
-                first += length
+                first = stop
             self._states.commit()
         return out.numpy()
 
@@ -234,7 +233,12 @@ class _Computed:
         return states[0, max(start, self.first) - self.begin : stop - self.begin]
 
 
-def spans(batch: ops.FlatRows) -> tuple[list[int], list[int]]:
-    """Return each sequence's first position in a step, and its number of tokens in it."""
-    stops = batch.query_start
-    return batch.positions[stops[:-1]].tolist(), np.diff(stops).tolist()
+def spans(batch: ops.FlatRows) -> list[RowSpan]:
+    """Return each sequence's part of a step."""
+    stops, slots = batch.query_start, batch.row_slots.tolist()
+    starts, lengths = batch.positions[stops[:-1]].tolist(), np.diff(stops).tolist()
+    resumes = [None if place < 0 else place for place in batch.resumes.tolist()] or [None] * len(slots)
+    keeps: list[list[tuple[int, int]]] = [[] for _ in slots]
+    for row, position, place in batch.keeps:
+        keeps[row].append((position, place))
+    return [RowSpan(*row) for row in zip(slots, starts, lengths, resumes, keeps, strict=True)]

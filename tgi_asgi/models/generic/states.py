@@ -2,15 +2,15 @@
 
 There is one per slot, created when a sequence begins. Rows can run again in two cases. A failed step leaves
 the states as they were before it. A step in flight can become void, because the step before it failed or
-sampled a token that activates a grammar.
+sampled a token that activates a grammar. Other sequences may resume from states that steps keep.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -27,17 +27,37 @@ _CONTAINERS = (Tensor, list, tuple, dict)  # may change in place; others, such a
 Cache = TypeVar("Cache")
 
 
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """One sequence's part of a step.
+
+    Attributes:
+        slot: The sequence's slot.
+        start, length: Position of its first token in the step, and number of its tokens there.
+        resumes: The place of the kept state that it begins with; None: its slot's own.
+        keeps: (position, place) of the states to keep, just before each position, in order.
+    """
+
+    slot: int
+    start: int
+    length: int
+    resumes: int | None = None
+    keeps: Sequence[tuple[int, int]] = ()
+
+
 @dataclass(slots=True)
 class SequenceState(Generic[Cache]):
     """One sequence's state.
 
     Attributes:
         cache: Object in which the model's code keeps it.
-        num_tokens: Number of tokens that it has processed.
+        num_tokens: Number of tokens that it has processed, once the step has.
+        forks: (tokens of the step, cache) of the states to keep on the way; see `fork`.
     """
 
     cache: Cache
     num_tokens: int = 0
+    forks: list[tuple[int, Cache]] = field(default_factory=list)
 
 
 def copy_cache(cache: Any) -> Any:
@@ -59,14 +79,37 @@ def copy_cache(cache: Any) -> Any:
     return made
 
 
+def fork(cache: Any) -> Any:
+    """Return a copy of a cache whose layers are the same objects until `copy_layer` has copied them."""
+    made = copy.copy(cache)
+    for name, value in vars(cache).items():
+        if isinstance(value, list | dict):
+            setattr(made, name, copy.copy(value))
+    return made
+
+
+def copy_layer(cache: Any, forked: Any, layer: int) -> None:
+    """Copy what a cache has of one layer to its fork: the entry `layer` of each of its lists and dicts."""
+    for name, value in vars(cache).items():
+        mine = getattr(forked, name, None)
+        if isinstance(value, list) and isinstance(mine, list) and layer < len(value):
+            mine.extend(value[len(mine) :])
+            mine[layer] = copy_cache(value[layer])
+        elif isinstance(value, dict) and isinstance(mine, dict) and layer in value:
+            mine[layer] = copy_cache(value[layer])
+        elif not isinstance(value, _CONTAINERS):
+            setattr(forked, name, value)  # such as whether there is a state
+
+
 class SlotStates(Generic[Cache]):
-    """The states of the running sequences.
+    """The states of the running sequences, and those that are kept for others.
 
-        of_rows = states.begin(slots, starts, lengths)   # may be modified
-        states.commit()                                  # once the step is done
-        states.forget()                                  # if it fails after all
+        of_rows = states.begin(spans)   # may be modified
+        states.commit()                 # once the step is done
+        states.forget()                 # if it fails after all
 
-    The last two states of each slot are kept, because a step in flight may become void.
+    The last two states of each slot are kept, because a step in flight may become void. A state that is kept
+    for others is not copied: each step copies those that it begins with.
 
     Args:
         make: Function that makes an empty cache.
@@ -82,25 +125,38 @@ class SlotStates(Generic[Cache]):
         self._states: dict[int, list[SequenceState[Cache]]] = {}  # by slot: at most two, the latest last
         self._in_progress: dict[int, list[SequenceState[Cache]]] = {}
         self._done: tuple[int, ...] = ()  # slots of the last step
+        self._kept: dict[int, SequenceState[Cache]] = {}  # by place
+        self._to_keep: dict[int, SequenceState[Cache]] = {}  # by the step in progress
 
-    def begin(self, slots: list[int], starts: list[int], lengths: list[int]) -> list[SequenceState[Cache]]:
-        """Return the states of a step's rows, which compute `lengths` tokens from positions `starts` on.
+    def begin(self, spans: Iterable[RowSpan]) -> list[SequenceState[Cache]]:
+        """Return the states of a step's rows; those before their first tokens are known.
 
         Raises:
             RuntimeError: if a row continues at a position for which there is no state.
         """
-        self._in_progress = {}
+        self._in_progress, self._to_keep = {}, {}
         found = []
-        for slot, start, length in zip(slots, starts, lengths, strict=True):
-            known = [state for state in self._states.get(slot, ()) if start and state.num_tokens == start]
-            if start and not known:
-                raise RuntimeError(f"slot {slot} has no state of {start} tokens")
-            self._states[slot] = known
+        for span in spans:
+            known = [state for state in self._before(span) if span.start and state.num_tokens == span.start]
+            if span.start and not known:
+                where = f"slot {span.slot}" if span.resumes is None else f"place {span.resumes}"
+                raise RuntimeError(f"{where} has no state of {span.start} tokens")
+            self._states[span.slot] = known
             cache = self._copy(known[0].cache) if known else self._make()
-            state = SequenceState(cache, start + length)
-            self._in_progress[slot] = [*known, state]
+            state = SequenceState(cache, span.start + span.length)
+            for position, place in span.keeps:
+                kept = known[0].cache if position == span.start else fork(cache)
+                self._to_keep[place] = SequenceState(kept, position)
+                if position > span.start:
+                    state.forks.append((position - span.start, kept))
+            self._in_progress[span.slot] = [*known, state]
             found.append(state)
         return found
+
+    def _before(self, span: RowSpan) -> Iterable[SequenceState[Cache]]:
+        if span.resumes is None:
+            return self._states.get(span.slot, ())
+        return [self._kept[span.resumes]] if span.resumes in self._kept else ()
 
     def of_others(self) -> Iterator[Cache]:
         """Yield what slots keep that are not in the step that has begun; their sequences may have ended."""
@@ -110,8 +166,12 @@ class SlotStates(Generic[Cache]):
 
     def commit(self) -> None:
         """Keep the states that the step has computed."""
+        for *_, state in self._in_progress.values():
+            state.forks.clear()
         self._states.update(self._in_progress)
         self._done, self._in_progress = tuple(self._in_progress), {}
+        self._kept.update(self._to_keep)
+        self._to_keep = {}
         self.num_steps += 1
 
     def forget(self) -> None:
@@ -127,7 +187,7 @@ class SlotStates(Generic[Cache]):
 
 
 def state_bytes(model: Any, cache_name: str | None) -> int:
-    """Return the bytes of both states of a sequence, without its keys and values; needs no weights.
+    """Return the bytes of a sequence's state, without its keys and values; needs no weights.
 
     Raises:
         ModelLoadError: if the size cannot be determined.
@@ -138,7 +198,7 @@ def state_bytes(model: Any, cache_name: str | None) -> int:
         cache = run_with_cache(model, cache_name, lambda: empty_cache(model))
     except NotProbed as error:
         raise ModelLoadError(f"the size of a sequence's states cannot be determined: {error}") from None
-    return KEPT * FLOAT_BYTES * sum(tensor.numel() for tensor in tensors_of(cache))
+    return FLOAT_BYTES * sum(tensor.numel() for tensor in tensors_of(cache))
 
 
 def tensors_of(cache: Any, *, with_tokens: bool = False) -> Iterator[Tensor]:
