@@ -37,6 +37,7 @@ from tests.support.family_files import reference as family_reference
 from tests.support.family_scores import differences, score
 from tests.support.generic import LENGTHS, open_generic, run_steps
 from tests.support.pooling_models import files_of, pooled
+from tests.support.pooling_server import pooled_server
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import GREEDY, Job, generate
 from tests.support.vision_runs import load as load_vision
@@ -270,6 +271,19 @@ def test_a_family_without_kernels_is_served_as_a_module(
     assert apart.max() <= max(0.05, found.rounding.max() / 2)
     assert "which the GPU kernels do not have yet" in caplog.text
     assert "runs by the code of transformers" in caplog.text
+
+
+async def test_a_second_prompt_resumes_from_a_kept_state(found_device: EmulatedDevice) -> None:
+    (case,) = (case for case in CASES if case.name == "lfm2")
+    prompt = [3 + number * 5 % 90 for number in range(40)]
+    body = {"model": "tiny", "temperature": 0, "max_tokens": 3, "return_token_ids": True, "ignore_eos": True}
+    settings = {"dtype": "auto", "max_total_tokens": 200, "max_kept_states": 20}
+    async with pooled_server(family_files(case).path, **settings) as server:
+        answers = [(await server.post("/v1/completions", prompt=prompt, **body)).json() for _ in range(2)]
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert cached == [0, 32]
+    first, second = (answer["choices"][0]["token_ids"] for answer in answers)
+    assert first == second
 
 
 async def test_a_chat_about_an_image_is_answered_over_http(

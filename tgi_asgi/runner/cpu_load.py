@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
@@ -22,16 +23,15 @@ from tgi_asgi.runner.kv import (
     check_address_space,
     choose_cpu_dtype,
     choose_size,
+    choose_sizes,
     groups_of,
     limits_of,
 )
 from tgi_asgi.runner.load_by_team import load_by_team
 from tgi_asgi.runner.memory import (
     check_weights_fit,
-    choose_kept_states,
     cut_tensors,
     fitting_batch,
-    kept_state_bytes,
     log_adapter_memory,
     reserved_adapter_bytes,
     state_bytes,
@@ -215,15 +215,8 @@ def _divide(
     free -= batch * state_bytes(config, num_drafts)
     kv_dtype = choose_cpu_dtype(config, settings, is_exact=packing.is_exact)
     groups, repeats = groups_of(config, kv_dtype), repeats_of(cuts)
-    cache = choose_size(config, settings, groups, kv_dtype, max_context, free, repeats=repeats)
-    cache_bytes = cache.num_bytes if settings.prefix_cache else 0
-    num_kept = choose_kept_states(config, settings.max_kept_states, cache_bytes, free)
-    if settings.max_kept_states and not num_kept:
-        why = "the states of %s cannot be kept" if config.has_states else "%s has no states"
-        logger.warning(f"--max-kept-states is ignored: {why}", config.architecture)
-    if num_kept:
-        free -= num_kept * kept_state_bytes(config)
-        cache = choose_size(config, settings, groups, kv_dtype, max_context, free, repeats=repeats)
+    choose = partial(choose_size, config, settings, groups, kv_dtype, max_context, repeats=repeats)
+    cache, num_kept = choose_sizes(config, settings, free, choose)
     if opened.kind == "encoder":
         cache = replace(cache, bytes_per_token=0)
     check_address_space(cache)

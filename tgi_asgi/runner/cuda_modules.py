@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ from tgi_asgi.ops.cuda_kv import dtype_name
 from tgi_asgi.runner.cuda_device import Device
 from tgi_asgi.runner.drafts import speculation_of
 from tgi_asgi.runner.encoder import EncoderRunner
-from tgi_asgi.runner.kv import CacheSizes, choose_size, gpu_groups_of, limits_of, step_tokens
+from tgi_asgi.runner.kv import CacheSizes, choose_size, choose_sizes, gpu_groups_of, limits_of, step_tokens
 from tgi_asgi.runner.memory import fitting_batch, state_bytes
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.runner import HostRunner
@@ -74,10 +75,11 @@ def place_module(
     batch = fitting_batch(config, settings.max_batch_size, free)
     settings = replace(settings, max_batch_size=batch)
     free -= batch * state_bytes(config)
-    cache = choose_size(config, settings, groups, kv_name, max_context, free, share=_cache_share(model))
+    choose = partial(choose_size, config, settings, groups, kv_name, max_context, share=_cache_share(model))
+    cache, num_kept = choose_sizes(config, settings, free, choose)
     runner = HostRunner(
         model,
-        CacheSizes(cache, image_bytes=settings.image_cache),
+        CacheSizes(cache, num_kept if model.keeps_states else 0, settings.image_cache),
         limits_of(settings, max_context),
         dense=dense,
         speculation=speculation_of(model, settings),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tgi_asgi import ops
@@ -10,7 +12,10 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.groups import BlockNeeds, CacheGroups
+from tgi_asgi.runner.memory import choose_kept_states, kept_state_bytes
 from tgi_asgi.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 _MAX_TOKENS = (1 << 31) - 128  # of all groups: kernels number them in 31 bits, less up to two blocks of 64
 # Of a CPU's cache: what is committed when the model is loaded, and filled before cached contents are evicted.
@@ -94,6 +99,28 @@ def gpu_groups_of(config: ServedConfig, item_bytes: int) -> CacheGroups:
     """Return a GPU's groups: plain values of `item_bytes`, all layers in one."""
     sizes = [(each.head_dim + each.value_dim) * each.num_kv_heads for each in config.caches]
     return CacheGroups.of([None] * len(sizes), [size * item_bytes for size in sizes])
+
+
+def choose_sizes(
+    config: ServedConfig, settings: Settings, free_bytes: int, choose: Callable[[int], KvSize]
+) -> tuple[KvSize, int]:
+    """Choose the pool's size, and how many recurrent states to keep beside it.
+
+    Args:
+        choose: Chooses the pool's size, given the free bytes.
+
+    Raises:
+        ModelLoadError: if they do not fit.
+    """
+    cache = choose(free_bytes)
+    cache_bytes = cache.num_bytes if settings.prefix_cache else 0
+    num_kept = choose_kept_states(config, settings.max_kept_states, cache_bytes, free_bytes)
+    if num_kept:
+        return choose(free_bytes - num_kept * kept_state_bytes(config)), num_kept
+    if settings.max_kept_states:
+        why = "the states of %s cannot be kept" if config.has_states else "%s has no states"
+        logger.warning(f"--max-kept-states is ignored: {why}", config.architecture)
+    return cache, 0
 
 
 def choose_size(
