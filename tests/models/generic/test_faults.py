@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,8 @@ def test_attention_that_grows_with_positions_is_not_of_the_common_shape(
 class Forgetful(SlotStates[Any]):
     """States that give every row of a step an empty state."""
 
-    def begin(self, spans: Iterable[RowSpan]) -> list[SequenceState[Any]]:
-        return [SequenceState(self._make(), state.num_tokens) for state in super().begin(spans)]
+    def begin(self, spans: Iterable[RowSpan], forked: Container[int] = ()) -> list[SequenceState[Any]]:
+        return [SequenceState(self._make(), state.num_tokens) for state in super().begin(spans, forked)]
 
 
 @pytest.mark.parametrize("model_type", ["lfm2", "mamba2", "jamba", "qwen3_next", "bart"])

@@ -119,7 +119,8 @@ class GenericProgram(ModuleProgram):
         self._layers.begin(batch)
         if self._recurrent is not None:
             parts = spans(batch)
-            self._recurrent.begin(parts, self._states.begin(parts))
+            states = self._states.begin(parts, self._recurrent.together(parts))
+            self._recurrent.begin(parts, states)
 
     def run_head(self, rows: Sequence[int]) -> Floats:
         """Compute the logits of other rows of the last step.

@@ -2,10 +2,11 @@
 
 They are found by the cache methods that their source calls. The innermost module that keeps a state is called
 once per sequence, with that sequence's tokens and cache, and the results are concatenated. If a state within
-these tokens is to be kept, the module is called for the tokens before it first:
+these tokens is to be kept, the module is called for the tokens before it first. Sequences with one token each
+are one call, a batch whose states are joined:
 
-    step         a a a a a b b b c         letters: sequences
-    calls        a a a | a a, b b b, c     |: the state after a's third token is copied here, layer by layer
+    step         a a a a a b b b c d         letters: sequences
+    calls        a a a | a a, b b b, (c d)   |: the state after a's third token is copied here, layer by layer
 """
 
 from __future__ import annotations
@@ -14,14 +15,21 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tgi_asgi.models.generic.source_code import class_source
-from tgi_asgi.models.generic.states import RowSpan, SequenceState, copy_layer
+from tgi_asgi.models.generic.states import (
+    RowSpan,
+    SequenceState,
+    copy_layer,
+    fork,
+    join_layer,
+    part_layer,
+)
 
 _STATE = re.compile(r"\b(update_conv_state|update_recurrent_state|get_linear_cache)\(|\bself\.conv1d_state\b")
 _CACHE_NAMES = ("cache", "cache_params", "past_key_values", "past_key_value")
@@ -71,20 +79,29 @@ class RecurrentLayers:
 
     Attributes:
         continues_by_token: Whether tokens that continue from a state are run one at a time.
+        joins_tokens: Whether sequences with one token each are run together.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._spans: Sequence[RowSpan] = ()
         self._states: Sequence[SequenceState[Any]] = ()
+        self._together: dict[int, int] = {}  # by sequence that is run with others: its row of that batch
         self._is_active = False
         self.continues_by_token = False
+        self.joins_tokens = can_fork(modules)
         for module in modules:
             forward = module.forward
             module.forward = functools.partial(self._run, module, forward)
 
+    def together(self, spans: Sequence[RowSpan]) -> list[int]:
+        """Return the indices of the sequences that are run together; their states must be forks."""
+        found = [index for index, span in enumerate(spans) if span.length == 1 and span.start]
+        return found if self.joins_tokens and len(found) > 1 else []
+
     def begin(self, spans: Sequence[RowSpan], states: Sequence[SequenceState[Any]]) -> None:
         """Set the sequences of the following calls."""
         self._spans, self._states = spans, states
+        self._together = {index: row for row, index in enumerate(self.together(spans))}
         self._is_active = True
 
     def end(self) -> None:
@@ -99,20 +116,71 @@ class RecurrentLayers:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         cache_name = next(name for name in _CACHE_NAMES if name in names)
         total = sum(span.length for span in self._spans)
-        parts, first = [], 0
-        for span, state in zip(self._spans, self._states, strict=True):
-            forks = dict(state.forks)
-            for start, stop in itertools.pairwise([0, *forks, span.length]):
-                continues = span.start + start > 0
-                steps = [1] * (stop - start) if continues and self.continues_by_token else [stop - start]
-                for count in steps:
-                    mine = {name: _cut(value, total, first, count) for name, value in given.items()}
-                    mine[cache_name] = state.cache
-                    parts.append(forward(**mine))
-                    first += count
-                if stop in forks:
-                    copy_layer(state.cache, forks[stop], module.layer_idx)
+        joined = self._run_together(module, forward, given, cache_name, total)
+        if len(self._together) == total:
+            return _map(joined, lambda value: value.transpose(0, 1))
+        parts: list[Any] = []
+        first = 0
+        for index, (span, state) in enumerate(zip(self._spans, self._states, strict=True)):
+            if index in self._together:
+                parts.append(_map(joined, functools.partial(_row, row=self._together[index])))
+                first += 1
+                continue
+            for count, forked in self._calls(span, state):
+                mine = {name: _cut(value, total, first, count) for name, value in given.items()}
+                mine[cache_name] = state.cache
+                parts.append(forward(**mine))
+                if forked is not None:
+                    copy_layer(state.cache, forked, module.layer_idx)
+                first += count
         return _join(parts, total)
+
+    def _calls(self, span: RowSpan, state: SequenceState[Any]) -> Iterator[tuple[int, Any]]:
+        """Yield the tokens of each call for a sequence, and what to copy the state to after it, or None."""
+        forks = dict(state.forks)
+        for start, stop in itertools.pairwise([0, *forks, span.length]):
+            by_token = self.continues_by_token and span.start + start > 0
+            counts = [1] * (stop - start) if by_token else [stop - start]
+            for count in counts[:-1]:
+                yield count, None
+            yield counts[-1], forks.get(stop)
+
+    def _run_together(
+        self, module: Any, forward: Callable[..., Any], given: Mapping[str, Any], cache_name: str, total: int
+    ) -> Any:
+        """Return the output [n_sequences, 1, ...] for those with one token each; None without any."""
+        if not self._together:
+            return None
+        firsts = list(itertools.accumulate((span.length for span in self._spans), initial=0))
+        at = [firsts[index] for index in self._together]
+        caches = [self._states[index].cache for index in self._together]
+        joined = fork(caches[0])
+        join_layer(caches, joined, module.layer_idx)
+        mine = {name: _picked(value, total, at) for name, value in given.items()}
+        mine[cache_name] = joined
+        output = forward(**mine)
+        part_layer(joined, caches, module.layer_idx)
+        return output
+
+
+def _picked(value: Any, total: int, at: list[int]) -> Any:
+    """Return tokens `at` of values whose second dimension is all tokens, as a batch of one token each."""
+    if isinstance(value, tuple):
+        return tuple(_picked(each, total, at) for each in value)
+    if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == total:
+        return value[:, at].transpose(0, 1)
+    return value
+
+
+def _row(value: Tensor, row: int) -> Tensor:
+    return value[row : row + 1]
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return an output with its tensors changed."""
+    if isinstance(value, tuple):
+        return tuple(_map(each, change) for each in value)
+    return change(value) if isinstance(value, Tensor) else value
 
 
 def _cut(value: Any, total: int, first: int, count: int) -> Any:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from tgi_asgi.errors import ModelLoadError
@@ -90,23 +92,78 @@ def fork(cache: Any) -> Any:
 
 def copy_layer(cache: Any, forked: Any, layer: int) -> None:
     """Copy what a cache has of one layer to its fork: the entry `layer` of each of its lists and dicts."""
+    _put_layer(cache, forked, layer, copy_cache)
+
+
+def join_layer(caches: Sequence[Any], joined: Any, layer: int) -> None:
+    """Put one layer's states of several sequences into `joined`, a fork of the first, as one batch."""
+    rest = caches[1:]
+
+    def join(name: str, value: Any) -> Any:
+        return _batch([value, *(vars(cache)[name][layer] for cache in rest)])
+
+    for name, value in vars(caches[0]).items():
+        if _has_layer(value, layer):
+            getattr(joined, name)[layer] = join(name, value[layer])
+
+
+def part_layer(joined: Any, caches: Sequence[Any], layer: int) -> None:
+    """Put the sequences' parts of a layer of `joined` into their own caches, as copies."""
+    for index, cache in enumerate(caches):
+        _put_layer(joined, cache, layer, partial(_row, index=index))
+
+
+def _put_layer(cache: Any, other: Any, layer: int, change: Callable[[Any], Any]) -> None:
     for name, value in vars(cache).items():
-        mine = getattr(forked, name, None)
-        if isinstance(value, list) and isinstance(mine, list) and layer < len(value):
-            mine.extend(value[len(mine) :])
-            mine[layer] = copy_cache(value[layer])
-        elif isinstance(value, dict) and isinstance(mine, dict) and layer in value:
-            mine[layer] = copy_cache(value[layer])
+        mine = getattr(other, name, None)
+        if _has_layer(value, layer) and isinstance(mine, list | dict):
+            if isinstance(mine, list):
+                mine.extend(value[len(mine) :])
+            mine[layer] = change(value[layer])
         elif not isinstance(value, _CONTAINERS):
-            setattr(forked, name, value)  # such as whether there is a state
+            setattr(other, name, value)  # such as whether there is a state
+
+
+def _has_layer(value: Any, layer: int) -> bool:
+    return layer < len(value) if isinstance(value, list) else isinstance(value, dict) and layer in value
+
+
+def _batch(values: Sequence[Any]) -> Any:
+    """Return the states of several sequences as one with a row for each; what are no tensors is alike."""
+    return _changed(values, torch.cat)
+
+
+def _row(value: Any, index: int) -> Any:
+    """Return one sequence's part of joined states; a copy, so that it does not hold the others' memory."""
+    return _changed([value], lambda tensors: tensors[0][index : index + 1].clone())
+
+
+def _changed(values: Sequence[Any], change: Callable[[list[Tensor]], Tensor]) -> Any:
+    """Return a copy of the first value with all tensors changed; `change` gets those of all values."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return change(list(values))
+    if isinstance(first, dict):
+        made = copy.copy(first)
+        made.update((name, _changed([value[name] for value in values], change)) for name in first)
+        return made
+    if isinstance(first, list | tuple):
+        return type(first)([_changed(each, change) for each in zip(*values, strict=True)])
+    if not hasattr(first, "__dict__") or isinstance(first, type):
+        return first
+    made = copy.copy(first)
+    for name, value in vars(first).items():
+        if name not in _REPLACED and isinstance(value, _CONTAINERS):
+            setattr(made, name, _changed([vars(each)[name] for each in values], change))
+    return made
 
 
 class SlotStates(Generic[Cache]):
     """The states of the running sequences, and those that are kept for others.
 
-        of_rows = states.begin(spans)   # may be modified
-        states.commit()                 # once the step is done
-        states.forget()                 # if it fails after all
+        of_rows = states.begin(spans, forked=[1, 2])   # may be modified
+        states.commit()                                # once the step is done
+        states.forget()                                # if it fails after all
 
     The last two states of each slot are kept, because a step in flight may become void. A state that is kept
     for others is not copied: each step copies those that it begins with.
@@ -128,21 +185,25 @@ class SlotStates(Generic[Cache]):
         self._kept: dict[int, SequenceState[Cache]] = {}  # by place
         self._to_keep: dict[int, SequenceState[Cache]] = {}  # by the step in progress
 
-    def begin(self, spans: Iterable[RowSpan]) -> list[SequenceState[Cache]]:
+    def begin(self, spans: Iterable[RowSpan], forked: Container[int] = ()) -> list[SequenceState[Cache]]:
         """Return the states of a step's rows; those before their first tokens are known.
+
+        Args:
+            forked: Indices of the rows whose layers the step replaces instead of changing them, see `fork`.
 
         Raises:
             RuntimeError: if a row continues at a position for which there is no state.
         """
         self._in_progress, self._to_keep = {}, {}
         found = []
-        for span in spans:
+        for index, span in enumerate(spans):
             known = [state for state in self._before(span) if span.start and state.num_tokens == span.start]
             if span.start and not known:
                 where = f"slot {span.slot}" if span.resumes is None else f"place {span.resumes}"
                 raise RuntimeError(f"{where} has no state of {span.start} tokens")
             self._states[span.slot] = known
-            cache = self._copy(known[0].cache) if known else self._make()
+            copy_of = fork if index in forked else self._copy
+            cache = copy_of(known[0].cache) if known else self._make()
             state = SequenceState(cache, span.start + span.length)
             for position, place in span.keeps:
                 kept = known[0].cache if position == span.start else fork(cache)
