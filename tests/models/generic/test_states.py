@@ -24,6 +24,12 @@ OWN_KINDS = (
     "openai-gpt",
 )  # fmt: skip
 
+# Models with recurrent layers whose states can be joined, and continue with several tokens at once.
+JOINED = (
+    "bailing_hybrid", "bamba", "falcon_h1", "kimi_linear", "lara_mini", "lfm2", "mamba2", "minimax",
+    "nemotron_h", "olmo_hybrid", "qwen3_5_text", "zamba2",
+)  # fmt: skip
+
 
 class Layer:
     """A layer's cache as in `transformers`: a state that changes in place, and keys that are replaced."""
@@ -180,9 +186,8 @@ def test_a_step_that_fails_keeps_no_state() -> None:
 
 @pytest.mark.parametrize(
     "model_type",
-    ["bailing_hybrid", "bamba", "falcon_h1", "kimi_linear", "lara_mini", "lfm2", "mamba2", "minimax",
-     "nemotron_h", "olmo_hybrid", "qwen3_5_text", "zamba2", "zaya"],
-)  # fmt: skip
+    [*JOINED, "zaya"],
+)
 def test_rows_resume_from_states_kept_within_and_between_rows(
     model_type: str, checkpoint: Callable[[str], Path]
 ) -> None:
@@ -200,6 +205,36 @@ def test_rows_resume_from_states_kept_within_and_between_rows(
         for place, start in ((0, 17), (2, 5), (1, 20), (0, 17)):
             found = program.run(batch_of([(0, start, 37 - start)], ids, resumes=[place]), range(37 - start))
             assert np.abs(found - expected[start:]).max() < 1e-4 * np.abs(expected).max(), (place, start)
+
+
+@pytest.mark.parametrize("model_type", [*JOINED, "falcon_mamba", "jamba", "recurrent_gemma", "zamba"])
+def test_sequences_with_one_token_each_are_run_together(
+    model_type: str, checkpoint: Callable[[str], Path]
+) -> None:
+    """Run such a step twice, as after one that was void, and beside a prompt, and keep a state before it."""
+    folder = checkpoint(model_type)
+    ids = [architectures.random_ids(20, 0), architectures.random_ids(14, 1), architectures.random_ids(9, 2)]
+    expected = architectures.references(folder, ids)
+    loaded = load_generic(folder)
+    assert isinstance(loaded, GenericModel) and loaded.recurrent is not None and loaded.recurrent.joins_tokens
+    keeps = [(1, 12, 0)] if loaded.keeps_states else []
+    steps: list[tuple[list[tuple[int, int, int]], dict[str, Any]]] = [
+        ([(0, 0, 18), (1, 0, 12)], {}),
+        ([(0, 18, 1), (1, 12, 1)], {"keeps": keeps}),
+        ([(0, 18, 1), (1, 12, 1)], {}),
+        ([(1, 13, 1), (2, 0, 8), (0, 19, 1)], {}),
+        ([(2, 8, 1)], {}),
+        *([([(1, 12, 2)], {"resumes": [0]})] if keeps else []),
+    ]
+    with program_of(loaded, num_sequences=3) as program:
+        for step, moves in steps:
+            batch = batch_of(step, ids, **moves)
+            logits, at = program.run(batch, range(len(batch.ids))), 0
+            for sequence, start, count in step:
+                wanted = expected[sequence]
+                apart = np.abs(logits[at : at + count] - wanted[start : start + count]).max()
+                assert apart < 1e-4 * np.abs(wanted).max(), (step, sequence)
+                at += count
 
 
 @pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "jamba", "kimi_linear", "rembert", *OWN_KINDS])

@@ -74,6 +74,20 @@ def can_fork(modules: Sequence[nn.Module]) -> bool:
     return all(type(getattr(module, "layer_idx", None)) is int for module in modules)
 
 
+class _Recurrent:
+    """A recurrent module's own code."""
+
+    def __init__(self, module: Any) -> None:
+        self.forward: Callable[..., Any] = module.forward
+        self.names = list(inspect.signature(module.forward).parameters)
+        self.layer: int = getattr(module, "layer_idx", -1)  # read only if the module has one
+        self._cache_name = next(name for name in _CACHE_NAMES if name in self.names)
+
+    def call(self, given: dict[str, Any], cache: Any) -> Any:
+        """Call the module with this cache."""
+        return self.forward(**{**given, self._cache_name: cache})
+
+
 class RecurrentLayers:
     """Wraps the recurrent modules of a model; `begin` sets the next step's sequences.
 
@@ -90,8 +104,7 @@ class RecurrentLayers:
         self.continues_by_token = False
         self.joins_tokens = can_fork(modules)
         for module in modules:
-            forward = module.forward
-            module.forward = functools.partial(self._run, module, forward)
+            module.forward = functools.partial(self._run, _Recurrent(module))
 
     def together(self, spans: Sequence[RowSpan]) -> list[int]:
         """Return the indices of the sequences that are run together; their states must be forks."""
@@ -109,14 +122,12 @@ class RecurrentLayers:
         self._is_active = False
         self._states = ()
 
-    def _run(self, module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run(self, module: _Recurrent, *args: Any, **kwargs: Any) -> Any:
         if not self._is_active:
-            return forward(*args, **kwargs)
-        names = list(inspect.signature(forward).parameters)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache_name = next(name for name in _CACHE_NAMES if name in names)
+            return module.forward(*args, **kwargs)
+        given = {**dict(zip(module.names, args, strict=False)), **kwargs}
         total = sum(span.length for span in self._spans)
-        joined = self._run_together(module, forward, given, cache_name, total)
+        joined = self._run_together(module, given, total)
         if len(self._together) == total:
             return _map(joined, lambda value: value.transpose(0, 1))
         parts: list[Any] = []
@@ -128,10 +139,9 @@ class RecurrentLayers:
                 continue
             for count, forked in self._calls(span, state):
                 mine = {name: _cut(value, total, first, count) for name, value in given.items()}
-                mine[cache_name] = state.cache
-                parts.append(forward(**mine))
+                parts.append(module.call(mine, state.cache))
                 if forked is not None:
-                    copy_layer(state.cache, forked, module.layer_idx)
+                    copy_layer(state.cache, forked, module.layer)
                 first += count
         return _join(parts, total)
 
@@ -145,9 +155,7 @@ class RecurrentLayers:
                 yield count, None
             yield counts[-1], forks.get(stop)
 
-    def _run_together(
-        self, module: Any, forward: Callable[..., Any], given: Mapping[str, Any], cache_name: str, total: int
-    ) -> Any:
+    def _run_together(self, module: _Recurrent, given: Mapping[str, Any], total: int) -> Any:
         """Return the output [n_sequences, 1, ...] for those with one token each; None without any."""
         if not self._together:
             return None
@@ -155,11 +163,10 @@ class RecurrentLayers:
         at = [firsts[index] for index in self._together]
         caches = [self._states[index].cache for index in self._together]
         joined = fork(caches[0])
-        join_layer(caches, joined, module.layer_idx)
+        join_layer(caches, joined, module.layer)
         mine = {name: _picked(value, total, at) for name, value in given.items()}
-        mine[cache_name] = joined
-        output = forward(**mine)
-        part_layer(joined, caches, module.layer_idx)
+        output = module.call(mine, joined)
+        part_layer(joined, caches, module.layer)
         return output
 
 
