@@ -823,6 +823,25 @@ class PagedAttention:
         spec: AttentionSpec,
     ) -> None: ...
 
+class StateRows:
+    """See `tgi_asgi.ops.state_rows`."""
+
+    def __init__(self, pool: StatePool) -> None: ...
+    def begin(self, batch: FlatRows) -> None: ...
+    def commit(self) -> None: ...
+    def roll_back(self) -> None: ...
+    def discard(self, slot: int, num_tokens: int) -> None: ...
+    def delta_net(
+        self,
+        layer: int,
+        conv: ShortConv,
+        rule: DeltaRule,
+        qkv: FloatArray,
+        steps: FloatArray,
+        out: FloatArray,
+    ) -> None:
+        """Convolve q, k and v and apply the delta rule; out [num_tokens, padded width of all heads]."""
+
 def new_rows(num_rows: int, columns: int) -> FloatArray:
     """Return an array [num_rows, columns] whose values are arbitrary."""
 

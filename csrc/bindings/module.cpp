@@ -24,6 +24,7 @@
 #include "bindings/sample.h"
 #include "bindings/shards.h"
 #include "bindings/state_pool.h"
+#include "bindings/state_rows.h"
 #include "bindings/step_queue.h"
 #include "bindings/tensor_memory.h"
 #include "cpu/platform.h"
@@ -195,6 +196,7 @@ PYBIND11_MODULE(_C, module) {
   tgi::bind_attention_spec(module);
   tgi::bind_experts(module);
   tgi::bind_program(module);
+  tgi::bind_state_rows(module);
   tgi::bind_paged_attention(module);
   tgi::bind_direct(module);
   tgi::bind_tensor_memory(module);

@@ -3,14 +3,12 @@
 #include <utility>
 
 #include "bindings/recording.h"
+#include "bindings/state_params.h"
 #include "cpu/step/kernel_sets.h"
 
 namespace tgi {
 
 namespace {
-
-constexpr int64_t kMaxHeads = 1 << 20;  // also bounds the other factors of a state's size
-constexpr int64_t kVectorFloats = 16;
 
 // Returns a pointer to columns of rows.
 const float* columns_of(const RowsPtr& rows, int64_t first, int64_t count, const char* name) {
@@ -21,8 +19,8 @@ const float* columns_of(const RowsPtr& rows, int64_t first, int64_t count, const
 
 void check_sizes(std::initializer_list<std::pair<int64_t, const char*>> sizes) {
   for (const auto& [size, name] : sizes) {
-    check(size > 0 && size <= kMaxHeads, "`", name, "` must be in [1, ", kMaxHeads, "], got ",
-          size);
+    check(size > 0 && size <= kMaxStateSize, "`", name, "` must be in [1, ", kMaxStateSize,
+          "], got ", size);
   }
 }
 
@@ -36,29 +34,22 @@ void Recording::use_states(const StatesPtr& states) {
 
 void Recording::short_conv(const RowsPtr& rows, const ShortConv& conv, const StatesPtr& states,
                            int64_t layer, const RowsPtr& out) {
-  const StateShape& shape = states->shape(layer);
   use_states(states);
-  step::ShortConvParams params = {};
-  params.state = states->window(layer);
-  params.num_channels = shape.num_channels;
-  params.num_taps = shape.num_taps;
+  step::ShortConvParams params = params_of(conv, *states, layer);
   const int64_t width = params.padded_channels();
-  check_shape(conv.weight, "weight", {shape.num_taps, width});
-  if (conv.bias) check_shape(*conv.bias, "bias", {width});
   check_rows_buffer(rows, rows->num_columns, "rows");
   check_rows_buffer(out, width, "out");
   check(rows != out, "`out` must be another buffer");
   const auto part = [&](int64_t first_column) {
-    return columns_of(rows, first_column, shape.num_channels, "rows");
+    return columns_of(rows, first_column, params.num_channels, "rows");
   };
   params.in = part(conv.first_column);
   if (conv.in_gate) params.in_gate = part(*conv.in_gate);
   if (conv.out_gate) params.out_gate = part(*conv.out_gate);
   params.stride = rows->num_columns;
-  params.weight = keep(conv.weight);
-  params.bias = conv.bias ? keep(*conv.bias) : nullptr;
-  params.has_silu = conv.has_silu;
   params.out = out->data();
+  keep(conv.weight);
+  if (conv.bias) keep(*conv.bias);
   keep(rows->memory);
   keep(out->memory);
   forward_.add(step::kernels().short_conv, params);
@@ -109,38 +100,18 @@ void Recording::selective_scan(const RowsPtr& in, const RowsPtr& steps, const Se
 void Recording::delta_rule(const RowsPtr& in, const RowsPtr& steps, const DeltaRule& rule,
                            const StatesPtr& states, int64_t layer, const RowsPtr& out) {
   use_states(states);
-  check_sizes({{rule.num_heads, "num_heads"},
-               {rule.head_dim, "head_dim"},
-               {rule.num_key_heads, "num_key_heads"}});
-  check(rule.head_dim % kVectorFloats == 0, "`head_dim` must be a multiple of ", kVectorFloats,
-        ", got ", rule.head_dim);
-  check(rule.key_dim > 0 && rule.key_dim <= step::kMaxKeyDim, "`key_dim` must be in [1, ",
-        step::kMaxKeyDim, "], got ", rule.key_dim);
-  check(rule.num_heads % rule.num_key_heads == 0, "`num_key_heads` must divide the ",
-        rule.num_heads, " heads, got ", rule.num_key_heads);
-  const int64_t width = rule.num_heads * rule.head_dim;
-  check(states->shape(layer).num_floats == width * rule.key_dim, "the layer's state must have ",
-        width * rule.key_dim, " floats, got ", states->shape(layer).num_floats);
-  check_shape(rule.a, "a", {rule.num_heads});
-  check_shape(rule.dt_bias, "dt_bias", {rule.num_heads});
+  step::DeltaRuleParams params = params_of(rule, *states, layer);
   for (const RowsPtr& each : {in, steps}) check_rows_buffer(each, each->num_columns, "rows");
-  check_rows_buffer(out, step::padded_columns(width), "out");
+  check_rows_buffer(out, step::padded_columns(width_of(rule)), "out");
   check(out != in && out != steps, "`out` must be another buffer");
-  step::DeltaRuleParams params = {};
-  params.in = columns_of(in, 0, width + 2 * rule.num_key_heads * rule.key_dim, "source");
+  params.in = columns_of(in, 0, columns_of(rule), "source");
   params.in_stride = in->num_columns;
   params.steps = columns_of(steps, 0, 2 * rule.num_heads, "steps");
   params.steps_stride = steps->num_columns;
-  params.num_heads = rule.num_heads;
-  params.head_dim = rule.head_dim;
-  params.num_key_heads = rule.num_key_heads;
-  params.key_dim = rule.key_dim;
-  params.is_tiled = rule.is_tiled;
-  params.a = keep(rule.a);
-  params.dt_bias = keep(rule.dt_bias);
-  params.state = states->floats(layer);
   params.out = out->data();
   params.out_stride = out->num_columns;
+  keep(rule.a);
+  keep(rule.dt_bias);
   for (const RowsPtr& each : {in, steps, out}) keep(each->memory);
   forward_.add(step::kernels().delta_rule, params);
 }

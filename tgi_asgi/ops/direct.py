@@ -70,11 +70,11 @@ def gate_up(
         return ACTIVATION_FUNCTIONS[activation](gate) * up
     (part,) = made.parts
     x = _ordered(x, part)
-    out = _new_rows(x.shape[0], part.matrix.num_stored_rows // 2)
+    out = new_rows(x.shape[0], part.matrix.num_stored_rows // 2)
     precision = "float32" if is_exact else part.precision
     changed = _changed(part, step, adapters)
     _C.gate_up_rows(part.matrix, part.bias, _array(x), out.numpy(), precision, activation, *changed)
-    return _without_padding(out, weight.intermediate_size)
+    return without_padding(out, weight.intermediate_size)
 
 
 def experts(
@@ -97,7 +97,7 @@ def experts(
     """
     made: PackedExperts = weight.made
     _check_columns(x, weight.columns)
-    out = _new_rows(x.shape[0], round_up(weight.columns))
+    out = new_rows(x.shape[0], round_up(weight.columns))
     native = _C.ExpertMlps(
         gate_up=made.gate_up, down=made.down, activation=activation,
         **({} if clamped is None else asdict(clamped)),
@@ -105,7 +105,7 @@ def experts(
     precisions = ("float32", "float32") if is_exact else (made.precision, made.inner_precision)
     narrow = ids.clamp(-1, _MAX_ID - 1).to(torch.int32).contiguous()
     _C.experts_rows(native, narrow.numpy(), weights.contiguous().numpy(), _array(x), out.numpy(), *precisions)
-    return _without_padding(out, weight.columns)
+    return without_padding(out, weight.columns)
 
 
 class LinearStack:
@@ -129,10 +129,10 @@ class LinearStack:
             ValueError: if x has another number of columns, or the sizes do not add up.
         """
         _check_columns(x, self.columns)
-        out = _new_rows(x.shape[0], round_up(self.rows))
+        out = new_rows(x.shape[0], round_up(self.rows))
         precision = "float32" if is_exact else self._precision
         _C.rows_by_expert(self._native, sizes.to(torch.int32).numpy(), _array(x), out.numpy(), precision)
-        return _without_padding(out, self.rows)
+        return without_padding(out, self.rows)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, clamped: ClampedGate | None) -> Tensor:
@@ -168,11 +168,11 @@ def _product(
     adapters: AdapterLayout | None,
 ) -> Tensor:
     x = _ordered(x, made)
-    out = _new_rows(x.shape[0], made.matrix.num_stored_rows)
+    out = new_rows(x.shape[0], made.matrix.num_stored_rows)
     precision = "float32" if is_exact else made.precision
     changed = _changed(made, step, adapters)
     _C.linear_rows(made.matrix, made.bias, _array(x), out.numpy(), precision, *changed)
-    return _without_padding(out, num_rows)
+    return without_padding(out, num_rows)
 
 
 def _ordered(x: Tensor, part: PackedLinear) -> Tensor:
@@ -195,10 +195,10 @@ def embed(weight: LinearWeight, ids: Tensor, factor: float = 1.0) -> Tensor:
         ValueError: if an id is not in the table.
     """
     made: PackedLinear = weight.made
-    out = _new_rows(ids.shape[0], round_up(weight.columns))
+    out = new_rows(ids.shape[0], round_up(weight.columns))
     narrow = ids.clamp(-1, _MAX_ID).to(torch.int32)  # clamped, as int32 would wrap 2^32 + 1 around to 1
     _C.embed_rows(made.matrix, narrow.contiguous().numpy(), factor, out.numpy())
-    return _without_padding(out, weight.columns)
+    return without_padding(out, weight.columns)
 
 
 def norm(x: Tensor, weight: NormWeight) -> Tensor:
@@ -208,7 +208,7 @@ def norm(x: Tensor, weight: NormWeight) -> Tensor:
         ValueError: if the weight does not have one element per column of x.
         TypeError: if one of them is not float32.
     """
-    out = _new_rows(*x.shape)
+    out = new_rows(*x.shape)
     _C.norm_rows(_array(x), weight.weight, weight.bias, weight.eps, out.numpy())
     return out
 
@@ -220,19 +220,19 @@ def activate(x: Tensor, activation: str) -> Tensor:
         ValueError: if there is no such activation.
         TypeError: if x is not float32.
     """
-    out = _new_rows(*x.shape)
+    out = new_rows(*x.shape)
     _C.activate_rows(_array(x), activation, out.numpy())
     return out
 
 
-def _new_rows(num_rows: int, columns: int) -> Tensor:
+def new_rows(num_rows: int, columns: int) -> Tensor:
     """Return rows whose values are arbitrary."""
     if num_rows * columns < _RECYCLED_FLOATS:
         return torch.empty(num_rows, columns, dtype=torch.float32)
     return torch.from_numpy(_C.new_rows(num_rows, columns))
 
 
-def _without_padding(rows: Tensor, columns: int) -> Tensor:
+def without_padding(rows: Tensor, columns: int) -> Tensor:
     """Return the first columns: a view, unless these are all."""
     return rows if rows.shape[1] == columns else rows[:, :columns]
 

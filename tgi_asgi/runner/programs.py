@@ -112,7 +112,10 @@ def make_program(
         shard: The shard whose part of the model this is, if the model is split.
     """
     if model.kind == "generic":
-        return model.program(caches, limits.max_context, image_cache, adapters)
+        return model.program(
+            caches, limits.max_context, image_cache, adapters, num_slots=limits.max_sequences,
+            num_kept=num_kept_states,
+        )  # fmt: skip
     states = make_states(model.config, limits.max_sequences, num_kept_states, num_drafts)
     return ops.CpuProgram(record(model, caches, states), limits, adapters=adapters, shard=shard)
 

@@ -22,6 +22,7 @@ from tgi_asgi.models.generic.attention import PagedLayers
 from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.classics import adapt
 from tgi_asgi.models.generic.common import CommonDecoder
+from tgi_asgi.models.generic.delta_nets import DeltaNets, NativeStates, are_delta_nets
 from tgi_asgi.models.generic.discover import AttentionLayer, configurations, discover
 from tgi_asgi.models.generic.encoder_decoder import EncoderDecoderProgram
 from tgi_asgi.models.generic.guards import check_cache_uses, check_servable
@@ -65,6 +66,7 @@ from tgi_asgi.types import ImageProcessor
 logger = logging.getLogger(__name__)
 
 _LONGEST = 1 << 17  # for models that name no length
+_FEW = 8  # slots, and kept states, of programs that serve no clients
 _CONTEXT_NAMES = (
     "max_position_embeddings",
     "seq_length",
@@ -301,6 +303,8 @@ class OpenGeneric:
         if self._recurrent and not self.config.sequential_reason:
             recurrent = RecurrentLayers(self._recurrent)
         loaded = GenericModel(model, self.config, replaced, recurrent, max_positions)
+        if recurrent is not None and loaded.backend.has_row_kernels and are_delta_nets(self._recurrent):
+            loaded.delta_nets = DeltaNets(self._recurrent)
         if self.config.encoder_decoder is None:
             self_check.check(loaded)
         else:
@@ -329,6 +333,7 @@ class GenericModel:
             may round differently with the number of rows, torch's sines with an element's position, and
             recurrent scans and cross-attention to images with the way a prompt is split.
         is_batched: Whether the answers of an encoder-decoder are computed together.
+        delta_nets: All recurrent layers, if they run on native kernels.
         keeps_states: Whether sequences can resume from kept states. Not if tokens that continue from a state
             run one at a time: keeping one would cost as much as it saves.
     """
@@ -344,6 +349,7 @@ class GenericModel:
         self.backend = replaced.mode.backend
         self.is_batched = True
         self.keeps_states = config.other_kept_bytes > 0
+        self.delta_nets: DeltaNets | None = None
         self.tower = None if config.vision is None else Tower(module, self.backend)
         self.is_batch_invariant = (
             self.backend.has_row_kernels
@@ -359,13 +365,15 @@ class GenericModel:
 
     def program(
         self, caches: Sequence[Any], max_context: int, image_cache: int = 0,
-        adapters: ops.AdapterLayout | None = None,
+        adapters: ops.AdapterLayout | None = None, *, num_slots: int = _FEW, num_kept: int = _FEW,
     ) -> GenericProgram | SequentialProgram | EncoderDecoderProgram:  # fmt: skip
         """Return a program that runs steps over these caches, one for each of the configuration's.
 
         Args:
             image_cache: Maximum bytes of encoded images to keep.
             adapters: Adapters that rows may use.
+            num_slots: Number of slots.
+            num_kept: Number of places for kept states.
         """
         if adapters is not None:
             attach(self.module, adapters)
@@ -379,15 +387,18 @@ class GenericModel:
                 self.module, self.replaced.head, vocab_size=self.config.vocab_size, device=self.backend.device
             )
         layers = PagedLayers(self.config.layers, caches, max_context, self.backend)
+        native_states = None
+        if self.delta_nets is not None:
+            native_states = NativeStates(self.delta_nets, num_slots=num_slots, num_kept=num_kept)
         if self.tower is not None and self.config.vision is not None:
             return VisionProgram(
                 self.module, self.replaced.head, layers, self.recurrent, self.config.vision,
                 EncodingCache(self.tower, image_cache), vocab_size=self.config.vocab_size,
-                mode=self.replaced.mode,
+                mode=self.replaced.mode, native_states=native_states,
             )  # fmt: skip
         return GenericProgram(
             self.module, self.replaced.head, layers, self.recurrent, vocab_size=self.config.vocab_size,
-            first_position=self.config.first_position, mode=self.replaced.mode,
+            first_position=self.config.first_position, mode=self.replaced.mode, native_states=native_states,
         )  # fmt: skip
 
 

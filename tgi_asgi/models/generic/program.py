@@ -19,6 +19,7 @@ from torch import Tensor
 from tgi_asgi import ops
 from tgi_asgi.models.generic.attention import PagedLayers, running
 from tgi_asgi.models.generic.caller import Caller
+from tgi_asgi.models.generic.delta_nets import NativeStates
 from tgi_asgi.models.generic.modules import Head, Mode
 from tgi_asgi.models.generic.own_cache import own_cache
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
@@ -31,7 +32,7 @@ class ModuleProgram(Protocol):
     """A `Program` of the runner that is written in Python."""
 
     native: None
-    _states: SlotStates[Any]
+    _states: SlotStates[Any] | NativeStates
 
     @property
     def num_steps(self) -> int:
@@ -76,6 +77,7 @@ class GenericProgram(ModuleProgram):
         head: Head that computes only the requested rows.
         layers: The model's attention layers.
         recurrent: The model's recurrent layers, if any.
+        native_states: Their states, if they run on native kernels.
         first_position: Position of a sequence's first token.
         mode: Shared settings of its products, including the step.
         decode: See `Caller`.
@@ -85,7 +87,7 @@ class GenericProgram(ModuleProgram):
 
     def __init__(
         self, model: Any, head: Head, layers: PagedLayers, recurrent: RecurrentLayers | None, *,
-        vocab_size: int, first_position: int, mode: Mode,
+        vocab_size: int, first_position: int, mode: Mode, native_states: NativeStates | None = None,
         decode: Callable[..., Any] | None = None,
     ) -> None:  # fmt: skip
         self._mode = mode
@@ -93,7 +95,9 @@ class GenericProgram(ModuleProgram):
         self._device = mode.backend.device
         self._caller = Caller(model, head, vocab_size, self._device, decode)
         self._layers, self._recurrent, self._first_position = layers, recurrent, first_position
-        self._states = SlotStates(lambda: empty_cache(model))
+        self._slot_states: SlotStates[Any] = SlotStates(lambda: empty_cache(model))
+        self._native_states = native_states
+        self._states = self._slot_states if native_states is None else native_states
         self._output: Any = None
 
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats:
@@ -111,15 +115,18 @@ class GenericProgram(ModuleProgram):
                 self._layers.end()
                 self._states.commit()
             finally:
-                if self._recurrent is not None:
-                    self._recurrent.end()
+                for layers in (self._recurrent, self._native_states):
+                    if layers is not None:
+                        layers.end()
         return self._mode.backend.fetch(logits).numpy()
 
     def _begin(self, batch: ops.FlatRows) -> None:
         self._layers.begin(batch)
-        if self._recurrent is not None:
+        if self._native_states is not None:
+            self._native_states.begin(batch)
+        elif self._recurrent is not None:
             parts = spans(batch)
-            states = self._states.begin(parts, self._recurrent.together(parts))
+            states = self._slot_states.begin(parts, self._recurrent.together(parts))
             self._recurrent.begin(parts, states)
 
     def run_head(self, rows: Sequence[int]) -> Floats:

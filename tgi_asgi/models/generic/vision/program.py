@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tgi_asgi import ops
 from tgi_asgi.models.generic.attention import PagedLayers
+from tgi_asgi.models.generic.delta_nets import NativeStates
 from tgi_asgi.models.generic.discover import arguments
 from tgi_asgi.models.generic.modules import Head, Mode
 from tgi_asgi.models.generic.program import GenericProgram
@@ -55,10 +56,11 @@ class VisionProgram(GenericProgram):
     def __init__(
         self, model: Any, head: Head, layers: PagedLayers, recurrent: RecurrentLayers | None,
         traits: VisionTraits, encodings: EncodingCache, *, vocab_size: int, mode: Mode,
+        native_states: NativeStates | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
             model, head, layers, recurrent, vocab_size=vocab_size, first_position=traits.first_position,
-            decode=self._decode, mode=mode,
+            decode=self._decode, mode=mode, native_states=native_states,
         )  # fmt: skip
         self.encodings = encodings
         self.bidirectional = _BIDIRECTIONAL[traits.lookahead]
