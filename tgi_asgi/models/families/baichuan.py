@@ -55,10 +55,10 @@ class Baichuan(Decoder):
         """Return the head's matrix; whoever converts Baichuan 2 to GGUF has to scale its rows before."""
         head = super().read_head_rows(weights)
         is_scaled = weights.is_gguf or self.config.vocab_size < _TOKENS_BETWEEN
-        return head if is_scaled else ops.stack_rows(list(_unit_rows(head)))
+        return head if is_scaled else ops.stack_rows(list(unit_rows(head)))
 
 
-def _unit_rows(head: ops.WeightSource) -> Iterator[ops.WeightSource]:
+def unit_rows(head: ops.WeightSource) -> Iterator[ops.WeightSource]:
     """Yield a matrix in parts, with rows of the length 1, rounded as in the file, as by the model's code."""
     for start in range(0, head.shape[0], _CHUNK_ROWS):
         rows = ops.decode(head.rows(start, min(start + _CHUNK_ROWS, head.shape[0])))
