@@ -164,7 +164,7 @@ class OpenModel:
         if files.adapter is not None:
 
             def file_names(names: Iterable[str]) -> Mapping[str, str]:
-                return _file_names(directory, config, names, trusts_code)
+                return _file_names(directory, as_in_transformers(config), names, trusts_code)
 
             checkpoint = merged = MergedCheckpoint(checkpoint, config, files.adapter, file_names)
             config, self._vocab_size = merged.fitted_config(), merged.vocab_size
