@@ -37,6 +37,8 @@ def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
     kind, names = config.get("model_type"), config.get("architectures")
     if config.get("is_encoder_decoder") is True:
         return _with_head(config)
+    if (kind, names) == ("chatglm", ["ChatGLMModel"]):  # the class without a head, but the files have one
+        return {**config, "architectures": ["ChatGLMForConditionalGeneration"]}
     if kind == "mistral" and "layer_types" in config and names in (None, [], ["MistralForCausalLM"]):
         return {**config, "model_type": "ministral", "architectures": ["MinistralForCausalLM"]}
     name = names[0] if isinstance(names, list) and names else None
@@ -55,6 +57,16 @@ def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
             return config
         logger.warning("config.json names %s, but %s is what its model_type %s is", name, found, kind)
     return {**config, "architectures": [found]}
+
+
+def as_in_transformers(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json that names a class of `transformers`, which EXAONE 3's own does not do."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as BY_TYPE
+
+    name, kind = architecture_of(config), str(config.get("model_type"))
+    found = BY_TYPE.get(kind)
+    is_other = isinstance(found, str) and name not in BY_TYPE.values() and _is_named_after(name, kind)
+    return {**config, "architectures": [found]} if is_other else config
 
 
 def _with_head(config: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +108,9 @@ def is_native(config: Mapping[str, Any]) -> bool:
         ModelLoadError: if it names no architecture.
     """
     architecture = architecture_of(config)
-    if config.get("model_type") in _BORROWING or config.get("vision_config"):
+    kind = config.get("model_type")
+    is_borrowed = kind in _BORROWING and not _is_named_after(architecture, str(kind))
+    if is_borrowed or config.get("vision_config"):
         return False
     return has_family(architecture) and not (_sees_ahead(config) and produces_vectors(architecture))
 
