@@ -270,6 +270,8 @@ def _inputs(folder: Path, prompt: Prompt, model: Any, ids: torch.Tensor) -> Mapp
         made["token_type_ids"] = kinds
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         made["mm_token_type_ids"] = kinds
+    if "Omni" in name and not name.startswith("Cosmos"):  # without a mask, it ignores where images are
+        made["attention_mask"] = torch.ones_like(ids)
     if name.startswith("Ernie"):
         around = [config.image_start_token_id, config.image_end_token_id]
         made["moe_mm_token_type_ids"] = torch.isin(ids, torch.tensor([token, *around])).long()

@@ -42,6 +42,20 @@ _PIXTRAL_TOWER = {
     **_TOWER, "model_type": "pixtral", "patch_size": 7, "image_size": 56, "head_dim": 16,
 }  # fmt: skip
 
+_OMNI_TOKENS = {
+    "image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
+}  # fmt: skip
+_OMNI_IDS = {
+    "vision_start_token_id": 7, "vision_end_token_id": 8, "audio_start_token_id": 9,
+    "audio_end_token_id": 10,
+}  # fmt: skip
+_OMNI_SOUND: Mapping[str, Any] = {
+    "d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+    "num_mel_bins": 16, "output_dim": 64,
+}  # fmt: skip
+
 
 def _text(like: str, **other: Any) -> dict[str, Any]:
     """Return the text configuration of a type, with other values."""
@@ -204,6 +218,42 @@ NEWEST: Mapping[str, Family] = {
             "vision_config": _PIXTRAL_TOWER,
         },
         **_PIXTRAL,
+    ),
+    # Positions of images that are found by the token before them.
+    "qwen2_5_omni": Family(
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        {
+            "text_config": _text("qwen2", model_type="qwen2_5_omni_text", rope_parameters=_MROPE),
+            "vision_config": {**_QWEN_TOWER, "window_size": 16, "fullatt_block_indexes": [1]},
+            "audio_config": _OMNI_SOUND,
+            **_OMNI_IDS,
+        },
+        "Qwen2VLImageProcessor",
+        _SIZES,
+        {"processor_class": "Qwen2_5OmniProcessor"},
+        _OMNI_TOKENS,
+        before="<|vision_bos|>",
+        after="<|vision_eos|>",
+    ),
+    "qwen3_omni": Family(
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        {
+            "text_config": _text(
+                "qwen3_moe", model_type="qwen3_omni_moe_text",
+                rope_parameters={**_MROPE, "mrope_interleaved": True},
+            ),
+            "vision_config": {
+                **_QWEN_TOWER, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+            },
+            "audio_config": {**_OMNI_SOUND, "downsample_hidden_size": 16},
+            **_OMNI_IDS,
+        },
+        "Qwen2VLImageProcessor",
+        _SIZES,
+        {"processor_class": "Qwen3OmniMoeProcessor"},
+        _OMNI_TOKENS,
+        before="<|vision_bos|>",
+        after="<|vision_eos|>",
     ),
     # Image tokens, and those around an image, have experts of their own.
     "ernie4_5_vl": Family(

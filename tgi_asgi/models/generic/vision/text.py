@@ -47,6 +47,8 @@ _LOOKAHEAD = {
 _VISION_LOOKAHEAD = {"Gemma4UnifiedForConditionalGeneration": Lookahead.IMAGES}
 # Layers' inputs for an image's tokens are those of their own id.
 _READS_IMAGE_IDS = frozenset({"Gemma3nForConditionalGeneration"})
+# Of images, as the functions call them that compute positions.
+SIZES = ("image_grid_thw", "target_sizes")
 _FIRST_POSITION = {"PaliGemmaForConditionalGeneration": 1}
 
 
@@ -157,7 +159,7 @@ def vision_traits(model: Any) -> VisionTraits | None:
     if token is None:
         raise ModelLoadError(f"{name} has no image placeholder token")
     counts = getattr(inner, "get_rope_index", None)
-    if counts is not None and "mm_token_type_ids" not in inspect.signature(counts).parameters:
+    if counts is not None and not {*inspect.signature(counts).parameters} & {*SIZES}:
         raise ModelLoadError(f"{name} cannot be served: it computes the positions of images in its own way")
     decoder = decoder_of(model)
     lookahead = _LOOKAHEAD.get(name, Lookahead.NOTHING)
