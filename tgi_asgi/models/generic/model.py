@@ -54,7 +54,7 @@ from tgi_asgi.models.generic.vision.processor import (
     VisionProcessor,
     load_processor,
 )
-from tgi_asgi.models.generic.vision.program import VisionProgram
+from tgi_asgi.models.generic.vision.program import SequentialVisionProgram, VisionProgram
 from tgi_asgi.models.generic.vision.text import TextView, VisionTraits, complete_outputs, vision_traits
 from tgi_asgi.models.generic.vision.tower import Tower, input_names
 from tgi_asgi.models.generic.weights import Filler
@@ -215,9 +215,9 @@ class OpenGeneric:
             check_cache_uses(self._model)
             return discover(self._text, context), ""
         except ModelLoadError as error:
-            if self._vision is not None:
-                raise
             is_whole = isinstance(own_cache(self._model), WholeText)
+            if self._vision is not None and (is_whole or not self._vision.is_rows_alone):
+                raise
             return [], f"{error}{'; each token computes the whole text again' if is_whole else ''}"
 
     def image_processor(self, source: Path | GivenProcessor) -> ImageProcessor | None:
@@ -294,6 +294,7 @@ class OpenGeneric:
         fix_rotary_tables(model, max_positions)
         tabulate(self._text, max_positions)
         replaced.mode.backend.take(model)
+        attention.install(configurations(model), attends=False)  # towers may have experts, too (dots 3)
         attention.install(configurations(self._text), attends=not self.config.sequential_reason)
         if self._vision is not None and self._vision.has_cross_attention:
             self._keep_encodings(arithmetic, replaced.mode)
@@ -374,16 +375,21 @@ class GenericModel:
                 self.module, self.replaced.head, self.config.encoder_decoder.starts,
                 vocab_size=self.config.vocab_size, is_batched=self.is_batched, backend=self.backend,
             )  # fmt: skip
+        images = None if self.tower is None else EncodingCache(self.tower, image_cache)
+        if self.config.sequential_reason and images is not None and self.config.vision is not None:
+            return SequentialVisionProgram(
+                self.module, self.replaced.head, self.config.vision, images,
+                vocab_size=self.config.vocab_size, device=self.backend.device,
+            )  # fmt: skip
         if self.config.sequential_reason:
             return SequentialProgram(
                 self.module, self.replaced.head, vocab_size=self.config.vocab_size, device=self.backend.device
             )
         layers = PagedLayers(self.config.layers, caches, max_context, self.backend)
-        if self.tower is not None and self.config.vision is not None:
+        if images is not None and self.config.vision is not None:
             return VisionProgram(
-                self.module, self.replaced.head, layers, self.recurrent, self.config.vision,
-                EncodingCache(self.tower, image_cache), vocab_size=self.config.vocab_size,
-                mode=self.replaced.mode,
+                self.module, self.replaced.head, layers, self.recurrent, self.config.vision, images,
+                vocab_size=self.config.vocab_size, mode=self.replaced.mode,
             )  # fmt: skip
         return GenericProgram(
             self.module, self.replaced.head, layers, self.recurrent, vocab_size=self.config.vocab_size,

@@ -23,6 +23,12 @@ TOKEN_HEADS = ("ForMaskedLM", "ForPreTraining")  # of encoders, which are served
 # Types for which transformers uses a family's class, but with other defaults, and names in published files.
 _BORROWING = frozenset({"exaone", "sarvam_mla", "sarvam_moe"})
 
+# By model type, the class of the part that reads and writes; the others speak its answer.
+_THINKERS = {
+    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+
 
 def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config.json that names an architecture; older ones may only have a model type.
@@ -32,9 +38,12 @@ def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
     IQuest's own class is Llama there. So it is, too, if the file has the name of another type's class, as
     after a merge of Llama and Mistral: `transformers` goes by the type. Other names stay: they may be of
     models that compute something else. A Mistral that lists the kinds of its layers is Ministral, as for
-    `AutoConfig`. An encoder-decoder is the class with a head, even if its file names the one without.
+    `AutoConfig`. An encoder-decoder is the class with a head, even if its file names the one without. Of a
+    model that speaks, it is the part that writes.
     """
     kind, names = config.get("model_type"), config.get("architectures")
+    if isinstance(kind, str) and kind in _THINKERS:
+        return {**config, "architectures": [_THINKERS[kind]]}
     if config.get("is_encoder_decoder") is True:
         return _with_head(config)
     if (kind, names) == ("chatglm", ["ChatGLMModel"]):  # the class without a head, but the files have one
