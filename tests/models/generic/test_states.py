@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from tests.support import architectures
-from tests.support.generic import batch_of, load_generic, program_of
+from tests.support.generic import batch_of, load_generic, measure, program_of
 from tgi_asgi.models.generic.states import SlotStates
 
 # With an index, tables of compressed keys, a list of tensors, an object, and states in modules; or no cache.
@@ -171,3 +173,28 @@ def test_rows_may_fail_in_the_middle_of_a_model(
                 program.run(batch_of([(0, 12, 8)], ids), [0])
         found = program.run(batch_of([(0, 12, 8)], ids), range(8))
     assert np.abs(found - expected[12:]).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "limit"),
+    [
+        ("mamba2", "time_step_limit", [0.2, 0.6]),
+        ("zamba2", "time_step_min", 0.3),
+        *(
+            pytest.param(model_type, name, limit, marks=pytest.mark.models)
+            for model_type, name, limit in (
+                ("bamba", "time_step_limit", [0.2, 0.6]),
+                ("falcon_h1", "time_step_limit", [0.2, 0.6]),
+                ("granitemoehybrid", "time_step_limit", [0.2, 0.6]),
+                ("nemotron_h", "time_step_min", 0.3),
+            )
+        ),
+    ],
+)
+def test_the_time_step_of_a_single_token_has_the_limits_of_a_prompt_s(
+    model_type: str, name: str, limit: object, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint(model_type), tmp_path / model_type)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: limit}))
+    assert measure(folder).difference < 1e-4

@@ -31,7 +31,12 @@ from tgi_asgi.models.generic.modules import Mode
 from tgi_asgi.models.generic.own_cache import WholeText, cache_name, own_cache, own_sizes
 from tgi_asgi.models.generic.positions import context_length, first_position
 from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram
-from tgi_asgi.models.generic.recurrent import RecurrentLayers, keep_states_in_caches, recurrent_modules
+from tgi_asgi.models.generic.recurrent import (
+    RecurrentLayers,
+    clamp_single_steps,
+    keep_states_in_caches,
+    recurrent_modules,
+)
 from tgi_asgi.models.generic.replace import Replaced, packed_names
 from tgi_asgi.models.generic.rope import (
     fix_rotary_tables,
@@ -144,6 +149,7 @@ class OpenGeneric:
         complete_outputs(self._model)
         cross_attention.adapt(self._model)
         keep_states_in_caches(self._model)
+        clamp_single_steps(self._model)
         self._vision = vision_traits(self._model)
         self._processor: VisionProcessor | None = None
         self._text: Any = self._model if self._vision is None else TextView(self._model)
