@@ -29,10 +29,12 @@ from tgi_asgi.models.generic.inline_experts import adapt_experts
 from tgi_asgi.models.generic.invariance import all_products_are_native, applies_sines
 from tgi_asgi.models.generic.modules import Mode
 from tgi_asgi.models.generic.own_cache import WholeText, cache_name, own_cache, own_sizes
+from tgi_asgi.models.generic.positions import context_length, first_position
 from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram
 from tgi_asgi.models.generic.recurrent import (
     RecurrentLayers,
     can_fork,
+    clamp_single_steps,
     keep_states_in_caches,
     recurrent_modules,
 )
@@ -40,7 +42,6 @@ from tgi_asgi.models.generic.replace import Replaced, packed_names
 from tgi_asgi.models.generic.rope import (
     fix_rotary_tables,
     is_dynamic,
-    stretched_context,
     table_bytes,
     tabulate,
 )
@@ -63,18 +64,6 @@ from tgi_asgi.settings import GivenRope
 from tgi_asgi.types import ImageProcessor
 
 logger = logging.getLogger(__name__)
-
-_LONGEST = 1 << 17  # for models that name no length
-_CONTEXT_NAMES = (
-    "max_position_embeddings",
-    "seq_length",
-    "max_seq_len",
-    "n_positions",
-    "n_ctx",
-    "max_target_positions",
-    "context_length",
-)
-_POSITION_METHODS = ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +151,7 @@ class OpenGeneric:
         complete_outputs(self._model)
         cross_attention.adapt(self._model)
         keep_states_in_caches(self._model)
+        clamp_single_steps(self._model)
         self._vision = vision_traits(self._model)
         self._processor: VisionProcessor | None = None
         self._text: Any = self._model if self._vision is None else TextView(self._model)
@@ -395,21 +385,6 @@ class GenericModel:
             self.module, self.replaced.head, layers, self.recurrent, vocab_size=self.config.vocab_size,
             first_position=self.config.first_position, mode=self.replaced.mode,
         )  # fmt: skip
-
-
-def first_position(model: Any) -> int:
-    """Return a sequence's first position: RoBERTa and its variants start after the padding id."""
-    for module in model.modules():
-        if any(hasattr(module, name) for name in _POSITION_METHODS):
-            return int(module.padding_idx) + 1
-    return 0
-
-
-def context_length(config: Any) -> int:
-    """Return the number of positions that a configuration names, or those to which it stretches them."""
-    named = (getattr(config, name, None) for name in _CONTEXT_NAMES)
-    found = next((value for value in named if type(value) is int and value > 0), _LONGEST)
-    return min(max(found, stretched_context(config, found)), MAX_CONTEXT)
 
 
 def _num_logits(text: Any) -> int:

@@ -184,5 +184,5 @@ def _read(family: Family, reader: Reader) -> tuple[Family, ModelConfig]:
 
 def produces_vectors(architecture: str) -> bool:
     """Return whether an architecture is a model without a head that generates text."""
-    is_head = architecture.endswith(("LMHeadModel", "HeadsModel", "MTModel"))
+    is_head = architecture.endswith(("LMHeadModel", "HeadsModel", "MTModel", "EncoderDecoderModel"))
     return architecture.endswith(("Model", CLASSIFIER, *TOKEN_HEADS)) and not is_head
