@@ -135,7 +135,7 @@ def test_images_have_the_logits_of_transformers(name: str, tmp_path: Path, devic
         assert np.abs(logits - expected).max() / np.abs(expected).max() < EQUAL
 
 
-@pytest.mark.parametrize("name", of_each(["t5", "bart", "led", "m2m_100"], ["bart"]))
+@pytest.mark.parametrize("name", of_each(["t5", "bart", "led", "m2m_100", "encoder-decoder"], ["bart"]))
 def test_answers_of_encoder_decoders_are_those_of_transformers(
     name: str, tmp_path: Path, device: torch.device
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
-from tests.support.family_files import checkpoint, reference
+from tests.support.family_files import Reference, checkpoint, reference
 from tests.support.family_scores import score
+from tests.support.like_llama import LIKE_LLAMA, make
 from tests.support.quantised import compressed_tensors, gptq_tensors, random_codes
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.types import PromptLogprobs
@@ -31,14 +33,15 @@ CONFIGS = {
 KEPT = ("conv1d.weight", "mlp.gate.weight", "shared_expert_gate.weight", "router.layer.weight")
 
 
-def write_both(case: FamilyCase, recipe: str, folder: Path) -> tuple[ModelFiles, ModelFiles]:
-    """Write the case's checkpoint with layer matrices of four bits, and with what they decode to."""
+def write_both(
+    source: Path, recipe: str, folder: Path, *, is_turned: bool = False
+) -> tuple[ModelFiles, ModelFiles]:
+    """Write a checkpoint with layer matrices of four bits, and with what they decode to."""
     torch.manual_seed(4)
     packed, decoded = {}, {}
-    for name, tensor in load_file(checkpoint(case).path / "model.safetensors").items():
+    for name, tensor in load_file(source / "model.safetensors").items():
         packed[name] = decoded[name] = tensor
         if tensor.dim() == 2 and re.search(r"\.(layers|h)\.", name) and not name.endswith(KEPT):
-            is_turned = case.name == "gpt2"
             rows, columns = tensor.shape[::-1] if is_turned else tensor.shape
             matrix = random_codes(rows, columns, 32, is_centred=True)
             parts = gptq_tensors(matrix) if recipe == "gptq" else compressed_tensors(matrix, is_centred=True)
@@ -51,7 +54,7 @@ def write_both(case: FamilyCase, recipe: str, folder: Path) -> tuple[ModelFiles,
         ("packed", packed, {"quantization_config": CONFIGS[recipe]}),
         ("decoded", decoded, {}),
     ):
-        shutil.copytree(checkpoint(case).path, folder / kind)
+        shutil.copytree(source, folder / kind)
         save_file(tensors, folder / kind / "model.safetensors")
         config = folder / kind / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | changes))
@@ -65,9 +68,21 @@ def write_both(case: FamilyCase, recipe: str, folder: Path) -> tuple[ModelFiles,
 )
 def test_packed_matrices_are_found(name: str, recipe: str, tmp_path: Path) -> None:
     (case,) = (case for case in CASES if case.name == name)
-    packed, decoded = (
-        score(case, files, reference(case), "float32") for files in write_both(case, recipe, tmp_path)
-    )
+    both = write_both(checkpoint(case).path, recipe, tmp_path, is_turned=name == "gpt2")
+    check_same(case, both, reference(case))
+
+
+@pytest.mark.parametrize("name", ["internlm2-biases", "chatglm", "qwen", "deepseek-renormalised"])
+def test_packed_matrices_of_models_with_code_of_their_own_are_found(name: str, tmp_path: Path) -> None:
+    (case,) = (case for case in LIKE_LLAMA if case.name == name)
+    found = make(replace(case, same=replace(case.same, gguf=())), tmp_path)
+    both = write_both(tmp_path / "published", "gptq", tmp_path)
+    check_same(case.same, both, found)
+
+
+def check_same(case: FamilyCase, both: tuple[ModelFiles, ModelFiles], prompt: Reference) -> None:
+    """Check that the packed and the decoded checkpoint give the same."""
+    packed, decoded = (score(case, files, prompt, "float32") for files in both)
     assert [each.token_id for each in packed.sampled] == [each.token_id for each in decoded.sampled]
 
     def values(prompt: PromptLogprobs) -> list[float]:

@@ -91,10 +91,10 @@ def servable() -> list[str]:
     return [name for name in buildable() if name not in NO_REFERENCE]
 
 
-def config(model_type: str) -> transformers.PretrainedConfig:
+def config(model_type: str, **more: Any) -> transformers.PretrainedConfig:
     """Return the configuration of a tiny model of this type that contains each kind of layer."""
     kind = CONFIG_MAPPING[model_type]
-    particular = copy.deepcopy(dict(CONFIG.get(model_type, {})))
+    particular = copy.deepcopy(dict(CONFIG.get(model_type, {}))) | more
     default = kind(**particular.pop("default", {}))
     known = vars(default)
     other_names = dict(default.attribute_map)

@@ -18,7 +18,7 @@ from tests.support import architectures
 from tests.support.architectures import config as config_of_type
 from tests.support.architectures import one_thread, random_ids, randomise, save_tokenizer
 
-_LAST_NORM = re.compile(r"decoder\.(.*\.)?(final_layer_norm|layer_norm|norm)\.weight$")
+_LAST_NORM = re.compile(r"decoder\.(.*\.)?(final_layer_norm|layer_norm|LayerNorm|norm|ln_f)\.weight$")
 START, END, PAD = 0, 1, 2
 # What differs from `architectures.config` in each type.
 _T5 = {"d_kv": 16, "d_ff": 96, "num_decoder_layers": 3}
@@ -27,11 +27,20 @@ _GEMMA = {
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 320, "sliding_window": 12,
     "max_position_embeddings": 512, "query_pre_attn_scalar": 16, "pad_token_id": 2,
 }  # fmt: skip
+_GEMMA2 = {**_GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_BERT = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "vocab_size": 320, "max_position_embeddings": 512, "pad_token_id": 2,
+}  # fmt: skip
 TYPES: Mapping[str, Mapping[str, Any]] = {
     "bart": {},
     "bigbird_pegasus": {"attention_type": "original_full"},
     "blenderbot": {},
     "blenderbot-small": {},
+    "encoder-decoder": {
+        "encoder": {"model_type": "bert", **_BERT},
+        "decoder": {"model_type": "bert", **_BERT, "is_decoder": True, "add_cross_attention": True},
+    },
     "fsmt": {"langs": ["en", "de"], "src_vocab_size": 320, "tgt_vocab_size": 320},
     "led": {
         "attention_window": [8, 8, 8],
@@ -56,6 +65,25 @@ TYPES: Mapping[str, Mapping[str, Any]] = {
         "decoder": {**_GEMMA, "cross_attention_hidden_size": 64},
         "vocab_size": 320,
     },
+    "t5gemma2": {
+        "encoder": {
+            "text_config": _GEMMA2,
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 4,
+            },
+            "mm_tokens_per_image": 4,
+            "boi_token_index": 316,
+            "eoi_token_index": 317,
+        },
+        "decoder": _GEMMA2,
+        "image_token_index": 318,
+    },
     "umt5": _T5,
 }
 
@@ -63,7 +91,10 @@ TYPES: Mapping[str, Mapping[str, Any]] = {
 # Types whose code takes no mask of the answers, so that each is computed alone.
 ALONE = frozenset({"led"})
 # Types that are not served, and what the server says.
-REFUSED = dict.fromkeys(("fsmt", "prophetnet"), "is an encoder-decoder of a kind that is not served")
+REFUSED = {
+    "fsmt": "cannot be served: it reads and writes in two vocabularies",
+    "prophetnet": "cannot be served: it computes other logits where several tokens of an answer come at once",
+}
 
 
 @one_thread()

@@ -16,10 +16,11 @@ import transformers
 
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase, overlaid
+from tests.support.like_llama import LIKE_LLAMA
 from tgi_asgi.models import families
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.loading.recognise import read_config
+from tgi_asgi.models.loading.recognise import read_config, with_architecture
 from tgi_asgi.models.needs import needs_of
 from tgi_asgi.runner.cuda_load import SUPPORTED_NEEDS
 
@@ -30,7 +31,8 @@ def page() -> str:
 
 
 def _lines() -> Iterator[str]:
-    configs = [read_config(config_of(case)) for case in CASES]
+    given = [config_of(case) for case in CASES] + [case.published for case in LIKE_LLAMA if case.is_read]
+    configs = [read_config(with_architecture(config)) for config in given]
     yield "| models | `architectures` of config.json | GGUF | on a GPU |"
     yield "|---|---|---|---|"
     for module in pkgutil.iter_modules(families.__path__):

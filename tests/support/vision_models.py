@@ -40,6 +40,8 @@ _CONFIG_NAMES = {
     "boi_token": "boi_token_index",
     "eoi_token": "eoi_token_index",
     "audio_token": "audio_token_id",
+    "image_start_token": "image_start_token_id",
+    "image_end_token": "image_end_token_id",
 }
 _SPREAD = 3.0  # approximate standard deviation of the logits
 
@@ -110,7 +112,7 @@ def _config(family: Family, kind: Any, tokens: list[str]) -> Any:
     values[family.image_key] = tokens.index(_image_token(family))
     if "video_token" in family.tokens:
         values[family.image_key.replace("image", "video")] = tokens.index(family.tokens["video_token"])
-    for key in ("boi_token", "eoi_token", "audio_token"):
+    for key in _CONFIG_NAMES:
         if key in family.tokens:
             values[_CONFIG_NAMES[key]] = tokens.index(family.tokens[key])
     made = kind.config_class(**values)
@@ -266,19 +268,25 @@ def _inputs(folder: Path, prompt: Prompt, model: Any, ids: torch.Tensor) -> Mapp
         return made
     if name.startswith("Gemma3"):
         made["token_type_ids"] = kinds
-    if name.startswith(("Qwen", "Glm4v", "Gemma4", "HunYuan", "MiniCPMV4_7")):
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         made["mm_token_type_ids"] = kinds
+    if "Omni" in name and not name.startswith("Cosmos"):  # without a mask, it ignores where images are
+        made["attention_mask"] = torch.ones_like(ids)
+    if name.startswith("Ernie"):
+        around = [config.image_start_token_id, config.image_end_token_id]
+        made["moe_mm_token_type_ids"] = torch.isin(ids, torch.tensor([token, *around])).long()
     processor = processor_of(folder)
     pictures: list[Any] = list(prompt.pictures)
     if any(each in name for each in ("Onevision", "Idefics", "SmolVLM")):
         pictures = [pictures]
     options = {**processor._options, "return_tensors": "pt"}
     found = processor._processor.image_processor(pictures, **options)
-    known = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "spatial_shapes",
-             "image_position_ids", "batch_num_images", "target_sizes", "aspect_ratio_ids",
-             "aspect_ratio_mask")  # fmt: skip
+    known = ("pixel_values", "high_res_pixel_values", "pixel_attention_mask", "image_sizes",
+             "image_grid_thw", "spatial_shapes", "image_position_ids", "batch_num_images", "target_sizes",
+             "aspect_ratio_ids", "aspect_ratio_mask")  # fmt: skip
     made |= {key: found[key] for key in known if key in found}
-    if "image_sizes" in made and not any(each in name for each in ("Llava", "Mistral3", "Granite4")):
+    sized = ("Llava", "Mistral3", "Granite4", "MistralLarge4")
+    if "image_sizes" in made and not any(each in name for each in sized):
         del made["image_sizes"]
     if name.startswith("Mllama"):
         made["cross_attention_mask"] = _cross_attention_mask(prompt, token, found["num_tiles"], ids.shape[1])

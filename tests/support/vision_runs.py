@@ -20,14 +20,13 @@ from tests.support.vision_models import Prompt
 from tgi_asgi import ops
 from tgi_asgi.app import App, create_app
 from tgi_asgi.formats.quantised import Quantisation
-from tgi_asgi.models.generic.check import flat_rows
+from tgi_asgi.models.generic.check import BLOCK, flat_rows, make_pool
 from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
-from tgi_asgi.models.generic.vision.program import VisionProgram
+from tgi_asgi.models.generic.vision.program import SequentialVisionProgram, VisionProgram
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Bidirectional
 
-BLOCK = 16
 _MIB = 1 << 20
 
 
@@ -46,7 +45,7 @@ def load(
 
 def run(
     model: GenericModel, sequences: Sequence[tuple[Prompt, list[int]]], chunks: Sequence[int]
-) -> tuple[list[np.ndarray], VisionProgram]:
+) -> tuple[list[np.ndarray], VisionProgram | SequentialVisionProgram]:
     """Return the logits [n_tokens, vocab] of each sequence of prompt and answer, all in one batch.
 
     Prompts are computed in chunks of these sizes, extended where a prompt or image must not be cut; answers
@@ -54,11 +53,9 @@ def run(
     """
     longest = max(len(prompt.ids) + len(answer) for prompt, answer in sequences)
     width = -(-longest // BLOCK)
-    pool = model.backend.pool(
-        model.config.caches, num_blocks=width * len(sequences), block_size=BLOCK, dtype="float32"
-    )
-    program = model.program(pool.layers, longest, _MIB)
-    assert isinstance(program, VisionProgram)
+    pool = make_pool(model, width * len(sequences))
+    program = model.program([] if pool is None else pool.layers, longest, _MIB)
+    assert isinstance(program, VisionProgram | SequentialVisionProgram)
     for slot, (prompt, _) in enumerate(sequences):
         program.start(slot, prompt.ids, prompt.images)
     found: list[list[np.ndarray]] = [[] for _ in sequences]

@@ -7,6 +7,7 @@ from typing import Any
 
 from tests.support.vision_family import VOCAB_SIZE, Family
 from tests.support.vision_newer import NEWER
+from tests.support.vision_newest import NEWEST
 
 _LLAMA = {
     "model_type": "llama",
@@ -466,4 +467,5 @@ FAMILIES: Mapping[str, Family] = {
         image_token="<IMG_CONTEXT>",
     ),
     **NEWER,
+    **NEWEST,
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import regex  # type: ignore[import-untyped]
 import sentencepiece
 import tokenizers
 import transformers
@@ -21,6 +22,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.text.sentencepiece_file import read_model
+from tgi_asgi.text.token_bytes import byte_alphabet
 from tgi_asgi.text.tokenizer import Tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -158,6 +160,114 @@ def test_added_tokens_keep_their_ids(trained: Callable[[str], Path], tmp_path: P
     assert "the token '<pad>' should have the id 800, and has 700" in refusal(folder)
     checkpoint(tmp_path, "llama", added_tokens_json={"<pad>": "800"})
     assert "must give each token a number" in refusal(folder)
+
+
+def test_spare_tokens_get_the_names_that_the_configuration_lists(
+    trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """InternLM 2's chats use tokens that its vocabulary calls unused."""
+    spare = sentencepiece.SentencePieceProcessor(model_file=str(trained("llama"))).piece_to_id(SYMBOLS[0])
+    listed = {
+        str(spare): {"content": "<|plugin|>", "special": True, "normalized": False},
+        "700": {"content": "<new>", "special": False, "normalized": False},
+    }
+    config = {"tokenizer_class": "InternLM2Tokenizer", "added_tokens_decoder": listed}
+    data = trained("llama").read_bytes()
+    folder = checkpoint(tmp_path, "internlm2", tokenizer_model=data, tokenizer_config_json=config)
+    tokenizer = Tokenizer.from_directory(folder)
+    assert tokenizer.encode("<|plugin|><new>", add_special_tokens=False) == [spare, 700]
+    assert spare in tokenizer.special_ids and 700 not in tokenizer.special_ids
+    assert tokenizer.decode([spare], skip_special_tokens=False) == "<|plugin|>"
+
+
+@pytest.mark.parametrize("has_roles", [False, True])
+def test_chatglm_adds_its_tokens_after_sentencepiece_s(
+    trained: Callable[[str], Path], tmp_path: Path, has_roles: bool
+) -> None:
+    path = trained("llama")
+    truth = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    config: dict[str, Any] = {"tokenizer_class": "ChatGLMTokenizer"}
+    if has_roles:
+        config["added_tokens_decoder"] = {
+            "701": {"content": "[gMASK]", "special": True}, "706": {"content": "<|user|>", "special": True},
+        }  # fmt: skip
+    folder = checkpoint(tmp_path, "chatglm", tokenizer_model=path.read_bytes(), tokenizer_config_json=config)
+    tokenizer = Tokenizer.from_directory(folder)
+    plain = tokenizer.encode("Hello  world", add_special_tokens=False)
+    assert plain == truth.encode("Hello  world")
+    assert tokenizer.encode("Hello  world", add_special_tokens=True) == [701, 703, *plain]
+    assert tokenizer.encode_pair("a", "b")[0][:2] == [701, 703]
+    users = tokenizer.encode("[gMASK]sop<|user|>", add_special_tokens=False)
+    assert users[:2] == [701, 703] and (users[2:] == [706]) == has_roles
+    assert tokenizer.eos_ids == {2}
+
+
+def ranks_file(folder: Path) -> tuple[bytes, dict[bytes, int]]:
+    """Return a small vocabulary of tiktoken, as a file and as ranks."""
+    byte_level_files(folder)
+    letters = byte_alphabet()
+    vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+    tokens = [bytes(letters[letter] for letter in text) for text in vocab if text != "<|endoftext|>"]
+    ranks = {token: rank for rank, token in enumerate(sorted(tokens, key=lambda token: (len(token), token)))}
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
+    return b"".join(lines), ranks
+
+
+def merged(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
+    """Return the ids of a piece by tiktoken's rule: the first neighbours of the lowest rank merge."""
+    parts = [piece] if piece in ranks else [bytes([byte]) for byte in piece]
+    while pairs := [
+        (ranks[parts[at] + parts[at + 1]], at)
+        for at in range(len(parts) - 1)
+        if parts[at] + parts[at + 1] in ranks
+    ]:
+        _, at = min(pairs)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return [ranks[part] for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "numbers"),
+    [("QWenTokenizer", "qwen_tiktoken", r"\p{N}"), ("ChatGLM4Tokenizer", "tokenizer_model", r"\p{N}{1,3}")],
+)
+def test_ranks_of_tiktoken_are_read_as_its_rule_says(
+    tmp_path: Path, kind: str, name: str, numbers: str
+) -> None:
+    """So do 20,000 random texts, compared once with tiktoken itself."""
+    data, ranks = ranks_file(tmp_path)
+    size = len(ranks)
+    config: dict[str, Any] = {"tokenizer_class": kind}
+    if kind == "ChatGLM4Tokenizer":
+        names = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<|user|>")
+        listed = {str(size + at): {"content": text, "special": True} for at, text in enumerate(names)}
+        config |= {"eos_token": "<|endoftext|>", "added_tokens_decoder": listed}
+    folder = checkpoint(tmp_path, kind, **{name: data}, tokenizer_config_json=config, config_json={})
+    tokenizer = Tokenizer.from_directory(folder)
+    pattern = regex.compile(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + numbers
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )  # fmt: skip
+    normal = partial(unicodedata.normalize, "NFC") if kind == "QWenTokenizer" else str
+    for text in [*TEXTS, *texts(), "=" * 41 + " " * 63 + "I'LL 12345\r\n\n x"]:
+        expected = [each for piece in pattern.findall(normal(text)) for each in merged(piece.encode(), ranks)]
+        assert tokenizer.encode(text, add_special_tokens=False) == expected
+        assert tokenizer.decode(expected, skip_special_tokens=True) == normal(text)
+    if kind == "QWenTokenizer":
+        chat = tokenizer.encode("<|im_start|><|im_end|><|extra_204|>", add_special_tokens=True)
+        assert chat == [size + 1, size + 2, size + 207]
+        assert tokenizer.eos_ids == {size, size + 2}
+    else:
+        assert tokenizer.encode("<|user|>", add_special_tokens=True) == [size + 2, size + 4, size + 5]
+        assert tokenizer.eos_ids == {size}
+
+
+@pytest.mark.parametrize(
+    "data", [b"\n", b"QQ== 0\n", b"QQ== 0\nQQ== 1\n", b"!! 0\n", b"QQ== one\n", b"QQ==\n"]
+)
+def test_damaged_ranks_are_refused(tmp_path: Path, data: bytes) -> None:
+    config = {"tokenizer_class": "QWenTokenizer"}
+    folder = checkpoint(tmp_path, "qwen", qwen_tiktoken=data, tokenizer_config_json=config)
+    assert "qwen.tiktoken is no vocabulary of tiktoken" in refusal(folder)
 
 
 def byte_level_files(folder: Path) -> dict[str, bytes]:

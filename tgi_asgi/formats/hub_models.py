@@ -23,7 +23,7 @@ from tgi_asgi.types import Progress
 
 logger = logging.getLogger(__name__)
 
-_CONFIGURATION = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+_CONFIGURATION = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 _CODE = ("*.py",)  # code that a model brings, for administrators who trust it
 _OTHER_KINDS = ("original/*", "onnx/*", "openvino/*", "metal/*")  # folders with copies of the model
 _DENSE = "*_Dense/model.safetensors"  # of sentence-transformers

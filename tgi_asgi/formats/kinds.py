@@ -42,13 +42,17 @@ _SEES = re.compile(
     r"For(?:\w*Image(?!Text)\w*|\w*Object\w*|\w*Segmentation|\w*Depth\w*|Video\w*|Keypoint\w*)$"
     r"|CLIP\w*Model$|^(?:Siglip|ViT|DeiT|Beit|Swin|Dinov|ConvNext|ResNet|Sam\d?|Align|Hiera|TimmWrapper)"
 )
-# Types of `transformers` that turn a text into another. Two are left out: fsmt's code wants all of an answer
-# again for each token, and prophetnet predicts several tokens at once.
+# Types of `transformers` that turn a text into another.
 ENCODER_DECODERS = frozenset({
-    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "led", "longt5", "m2m_100", "marian",
-    "mbart", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "switch_transformers", "t5",
-    "t5gemma", "umt5",
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "encoder-decoder", "led", "longt5",
+    "m2m_100", "marian", "mbart", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart",
+    "switch_transformers", "t5", "t5gemma", "t5gemma2", "umt5",
 })  # fmt: skip
+# Others that do, and what keeps them from being served.
+_UNSERVED_PAIRS: Mapping[str, str] = {
+    "fsmt": "reads and writes in two vocabularies, of which a tokenizer.json holds one",
+    "prophetnet": "computes other logits where several tokens of an answer come at once than one by one",
+}
 _LABELS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _HEARS = re.compile(
     r"For(?:CTC|Audio\w*|Speech\w*|TextTo\w+|XVector)$"
@@ -108,6 +112,21 @@ def _refuse_elsewhere(what: str, base: str) -> None:
         raise ModelLoadError(f"{what} {base[:200]!r}, which is neither a directory nor an id on the Hub")
 
 
+def why_unserved_pair(model_type: object, *, is_labelling: bool = False) -> str:
+    """Return what keeps an encoder-decoder of this type from being served; empty if nothing does.
+
+    Args:
+        is_labelling: Whether it gives labels instead of a text.
+    """
+    if model_type in ENCODER_DECODERS and not is_labelling:
+        return ""
+    known = _UNSERVED_PAIRS.get(str(model_type))
+    if known is not None:
+        return f"is an encoder-decoder that cannot be served: it {known}"
+    unlike = "unlike T5 and others that turn a text into another"
+    return f"is an encoder-decoder of a kind that is not served, {unlike}"
+
+
 def servable_config(model_id: str, names: Collection[str], directory: Path) -> dict[str, Any]:
     """Return the config.json of a model with safetensors; refuse everything else.
 
@@ -155,11 +174,8 @@ def _refuse_no_text(model_id: str, config: Mapping[str, Any]) -> None:
     listed = config.get("architectures")
     architecture = str(listed[0])[:100] if isinstance(listed, list) and listed else ""
     if config.get("is_encoder_decoder") is True and not architecture.endswith("EncoderModel"):
-        check(
-            config.get("model_type") in ENCODER_DECODERS and not architecture.endswith(_LABELS),
-            f"{model_id} ({architecture}) is an encoder-decoder of a kind that is not served, unlike T5 and "
-            "others that turn a text into another",
-        )
+        reason = why_unserved_pair(config.get("model_type"), is_labelling=architecture.endswith(_LABELS))
+        check(not reason, f"{model_id} ({architecture}) {reason}")
     if _HEARS.search(architecture):
         raise ModelLoadError(f"{model_id} ({architecture}) is an audio model: only text models are served")
     if _SEES.search(architecture):

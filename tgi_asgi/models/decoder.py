@@ -73,10 +73,14 @@ class Decoder:
             return self.embedding
         head, bias = embedding, None
         if not config.has_tied_embeddings:
-            head = self._rows_of_tokens(weights, "lm_head.weight", config.hidden_size)
+            head = self.read_head_rows(weights)
         if config.has_head_bias:
             bias = self._rows_of_tokens(weights, "lm_head.bias")
         return ops.linear_weight(head, arithmetic, bias=bias, is_vocabulary=True)
+
+    def read_head_rows(self, weights: Weights) -> ops.WeightSource:
+        """Return the matrix of a head of its own."""
+        return self._rows_of_tokens(weights, "lm_head.weight", self.config.hidden_size)
 
     def _read_layer(
         self, weights: Weights, index: int, arithmetic: ops.Arithmetic, ropes: RopeTables

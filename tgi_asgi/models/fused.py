@@ -1,4 +1,7 @@
-"""Layers with fused q, k and v, and fused gate and up: Phi 3's, and those of models older than Llama."""
+"""Layers with fused q, k and v, and fused gate and up: Phi 3's, and those of models older than Llama.
+
+GGUF files of some of these have separate tensors; so have checkpoints that GPTQModel has taken apart.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _QKV = "self_attn.qkv_proj"
 
 
 class FusedGateUpWeights(LayerWeights):
-    """A layer whose gate and up are one tensor, unless a tool has taken them apart, as GPTQModel does."""
+    """A layer whose gate and up are one tensor, unless the file has both."""
 
     def gate_up_sources(self) -> Sources:
         """Cut the tensor of gate and up by rows; in GGUF files it has the name of up."""
@@ -24,14 +27,18 @@ class FusedGateUpWeights(LayerWeights):
 
 
 class FusedWeights(FusedGateUpWeights):
-    """A layer in which all products of one input are one tensor."""
+    """A layer in which all products of one input are one tensor, unless the file has each."""
 
     def qkv_sources(self) -> Sources:
         """Cut the tensor of q, k and v by rows."""
+        if self.has("self_attn.q_proj.weight"):
+            return super().qkv_sources()
         return self.cut(f"{_QKV}.weight", self._qkv_rows(), self.config.hidden_size)
 
     def qkv_biases(self) -> Sources | None:
         """Cut the bias of q, k and v by rows."""
+        if self.has("self_attn.q_proj.bias"):
+            return super().qkv_biases()
         return self.cut(f"{_QKV}.bias", self._qkv_rows()) if self.config.has_qkv_bias else None
 
     def _qkv_rows(self) -> list[int]:

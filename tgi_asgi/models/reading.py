@@ -61,6 +61,15 @@ def read_sizes(
     }
 
 
+def rms_eps_key(reader: Reader) -> str:
+    """Return the key of an RMSNorm's epsilon, which GGUF files may call a LayerNorm's.
+
+    llama.cpp's converter does if config.json says `layer_norm_epsilon`.
+    """
+    is_other = reader.is_gguf and reader.get("rms_norm_eps") is None
+    return "layer_norm_eps" if is_other else "rms_norm_eps"
+
+
 def _default_context(reader: Reader) -> int:
     """Return the context of a config.json that names none: that of the type's class in `transformers`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tgi_asgi.models.generic.backend import Pool
     from tgi_asgi.models.generic.model import GenericModel
     from tgi_asgi.models.generic.program import ModuleProgram
-    from tgi_asgi.models.generic.vision.program import VisionProgram
+    from tgi_asgi.models.generic.vision.program import ImageProgram
 
 
 class Program(Protocol):
@@ -125,11 +125,8 @@ def module_program(program: Program, model: Model | GenericModel) -> ModuleProgr
     return None if model.kind == "native" else cast("ModuleProgram", program)
 
 
-def vision_program(program: Program, model: Model | GenericModel) -> VisionProgram | None:
+def vision_program(program: Program, model: Model | GenericModel) -> ImageProgram | None:
     """Return the program as one that encodes images; None if the model accepts none."""
     if model.kind == "native" or model.config.vision is None:
         return None
-    from tgi_asgi.models.generic.vision.program import VisionProgram
-
-    assert isinstance(program, VisionProgram)
-    return program
+    return cast("ImageProgram", program)

@@ -1,8 +1,8 @@
 """Tokenizers of checkpoints without tokenizer.json, or with an older one: those from before 2023 and others.
 
-sentencepiece's tokenizer.model is read here if the checkpoint's tokenizer class does nothing else to a text.
-The other kinds (vocab.json with merges.txt, vocab.txt, tekken.json ...) are left to `transformers`, which
-knows what each class does.
+sentencepiece's tokenizer.model is read here if the checkpoint's tokenizer class does nothing else to a text,
+and tiktoken's files if the class is known. The other kinds (vocab.json with merges.txt, vocab.txt,
+tekken.json ...) are left to `transformers`, which knows what each class does.
 """
 
 from __future__ import annotations
@@ -12,13 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.files import read_optional_json
-from tgi_asgi.text.sentencepiece_file import read_model
+from tgi_asgi.text.sentencepiece_file import SentencepieceModel, read_model
+from tgi_asgi.text.sentencepiece_vocab import USER_DEFINED
+from tgi_asgi.text.tiktoken_file import CLASSES, is_tiktoken, read_tiktoken
 
 _SENTENCEPIECE = "tokenizer.model"
+_CHATGLM = "ChatGLMTokenizer"
+# ChatGLM 2's and 3's tokens, whose ids follow sentencepiece's; those of roles are 3's, whose files list them.
+_CHATGLM_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+_CHATGLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+_CHATGLM_PREFIX = ("[gMASK]", "sop")
 # Classes that only add an optional BOS before a text and an EOS after it, and use ids unchanged.
 _PLAIN_CLASSES = frozenset({
     "", "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "InternLMTokenizer", "InternLM2Tokenizer",
@@ -37,6 +44,7 @@ _KNOWN = (
     ("vocab.txt",),
     ("tekken.json",),
     ("tiktoken.model",),
+    ("qwen.tiktoken",),
     (_SENTENCEPIECE,),
     ("spiece.model",),
     ("sentencepiece.bpe.model",),
@@ -57,8 +65,15 @@ def make_backend(directory: Path, config: Mapping[str, Any]) -> tuple[tokenizers
         ModelLoadError: if there are no files to build it from, or they are damaged.
     """
     kind = str(config.get("tokenizer_class") or "").removesuffix("Fast")
-    path = directory / _SENTENCEPIECE
-    if path.is_file() and kind in _PLAIN_CLASSES and not _is_tiktoken(path):
+    path, ranks = directory / _SENTENCEPIECE, CLASSES.get(kind)
+    added: dict[str, Any]
+    if ranks is not None and (directory / ranks.file).is_file():
+        backend, added = read_tiktoken(directory / ranks.file, ranks), dict(ranks.named)
+        _add_listed(backend, config)
+        _put_before(backend, ranks.prefix)
+    elif path.is_file() and kind == _CHATGLM:
+        backend, added = _of_chatglm(path, config)
+    elif path.is_file() and kind in _PLAIN_CLASSES and not is_tiktoken(path):
         backend, added = _of_sentencepiece(path, config)
     elif any(all((directory / name).is_file() for name in names) for names in _KNOWN):
         backend, added = _of_transformers(directory)
@@ -113,15 +128,9 @@ def check_ids(backend: tokenizers.Tokenizer, listed: Mapping[str, Any]) -> None:
             raise ModelLoadError(f"the token {content!r} should have the id {token_id}, and has {found}")
 
 
-def _is_tiktoken(path: Path) -> bool:
-    """Return whether a file is a list of ranks in base64, which begins with text, and not sentencepiece's."""
-    with path.open("rb") as file:
-        line = file.readline(1000)
-    return line.strip().isascii() and line.count(b" ") == 1 and line.split()[-1].isdigit()
-
-
 def _of_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     model = read_model(path)
+    _rename_listed(model, config)
     if config.get("add_prefix_space") is False:
         model.has_prefix = False
     if config.get("legacy") is False:
@@ -140,6 +149,53 @@ def _of_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[tokenizers
     }
     surround(backend, _parts(backend, {**config, **named}, _wanted(config)))
     return backend, dict(named)
+
+
+def _listed(config: Mapping[str, Any]) -> dict[int, str]:
+    """Return the tokens of `added_tokens_decoder`; damaged entries are refused later."""
+    listed = config.get("added_tokens_decoder")
+    return {
+        int(token_id): entry["content"]
+        for token_id, entry in (listed.items() if isinstance(listed, dict) else ())
+        if str(token_id).isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
+    }
+
+
+def _rename_listed(model: SentencepieceModel, config: Mapping[str, Any]) -> None:
+    """Give tokens the texts that `added_tokens_decoder` lists for their ids.
+
+    InternLM 2's vocabulary has spare tokens ([UNUSED_TOKEN_146]), which its chats use under other names.
+    """
+    own = set(model.tokens)
+    for token_id, text in _listed(config).items():
+        if token_id < len(model.tokens) and text not in own:
+            model.tokens[token_id], model.types[token_id] = text, USER_DEFINED
+
+
+def _of_chatglm(path: Path, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """Read ChatGLM 2's and 3's tokenizer, whose code adds tokens to sentencepiece's, two before each text."""
+    backend, added = _of_sentencepiece(path, config)
+    has_roles = not set(_CHATGLM_ROLES).isdisjoint(_listed(config).values())
+    tokens = (*_CHATGLM_TOKENS, *(_CHATGLM_ROLES if has_roles else ()))
+    backend.add_special_tokens([AddedToken(text, normalized=False) for text in tokens])
+    _put_before(backend, _CHATGLM_PREFIX)
+    return backend, added
+
+
+def _add_listed(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Add the tokens of `added_tokens_decoder` as special ones, by their ids; `check_ids` compares these."""
+    texts = [text for _, text in sorted(_listed(config).items())]
+    backend.add_special_tokens([AddedToken(text, normalized=False) for text in texts])
+
+
+def _put_before(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
+    """Put those of the tokens that the vocabulary has before each text."""
+    known = [(text, token_id) for text in tokens if (token_id := backend.token_to_id(text)) is not None]
+    if known:
+        before = [f"{text}:0" for text, _ in known]
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A:0"], pair=[*before, "$A:0", "$B:1"], special_tokens=known
+        )
 
 
 def _wanted(config: Mapping[str, Any], *, adds_bos: bool = True) -> list[str]:

@@ -54,12 +54,14 @@ def read_tokenizer(directory: Path, model_directory: Path) -> TokenizerFiles:
     """
     config = _read_config(directory)
     path = directory / "tokenizer.json"
+    ends: list[str] = []  # besides the named one, by the model's own code
     if path.exists():
         backend, listed = _read_backend(path), {}
         if "added_tokens_decoder" not in config:
             listed = config["added_tokens_decoder"] = older_files.missing_tokens(backend, directory)
     else:
         backend, added = older_files.make_backend(directory, config)
+        ends = [added["eot_token"]] if "eot_token" in added else []
         config = {**added, **config}
         listed = config.get("added_tokens_decoder") or {}
     if read_sentence_config(model_directory).get("do_lower_case") is True:
@@ -75,7 +77,8 @@ def read_tokenizer(directory: Path, model_directory: Path) -> TokenizerFiles:
     older_files.check_ids(backend, listed)
     inputs = config.get("model_input_names")  # the tokenizer's outputs that the model gets
     has_token_types = not isinstance(inputs, list) or "token_type_ids" in inputs
-    return TokenizerFiles(backend, named, _read_eos_ids(model_directory), has_token_types)
+    end_ids = [token_id for text in ends if (token_id := backend.token_to_id(text)) is not None]
+    return TokenizerFiles(backend, named, [*_read_eos_ids(model_directory), *end_ids], has_token_types)
 
 
 def _read_eos_ids(directory: Path) -> list[int]:

@@ -18,7 +18,11 @@ from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.models.generic.guards import check_servable
 from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
 from tgi_asgi.models.generic.vision import check
-from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_image_processor
+from tgi_asgi.models.generic.vision.processor import (
+    VisionProcessor,
+    _processor_class,
+    load_image_processor,
+)
 from tgi_asgi.models.generic.vision.text import vision_traits
 from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
@@ -171,7 +175,6 @@ def model_named(name: str, **inner: Any) -> Any:
     ("stem", "reason"),
     [
         ("Blip2", "before the beginning of the text"),
-        ("Ernie4_5_VLMoe", "separate experts"),
         ("InstructBlip", "read the text"),
         ("Kosmos2", "by a mask"),
         ("Kosmos2_5", "by a mask"),
@@ -202,6 +205,10 @@ def test_another_cross_attention_than_mllama_s_is_refused_by_name() -> None:
 def test_a_window_that_prompts_are_outside_of_is_refused_by_name() -> None:
     with pytest.raises(ModelLoadError, match=r"UnlimitedOcr.* see all of the prompt"):
         check_servable(model_named("UnlimitedOcrForConditionalGeneration"))
+
+
+def test_a_processor_is_found_whose_module_is_not_named_like_the_type() -> None:
+    assert _processor_class({}, {"model_type": "inkling_mm_model"}).__name__ == "InklingProcessor"
 
 
 def test_lfm2_s_image_processor_is_found_in_a_file_that_has_all_of_the_processor(tmp_path: Path) -> None:

@@ -281,6 +281,13 @@ def test_what_transformers_cannot_build_is_refused(
         open_generic(with_config(checkpoint("llama"), tmp_path, **changes))
 
 
+def test_doge_with_experts_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Its logits depend on how a text is cut; transformers keeps that for the sake of published models."""
+    folder = with_config(checkpoint("doge"), tmp_path, is_moe=True)
+    with pytest.raises(ModelLoadError, match="routes a prompt's tokens by each other"):
+        open_generic(folder)
+
+
 def test_an_encoder_decoder_that_writes_no_text_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     changes = {"architectures": ["BartForQuestionAnswering"], "is_encoder_decoder": True}
     with pytest.raises(ModelLoadError, match="has no head"):

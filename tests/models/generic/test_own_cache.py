@@ -16,6 +16,7 @@ from tests.support import architectures
 from tests.support.generic import batch_of, load_generic, open_generic, program_of
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic import discover
+from tgi_asgi.models.generic.model import OpenGeneric
 from tgi_asgi.models.generic.states import copy_cache
 
 Checkpoint = Callable[[str], Path]
@@ -117,3 +118,20 @@ def test_a_copy_shares_only_what_is_replaced() -> None:
     assert after.config is before.config
     assert layer.keys is before.layers[0].keys
     assert layer.indexer_keys is before.layers[0].indexer_keys
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers' own code
+def test_a_cache_of_a_tower_for_sound_is_not_the_decoder_s() -> None:
+    """Muse Spark's decoder keeps keys and values, and shares a file with such a tower."""
+    text = architectures.config("muse_spark_text", moe_hidden_size=64).to_dict()
+    config = {
+        "model_type": "muse_spark",
+        "architectures": ["MuseSparkForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+        "audio_config": {"hidden_sizes": [16] * 4, "depths": [1] * 4, "out_hidden_size": 64},
+    }
+    opened = OpenGeneric(None, config, trusts_code=False)
+    assert opened.config.vision is not None
+    assert not opened.config.sequential_reason
+    assert len(opened.config.layers) == text["num_hidden_layers"]

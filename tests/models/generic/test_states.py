@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from tests.support import architectures
-from tests.support.generic import batch_of, load_generic, program_of
+from tests.support.generic import batch_of, load_generic, measure, program_of
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.generic.states import RowSpan, SlotStates, copy_layer
@@ -295,3 +297,28 @@ def test_a_runner_has_places_for_states_that_can_be_kept(
     assert loaded.runner.traits.num_kept_states == loaded.info.num_kept_states == 5 * is_kept
     each = load_generic(checkpoint(model_type)).config.other_kept_bytes
     assert loaded.info.kept_state_bytes == 5 * is_kept * each
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "limit"),
+    [
+        ("mamba2", "time_step_limit", [0.2, 0.6]),
+        ("zamba2", "time_step_min", 0.3),
+        *(
+            pytest.param(model_type, name, limit, marks=pytest.mark.models)
+            for model_type, name, limit in (
+                ("bamba", "time_step_limit", [0.2, 0.6]),
+                ("falcon_h1", "time_step_limit", [0.2, 0.6]),
+                ("granitemoehybrid", "time_step_limit", [0.2, 0.6]),
+                ("nemotron_h", "time_step_min", 0.3),
+            )
+        ),
+    ],
+)
+def test_the_time_step_of_a_single_token_has_the_limits_of_a_prompt_s(
+    model_type: str, name: str, limit: object, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint(model_type), tmp_path / model_type)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: limit}))
+    assert measure(folder).difference < 1e-4

@@ -1,4 +1,4 @@
-"""Llama, and all models that share its code (SmolLM, Yi, dense DeepSeek models)."""
+"""Llama, and all models that share its code (SmolLM, Yi, dense DeepSeek models, XVERSE, Aquila 2)."""
 
 from __future__ import annotations
 
@@ -27,4 +27,9 @@ def read_llama(reader: Reader, architecture: str) -> ModelConfig:
     )
 
 
-FAMILIES = (Family("LlamaForCausalLM", "llama", read_llama, Decoder, is_rotary_permuted=True),)
+# The others have classes of their own, which compute the same.
+FAMILIES = (
+    Family("LlamaForCausalLM", "llama", read_llama, Decoder, is_rotary_permuted=True),
+    Family("XverseForCausalLM", None, read_llama, Decoder),
+    Family("AquilaForCausalLM", None, read_llama, Decoder),
+)

@@ -53,6 +53,7 @@ def build(
             parsed = transformers.AutoConfig.for_model(**config)
         else:
             parsed = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trusts_code)
+        parsed = getattr(parsed, "thinker_config", parsed)  # of Qwen-Omni, the part that writes
         for part in (parsed, parsed.get_text_config()):
             if vocab_size is not None:
                 part.vocab_size = vocab_size

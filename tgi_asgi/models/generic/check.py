@@ -278,7 +278,7 @@ def _program(model: GenericModel, lengths: Sequence[int], dtype: ops.KvDtype) ->
     """Return a program for sequences of these lengths, and how many blocks each slot has."""
     longest = max(lengths)
     width = -(-longest // BLOCK)
-    pool = _pool(model, len(lengths) * width, dtype)
+    pool = make_pool(model, len(lengths) * width, dtype)
     return model.program([] if pool is None else pool.layers, longest), width
 
 
@@ -297,7 +297,7 @@ def step_of(
     longest = max(min(model.config.context_length, num_tokens - 1), 1)
     parts = [ids[first : first + longest] for first in range(0, num_tokens, longest)]
     width = -(-longest // BLOCK)
-    pool = _pool(model, len(parts) * width, dtype)
+    pool = make_pool(model, len(parts) * width, dtype)
     program = model.program([] if pool is None else pool.layers, width * BLOCK, num_slots=len(parts))
     batch = flat_rows([(slot, part, 0) for slot, part in enumerate(parts)], width)
 
@@ -307,7 +307,8 @@ def step_of(
     return run
 
 
-def _pool(model: GenericModel, num_blocks: int, dtype: ops.KvDtype = "float32") -> Pool | None:
+def make_pool(model: GenericModel, num_blocks: int, dtype: ops.KvDtype = "float32") -> Pool | None:
+    """Return blocks of keys and values; None for a model with a cache of its own."""
     shapes = model.config.caches
     if not shapes:
         return None
@@ -331,7 +332,7 @@ def decoding_step_of(
 
     Only for models that keep nothing but keys and values.
     """
-    pool = _pool(model, 1, dtype)
+    pool = make_pool(model, 1, dtype)
     program = model.program([] if pool is None else pool.layers, context)
     one = np.ones(num_sequences, np.int64)
     batch = ops.FlatRows(

@@ -25,7 +25,7 @@ from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.discover import configurations
 from tgi_asgi.models.generic.encoder_program import EncoderProgram
 from tgi_asgi.models.generic.invariance import all_products_are_native, applies_sines
-from tgi_asgi.models.generic.model import context_length, first_position
+from tgi_asgi.models.generic.positions import context_length, first_position
 from tgi_asgi.models.generic.replace import Replaced, packed_names
 from tgi_asgi.models.generic.rope import fix_rotary_tables, table_bytes, tabulate
 from tgi_asgi.models.generic.weights import Filler

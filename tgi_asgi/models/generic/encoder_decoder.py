@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +24,13 @@ from torch import Tensor
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.kinds import ENCODER_DECODERS
+from tgi_asgi.formats.kinds import why_unserved_pair
 from tgi_asgi.model_info import EncoderDecoder
 from tgi_asgi.models.generic.backend import Backend
 from tgi_asgi.models.generic.encoder_decoder_cache import Answer, Batch, RowPositions, empty_pair
 from tgi_asgi.models.generic.modules import Head
 from tgi_asgi.models.generic.own_cache import cache_name
+from tgi_asgi.models.generic.positions import first_position
 from tgi_asgi.models.generic.program import ModuleProgram, spans
 from tgi_asgi.models.generic.states import SlotStates
 from tgi_asgi.ops.arrays import Floats
@@ -53,8 +54,9 @@ def describe(model: Any, config: Mapping[str, Any], generation: Mapping[str, Any
     if not getattr(model.config, "is_encoder_decoder", False):
         return None
     name = type(model).__name__
-    if model.config.model_type not in ENCODER_DECODERS or model.get_output_embeddings() is None:
-        raise ModelLoadError(f"{name} is an encoder-decoder of a kind that is not served")
+    is_headless = model.get_output_embeddings() is None
+    if reason := why_unserved_pair(model.config.model_type, is_labelling=is_headless):
+        raise ModelLoadError(f"{name} {reason}")
     files = (generation, config, model.config.to_dict())
     begin, forced, bos = (
         next((file[key] for file in files if file.get(key) is not None), None)
@@ -91,11 +93,21 @@ def context_length(pair: EncoderDecoder) -> int:
     return (pair.max_prompt or _USUAL) + (pair.max_answer or _USUAL)
 
 
-def _num_positions(model: Any, part: str) -> int:
-    configs = (model.config, model.config.get_text_config(**{part: True}))
+def _num_positions(model: Any, part: Literal["encoder", "decoder"]) -> int:
+    own = getattr(model.config, part, None)  # of a pair of two models; transformers finds only a decoder's
+    own = None if own is None else own.get_text_config()
+    configs = (model.config, model.config.get_text_config(**{part: True})) if own is None else (own,)
     names = (f"max_{part}_position_embeddings", "max_position_embeddings")
     named = (getattr(config, name, None) for name in names for config in configs)
-    return next((int(each) for each in named if type(each) is int and each > 0), _USUAL)
+    found = next((int(each) for each in named if type(each) is int and each > 0), _USUAL)
+    return found if own is None else found - first_position(getattr(model, f"get_{part}")())
+
+
+def _takes_positions(model: Any) -> bool:
+    """Return whether a model can be told its decoder's positions, as `decoder_position_ids`."""
+    if type(model).__name__ == "EncoderDecoderModel":  # hands on to its decoder what begins with `decoder_`
+        return "position_ids" in inspect.signature(model.get_decoder().forward).parameters
+    return "decoder_position_ids" in inspect.signature(model.forward).parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +170,8 @@ class EncoderDecoderProgram(ModuleProgram):
         self._states: SlotStates[Answer] = SlotStates(Answer, Answer.copy)
         self._is_batched = is_batched
         _route_all_tokens(model)
-        self._takes_positions = "decoder_position_ids" in inspect.signature(model.forward).parameters
+        self._takes_positions = _takes_positions(model)
+        self._first_position = first_position(model.get_decoder()) if self._takes_positions else 0
         table = getattr(model.get_decoder(), "embed_positions", None)
         self._positions = None if table is None else RowPositions.in_place_of(table)
 
@@ -245,7 +258,8 @@ class EncoderDecoderProgram(ModuleProgram):
         encoded = hidden.new_zeros(1).expand(*prompts.shape, hidden.shape[-1])
         given: dict[str, Any] = {self._cache_name: batch.cache}
         if self._takes_positions:
-            given["decoder_position_ids"] = torch.tensor(batch.num_answer, device=self._device)[:, None]
+            positions = torch.tensor(batch.num_answer, device=self._device) + self._first_position
+            given["decoder_position_ids"] = positions[:, None]
         if self._positions is not None:
             self._positions.begin(batch.num_answer)
         try:

@@ -49,6 +49,10 @@ def check_servable(model: Any) -> None:
     config = model.config
     if name in _KNOWN:
         raise ModelLoadError(f"{name} cannot be served: it {_KNOWN[name]}")
+    if name == "DogeForCausalLM" and config.is_moe:
+        raise ModelLoadError(
+            f"{name} with experts cannot be served: it routes a prompt's tokens by each other"
+        )
     if model.get_output_embeddings() is None:
         raise ModelLoadError(f"{name} has no head that computes token logits")
     is_pair = getattr(config, "is_encoder_decoder", False)

@@ -30,10 +30,12 @@ from tgi_asgi.models.generic.inline_experts import adapt_experts
 from tgi_asgi.models.generic.invariance import all_products_are_native, applies_sines
 from tgi_asgi.models.generic.modules import Mode
 from tgi_asgi.models.generic.own_cache import WholeText, cache_name, own_cache, own_sizes
+from tgi_asgi.models.generic.positions import context_length, first_position
 from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram
 from tgi_asgi.models.generic.recurrent import (
     RecurrentLayers,
     can_fork,
+    clamp_single_steps,
     keep_states_in_caches,
     recurrent_modules,
 )
@@ -41,7 +43,6 @@ from tgi_asgi.models.generic.replace import Replaced, packed_names
 from tgi_asgi.models.generic.rope import (
     fix_rotary_tables,
     is_dynamic,
-    stretched_context,
     table_bytes,
     tabulate,
 )
@@ -55,7 +56,7 @@ from tgi_asgi.models.generic.vision.processor import (
     VisionProcessor,
     load_processor,
 )
-from tgi_asgi.models.generic.vision.program import VisionProgram
+from tgi_asgi.models.generic.vision.program import SequentialVisionProgram, VisionProgram
 from tgi_asgi.models.generic.vision.text import TextView, VisionTraits, complete_outputs, vision_traits
 from tgi_asgi.models.generic.vision.tower import Tower, input_names
 from tgi_asgi.models.generic.weights import Filler
@@ -65,18 +66,7 @@ from tgi_asgi.types import ImageProcessor
 
 logger = logging.getLogger(__name__)
 
-_LONGEST = 1 << 17  # for models that name no length
 _FEW = 8  # slots, and kept states, of programs that serve no clients
-_CONTEXT_NAMES = (
-    "max_position_embeddings",
-    "seq_length",
-    "max_seq_len",
-    "n_positions",
-    "n_ctx",
-    "max_target_positions",
-    "context_length",
-)
-_POSITION_METHODS = ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +154,7 @@ class OpenGeneric:
         complete_outputs(self._model)
         cross_attention.adapt(self._model)
         keep_states_in_caches(self._model)
+        clamp_single_steps(self._model)
         self._vision = vision_traits(self._model)
         self._processor: VisionProcessor | None = None
         self._text: Any = self._model if self._vision is None else TextView(self._model)
@@ -217,9 +208,9 @@ class OpenGeneric:
             check_cache_uses(self._model)
             return discover(self._text, context), ""
         except ModelLoadError as error:
-            if self._vision is not None:
-                raise
             is_whole = isinstance(own_cache(self._model), WholeText)
+            if self._vision is not None and (is_whole or not self._vision.is_rows_alone):
+                raise
             return [], f"{error}{'; each token computes the whole text again' if is_whole else ''}"
 
     def image_processor(self, source: Path | GivenProcessor) -> ImageProcessor | None:
@@ -296,6 +287,7 @@ class OpenGeneric:
         fix_rotary_tables(model, max_positions)
         tabulate(self._text, max_positions)
         replaced.mode.backend.take(model)
+        attention.install(configurations(model), attends=False)  # towers may have experts, too (dots 3)
         attention.install(configurations(self._text), attends=not self.config.sequential_reason)
         if self._vision is not None and self._vision.has_cross_attention:
             self._keep_encodings(arithmetic, replaced.mode)
@@ -382,6 +374,12 @@ class GenericModel:
                 self.module, self.replaced.head, self.config.encoder_decoder.starts,
                 vocab_size=self.config.vocab_size, is_batched=self.is_batched, backend=self.backend,
             )  # fmt: skip
+        images = None if self.tower is None else EncodingCache(self.tower, image_cache)
+        if self.config.sequential_reason and images is not None and self.config.vision is not None:
+            return SequentialVisionProgram(
+                self.module, self.replaced.head, self.config.vision, images,
+                vocab_size=self.config.vocab_size, device=self.backend.device,
+            )  # fmt: skip
         if self.config.sequential_reason:
             return SequentialProgram(
                 self.module, self.replaced.head, vocab_size=self.config.vocab_size, device=self.backend.device
@@ -390,31 +388,15 @@ class GenericModel:
         native_states = None
         if self.delta_nets is not None:
             native_states = NativeStates(self.delta_nets, num_slots=num_slots, num_kept=num_kept)
-        if self.tower is not None and self.config.vision is not None:
+        if images is not None and self.config.vision is not None:
             return VisionProgram(
-                self.module, self.replaced.head, layers, self.recurrent, self.config.vision,
-                EncodingCache(self.tower, image_cache), vocab_size=self.config.vocab_size,
-                mode=self.replaced.mode, native_states=native_states,
+                self.module, self.replaced.head, layers, self.recurrent, self.config.vision, images,
+                vocab_size=self.config.vocab_size, mode=self.replaced.mode, native_states=native_states,
             )  # fmt: skip
         return GenericProgram(
             self.module, self.replaced.head, layers, self.recurrent, vocab_size=self.config.vocab_size,
             first_position=self.config.first_position, mode=self.replaced.mode, native_states=native_states,
         )  # fmt: skip
-
-
-def first_position(model: Any) -> int:
-    """Return a sequence's first position: RoBERTa and its variants start after the padding id."""
-    for module in model.modules():
-        if any(hasattr(module, name) for name in _POSITION_METHODS):
-            return int(module.padding_idx) + 1
-    return 0
-
-
-def context_length(config: Any) -> int:
-    """Return the number of positions that a configuration names, or those to which it stretches them."""
-    named = (getattr(config, name, None) for name in _CONTEXT_NAMES)
-    found = next((value for value in named if type(value) is int and value > 0), _LONGEST)
-    return min(max(found, stretched_context(config, found)), MAX_CONTEXT)
 
 
 def _num_logits(text: Any) -> int:

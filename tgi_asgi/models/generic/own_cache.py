@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tgi_asgi.models.generic.caller import decoders_of
 from tgi_asgi.models.generic.discover import PROBE_TOKENS, NotProbed, run_with_cache
+from tgi_asgi.models.generic.source_code import class_source
 from tgi_asgi.models.generic.states import FLOAT_BYTES, KEPT, copy_cache, empty_cache, tensors_of
 
 _LISTS = ("state", "mems")  # of tensors: RWKV's, XLNet's
@@ -110,7 +112,7 @@ def makes_own_kind(model: Any) -> bool:
     from transformers import Cache
     from transformers.cache_utils import CacheLayerMixin
 
-    kinds = [each for each in _own_classes(model) if each.__name__.endswith("Cache")]
+    kinds = [each for each in _own_classes(model) if each.__name__.endswith("Cache") and _uses(model, each)]
     are_known = all(issubclass(each, (Cache, CacheLayerMixin)) for each in kinds)
     return cache_name(model) in _LISTS or not are_known
 
@@ -120,6 +122,12 @@ def has_own_layers(model: Any) -> bool:
     from transformers.cache_utils import CacheLayerMixin
 
     return any(issubclass(each, CacheLayerMixin) for each in _own_classes(model))
+
+
+def _uses(model: Any, kind: type[Any]) -> bool:
+    """Return whether a model's decoder uses a class, and not only its tower for sound (Muse Spark)."""
+    code = {type(model), *map(type, decoders_of(model)[-1].modules())}
+    return any(kind.__name__ in class_source(each) for each in code)
 
 
 def _own_classes(model: Any) -> list[type[Any]]:

@@ -161,13 +161,17 @@ class SequentialProgram(ModuleProgram):
     Args:
         model: Model with its weights and its own attention.
         device: Where it is.
+        decode: See `Caller`.
     """
 
     native = None
 
-    def __init__(self, model: Any, head: Head, *, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, model: Any, head: Head, *, vocab_size: int, device: torch.device,
+        decode: Callable[..., Any] | None = None,
+    ) -> None:  # fmt: skip
         self._device = device
-        self._caller = Caller(model, head, vocab_size, device)
+        self._caller = Caller(model, head, vocab_size, device, decode)
         self._cache = own_cache(model)
         self._states: SlotStates[Any] = SlotStates(self._cache.make, self._cache.copy)
         self._vocab_size = vocab_size
@@ -182,18 +186,24 @@ class SequentialProgram(ModuleProgram):
         out = torch.empty(len(wanted), self._vocab_size)
         with torch.inference_mode():
             first = 0
-            for state, part in zip(self._states.begin(parts), parts, strict=True):
+            for index, (state, part) in enumerate(zip(self._states.begin(parts), parts, strict=True)):
                 stop = first + part.length
                 kept, inputs = self._cache.inputs(state.cache, ids[first:stop])
                 computed = _Computed(first, stop, stop - inputs["input_ids"].shape[1])
                 places, mine = computed.among(wanted)
-                logits, computed.output = self._caller.compute(mine, **inputs)
+                logits, computed.output = self._compute(mine, batch, index, inputs)
                 out[places] = logits.cpu()
                 state.cache = self._cache.after(kept, computed.output)
                 self._computed.append(computed)
                 first = stop
             self._states.commit()
         return out.numpy()
+
+    def _compute(
+        self, rows: list[int], batch: ops.FlatRows, index: int, inputs: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
+        """Compute the sequence of this index in a step; see `Caller.compute`."""
+        return self._caller.compute(rows, **inputs)
 
     def run_head(self, rows: Sequence[int]) -> Floats:
         """Compute the logits of other rows of the last step."""

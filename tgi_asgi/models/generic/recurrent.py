@@ -14,7 +14,9 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 import re
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +34,7 @@ from tgi_asgi.models.generic.states import (
 )
 
 _STATE = re.compile(r"\b(update_conv_state|update_recurrent_state|get_linear_cache)\(|\bself\.conv1d_state\b")
+_SINGLE_STEP = "mamba2_selective_state_update"
 _CACHE_NAMES = ("cache", "cache_params", "past_key_values", "past_key_value")
 
 
@@ -56,6 +59,35 @@ def _with_state_of(
     output = forward(input_states, position_ids, attention_mask, use_cache=True)
     states[index] = block.conv1d_state, block.rg_lru.recurrent_states
     return output
+
+
+def clamp_single_steps(model: nn.Module) -> None:
+    """Let Mamba 2's code clamp the time step of a single token, too: it does so only where it scans several.
+
+    A module gets a `forward` with a function of its own in place of the one that steps, because the limits
+    are the module's, and the function has no argument for them.
+    """
+    for module in model.modules():
+        low, high = getattr(module, "time_step_limit", None) or (0.0, math.inf)
+        forward: Any = inspect.unwrap(type(module).forward)
+        step = getattr(forward, "__globals__", {}).get(_SINGLE_STEP)
+        if step is None or (low, high) == (0.0, math.inf):
+            continue
+        around = {**forward.__globals__, _SINGLE_STEP: functools.partial(_clamped, step, low, high)}
+        own = types.FunctionType(
+            forward.__code__, around, forward.__name__, forward.__defaults__, forward.__closure__
+        )
+        module.forward = types.MethodType(own, module)
+
+
+def _clamped(
+    step: Callable[..., Tensor], low: float, high: float, state: Tensor, hidden_states: Tensor, dt: Tensor,
+    *args: Any, dt_bias: Tensor, dt_softplus: bool, **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """Take the step of one token, of which the scan would compute the same time step."""
+    assert dt_softplus
+    dt = torch.nn.functional.softplus(dt + dt_bias.to(dt.dtype)).clamp(low, high)
+    return step(state, hidden_states, dt, *args, dt_bias=None, dt_softplus=False, **kwargs)
 
 
 def recurrent_modules(model: nn.Module) -> list[nn.Module]:

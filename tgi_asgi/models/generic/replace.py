@@ -226,7 +226,7 @@ def _vocabulary_of(model: Any) -> set[int]:
     found += [module for path, module in model.named_modules() if path.endswith("embed_tokens_per_layer")]
     if getattr(model.config, "is_encoder_decoder", False):
         parts = (model.get_encoder(), model.get_decoder())
-        found += [getattr(part, "embed_tokens", None) for part in parts]
+        found += [getattr(part, "embed_tokens", None) or part.get_input_embeddings() for part in parts]
         found.append(getattr(model.base_model, "shared", None))
     return {id(module) for module in found if module is not None}
 

@@ -30,7 +30,8 @@ class CheckpointWeights:
         embedding = layout.tensor(_EMBEDDING)
         self.is_bare = embedding not in weights and embedding.removeprefix(layout.prefix) in weights
         part = f"{layout.prefix}{layout.part}."
-        self._part = part if embedding.replace(layout.prefix, part, 1) in weights else layout.prefix
+        is_part = layout.part is not None and embedding.replace(layout.prefix, part, 1) in weights
+        self._part = part if is_part else layout.prefix
 
     @property
     def files(self) -> SafetensorsWeights:

@@ -29,6 +29,7 @@ from tgi_asgi.models.loading.gguf_module import GgufModuleWeights
 from tgi_asgi.models.loading.merged import MergedCheckpoint
 from tgi_asgi.models.loading.recognise import (
     architecture_of,
+    as_in_transformers,
     is_native,
     produces_vectors,
     read_config,
@@ -163,7 +164,7 @@ class OpenModel:
         if files.adapter is not None:
 
             def file_names(names: Iterable[str]) -> Mapping[str, str]:
-                return _file_names(directory, config, names, trusts_code)
+                return _file_names(directory, as_in_transformers(config), names, trusts_code)
 
             checkpoint = merged = MergedCheckpoint(checkpoint, config, files.adapter, file_names)
             config, self._vocab_size = merged.fitted_config(), merged.vocab_size
@@ -172,7 +173,7 @@ class OpenModel:
 
         def open_module() -> OpenGeneric | OpenEncoder:
             if not produces_vectors(architecture):
-                return self._open_generic(directory, config, trusts_code)
+                return self._open_generic(directory, as_in_transformers(config), trusts_code)
             check(self._rope is None, f"--rope-scaling: {architecture} gives vectors, and is not scaled")
             return _open_encoder(directory, config, trusts_code)
 

@@ -23,6 +23,12 @@ TOKEN_HEADS = ("ForMaskedLM", "ForPreTraining")  # of encoders, which are served
 # Types for which transformers uses a family's class, but with other defaults, and names in published files.
 _BORROWING = frozenset({"exaone", "sarvam_mla", "sarvam_moe"})
 
+# By model type, the class of the part that reads and writes; the others speak its answer.
+_THINKERS = {
+    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+
 
 def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config.json that names an architecture; older ones may only have a model type.
@@ -32,11 +38,16 @@ def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
     IQuest's own class is Llama there. So it is, too, if the file has the name of another type's class, as
     after a merge of Llama and Mistral: `transformers` goes by the type. Other names stay: they may be of
     models that compute something else. A Mistral that lists the kinds of its layers is Ministral, as for
-    `AutoConfig`. An encoder-decoder is the class with a head, even if its file names the one without.
+    `AutoConfig`. An encoder-decoder is the class with a head, even if its file names the one without. Of a
+    model that speaks, it is the part that writes.
     """
     kind, names = config.get("model_type"), config.get("architectures")
+    if isinstance(kind, str) and kind in _THINKERS:
+        return {**config, "architectures": [_THINKERS[kind]]}
     if config.get("is_encoder_decoder") is True:
         return _with_head(config)
+    if (kind, names) == ("chatglm", ["ChatGLMModel"]):  # the class without a head, but the files have one
+        return {**config, "architectures": ["ChatGLMForConditionalGeneration"]}
     if kind == "mistral" and "layer_types" in config and names in (None, [], ["MistralForCausalLM"]):
         return {**config, "model_type": "ministral", "architectures": ["MinistralForCausalLM"]}
     name = names[0] if isinstance(names, list) and names else None
@@ -55,6 +66,16 @@ def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
             return config
         logger.warning("config.json names %s, but %s is what its model_type %s is", name, found, kind)
     return {**config, "architectures": [found]}
+
+
+def as_in_transformers(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json that names a class of `transformers`, which EXAONE 3's own does not do."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as BY_TYPE
+
+    name, kind = architecture_of(config), str(config.get("model_type"))
+    found = BY_TYPE.get(kind)
+    is_other = isinstance(found, str) and name not in BY_TYPE.values() and _is_named_after(name, kind)
+    return {**config, "architectures": [found]} if is_other else config
 
 
 def _with_head(config: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +117,9 @@ def is_native(config: Mapping[str, Any]) -> bool:
         ModelLoadError: if it names no architecture.
     """
     architecture = architecture_of(config)
-    if config.get("model_type") in _BORROWING or config.get("vision_config"):
+    kind = config.get("model_type")
+    is_borrowed = kind in _BORROWING and not _is_named_after(architecture, str(kind))
+    if is_borrowed or config.get("vision_config"):
         return False
     return has_family(architecture) and not (_sees_ahead(config) and produces_vectors(architecture))
 
@@ -161,5 +184,5 @@ def _read(family: Family, reader: Reader) -> tuple[Family, ModelConfig]:
 
 def produces_vectors(architecture: str) -> bool:
     """Return whether an architecture is a model without a head that generates text."""
-    is_head = architecture.endswith(("LMHeadModel", "HeadsModel", "MTModel"))
+    is_head = architecture.endswith(("LMHeadModel", "HeadsModel", "MTModel", "EncoderDecoderModel"))
     return architecture.endswith(("Model", CLASSIFIER, *TOKEN_HEADS)) and not is_head

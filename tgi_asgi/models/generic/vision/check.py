@@ -14,9 +14,16 @@ import PIL.Image
 import torch
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.check import BLOCK, LARGEST, flat_rows, relative_difference, whole_logits
+from tgi_asgi.models.generic.check import (
+    BLOCK,
+    LARGEST,
+    flat_rows,
+    make_pool,
+    relative_difference,
+    whole_logits,
+)
 from tgi_asgi.models.generic.vision.processor import VisionProcessor
-from tgi_asgi.models.generic.vision.program import VisionProgram
+from tgi_asgi.models.generic.vision.program import SequentialVisionProgram, VisionProgram
 from tgi_asgi.text.images import locate_images
 from tgi_asgi.types import Image
 
@@ -27,10 +34,12 @@ if TYPE_CHECKING:
 TESTED_CLASSES = frozenset(
     f"{stem}ForConditionalGeneration"
     for stem in (
-        "AyaVision", "Cohere2Vision", "DeepseekVL", "Gemma3", "Gemma4", "Glm4v", "Granite4Vision",
-        "HunYuanVL", "Idefics2", "Idefics3", "InternVL", "Lfm2Vl", "Llama4", "Llava", "LlavaNext",
-        "LlavaOnevision", "MiniCPMV4_6", "MiniCPMV4_7", "Mistral3", "Mllama", "Ovis2", "PaliGemma",
-        "QianfanOCR", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe", "SmolVLM",
+        "AyaVision", "Cohere2Vision", "CohereCompass", "Cosmos3Omni", "DeepseekVL", "DeepseekVLHybrid",
+        "Dots3Note", "Ernie4_5_VLMoe", "Gemma3", "Gemma4", "Glm46V", "Glm4v", "Glm5Next", "Granite4Vision",
+        "HYV4VL", "HunYuanVL", "Idefics2", "Idefics3", "InternVL", "Lfm2Vl", "Llama4", "Llava", "LlavaNext",
+        "LlavaOnevision", "MiniCPMV4_6", "MiniCPMV4_7", "Mistral3", "MistralLarge4", "Mllama", "Ovis2",
+        "PaliGemma", "QianfanOCR", "Qwen2VL", "Qwen2_5OmniThinker", "Qwen2_5_VL",
+        "Qwen3OmniMoeThinker", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe", "Qwen4Exp", "SmolVLM",
     )
 )  # fmt: skip
 _SIZE = (48, 32)
@@ -120,9 +129,9 @@ def _contains(ids: list[int], wanted: list[int]) -> bool:
 def _steps(model: GenericModel, ids: list[int], images: Any) -> torch.Tensor:
     """Return the logits of a prompt from two steps: all tokens but the last, then the last, as in decode."""
     width = -(-len(ids) // BLOCK)
-    pool = model.backend.pool(model.config.caches, num_blocks=width, block_size=BLOCK, dtype="float32")
-    program = model.program(pool.layers, len(ids))
-    assert isinstance(program, VisionProgram)
+    pool = make_pool(model, width)
+    program = model.program([] if pool is None else pool.layers, len(ids))
+    assert isinstance(program, VisionProgram | SequentialVisionProgram)
     program.start(0, ids[:-1], images)
     parts = []
     for first, stop in ((0, len(ids) - 1), (len(ids) - 1, len(ids))):

@@ -237,10 +237,12 @@ def _own_images(options: Mapping[str, Any]) -> Any:
 
 
 def _processor_class(options: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
     name = _class_name(options, config)
     owners = [key for key, value in _known_classes().items() if value == name]
     for owner in dict.fromkeys([str(config.get("model_type")), *owners]):
-        module = owner.replace("-", "_")
+        module = model_type_to_module_name(owner)
         try:
             found = importlib.import_module(f"transformers.models.{module}.processing_{module}")
         except ModuleNotFoundError:

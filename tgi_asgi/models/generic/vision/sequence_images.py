@@ -13,11 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tgi_asgi.models.generic.vision.text import Lookahead, VisionTraits
+from tgi_asgi.models.generic.vision.text import SIZES, Lookahead, VisionTraits
 from tgi_asgi.types import ImageInput
 
 Ints = npt.NDArray[np.int64]
-_SIZES = ("image_grid_thw", "target_sizes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +85,20 @@ def _axes(
     model: Any, ids: Ints, seen: Sequence[PromptImage], images: Sequence[ImageInput]
 ) -> tuple[Tensor, int]:
     """Return the positions [axes, n] that the model's own function computes for a prompt, and its delta."""
-    compute = model.model.get_rope_index
+    compute, num_tokens = model.model.get_rope_index, len(ids)
+    known = inspect.signature(compute).parameters
     # The numbers of patches, [images, 3] in time, height and width; MiniCPM-V's are [tiles, 2], without time.
-    name = next(name for name in _SIZES if name in inspect.signature(compute).parameters)
+    name = next(name for name in SIZES if name in known)
     sizes = torch.cat([image.payload[name] for image in images])
-    kinds = np.zeros((1, len(ids)), np.int32)
-    for each in seen:
-        kinds[0, each.places] = 1
-    positions, deltas = compute(
-        torch.from_numpy(ids)[None], mm_token_type_ids=torch.from_numpy(kinds), **{name: sizes}
-    )
-    return positions[:, 0], int(deltas.reshape(-1)[0])
+    if "mm_token_type_ids" in known:
+        kinds = np.zeros((1, len(ids)), np.int32)
+        for each in seen:
+            kinds[0, each.places] = 1
+        given = {"mm_token_type_ids": torch.from_numpy(kinds)}
+    else:
+        # Qwen-Omni finds images by the token before them. It looks one token ahead, and wants one after an
+        # image: a token of text more changes nothing else.
+        ids = np.append(ids, 0)
+        given = {"attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    positions, deltas = compute(torch.from_numpy(ids)[None], **given, **{name: sizes})
+    return positions[:, 0, :num_tokens], int(deltas.reshape(-1)[0])

@@ -34,7 +34,6 @@ class Lookahead(enum.Enum):
 # Classes that do not treat an image as rows in place of its placeholder tokens.
 _UNSUPPORTED = {
     "Blip2ForConditionalGeneration": "puts an image before the beginning of the text",
-    "Ernie4_5_VLMoeForConditionalGeneration": "routes image tokens to separate experts",
     "InstructBlipForConditionalGeneration": "lets its image encoder read the text",
     "Kosmos2ForConditionalGeneration": "marks an image's tokens by a mask instead of an id",
     "Kosmos2_5ForConditionalGeneration": "marks an image's tokens by a mask instead of an id",
@@ -48,6 +47,8 @@ _LOOKAHEAD = {
 _VISION_LOOKAHEAD = {"Gemma4UnifiedForConditionalGeneration": Lookahead.IMAGES}
 # Layers' inputs for an image's tokens are those of their own id.
 _READS_IMAGE_IDS = frozenset({"Gemma3nForConditionalGeneration"})
+# Of images, as the functions call them that compute positions.
+SIZES = ("image_grid_thw", "target_sizes")
 _FIRST_POSITION = {"PaliGemmaForConditionalGeneration": 1}
 
 
@@ -62,6 +63,7 @@ class VisionTraits:
         has_layer_inputs: Whether layers receive an extra input for each token id.
         pad_token_id: Id that replaces placeholder tokens where ids are read.
         mark_ids: Ids of tokens around images that the class replaces by rows in prompts with images only.
+        routed_ids: Ids of tokens in prompts that have experts of their own: of images, and around them.
         deep_layers: The decoder's layers before which an image's deep rows are added; empty: after the first.
         has_cross_attention: Whether layers of cross-attention read images, and no rows replace their tokens.
     """
@@ -73,8 +75,14 @@ class VisionTraits:
     pad_token_id: int = 0
     first_position: int = 0
     mark_ids: tuple[int, ...] = ()
+    routed_ids: tuple[int, ...] = ()
     deep_layers: tuple[int, ...] = ()
     has_cross_attention: bool = False
+
+    @property
+    def is_rows_alone(self) -> bool:
+        """Whether images are rows in place of tokens, and no mask or layer of the decoder knows of them."""
+        return self.lookahead is Lookahead.NOTHING and not self.has_cross_attention
 
     @property
     def has_axes(self) -> bool:
@@ -83,7 +91,7 @@ class VisionTraits:
 
     def remove_images(self, ids: npt.NDArray[np.int64]) -> None:
         """Replace tokens of and around images by padding."""
-        ids[np.isin(ids, (self.image_token_id, *self.mark_ids))] = self.pad_token_id
+        ids[np.isin(ids, (self.image_token_id, *self.mark_ids, *self.routed_ids))] = self.pad_token_id
 
 
 class TextView(nn.Module):
@@ -151,7 +159,7 @@ def vision_traits(model: Any) -> VisionTraits | None:
     if token is None:
         raise ModelLoadError(f"{name} has no image placeholder token")
     counts = getattr(inner, "get_rope_index", None)
-    if counts is not None and "mm_token_type_ids" not in inspect.signature(counts).parameters:
+    if counts is not None and not {*inspect.signature(counts).parameters} & {*SIZES}:
         raise ModelLoadError(f"{name} cannot be served: it computes the positions of images in its own way")
     decoder = decoder_of(model)
     lookahead = _LOOKAHEAD.get(name, Lookahead.NOTHING)
@@ -165,6 +173,7 @@ def vision_traits(model: Any) -> VisionTraits | None:
         pad_token_id=int(token if name in _READS_IMAGE_IDS else getattr(text, "pad_token_id", None) or 0),
         first_position=_FIRST_POSITION.get(name, 0),
         mark_ids=tuple(getattr(config, "visual_indicator_token_ids", None) or ()),
+        routed_ids=_routed_ids(config, int(token), decoder),
         deep_layers=_deep_layers(config),
         has_cross_attention=bool(getattr(text, "cross_attention_layers", None)),
     )
@@ -177,6 +186,13 @@ def _deep_layers(config: Any) -> tuple[int, ...]:
     """Return the layers that Granite 4 Vision adds an image's rows before, in the order of its features."""
     pairs = getattr(config, "deepstack_layer_map", None)
     return () if pairs is None else (*(layer for _, layer in pairs), *config.spatial_target_layers)
+
+
+def _routed_ids(config: Any, image_token_id: int, decoder: Any) -> tuple[int, ...]:
+    """Return the ids that Ernie 4.5-VL's processor marks for other experts."""
+    if "moe_mm_token_type_ids" not in inspect.signature(type(decoder).forward).parameters:
+        return ()
+    return image_token_id, config.image_start_token_id, config.image_end_token_id
 
 
 def _num_axes(text: Any) -> int:
@@ -228,18 +244,28 @@ _TOKEN_ROWS: Mapping[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
 }
 
 
-class DecoderOutput:
-    """A decoder's output for code that expects more attributes than it has: the others are None."""
+def takes_token_ids(decoder: Any) -> bool:
+    """Return whether a decoder reads the ids of tokens beside their rows, even those of images (Qwen 4)."""
+    return "ple_input_ids" in inspect.signature(type(decoder).forward).parameters
 
-    def __init__(self, rows: Tensor) -> None:
-        self.last_hidden_state = rows
+
+class DecoderOutput:
+    """A decoder's output for code that expects more attributes than it has: the others are None.
+
+    Args:
+        rows: The states after the last norm.
+        output: The output that has them, if the caller reads more of it, such as a cache.
+    """
+
+    def __init__(self, rows: Tensor, output: Any = None) -> None:
+        self.last_hidden_state, self._output = rows, output
 
     def __getitem__(self, index: int) -> Tensor:
         if index != 0:
             raise IndexError(index)
         return self.last_hidden_state
 
-    def __getattr__(self, name: str) -> None:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return None
+        return getattr(self._output, name, None)
