@@ -25,8 +25,8 @@ import transformers
 from bench.generic import seconds
 from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.generic.check import flat_rows
 from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.generic.steps import flat_rows
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.system import num_processors
 

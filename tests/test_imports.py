@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,27 @@ def test_what_serves_all_dialects_knows_none() -> None:
     for path in (PACKAGE / "api").glob("*.py"):
         known = {name.split(".")[2] for name in _imports(path) if name.startswith("tgi_asgi.api.")}
         assert path.name in ("table.py", "docs.py") or not known & DIALECTS, path
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Imports for types count, too: who reads a file need not know those above it."""
+    root = PACKAGE.parent
+    paths = [path for folder in (PACKAGE, root / "bench") for path in folder.rglob("*.py")]
+    modules = {".".join(path.relative_to(root).with_suffix("").parts): path for path in paths}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        if path.name == "__init__.py":
+            continue  # a package's file hands on the names of those in it, which its own files may use
+        graph[name] = found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                found.add(str(node.module))
+                found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    graph = {name: found & graph.keys() for name, found in graph.items()}
+    assert graph["tgi_asgi.app"] and graph["tgi_asgi.engine.scheduler"]
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 
 def test_a_chat_stands_on_few_modules() -> None:

@@ -20,8 +20,9 @@ from tests.support.vision_models import Prompt
 from tgi_asgi import ops
 from tgi_asgi.app import App, create_app
 from tgi_asgi.formats.quantised import Quantisation
-from tgi_asgi.models.generic.check import BLOCK, flat_rows, make_pool
-from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
+from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.generic.open import OpenGeneric
+from tgi_asgi.models.generic.steps import BLOCK, flat_rows, make_pool
 from tgi_asgi.models.generic.vision.program import SequentialVisionProgram, VisionProgram
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.settings import Settings

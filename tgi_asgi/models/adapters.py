@@ -188,7 +188,9 @@ def targets_of(model: ServedModel) -> Mapping[str, ops.Target]:
             f"it runs by transformers' own code, one sequence at a time ({model.config.sequential_reason})"
         )
     else:
-        found = model.adapter_targets()
+        from tgi_asgi.models.generic.steps import adapter_targets  # imports torch
+
+        found = adapter_targets(model)
     if not found:
         raise ModelLoadError(f"{model.config.architecture} takes no adapters: {reason}")
     return found

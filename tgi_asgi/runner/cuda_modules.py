@@ -16,7 +16,7 @@ import torch
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.check import decoding_step_of, step_of
+from tgi_asgi.models.generic.steps import decoding_step_of, step_of
 from tgi_asgi.models.pooling import Dense
 from tgi_asgi.ops.cuda_kv import dtype_name
 from tgi_asgi.runner.cuda_device import Device

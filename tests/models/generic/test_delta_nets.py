@@ -13,7 +13,7 @@ import torch
 from tests.support import architectures
 from tests.support.generic import batch_of, load_generic, program_of, run_steps
 from tgi_asgi import ops
-from tgi_asgi.models.generic import model as generic_model
+from tgi_asgi.models.generic import open as generic_open
 from tgi_asgi.models.generic.delta_nets import DeltaNets, NativeStates
 from tgi_asgi.models.generic.model import GenericModel
 
@@ -54,7 +54,7 @@ def test_a_net_that_computes_something_else_runs_its_own_code(
             found = super()._run(index, module, forward, hidden_states, *args, **_)
             return found if self._rows is None else 1.1 * found
 
-    monkeypatch.setattr(generic_model, "DeltaNets", Wrong)
+    monkeypatch.setattr(generic_open, "DeltaNets", Wrong)
     loaded = loaded_of(folder)
     assert loaded.delta_nets is None and loaded.recurrent is not None and loaded.keeps_states
     ids = [architectures.random_ids(37, 0), architectures.random_ids(29, 1), architectures.random_ids(11, 2)]

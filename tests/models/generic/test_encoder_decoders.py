@@ -29,8 +29,8 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.kinds import ENCODER_DECODERS
 from tgi_asgi.models.adapters import targets_of
 from tgi_asgi.models.generic import encoder_decoder_cache, encoder_decoder_check
-from tgi_asgi.models.generic.check import flat_rows
 from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.generic.steps import flat_rows
 from tgi_asgi.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -17,8 +17,9 @@ from torch import Tensor
 from tests.support import architectures
 from tests.support.generic import MAX_CONTEXT, load_generic, measure, open_generic, run_steps
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic import caller, check, model, program, recurrent
+from tgi_asgi.models.generic import caller, check, program, recurrent
 from tgi_asgi.models.generic import discover as discovery
+from tgi_asgi.models.generic import open as opening
 from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.discover import AttentionLayer
 from tgi_asgi.models.generic.model import GenericConfig
@@ -103,8 +104,8 @@ def test_tables_that_are_not_fixed_are_seen(
         for each in module.modules():
             vars(each).pop("long_inv_freq", None)  # the probe left it without values
 
-    monkeypatch.setattr(model, "fix_rotary_tables", forget)
-    monkeypatch.setattr(model, "tabulate", lambda *_: None)  # it would look up one table, too
+    monkeypatch.setattr(opening, "fix_rotary_tables", forget)
+    monkeypatch.setattr(opening, "tabulate", lambda *_: None)  # it would look up one table, too
     folder = changed(checkpoint("llama"), tmp_path / "llama", rope_parameters=rope, **POSITIONS)
     expected = [rope_reference(folder, ids) for ids in TWO]
     assert run_steps(load_generic(folder), TWO, expected, STEPS_OF_TWO) > WRONG
@@ -170,7 +171,7 @@ def with_layers(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     def discover(*args: Any) -> list[AttentionLayer]:
         return [replace(layer, **changes) for layer in discovery.discover(*args)]
 
-    monkeypatch.setattr(model, "discover", discover)
+    monkeypatch.setattr(opening, "discover", discover)
 
 
 @pytest.mark.parametrize(

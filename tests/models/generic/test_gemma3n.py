@@ -22,7 +22,7 @@ from tests.support import vision_models as vision
 from tests.support.vision_models import picture
 from tests.support.vision_runs import load, run
 from tgi_asgi import ops
-from tgi_asgi.models.generic.model import OpenGeneric
+from tgi_asgi.models.generic.open import OpenGeneric
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
 

@@ -18,7 +18,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile, GgufStrings
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.generic.model import OpenGeneric
+from tgi_asgi.models.generic.open import OpenGeneric
 from tgi_asgi.models.generic.vision import check
 from tgi_asgi.models.generic.vision.processor import VisionProcessor
 from tgi_asgi.models.gguf_vision.projector import all_projectors

@@ -16,7 +16,8 @@ from tgi_asgi import ops
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.models.generic.guards import check_servable
-from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
+from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.generic.open import OpenGeneric
 from tgi_asgi.models.generic.vision import check
 from tgi_asgi.models.generic.vision.processor import (
     VisionProcessor,

@@ -24,8 +24,8 @@ from tests.support.vision_runs import load, program_of, run, served
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
-from tgi_asgi.models.generic.check import flat_rows
-from tgi_asgi.models.generic.model import OpenGeneric
+from tgi_asgi.models.generic.open import OpenGeneric
+from tgi_asgi.models.generic.steps import flat_rows
 from tgi_asgi.models.generic.vision import cross_attention
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.types import Image

@@ -16,7 +16,7 @@ from tests.support import architectures
 from tests.support.generic import batch_of, load_generic, open_generic, program_of
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic import discover
-from tgi_asgi.models.generic.model import OpenGeneric
+from tgi_asgi.models.generic.open import OpenGeneric
 from tgi_asgi.models.generic.states import copy_cache
 
 Checkpoint = Callable[[str], Path]

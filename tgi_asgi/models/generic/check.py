@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,12 +19,10 @@ from torch import Tensor
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.backend import Pool
 from tgi_asgi.models.generic.caller import of_vocabulary
 from tgi_asgi.models.generic.discover import arguments, implementation
-
-if TYPE_CHECKING:
-    from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.generic.steps import BLOCK, flat_rows, make_pool
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +31,6 @@ _CUT = 16  # split point of the first sequence
 LARGEST = 2e-3  # allowed difference of logits, relative to the largest logit
 _ROUNDING = 5e-5  # the same for recurrent layers, if running them token by token would make it smaller
 _LARGEST_SERVED = 0.3  # the same with products and cache of 16 bits, beyond which a warning is logged
-BLOCK = 16
 _LONGEST_WINDOW = 192  # longest window for which a longer sequence is affordable
 _TRIES = 2  # a token whose experts nearly tie may be routed differently in one of the tries
 
@@ -282,39 +279,6 @@ def _program(model: GenericModel, lengths: Sequence[int], dtype: ops.KvDtype) ->
     return model.program([] if pool is None else pool.layers, longest), width
 
 
-def step_of(
-    model: GenericModel, num_tokens: int, *, num_rows: int = 1, dtype: ops.KvDtype = "float32"
-) -> Callable[[], None]:
-    """Return a call that computes a step of random tokens, of at least two sequences that begin.
-
-    Args:
-        num_rows: Number of tokens with logits.
-        dtype: Type of keys and values.
-    """
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, size=num_tokens)
-    if model.config.vision is not None:
-        model.config.vision.remove_images(ids)
-    longest = max(min(model.config.context_length, num_tokens - 1), 1)
-    parts = [ids[first : first + longest] for first in range(0, num_tokens, longest)]
-    width = -(-longest // BLOCK)
-    pool = make_pool(model, len(parts) * width, dtype)
-    program = model.program([] if pool is None else pool.layers, width * BLOCK, num_slots=len(parts))
-    batch = flat_rows([(slot, part, 0) for slot, part in enumerate(parts)], width)
-
-    def run() -> None:
-        program.run(batch, range(min(num_rows, num_tokens)))
-
-    return run
-
-
-def make_pool(model: GenericModel, num_blocks: int, dtype: ops.KvDtype = "float32") -> Pool | None:
-    """Return blocks of keys and values; None for a model with a cache of its own."""
-    shapes = model.config.caches
-    if not shapes:
-        return None
-    return model.backend.pool(shapes, num_blocks=num_blocks, block_size=BLOCK, dtype=dtype)
-
-
 def _has_same_bits(program: Any, first: Any, second: Any, width: int) -> bool:
     """Return whether a sequence's logits at several offsets of a step have the bits that it has alone."""
     alone = program.run(flat_rows([(0, first, 0)], width), range(len(first))).copy()
@@ -323,57 +287,3 @@ def _has_same_bits(program: Any, first: Any, second: Any, width: int) -> bool:
         if not np.array_equal(program.run(batch, range(before, before + len(first))), alone):
             return False
     return True
-
-
-def decoding_step_of(
-    model: GenericModel, num_sequences: int, context: int, dtype: ops.KvDtype
-) -> Callable[[], None]:
-    """Return a call that computes the next tokens of sequences with this many, all in the same blocks.
-
-    Only for models that keep nothing but keys and values.
-    """
-    pool = make_pool(model, 1, dtype)
-    program = model.program([] if pool is None else pool.layers, context)
-    one = np.ones(num_sequences, np.int64)
-    batch = ops.FlatRows(
-        ids=0 * one, positions=(context - 1) * one, slots=0 * one,
-        query_start=np.arange(num_sequences + 1), context_len=context * one,
-        block_table=np.zeros((num_sequences, -(-context // BLOCK)), np.int32),
-        row_slots=np.arange(num_sequences),
-    )  # fmt: skip
-
-    def run() -> None:
-        program.run(batch, range(num_sequences))
-
-    return run
-
-
-def flat_rows(
-    rows: list[tuple[int, Any, int]],
-    width: int,
-    *,
-    resumes: Sequence[int] = (),
-    keeps: Sequence[tuple[int, int, int]] = (),
-) -> ops.FlatRows:
-    """Build a batch from rows of (slot, ids, start); a slot's blocks are in descending order.
-
-    `resumes` and `keeps` are those of `ops.FlatRows`.
-    """
-    tables = {slot: list(range((slot + 1) * width - 1, slot * width - 1, -1)) for slot, _, _ in rows}
-    positions = [np.arange(start, start + len(ids)) for _, ids, start in rows]
-    slots = [
-        np.array(tables[slot])[at // BLOCK] * BLOCK + at % BLOCK
-        for (slot, _, _), at in zip(rows, positions, strict=True)
-    ]
-    lengths = [len(ids) for _, ids, _ in rows]
-    return ops.FlatRows(
-        ids=np.concatenate([ids for _, ids, _ in rows]),
-        positions=np.concatenate(positions),
-        slots=np.concatenate(slots),
-        query_start=np.cumsum([0, *lengths]),
-        context_len=np.array([start + len(ids) for _, ids, start in rows]),
-        block_table=np.array([tables[slot] for slot, _, _ in rows], np.int32),
-        row_slots=np.array([slot for slot, _, _ in rows]),
-        resumes=resumes,
-        keeps=keeps,
-    )

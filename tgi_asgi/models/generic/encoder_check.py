@@ -6,18 +6,16 @@ other, positions or segments of a pair that do not arrive, and windows that diff
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.discover import arguments, implementation
+from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.encoder_program import Prompt
 from tgi_asgi.ops.arrays import Floats
-
-if TYPE_CHECKING:
-    from tgi_asgi.models.generic.encoder import EncoderModel
 
 _LENGTHS = (27, 14)
 _LARGEST = 2e-3  # allowed difference, relative to the largest value

@@ -6,18 +6,15 @@ packed weights with float32 activations.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.check import BLOCK, LARGEST, flat_rows
-
-if TYPE_CHECKING:
-    from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.generic.check import LARGEST
+from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.generic.steps import BLOCK, flat_rows
 
 _PROMPTS, _ANSWER, _CUT = (19, 7), 6, 11  # tokens; where the first prompt is cut
 _RESUMED = 2  # tokens of the second answer that come with its prompt

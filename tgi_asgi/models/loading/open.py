@@ -46,8 +46,10 @@ from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ImageProcessor
 
 if TYPE_CHECKING:  # these import torch, which native families do not need
-    from tgi_asgi.models.generic.encoder import EncoderModel, OpenEncoder
-    from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
+    from tgi_asgi.models.generic.encoder import EncoderModel
+    from tgi_asgi.models.generic.model import GenericModel
+    from tgi_asgi.models.generic.open import OpenGeneric
+    from tgi_asgi.models.generic.open_encoder import OpenEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +215,7 @@ class OpenModel:
     def _open_generic(
         self, directory: Path | None, config: Mapping[str, Any], trusts_code: bool
     ) -> OpenGeneric:
-        from tgi_asgi.models.generic.model import OpenGeneric
+        from tgi_asgi.models.generic.open import OpenGeneric
 
         try:
             return OpenGeneric(
@@ -400,7 +402,7 @@ def _named(weights: Weights) -> NamedWeights:
 
 
 def _open_encoder(directory: Path | None, config: Mapping[str, Any], trusts_code: bool) -> OpenEncoder:
-    from tgi_asgi.models.generic.encoder import OpenEncoder
+    from tgi_asgi.models.generic.open_encoder import OpenEncoder
 
     return OpenEncoder(directory, config, trusts_code=trusts_code)
 

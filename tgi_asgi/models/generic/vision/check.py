@@ -7,28 +7,20 @@ images only, tokens that see later tokens, other tokens that are replaced as wel
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.check import (
-    BLOCK,
-    LARGEST,
-    flat_rows,
-    make_pool,
-    relative_difference,
-    whole_logits,
-)
+from tgi_asgi.models.generic.check import LARGEST, relative_difference, whole_logits
+from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.generic.steps import BLOCK, flat_rows, make_pool
 from tgi_asgi.models.generic.vision.processor import VisionProcessor
 from tgi_asgi.models.generic.vision.program import SequentialVisionProgram, VisionProgram
 from tgi_asgi.text.images import locate_images
 from tgi_asgi.types import Image
-
-if TYPE_CHECKING:
-    from tgi_asgi.models.generic.model import GenericModel
 
 # Classes that tests compare with `transformers` (tests/support/vision_table.py, gguf_vision.py).
 TESTED_CLASSES = frozenset(
