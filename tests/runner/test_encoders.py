@@ -184,7 +184,7 @@ def test_a_fault_of_ours_does_not_pass_the_check(
     if fault == "reach":
         monkeypatch.setattr(Reach, "ahead", 5)
     else:
-        monkeypatch.setattr("tgi_asgi.models.generic.encoder.first_position", lambda model: 0)
+        monkeypatch.setattr("tgi_asgi.models.generic.open_encoder.first_position", lambda model: 0)
     with (
         pytest.raises(ModelLoadError, match="fails its self-check"),
         loaded(tmp_path),
