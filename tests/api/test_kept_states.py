@@ -58,6 +58,12 @@ async def test_the_second_turn_of_a_conversation_is_found_up_to_the_answers_end(
         assert (await server.http.get("/info")).json()["max_kept_states"] == 20
         shown = (await server.http.get("/debug/engine")).json()["kept_states"]
         assert (shown["total"], shown["used"]) == (20, 0) and 0 < shown["findable"] <= 20
+        # The state before the last token, for the other choices, is that after the last full block, too.
+        await complete(server, PROMPT[:33], n=2, cache_salt="choices")
+        beside = [*PROMPT[:32], 50, 60, 70, 80]
+        salted = [await complete(server, beside, cache_salt=salt) for salt in ("choices", "alone")]
+        assert [cached(each) for each in salted] == [32, 0]
+        assert salted[0]["choices"][0]["token_ids"] == salted[1]["choices"][0]["token_ids"]
     settings["max_kept_states"] = 0
     async with pooled_server(checkpoint(LFM2).path, **settings) as server:
         again = await complete(server, turn)

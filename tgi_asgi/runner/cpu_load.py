@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -122,10 +122,12 @@ class OnCpu:
             limits = replace(limits, max_tokens=settings.max_batch_prefill_tokens)
             encoder = EncoderRunner(model, budget.cache, limits, dense=dense)
             return Placed(encoder, budget.cache)
-        keeps_states = model.kind == "native" or model.keeps_states
+        cache, num_kept = budget.cache, budget.num_kept_states
+        if num_kept and model.kind == "generic" and not model.keeps_states:
+            cache, num_kept = budget.without_kept_states()
         runner = HostRunner(
             model,
-            CacheSizes(budget.cache, budget.num_kept_states if keeps_states else 0, settings.image_cache),
+            CacheSizes(cache, num_kept, settings.image_cache),
             limits,
             dense=dense,
             has_prompt_arithmetic=self.prompt_precision is not None,
@@ -133,7 +135,7 @@ class OnCpu:
             adapters=None if adapters is None else adapters.layout,
             shards=self.shards,
         )
-        return Placed(runner, budget.cache, adapters)
+        return Placed(runner, cache, adapters)
 
     @property
     def bits(self) -> str:
@@ -177,6 +179,8 @@ class _MemoryBudget:
     batch: int  # sequences that run at once: those whose recurrent states fit
     num_kept_states: int  # states of sequences that have ended
     adapter_bytes: int
+    # The cache and the number of kept states if it turns out that the model's cannot be kept.
+    without_kept_states: Callable[[], tuple[KvSize, int]]
 
 
 def _divide(
@@ -216,11 +220,12 @@ def _divide(
     kv_dtype = choose_cpu_dtype(config, settings, is_exact=packing.is_exact)
     groups, repeats = groups_of(config, kv_dtype), repeats_of(cuts)
     choose = partial(choose_size, config, settings, groups, kv_dtype, max_context, repeats=repeats)
-    cache, num_kept = choose_sizes(config, settings, free, choose)
+    sizes = partial(choose_sizes, config, settings, free, choose)
+    cache, num_kept = sizes()
     if opened.kind == "encoder":
         cache = replace(cache, bytes_per_token=0)
     check_address_space(cache)
-    return _MemoryBudget(cache, batch, num_kept, adapter_bytes)
+    return _MemoryBudget(cache, batch, num_kept, adapter_bytes, partial(sizes, keeps_states=False))
 
 
 def _are_rounded(tensors: list[tuple[str, int]]) -> bool:

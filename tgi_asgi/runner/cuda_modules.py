@@ -6,7 +6,6 @@ are sampled on the host.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,8 +31,6 @@ from tgi_asgi.settings import Settings
 if TYPE_CHECKING:
     from tgi_asgi.models.generic.encoder import EncoderModel
     from tgi_asgi.models.generic.model import GenericModel
-
-logger = logging.getLogger(__name__)
 
 # Of the memory that is free after the weights, what steps do not use but libraries may, and the share of the
 # rest that the cache gets: torch's memory is in pieces of other sizes later than in the steps tried here.
@@ -76,10 +73,10 @@ def place_module(
     settings = replace(settings, max_batch_size=batch)
     free -= batch * state_bytes(config)
     choose = partial(choose_size, config, settings, groups, kv_name, max_context, share=_cache_share(model))
-    cache, num_kept = choose_sizes(config, settings, free, choose)
+    cache, num_kept = choose_sizes(config, settings, free, choose, keeps_states=model.keeps_states)
     runner = HostRunner(
         model,
-        CacheSizes(cache, num_kept if model.keeps_states else 0, settings.image_cache),
+        CacheSizes(cache, num_kept, settings.image_cache),
         limits_of(settings, max_context),
         dense=dense,
         speculation=speculation_of(model, settings),

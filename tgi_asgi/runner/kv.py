@@ -102,19 +102,23 @@ def gpu_groups_of(config: ServedConfig, item_bytes: int) -> CacheGroups:
 
 
 def choose_sizes(
-    config: ServedConfig, settings: Settings, free_bytes: int, choose: Callable[[int], KvSize]
-) -> tuple[KvSize, int]:
+    config: ServedConfig, settings: Settings, free_bytes: int, choose: Callable[[int], KvSize], *,
+    keeps_states: bool = True,
+) -> tuple[KvSize, int]:  # fmt: skip
     """Choose the pool's size, and how many recurrent states to keep beside it.
 
     Args:
         choose: Chooses the pool's size, given the free bytes.
+        keeps_states: Whether states can be kept, as far as is known.
 
     Raises:
         ModelLoadError: if they do not fit.
     """
     cache = choose(free_bytes)
     cache_bytes = cache.num_bytes if settings.prefix_cache else 0
-    num_kept = choose_kept_states(config, settings.max_kept_states, cache_bytes, free_bytes)
+    num_kept = 0
+    if keeps_states:
+        num_kept = choose_kept_states(config, settings.max_kept_states, cache_bytes, free_bytes)
     if num_kept:
         return choose(free_bytes - num_kept * kept_state_bytes(config)), num_kept
     if settings.max_kept_states:

@@ -7,6 +7,7 @@ tekken.json ...) are left to `transformers`, which knows what each class does.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tokenizers import AddedToken, processors
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.files import read_optional_json
 from tgi_asgi.text.sentencepiece_file import SentencepieceModel, read_model
-from tgi_asgi.text.sentencepiece_vocab import USER_DEFINED
+from tgi_asgi.text.sentencepiece_vocab import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from tgi_asgi.text.tiktoken_file import CLASSES, is_tiktoken, read_tiktoken
 
 _SENTENCEPIECE = "tokenizer.model"
@@ -26,6 +27,8 @@ _CHATGLM = "ChatGLMTokenizer"
 _CHATGLM_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 _CHATGLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 _CHATGLM_PREFIX = ("[gMASK]", "sop")
+_ID = re.compile("[0-9]{1,9}")
+_NAMED = (NORMAL, CONTROL, USER_DEFINED, UNUSED)  # kinds of tokens that may have another name; bytes may not
 # Classes that only add an optional BOS before a text and an EOS after it, and use ids unchanged.
 _PLAIN_CLASSES = frozenset({
     "", "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "InternLMTokenizer", "InternLM2Tokenizer",
@@ -157,8 +160,13 @@ def _listed(config: Mapping[str, Any]) -> dict[int, str]:
     return {
         int(token_id): entry["content"]
         for token_id, entry in (listed.items() if isinstance(listed, dict) else ())
-        if str(token_id).isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
+        if _ID.fullmatch(str(token_id)) and isinstance(entry, dict) and _is_text(entry.get("content"))
     }
+
+
+def _is_text(content: object) -> bool:
+    """Return whether a token's content is text; JSON may hold half of a character, which has no bytes."""
+    return isinstance(content, str) and not any("\ud800" <= each <= "\udfff" for each in content)
 
 
 def _rename_listed(model: SentencepieceModel, config: Mapping[str, Any]) -> None:
@@ -168,7 +176,8 @@ def _rename_listed(model: SentencepieceModel, config: Mapping[str, Any]) -> None
     """
     own = set(model.tokens)
     for token_id, text in _listed(config).items():
-        if token_id < len(model.tokens) and text not in own:
+        may_be_named = token_id < len(model.tokens) and model.types[token_id] in _NAMED
+        if may_be_named and text and text not in own:
             model.tokens[token_id], model.types[token_id] = text, USER_DEFINED
 
 

@@ -56,7 +56,8 @@ def is_tiktoken(path: Path) -> bool:
     """Return whether a file is a list of ranks in base64, which begins with text, and not sentencepiece's."""
     with path.open("rb") as file:
         line = file.readline(1000)
-    return line.strip().isascii() and line.count(b" ") == 1 and line.split()[-1].isdigit()
+    parts = line.split()
+    return line.isascii() and len(parts) == 2 and parts[1].isdigit()
 
 
 def read_tiktoken(path: Path, kind: TiktokenClass) -> tokenizers.Tokenizer:

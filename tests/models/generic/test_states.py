@@ -201,10 +201,10 @@ def test_rows_resume_from_states_kept_within_and_between_rows(
     assert isinstance(loaded, GenericModel) and loaded.keeps_states
     assert loaded.config.other_kept_bytes * 2 == loaded.config.other_state_bytes > 0
     with program_of(loaded, num_sequences=2) as program:
-        keeps = [(0, 5, 2), (0, 17, 0)]
+        keeps = [(0, 5, 2), (0, 17, 0), (0, 17, 3)]  # as for other choices, after a block's last token
         program.run(batch_of([(0, 0, 20), (1, 0, 9)], ids, keeps=keeps), [0])
         program.run(batch_of([(0, 20, 1)], ids, keeps=[(0, 20, 1)]), [0])
-        for place, start in ((0, 17), (2, 5), (1, 20), (0, 17)):
+        for place, start in ((0, 17), (2, 5), (1, 20), (0, 17), (3, 17)):
             found = program.run(batch_of([(0, start, 37 - start)], ids, resumes=[place]), range(37 - start))
             assert np.abs(found - expected[start:]).max() < 1e-4 * np.abs(expected).max(), (place, start)
 

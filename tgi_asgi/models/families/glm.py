@@ -32,6 +32,9 @@ def read_glm(reader: Reader, architecture: str) -> ModelConfig:
     )
 
 
+_SHARED_VOCAB_SIZE = 65024  # of ChatGLM 2 and 3
+
+
 def read_chatglm(reader: Reader, architecture: str) -> ModelConfig:
     """Read the configuration of files for Zhipu's own code; `rope_ratio` multiplies the rotary base."""
     check_computed(
@@ -49,15 +52,19 @@ def read_chatglm(reader: Reader, architecture: str) -> ModelConfig:
         attention_bias=("add_qkv_bias",),
     )
     heads = "multi_query_group_num" if reader.flag("multi_query_attention", False) else "num_attention_heads"
-    reader.ignore("multi_query_group_num", "original_rope", "apply_query_key_layer_scaling")
+    reader.ignore("multi_query_group_num", "apply_query_key_layer_scaling")
     reader.require(
-        rmsnorm=True, post_layer_norm=True, add_bias_linear=False, interleaved_qkv=False, quantization_bit=0,
-        apply_residual_connection_post_layernorm=False, pre_seq_len=None,
+        rmsnorm=True, post_layer_norm=True, original_rope=True, add_bias_linear=False, interleaved_qkv=False,
+        quantization_bit=0, apply_residual_connection_post_layernorm=False, pre_seq_len=None,
     )  # fmt: skip
+    ratio = reader.number("rope_ratio", 1.0)
+    check_computed(
+        ratio == 1 or reader.integer("vocab_size") != _SHARED_VOCAB_SIZE,
+        f"rope_ratio {ratio:g}: ChatGLM 2 divides positions by it, ChatGLM 3 multiplies the rotary base, and "
+        "config.json does not say which of them this is",
+    )
     reader.defaults(
-        num_key_value_heads=reader.integer(heads),
-        partial_rotary_factor=0.5,
-        rope_theta=10000.0 * reader.number("rope_ratio", 1.0),
+        num_key_value_heads=reader.integer(heads), partial_rotary_factor=0.5, rope_theta=10000.0 * ratio
     )
     return read_glm(reader, architecture)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -26,8 +25,6 @@ from tgi_asgi.models.generic.vision.encodings import EncodingCache
 from tgi_asgi.models.generic.vision.program import SequentialVisionProgram, VisionProgram
 from tgi_asgi.models.generic.vision.text import VisionTraits
 from tgi_asgi.models.generic.vision.tower import Tower
-
-logger = logging.getLogger(__name__)
 
 _FEW = 8  # slots, and kept states, of programs that serve no clients
 
@@ -112,10 +109,8 @@ class GenericModel:
 
     def __init__(
         self, module: Any, config: GenericConfig, replaced: Replaced, recurrent: RecurrentLayers | None,
-        max_positions: int,
     ) -> None:  # fmt: skip
         self.module, self.config, self.replaced, self.recurrent = module, config, replaced, recurrent
-        self._max_positions = max_positions
         self.backend = replaced.mode.backend
         self.is_batched = True
         self.keeps_states = config.other_kept_bytes > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -54,8 +53,6 @@ from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.loading import NamedWeights
 from tgi_asgi.settings import GivenRope
 from tgi_asgi.types import ImageProcessor
-
-logger = logging.getLogger(__name__)
 
 
 class OpenGeneric:
@@ -223,7 +220,7 @@ class OpenGeneric:
         recurrent = None
         if self._recurrent and not self.config.sequential_reason:
             recurrent = RecurrentLayers(self._recurrent)
-        loaded = GenericModel(model, self.config, replaced, recurrent, max_positions)
+        loaded = GenericModel(model, self.config, replaced, recurrent)
         if recurrent is not None and loaded.backend.has_row_kernels and are_delta_nets(self._recurrent):
             loaded.delta_nets = DeltaNets(self._recurrent)
         if self.config.encoder_decoder is None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tgi_asgi.errors import check
 from tgi_asgi.models.generic.source_code import class_source
 from tgi_asgi.models.generic.states import (
     RowSpan,
@@ -35,6 +36,7 @@ from tgi_asgi.models.generic.states import (
 
 _STATE = re.compile(r"\b(update_conv_state|update_recurrent_state|get_linear_cache)\(|\bself\.conv1d_state\b")
 _SINGLE_STEP = "mamba2_selective_state_update"
+_OTHERS = 1 << 20  # layers of a cache that `keep_states_in_caches` adds: no list of `transformers` has them
 _CACHE_NAMES = ("cache", "cache_params", "past_key_values", "past_key_value")
 
 
@@ -43,8 +45,8 @@ def keep_states_in_caches(model: nn.Module) -> None:
     modules: list[Any] = list(model.modules())
     for index, module in enumerate(modules):
         if type(module).__name__ == "RecurrentGemmaRecurrentBlock":
-            module.layer_idx = index
-            module.forward = functools.partial(_with_state_of, module, module.forward, index)
+            module.layer_idx = _OTHERS + index
+            module.forward = functools.partial(_with_state_of, module, module.forward, module.layer_idx)
 
 
 def _with_state_of(
@@ -68,7 +70,10 @@ def clamp_single_steps(model: nn.Module) -> None:
     are the module's, and the function has no argument for them.
     """
     for module in model.modules():
-        low, high = getattr(module, "time_step_limit", None) or (0.0, math.inf)
+        limits = getattr(module, "time_step_limit", None)
+        limits = (0.0, math.inf) if limits is None else tuple(limits)
+        check(len(limits) == 2, f"time_step_limit must be two numbers, got {limits}")
+        low, high = limits
         forward: Any = inspect.unwrap(type(module).forward)
         step = getattr(forward, "__globals__", {}).get(_SINGLE_STEP)
         if step is None or (low, high) == (0.0, math.inf):
@@ -84,7 +89,7 @@ def _clamped(
     step: Callable[..., Tensor], low: float, high: float, state: Tensor, hidden_states: Tensor, dt: Tensor,
     *args: Any, dt_bias: Tensor, dt_softplus: bool, **kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    """Take the step of one token, of which the scan would compute the same time step."""
+    """Compute one token with the time step that the scan would compute."""
     assert dt_softplus
     dt = torch.nn.functional.softplus(dt + dt_bias.to(dt.dtype)).clamp(low, high)
     return step(state, hidden_states, dt, *args, dt_bias=None, dt_softplus=False, **kwargs)
@@ -166,7 +171,7 @@ class RecurrentLayers:
         first = 0
         for index, (span, state) in enumerate(zip(self._spans, self._states, strict=True)):
             if index in self._together:
-                parts.append(_map(joined, functools.partial(_row, row=self._together[index])))
+                parts.append(_map(joined, functools.partial(_of_sequence, row=self._together[index])))
                 first += 1
                 continue
             for count, forked in self._calls(span, state):
@@ -211,7 +216,7 @@ def _picked(value: Any, total: int, at: list[int]) -> Any:
     return value
 
 
-def _row(value: Tensor, row: int) -> Tensor:
+def _of_sequence(value: Tensor, row: int) -> Tensor:
     return value[row : row + 1]
 
 

@@ -110,7 +110,7 @@ def join_layer(caches: Sequence[Any], joined: Any, layer: int) -> None:
 def part_layer(joined: Any, caches: Sequence[Any], layer: int) -> None:
     """Put the sequences' parts of a layer of `joined` into their own caches, as copies."""
     for index, cache in enumerate(caches):
-        _put_layer(joined, cache, layer, partial(_row, index=index))
+        _put_layer(joined, cache, layer, partial(_copied_row, index=index))
 
 
 def _put_layer(cache: Any, other: Any, layer: int, change: Callable[[Any], Any]) -> None:
@@ -129,11 +129,11 @@ def _has_layer(value: Any, layer: int) -> bool:
 
 
 def _batch(values: Sequence[Any]) -> Any:
-    """Return the states of several sequences as one with a row for each; what are no tensors is alike."""
+    """Return the states of several sequences as one batch; values other than tensors are the same in all."""
     return _changed(values, torch.cat)
 
 
-def _row(value: Any, index: int) -> Any:
+def _copied_row(value: Any, index: int) -> Any:
     """Return one sequence's part of joined states; a copy, so that it does not hold the others' memory."""
     return _changed([value], lambda tensors: tensors[0][index : index + 1].clone())
 
@@ -205,11 +205,12 @@ class SlotStates(Generic[Cache]):
             copy_of = fork if index in forked else self._copy
             cache = copy_of(known[0].cache) if known else self._make()
             state = SequenceState(cache, span.start + span.length)
+            kept = {span.start: known[0].cache} if known else {}  # by position: a state may have two places
             for position, place in span.keeps:
-                kept = known[0].cache if position == span.start else fork(cache)
-                self._to_keep[place] = SequenceState(kept, position)
-                if position > span.start:
-                    state.forks.append((position - span.start, kept))
+                if position not in kept:
+                    kept[position] = fork(cache)
+                    state.forks.append((position - span.start, kept[position]))
+                self._to_keep[place] = SequenceState(kept[position], position)
             self._in_progress[span.slot] = [*known, state]
             found.append(state)
         return found

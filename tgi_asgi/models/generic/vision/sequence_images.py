@@ -96,9 +96,40 @@ def _axes(
             kinds[0, each.places] = 1
         given = {"mm_token_type_ids": torch.from_numpy(kinds)}
     else:
-        # Qwen-Omni finds images by the token before them. It looks one token ahead, and wants one after an
-        # image: a token of text more changes nothing else.
-        ids = np.append(ids, 0)
-        given = {"attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        return _axes_by_marks(model, ids, seen, {name: sizes})
     positions, deltas = compute(torch.from_numpy(ids)[None], **given, **{name: sizes})
     return positions[:, 0, :num_tokens], int(deltas.reshape(-1)[0])
+
+
+def _axes_by_marks(
+    model: Any, ids: Ints, seen: Sequence[PromptImage], sizes: dict[str, Tensor]
+) -> tuple[Tensor, int]:
+    """Return the same for Qwen-Omni, whose function finds images by marks and takes a token after each.
+
+    Clients may write other marks, or none. Each token of text adds one, so the function gets marks of our own
+    and no others, and the positions that these take are subtracted:
+
+        prompt      a <bos> I I I I b
+        given       t t   < I I I I > t      t: any token of text
+    """
+    config = model.config
+    others = {value for name, value in config.to_dict().items() if name.endswith("_token_id")}
+    text = next(token_id for token_id in range(len(others) + 1) if token_id not in others)
+    given, kept, inserted = [], [], []
+    ends = {int(each.places[-1]) for each in seen}
+    starts = {int(each.places[0]) for each in seen}
+    are_images = np.zeros(len(ids), bool)
+    for each in seen:
+        are_images[each.places] = True
+    for at, token_id in enumerate(ids.tolist()):
+        if at in starts:
+            given.append(config.vision_start_token_id)
+        inserted.append(len(given) - at)
+        kept.append(len(given))
+        given.append(token_id if are_images[at] else text)
+        if at in ends:
+            given.append(text)
+    mask = torch.ones(1, len(given), dtype=torch.long)
+    found, _ = model.model.get_rope_index(torch.tensor([given]), attention_mask=mask, **sizes)
+    positions = found[:, 0, kept] - torch.tensor(inserted)
+    return positions, int(positions.max()) + 1 - len(ids)
