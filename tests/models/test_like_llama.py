@@ -163,6 +163,8 @@ def test_files_of_xverse_are_refused_for_their_vocabulary() -> None:
         ("deepseek", {"moe_layer_freq": 0}, "moe_layer_freq must be positive"),
         ("chatglm", {"position_encoding_2d": True}, "ChatGLM 1 has positions in two dimensions"),
         ("chatglm", {"rmsnorm": False}, "rmsnorm"),
+        ("chatglm", {"padded_vocab_size": 65024}, "rope_ratio 50: ChatGLM 2 divides positions by it"),
+        ("chatglm", {"original_rope": False}, "original_rope"),
         ("chatglm", {"quantization_bit": 4}, "quantization_bit"),
         ("chatglm", {"apply_residual_connection_post_layernorm": True}, "post_layernorm"),
         ("chatglm", {"multi_query_group_num": 3}, "must be a multiple of num_kv_heads"),

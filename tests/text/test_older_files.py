@@ -270,6 +270,40 @@ def test_damaged_ranks_are_refused(tmp_path: Path, data: bytes) -> None:
     assert "qwen.tiktoken is no vocabulary of tiktoken" in refusal(folder)
 
 
+@pytest.mark.parametrize("data", [b" \n", b"\n", b"QQ== 0 1\n", b""])
+def test_a_beginning_that_is_neither_tiktoken_s_nor_sentencepiece_s_is_refused(
+    tmp_path: Path, data: bytes
+) -> None:
+    config = {"tokenizer_class": "ChatGLM4Tokenizer"}
+    folder = checkpoint(tmp_path, "glm4", tokenizer_model=data, tokenizer_config_json=config)
+    assert "tokenizer.model" in refusal(folder)
+
+
+@pytest.mark.parametrize("listed", [{"9" * 5000: {"content": "x"}}, {"0": {"content": "\ud800"}}])
+def test_entries_of_added_tokens_that_no_token_can_have_are_left_out_or_refused(
+    trained: Callable[[str], Path], tmp_path: Path, listed: dict[str, Any]
+) -> None:
+    ranks = b"".join(base64.b64encode(bytes((each,))) + b" %d\n" % each for each in range(256))
+    for name, kind, data in (
+        ("internlm2", "InternLM2Tokenizer", trained("llama").read_bytes()),
+        ("glm4", "ChatGLM4Tokenizer", ranks),
+    ):
+        config = {"tokenizer_class": kind, "added_tokens_decoder": listed}
+        folder = checkpoint(tmp_path, name, tokenizer_model=data, tokenizer_config_json=config)
+        assert refusal(folder)
+
+
+@pytest.mark.parametrize(("token_id", "text"), [("0", "<UNK>"), ("5", "byte?"), ("300", "")])
+def test_other_tokens_than_spare_ones_keep_their_names(
+    trained: Callable[[str], Path], tmp_path: Path, token_id: str, text: str
+) -> None:
+    listed = {token_id: {"content": text, "special": True, "normalized": False}}
+    config = {"tokenizer_class": "InternLM2Tokenizer", "added_tokens_decoder": listed}
+    data = trained("llama").read_bytes()
+    folder = checkpoint(tmp_path, "internlm2", tokenizer_model=data, tokenizer_config_json=config)
+    assert refusal(folder)
+
+
 def byte_level_files(folder: Path) -> dict[str, bytes]:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

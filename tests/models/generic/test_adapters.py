@@ -21,6 +21,7 @@ from tgi_asgi.models.generic.model import GenericModel
 EXACT = 2e-5  # error of a logit, relative to the largest
 MIN_EFFECT = 0.02
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+DELTA_NET = [f"in_proj_{name}" for name in ("qkv", "z", "b", "a")] + ["out_proj"]
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
         ("phi", ["q_proj", "v_proj", "dense", "fc1"], True),
         ("gemma2", [*ATTENTION, "gate_proj", "up_proj", "down_proj"], True),
         ("olmoe", ATTENTION, True),
+        ("qwen3_5_text", [*DELTA_NET, *ATTENTION], True),
         ("gemma", [*ATTENTION, "gate_proj", "up_proj", "down_proj"], False),
     ],
 )

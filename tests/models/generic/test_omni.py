@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
+import httpx
+import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.support import vision_models as vision
-from tests.support.vision_chats import Part, chatting, greedy
+from tests.support.vision_chats import Part, chatting, greedy, url_of
+from tests.support.vision_runs import served
 from tgi_asgi import ops
+from tgi_asgi.models.generic.vision.sequence_images import PromptImage, _axes_by_marks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
 
@@ -39,3 +45,45 @@ async def test_a_published_checkpoint_answers_as_the_part_that_writes(
     async with chatting(tmp_path) as (ask, _):
         found = await ask(parts)
     assert found.choices[0].message.content == wanted
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni"])
+async def test_prompts_need_no_marks_around_images(name: str, tmp_path: Path) -> None:
+    """The model's own function of positions raises, or takes an image for text, where they are missing."""
+    ops.configure_threads(1, nice=0, pin=False)
+    vision.make(name, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    texts = {
+        int(token_id): text
+        for text, token_id in json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"].items()
+    }
+    for token in json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]:
+        texts[token["id"]] = token["content"]
+    begin, sound = (texts.get(config.get(f"{each}_start_token_id")) for each in ("vision", "audio"))
+    image = f"![]({url_of(vision.picture(50, 30))})"
+    prompts = [
+        f"a {begin}{image}{begin}{image}", f"{image} b {begin}{image} c", f"{image} {image} {image}",
+        *([f"a {sound} b {image}"] if sound else []),
+    ]  # fmt: skip
+    async with served(tmp_path) as (url, _), httpx.AsyncClient(base_url=url, timeout=60) as http:
+        for prompt in prompts:
+            body = {"inputs": prompt, "parameters": {"max_new_tokens": 3}}
+            answer = await http.post("/generate", json=body)
+            assert answer.status_code == 200, (prompt[:40], answer.text)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni"])
+def test_marked_images_get_the_positions_of_the_model_s_own_function(name: str, tmp_path: Path) -> None:
+    vision.make(name, tmp_path)
+    model = transformers.AutoModelForMultimodalLM.from_pretrained(tmp_path)
+    config, grid = model.config, torch.tensor([[1, 4, 6], [1, 2, 4]])
+    start, image = config.vision_start_token_id, config.image_token_id
+    sizes = [int(each.prod()) // model.config.vision_config.spatial_merge_size**2 for each in grid]
+    ids = [80, start, *[image] * sizes[0], 81, 82, start, *[image] * sizes[1], 83, 83]
+    expected, delta = model.model.get_rope_index(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), image_grid_thw=grid
+    )
+    places = np.flatnonzero(np.array(ids) == image)
+    seen: list[Any] = [PromptImage(cast(Any, None), each) for each in np.split(places, [sizes[0]])]
+    found, found_delta = _axes_by_marks(model, np.array(ids), seen, {"image_grid_thw": grid})
+    assert torch.equal(found.float(), expected[:, 0].float()) and found_delta == int(delta)

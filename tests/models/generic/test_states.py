@@ -14,6 +14,7 @@ import torch
 
 from tests.support import architectures
 from tests.support.generic import batch_of, load_generic, measure, program_of
+from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.generic.states import RowSpan, SlotStates, copy_layer
@@ -289,7 +290,7 @@ def test_rows_may_fail_in_the_middle_of_a_model(
 
 @pytest.mark.parametrize(("model_type", "is_kept"), [("mamba2", True), ("mamba", False)])
 def test_a_runner_has_places_for_states_that_can_be_kept(
-    model_type: str, is_kept: bool, checkpoint: Callable[[str], Path]
+    model_type: str, is_kept: bool, checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     files = ModelFiles("tiny", None, "directory", checkpoint(model_type))
     loaded = load(Settings(num_threads=1, max_kept_states=5, dtype="float32"), files, lambda *_: None)
@@ -297,6 +298,7 @@ def test_a_runner_has_places_for_states_that_can_be_kept(
     assert loaded.runner.traits.num_kept_states == loaded.info.num_kept_states == 5 * is_kept
     each = load_generic(checkpoint(model_type)).config.other_kept_bytes
     assert loaded.info.kept_state_bytes == 5 * is_kept * each
+    assert ("--max-kept-states is ignored: the states of" in caplog.text) != is_kept
 
 
 @pytest.mark.parametrize(
@@ -322,3 +324,15 @@ def test_the_time_step_of_a_single_token_has_the_limits_of_a_prompt_s(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {name: limit}))
     assert measure(folder).difference < 1e-4
+
+
+@pytest.mark.parametrize("limits", [[0.1, 0.2, 0.3], []])
+def test_limits_of_time_steps_that_are_no_pair_are_refused(
+    limits: list[float], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(checkpoint("mamba2"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "time_step_limit": limits}))
+    with pytest.raises(ModelLoadError, match=r"time_step_limit"):
+        load_generic(folder)

@@ -53,7 +53,7 @@ class Baichuan(Decoder):
     checkpoint = CheckpointLayout(names={"self_attn.qkv_proj": "self_attn.W_pack"})
 
     def read_head_rows(self, weights: Weights) -> ops.WeightSource:
-        """Return the head's matrix; whoever converts Baichuan 2 to GGUF has to scale its rows before."""
+        """Return the head's matrix; whoever converts Baichuan 2 to GGUF must scale its rows first."""
         head = super().read_head_rows(weights)
         is_scaled = weights.is_gguf or self.config.vocab_size < _TOKENS_BETWEEN
         return head if is_scaled else ops.stack_rows(list(unit_rows(head)))

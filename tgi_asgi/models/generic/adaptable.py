@@ -1,7 +1,8 @@
 """Which products of a `transformers` module adapters may change: those that see each token of a step once.
 
-A product that sees other rows (some tokens in experts, images in a tower, one sequence at a time in a
-recurrent layer) could not assign rows to sequences. This is probed, not guessed, with steps of random tokens.
+A product that sees other rows (some tokens in experts, images in a tower, one sequence at a time in most
+recurrent layers) could not assign rows to sequences. This is probed, not guessed, with steps of random
+tokens.
 """
 
 from __future__ import annotations

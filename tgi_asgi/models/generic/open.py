@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from tgi_asgi import ops
-from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.errors import ModelLoadError, check
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generation_config import read_generation_config
@@ -89,7 +89,9 @@ class OpenGeneric:
         pair = encoder_decoder.describe(self._model, config, generation)
         text = self._model.config.get_text_config(**({} if pair is None else {"decoder": True}))
         first = first_position(self._model)
-        hidden_size = int(self._model.get_input_embeddings().weight.shape[1])
+        embedding: Any = getattr(self._model.get_input_embeddings(), "weight", None)
+        check(embedding is not None, f"{type(self._model).__name__} reads no tokens: its encoder embeds none")
+        hidden_size = int(embedding.shape[1])
         state_size = kept_size = 0
         if pair is None:
             context = context_length(text) - first

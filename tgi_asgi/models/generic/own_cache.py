@@ -125,7 +125,7 @@ def has_own_layers(model: Any) -> bool:
 
 
 def _uses(model: Any, kind: type[Any]) -> bool:
-    """Return whether a model's decoder uses a class, and not only its tower for sound (Muse Spark)."""
+    """Return whether a model's decoder uses a class, and not only its audio tower (Muse Spark)."""
     code = {type(model), *map(type, decoders_of(model)[-1].modules())}
     return any(kind.__name__ in class_source(each) for each in code)
 
