@@ -43,7 +43,7 @@ def test_modules_of_another_form_run_their_own_code(checkpoint: Checkpoint) -> N
 
 
 def test_a_net_that_computes_something_else_runs_its_own_code(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = checkpoint("qwen3_5_text")
 
@@ -57,6 +57,7 @@ def test_a_net_that_computes_something_else_runs_its_own_code(
     monkeypatch.setattr(generic_open, "DeltaNets", Wrong)
     loaded = loaded_of(folder)
     assert loaded.delta_nets is None and loaded.recurrent is not None and loaded.keeps_states
+    assert "run on the code of transformers, slowly" in caplog.text
     ids = [architectures.random_ids(37, 0), architectures.random_ids(29, 1), architectures.random_ids(11, 2)]
     assert run_steps(loaded, ids, architectures.references(folder, ids)) < EQUAL
 
