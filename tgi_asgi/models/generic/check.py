@@ -81,8 +81,8 @@ def _try_native(model: GenericModel) -> tuple[float, str] | None:
         return native
     model.delta_nets = None
     logger.warning(
-        "the recurrent layers of %s run on the code of transformers, slowly: on native kernels, logits differ "
-        "by %.2g of the largest",
+        "the recurrent layers of %s run on the code of transformers, slowly: on native kernels, logits "
+        "differ by %.2g of the largest",
         model.config.architecture, native[0],
     )  # fmt: skip
     return None
