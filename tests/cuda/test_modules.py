@@ -66,7 +66,7 @@ Checkpoint = Callable[[str], Path]
 # One of each kind that the kernels treat differently: experts, sinks, values narrower than keys, ALiBi,
 # recurrent layers, and no cache.
 USUAL = ("mixtral", "gpt_oss", "deepseek_v3", "bloom", "jamba", "openai-gpt")
-FEW_IMAGES = ("smolvlm", "qwen3_vl", "gemma3", "mllama")
+FEW_IMAGES = ("ovis2", "smolvlm", "qwen3_vl", "gemma3", "mllama")
 
 pytestmark = [
     pytest.mark.thorough,

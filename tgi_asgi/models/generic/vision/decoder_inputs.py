@@ -52,9 +52,9 @@ class DecoderInputs:
         self._sequences: dict[int, SequenceImages] = {}
         self._marks: Tensor | None = None
         with torch.inference_mode():
-            others = token_rows(model)
+            others = token_rows(model, device)
             if others is not None:
-                ids, self._rows = (each.to(device) for each in others)
+                ids, self._rows = others
                 self._marks, order = ids.sort()
                 self._rows = self._rows[order]
 

@@ -214,14 +214,17 @@ def layer_inputs(decoder: Any, ids: Tensor) -> Tensor:
     return found
 
 
-def token_rows(model: Any) -> tuple[Tensor, Tensor] | None:
+def token_rows(model: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """Return ids whose rows are not those of the decoder's embedding, and the rows [n, hidden]; None: no id.
 
     These are tokens around images, such as the end of one. They have these rows in any prompt, so that what
-    is cached of a prompt's beginning does not depend on the images that follow. Needs weights.
+    is cached of a prompt's beginning does not depend on the images that follow. Needs weights, on `device`.
     """
     make = _TOKEN_ROWS.get(type(model).__name__)
-    return None if make is None else make(model.model)
+    if make is None:
+        return None
+    with device:  # for the ids that the embeddings read
+        return make(model.model)
 
 
 def _rows_of_gemma3n(inner: Any) -> tuple[Tensor, Tensor]:
