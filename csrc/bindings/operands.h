@@ -70,8 +70,9 @@ struct Norm {
 // The norms of queries and keys, in packed order: one for all heads, or one per head.
 struct HeadNorms {
   Norm query, key;
-  bool is_whole;  // over all heads together
-  bool is_last;   // applied after the rotation
+  bool is_whole;    // over all heads together
+  bool is_last;     // applied after the rotation
+  bool has_values;  // values are normalised, too, without a weight
 };
 
 // How heads are normalised and rotated, and which layer of which pool they belong to.
@@ -81,7 +82,7 @@ struct Heads {
   int64_t num_heads;
   int64_t true_dim;
   std::optional<double> scale;           // of the softmax; none: queries are not scaled
-  std::optional<Floats> cosines, sines;  // [positions, padded pairs of a head]
+  std::optional<Floats> cosines, sines;  // [positions, rotated pairs of a head, padded]
   std::optional<HeadNorms> norms;
   double clip;  // q, k and v are first clipped to [-clip, clip]; 0: no clipping
   std::optional<Floats> query_scales;  // [positions], additional factors of the queries

@@ -174,24 +174,22 @@ void PagedAttention::run_locked(const KvPool& pool, Call& call) {
 
 const step::AttentionPoint* PagedAttention::split(const step::AttentionParams& params,
                                                   int64_t tile_rows, int num_members) {
-  const step::HeadSplit heads = {
-      .num_heads = params.num_heads,
-      .num_kv_heads = params.kv.num_heads,
-      .tile_rows = tile_rows,
+  const step::AttentionKind kind = {
+      .rule = params.rule,
+      .heads = {.num_heads = params.num_heads,
+                .num_kv_heads = params.kv.num_heads,
+                .tile_rows = tile_rows},
   };
   for (size_t i = 0; i < num_splits_; ++i) {
     const Split& each = splits_[i];
-    if (each.rule == params.rule && each.heads == heads && each.num_members == num_members) {
-      return each.points.data();
-    }
+    if (each.kind == kind && each.num_members == num_members) return each.points.data();
   }
   if (num_splits_ == splits_.size()) splits_.emplace_back();
   Split& made = splits_[num_splits_];
-  made.rule = params.rule;
-  made.heads = heads;
+  made.kind = kind;
   made.num_members = num_members;
   made.points.resize(static_cast<size_t>(num_members) + 1);
-  step::split_attention(header_, made.rule, heads, num_members, made.points.data());
+  step::split_attention(header_, kind, num_members, made.points.data());
   ++num_splits_;
   return made.points.data();
 }

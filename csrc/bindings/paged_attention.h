@@ -31,10 +31,9 @@ class PagedAttention {
            const AttentionSpec& spec);
 
  private:
-  // How the current batch's work is split for layers of one shape and rule.
+  // How the current batch's work is split for layers of one kind.
   struct Split {
-    cpu::step::AttentionRule rule;
-    cpu::step::HeadSplit heads;
+    cpu::step::AttentionKind kind;
     int num_members;
     std::vector<cpu::step::AttentionPoint> points;
   };

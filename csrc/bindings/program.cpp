@@ -233,11 +233,11 @@ void Program::prepare(int num_members, bool only_rows) {
   check_members(num_members);
   ends_early_ = has_last_rows_ = false;
   if (pool_ == nullptr) return;
-  step::split_by_rules(header_, rules_, heads_, num_members, split_);
+  step::split_by_kinds(header_, kinds_, num_members, split_);
   header_.attention_split = split_.data();
   ends_early_ = only_rows && header_.num_rows == 0;
   has_last_rows_ = only_rows && can_gather_ &&
-                   last_rows_.prepare(header_, rules_, heads_, pool_->block_size(), num_members);
+                   last_rows_.prepare(header_, kinds_, pool_->block_size(), num_members);
 }
 
 void Program::run_step(int member, int num_members, double* ends) {

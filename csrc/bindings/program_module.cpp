@@ -62,8 +62,8 @@ void bind_operands(py::module_& module) {
            py::arg("weight").noconvert(), py::arg("bias").noconvert(), py::arg("width"),
            py::arg("eps"));
   py::class_<HeadNorms>(module, "HeadNorms", "The norms of queries and keys.")
-      .def(py::init<const Norm&, const Norm&, bool, bool>(), py::kw_only(), py::arg("query"),
-           py::arg("key"), py::arg("is_whole"), py::arg("is_last"));
+      .def(py::init<const Norm&, const Norm&, bool, bool, bool>(), py::kw_only(), py::arg("query"),
+           py::arg("key"), py::arg("is_whole"), py::arg("is_last"), py::arg("has_values"));
   py::class_<Heads>(module, "Heads", "How heads are normalised, rotated and stored.")
       .def(py::init<PoolPtr, int64_t, int64_t, int64_t, std::optional<double>, MaybeFloats,
                     MaybeFloats, std::optional<HeadNorms>, double, MaybeFloats>(),
@@ -120,13 +120,15 @@ void bind_program(py::module_& module) {
       .def("activation", &Program::activation, py::arg("columns"), py::arg("precision"),
            py::kw_only(), py::arg("for_logits") = false, py::arg("min_tiles") = 0)
       .def("routing", &Program::routing, py::arg("num_experts"), py::arg("top_k"))
-      .def("query", &Program::query, py::arg("pool"), py::arg("num_heads"))
+      .def("query", &Program::query, py::arg("pool"), py::arg("layer"), py::arg("num_heads"))
       .def("embed", &Program::embed, py::kw_only(), py::arg("table"), py::arg("factor"),
            py::arg("positions").noconvert(), py::arg("out").none(false))
+      .def("embed_add", &Program::embed_add, py::kw_only(), py::arg("table"), py::arg("factor"),
+           py::arg("rows").none(false))
       .def("norm", &Program::norm, py::kw_only(), py::arg("x").none(false), py::arg("norm"),
            py::arg("for_logits"), py::arg("is_private"), py::arg("out").none(false))
       .def("norm_add", &Program::norm_add, py::kw_only(), py::arg("rows").none(false),
-           py::arg("norm"), py::arg("factor"), py::arg("x").none(false))
+           py::arg("norm"), py::arg("factor"), py::arg("scale"), py::arg("x").none(false))
       .def("norm_in_place", &Program::norm_in_place, py::kw_only(), py::arg("norm"),
            py::arg("x").none(false))
       .def("pack", &Program::pack, py::kw_only(), py::arg("rows").none(false),
@@ -140,7 +142,7 @@ void bind_program(py::module_& module) {
       .def("sum_shards", &Program::sum_shards, py::kw_only(), py::arg("partial_sum").none(false),
            py::arg("factor"), py::arg("adds"), py::arg("x").none(false))
       .def("qkv", &Program::qkv, py::kw_only(), py::arg("products"), py::arg("heads"),
-           py::arg("out").none(false))
+           py::arg("has_keys"), py::arg("out").none(false))
       .def("head_rows", &Program::head_rows, py::kw_only(), py::arg("rows").none(false),
            py::arg("heads"), py::arg("has_keys"), py::arg("out").none(false))
       .def("heads_linear", &Program::heads_linear, py::kw_only(), py::arg("product"),
@@ -157,7 +159,8 @@ void bind_program(py::module_& module) {
       .def("gate_up", &Program::gate_up, py::kw_only(), py::arg("product"), py::arg("activation"),
            py::arg("out").none(false))
       .def("act_mul", &Program::act_mul, py::kw_only(), py::arg("gate").none(false),
-           py::arg("up").none(false), py::arg("activation"), py::arg("out").none(false))
+           py::arg("up").none(false), py::arg("first_column"), py::arg("activation"),
+           py::arg("out").none(false))
       .def("route", &Program::route, py::kw_only(), py::arg("logits").none(false),
            py::arg("spec").none(false), py::arg("out").none(false))
       .def("experts_add", &Program::experts_add, py::kw_only(), py::arg("source").none(false),

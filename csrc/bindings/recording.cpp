@@ -75,9 +75,9 @@ ActivationPtr Recording::activation(int64_t columns, const std::string& precisio
   });
 }
 
-QueryPtr Recording::query(const KvPool& pool, int64_t num_heads) const {
+QueryPtr Recording::query(const KvPool& pool, int64_t layer, int64_t num_heads) const {
   check_size(num_heads, "num_heads");
-  const int64_t row_bytes = num_heads * pool.layer(0).query_bytes();
+  const int64_t row_bytes = num_heads * pool.layer(layer).query_bytes();
   const int64_t bytes = cpu::product_of_sizes({max_tokens_, row_bytes}) + step::kPoolSlack;
   return std::make_shared<QueryBuffer>(QueryBuffer{
       .memory = cpu::allocate(bytes),
@@ -170,16 +170,16 @@ step::LinearParams Recording::linear_params(const Product& product, int64_t unit
 step::KvLayerView Recording::use_pool(const PoolPtr& pool, int64_t layer, int64_t num_heads) {
   const step::KvLayerView kv = pool->layer(layer);
   if (pool_ == nullptr) {
-    const int64_t tile_rows = step::kernels().attention_rows(kv.precision);
     pool_ = pool;
-    kv_ = kv;
-    heads_ = {.num_heads = num_heads, .num_kv_heads = kv.num_heads, .tile_rows = tile_rows};
+    int64_t value_dim = 0;
+    for (int64_t i = 0; i < pool->num_layers(); ++i) {
+      value_dim = std::max(value_dim, pool->layer(i).value_dim);
+    }
+    const int64_t tile_rows = step::kernels().attention_rows(pool->precision());
     workspace_ = std::make_unique<step::AttentionWorkspace>(num_members_, max_context_, tile_rows,
-                                                            kv.value_dim);
+                                                            value_dim);
   }
-  check(pool == pool_ && num_heads == heads_.num_heads && kv.num_heads == kv_.num_heads &&
-            kv.head_dim == kv_.head_dim && kv.value_dim == kv_.value_dim,
-        "all layers of a program must have one shape of attention");
+  check(pool == pool_, "all layers of a program must be of one pool");
   check(num_heads % kv.num_heads == 0, "`num_heads` must be a multiple of ", kv.num_heads, ", got ",
         num_heads);
   return kv;

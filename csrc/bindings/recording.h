@@ -42,15 +42,18 @@ class Recording {
   // Returns this shard's partial sum of the next sum, which the next operator must write.
   RowsPtr partial_sum();
   RoutingPtr routing(int64_t num_experts, int64_t top_k) const;
-  QueryPtr query(const KvPool& pool, int64_t num_heads) const;
+  QueryPtr query(const KvPool& pool, int64_t layer, int64_t num_heads) const;
 
   // Operators. Each writes to `out` or adds to `x`.
   void embed(const Matrix& table, double factor, const std::optional<Floats>& positions,
              const RowsPtr& out);
+  void embed_add(const Matrix& table, double factor, const RowsPtr& rows);
   // With few tokens no barrier follows a private norm: the next operator must not write to x.
   void norm(const RowsPtr& x, const Norm& norm, bool for_logits, bool is_private,
             const ActivationPtr& out);
-  void norm_add(const RowsPtr& rows, const Norm& norm, double factor, const RowsPtr& x);
+  void norm_add(const RowsPtr& rows, const Norm& norm, double factor, double scale,
+                const RowsPtr& x);
+  // A norm that is narrower than x normalises groups of its columns.
   void norm_in_place(const Norm& norm, const RowsPtr& x);
   // Packs the first columns of rows, as many as `out` has.
   void pack(const RowsPtr& rows, const ActivationPtr& out);
@@ -61,8 +64,9 @@ class Recording {
   void linear_add(const Product& product, double factor, const RowsPtr& x);
   // x = factor * the sum of all shards' partial sums, or x += that.
   void sum_shards(const RowsPtr& partial_sum, double factor, bool adds, const RowsPtr& x);
-  // products: q, k and v as one matrix, or as three of different formats.
-  void qkv(const std::vector<Product>& products, const Heads& heads, const QueryPtr& out);
+  // products: q, or q, k and v, as one matrix, or as three of different formats.
+  void qkv(const std::vector<Product>& products, const Heads& heads, bool has_keys,
+           const QueryPtr& out);
   // The same for rows in packed order.
   void head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys, const QueryPtr& out);
   // Multiplies each head's columns of the input by that head's rows of the weight.
@@ -79,8 +83,9 @@ class Recording {
   void up(const Product& product, const std::string& activation,
           const std::pair<double, double>& alphas, const ActivationPtr& out);
   void gate_up(const Product& product, const std::string& activation, const ActivationPtr& out);
-  void act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string& activation,
-               const ActivationPtr& out);
+  // Reads the columns of `up` from `first_column` on.
+  void act_mul(const RowsPtr& gate, const RowsPtr& up, int64_t first_column,
+               const std::string& activation, const ActivationPtr& out);
   // Selects the experts of each token from a router's logits, and runs their MLPs. `gathered` and
   // `inner` hold the input rows, and the rows of the last product's input, of several experts at a
   // time.
@@ -130,8 +135,7 @@ class Recording {
   ShardsPtr shards_;
   int64_t first_vocab_id_ = 0;
 
-  step::HeadSplit heads_ = {};
-  std::vector<step::AttentionRule> rules_;  // the distinct rules of the layers
+  std::vector<step::AttentionKind> kinds_;  // the distinct kinds of the layers' attention
   int64_t last_write_ = 0;  // number of operators up to the last that writes keys and values
   bool can_gather_ = false;
   std::vector<Gathered> gathered_;
@@ -171,7 +175,6 @@ class Recording {
 
   bool has_ended_writes_ = false;
   int64_t num_partial_sums_ = 0;
-  step::KvLayerView kv_ = {};  // the first layer used: all have the same shape
   std::unique_ptr<step::AttentionWorkspace> workspace_;
   cpu::Memory inner_[3];  // adapters' inner values, by part of an operator
   int64_t inner_stride_ = 0;

@@ -7,11 +7,13 @@
 
 namespace tgi {
 
-void Recording::qkv(const std::vector<Product>& products, const Heads& heads, const QueryPtr& out) {
-  check_before_end("qkv");
-  check(products.size() == 1 || products.size() == 3, "`products` must be one or three");
+void Recording::qkv(const std::vector<Product>& products, const Heads& heads, bool has_keys,
+                    const QueryPtr& out) {
+  if (has_keys) check_before_end("qkv");
+  check(products.size() == 1 || (has_keys && products.size() == 3),
+        "`products` must be one, or three with keys and values");
   step::QkvParams params = {};
-  params.heads = head_params(heads, true, out);
+  params.heads = head_params(heads, has_keys, out);
   params.num_parts = static_cast<int32_t>(products.size());
   const int64_t strips = params.heads.kv.num_strips();
   const int64_t unit_strips = heads.norms ? strips : 1;
@@ -22,8 +24,8 @@ void Recording::qkv(const std::vector<Product>& products, const Heads& heads, co
     num_rows += params.parts[i].weight.num_rows;
   }
   share_scratch(params);
-  const int64_t expected =
-      (heads.num_heads + 2 * params.heads.kv.num_heads) * strips * step::kStripRows;
+  const int64_t expected = (heads.num_heads + (has_keys ? 2 * params.heads.kv.num_heads : 0)) *
+                           strips * step::kStripRows;
   check(num_rows == expected, "`products` must have the rows of the heads, ", expected, ", got ",
         num_rows);
   forward_.add(step::kernels().qkv, params);
@@ -31,9 +33,7 @@ void Recording::qkv(const std::vector<Product>& products, const Heads& heads, co
 
 void Recording::head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys,
                           const QueryPtr& out) {
-  if (has_keys || heads.cosines || heads.query_scales) {
-    check_before_end("written heads, or what depends on positions");
-  }
+  if (has_keys) check_before_end("written heads");
   step::HeadRowsParams params = {};
   params.heads = head_params(heads, has_keys, out);
   const int64_t width = params.heads.kv.num_strips() * step::kStripRows;
@@ -62,8 +62,13 @@ step::HeadParams Recording::head_params(const Heads& heads, bool has_values, con
   check_num_rows(*out, "out");
   check(heads.cosines.has_value() == heads.sines.has_value(), "cosines and sines come together");
   if (heads.cosines) {
-    check_shape(*heads.cosines, "cosines", {-1, params.kv.num_strips() * 16});
-    check_shape(*heads.sines, "sines", {heads.cosines->shape(0), params.kv.num_strips() * 16});
+    check_shape(*heads.cosines, "cosines", {-1, -1});
+    const int64_t pairs = heads.cosines->shape(1);
+    check(pairs > 0 && pairs % 16 == 0 && pairs <= params.kv.num_strips() * 16,
+          "`cosines` must have 16 columns for each of up to ", params.kv.num_strips(),
+          " strips, got ", pairs);
+    check_shape(*heads.sines, "sines", {heads.cosines->shape(0), pairs});
+    params.rotary_strips = pairs / 16;
     num_positions_ = std::min<int64_t>(num_positions_, heads.cosines->shape(0));
     params.cosines = keep(*heads.cosines);
     params.sines = keep(*heads.sines);
@@ -91,6 +96,8 @@ void Recording::set_norms(const HeadNorms& norms, int64_t num_heads, step::HeadP
         "the norms of queries and of keys must be of one kind");
   check(!norms.is_whole || (!norms.query.bias && !norms.is_last),
         "a norm over all heads must be an RMSNorm before the rotation");
+  check(!norms.has_values || (!norms.is_whole && !norms.query.bias),
+        "values are normalised with the RMSNorms of single heads");
   const auto of = [&](const Norm& norm, int64_t heads, const char* name) {
     return keep(norm, is_each ? heads * width : width, name);
   };
@@ -98,6 +105,7 @@ void Recording::set_norms(const HeadNorms& norms, int64_t num_heads, step::HeadP
   std::tie(params.k_norm, params.k_bias) = of(norms.key, kv_heads, "k_norm");
   params.norm_stride = is_each ? width : 0;
   params.is_norm_last = norms.is_last;
+  params.norms_values = norms.has_values;
   params.eps = static_cast<float>(norms.query.eps);
 }
 

@@ -82,7 +82,26 @@ void Recording::norm(const RowsPtr& x, const Norm& norm, bool for_logits, bool i
   (for_logits ? head_ : forward_).add(step::kernels().norm, params, sync);
 }
 
-void Recording::norm_add(const RowsPtr& rows, const Norm& norm, double factor, const RowsPtr& x) {
+void Recording::embed_add(const Matrix& table, double factor, const RowsPtr& rows) {
+  check_before_end("embed_add");
+  check_rows_buffer(rows, table.packed.num_columns, "rows");
+  check(table.num_rows > 0 && table.has_padding_last,
+        "`table` must have its padding after all of its rows");
+  check(shards_ == nullptr, "a shard has only part of each table");
+  num_ids_ = num_ids_ == 0 ? table.num_rows : std::min(num_ids_, table.num_rows);
+  keep(table.memory);
+  keep(rows->memory);
+  const step::EmbedAddParams params = {
+      .table = table.packed,
+      .factor = static_cast<float>(factor),
+      .scratch = scratch_of(cpu::product_of_sizes({num_members_, table.packed.num_columns})),
+      .rows = rows->data(),
+  };
+  forward_.add(step::kernels().embed_add, params);
+}
+
+void Recording::norm_add(const RowsPtr& rows, const Norm& norm, double factor, double scale,
+                         const RowsPtr& x) {
   const int64_t columns = x->num_columns;
   check_rows_buffer(x, columns, "x");
   check_rows_buffer(rows, columns, "rows");
@@ -97,15 +116,18 @@ void Recording::norm_add(const RowsPtr& rows, const Norm& norm, double factor, c
       .width = norm.width,
       .eps = static_cast<float>(norm.eps),
       .factor = static_cast<float>(factor),
+      .scale = static_cast<float>(scale),
       .x = x->data(),
   };
   forward_.add(step::kernels().norm_add, params);
 }
 
 void Recording::norm_in_place(const Norm& norm, const RowsPtr& x) {
-  const int64_t columns = x->num_columns;
+  const int64_t columns = x->num_columns, group = norm.weight.size();
   check_rows_buffer(x, columns, "x");
-  const auto [weight, bias] = keep(norm, columns, "weight");
+  check(group > 0 && columns % group == 0 && (group == columns || norm.width == group),
+        "groups of ", norm.width, " columns must make up x, which has ", columns);
+  const auto [weight, bias] = keep(norm, group, "weight");
   keep(x->memory);
   const step::NormRowsParams params = {
       .x = x->data(),
@@ -113,6 +135,7 @@ void Recording::norm_in_place(const Norm& norm, const RowsPtr& x) {
       .weight = weight,
       .bias = bias,
       .width = norm.width,
+      .num_groups = columns / group,
       .eps = static_cast<float>(norm.eps),
       .out = x->data(),
       .out_stride = columns,
@@ -208,9 +231,15 @@ void Recording::attention(const QueryPtr& q, const PoolPtr& pool, int64_t layer,
   params.num_heads = q->num_heads;
   params.true_dim = true_dim;
   params.rule = spec->rule();
-  const auto found = std::find(rules_.begin(), rules_.end(), params.rule);
-  params.split = found - rules_.begin();
-  if (found == rules_.end()) rules_.push_back(params.rule);
+  const step::AttentionKind kind = {
+      .rule = params.rule,
+      .heads = {.num_heads = q->num_heads,
+                .num_kv_heads = kv.num_heads,
+                .tile_rows = step::kernels().attention_rows(kv.precision)},
+  };
+  const auto found = std::find(kinds_.begin(), kinds_.end(), kind);
+  params.split = found - kinds_.begin();
+  if (found == kinds_.end()) kinds_.push_back(kind);
   params.scores = spec->scores(q->num_heads);
   specs_.push_back(spec);
   params.partials = workspace_->partials();
@@ -269,17 +298,21 @@ void Recording::gate_up(const Product& product, const std::string& activation,
   forward_.add(step::kernels().gate_up, params);
 }
 
-void Recording::act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string& activation,
-                        const ActivationPtr& out) {
+void Recording::act_mul(const RowsPtr& gate, const RowsPtr& up, int64_t first_column,
+                        const std::string& activation, const ActivationPtr& out) {
   check_rows_buffer(gate, out->view.num_columns, "gate");
-  check_rows_buffer(up, out->view.num_columns, "up");
+  check_rows_buffer(up, up->num_columns, "up");
+  check(first_column >= 0 && out->view.num_columns <= up->num_columns - first_column,
+        out->view.num_columns, " columns from ", first_column, " on must be in `up`, which has ",
+        up->num_columns);
   check_num_rows(*out, "out");
   keep(gate->memory);
   keep(up->memory);
   keep(*out);
   const step::ActMulParams params = {
       .gate = gate->data(),
-      .up = up->data(),
+      .up = up->data() + first_column,
+      .up_stride = up->num_columns,
       .function = {.kind = check_activation(activation, true)},
       .out = shared(out),
   };

@@ -30,8 +30,8 @@ bool sees(const AttentionRule& rule, int64_t query, int64_t key, int64_t until) 
   return rule.chunk == INT64_MAX || key >= query / rule.chunk * rule.chunk;
 }
 
-std::vector<Piece> all_pieces(const StepHeader& step, const AttentionRule& rule,
-                              const HeadSplit& heads) {
+std::vector<Piece> all_pieces(const StepHeader& step, const AttentionKind& kind) {
+  const auto& [rule, heads] = kind;
   const int64_t group = heads.group(), tile_rows = heads.tile_rows;
   std::vector<Piece> pieces;
   for (int32_t s = 0; s < step.num_sequences; ++s) {
@@ -89,12 +89,12 @@ int main() {
     step.query_start = starts.data();
     step.context_len = contexts.data();
     if (below(2)) step.visible_until = until.data();
-    const std::vector<Piece> pieces = all_pieces(step, rule, heads);
+    const std::vector<Piece> pieces = all_pieces(step, {rule, heads});
     int64_t total = 0;
     for (const Piece& piece : pieces) total += piece.size + 64;
     const int members = static_cast<int>(1 + below(9));
     std::vector<AttentionPoint> split(members + 1);
-    split_attention(step, rule, heads, members, split.data());
+    split_attention(step, {rule, heads}, members, split.data());
     size_t next = 0;
     for (int m = 0; m < members; ++m) {
       int64_t work = 0;

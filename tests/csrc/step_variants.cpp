@@ -128,8 +128,9 @@ Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision 
   kernels.linear_rows({linear, rows.data(), kRows}, step, 0, 1);
   kernels.linear_add({linear, 0.75f, sums.data()}, step, 0, 1);
   for (const float* each : {static_cast<const float*>(nullptr), bias.data()}) {
-    kernels.norm_add({rows.data(), norm_weight.data(), each, kRows, 90, 1e-5f, 0.5f, sums.data()},
-                     step, 0, 1);
+    kernels.norm_add(
+        {rows.data(), norm_weight.data(), each, kRows, 90, 1e-5f, 0.5f, 1.25f, sums.data()}, step,
+        0, 1);
   }
   kernels.logits({linear, logits.data(), kRows - 5, 0.5f, 20.0f}, step, 0, 1);
   Bytes found;
@@ -149,7 +150,7 @@ Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision 
     Input multiplied(kernels, precision, kRows, kTokens);
     const LinearParams pairs = {gates, nullptr, input.view, 0, scratch.data(), 0};
     kernels.gate_up({pairs, function, gated.view, nullptr, 0}, step, 0, 1);
-    kernels.act_mul({rows.data(), sums.data(), function, multiplied.view}, step, 0, 1);
+    kernels.act_mul({rows.data(), sums.data(), kRows, function, multiplied.view}, step, 0, 1);
     Input plain(kernels, precision, kRows, kTokens);
     kernels.up({linear, function, plain.view}, step, 0, 1);
     plain.append_to(found);
@@ -192,7 +193,7 @@ Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
 
   Text text(kv.num_blocks);
   StepHeader& step = text.step;
-  split_attention(step, {c.window}, {1, 1, kernels.attention_rows(c.precision)}, 1, text.split);
+  split_attention(step, {{c.window}, {1, 1, kernels.attention_rows(c.precision)}}, 1, text.split);
 
   kernels.norm({x.data(), ones.data(), nullptr, kColumns, 1e-5f, false, input.view, 0}, step, 0, 1);
   QkvParams qkv = {};
@@ -202,6 +203,8 @@ Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
   HeadParams& heads = qkv.heads;
   heads.num_heads = 1;
   heads.true_dim = c.head_dim;
+  heads.rotary_strips = 1;
+  heads.norms_values = c.window % 2 == 0;
   heads.cosines = cosines.data();
   heads.sines = sines.data();
   heads.q_norm = heads.k_norm = norm.data();

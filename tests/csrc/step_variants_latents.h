@@ -19,7 +19,7 @@ Bytes latents_and_attention(const Kernels& kernels, Precision precision,
   std::vector<float> query(kContext * kHeads * kv.head_dim);
   Text text(kv.num_blocks);
   StepHeader& step = text.step;
-  split_attention(step, {}, {kHeads, 1, kernels.attention_rows(precision)}, 1, text.split);
+  split_attention(step, {{}, {kHeads, 1, kernels.attention_rows(precision)}}, 1, text.split);
   LatentQkvParams params = {};
   params.absorbed = params.latents = x.data();
   params.rotary = x.data() + 64;

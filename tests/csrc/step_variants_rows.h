@@ -2,7 +2,8 @@
 // this, inside its namespace.
 #pragma once
 
-// Returns norms and functions of rows of several widths, and rows added by their gates.
+// Returns norms and functions of rows of several widths, norms of groups of their columns, and rows
+// added by their gates.
 Bytes rows_of(const Kernels& kernels, const std::vector<float>& x) {
   StepHeader step = {};
   step.num_tokens = kTokens;
@@ -12,7 +13,7 @@ Bytes rows_of(const Kernels& kernels, const std::vector<float>& x) {
       std::vector<float> out(kTokens * kColumns, NAN);
       for (int member = 0; member < 3; ++member) {
         kernels.norm_rows({x.data(), kColumns, x.data() + 9, has_bias ? x.data() + 300 : nullptr,
-                           width, 1e-5f, out.data(), kColumns},
+                           width, 1, 1e-5f, out.data(), kColumns},
                           step, member, 3);
       }
       append(found, out);
@@ -25,6 +26,13 @@ Bytes rows_of(const Kernels& kernels, const std::vector<float>& x) {
       append(found, out);
     }
   }
+  std::vector<float> groups(kTokens * kColumns, NAN);
+  for (int member = 0; member < 3; ++member) {
+    kernels.norm_rows({x.data(), kColumns, x.data() + 9, nullptr, kColumns / 4, 4, 1e-5f,
+                       groups.data(), kColumns},
+                      step, member, 3);
+  }
+  append(found, groups);
   std::vector<float> sums(kTokens * kColumns, 3.0f);
   kernels.gated_add({x.data(), x.data() + 40, kColumns, kColumns, 0.75f, sums.data()}, step, 0, 1);
   append(found, sums);
@@ -44,13 +52,17 @@ Bytes parts_of(const Kernels& kernels, const PackedMatrix& weight, Precision pre
   std::vector<float> embedded(kTokens * kColumns, NAN), placed(embedded);
   kernels.embed({weight, 1.0f, embedded.data(), nullptr}, step, 0, 1);
   kernels.embed({weight, 0.7f, placed.data(), x.data()}, step, 0, 1);
+  std::vector<float> added(x.begin(), x.begin() + kTokens * kColumns), unpacked(3 * kColumns);
+  for (int member = 0; member < 3; ++member) {
+    kernels.embed_add({weight, 0.3f, unpacked.data(), added.data()}, step, member, 3);
+  }
   Input input(kernels, precision, kHeads * kColumns, kTokens);
   kernels.pack({x.data(), kHeads * kColumns, kHeads * kColumns, input.view}, step, 0, 1);
   std::vector<float> scratch(scratch_of(kernels, weight, precision, 1));
   std::vector<float> out(kTokens * kRows, NAN);
   kernels.heads_linear(
       {{weight, nullptr, input.view, 0, scratch.data(), 0}, kHeads, out.data(), kRows}, step, 0, 1);
-  return joined({&embedded, &placed, &out});
+  return joined({&embedded, &placed, &added, &out});
 }
 
 // Returns queries, and the cache's keys and values, of two heads that are stored as they are.

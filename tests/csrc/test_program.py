@@ -65,7 +65,7 @@ def last_activation(program: _C.Program) -> Any:
 
 
 def query(program: _C.Program) -> Any:
-    return program.query(pool(), 2)
+    return program.query(pool(), 0, 2)
 
 
 def norm_of(columns: int = 64, width: int | None = None) -> _C.Norm:
@@ -91,6 +91,10 @@ OPERATORS: dict[str, tuple[Call, dict[str, Make]]] = {
         lambda p, out: p.embed(table=matrix(32), factor=1.0, positions=None, out=out),
         {"out": rows},
     ),
+    "embed_add": (
+        lambda p, rows: p.embed_add(table=matrix(32), factor=1.0, rows=rows),
+        {"rows": rows},
+    ),
     "norm_in_place": (lambda p, x: p.norm_in_place(norm=norm_of(), x=x), {"x": rows}),
     "up": (
         lambda p, source, out: p.up(
@@ -101,7 +105,7 @@ OPERATORS: dict[str, tuple[Call, dict[str, Make]]] = {
     "norm": (norm, {"x": rows, "out": activation}),
     "norm of logits": (functools.partial(norm, for_logits=True), {"x": rows, "out": last_activation}),
     "norm_add": (
-        lambda p, **given: p.norm_add(norm=norm_of(), factor=1.0, **given),
+        lambda p, **given: p.norm_add(norm=norm_of(), factor=1.0, scale=1.0, **given),
         {"rows": rows, "x": rows},
     ),
     "pack": (lambda p, **given: p.pack(**given), {"rows": rows, "out": activation}),
@@ -114,7 +118,7 @@ OPERATORS: dict[str, tuple[Call, dict[str, Make]]] = {
         {"source": activation, "x": rows},
     ),
     "qkv": (
-        lambda p, source, out: p.qkv(products=[product(128, source)], heads=heads(), out=out),
+        lambda p, source, out: p.qkv(products=[product(128, source)], heads=heads(), has_keys=True, out=out),
         {"source": activation, "out": query},
     ),
     "head_rows": (write_heads, {"rows": head_rows, "out": query}),
@@ -125,7 +129,7 @@ OPERATORS: dict[str, tuple[Call, dict[str, Make]]] = {
         {"source": activation, "out": activation},
     ),
     "act_mul": (
-        lambda p, **given: p.act_mul(activation="silu", **given),
+        lambda p, **given: p.act_mul(activation="silu", first_column=0, **given),
         {"gate": rows, "up": rows, "out": activation},
     ),
     "logits": (
@@ -189,7 +193,10 @@ def test_what_is_for_the_rows_of_logits_has_no_room_for_all_tokens() -> None:
     program = make_program(max_tokens=4096, max_rows=1)
     for call, given in (
         (program.pack, {"rows": program.rows(64)}),
-        (functools.partial(program.act_mul, activation="silu"), {"gate": rows(program), "up": rows(program)}),
+        (
+            functools.partial(program.act_mul, activation="silu", first_column=0),
+            {"gate": rows(program), "up": rows(program)},
+        ),
     ):
         with pytest.raises(ValueError, match="`out` must have the program's 4096 rows of tokens, got 1"):
             call(**given, out=last_activation(program))
@@ -242,7 +249,7 @@ def test_buffers_whose_size_is_no_number_of_bytes_are_refused() -> None:
         lambda: program.rows(INT32_MAX),
         lambda: program.rows(INT32_MAX, for_logits=True),
         lambda: program.activation(INT32_MAX, "float32"),
-        lambda: program.query(pool(), INT32_MAX),
+        lambda: program.query(pool(), 0, INT32_MAX),
     ):
         with pytest.raises(MemoryError):
             make()
@@ -256,7 +263,7 @@ def test_buffers_whose_size_is_no_number_of_bytes_are_refused() -> None:
                 sources=[], format="F32", columns=columns, order=np.full(32, -1, np.int64), arena=_C.Arena()
             )
     with pytest.raises(ValueError, match="`num_heads` must be at most"):
-        program.query(pool(), 2**50)
+        program.query(pool(), 0, 2**50)
 
 
 def test_long_contexts_take_no_memory_before_threads_share_them() -> None:
@@ -270,15 +277,11 @@ def test_long_contexts_take_no_memory_before_threads_share_them() -> None:
 def test_behind_the_last_write_nothing_is_written_or_read_of_all_tokens() -> None:
     program = make_program()
     program.end_cache_writes(can_gather=True, rows=[], query=None)
-    for operator in ("embed", "qkv", "head_rows"):
+    for operator in ("embed", "embed_add", "qkv", "head_rows"):
         call, buffers = OPERATORS[operator]
         with pytest.raises(ValueError, match="`end_cache_writes` must come after"):
             call(program, **{name: make(program) for name, make in buffers.items()})
-    with pytest.raises(ValueError, match="`end_cache_writes` must come after"):
-        write_heads(
-            program, program.rows(64), query(program), has_keys=False, cosines=ROTATIONS, sines=ROTATIONS
-        )
-    write_heads(program, program.rows(64), query(program), has_keys=False)
+    write_heads(program, program.rows(64), query(program), has_keys=False, cosines=ROTATIONS, sines=ROTATIONS)
 
 
 def test_a_query_without_a_scale_stays_as_it_is() -> None:
@@ -298,7 +301,8 @@ def test_a_query_without_a_scale_stays_as_it_is() -> None:
 def test_norms_that_do_not_fit_are_refused() -> None:
     program = make_program()
     for columns, width, message in (
-        (32, 32, r"`weight` must have shape \[64\]"),
+        (48, 48, "groups of 48 columns must make up x, which has 64"),
+        (32, 31, "groups of 31 columns must make up x, which has 64"),
         (64, 65, r"`width` must be in \[1, 64\], got 65"),
         (64, 0, r"`width` must be in \[1, 64\], got 0"),
     ):
@@ -317,6 +321,7 @@ def test_norms_that_do_not_fit_are_refused() -> None:
         ({"query": norm_of(96)}, r"`q_norm` must have shape \[64\]"),
         ({"is_whole": True}, "norms over all heads are those of `head_rows`"),
         ({"is_whole": True, "is_last": True}, "must be an RMSNorm before the rotation"),
+        ({"is_whole": True, "has_values": True}, "values are normalised with the RMSNorms of single heads"),
     ],
 )
 def test_norms_of_heads_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
@@ -324,12 +329,16 @@ def test_norms_of_heads_that_do_not_fit_are_refused(change: dict[str, Any], mess
     is_whole = bool(change.get("is_whole"))
     query_norm = norm_of(64 if is_whole else 32)
     norms = _C.HeadNorms(
-        **{"query": query_norm, "key": norm_of(32), "is_whole": False, "is_last": False, **change}
-    )
+        **{
+            "query": query_norm, "key": norm_of(32), "is_whole": False, "is_last": False,
+            "has_values": False, **change,
+        }
+    )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         program.qkv(
-            products=[product(128, activation(program))], heads=heads(norms=norms), out=query(program)
-        )
+            products=[product(128, activation(program))], heads=heads(norms=norms), has_keys=True,
+            out=query(program),
+        )  # fmt: skip
 
 
 def test_positions_are_held_to_their_table_without_a_cache() -> None:
@@ -412,7 +421,7 @@ def test_blocks_are_copied_in_all_shards_or_in_none() -> None:
     program = make_program()
     program.set_shards(shard_group(), first_vocab_id=0)
     program.attention(
-        q=program.query(cache, 1), pool=cache, layer=0, true_dim=2, spec=_C.AttentionSpec(scale=1.0),
+        q=program.query(cache, 0, 1), pool=cache, layer=0, true_dim=2, spec=_C.AttentionSpec(scale=1.0),
         rows=program.rows(2),
     )  # fmt: skip
     memory = cache.memory()

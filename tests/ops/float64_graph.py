@@ -75,6 +75,7 @@ class Graph:
     formats: Sequence[str]
     packing: ops.Packing
     num_layers: int
+    is_proportional: bool = False  # rotated pairs that are not interleaved
     ids: list[int] = field(init=False)
     exact_logits: Tensor = field(init=False)
 
@@ -126,9 +127,23 @@ class Graph:
         weight = self.norm_weight(x.exact.shape[1])
         return Twin(ops.norm(x.value, weight), norm(x.exact, weight))
 
-    def norm_residual(self, x: Twin) -> Twin:
-        weight = self.norm_weight(x.exact.shape[1])
-        return Twin(ops.norm_residual(x.value, weight), norm(x.exact, weight))
+    def norm_in_place(self, x: Twin, num_groups: int = 1) -> Twin:
+        width = x.exact.shape[1] // num_groups
+        weight = self.norm_weight(width)
+        exact = norm(x.exact.view(-1, num_groups, width), weight).view_as(x.exact)
+        return Twin(ops.norm_in_place(x.value, weight), exact)
+
+    def embed_add(self, rows: Twin, factor: float) -> Twin:
+        source = self._source(self.shape.vocab, rows.value.columns, self._in_order)
+        table = ops.linear_weight(source, self.packing, is_vocabulary=True)
+        added = ops.embed_add(self.recorder.batch, table, rows.value, factor)
+        return Twin(added, rows.exact + factor * decoded_values(source).double()[self.ids])
+
+    def act_mul(self, gate: Twin, rows: Twin, activation: str, columns: int, first: int) -> Twin:
+        weight, matrix = self._linear(gate, columns)
+        product = linear(self._seen(gate, weight), matrix)
+        out = ops.act_mul(ops.linear(gate.value, weight), rows.value, activation, first)
+        return Twin(out, activate(product, activation) * rows.exact[:, first : first + columns])
 
     def activation(self, x: Twin) -> Twin:
         return Twin(ops.activation(x.value), x.exact)
@@ -142,10 +157,10 @@ class Graph:
         product = linear(self._seen(a, weight), matrix)
         return Twin(ops.linear_add(a.value, weight, x.value, factor), x.exact + factor * product)
 
-    def norm_add(self, rows: Twin, x: Twin, factor: float) -> Twin:
+    def norm_add(self, rows: Twin, x: Twin, factor: float, scale: float = 1.0) -> Twin:
         weight = self.norm_weight(self.shape.hidden)
-        added = ops.norm_add(rows.value, weight, x.value, factor)
-        return Twin(added, x.exact + factor * norm(rows.exact, weight))
+        added = ops.norm_add(rows.value, weight, x.value, factor, scale)
+        return Twin(added, scale * (x.exact + factor * norm(rows.exact, weight)))
 
     def up(self, a: Twin, activation: str) -> Twin:
         alphas = (0.8, 0.3) if activation == "xielu" else None
@@ -195,14 +210,21 @@ class Graph:
         return Twin(added, x.exact + factor * gate.sigmoid() * rows.exact)
 
     def qkv(
-        self, a: Twin, layer: int, norms: str | None, *, has_rope: bool, is_interleaved: bool = False
-    ) -> Twin:
-        """Add a qkv; `norms` is None, "heads", "whole" (width), "layer" (LayerNorms of heads) or "last"."""
+        self, a: Twin, layer: int, norms: str | None, *, has_rope: bool, is_interleaved: bool = False,
+        keys_of: Twin | None = None,
+    ) -> Twin:  # fmt: skip
+        """Add a qkv.
+
+        Args:
+            norms: None, "heads", "values" (of heads, and of values without a weight), "whole" (width),
+                "layer" (LayerNorms of heads) or "last".
+            keys_of: The query whose keys and values this one reads, instead of its own.
+        """
         shape, columns = self.shape, a.value.columns
-        counts = (shape.heads, shape.kv_heads, shape.kv_heads)
+        counts = (shape.heads, shape.kv_heads, shape.kv_heads)[: 1 if keys_of is not None else 3]
         sources = [self._source(count * shape.head_dim, columns) for count in counts]
         is_each = norms in ("whole", "layer")
-        sizes = [count * shape.head_dim if is_each else shape.head_dim for count in counts[:2]]
+        sizes = [count * shape.head_dim if is_each else shape.head_dim for count in (counts * 2)[:2]]
         weights = [
             norm_weight(torch.rand(size) + 0.5, EPS, torch.rand(size) if norms == "layer" else None)
             for size in sizes
@@ -210,13 +232,14 @@ class Graph:
         head_norms = None
         if norms is not None:
             is_whole, is_last = norms == "whole", norms == "last"
-            head_norms = ops.HeadNorms(weights[0], weights[1], is_whole, is_last)
+            head_norms = ops.HeadNorms(weights[0], weights[1], is_whole, is_last, norms == "values")
         clip = 1.5 if norms is None else None
         of_weight = ops.QkvHeads(
-            shape.heads, shape.kv_heads, shape.head_dim, shape.rotary_dim, is_interleaved
-        )
+            shape.heads, shape.kv_heads, shape.head_dim, shape.rotary_dim, is_interleaved,
+            is_proportional=self.is_proportional and not is_interleaved, has_keys=keys_of is None,
+        )  # fmt: skip
         weight = ops.qkv_weight(sources, self.packing, of_weight, norms=head_norms)
-        parts = weight.made.parts * (3 if len(weight.made.parts) == 1 else 1)
+        parts = weight.made.parts * (len(counts) if len(weight.made.parts) == 1 else 1)
         heads = []
         for index, (source, part) in enumerate(zip(sources, parts, strict=True)):
             rows = linear(_rounded(a, part), decoded_values(source))
@@ -226,12 +249,26 @@ class Graph:
                 each = norm(rows if norms == "whole" else each, weights[index]).view_as(each)
             if has_rope and index < 2:
                 cos, sin = angles(self.rope, self.positions)
-                each = rotate(each, cos, sin, is_interleaved=is_interleaved)
+                each = self._rotate(each, cos, sin, is_interleaved=is_interleaved)
             if norms == "last" and index < 2:
                 each = norm(each, weights[index])
+            if norms == "values" and index == 2:
+                each = norm(each, norm_weight(torch.ones(shape.head_dim), EPS))
             heads.append(each)
+        if keys_of is not None:
+            assert keys_of.keys is not None
+            assert keys_of.values is not None
+            heads += [keys_of.keys, keys_of.values]
         q = ops.qkv(a.value, weight, self.pool.layers[layer], self.rope if has_rope else None, clip)
         return Twin(q, *heads)
+
+    def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool) -> Tensor:
+        if is_interleaved or not self.is_proportional:
+            return rotate(heads, cos, sin, is_interleaved=is_interleaved)
+        half, pairs = self.shape.head_dim // 2, self.shape.rotary_dim // 2
+        turned = torch.cat([heads[..., :pairs], heads[..., half : half + pairs]], -1)
+        first, second = rotate(turned, cos, sin).split(pairs, -1)
+        return torch.cat([first, heads[..., pairs:half], second, heads[..., half + pairs :]], -1)
 
     def attention(self, q: Twin, layer: int, window: int | None) -> Twin:
         scale = self.shape.head_dim**-0.5

@@ -1,4 +1,4 @@
-"""The operators norm, norm_add and norm_residual: RMSNorm and LayerNorm before and after a product."""
+"""The operators norm, norm_add and norm_in_place: RMSNorm and LayerNorm before and after a product."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_norm_takes_the_place_of_the_residual(
 ) -> None:
     _C.set_num_threads(2)
     x, weight = torch.randn(tokens, hidden) * 3, weight_of(hidden, kind)
-    assert_close(eager_ops.norm_residual(x, weight), norm(x, weight), length=hidden + 8)
+    assert_close(eager_ops.norm_in_place(x, weight), norm(x, weight), length=hidden + 8)
 
 
 def test_the_variance_is_that_around_the_mean(kernel_set: str) -> None:
@@ -69,11 +69,11 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(kernel_set: str, threads: 
     x, rows, weight = torch.randn(20, 577), torch.randn(20, 577), weight_of(577, kind)
     alone = torch.cat([eager_ops.norm(x[row : row + 1], weight) for row in range(20)])
     added = torch.cat([eager_ops.norm_add(rows[r : r + 1], weight, x[r : r + 1]) for r in range(20)])
-    in_place = torch.cat([eager_ops.norm_residual(x[row : row + 1], weight) for row in range(20)])
+    in_place = torch.cat([eager_ops.norm_in_place(x[row : row + 1], weight) for row in range(20)])
     _C.set_num_threads(threads)
     assert_same_bits(eager_ops.norm(x, weight), alone)
     assert_same_bits(eager_ops.norm_add(rows, weight, x), added)
-    assert_same_bits(eager_ops.norm_residual(x, weight), in_place)
+    assert_same_bits(eager_ops.norm_in_place(x, weight), in_place)
 
 
 def test_a_row_of_zeros_stays_zero(kernel_set: str) -> None:

@@ -29,8 +29,8 @@ SHAPES = [
     Shape(hidden=96, intermediate=32, heads=6, kv_heads=2, head_dim=16, rotary_dim=2),
 ]
 OPERATORS = [
-    "norm", "activation", "linear", "linear_add", "norm_add", "norm_residual", "gate_up", "up", "qkv",
-    "attention", "layer", "experts_add", "gated_add",
+    "norm", "activation", "linear", "linear_add", "norm_add", "norm_in_place", "gate_up", "up", "qkv",
+    "attention", "layer", "experts_add", "gated_add", "change_rows", "act_mul", "queries",
 ]  # fmt: skip
 # Limits on the error of logits. A value halfway between two codes may round either way, and such errors add
 # up, but only in few graphs.
@@ -47,6 +47,7 @@ class Pools:
     any: list[Twin] = field(default_factory=list)
     rows: list[Twin] = field(default_factory=list)
     queries: list[tuple[Twin, int]] = field(default_factory=list)
+    num_layers: int = 0  # that have keys
 
     def apply(self, operator: str, which: int, option: int) -> None:
         """Add a call if its operands exist; `which` picks among them."""
@@ -54,8 +55,8 @@ class Pools:
         if operator == "norm":
             rows = self.rows[which % len(self.rows)] if self.rows and option == 2 else None
             self.tame.append(graph.norm(self.x if rows is None else rows))
-        elif operator == "norm_residual":
-            self.x = graph.norm_residual(self.x)
+        elif operator == "norm_in_place":
+            self.x = graph.norm_in_place(self.x)
         elif operator == "activation":
             self.any.append(graph.activation(self.x))
         elif operator == "layer":
@@ -64,7 +65,22 @@ class Pools:
             self.apply("attention", -1, option)
             self.x = graph.linear_add(self.tame[-1], self.x, 0.7)
         elif operator == "norm_add" and self.rows:
-            self.x = graph.norm_add(self.rows[which % len(self.rows)], self.x, [1.0, 0.3, -0.5][option])
+            rows, scale = self.rows[which % len(self.rows)], [1.0, 0.7, 1.3][which % 3]
+            self.x = graph.norm_add(rows, self.x, [1.0, 0.3, -0.5][option], scale)
+        elif operator == "change_rows" and self.rows:
+            self._change_rows(which % len(self.rows), option)
+        elif operator == "act_mul" and self.rows and self.tame:
+            rows = self.rows[which % len(self.rows)]
+            first = 32 * (which % 2)
+            if rows.value.columns >= first + 32:
+                gate = self.tame[which % len(self.tame)]
+                self.any.append(graph.act_mul(gate, rows, ["silu", "gelu_tanh", "gelu"][option], 32, first))
+        elif operator == "queries" and self.queries and self.tame:
+            owner, layer = self.queries[which % len(self.queries)]
+            norms = [None, "heads", "last"][option]
+            a = self.tame[which % len(self.tame)]
+            made = graph.qkv(a, layer, norms, has_rope=which % 3 > 0, keys_of=owner)
+            self.queries.append((made, layer))
         elif operator == "attention" and self.queries:
             query, layer = self.queries[which % len(self.queries)]
             self.tame.append(graph.attention(query, layer, [None, 1, 9][option]))
@@ -87,12 +103,25 @@ class Pools:
                 self.any.append(graph.gate_up(a, ["silu", "gelu_tanh", "gelu"][option]))
             elif operator == "up":
                 self.any.append(graph.up(a, ["gelu", "relu_squared", "xielu"][option]))
-            elif len(self.queries) < graph.num_layers:
-                layer = len(self.queries)
-                norms = [None, "heads", "whole", "layer", "last"][(which + option) % 5]
+            elif self.num_layers < graph.num_layers:
+                layer = self.num_layers
+                self.num_layers += 1
+                norms = [None, "heads", "values", "whole", "layer", "last"][(which + option) % 6]
                 has_rope, is_interleaved = which % 3 > 0, which % 2 > 0
                 made = graph.qkv(a, layer, norms, has_rope=has_rope, is_interleaved=is_interleaved)
                 self.queries.append((made, layer))
+
+    def _change_rows(self, index: int, option: int) -> None:
+        """Replace rows by their norm, by their sum with embeddings, or by a sum with other rows' norm."""
+        graph, rows = self.graph, self.rows[index]
+        if option == 0:
+            width = rows.value.columns
+            self.rows[index] = graph.norm_in_place(rows, 1 if width % 32 else width // 32)
+        elif option == 1:
+            self.rows[index] = graph.embed_add(rows, 0.4)
+        elif len(self.rows) > 1:
+            other = self.rows[index - 1]
+            self.rows[index] = graph.norm_add(other, rows, 0.6, 0.9)
 
     def _as_wide_as_the_residual(self) -> list[Twin]:
         """Return the activations that experts can read, as their results have the same width."""
@@ -112,6 +141,7 @@ class Plan:
     threads: int
     seed: int
     num_orders: int = 0  # of columns of weights, besides that of their input
+    is_proportional: bool = False
 
 
 PLANS = st.builds(
@@ -127,6 +157,7 @@ PLANS = st.builds(
     threads=st.sampled_from([1, 1, 2, 3]),
     seed=st.integers(0, 1000),
     num_orders=st.integers(0, 2),
+    is_proportional=st.booleans(),
 )
 
 
@@ -136,7 +167,7 @@ def make(plan: Plan) -> tuple[Graph, ops.CpuProgram]:
     formats += ((), ("Q8_0@1",), ("Q8_0@1", "Q8_0@1", "Q8_0@2"))[plan.num_orders]
     packing = EXACT if plan.is_exact else FAST
     num_layers = sum(operator in ("qkv", "layer") for operator, _, _ in plan.calls) or 1
-    graph = Graph(plan.shape, plan.lengths, formats, packing, num_layers)
+    graph = Graph(plan.shape, plan.lengths, formats, packing, num_layers, plan.is_proportional)
     pools = Pools(graph, graph.embed([1.0, 3.0][plan.seed % 2], has_positions=plan.seed % 3 == 0))
     for call in plan.calls:
         pools.apply(*call)

@@ -46,6 +46,7 @@ class Values:
         self.rows = ops.linear(self.activation, self.square)
         self.query = ops.qkv(self.activation, self.heads, self.layer, None)
         self.gate = self.recorder.value(ops.Kind.ROWS, 1)
+        self.wide = self.recorder.value(ops.Kind.ROWS, 32)
         self.steps = self.recorder.value(ops.Kind.ROWS, 2)
         self.route = ops.RouteSpec(48, 2)
         self.routing = ops.route(self.rows, self.route)
@@ -66,13 +67,15 @@ class Values:
 
 OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
     "norm": ("a residual", lambda v, x: ops.norm(x, v.ones)),
-    "norm_residual": ("a residual", lambda v, x: ops.norm_residual(x, v.ones)),
+    "norm_in_place": ("a residual", lambda v, x: ops.norm_in_place(x, v.ones)),
+    "embed_add": ("rows", lambda v, x: ops.embed_add(v.recorder.batch, v.square, x)),
     "activation": ("a residual", lambda v, x: ops.activation(x)),
     "head": ("a residual", lambda v, x: ops.head(x, v.ones, v.square)),
     "linear": ("an activation", lambda v, x: ops.linear(x, v.square)),
     "linear_add": ("an activation", lambda v, x: ops.linear_add(x, v.square, v.residual)),
     "up": ("an activation", lambda v, x: ops.up(x, v.square, "relu")),
     "gate_up": ("an activation", lambda v, x: ops.gate_up(x, v.gates)),
+    "act_mul": ("rows", lambda v, x: ops.act_mul(v.wide, x)),
     "qkv": ("an activation", lambda v, x: ops.qkv(x, v.heads, v.layer, None)),
     "attention": ("a query", lambda v, x: ops.attention(x, v.layer, ops.AttentionSpec(0.25))),
     "norm_add": ("rows", lambda v, x: ops.norm_add(x, v.ones, v.residual)),
@@ -112,7 +115,7 @@ def test_every_call_can_be_emitted_and_is_tested_here() -> None:
 def test_a_value_of_another_kind_is_refused_by_both_names(operator: str, given: str) -> None:
     wanted, call = OPERATORS[operator]
     values = Values()
-    if wanted == given or (operator, given) in (("norm", "rows"), ("activation", "rows")):
+    if wanted == given or (given == "rows" and operator in ("norm", "norm_in_place", "activation")):
         call(values, getattr(values, KINDS[given]))
         return
     with pytest.raises(TypeError, match=rf"`{operator}` takes {wanted} as `\w+`, not {given}"):
@@ -154,7 +157,7 @@ def test_values_of_two_recordings_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "operator", ["norm", "activation", "head", "linear_add", "norm_add", "norm_residual"]
+    "operator", ["norm", "activation", "head", "linear_add", "norm_add", "norm_in_place"]
 )
 def test_a_residual_is_refused_once_it_was_added_to(operator: str) -> None:
     values = Values()
@@ -164,14 +167,14 @@ def test_a_residual_is_refused_once_it_was_added_to(operator: str) -> None:
         values.residual, given = old, {"linear_add": values.activation, "norm_add": values.rows}[operator]
     else:
         given = old
-    with pytest.raises(TypeError, match=rf"`{operator}` was given as `x` a residual that has been added to"):
+    with pytest.raises(TypeError, match=rf"`{operator}` was given as `x` a residual that changed in place"):
         OPERATORS[operator][1](values, given)
     ops.norm(new, values.ones)
 
 
 @pytest.mark.parametrize(
     "operator",
-    ("norm", "norm_residual", "head", "linear", "linear_add", "up", "gate_up", "qkv", "norm_add", "route",
+    ("norm", "norm_in_place", "head", "linear", "linear_add", "up", "gate_up", "qkv", "norm_add", "route",
      "experts_add"),
 )  # fmt: skip
 def test_other_columns_are_refused_by_both_numbers(operator: str) -> None:

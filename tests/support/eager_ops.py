@@ -78,8 +78,8 @@ def norm(x: Tensor, weight: NormWeight, kind: Kind = Kind.RESIDUAL) -> Tensor:
     return _run(lambda _, x: ops.norm(x, weight), (x, kind))
 
 
-def norm_residual(x: Tensor, weight: NormWeight) -> Tensor:
-    return _run(lambda _, x: ops.norm_residual(x, weight), (x, Kind.RESIDUAL))
+def norm_in_place(x: Tensor, weight: NormWeight) -> Tensor:
+    return _run(lambda _, x: ops.norm_in_place(x, weight), (x, Kind.RESIDUAL))
 
 
 def norm_add(rows: Tensor, weight: NormWeight, x: Tensor, factor: float = 1.0) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
 from tgi_asgi.errors import check
@@ -19,6 +19,7 @@ from tgi_asgi.models.config_bounds import (
     MAX_LAYERS,
     check_computed,
     check_layer,
+    check_shared,
 )
 from tgi_asgi.models.layer_spec import LayerSpec
 from tgi_asgi.models.recurrent_specs import RecurrentSpec
@@ -123,6 +124,7 @@ class ModelConfig:
     has_mlp_norm: bool = True  # False: the MLP uses the norm before attention
     has_qk_norm: bool = False  # whether queries and keys are normalised, by default before rotation
     has_late_qk_norm: bool = False  # whether that happens after rotation
+    has_value_norm: bool = False  # whether values are normalised, too, without a weight
     has_interleaved_rope: bool = False  # whether dims 2i and 2i + 1 rotate together
     has_learned_positions: bool = False  # position embeddings are added to the token embedding
     has_layer_norm: bool = False  # LayerNorm instead of RMSNorm
@@ -133,6 +135,7 @@ class ModelConfig:
     has_tied_embeddings: bool = False  # whether the head is the embedding
     has_head_bias: bool = False
     embedding_factor: float = 1.0  # factor on the embedding
+    layer_input_size: int = 0  # size of the embedding that each layer has of its own; 0: none
     residual_factor: float = 1.0  # factor on what a layer's parts add to the residual
     logits_scale: float = 1.0
     logits_cap: float = 0.0  # logits become cap * tanh(logit / cap); 0: no cap
@@ -159,16 +162,29 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    def of_layer(self, index: int) -> ModelConfig:
+        """Return the configuration with the sizes of this layer."""
+        sizes = self.layers[index].sizes
+        if sizes is None:
+            return self
+        return replace(
+            self, num_kv_heads=sizes.num_kv_heads, head_dim=sizes.head_dim,
+            intermediate_size=sizes.intermediate_size,
+        )  # fmt: skip
+
     @property
     def caches(self) -> tuple[CacheShape, ...]:
-        """Shapes of the keys and values of each layer with attention."""
-        return tuple(self._cache(layer) for layer in self.layers if layer.attends)
+        """Shapes of the keys and values of each layer that has its own."""
+        return tuple(self._cache(layer) for layer in self.layers if layer.has_cache)
 
     def _cache(self, layer: LayerSpec) -> CacheShape:
-        latent = layer.latent
+        latent, sizes = layer.latent, layer.sizes
         if latent is None:
             num_kv_heads = self.num_kv_heads if self.cut is None else len(self.cut.kv_heads)
-            return CacheShape(num_kv_heads, self.head_dim, self.head_dim, layer.window)
+            head_dim = self.head_dim
+            if sizes is not None:
+                num_kv_heads, head_dim = sizes.num_kv_heads, sizes.head_dim
+            return CacheShape(num_kv_heads, head_dim, head_dim, layer.window)
         return CacheShape(1, latent.rank + latent.rotary_dim, latent.rank, layer.window, is_latent=True)
 
     @property
@@ -198,12 +214,11 @@ class ModelConfig:
 
     @property
     def rotary_dims(self) -> tuple[int, ...]:
-        """The dims of each rotary table, and of its copy if heads are padded for the kernels."""
-        padded = -(-self.head_dim // 32) * 32
-        if all(layer.latent is not None for layer in self.layers):
-            padded = 0
+        """The dims of each rotary table, and of its copy if that is padded for the kernels."""
         dims = [rope.dim for rope in {layer.rope for layer in self.layers} if rope is not None]
-        return tuple(size for dim in dims for size in ((dim,) if padded in (0, dim) else (dim, padded)))
+        is_padded = any(layer.latent is None for layer in self.layers)
+        padded = [-(-dim // 32) * 32 for dim in dims if dim % 32 and is_padded]
+        return (*dims, *padded)
 
 
 def _check(config: ModelConfig) -> None:
@@ -234,5 +249,12 @@ def _check(config: ModelConfig) -> None:
     )
     check(0 <= num_labels <= MAX_LABELS, f"num_labels must be 0..{MAX_LABELS}, got {num_labels}")
     check_computed(config.head_dim % 2 == 0, f"head_dim must be even, got {config.head_dim}")
+    low, high = BOUNDS["hidden_size"]
+    inputs = config.layer_input_size
+    check(
+        inputs == 0 or low <= inputs <= high,
+        f"the layers' own embeddings must be {low}..{high} wide, got {inputs}",
+    )
     for layer in set(config.layers):
         check_layer(layer, config.num_heads, config.head_dim)
+    check_shared(config.layers)

@@ -10,6 +10,7 @@ the modules `cuda_*`, and `direct`, `paged` and `tensors`, which run models by t
 
 from tgi_asgi._C import DeviceRows, Drafter, FlatRows, PlanError, RowLimits, StepQueue, flatten_rows
 from tgi_asgi._C import Program as NativeProgram
+from tgi_asgi.ops.act_mul import act_mul
 from tgi_asgi.ops.activation import activation
 from tgi_asgi.ops.activation_names import ACTIVATIONS, GATED_ACTIVATIONS
 from tgi_asgi.ops.adapters import AdapterLayout, Delta, NativeAdapter, Target
@@ -17,7 +18,7 @@ from tgi_asgi.ops.attention import attention
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cpu_program import CpuProgram
 from tgi_asgi.ops.delta_rule import delta_rule
-from tgi_asgi.ops.embed import embed
+from tgi_asgi.ops.embed import embed, embed_add
 from tgi_asgi.ops.experts import experts_add, gated_add, route
 from tgi_asgi.ops.formats import FORMATS
 from tgi_asgi.ops.gate_up import gate_up
@@ -29,7 +30,7 @@ from tgi_asgi.ops.kv import Cache, KvDtype, KvLayer, KvPool, cached_head_dim, kv
 from tgi_asgi.ops.latent_qkv import latent_qkv
 from tgi_asgi.ops.linear import linear, linear_add
 from tgi_asgi.ops.logprobs import TokenLogprobs, token_logprobs
-from tgi_asgi.ops.norm import norm, norm_add, norm_residual
+from tgi_asgi.ops.norm import norm, norm_add, norm_in_place
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
 from tgi_asgi.ops.packing import ROUNDED, Packing
 from tgi_asgi.ops.product import Product
@@ -139,6 +140,7 @@ __all__ = [
     "TokenLogprobs",
     "Value",
     "WeightSource",
+    "act_mul",
     "activation",
     "as_bfloat16",
     "attention",
@@ -149,6 +151,7 @@ __all__ = [
     "decoded_source",
     "delta_rule",
     "embed",
+    "embed_add",
     "every_nth_row",
     "experts_add",
     "experts_weight",
@@ -174,7 +177,7 @@ __all__ = [
     "linear_weight",
     "norm",
     "norm_add",
-    "norm_residual",
+    "norm_in_place",
     "num_running_threads",
     "num_threads",
     "qkv",

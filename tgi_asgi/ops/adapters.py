@@ -42,7 +42,9 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.stop - self.start, self.weight.columns
+        """Shape of the matrix that an adapter changes, whose rows the weight may have more than once."""
+        rows = self.stop - self.start if self.order is None else int(self.order.max()) + 1
+        return rows, self.weight.columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +172,9 @@ def _products_of(weight: AdaptableWeight) -> list[_Product]:
         return _shifted(made.parts, [layout.row_order(rows)] * 2, [rows] * 2)
     assert isinstance(made, PackedQkv)
     orders, rows_each = layout.qkv_orders(weight.heads), weight.heads.rows
-    if len(made.parts) == 3:
+    if len(made.parts) == len(orders):
         return _shifted(made.parts, orders, rows_each)
-    joined = [each.order for each in _shifted([made.parts[0]] * 3, orders, rows_each)]
+    joined = [each.order for each in _shifted([made.parts[0]] * len(orders), orders, rows_each)]
     return [_Product(made.parts[0], np.concatenate(joined))]
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from tgi_asgi import _C
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.column_order import Form, OrderedForm
-from tgi_asgi.ops.kv import KvPool
+from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.recorder import Call, Kind, Value
 
 _Buffer = TypeVar("_Buffer")
@@ -152,10 +152,11 @@ class CpuBuffers(Buffers):
         kind = ("activation", value.columns, precision)
         return self.assign(value, form, kind, lambda: self._native.activation(value.columns, precision))
 
-    def assign_query(self, value: Value, pool: KvPool, num_heads: int) -> _C.Query:
-        """Assign a value a buffer for queries, in this pool's layout."""
-        kind = ("query", id(pool), num_heads)
-        return self.assign(value, "query", kind, lambda: self._native.query(pool.native, num_heads))
+    def assign_query(self, value: Value, layer: KvLayer, num_heads: int) -> _C.Query:
+        """Assign a value a buffer for queries against this layer's keys."""
+        kind = ("query", layer.head_dim, num_heads)  # all layers are of one pool
+        native, index = layer.pool.native, layer.index
+        return self.assign(value, "query", kind, lambda: self._native.query(native, index, num_heads))
 
     def assign_routing(self, value: Value, num_experts: int, top_k: int) -> _C.Routing:
         """Assign a value a buffer for each token's experts."""

@@ -29,6 +29,15 @@ class Embed(Call):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class EmbedAdd(Call):
+    """out = rows + factor * table[ids]"""
+
+    table: LinearWeight
+    rows: Value
+    factor: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Activation(Call):
     """out = the first columns of x, or all"""
 
@@ -45,17 +54,18 @@ class Norm(Call):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class NormAdd(Call):
-    """out = x + factor * norm(rows)"""
+    """out = scale * (x + factor * norm(rows))"""
 
     rows: Value
     weight: NormWeight
     x: Value
     factor: float
+    scale: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class NormResidual(Call):
-    """out = norm(x), which replaces x"""
+class NormInPlace(Call):
+    """out = norm(x), or the norms of groups of its columns, which replaces x"""
 
     x: Value
     weight: NormWeight
@@ -63,7 +73,7 @@ class NormResidual(Call):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Qkv(Call):
-    """out = the rotated queries; keys and values go to the cache."""
+    """out = the rotated queries; keys and values go to the cache if the weight has them."""
 
     a: Value
     weight: QkvWeight
@@ -142,6 +152,16 @@ class GateUp(Call):
     a: Value
     weight: GateUpWeight
     activation: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ActMul(Call):
+    """out = f(gate) * rows[:, first_column:]"""
+
+    gate: Value
+    rows: Value
+    activation: str
+    first_column: int
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -24,11 +24,13 @@ from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.shards import Shard
 
 _Made = TypeVar("_Made")
-# Calls that change the residual in place.
-_IN_PLACE = (calls.LinearAdd, calls.NormAdd, calls.NormResidual, calls.ExpertsAdd, calls.GatedAdd)
+# Calls that change the residual, or rows, in place.
+_IN_PLACE = (
+    calls.LinearAdd, calls.NormAdd, calls.NormInPlace, calls.EmbedAdd, calls.ExpertsAdd, calls.GatedAdd,
+)  # fmt: skip
 _PRODUCTS = (calls.Qkv, calls.Up, calls.GateUp, calls.Linear, calls.LinearAdd, calls.HeadsLinear)
-# Calls that write what later steps read.
-_CACHE_WRITERS = (calls.Qkv, calls.LatentQkv, calls.ShortConv, calls.SelectiveScan, calls.DeltaRule)
+# Calls that write what later steps read, besides `Qkv` with keys.
+_CACHE_WRITERS = (calls.LatentQkv, calls.ShortConv, calls.SelectiveScan, calls.DeltaRule)
 
 
 class CpuCalls:
@@ -66,7 +68,7 @@ class CpuCalls:
 
     def emit_all(self) -> None:
         """Emit all calls; after the last write to the cache, declare what the remaining calls read."""
-        writes = [index for index, call in enumerate(self._recorded) if isinstance(call, _CACHE_WRITERS)]
+        writes = [index for index, call in enumerate(self._recorded) if _writes_cache(call)]
         for index, call in enumerate(self._recorded):
             self._index = index
             _EMITTERS[type(call)](self, call)
@@ -93,6 +95,11 @@ class CpuCalls:
         self._native.embed(table=made.matrix, factor=call.factor, positions=positions, out=to)
         if self._shard is not None:
             self._native.sum_shards(partial_sum=to, factor=1.0, adds=False, x=out)
+
+    def _embed_add(self, call: calls.EmbedAdd) -> None:
+        made = _in_order(call.table.made)
+        rows = self.buffers.rows_of(call.rows)
+        self._native.embed_add(table=made.matrix, factor=call.factor, rows=rows)
 
     def _activation(self, call: calls.Activation) -> None:
         self._pack(self.buffers.rows_of(call.x), call.out)
@@ -124,19 +131,20 @@ class CpuCalls:
             rows=self.buffers.rows_of(call.rows),
             norm=_norm_of(call.weight),
             factor=call.factor,
+            scale=call.scale,
             x=self.buffers.rows_of(call.x),
         )
 
-    def _norm_residual(self, call: calls.NormResidual) -> None:
+    def _norm_in_place(self, call: calls.NormInPlace) -> None:
         self._native.norm_in_place(norm=_norm_of(call.weight), x=self.buffers.rows_of(call.x))
 
     def _qkv(self, call: calls.Qkv) -> None:
         weight, made = call.weight, _made(call.weight.made, PackedQkv)
         layer = _layer_of(call.cache)
         heads = weight.heads
-        out = self.buffers.assign_query(call.out, layer.pool, heads.num_heads)
+        out = self.buffers.assign_query(call.out, layer, heads.num_heads)
         scale = self._liveness.query_scale(call.out)
-        cosines, sines = self._table(call.rope, heads.head_dim, heads.rotary_dim)
+        cosines, sines = self._table(call.rope, heads.rotary_dim)
         norms = weight.norms
         native = _C.Heads(
             pool=layer.pool.native, layer=layer.index, num_heads=heads.num_heads, true_dim=heads.head_dim,
@@ -145,13 +153,13 @@ class CpuCalls:
         )  # fmt: skip
         products = [self._product(call.a, part) for part in made.parts]
         if norms is None or not norms.is_whole:
-            self._native.qkv(products=products, heads=native, out=out)
+            self._native.qkv(products=products, heads=native, has_keys=heads.has_keys, out=out)
             return
         widths = [part.matrix.num_stored_rows for part in made.parts]
         rows = self.buffers.scratch(sum(widths))
         for part, product in enumerate(products):
             self._native.linear(product=product, out=rows, first_column=sum(widths[:part]))
-        self._native.head_rows(rows=rows, heads=native, has_keys=True, out=out)
+        self._native.head_rows(rows=rows, heads=native, has_keys=heads.has_keys, out=out)
         self.buffers.release(rows)
 
     def _latent_qkv(self, call: calls.LatentQkv) -> None:
@@ -166,7 +174,7 @@ class CpuCalls:
         absorbed, rotary, latents = (
             self.buffers.rows_of(value) for value in (call.absorbed, call.rotary, call.latents)
         )
-        out = self.buffers.assign_query(call.out, layer.pool, num_heads)
+        out = self.buffers.assign_query(call.out, layer, num_heads)
         self._native.latent_qkv(absorbed=absorbed, rotary=rotary, latents=latents, heads=heads, out=out)
 
     def _heads_linear(self, call: calls.HeadsLinear) -> None:
@@ -251,9 +259,19 @@ class CpuCalls:
             self._native.linear(product=self._product(call.a, part), out=each)
         for precision in precisions:
             out = self.buffers.assign_activation(call.out, precision)
-            self._native.act_mul(gate=rows[0], up=rows[1], activation=call.activation, out=out)
+            self._native.act_mul(
+                gate=rows[0], up=rows[1], first_column=0, activation=call.activation, out=out
+            )
         for each in rows:
             self.buffers.release(each)
+
+    def _act_mul(self, call: calls.ActMul) -> None:
+        gate, rows = self.buffers.rows_of(call.gate), self.buffers.rows_of(call.rows)
+        for precision in self._liveness.precisions(call.out):
+            self._native.act_mul(
+                gate=gate, up=rows, first_column=call.first_column, activation=call.activation,
+                out=self.buffers.assign_activation(call.out, precision),
+            )  # fmt: skip
 
     def _route(self, call: calls.Route) -> None:
         spec = call.spec
@@ -371,7 +389,7 @@ class CpuCalls:
         if found is not None:
             return found
         heads = call.q.columns // call.head_dim
-        query = self.buffers.assign_query(call.q, layer.pool, heads)
+        query = self.buffers.assign_query(call.q, layer, heads)
         shape = _C.Heads(
             pool=layer.pool.native,
             layer=layer.index,
@@ -395,17 +413,16 @@ class CpuCalls:
             can_gather=can_gather and len(queries) <= 1, rows=rows, query=queries[0] if queries else None
         )
 
-    def _table(
-        self, rope: RopeTable | None, head_dim: int, rotary_dim: int
-    ) -> tuple[Floats | None, Floats | None]:
-        """Return cosines and sines of all pairs of a packed head; pairs that are not rotated have 1 and 0."""
+    def _table(self, rope: RopeTable | None, rotary_dim: int) -> tuple[Floats | None, Floats | None]:
+        """Return cosines and sines of a packed head's first strips, whose last pairs may not be rotated."""
         if rope is None:
             return None, None
         if rope.rotary_dim != rotary_dim:
             raise ValueError(f"the rotary table turns {rope.rotary_dim} dims, the weight {rotary_dim}")
         if id(rope) not in self._tables:
-            pairs = layout.round_up(head_dim) // 2
-            missing = pairs - rotary_dim // 2  # if it is 0, nothing is copied: 64 MiB for 131,072 positions
+            missing = (
+                -(rotary_dim // 2) % layout.PANEL
+            )  # if 0, nothing is copied: 64 MiB for 131,072 positions
             cosines = layout.pad_columns(rope.cos, missing, 1.0)
             self._tables[id(rope)] = (rope, cosines, layout.pad_columns(rope.sin, missing))
         return self._tables[id(rope)][1:]
@@ -413,10 +430,11 @@ class CpuCalls:
 
 _EMITTERS: dict[type[Call], Callable[[CpuCalls, Any], None]] = {
     calls.Embed: CpuCalls._embed,
+    calls.EmbedAdd: CpuCalls._embed_add,
     calls.Activation: CpuCalls._activation,
     calls.Norm: CpuCalls._norm,
     calls.NormAdd: CpuCalls._norm_add,
-    calls.NormResidual: CpuCalls._norm_residual,
+    calls.NormInPlace: CpuCalls._norm_in_place,
     calls.Qkv: CpuCalls._qkv,
     calls.LatentQkv: CpuCalls._latent_qkv,
     calls.HeadsLinear: CpuCalls._heads_linear,
@@ -425,6 +443,7 @@ _EMITTERS: dict[type[Call], Callable[[CpuCalls, Any], None]] = {
     calls.LinearAdd: CpuCalls._linear_add,
     calls.Up: CpuCalls._up,
     calls.GateUp: CpuCalls._gate_up,
+    calls.ActMul: CpuCalls._act_mul,
     calls.Route: CpuCalls._route,
     calls.ExpertsAdd: CpuCalls._experts_add,
     calls.GatedAdd: CpuCalls._gated_add,
@@ -434,6 +453,12 @@ _EMITTERS: dict[type[Call], Callable[[CpuCalls, Any], None]] = {
     calls.GatedNorm: CpuCalls._gated_norm,
     calls.Head: CpuCalls._head,
 }
+
+
+def _writes_cache(call: Call) -> bool:
+    if isinstance(call, calls.Qkv):
+        return call.weight.heads.has_keys
+    return isinstance(call, _CACHE_WRITERS)
 
 
 def _forms_of(call: Call) -> list[Form]:

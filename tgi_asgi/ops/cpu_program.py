@@ -12,6 +12,7 @@ from tgi_asgi.ops import calls, layout
 from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.cpu_calls import CpuCalls
+from tgi_asgi.ops.qkv_heads import QkvHeads
 from tgi_asgi.ops.recorder import Kind, Recorder, Value
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.ops.sample_state import SampleState
@@ -138,7 +139,7 @@ class CpuProgram:
         """Set an input's rows [n_tokens, columns] float32."""
         array = self._calls.buffers.rows_of(value).array()
         if value.kind is Kind.QUERY:
-            rows = _packed_heads(rows, *self._query_shape(value)[:3])
+            rows = _packed_heads(rows, self._query_heads(value))
         array[: rows.shape[0], : rows.shape[1]] = rows
 
     def read(self, value: Value, num_tokens: int) -> Floats:
@@ -152,25 +153,28 @@ class CpuProgram:
         found: Floats = read[:num_tokens, : value.columns].copy()
         return found
 
-    def _query_shape(self, value: Value) -> tuple[int, int, int, bool]:
-        """Return a query's heads, head size and rotated dims, and whether neighbours are rotated together."""
+    def _query_heads(self, value: Value) -> QkvHeads:
+        """Return the heads of a query; of keys and values it says nothing."""
         for call in self._recorded:
             if isinstance(call, calls.Qkv) and call.out is value:
-                heads = call.weight.heads
-                return heads.num_heads, heads.head_dim, heads.rotary_dim, heads.is_interleaved
+                return call.weight.heads
             if isinstance(call, calls.Attention) and call.q is value:
-                return value.columns // call.head_dim, call.head_dim, call.rotary_dim or call.head_dim, False
+                dim = call.head_dim
+                return QkvHeads(value.columns // dim, 1, dim, call.rotary_dim or dim, has_keys=False)
         raise ValueError("no call uses this query")
 
     def _read_query(self, value: Value, num_tokens: int) -> Floats:
-        heads, head_dim, rotary, is_interleaved = self._query_shape(value)
+        heads = self._query_heads(value)
         array = np.ascontiguousarray(self._calls.buffers.query_of(value).array()[:num_tokens])
-        shape = (num_tokens, heads * head_dim)
+        shape = (num_tokens, heads.rows[0])
         name = {4: "F32", 2: "BF16"}.get(array.shape[1] // shape[1])
         if name is None or array.shape[1] % shape[1]:
             raise ValueError("queries for an int8 cache are integers: use a float cache")
-        dims = layout.cached_dims(head_dim, rotary, is_paired=name == "BF16", is_interleaved=is_interleaved)
-        out = np.empty((num_tokens, heads, head_dim), np.float32)
+        dims = layout.cached_dims(
+            heads.head_dim, heads.rotary_dim, is_paired=name == "BF16", is_interleaved=heads.is_interleaved,
+            is_proportional=heads.is_proportional,
+        )  # fmt: skip
+        out = np.empty((num_tokens, heads.num_heads, heads.head_dim), np.float32)
         out[..., dims] = decode(WeightSource(array.reshape(-1), name, shape)).reshape(out.shape)
         return out.reshape(shape)
 
@@ -178,12 +182,12 @@ class CpuProgram:
         """Return the columns of an input given as rows; query heads are padded to whole strips."""
         if value.kind is not Kind.QUERY:
             return value.columns
-        heads, head_dim, *_ = self._query_shape(value)
-        return heads * layout.round_up(head_dim)
+        heads = self._query_heads(value)
+        return heads.num_heads * layout.round_up(heads.head_dim)
 
 
-def _packed_heads(rows: Floats, num_heads: int, head_dim: int, rotary_dim: int) -> Floats:
+def _packed_heads(rows: Floats, heads: QkvHeads) -> Floats:
     """Convert queries [n_tokens, num_heads * head_dim] to packed row order, with zeros for padding rows."""
-    order = layout.head_order(num_heads, head_dim, rotary_dim)
+    order = layout.qkv_orders(heads)[0]
     found: Floats = np.where(order >= 0, rows[:, order], np.float32(0))
     return found

@@ -44,7 +44,7 @@ from tgi_asgi.ops.cuda_weights import DeviceWeights
 from tgi_asgi.ops.layout import round_up
 from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
 from tgi_asgi.ops.qkv_heads import QkvHeads
-from tgi_asgi.ops.recorder import Call, Recorder, Value
+from tgi_asgi.ops.recorder import Call, Kind, Recorder, Value
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.ops.weights import LinearWeight
@@ -170,10 +170,14 @@ class CudaProgram:
         self._launches.add("tgi_cuda::norm", tokens_of(x), *self._norm_of(call.weight), None, tokens_of(out))
 
     def _norm_add(self, call: calls.NormAdd) -> None:
+        if call.scale != 1 or call.x.kind is Kind.ROWS:
+            self._refuse(call)
         rows, x, norm = self._in(call.rows), self._in(call.x), self._norm_of(call.weight)
         self._launches.add("tgi_cuda::norm_add", tokens_of(rows), *norm, call.factor, tokens_of(x))
 
-    def _norm_residual(self, call: calls.NormResidual) -> None:
+    def _norm_in_place(self, call: calls.NormInPlace) -> None:
+        if call.x.kind is Kind.ROWS:
+            self._refuse(call)
         x = tokens_of(self._in(call.x))
         self._launches.add("tgi_cuda::norm", x, *self._norm_of(call.weight), None, x)
 
@@ -183,6 +187,8 @@ class CudaProgram:
 
     def _qkv(self, call: calls.Qkv) -> None:
         layer, weight = _layer_of(call.cache), call.weight
+        if not weight.heads.has_keys or (weight.norms is not None and weight.norms.has_values):
+            self._refuse(call)
         made: DeviceMatrix = weight.made
         product = self._product(call.a, made, sum(weight.heads.rows), "qkv")
         self._adapt(weight, call.a, product)
@@ -433,14 +439,14 @@ class CudaProgram:
 
 _CPU_ONLY = (
     calls.GatedNorm, calls.ShortConv, calls.SelectiveScan, calls.DeltaRule, calls.LatentQkv,
-    calls.HeadsLinear,
+    calls.HeadsLinear, calls.EmbedAdd, calls.ActMul,
 )  # fmt: skip
 _EMITTERS: dict[type[Call], Callable[[CudaProgram, Any], None]] = {
     calls.Embed: CudaProgram._embed,
     calls.Activation: CudaProgram._activation,
     calls.Norm: CudaProgram._norm,
     calls.NormAdd: CudaProgram._norm_add,
-    calls.NormResidual: CudaProgram._norm_residual,
+    calls.NormInPlace: CudaProgram._norm_in_place,
     calls.Qkv: CudaProgram._qkv,
     calls.Attention: CudaProgram._attention,
     calls.Linear: CudaProgram._linear,

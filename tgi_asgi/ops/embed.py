@@ -1,10 +1,10 @@
-"""The operator `embed`: token ids to the residual stream."""
+"""The operators `embed` and `embed_add`: token ids to the residual stream, and to other rows."""
 
 from __future__ import annotations
 
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.arrays import Floats
-from tgi_asgi.ops.recorder import Kind, RecordedBatch, Value
+from tgi_asgi.ops.recorder import Kind, RecordedBatch, Value, recorder_of
 from tgi_asgi.ops.weights import LinearWeight
 
 
@@ -25,3 +25,17 @@ def embed(
         raise ValueError(f"`positions` must be [n, {table.columns}], got {positions.shape}")
     recorder = batch.recorder
     return recorder.note(calls.Embed(recorder.value(Kind.RESIDUAL, table.columns), table, factor, positions))
+
+
+def embed_add(batch: RecordedBatch, table: LinearWeight, rows: Value, factor: float = 1.0) -> Value:
+    """Add the rows of `table` at the batch's ids, times a factor, to rows [n_tokens, columns]; return them.
+
+    Gemma 4 has a second embedding for each layer; its table has the columns of all layers.
+
+    Raises:
+        ValueError: if `rows` have other columns.
+    """
+    recorder = recorder_of("embed_add", rows=(rows, Kind.ROWS, table.columns))
+    if recorder is not batch.recorder:
+        raise TypeError("`embed_add` was given values of two recordings")
+    return recorder.note(calls.EmbedAdd(recorder.added(rows), table, rows, factor))

@@ -29,23 +29,30 @@ def row_order(rows: int) -> Order:
 
 
 def head_order(
-    num_heads: int, head_dim: int, rotary_dim: int | None, *, is_interleaved: bool = False
+    num_heads: int,
+    head_dim: int,
+    rotary_dim: int | None,
+    *,
+    is_interleaved: bool = False,
+    is_proportional: bool = False,
 ) -> Order:
     """Return the row order of consecutive heads, each padded to whole strips.
 
     In a rotated head (queries, keys), each strip holds 16 pairs of dims, the first of each pair in panel 0
     and the second in panel 1. The pairs that rotate together come first: i and i + rotary_dim / 2, or 2i and
-    2i + 1 if interleaved. The dims from rotary_dim on follow, paired arbitrarily. With rotary_dim None
-    (values), dims are in order.
+    2i + 1 if interleaved, or i and i + head_dim / 2 if proportional. The other dims follow, paired
+    arbitrarily. With rotary_dim None (values), dims are in order.
     """
     if rotary_dim is None:
         one = row_order(head_dim)
     else:
         half = rotary_dim // 2
         rotated, apart = (2 * np.arange(half), 1) if is_interleaved else (np.arange(half), half)
-        rest = np.arange(rotary_dim, head_dim, 2)
-        first = np.concatenate([rotated, rest])
-        second = np.concatenate([rotated + apart, rest + 1])
+        if is_proportional:
+            apart = head_dim // 2
+        rest = np.setdiff1d(np.arange(head_dim), np.concatenate([rotated, rotated + apart]))
+        first = np.concatenate([rotated, rest[::2]])
+        second = np.concatenate([rotated + apart, rest[1::2]])
         num_pairs = round_up(head_dim) // 2
         pairs = np.full((2, num_pairs), -1, np.int64)
         pairs[0, : len(first)], pairs[1, : len(second)] = first, second
@@ -55,14 +62,19 @@ def head_order(
 
 
 def cached_dims(
-    head_dim: int, rotary_dim: int | None, *, is_paired: bool, is_interleaved: bool = False
+    head_dim: int,
+    rotary_dim: int | None,
+    *,
+    is_paired: bool,
+    is_interleaved: bool = False,
+    is_proportional: bool = False,
 ) -> Order:
     """Return, for each position of a head in a float cache or query, the dim that it holds.
 
     The order is that of the packed rows without padding; bfloat16 (`is_paired`) stores both dims of a pair in
     one word.
     """
-    one = head_order(1, head_dim, rotary_dim, is_interleaved=is_interleaved)
+    one = head_order(1, head_dim, rotary_dim, is_interleaved=is_interleaved, is_proportional=is_proportional)
     strips = one.reshape(-1, 2, PANEL)
     places = (strips.swapaxes(1, 2) if is_paired else strips).reshape(-1)
     return places[places >= 0]
@@ -94,9 +106,12 @@ def pad_columns(rows: Floats, count: int, value: float = 0.0) -> Floats:
 
 
 def qkv_orders(heads: QkvHeads) -> list[Order]:
-    """Return the row orders of q, k and v."""
+    """Return the row orders of q, and of k and v if they are computed."""
     rotated = [
-        head_order(count, heads.head_dim, heads.rotary_dim, is_interleaved=heads.is_interleaved)
-        for count in (heads.num_heads, heads.num_kv_heads)
-    ]
-    return [*rotated, head_order(heads.num_kv_heads, heads.head_dim, None)]
+        head_order(
+            count, heads.head_dim, heads.rotary_dim, is_interleaved=heads.is_interleaved,
+            is_proportional=heads.is_proportional,
+        )
+        for count in heads.counts[:2]
+    ]  # fmt: skip
+    return [*rotated, head_order(heads.num_kv_heads, heads.head_dim, None)] if heads.has_keys else rotated

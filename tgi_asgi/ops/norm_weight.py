@@ -73,12 +73,14 @@ class HeadNorms:
         query, key: Norms with one weight for all heads, or one for each.
         is_whole: Whether each norm is an RMSNorm over all heads together.
         is_last: Whether they are applied after the rotation (Hunyuan), not before.
+        has_values: Whether values are normalised, too, by an RMSNorm without a weight (Gemma 4).
     """
 
     query: NormWeight
     key: NormWeight
     is_whole: bool = False
     is_last: bool = False
+    has_values: bool = False
 
     def check(self, heads: QkvHeads) -> None:
         """Check the sizes against those of the heads.
@@ -91,6 +93,8 @@ class HeadNorms:
             raise ValueError("the norms of queries and of keys must be of one kind")
         if self.is_whole and (query.bias is not None or self.is_last):
             raise ValueError("a norm over all heads must be an RMSNorm before the rotation")
+        if self.has_values and (self.is_whole or query.bias is not None):
+            raise ValueError("values are normalised with the RMSNorms of single heads")
         is_each = self.is_whole or query.columns != heads.head_dim
         for norm, num_rows in zip((query, key), heads.rows, strict=False):
             expected = num_rows if is_each else heads.head_dim

@@ -148,11 +148,11 @@ class Packing:
         """Pack q, k and v; see `Arithmetic.qkv`."""
         orders, packed = layout.qkv_orders(heads), None
         if norms is not None:
-            query, key = (
-                _head_norm(norm, order, heads.head_dim)
-                for norm, order in zip((norms.query, norms.key), orders, strict=False)
-            )
-            packed = _C.HeadNorms(query=query, key=key, is_whole=norms.is_whole, is_last=norms.is_last)
+            packed = _C.HeadNorms(
+                query=_head_norm(norms.query, orders[0], heads.head_dim),
+                key=_head_norm(norms.key, orders[1 if heads.has_keys else 0], heads.head_dim),
+                is_whole=norms.is_whole, is_last=norms.is_last, has_values=norms.has_values,
+            )  # fmt: skip
         return PackedQkv(self._pack_parts(sources, biases, orders, _qkv_shares(heads, norms)), packed)
 
     def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Floats] | None) -> PackedGateUp:

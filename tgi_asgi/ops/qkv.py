@@ -23,7 +23,8 @@ def qkv(
     """Project the activation a [n_tokens, hidden], rotate queries and keys, write keys and values to `cache`.
 
     If the weight has norms, queries and keys are normalised before or after the rotation. Without a rotary
-    table they are not rotated. Returns the queries, for `attention` with the same cache.
+    table they are not rotated. A weight without keys (`QkvHeads.has_keys`) only reads the shape of the cache,
+    which another layer writes. Returns the queries, for `attention` with the same cache.
 
     Args:
         clip: Bound to which queries, keys and values are first clamped, [-clip, clip] (OLMo 1, MPT).

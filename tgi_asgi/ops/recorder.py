@@ -28,10 +28,10 @@ class Value:
 
     Attributes:
         columns: Columns of each token's row.
-        storage: The value whose memory this one shares: for a residual, the first one, which later ones
-            replace.
-        is_replaced: Whether this is a residual that was added to; only the result of the addition can be
-            used.
+        storage: The value whose memory this one shares: for a residual, or rows that were added to, the
+            first one, which later ones replace.
+        is_replaced: Whether this is a residual, or rows, that were added to; only the result of the addition
+            can be used.
     """
 
     recorder: Recorder = field(repr=False)
@@ -87,9 +87,9 @@ class Recorder:
         return Value(self, kind, columns)
 
     def added(self, x: Value) -> Value:
-        """Make the residual that replaces x; x cannot be used any more."""
+        """Make the residual, or rows, that replace x; x cannot be used any more."""
         x.is_replaced = True
-        return Value(self, Kind.RESIDUAL, x.columns, storage=x.root)
+        return Value(self, x.kind, x.columns, storage=x.root)
 
     def note(self, call: Call) -> Value:
         """Record a call; return its result."""
@@ -111,7 +111,9 @@ def recorder_of(operator: str, **given: tuple[object, Kind, int | None]) -> Reco
         if value.kind is not kind:
             raise TypeError(f"`{operator}` takes {kind.value} as `{name}`, not {value.kind.value}")
         if value.is_replaced:
-            raise TypeError(f"`{operator}` was given as `{name}` a residual that has been added to since")
+            raise TypeError(
+                f"`{operator}` was given as `{name}` {value.kind.value} that changed in place since"
+            )
         if found is not None and value.recorder is not found:
             raise TypeError(f"`{operator}` was given values of two recordings")
         if columns is not None and value.columns != columns:

@@ -166,11 +166,13 @@ def qkv_weight(
 ) -> QkvWeight:
     """Make the weight of `qkv` from the sources [heads * head_dim, columns] of queries, keys and values.
 
+    Without keys (`QkvHeads.has_keys`), there is only the source of queries.
+
     Raises:
         ValueError: if a source's or bias's rows do not match the heads, or a norm has another size.
     """
-    columns = sources[0].shape[-1]
-    for name, part, count in zip(("query", "key", "value"), sources, heads.counts, strict=True):
+    columns, names = sources[0].shape[-1], ("query", "key", "value")[: len(heads.counts)]
+    for name, part, count in zip(names, sources, heads.counts, strict=True):
         if _matrix(name, part) != (count * heads.head_dim, columns):
             raise ValueError(f"`{name}` must be [{count} x {heads.head_dim}, {columns}], got {part.shape}")
     if norms is not None:

@@ -140,7 +140,7 @@ void act_mul(const ActMulParams& p, const StepHeader& step, int member, int num_
   const int64_t width = p.out.num_columns;
   const Range rows = split(step.num_tokens, member, num_members, S::kSharedTokens);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const float *gate = p.gate + row * width, *up = p.up + row * width;
+    const float *gate = p.gate + row * width, *up = p.up + row * p.up_stride;
     const ActivationRow out = row_of(p.out, step, row);
     for (int64_t k = 0; k < width; k += kBlockColumns) {
       typename S::F values[2][1];

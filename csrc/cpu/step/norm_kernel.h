@@ -200,14 +200,15 @@ inline void layer_norm_rows(const NormRowsParams& p, const float* x, float* out)
   }
 }
 
-// Writes the norm of rows of any width as rows.
+// Writes the norm of rows, or of groups of their columns, of any width as rows.
 template <class S>
 void norm_rows(const NormRowsParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t whole = p.width / kBlockColumns * kBlockColumns;
-  const Range rows = split(step.num_tokens, member, num_members);
+  const Range rows = split(step.num_tokens * p.num_groups, member, num_members);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const float* const x = p.x + row * p.stride;
-    float* const out = p.out + row * p.out_stride;
+    const int64_t token = row / p.num_groups, first = row % p.num_groups * p.width;
+    const float* const x = p.x + token * p.stride + first;
+    float* const out = p.out + token * p.out_stride + first;
     if (p.bias != nullptr) {
       layer_norm_rows<S>(p, x, out);
       continue;
@@ -233,6 +234,7 @@ void norm_rows(const NormRowsParams& p, const StepHeader& step, int member, int 
 
 template <class S>
 void norm_add(const NormAddParams& p, const StepHeader& step, int member, int num_members) {
+  const auto scale = S::set1(p.scale);
   const Range rows = split(step.num_tokens, member, num_members);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const float* const from = p.rows + row * p.num_columns;
@@ -242,7 +244,8 @@ void norm_add(const NormAddParams& p, const StepHeader& step, int member, int nu
       for (int64_t k = 0; k < p.num_columns; k += 16) {
         const auto normed =
             layer_norm<S>(S::load(from + k), moments, S::load(p.weight + k), S::load(p.bias + k));
-        S::store(x + k, S::add(S::load(x + k), S::mul(normed, S::set1(p.factor))));
+        const auto sum = S::add(S::load(x + k), S::mul(normed, S::set1(p.factor)));
+        S::store(x + k, S::mul(sum, scale));
       }
       continue;
     }
@@ -250,7 +253,7 @@ void norm_add(const NormAddParams& p, const StepHeader& step, int member, int nu
     const auto factor = S::set1(p.factor / std::sqrt(mean + p.eps));
     for (int64_t k = 0; k < p.num_columns; k += 16) {
       const auto normed = S::mul(S::mul(S::load(from + k), factor), S::load(p.weight + k));
-      S::store(x + k, S::add(S::load(x + k), normed));
+      S::store(x + k, S::mul(S::add(S::load(x + k), normed), scale));
     }
   }
 }

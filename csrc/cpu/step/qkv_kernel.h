@@ -32,6 +32,16 @@ inline float norm_factor(const HeadRows<S>& head, int64_t num_strips, int64_t wi
   return 1.0f / std::sqrt(mean + eps);
 }
 
+// Multiplies a head by a factor, as a norm without a weight does.
+template <class S>
+inline void scale_head(HeadRows<S>& head, int64_t num_strips, float factor) {
+  const auto each = S::set1(factor);
+  for (int64_t i = 0; i < num_strips; ++i) {
+    head.first[i] = S::mul(head.first[i], each);
+    head.second[i] = S::mul(head.second[i], each);
+  }
+}
+
 template <class S>
 inline void scale_head(HeadRows<S>& head, int64_t num_strips, float factor, const float* weight) {
   const auto each = S::set1(factor);
@@ -234,12 +244,13 @@ TGI_INLINE void store_value(const KvLayerView& kv, int64_t head, int64_t slot, i
   }
 }
 
-// Rotates strips [strip, strip + num_strips) of a token's head.
+// Rotates those of strips [strip, strip + num_strips) of a token's head that have rotated pairs.
 template <class S>
 TGI_INLINE void rotate_head(const HeadParams& p, const StepHeader& step, int64_t token,
                             int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
-  const int64_t angles = (step.positions[token] * p.kv.num_strips() + strip) * 16;
-  for (int64_t i = 0; i < num_strips; ++i) {
+  const int64_t angles = (step.positions[token] * p.rotary_strips + strip) * 16;
+  const int64_t left = p.rotary_strips - strip, count = left < num_strips ? left : num_strips;
+  for (int64_t i = 0; i < count; ++i) {
     const int64_t at = angles + i * 16;
     rotate<S>(rows.first[i], rows.second[i], p.cosines + at, p.sines + at);
   }
@@ -314,6 +325,11 @@ template <class S, HeadKind Kind>
 TGI_INLINE void finish_head(const HeadParams& p, const StepHeader& step, int64_t token,
                             int64_t head, int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
   if (p.clip != 0) clip_head<S>(rows, num_strips, p.clip);
+  if constexpr (Kind == HeadKind::kValue) {
+    if (p.norms_values) {
+      scale_head<S>(rows, num_strips, norm_factor<S>(rows, num_strips, p.true_dim, p.eps));
+    }
+  }
   const bool is_normed = p.q_norm != nullptr && Kind != HeadKind::kValue;
   if (!is_normed) return place_head<S, Kind>(p, step, token, head, strip, num_strips, rows);
   if (!p.is_norm_last) {

@@ -32,17 +32,17 @@ void Segment::run(const StepHeader& step, int64_t begin, int64_t end, int member
   }
 }
 
-void split_by_rules(const StepHeader& step, const std::vector<AttentionRule>& rules,
-                    const HeadSplit& heads, int num_members, std::vector<AttentionPoint>& split) {
+void split_by_kinds(const StepHeader& step, const std::vector<AttentionKind>& kinds,
+                    int num_members, std::vector<AttentionPoint>& split) {
   const auto points = static_cast<size_t>(num_members) + 1;
-  split.resize(rules.size() * points);
-  for (size_t i = 0; i < rules.size(); ++i) {
-    split_attention(step, rules[i], heads, num_members, split.data() + i * points);
+  split.resize(kinds.size() * points);
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    split_attention(step, kinds[i], num_members, split.data() + i * points);
   }
 }
 
-bool LastRows::prepare(const StepHeader& step, const std::vector<AttentionRule>& rules,
-                       const HeadSplit& heads, int64_t block_size, int num_members) {
+bool LastRows::prepare(const StepHeader& step, const std::vector<AttentionKind>& kinds,
+                       int64_t block_size, int num_members) {
   const int32_t* const rows = step.rows;
   const auto count = static_cast<size_t>(step.num_rows);
   if (step.num_rows == 0 || step.num_rows == step.num_tokens ||
@@ -53,12 +53,14 @@ bool LastRows::prepare(const StepHeader& step, const std::vector<AttentionRule>&
   tokens_ = rows;
   counts_.resize(count + 1);
   std::iota(counts_.begin(), counts_.end(), 0);
+  positions_.resize(count);
   context_len_.resize(count);
   const auto groups = static_cast<size_t>(step.num_groups);
   block_table_.resize(groups * count * stride);
   int64_t s = 0;
   for (size_t i = 0; i < count; ++i) {
     while (step.query_start[s + 1] <= rows[i]) ++s;
+    positions_[i] = step.positions[rows[i]];
     context_len_[i] = step.context_len[s] - (step.query_start[s + 1] - 1 - rows[i]);
     const int64_t num_blocks = (context_len_[i] + block_size - 1) / block_size;
     for (size_t group = 0; group < groups; ++group) {
@@ -72,9 +74,10 @@ bool LastRows::prepare(const StepHeader& step, const std::vector<AttentionRule>&
   header_.query_start = header_.rows = counts_.data();
   header_.context_len = context_len_.data();
   header_.block_table = block_table_.data();
-  header_.ids = header_.positions = nullptr;  // no longer needed
+  header_.positions = positions_.data();
+  header_.ids = nullptr;  // neither is needed any more
   header_.slots = nullptr;
-  split_by_rules(header_, rules, heads, num_members, split_);
+  split_by_kinds(header_, kinds, num_members, split_);
   header_.attention_split = split_.data();
   prepare_adapters(step);
   return true;

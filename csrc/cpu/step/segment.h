@@ -65,8 +65,8 @@ class LastRows {
  public:
   // Prepares the header for the rest of `step`. Returns false if the rest is the whole step: its
   // rows are all tokens, or do not ascend.
-  bool prepare(const StepHeader& step, const std::vector<AttentionRule>& rules,
-               const HeadSplit& heads, int64_t block_size, int num_members);
+  bool prepare(const StepHeader& step, const std::vector<AttentionKind>& kinds, int64_t block_size,
+               int num_members);
 
   const StepHeader& header() const { return header_; }
 
@@ -79,15 +79,16 @@ class LastRows {
   StepHeader header_ = {};
   const int32_t* tokens_ = nullptr;  // the step's rows
   std::vector<int32_t> counts_;      // 0, 1, 2 ...
+  std::vector<int32_t> positions_;
   std::vector<int32_t> context_len_;
   std::vector<int32_t> block_table_;
   std::vector<AttentionPoint> split_;
   std::vector<AdapterSpan> adapters_;
 };
 
-// Divides a step's attention for its header, rule by rule, into [rules][members + 1] points.
-void split_by_rules(const StepHeader& step, const std::vector<AttentionRule>& rules,
-                    const HeadSplit& heads, int num_members, std::vector<AttentionPoint>& split);
+// Divides a step's attention for its header, kind by kind, into [kinds][members + 1] points.
+void split_by_kinds(const StepHeader& step, const std::vector<AttentionKind>& kinds,
+                    int num_members, std::vector<AttentionPoint>& split);
 
 // Memory for the partial results of row tiles that several members share: one tile per member, of
 // the longest context. The system commits only what is written; all of it would be 102 to 273 MB

@@ -8,8 +8,8 @@ namespace {
 // Calls visit(sequence, head, tile, first, seen) for every row tile, in work order: `first` is the
 // first position that any of its rows sees, `seen` the end of the last.
 template <class Visit>
-void each_tile(const StepHeader& step, const AttentionRule& rule, const HeadSplit& heads,
-               const Visit& visit) {
+void each_tile(const StepHeader& step, const AttentionKind& kind, const Visit& visit) {
+  const auto& [rule, heads] = kind;
   const int64_t group = heads.group(), tile_rows = heads.tile_rows;
   for (int64_t s = 0; s < step.num_sequences; ++s) {
     const int64_t start = step.query_start[s], length = step.query_start[s + 1] - start;
@@ -34,32 +34,31 @@ constexpr int64_t kTileOverhead = 64;  // set-up cost of a tile, in tokens of co
 
 }  // namespace
 
-void split_attention(const StepHeader& step, const AttentionRule& rule, const HeadSplit& heads,
-                     int num_members, AttentionPoint* split) {
+void split_attention(const StepHeader& step, const AttentionKind& kind, int num_members,
+                     AttentionPoint* split) {
   // Chunks are read whole, except the last.
   const auto first_read = [](int64_t first) { return first / kChunkTokens * kChunkTokens; };
   int64_t total = 0;
-  each_tile(step, rule, heads, [&](int64_t, int64_t, int64_t, int64_t first, int64_t seen) {
+  each_tile(step, kind, [&](int64_t, int64_t, int64_t, int64_t first, int64_t seen) {
     total += seen - first_read(first) + kTileOverhead;
   });
   int64_t done = 0;
   int next = 0;
   // A member's part begins at the first chunk whose middle is at or past its share. A tile's first
   // visible chunk is number 0, even if chunks before it are hidden.
-  each_tile(step, rule, heads,
-            [&](int64_t s, int64_t head, int64_t tile, int64_t first, int64_t seen) {
-              const int64_t begin = first_read(first);
-              for (int64_t at = begin; at < seen; at += kChunkTokens) {
-                const int64_t left = seen - at, overhead = at == begin ? kTileOverhead : 0;
-                const int64_t cost = (left < kChunkTokens ? left : kChunkTokens) + overhead;
-                const int64_t middle = done + cost / 2, chunk = at == begin ? 0 : at / kChunkTokens;
-                while (next < num_members && (next == 0 || middle * num_members >= total * next)) {
-                  split[next++] = {static_cast<int32_t>(s), static_cast<int32_t>(head),
-                                   static_cast<int32_t>(tile), static_cast<int32_t>(chunk)};
-                }
-                done += cost;
-              }
-            });
+  each_tile(step, kind, [&](int64_t s, int64_t head, int64_t tile, int64_t first, int64_t seen) {
+    const int64_t begin = first_read(first);
+    for (int64_t at = begin; at < seen; at += kChunkTokens) {
+      const int64_t left = seen - at, overhead = at == begin ? kTileOverhead : 0;
+      const int64_t cost = (left < kChunkTokens ? left : kChunkTokens) + overhead;
+      const int64_t middle = done + cost / 2, chunk = at == begin ? 0 : at / kChunkTokens;
+      while (next < num_members && (next == 0 || middle * num_members >= total * next)) {
+        split[next++] = {static_cast<int32_t>(s), static_cast<int32_t>(head),
+                         static_cast<int32_t>(tile), static_cast<int32_t>(chunk)};
+      }
+      done += cost;
+    }
+  });
   const AttentionPoint end = {static_cast<int32_t>(step.num_sequences), 0, 0, 0};
   while (next <= num_members) split[next++] = end;
 }

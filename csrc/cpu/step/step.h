@@ -42,7 +42,7 @@ struct StepHeader {
   const int32_t* block_table;  // [num_groups, num_sequences, block_table_stride]
   int64_t block_table_stride;
   const int32_t* rows;                    // [num_rows], token indices
-  const AttentionPoint* attention_split;  // [rules][members + 1], see AttentionParams::split
+  const AttentionPoint* attention_split;  // [kinds][members + 1], see AttentionParams::split
   // [num_tokens] or null: number of positions a token may see, if that is more than those up to its
   // own (tokens of an image see each other).
   const int32_t* visible_until;
@@ -109,7 +109,15 @@ struct NormParams {
   bool is_private;  // with few rows, each member has a copy in its own tile, see kPrivateTokens
 };
 
-// Adds the norm of rows to the residual: x += factor * norm(rows).
+// Adds rows of a table to existing rows: rows += factor * table[ids].
+struct EmbedAddParams {
+  PackedMatrix table;
+  float factor;
+  float* scratch;  // [members, table.num_columns]
+  float* rows;     // [num_tokens, table.num_columns]
+};
+
+// Adds the norm of rows to the residual, or to other rows: x = scale * (x + factor * norm(rows)).
 struct NormAddParams {
   const float* rows;    // [num_tokens, num_columns]
   const float* weight;  // [num_columns]; zero past `width`
@@ -118,6 +126,7 @@ struct NormAddParams {
   int64_t width;
   float eps;
   float factor;
+  float scale;
   float* x;  // [num_tokens, num_columns]
 };
 
@@ -138,13 +147,15 @@ struct ReorderParams {
   Activation out;
 };
 
-// The norm of rows, written as rows; `out` may be `x`.
+// The norm of rows, written as rows; `out` may be `x`. A row may consist of groups of `width`
+// columns, each of which is normalised by itself with the same weight.
 struct NormRowsParams {
   const float* x;  // [num_tokens, stride]
   int64_t stride;
   const float* weight;  // [width]
   const float* bias;    // [width], or null
   int64_t width;
+  int64_t num_groups;
   float eps;
   float* out;  // [num_tokens, out_stride]
   int64_t out_stride;
@@ -177,15 +188,17 @@ constexpr double kLog2E = 1.4426950408889634;
 // kv.num_strips() strips of 32 rows in packed order, zero in rows without a dim.
 struct HeadParams {
   int64_t num_heads;
-  int64_t true_dim;      // dims that a norm's mean is taken over
-  const float* cosines;  // [positions, strips * 16], or null: no rotation
-  const float* sines;    // same shape
-  const float* q_norm;   // in packed order: [strips * 32], or for all heads; null: no norm
+  int64_t true_dim;       // dims that a norm's mean is taken over
+  int64_t rotary_strips;  // the first ones, which have pairs that are rotated
+  const float* cosines;   // [positions, rotary_strips * 16], or null: no rotation
+  const float* sines;     // same shape
+  const float* q_norm;    // in packed order: [strips * 32], or for all heads; null: no norm
   const float* k_norm;
   const float* q_bias;  // biases of the norms in the same order if they are LayerNorms, or null
   const float* k_bias;
   int64_t norm_stride;  // floats from one head's weights to the next head's; 0: shared by all heads
   bool is_norm_last;    // heads are normalised after rotation
+  bool norms_values;    // values are RMS-normalised, too, without a weight
   float clip;           // q, k and v are first clipped to [-clip, clip]; 0: no clipping
   float eps;
   float q_scale;              // softmax scale times log2(e), or 1
@@ -194,6 +207,7 @@ struct HeadParams {
   KvLayerView kv;
 };
 
+// Queries, optionally with keys and values.
 struct QkvParams {
   LinearParams parts[3];  // the rows of q, k, v: one matrix, or several if their formats differ
   int32_t num_parts;
@@ -277,7 +291,7 @@ struct AttentionParams {
   int64_t num_heads;
   int64_t true_dim;  // of a head's result; the stored head may be wider
   AttentionRule rule;
-  int64_t split;  // index of this rule's split in the header
+  int64_t split;  // index in the header of the split for this kind of attention
   ScoreParams scores;
   Activation out;  // num_columns = num_heads * true_dim, if true_dim is a multiple of 32; else
   float* rows;     // [num_tokens, stride] is written instead of the activation
@@ -318,7 +332,8 @@ struct GateUpParams {
 // The same from existing rows: f(gate) * up.
 struct ActMulParams {
   const float* gate;  // [num_tokens, out.num_columns]
-  const float* up;
+  const float* up;    // [num_tokens, up_stride], of which the first out.num_columns are read
+  int64_t up_stride;
   MlpFunction function;
   Activation out;
 };
@@ -396,6 +411,7 @@ struct Kernels {
   // Query rows processed together by attention, by the cache's precision.
   int64_t (*attention_rows)(Precision precision);
   StepFunction<EmbedParams> embed;
+  StepFunction<EmbedAddParams> embed_add;
   StepFunction<NormParams> norm;
   StepFunction<NormAddParams> norm_add;
   StepFunction<PackParams> pack;
@@ -462,9 +478,19 @@ struct HeadSplit {
   }
 };
 
-// Divides a step's attention among members by the number of context positions read under this rule.
-// Writes num_members + 1 points to `split`.
-void split_attention(const StepHeader& step, const AttentionRule& rule, const HeadSplit& heads,
-                     int num_members, AttentionPoint* split);
+// What determines how the attention of a layer is divided among members.
+struct AttentionKind {
+  AttentionRule rule;
+  HeadSplit heads;
+
+  bool operator==(const AttentionKind& other) const {
+    return rule == other.rule && heads == other.heads;
+  }
+};
+
+// Divides a step's attention among members by the number of context positions read. Writes
+// num_members + 1 points to `split`.
+void split_attention(const StepHeader& step, const AttentionKind& kind, int num_members,
+                     AttentionPoint* split);
 
 }  // namespace tgi::cpu::step

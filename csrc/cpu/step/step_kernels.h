@@ -34,6 +34,19 @@ void embed(const EmbedParams& p, const StepHeader& step, int member, int num_mem
   }
 }
 
+template <class S>
+void embed_add(const EmbedAddParams& p, const StepHeader& step, int member, int num_members) {
+  const int64_t width = p.table.num_columns;
+  float* const added = p.scratch + member * width;
+  const Range tokens = split(step.num_tokens, member, num_members);
+  for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+    float* const rows = p.rows + t * width;
+    unpack_row(p.table, step.ids[t], p.factor, added);
+    for (int64_t k = 0; k < width; k += 16)
+      S::store(rows + k, S::add(S::load(rows + k), S::load(added + k)));
+  }
+}
+
 constexpr int kSpinRegisters = 12;  // more than latency times throughput on any processor
 
 // The sums are also a factor; otherwise the compiler would multiply once for all of them.
@@ -109,6 +122,7 @@ constexpr Kernels make_kernels(const char* name) {
           S::kTileTokens,
           [](Precision precision) -> int64_t { return S::attention_rows(precision); },
           embed<S>,
+          embed_add<S>,
           norm<S>,
           norm_add<S>,
           pack<S>,

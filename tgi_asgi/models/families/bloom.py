@@ -79,7 +79,7 @@ class Bloom(Decoder):
 
     def embed(self, batch: ops.RecordedBatch) -> ops.Value:
         """Return the residual stream that enters the first layer."""
-        return ops.norm_residual(super().embed(batch), self.embedding_norm)
+        return ops.norm_in_place(super().embed(batch), self.embedding_norm)
 
 
 FAMILIES = (
