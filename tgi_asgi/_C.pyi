@@ -630,6 +630,7 @@ class RouteSpec:
         eps: float = 0.0,
         scale: float = 1.0,
         jitter: float = 0.0,
+        expert_scales: _Floats | None = None,
     ) -> None: ...
 
 class Routing:

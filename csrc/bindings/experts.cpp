@@ -38,12 +38,21 @@ void check_experts(int64_t num_experts, int64_t top_k) {
         top_k);
 }
 
+// Copies finite numbers, one per expert.
+std::vector<float> per_expert(const Array<float>& values, const char* name, int64_t num_experts) {
+  check_shape(values, name, {num_experts});
+  std::vector<float> copied;
+  for (int64_t i = 0; i < num_experts; ++i) copied.push_back(finite(values.at(i), name));
+  return copied;
+}
+
 }  // namespace
 
 RouteSpec::RouteSpec(int64_t num_experts, int64_t top_k, const std::string& kind,
                      const std::optional<Array<float>>& correction, int64_t num_groups,
                      int64_t top_groups, bool sums_top_two, bool is_renormalised, double eps,
-                     double scale, double jitter) {
+                     double scale, double jitter,
+                     const std::optional<Array<float>>& expert_scales) {
   check_experts(num_experts, top_k);
   check(num_groups >= 1 && num_experts % num_groups == 0, "`num_groups` must divide the ",
         num_experts, " experts, got ", num_groups);
@@ -55,11 +64,12 @@ RouteSpec::RouteSpec(int64_t num_experts, int64_t top_k, const std::string& kind
   check(params_.kind != step::RouteKind::kSparseMixer || (!correction && num_groups == 1),
         "sparsemixer has neither a correction nor groups");
   if (correction) {
-    check_shape(*correction, "correction", {num_experts});
-    for (int64_t i = 0; i < num_experts; ++i) {
-      correction_.push_back(finite(correction->at(i), "correction"));
-    }
+    correction_ = per_expert(*correction, "correction", num_experts);
     params_.correction = correction_.data();
+  }
+  if (expert_scales) {
+    expert_scales_ = per_expert(*expert_scales, "expert_scales", num_experts);
+    params_.expert_scales = expert_scales_.data();
   }
   params_.num_groups = num_groups;
   params_.top_groups = top_groups;
@@ -378,12 +388,13 @@ void rows_by_expert(const ExpertStack& stack, const Array<int32_t>& sizes, const
 void bind_experts(py::module_& module) {
   py::class_<RouteSpec, RoutePtr>(module, "RouteSpec", "See tgi_asgi.ops.RouteSpec.")
       .def(py::init<int64_t, int64_t, const std::string&, const std::optional<Array<float>>&,
-                    int64_t, int64_t, bool, bool, double, double, double>(),
+                    int64_t, int64_t, bool, bool, double, double, double,
+                    const std::optional<Array<float>>&>(),
            py::kw_only(), py::arg("num_experts"), py::arg("top_k"), py::arg("kind"),
            py::arg("correction").noconvert() = py::none(), py::arg("num_groups") = 1,
            py::arg("top_groups") = 1, py::arg("sums_top_two") = false,
            py::arg("is_renormalised") = false, py::arg("eps") = 0.0, py::arg("scale") = 1.0,
-           py::arg("jitter") = 0.0);
+           py::arg("jitter") = 0.0, py::arg("expert_scales").noconvert() = py::none());
   py::class_<ExpertStack, StackPtr>(module, "ExpertStack",
                                     "The matrices of a layer's experts for one product.")
       .def(py::init<const std::vector<const Matrix*>&,

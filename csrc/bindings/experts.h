@@ -18,7 +18,8 @@ class RouteSpec {
  public:
   RouteSpec(int64_t num_experts, int64_t top_k, const std::string& kind,
             const std::optional<Array<float>>& correction, int64_t num_groups, int64_t top_groups,
-            bool sums_top_two, bool is_renormalised, double eps, double scale, double jitter);
+            bool sums_top_two, bool is_renormalised, double eps, double scale, double jitter,
+            const std::optional<Array<float>>& expert_scales);
 
   int64_t num_experts() const { return params_.out.num_experts; }
   int64_t top_k() const { return params_.out.top_k; }
@@ -26,7 +27,7 @@ class RouteSpec {
   const step::RouteParams& params() const { return params_; }
 
  private:
-  std::vector<float> correction_;
+  std::vector<float> correction_, expert_scales_;
   step::RouteParams params_ = {};
 };
 

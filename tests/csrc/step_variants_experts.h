@@ -66,6 +66,7 @@ Bytes routes_of(const Kernels& kernels, const std::vector<float>& x) {
       params.eps = 1e-20f;
       params.scale = 1.5f;
       params.jitter = 0.1f;
+      params.expert_scales = has_groups ? x.data() + 300 : nullptr;
       params.out = routing.view;
       kernels.route(params, step_of_tokens(kTokens), 0, 1);
       append(found, routing.weights);

@@ -131,6 +131,20 @@ ROUTES = {
     "groups of one": RouteSpec(16, 2, num_groups=16, top_groups=5, sums_top_two=True),
     "sparsemixer": RouteSpec(16, 2, "sparsemixer", jitter=0.01),
     "wide sparsemixer": RouteSpec(21, 3, "sparsemixer", jitter=0.4, scale=2.0),
+    "scaled experts": RouteSpec(130, 8, is_renormalised=True, expert_scales=spread(-2, 3, 130)),
+    "all scaled": RouteSpec(
+        40,
+        4,
+        "sigmoid",
+        spread(-1, 1, 40),
+        8,
+        4,
+        is_renormalised=True,
+        eps=1e-6,
+        scale=2.5,
+        expert_scales=spread(3, 0.1, 40),
+    ),
+    "scaled sparsemixer": RouteSpec(16, 2, "sparsemixer", jitter=0.4, expert_scales=spread(0, 2, 16)),
 }
 
 
@@ -350,6 +364,8 @@ def test_rows_are_added_as_much_as_their_gate_says(kernel_set: str, tokens: int,
         ({"correction": np.zeros(7, np.float32)}, r"`correction` must have shape \[8\]"),
         ({"correction": np.full(8, np.nan, np.float32)}, "`correction` must be finite"),
         ({"scale": float("inf")}, "`scale` must be finite"),
+        ({"expert_scales": np.ones(9, np.float32)}, r"`expert_scales` must have shape \[8\]"),
+        ({"expert_scales": np.full(8, np.inf, np.float32)}, "`expert_scales` must be finite"),
         ({"kind": "sparsemixer", "num_groups": 2, "top_groups": 2}, "sparsemixer has neither"),
     ],
     ids=str,
@@ -357,6 +373,13 @@ def test_rows_are_added_as_much_as_their_gate_says(kernel_set: str, tokens: int,
 def test_a_route_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RouteSpec(**{"num_experts": 8, "top_k": 2, **options})
+
+
+@pytest.mark.parametrize("name", ["correction", "expert_scales"])
+def test_vectors_of_a_route_must_be_float32(name: str) -> None:
+    options: dict[str, Any] = {name: np.ones(8)}
+    with pytest.raises(TypeError):
+        RouteSpec(8, 2, **options)
 
 
 def test_experts_that_do_not_fit_are_refused() -> None:

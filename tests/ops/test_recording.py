@@ -330,15 +330,22 @@ def test_a_value_that_nobody_wanted_cannot_be_read() -> None:
         program.write(values.query, np.zeros((1, 48), np.float32))
 
 
+def made_for_cuda(recorder: ops.Recorder) -> cuda.CudaProgram:
+    limits = ops.StepLimits(max_tokens=1, max_sequences=1, max_rows=1, max_context=1)
+    return cuda.CudaProgram(recorder, limits, CudaModes(), max_blocks=1, device=torch.device("cpu"))
+
+
 def test_a_cuda_program_names_what_its_attention_lacks() -> None:
     recorder = ops.Recorder()
     layer = CudaKvLayer(torch.zeros(2, 2, 1, 16, 32))
     ops.attention(recorder.value(ops.Kind.QUERY, 64), layer, ops.AttentionSpec(0.25, chunk=8))
     with pytest.raises(ValueError, match="no CUDA kernel supports attention with `chunk`"):
-        cuda.CudaProgram(
-            recorder,
-            ops.StepLimits(max_tokens=1, max_sequences=1, max_rows=1, max_context=1),
-            CudaModes(),
-            max_blocks=1,
-            device=torch.device("cpu"),
-        )
+        made_for_cuda(recorder)
+
+
+def test_a_cuda_program_names_what_its_routing_lacks() -> None:
+    recorder = ops.Recorder()
+    spec = ops.RouteSpec(4, 2, expert_scales=np.ones(4, np.float32))
+    ops.route(recorder.value(ops.Kind.ROWS, 4), spec)
+    with pytest.raises(ValueError, match="no CUDA kernel supports routing with `expert_scales`"):
+        made_for_cuda(recorder)

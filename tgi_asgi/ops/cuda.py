@@ -325,6 +325,8 @@ class CudaProgram:
 
     def _route(self, call: calls.Route) -> None:
         spec = call.spec
+        if spec.expert_scales is not None:
+            raise ValueError("no CUDA kernel supports routing with `expert_scales`")
         routing = self._values.assign(
             call.out, "routing", (spec.num_experts, spec.top_k),
             lambda: Routing.make(self._max_tokens, spec.top_k, spec.num_experts, self._device),
