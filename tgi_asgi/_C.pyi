@@ -741,7 +741,7 @@ class Program:
     def gate_up(self, *, product: Product, activation: str, out: Activation) -> None: ...
     def act_mul(self, *, gate: Rows, up: Rows, activation: str, out: Activation) -> None: ...
     def route(self, *, logits: Rows, spec: RouteSpec, out: Routing) -> None: ...
-    def experts_add(
+    def experts(
         self,
         *,
         source: Activation,
@@ -750,7 +750,8 @@ class Program:
         gathered: Activation,
         inner: Activation,
         factor: float,
-        x: Rows,
+        adds: bool,
+        out: Rows,
     ) -> None: ...
     def gated_add(self, *, rows: Rows, gate: Rows, factor: float, x: Rows) -> None: ...
     def short_conv(

@@ -180,7 +180,7 @@ ExpertMlps ExpertMlps::make(std::vector<StackPtr> gate_up, StackPtr down,
   };
 }
 
-int64_t set_experts(const ExpertMlps& mlps, step::ExpertsAddParams& params) {
+int64_t set_experts(const ExpertMlps& mlps, step::ExpertsParams& params) {
   int64_t floats = 0;
   const auto product_of = [&](const ExpertStack& stack, const step::Activation& in,
                               int64_t unit_strips) {
@@ -207,7 +207,7 @@ int64_t set_experts(const ExpertMlps& mlps, step::ExpertsAddParams& params) {
   return floats;
 }
 
-void set_scratch(step::ExpertsAddParams& params, float* scratch, int64_t floats) {
+void set_scratch(step::ExpertsParams& params, float* scratch, int64_t floats) {
   for (step::ExpertProduct* each : {&params.gate_up[0], &params.gate_up[1], &params.down}) {
     each->linear.scratch = floats > 0 ? scratch : nullptr;
     each->linear.scratch_floats = floats;
@@ -263,7 +263,7 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
   pack.stride = float_stride(x, 0, "x");
   pack.rows = x.data();
   pack.width = x.shape(1);
-  step::ExpertsAddParams params = {};
+  step::ExpertsParams params = {};
   params.routing = routing.view;
   params.in = params.gathered = {
       .data = nullptr,
@@ -276,7 +276,8 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
       .num_columns = mlps.num_columns(),
   };
   params.factor = 1;
-  params.x = out.mutable_data();
+  params.adds = false;
+  params.out = out.mutable_data();
   const int64_t floats = set_experts(mlps, params);
   const py::gil_scoped_release release;
   step::sort_by_expert(routing.view, num_tokens, num_tokens);
@@ -296,7 +297,6 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
   params.inner.data = allocate(memory.inner, params.inner, params.num_tiles);
   pack.out = params.in;
   params.gate_floats = most * step::kStripRows;
-  std::fill_n(params.x, num_tokens * width, 0.0f);
   const auto prepare = [&](int num_members) {
     const auto floats_of = [&](Workspace& of, int64_t each) {
       return reinterpret_cast<float*>(
@@ -308,7 +308,7 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
   const auto run = [&](int member, int num_members) {
     kernels.pack(pack, header, member, num_members);
     cpu::team_barrier();
-    kernels.experts_add(params, header, member, num_members);
+    kernels.experts(params, header, member, num_members);
   };
   cpu::run_small(ids.size() * 3 * width * mlps.num_columns(), prepare, run);
 }

@@ -90,8 +90,8 @@ using MlpsPtr = std::shared_ptr<ExpertMlps>;
 // Checks the weights and writes them to parameters whose routing, input and buffers are already
 // set. Returns the number of floats of work memory per member, which the caller allocates and
 // passes to `set_scratch`.
-int64_t set_experts(const ExpertMlps& mlps, step::ExpertsAddParams& params);
-void set_scratch(step::ExpertsAddParams& params, float* scratch, int64_t floats);
+int64_t set_experts(const ExpertMlps& mlps, step::ExpertsParams& params);
+void set_scratch(step::ExpertsParams& params, float* scratch, int64_t floats);
 
 void bind_experts(py::module_& module);
 

@@ -77,6 +77,7 @@ OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
     "attention": ("a query", lambda v, x: ops.attention(x, v.layer, ops.AttentionSpec(0.25))),
     "norm_add": ("rows", lambda v, x: ops.norm_add(x, v.ones, v.residual)),
     "route": ("rows", lambda v, x: ops.route(x, v.route)),
+    "experts": ("a routing of experts", lambda v, x: ops.experts(v.activation, x, v.experts)),
     "experts_add": (
         "a routing of experts",
         lambda v, x: ops.experts_add(v.activation, x, v.experts, v.residual),
@@ -172,7 +173,7 @@ def test_a_residual_is_refused_once_it_was_added_to(operator: str) -> None:
 @pytest.mark.parametrize(
     "operator",
     ("norm", "norm_residual", "head", "linear", "linear_add", "up", "gate_up", "qkv", "norm_add", "route",
-     "experts_add"),
+     "experts", "experts_add"),
 )  # fmt: skip
 def test_other_columns_are_refused_by_both_numbers(operator: str) -> None:
     wanted, call = OPERATORS[operator]
@@ -348,4 +349,12 @@ def test_a_cuda_program_names_what_its_routing_lacks() -> None:
     spec = ops.RouteSpec(4, 2, expert_scales=np.ones(4, np.float32))
     ops.route(recorder.value(ops.Kind.ROWS, 4), spec)
     with pytest.raises(ValueError, match="no CUDA kernel supports routing with `expert_scales`"):
+        made_for_cuda(recorder)
+
+
+def test_a_cuda_program_names_what_no_kernel_computes() -> None:
+    recorder = ops.Recorder()
+    a, routing = (recorder.value(kind, 48) for kind in (ops.Kind.ACTIVATION, ops.Kind.ROUTING))
+    ops.experts(a, routing, Values().experts)
+    with pytest.raises(TypeError, match="Experts is computed on CPUs only, not on CUDA"):
         made_for_cuda(recorder)

@@ -435,7 +435,7 @@ class CudaProgram:
 
 _CPU_ONLY = (
     calls.GatedNorm, calls.ShortConv, calls.SelectiveScan, calls.DeltaRule, calls.LatentQkv,
-    calls.HeadsLinear,
+    calls.HeadsLinear, calls.Experts,
 )  # fmt: skip
 _EMITTERS: dict[type[Call], Callable[[CudaProgram, Any], None]] = {
     calls.Embed: CudaProgram._embed,
