@@ -632,6 +632,7 @@ class RouteSpec:
         eps: float = 0.0,
         scale: float = 1.0,
         jitter: float = 0.0,
+        expert_scales: _Floats | None = None,
     ) -> None: ...
 
 class Routing:
@@ -745,7 +746,7 @@ class Program:
         self, *, gate: Rows, up: Rows, first_column: int, activation: str, out: Activation
     ) -> None: ...
     def route(self, *, logits: Rows, spec: RouteSpec, out: Routing) -> None: ...
-    def experts_add(
+    def experts(
         self,
         *,
         source: Activation,
@@ -754,7 +755,8 @@ class Program:
         gathered: Activation,
         inner: Activation,
         factor: float,
-        x: Rows,
+        adds: bool,
+        out: Rows,
     ) -> None: ...
     def gated_add(self, *, rows: Rows, gate: Rows, factor: float, x: Rows) -> None: ...
     def short_conv(

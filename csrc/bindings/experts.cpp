@@ -38,12 +38,21 @@ void check_experts(int64_t num_experts, int64_t top_k) {
         top_k);
 }
 
+// Copies finite numbers, one per expert.
+std::vector<float> per_expert(const Array<float>& values, const char* name, int64_t num_experts) {
+  check_shape(values, name, {num_experts});
+  std::vector<float> copied;
+  for (int64_t i = 0; i < num_experts; ++i) copied.push_back(finite(values.at(i), name));
+  return copied;
+}
+
 }  // namespace
 
 RouteSpec::RouteSpec(int64_t num_experts, int64_t top_k, const std::string& kind,
                      const std::optional<Array<float>>& correction, int64_t num_groups,
                      int64_t top_groups, bool sums_top_two, bool is_renormalised, double eps,
-                     double scale, double jitter) {
+                     double scale, double jitter,
+                     const std::optional<Array<float>>& expert_scales) {
   check_experts(num_experts, top_k);
   check(num_groups >= 1 && num_experts % num_groups == 0, "`num_groups` must divide the ",
         num_experts, " experts, got ", num_groups);
@@ -55,11 +64,12 @@ RouteSpec::RouteSpec(int64_t num_experts, int64_t top_k, const std::string& kind
   check(params_.kind != step::RouteKind::kSparseMixer || (!correction && num_groups == 1),
         "sparsemixer has neither a correction nor groups");
   if (correction) {
-    check_shape(*correction, "correction", {num_experts});
-    for (int64_t i = 0; i < num_experts; ++i) {
-      correction_.push_back(finite(correction->at(i), "correction"));
-    }
+    correction_ = per_expert(*correction, "correction", num_experts);
     params_.correction = correction_.data();
+  }
+  if (expert_scales) {
+    expert_scales_ = per_expert(*expert_scales, "expert_scales", num_experts);
+    params_.expert_scales = expert_scales_.data();
   }
   params_.num_groups = num_groups;
   params_.top_groups = top_groups;
@@ -170,7 +180,7 @@ ExpertMlps ExpertMlps::make(std::vector<StackPtr> gate_up, StackPtr down,
   };
 }
 
-int64_t set_experts(const ExpertMlps& mlps, step::ExpertsAddParams& params) {
+int64_t set_experts(const ExpertMlps& mlps, step::ExpertsParams& params) {
   int64_t floats = 0;
   const auto product_of = [&](const ExpertStack& stack, const step::Activation& in,
                               int64_t unit_strips) {
@@ -197,7 +207,7 @@ int64_t set_experts(const ExpertMlps& mlps, step::ExpertsAddParams& params) {
   return floats;
 }
 
-void set_scratch(step::ExpertsAddParams& params, float* scratch, int64_t floats) {
+void set_scratch(step::ExpertsParams& params, float* scratch, int64_t floats) {
   for (step::ExpertProduct* each : {&params.gate_up[0], &params.gate_up[1], &params.down}) {
     each->linear.scratch = floats > 0 ? scratch : nullptr;
     each->linear.scratch_floats = floats;
@@ -253,7 +263,7 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
   pack.stride = float_stride(x, 0, "x");
   pack.rows = x.data();
   pack.width = x.shape(1);
-  step::ExpertsAddParams params = {};
+  step::ExpertsParams params = {};
   params.routing = routing.view;
   params.in = params.gathered = {
       .data = nullptr,
@@ -266,7 +276,8 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
       .num_columns = mlps.num_columns(),
   };
   params.factor = 1;
-  params.x = out.mutable_data();
+  params.adds = false;
+  params.out = out.mutable_data();
   const int64_t floats = set_experts(mlps, params);
   const py::gil_scoped_release release;
   step::sort_by_expert(routing.view, num_tokens, num_tokens);
@@ -286,7 +297,6 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
   params.inner.data = allocate(memory.inner, params.inner, params.num_tiles);
   pack.out = params.in;
   params.gate_floats = most * step::kStripRows;
-  std::fill_n(params.x, num_tokens * width, 0.0f);
   const auto prepare = [&](int num_members) {
     const auto floats_of = [&](Workspace& of, int64_t each) {
       return reinterpret_cast<float*>(
@@ -298,7 +308,7 @@ void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array
   const auto run = [&](int member, int num_members) {
     kernels.pack(pack, header, member, num_members);
     cpu::team_barrier();
-    kernels.experts_add(params, header, member, num_members);
+    kernels.experts(params, header, member, num_members);
   };
   cpu::run_small(ids.size() * 3 * width * mlps.num_columns(), prepare, run);
 }
@@ -378,12 +388,13 @@ void rows_by_expert(const ExpertStack& stack, const Array<int32_t>& sizes, const
 void bind_experts(py::module_& module) {
   py::class_<RouteSpec, RoutePtr>(module, "RouteSpec", "See tgi_asgi.ops.RouteSpec.")
       .def(py::init<int64_t, int64_t, const std::string&, const std::optional<Array<float>>&,
-                    int64_t, int64_t, bool, bool, double, double, double>(),
+                    int64_t, int64_t, bool, bool, double, double, double,
+                    const std::optional<Array<float>>&>(),
            py::kw_only(), py::arg("num_experts"), py::arg("top_k"), py::arg("kind"),
            py::arg("correction").noconvert() = py::none(), py::arg("num_groups") = 1,
            py::arg("top_groups") = 1, py::arg("sums_top_two") = false,
            py::arg("is_renormalised") = false, py::arg("eps") = 0.0, py::arg("scale") = 1.0,
-           py::arg("jitter") = 0.0);
+           py::arg("jitter") = 0.0, py::arg("expert_scales").noconvert() = py::none());
   py::class_<ExpertStack, StackPtr>(module, "ExpertStack",
                                     "The matrices of a layer's experts for one product.")
       .def(py::init<const std::vector<const Matrix*>&,

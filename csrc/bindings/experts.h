@@ -18,7 +18,8 @@ class RouteSpec {
  public:
   RouteSpec(int64_t num_experts, int64_t top_k, const std::string& kind,
             const std::optional<Array<float>>& correction, int64_t num_groups, int64_t top_groups,
-            bool sums_top_two, bool is_renormalised, double eps, double scale, double jitter);
+            bool sums_top_two, bool is_renormalised, double eps, double scale, double jitter,
+            const std::optional<Array<float>>& expert_scales);
 
   int64_t num_experts() const { return params_.out.num_experts; }
   int64_t top_k() const { return params_.out.top_k; }
@@ -26,7 +27,7 @@ class RouteSpec {
   const step::RouteParams& params() const { return params_; }
 
  private:
-  std::vector<float> correction_;
+  std::vector<float> correction_, expert_scales_;
   step::RouteParams params_ = {};
 };
 
@@ -89,8 +90,8 @@ using MlpsPtr = std::shared_ptr<ExpertMlps>;
 // Checks the weights and writes them to parameters whose routing, input and buffers are already
 // set. Returns the number of floats of work memory per member, which the caller allocates and
 // passes to `set_scratch`.
-int64_t set_experts(const ExpertMlps& mlps, step::ExpertsAddParams& params);
-void set_scratch(step::ExpertsAddParams& params, float* scratch, int64_t floats);
+int64_t set_experts(const ExpertMlps& mlps, step::ExpertsParams& params);
+void set_scratch(step::ExpertsParams& params, float* scratch, int64_t floats);
 
 void bind_experts(py::module_& module);
 

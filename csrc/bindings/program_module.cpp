@@ -163,10 +163,10 @@ void bind_program(py::module_& module) {
            py::arg("out").none(false))
       .def("route", &Program::route, py::kw_only(), py::arg("logits").none(false),
            py::arg("spec").none(false), py::arg("out").none(false))
-      .def("experts_add", &Program::experts_add, py::kw_only(), py::arg("source").none(false),
+      .def("experts", &Program::experts, py::kw_only(), py::arg("source").none(false),
            py::arg("routing").none(false), py::arg("mlps").none(false),
            py::arg("gathered").none(false), py::arg("inner").none(false), py::arg("factor"),
-           py::arg("x").none(false))
+           py::arg("adds"), py::arg("out").none(false))
       .def("gated_add", &Program::gated_add, py::kw_only(), py::arg("rows").none(false),
            py::arg("gate").none(false), py::arg("factor"), py::arg("x").none(false))
       .def("short_conv", &Program::short_conv, py::kw_only(), py::arg("rows").none(false),

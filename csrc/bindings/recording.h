@@ -90,9 +90,10 @@ class Recording {
   // `inner` hold the input rows, and the rows of the last product's input, of several experts at a
   // time.
   void route(const RowsPtr& logits, const RoutePtr& spec, const RoutingPtr& out);
-  void experts_add(const ActivationPtr& in, const RoutingPtr& routing, const MlpsPtr& mlps,
-                   const ActivationPtr& gathered, const ActivationPtr& inner, double factor,
-                   const RowsPtr& x);
+  // out = factor * the weighted sum of each token's experts, or out += that.
+  void experts(const ActivationPtr& in, const RoutingPtr& routing, const MlpsPtr& mlps,
+               const ActivationPtr& gathered, const ActivationPtr& inner, double factor, bool adds,
+               const RowsPtr& out);
   void gated_add(const RowsPtr& rows, const RowsPtr& gate, double factor, const RowsPtr& x);
   // Writes rows of the layer's channels.
   void short_conv(const RowsPtr& rows, const ShortConv& conv, const StatesPtr& states,

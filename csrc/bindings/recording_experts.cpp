@@ -26,14 +26,14 @@ void Recording::route(const RowsPtr& logits, const RoutePtr& spec, const Routing
   forward_.add(step::kernels().route, params);
 }
 
-void Recording::experts_add(const ActivationPtr& in, const RoutingPtr& routing, const MlpsPtr& mlps,
-                            const ActivationPtr& gathered, const ActivationPtr& inner,
-                            double factor, const RowsPtr& x) {
+void Recording::experts(const ActivationPtr& in, const RoutingPtr& routing, const MlpsPtr& mlps,
+                        const ActivationPtr& gathered, const ActivationPtr& inner, double factor,
+                        bool adds, const RowsPtr& out) {
   check_num_rows(*in, "source");
   check_num_rows(*routing, "routing");
   check_num_rows(*gathered, "gathered");
   check_num_rows(*inner, "inner");
-  check_rows_buffer(x, mlps->down->num_rows(), "x");
+  check_rows_buffer(out, mlps->down->num_rows(), "out");
   check(routing->view.num_experts == mlps->down->num_experts(), "the routing is of ",
         routing->view.num_experts, " experts, the layer has ", mlps->down->num_experts());
   check(in != gathered && in != inner && gathered != inner, "the activations must be different");
@@ -45,7 +45,7 @@ void Recording::experts_add(const ActivationPtr& in, const RoutingPtr& routing, 
         "`gathered` must be of the input's kind");
   check(inner->view.num_columns == mlps->num_columns(), "`inner` must have ", mlps->num_columns(),
         " columns, got ", inner->view.num_columns);
-  step::ExpertsAddParams params = {};
+  step::ExpertsParams params = {};
   params.routing = routing->view;
   params.in = from;
   params.is_private = in->is_private;
@@ -55,7 +55,8 @@ void Recording::experts_add(const ActivationPtr& in, const RoutingPtr& routing, 
   check(params.num_tiles >= tiles_of(max_tokens_), "`gathered` and `inner` must hold ",
         tiles_of(max_tokens_), " tiles, got ", params.num_tiles);
   params.factor = static_cast<float>(factor);
-  params.x = x->data();
+  params.adds = adds;
+  params.out = out->data();
   const int64_t floats = set_experts(*mlps, params);
   params.gate_floats = params.num_parts == 2 ? max_tokens_ * step::kStripRows : 0;
   float* const scratch = scratch_of(num_members_ * (floats + params.gate_floats));
@@ -64,9 +65,9 @@ void Recording::experts_add(const ActivationPtr& in, const RoutingPtr& routing, 
   for (const ActivationPtr& each : {in, gathered, inner}) keep(*each);
   gathered->is_private = inner->is_private = false;
   keep(routing->memory);
-  keep(x->memory);
+  keep(out->memory);
   others_.push_back(mlps);
-  forward_.add(step::kernels().experts_add, params);
+  forward_.add(step::kernels().experts, params);
 }
 
 void Recording::gated_add(const RowsPtr& rows, const RowsPtr& gate, double factor,

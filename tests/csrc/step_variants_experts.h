@@ -66,6 +66,7 @@ Bytes routes_of(const Kernels& kernels, const std::vector<float>& x) {
       params.eps = 1e-20f;
       params.scale = 1.5f;
       params.jitter = 0.1f;
+      params.expert_scales = has_groups ? x.data() + 300 : nullptr;
       params.out = routing.view;
       kernels.route(params, step_of_tokens(kTokens), 0, 1);
       append(found, routing.weights);
@@ -78,8 +79,9 @@ Bytes routes_of(const Kernels& kernels, const std::vector<float>& x) {
   return found;
 }
 
-// Returns sums of the outputs of two experts whose gates and ups are in `weight`, as one matrix and
-// as two. The buffers hold one expert of all tokens, so that a step of all takes two passes.
+// Returns sums of the outputs of two experts whose gates and ups are in `weight`: as one matrix,
+// added to what is there, and as two, as rows. The buffers hold one expert of all tokens, so that a
+// step of all takes two passes.
 Bytes experts_of(const Kernels& kernels, const PackedMatrix& weight, Precision precision,
                  const std::vector<float>& x) {
   const int64_t down_bytes = kDownRows / kPanelRows * panel_bytes(Format::kQ8_0, kInnerColumns);
@@ -102,7 +104,7 @@ Bytes experts_of(const Kernels& kernels, const PackedMatrix& weight, Precision p
       Input gathered(kernels, precision, kColumns, kTokens);
       Input inner(kernels, Precision::kInt8, kInnerColumns, kTokens);
       Routing routing(kExperts, kExperts);
-      std::vector<float> sums(kTokens * kDownRows, 3.0f);
+      std::vector<float> sums(kTokens * kDownRows, is_whole ? 3.0f : NAN);
       const StepHeader step = step_of_tokens(tokens);
       RouteParams route = {};
       route.logits = x.data();
@@ -112,7 +114,7 @@ Bytes experts_of(const Kernels& kernels, const PackedMatrix& weight, Precision p
       route.out = routing.view;
       kernels.route(route, step, 0, 1);
       kernels.pack({x.data(), kColumns, kColumns, input.view}, step, 0, 1);
-      ExpertsAddParams params = {};
+      ExpertsParams params = {};
       params.routing = routing.view;
       params.in = input.view;
       params.gate_up[0] = {linear, {is_whole ? whole : gates, biases}};
@@ -126,8 +128,9 @@ Bytes experts_of(const Kernels& kernels, const PackedMatrix& weight, Precision p
       params.num_tiles = (kTokens + kernels.tile_tokens - 1) / kernels.tile_tokens;
       params.gates = kept.data();
       params.factor = 0.75f;
-      params.x = sums.data();
-      kernels.experts_add(params, step, 0, 1);
+      params.adds = is_whole;
+      params.out = sums.data();
+      kernels.experts(params, step, 0, 1);
       append(found, sums);
     }
   }

@@ -177,8 +177,17 @@ class Graph:
         )
         return Twin(ops.gate_up(a.value, weight, activation), activate(gate, activation) * up)
 
+    def experts(self, a: Twin, top_k: int) -> Twin:
+        routing, weight, found = self._experts(a, top_k)
+        return Twin(ops.experts(a.value, routing, weight), found)
+
     def experts_add(self, a: Twin, x: Twin, top_k: int, factor: float) -> Twin:
-        """Add experts chosen by a fixed correction and weighted by a router.
+        routing, weight, found = self._experts(a, top_k)
+        added = ops.experts_add(a.value, routing, weight, x.value, factor=factor)
+        return Twin(added, x.exact + factor * found)
+
+    def _experts(self, a: Twin, top_k: int) -> tuple[ops.Value, ops.ExpertsWeight, Tensor]:
+        """Make experts chosen by a fixed correction and weighted by a router; return their exact sum last.
 
         If the router also chose them, float64 could choose differently between two near ties.
         """
@@ -195,13 +204,16 @@ class Graph:
         router = random_weight("F32", NUM_EXPERTS, columns, seed=self._num_weights)
         logits = ops.linear(a.value, ops.linear_weight(router, self.packing))
         correction = 100.0 * torch.randperm(NUM_EXPERTS)
-        spec = ops.RouteSpec(NUM_EXPERTS, top_k, "sigmoid", correction.numpy(), is_renormalised=True)
-        added = ops.experts_add(a.value, ops.route(logits, spec), weight, x.value, factor=factor)
+        scales = torch.rand(NUM_EXPERTS) + 0.5
+        spec = ops.RouteSpec(
+            NUM_EXPERTS, top_k, "sigmoid", correction.numpy(), is_renormalised=True,
+            expert_scales=scales.numpy(),
+        )  # fmt: skip
         of_input, inner = weight.made.precision, weight.made.inner_precision
         weights = route(linear(a.exact.float(), decoded_values(router)), spec)
         seen = rounded(a.exact.float(), of_input)
         found = experts(seen, weights, mlps, round_inner=lambda rows: rounded(rows.float(), inner))
-        return Twin(added, x.exact + factor * found)
+        return ops.route(logits, spec), weight, found
 
     def gated_add(self, rows: Twin, a: Twin, x: Twin, factor: float) -> Twin:
         weight, matrix = self._linear(a, 1)

@@ -1,4 +1,4 @@
-"""The operators route, experts_add and gated_add: the choice of experts and their results."""
+"""The operators route, experts, experts_add and gated_add: the choice of experts and their results."""
 
 from __future__ import annotations
 
@@ -69,11 +69,14 @@ def run(
     layer: Layer | None = None,
     x: Tensor | None = None,
     num_sampled: int = 0,
+    *,
+    is_added: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Route, and add experts to x; return the weight of each expert [n, num_experts], and x.
+    """Route, and add experts to x or zeros; return the weight of each expert [n, num_experts], and x.
 
-    The buffer of the logits holds NaN beyond them.
+    If the experts are not added but summed as rows, return these. Their buffer holds NaN before, and that of
+    the logits beyond them.
     """
     recorder, num_tokens = ops.Recorder(), len(logits)
     values = [
@@ -81,11 +84,11 @@ def run(
         for kind, tensor in ((Kind.ROWS, logits), (Kind.ACTIVATION, a), (Kind.RESIDUAL, a))
     ]
     routing = ops.route(values[0], spec)
-    out = (
-        values[2]
-        if layer is None
-        else ops.experts_add(values[1], routing, layer.weight, values[2], **options)
-    )
+    out = values[2]
+    if layer is not None and is_added:
+        out = ops.experts_add(values[1], routing, layer.weight, values[2], **options)
+    elif layer is not None:
+        out = ops.experts(values[1], routing, layer.weight, **options)
     room = max(num_tokens, 1)
     program = ops.CpuProgram(
         recorder, ops.StepLimits(max_tokens=room, max_sequences=2, max_rows=1, max_context=1),
@@ -97,6 +100,8 @@ def run(
     if layer is not None:
         program.write(values[1], a.numpy())
         program.write(values[2], (torch.zeros_like(a) if x is None else x).numpy())
+        if not is_added:
+            buffers.rows_of(out).array()[:] = np.nan
     program.run(eager_ops.step(num_tokens, num_sampled), ())
     ids, weights = (torch.from_numpy(part[:num_tokens]) for part in buffers.routing_of(routing).arrays())
     dense = torch.zeros(num_tokens, spec.num_experts, dtype=torch.float64)
@@ -131,6 +136,20 @@ ROUTES = {
     "groups of one": RouteSpec(16, 2, num_groups=16, top_groups=5, sums_top_two=True),
     "sparsemixer": RouteSpec(16, 2, "sparsemixer", jitter=0.01),
     "wide sparsemixer": RouteSpec(21, 3, "sparsemixer", jitter=0.4, scale=2.0),
+    "scaled experts": RouteSpec(130, 8, is_renormalised=True, expert_scales=spread(-2, 3, 130)),
+    "all scaled": RouteSpec(
+        40,
+        4,
+        "sigmoid",
+        spread(-1, 1, 40),
+        8,
+        4,
+        is_renormalised=True,
+        eps=1e-6,
+        scale=2.5,
+        expert_scales=spread(3, 0.1, 40),
+    ),
+    "scaled sparsemixer": RouteSpec(16, 2, "sparsemixer", jitter=0.4, expert_scales=spread(0, 2, 16)),
 }
 
 
@@ -175,11 +194,12 @@ def test_experts_of_any_size_equal_the_reference(
     num_experts, top_k, tokens, columns, size = shape
     layer = make_layer(num_experts, columns, size, EXACT, has_biases=has_biases)
     a, x = torch.randn(tokens, columns), torch.randn(tokens, columns)
-    weights, found = run(
-        a, torch.randn(tokens, num_experts), RouteSpec(num_experts, top_k), layer, x, factor=1.5
-    )
-    expected = x.double() + 1.5 * reference.experts(a, weights, layer.mlps)
-    assert_close(found, expected, length=2 * columns + size + top_k)
+    logits, spec = torch.randn(tokens, num_experts), RouteSpec(num_experts, top_k)
+    weights, found = run(a, logits, spec, layer, x, factor=1.5)
+    expected = reference.experts(a, weights, layer.mlps)
+    length = 2 * columns + size + top_k
+    assert_close(found, x.double() + 1.5 * expected, length=length)
+    assert_close(run(a, logits, spec, layer, is_added=False)[1], expected, length=length)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 29])
@@ -239,8 +259,10 @@ def test_gates_are_clamped_and_activated(
 ) -> None:
     layer, a = make_layer(4, 40, 50, EXACT, formats, has_biases=True), torch.randn(11, 40)
     options: dict[str, Any] = {"activation": gate} if isinstance(gate, str) else {"clamped": gate}
-    weights, found = run(a, torch.randn(11, 4), RouteSpec(4, 2), layer, **options)
-    assert_close(found, reference.experts(a, weights, layer.mlps, **options), length=300)
+    logits = torch.randn(11, 4)
+    for is_added in (True, False):
+        weights, found = run(a, logits, RouteSpec(4, 2), layer, is_added=is_added, **options)
+        assert_close(found, reference.experts(a, weights, layer.mlps, **options), length=300)
 
 
 LAYERS: dict[str, tuple[ops.Packing, tuple[str, ...]]] = {
@@ -274,6 +296,20 @@ def test_a_token_has_the_same_bits_in_any_step_and_team(kernel_set: str, name: s
         assert_same_bits(found, torch.cat([sampled[:num_sampled], of_prompts[num_sampled:size]]))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_sum_of_experts_has_the_bits_that_are_added_to_zero(
+    kernel_set: str, name: str, threads: int
+) -> None:
+    packing, formats = LAYERS[name]
+    layer, spec = make_layer(12, 64, 96, packing, formats, has_biases=True), RouteSpec(12, 3)
+    a, logits = torch.randn(40, 64), torch.randn(40, 12)
+    _C.set_num_threads(threads)
+    for size, num_sampled in ((0, 0), (1, 1), (1, 0), (2, 1), (7, 3), (40, 17)):
+        operands = (a[:size], logits[:size], spec, layer, None, num_sampled)
+        assert_same_bits(run(*operands, is_added=False)[1], run(*operands)[1])
+
+
 def test_sets_of_one_arithmetic_agree_to_the_bit() -> None:
     layers = [make_layer(9, 64, 96, FAST, (format,) * 3) for format in ("Q4_0", "F32")]
     a, logits = torch.randn(19, 64), torch.randn(19, 9)
@@ -296,8 +332,10 @@ def test_many_experts_take_several_passes() -> None:
     _C.set_num_threads(2)
     layer = make_layer(30, 32, 16, EXACT)
     a = torch.randn(50, 32)
-    weights, found = run(a, torch.randn(50, 30), RouteSpec(30, 30), layer)
+    logits, spec = torch.randn(50, 30), RouteSpec(30, 30)
+    weights, found = run(a, logits, spec, layer)
     assert_close(found, reference.experts(a, weights, layer.mlps), length=200)
+    assert_same_bits(run(a, logits, spec, layer, is_added=False)[1], found)
 
 
 @pytest.mark.parametrize("format", ["F32", "Q4_0"])
@@ -313,12 +351,16 @@ def test_experts_of_tensors_are_those_of_a_program(kernel_set: str, tokens: int,
     assert_same_bits(direct.experts(layer.weight, wide, ids, weights), expected)
 
 
-def test_tensors_may_name_an_expert_twice_or_none() -> None:
+def test_tensors_may_name_an_expert_twice_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "new_rows", lambda *shape: torch.full(shape, torch.nan))
     layer, a = make_layer(3, 8, 8, EXACT), torch.randn(20, 8)
-    ids = torch.tensor([[0, 0, 7]] * 20)
+    ids = torch.tensor([[0, 0, 7]] * 19 + [[3, 7, 7]])
     weights = torch.tensor([[0.25, 0.5, 9.0]] * 20)
-    expected = reference.experts(a, torch.tensor([[0.75, 0, 0]] * 20).double(), layer.mlps)
+    dense = torch.tensor([[0.75, 0, 0]] * 19 + [[0, 0, 0]]).double()
+    expected = reference.experts(a, dense, layer.mlps)
     assert_close(direct.experts(layer.weight, a, ids, weights), expected, length=30)
+    none = direct.experts(layer.weight, a, ids[19:].expand(20, 3), weights)
+    assert_same_bits(none, torch.zeros(20, 8))
     with pytest.raises(ValueError, match=r"`ids`\[0\] must be in \[0, "):
         direct.experts(layer.weight, a, ids - 1, weights)
     with pytest.raises(ValueError, match=r"`x` must be \[n, 8\]"):
@@ -350,6 +392,8 @@ def test_rows_are_added_as_much_as_their_gate_says(kernel_set: str, tokens: int,
         ({"correction": np.zeros(7, np.float32)}, r"`correction` must have shape \[8\]"),
         ({"correction": np.full(8, np.nan, np.float32)}, "`correction` must be finite"),
         ({"scale": float("inf")}, "`scale` must be finite"),
+        ({"expert_scales": np.ones(9, np.float32)}, r"`expert_scales` must have shape \[8\]"),
+        ({"expert_scales": np.full(8, np.inf, np.float32)}, "`expert_scales` must be finite"),
         ({"kind": "sparsemixer", "num_groups": 2, "top_groups": 2}, "sparsemixer has neither"),
     ],
     ids=str,
@@ -357,6 +401,13 @@ def test_rows_are_added_as_much_as_their_gate_says(kernel_set: str, tokens: int,
 def test_a_route_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RouteSpec(**{"num_experts": 8, "top_k": 2, **options})
+
+
+@pytest.mark.parametrize("name", ["correction", "expert_scales"])
+def test_vectors_of_a_route_must_be_float32(name: str) -> None:
+    options: dict[str, Any] = {name: np.ones(8)}
+    with pytest.raises(TypeError):
+        RouteSpec(8, 2, **options)
 
 
 def test_experts_that_do_not_fit_are_refused() -> None:
@@ -376,8 +427,12 @@ def test_experts_that_do_not_fit_are_refused() -> None:
         run(torch.zeros(1, 32), torch.zeros(1, 4), RouteSpec(4, 2), other)
     with pytest.raises(ValueError, match="`experts_add` takes 32 columns as `a`, not 40"):
         run(torch.zeros(1, 40), torch.zeros(1, 4), RouteSpec(4, 2), layer)
-    with pytest.raises(ValueError, match="`activation` must be one of"):
-        run(torch.zeros(1, 32), torch.zeros(1, 4), RouteSpec(4, 2), layer, activation="tanh")
-    with pytest.raises(ValueError, match="only silu's gates are clamped"):
-        options: dict[str, Any] = {"activation": "gelu_tanh", "clamped": ClampedGate(7.0)}
-        run(torch.zeros(1, 32), torch.zeros(1, 4), RouteSpec(4, 2), layer, **options)
+    with pytest.raises(ValueError, match="`experts` takes 32 columns as `a`, not 40"):
+        run(torch.zeros(1, 40), torch.zeros(1, 4), RouteSpec(4, 2), layer, is_added=False)
+    options: dict[str, Any] = {"activation": "gelu_tanh", "clamped": ClampedGate(7.0)}
+    for is_added in (True, False):
+        operands = (torch.zeros(1, 32), torch.zeros(1, 4), RouteSpec(4, 2), layer)
+        with pytest.raises(ValueError, match="`activation` must be one of"):
+            run(*operands, is_added=is_added, activation="tanh")
+        with pytest.raises(ValueError, match="only silu's gates are clamped"):
+            run(*operands, is_added=is_added, **options)

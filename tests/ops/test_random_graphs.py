@@ -30,7 +30,7 @@ SHAPES = [
 ]
 OPERATORS = [
     "norm", "activation", "linear", "linear_add", "norm_add", "norm_in_place", "gate_up", "up", "qkv",
-    "attention", "layer", "experts_add", "gated_add", "change_rows", "act_mul", "queries",
+    "attention", "layer", "experts", "experts_add", "gated_add", "change_rows", "act_mul", "queries",
 ]  # fmt: skip
 # Limits on the error of logits. A value halfway between two codes may round either way, and such errors add
 # up, but only in few graphs.
@@ -90,9 +90,12 @@ class Pools:
                 self.rows.append(graph.linear(a))
             else:
                 self.x = graph.linear_add(a, self.x, [1.0, 0.3, -0.5][option])
-        elif operator == "experts_add" and (inputs := self._as_wide_as_the_residual()):
+        elif operator in ("experts", "experts_add") and (inputs := self._as_wide_as_the_residual()):
             a = inputs[which % len(inputs)]
-            self.x = graph.experts_add(a, self.x, 1 + option, [1.0, 0.3, -0.5][option])
+            if operator == "experts":
+                self.rows.append(graph.experts(a, 1 + option))
+            else:
+                self.x = graph.experts_add(a, self.x, 1 + option, [1.0, 0.3, -0.5][option])
         elif operator == "gated_add" and self.rows and self.tame:
             a = self.tame[which % len(self.tame)]
             rows = self.rows[which % len(self.rows)]

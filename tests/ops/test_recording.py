@@ -80,6 +80,7 @@ OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
     "attention": ("a query", lambda v, x: ops.attention(x, v.layer, ops.AttentionSpec(0.25))),
     "norm_add": ("rows", lambda v, x: ops.norm_add(x, v.ones, v.residual)),
     "route": ("rows", lambda v, x: ops.route(x, v.route)),
+    "experts": ("a routing of experts", lambda v, x: ops.experts(v.activation, x, v.experts)),
     "experts_add": (
         "a routing of experts",
         lambda v, x: ops.experts_add(v.activation, x, v.experts, v.residual),
@@ -175,7 +176,7 @@ def test_a_residual_is_refused_once_it_was_added_to(operator: str) -> None:
 @pytest.mark.parametrize(
     "operator",
     ("norm", "norm_in_place", "head", "linear", "linear_add", "up", "gate_up", "qkv", "norm_add", "route",
-     "experts_add"),
+     "experts", "experts_add"),
 )  # fmt: skip
 def test_other_columns_are_refused_by_both_numbers(operator: str) -> None:
     wanted, call = OPERATORS[operator]
@@ -333,15 +334,30 @@ def test_a_value_that_nobody_wanted_cannot_be_read() -> None:
         program.write(values.query, np.zeros((1, 48), np.float32))
 
 
+def made_for_cuda(recorder: ops.Recorder) -> cuda.CudaProgram:
+    limits = ops.StepLimits(max_tokens=1, max_sequences=1, max_rows=1, max_context=1)
+    return cuda.CudaProgram(recorder, limits, CudaModes(), max_blocks=1, device=torch.device("cpu"))
+
+
 def test_a_cuda_program_names_what_its_attention_lacks() -> None:
     recorder = ops.Recorder()
     layer = CudaKvLayer(torch.zeros(2, 2, 1, 16, 32))
     ops.attention(recorder.value(ops.Kind.QUERY, 64), layer, ops.AttentionSpec(0.25, chunk=8))
     with pytest.raises(ValueError, match="no CUDA kernel supports attention with `chunk`"):
-        cuda.CudaProgram(
-            recorder,
-            ops.StepLimits(max_tokens=1, max_sequences=1, max_rows=1, max_context=1),
-            CudaModes(),
-            max_blocks=1,
-            device=torch.device("cpu"),
-        )
+        made_for_cuda(recorder)
+
+
+def test_a_cuda_program_names_what_its_routing_lacks() -> None:
+    recorder = ops.Recorder()
+    spec = ops.RouteSpec(4, 2, expert_scales=np.ones(4, np.float32))
+    ops.route(recorder.value(ops.Kind.ROWS, 4), spec)
+    with pytest.raises(ValueError, match="no CUDA kernel supports routing with `expert_scales`"):
+        made_for_cuda(recorder)
+
+
+def test_a_cuda_program_names_what_no_kernel_computes() -> None:
+    recorder = ops.Recorder()
+    a, routing = (recorder.value(kind, 48) for kind in (ops.Kind.ACTIVATION, ops.Kind.ROUTING))
+    ops.experts(a, routing, Values().experts)
+    with pytest.raises(TypeError, match="Experts is computed on CPUs only, not on CUDA"):
+        made_for_cuda(recorder)

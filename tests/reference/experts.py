@@ -28,19 +28,23 @@ def route(logits: Tensor, spec: RouteSpec) -> Tensor:
     for row, weights in zip(logits.double(), out, strict=True):
         if spec.kind == "sparsemixer":
             _mix(row, weights, spec)
-            continue
-        scores = row.softmax(0) if spec.kind == "softmax" else row.sigmoid()
-        keys = scores.clone() if spec.correction is None else scores + double(spec.correction)
-        groups = keys.view(spec.num_groups, -1)
-        best = groups.topk(2 if spec.sums_top_two and groups.shape[1] > 1 else 1).values.sum(1)
-        kept = best.topk(spec.top_groups).indices
-        allowed = torch.zeros_like(groups, dtype=torch.bool).index_fill_(0, kept, value=True).view(-1)
-        ids = keys.masked_fill(~allowed, -torch.inf).topk(spec.top_k).indices
-        found = scores[ids]
-        if spec.is_renormalised:
-            found = found / (found.sum() + spec.eps)
-        weights[ids] = found * spec.scale
-    return out
+        else:
+            _choose(row, weights, spec)
+    return out if spec.expert_scales is None else out * double(spec.expert_scales)
+
+
+def _choose(row: Tensor, weights: Tensor, spec: RouteSpec) -> None:
+    scores = row.softmax(0) if spec.kind == "softmax" else row.sigmoid()
+    keys = scores.clone() if spec.correction is None else scores + double(spec.correction)
+    groups = keys.view(spec.num_groups, -1)
+    best = groups.topk(2 if spec.sums_top_two and groups.shape[1] > 1 else 1).values.sum(1)
+    kept = best.topk(spec.top_groups).indices
+    allowed = torch.zeros_like(groups, dtype=torch.bool).index_fill_(0, kept, value=True).view(-1)
+    ids = keys.masked_fill(~allowed, -torch.inf).topk(spec.top_k).indices
+    found = scores[ids]
+    if spec.is_renormalised:
+        found = found / (found.sum() + spec.eps)
+    weights[ids] = found * spec.scale
 
 
 def _mix(row: Tensor, weights: Tensor, spec: RouteSpec) -> None:

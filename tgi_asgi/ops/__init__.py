@@ -19,7 +19,7 @@ from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cpu_program import CpuProgram
 from tgi_asgi.ops.delta_rule import delta_rule
 from tgi_asgi.ops.embed import embed, embed_add
-from tgi_asgi.ops.experts import experts_add, gated_add, route
+from tgi_asgi.ops.experts import experts, experts_add, gated_add, route
 from tgi_asgi.ops.formats import FORMATS
 from tgi_asgi.ops.gate_up import gate_up
 from tgi_asgi.ops.gated_norm import gated_norm
@@ -153,6 +153,7 @@ __all__ = [
     "embed",
     "embed_add",
     "every_nth_row",
+    "experts",
     "experts_add",
     "experts_weight",
     "flatten_rows",

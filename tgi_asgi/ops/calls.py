@@ -173,6 +173,17 @@ class Route(Call):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Experts(Call):
+    """out = sum of weight * down(f(gate(a)) * up(a)) over a token's experts"""
+
+    a: Value
+    routing: Value
+    weight: ExpertsWeight
+    activation: str
+    clamped: ClampedGate | None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class ExpertsAdd(Call):
     """out = x + factor * sum of weight * down(f(gate(a)) * up(a)) over a token's experts"""
 

@@ -278,7 +278,16 @@ class CpuCalls:
         out = self.buffers.assign_routing(call.out, spec.num_experts, spec.top_k)
         self._native.route(logits=self.buffers.rows_of(call.logits), spec=spec.native, out=out)
 
+    def _experts(self, call: calls.Experts) -> None:
+        out = self.buffers.assign_rows(call.out, call.out.columns)
+        self._sum_experts(call, 1.0, adds=False, out=out)
+
     def _experts_add(self, call: calls.ExpertsAdd) -> None:
+        self._sum_experts(call, call.factor, adds=True, out=self.buffers.rows_of(call.x))
+
+    def _sum_experts(
+        self, call: calls.Experts | calls.ExpertsAdd, factor: float, *, adds: bool, out: _C.Rows
+    ) -> None:
         made, weight = _made(call.weight.made, PackedExperts), call.weight
         clamped = {} if call.clamped is None else asdict(call.clamped)
         mlps = _C.ExpertMlps(gate_up=made.gate_up, down=made.down, activation=call.activation, **clamped)
@@ -289,10 +298,10 @@ class CpuCalls:
                 (weight.intermediate_size, made.inner_precision),
             )
         ]
-        self._native.experts_add(
+        self._native.experts(
             source=self.buffers.activation_of(call.a, made.precision),
             routing=self.buffers.routing_of(call.routing), mlps=mlps, gathered=room[0], inner=room[1],
-            factor=call.factor, x=self.buffers.rows_of(call.x),
+            factor=factor, adds=adds, out=out,
         )  # fmt: skip
         for each in room:
             self.buffers.release(each)
@@ -445,6 +454,7 @@ _EMITTERS: dict[type[Call], Callable[[CpuCalls, Any], None]] = {
     calls.GateUp: CpuCalls._gate_up,
     calls.ActMul: CpuCalls._act_mul,
     calls.Route: CpuCalls._route,
+    calls.Experts: CpuCalls._experts,
     calls.ExpertsAdd: CpuCalls._experts_add,
     calls.GatedAdd: CpuCalls._gated_add,
     calls.ShortConv: CpuCalls._short_conv,
@@ -463,7 +473,7 @@ def _writes_cache(call: Call) -> bool:
 
 def _forms_of(call: Call) -> list[Form]:
     """Return the forms in which a call's products read its activation."""
-    if isinstance(call, calls.ExpertsAdd):
+    if isinstance(call, (calls.Experts, calls.ExpertsAdd)):
         return [_made(call.weight.made, PackedExperts).precision]
     made = call.weight.made if isinstance(call, _PRODUCTS) else None
     parts = made.parts if isinstance(made, (PackedQkv, PackedGateUp)) else [made]

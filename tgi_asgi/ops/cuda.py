@@ -331,6 +331,8 @@ class CudaProgram:
 
     def _route(self, call: calls.Route) -> None:
         spec = call.spec
+        if spec.expert_scales is not None:
+            raise ValueError("no CUDA kernel supports routing with `expert_scales`")
         routing = self._values.assign(
             call.out, "routing", (spec.num_experts, spec.top_k),
             lambda: Routing.make(self._max_tokens, spec.top_k, spec.num_experts, self._device),
@@ -439,7 +441,7 @@ class CudaProgram:
 
 _CPU_ONLY = (
     calls.GatedNorm, calls.ShortConv, calls.SelectiveScan, calls.DeltaRule, calls.LatentQkv,
-    calls.HeadsLinear, calls.EmbedAdd, calls.ActMul,
+    calls.HeadsLinear, calls.EmbedAdd, calls.ActMul, calls.Experts,
 )  # fmt: skip
 _EMITTERS: dict[type[Call], Callable[[CudaProgram, Any], None]] = {
     calls.Embed: CudaProgram._embed,

@@ -89,7 +89,7 @@ def experts(
     """Return the weighted sum of the outputs of each row's experts, [n, columns] float32.
 
     ids, weights: [n, k]. An id beyond the experts selects none of them. The arithmetic is that of
-    `ops.experts_add`.
+    `ops.experts`.
 
     Raises:
         ValueError: if x has another number of columns, or an id is negative.

@@ -1,4 +1,4 @@
-"""The operators `route`, `experts_add` and `gated_add`: mixture-of-experts layers.
+"""The operators `route`, `experts`, `experts_add` and `gated_add`: mixture-of-experts layers.
 
     rows = ops.linear(a, w.router)                                # the router's logits
     routing = ops.route(rows, RouteSpec(num_experts=64, top_k=8))
@@ -21,6 +21,34 @@ def route(logits: Value, spec: RouteSpec) -> Value:
     """Return each token's routing to experts, from a router's logits [n_tokens, num_experts]."""
     recorder = recorder_of("route", logits=(logits, Kind.ROWS, spec.num_experts))
     return recorder.note(calls.Route(recorder.value(Kind.ROUTING, spec.num_experts), logits, spec))
+
+
+def experts(
+    a: Value,
+    routing: Value,
+    weight: ExpertsWeight,
+    activation: str = "silu",
+    clamped: ClampedGate | None = None,
+) -> Value:
+    """Return the weighted sum of the outputs of each token's experts, rows [n_tokens, columns]. CPUs only.
+
+    It is what `experts_add` adds to a residual, for models that norm the sum first.
+
+    Args:
+        a: Activation [n_tokens, columns].
+        routing: Result of `route`.
+        clamped: Bounds on gates and ups; requires silu.
+
+    Raises:
+        ValueError: if `activation` is not one of `GATED_ACTIVATIONS`, or not silu although gates are clamped.
+    """
+    _check_gates(activation, clamped)
+    recorder = recorder_of(
+        "experts", a=(a, Kind.ACTIVATION, weight.columns),
+        routing=(routing, Kind.ROUTING, weight.num_experts),
+    )  # fmt: skip
+    out = recorder.value(Kind.ROWS, weight.columns)
+    return recorder.note(calls.Experts(out, a, routing, weight, activation, clamped))
 
 
 def experts_add(
@@ -46,16 +74,20 @@ def experts_add(
     Raises:
         ValueError: if `activation` is not one of `GATED_ACTIVATIONS`, or not silu although gates are clamped.
     """
-    if activation not in GATED_ACTIVATIONS:
-        raise ValueError(f"`activation` must be one of {', '.join(GATED_ACTIVATIONS)}, got {activation}")
-    if clamped is not None and activation != "silu":
-        raise ValueError(f"only silu's gates are clamped, not {activation}'s")
+    _check_gates(activation, clamped)
     recorder = recorder_of(
         "experts_add", a=(a, Kind.ACTIVATION, weight.columns),
         routing=(routing, Kind.ROUTING, weight.num_experts), x=(x, Kind.RESIDUAL, weight.columns),
     )  # fmt: skip
     added = recorder.added(x)
     return recorder.note(calls.ExpertsAdd(added, a, routing, weight, x, activation, clamped, factor))
+
+
+def _check_gates(activation: str, clamped: ClampedGate | None) -> None:
+    if activation not in GATED_ACTIVATIONS:
+        raise ValueError(f"`activation` must be one of {', '.join(GATED_ACTIVATIONS)}, got {activation}")
+    if clamped is not None and activation != "silu":
+        raise ValueError(f"only silu's gates are clamped, not {activation}'s")
 
 
 def gated_add(rows: Value, gate: Value, x: Value, factor: float = 1.0) -> Value:

@@ -13,6 +13,7 @@ class RouteSpec:
     """How a token's experts are chosen and weighted.
 
         RouteSpec(64, 8)                                             # softmax, the eight best (OLMoE)
+        RouteSpec(128, 8, is_renormalised=True, expert_scales=scales)  # Gemma 4
         RouteSpec(128, 8, "sigmoid", correction=bias, eps=1e-20, is_renormalised=True, scale=2.5)  # GLM 4.5
 
     If scores are equal, the expert with the lower index is chosen.
@@ -31,10 +32,13 @@ class RouteSpec:
         is_renormalised: Whether a token's weights are divided by their sum plus `eps`.
         scale: Factor on the weights, applied after renormalisation.
         jitter: For `sparsemixer`: logits count as near if their relative distance is at most twice this.
+        expert_scales: float32 [num_experts], another factor on the weight of each expert, applied last. CPUs
+            only.
 
     Raises:
-        ValueError: if a number is out of range, or groups do not divide the experts.
-        TypeError: if `correction` is not float32.
+        ValueError: if a number is out of range or not finite, a vector has another size, or groups do not
+            divide the experts.
+        TypeError: if `correction` or `expert_scales` is not float32.
     """
 
     num_experts: int
@@ -48,6 +52,7 @@ class RouteSpec:
     eps: float = 0.0
     scale: float = 1.0
     jitter: float = 0.01
+    expert_scales: Floats | None = None
     native: _C.RouteSpec = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -55,6 +60,7 @@ class RouteSpec:
             num_experts=self.num_experts, top_k=self.top_k, kind=self.kind, correction=self.correction,
             num_groups=self.num_groups, top_groups=self.top_groups, sums_top_two=self.sums_top_two,
             is_renormalised=self.is_renormalised, eps=self.eps, scale=self.scale, jitter=self.jitter,
+            expert_scales=self.expert_scales,
         )  # fmt: skip
         object.__setattr__(self, "native", native)
 

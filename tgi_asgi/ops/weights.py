@@ -202,7 +202,7 @@ def gate_up_weight(
 def experts_weight(
     experts: Iterable[tuple[GateUpWeight, LinearWeight]], arithmetic: Arithmetic
 ) -> ExpertsWeight:
-    """Make the weight of `experts_add` from each expert's gate-up and down weights (`for_experts`).
+    """Make the weight of `experts` from each expert's gate-up and down weights (`for_experts`).
 
     Raises:
         ValueError: if there is no expert, the experts' shapes differ, or the device does not support experts.

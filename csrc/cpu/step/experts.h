@@ -58,9 +58,10 @@ struct RouteParams {
   int64_t top_groups;
   bool sums_top_two;  // a group's score is the sum of its two best experts, else its best expert
   bool is_renormalised;
-  float eps;     // added to the sum that divides the weights
-  float scale;   // factor on the weights
-  float jitter;  // for kSparseMixer
+  float eps;                   // added to the sum that divides the weights
+  float scale;                 // factor on the weights
+  float jitter;                // for kSparseMixer
+  const float* expert_scales;  // [num_experts], another factor on each expert's weight, or null
   ExpertRouting out;
 };
 

@@ -1,10 +1,10 @@
-// The MLPs of routed experts: gathers each expert's tokens, multiplies them, and adds the results
-// to the residual. Processes the experts in passes, so that the buffers are no larger than those of
-// a step:
+// The MLPs of routed experts: gathers each expert's tokens, multiplies them, and sums the results,
+// as rows or in the residual. Processes the experts in passes, so that the buffers are no larger
+// than those of a step:
 //
 //   gather    rows of the activation; each expert's rows start at a tile boundary
 //   gate_up   the units of all experts of the pass, divided by work
-//   down      each member owns some columns of x, for every expert
+//   down      each member owns some columns of the sums, for every expert
 //
 // The member that owns a column adds a token's experts in ascending order, so the bits do not
 // depend on the batch, and no member waits between two experts. Included only by the step_<isa>.cpp
@@ -67,7 +67,7 @@ struct ExpertPass {
 
 // Returns as many experts from `begin` on as fit in the buffers, but at least one.
 template <class S>
-inline ExpertPass next_pass(const ExpertsAddParams& p, const ExpertTokens* begin) {
+inline ExpertPass next_pass(const ExpertsParams& p, const ExpertTokens* begin) {
   const ExpertTokens* const last = p.routing.experts + *p.routing.num_used;
   TilesBefore tiles;
   const ExpertTokens* end = begin;
@@ -103,7 +103,7 @@ inline void copy_row(const ActivationRow& from, const ActivationRow& to) {
 
 // Returns a member's own copy of the input, if it has one, else the shared input.
 template <class S>
-inline Activation input_of(const ExpertsAddParams& p, const StepHeader& step, int member) {
+inline Activation input_of(const ExpertsParams& p, const StepHeader& step, int member) {
   Activation in = p.in;
   if (!p.is_private || step.num_tokens > kPrivateTokens) return in;
   in.data += member * in.tile_bytes(S::kTileTokens);
@@ -114,7 +114,7 @@ inline Activation input_of(const ExpertsAddParams& p, const StepHeader& step, in
 // Copies rows of the input to the tiles of the pass. Members own whole tiles, so no two write to
 // the same cache line.
 template <class S>
-inline void gather(const ExpertsAddParams& p, const StepHeader& step, const ExpertPass& pass,
+inline void gather(const ExpertsParams& p, const StepHeader& step, const ExpertPass& pass,
                    int member, int num_members) {
   const Activation in = input_of<S>(p, step, member);
   TilesBefore total;
@@ -156,7 +156,7 @@ inline LinearParams product_of(const ExpertProduct& product, int32_t expert, con
 // For an expert whose gate and up have different formats: for each 32 outputs, computes the gates
 // first and keeps them until the ups are computed.
 template <class S>
-inline void gate_then_up(const ExpertsAddParams& p, int32_t expert, const StepHeader& header,
+inline void gate_then_up(const ExpertsParams& p, int32_t expert, const StepHeader& header,
                          const Activation& in, const GateUpParams& to, Range units, int member) {
   float* const gates = p.gates + member * p.gate_floats;  // [tokens][32]
   const LinearParams gate = product_of(p.gate_up[0], expert, in);
@@ -197,7 +197,7 @@ inline StepHeader header_of(const ExpertTokens& its) {
 
 // Computes the member's part of all (expert, unit) pairs, divided by work.
 template <class S>
-inline void gate_up_pass(const ExpertsAddParams& p, const StepHeader& step, const ExpertPass& pass,
+inline void gate_up_pass(const ExpertsParams& p, const StepHeader& step, const ExpertPass& pass,
                          int member, int num_members) {
   const int64_t num_units = p.inner.num_columns / kBlockColumns;
   const auto cost_of = [](const ExpertTokens& its) { return kReadingTokens + its.num_tokens; };
@@ -232,30 +232,49 @@ inline void gate_up_pass(const ExpertsAddParams& p, const StepHeader& step, cons
   });
 }
 
-// Computes the member's columns of x, for every expert of the pass.
+// Returns the strips of the sums' columns that a member owns.
+inline Range own_strips(const ExpertsParams& p, int member, int num_members) {
+  return split(p.down.matrices.weights[0].num_rows / kStripRows, member, num_members);
+}
+
+// Zeroes the member's columns of all tokens: those that no expert takes have a sum, too.
 template <class S>
-inline void down_pass(const ExpertsAddParams& p, const ExpertPass& pass, int member,
-                      int num_members) {
+inline void clear_sums(const ExpertsParams& p, const StepHeader& step, int member,
+                       int num_members) {
   const int64_t width = p.down.matrices.weights[0].num_rows;
-  const Range units = split(width / kStripRows, member, num_members);
+  const Range strips = own_strips(p, member, num_members);
+  for (int64_t token = 0; token < step.num_tokens; ++token) {
+    float* const row = p.out + token * width;
+    for (int64_t k = strips.begin * kStripRows; k < strips.end * kStripRows; k += 16) {
+      S::store(row + k, S::zero());
+    }
+  }
+}
+
+// Adds the experts of the pass to the member's columns of the sums.
+template <class S>
+inline void down_pass(const ExpertsParams& p, const ExpertPass& pass, int member, int num_members) {
+  const int64_t width = p.down.matrices.weights[0].num_rows;
+  const Range units = own_strips(p, member, num_members);
   pass.each<S>([&](const ExpertTokens& its, const TilesBefore& tiles) {
     const LinearParams linear = product_of(p.down, its.expert, tiles.of<S>(p.inner));
     const int32_t* const tokens = p.routing.tokens + its.first;
     const float* const weights = p.routing.token_weights + its.first;
     const auto fetch = [&](int64_t unit, int64_t row, int64_t count) {
       for (int64_t t = 0; t < count; ++t) {
-        const float* x = p.x + tokens[row + t] * width + unit * kStripRows;
-        S::prefetch_write(x);
-        S::prefetch_write(x + 16);
+        const float* out = p.out + tokens[row + t] * width + unit * kStripRows;
+        S::prefetch_write(out);
+        S::prefetch_write(out + 16);
       }
     };
-    const auto add = [&](int64_t unit, int64_t row, int64_t count, const UnitOutputs& out) {
+    const auto add = [&](int64_t unit, int64_t row, int64_t count, const UnitOutputs& product) {
       for (int64_t t = 0; t < count; ++t) {
-        float* x = p.x + tokens[row + t] * width + unit * kStripRows;
+        float* out = p.out + tokens[row + t] * width + unit * kStripRows;
         const auto weight = S::set1(p.factor * weights[row + t]);
         for (int64_t half = 0; half < kStripRows; half += 16) {
-          const auto value = biased<S>(linear.bias, unit * kStripRows + half, out.row(0, t) + half);
-          S::store(x + half, S::fma(weight, value, S::load(x + half)));
+          const auto value =
+              biased<S>(linear.bias, unit * kStripRows + half, product.row(0, t) + half);
+          S::store(out + half, S::fma(weight, value, S::load(out + half)));
         }
       }
     };
@@ -264,7 +283,8 @@ inline void down_pass(const ExpertsAddParams& p, const ExpertPass& pass, int mem
 }
 
 template <class S>
-void experts_add(const ExpertsAddParams& p, const StepHeader& step, int member, int num_members) {
+void experts(const ExpertsParams& p, const StepHeader& step, int member, int num_members) {
+  if (!p.adds) clear_sums<S>(p, step, member, num_members);
   const ExpertTokens* const last = p.routing.experts + *p.routing.num_used;
   for (const ExpertTokens* begin = p.routing.experts; begin != last;) {
     const ExpertPass pass = next_pass<S>(p, begin);

@@ -131,10 +131,15 @@ inline void route_token(const RouteParams& p, int64_t token) {
   const float* const logits = p.logits + token * p.stride;
   int32_t* const ids = p.out.ids + token * p.out.top_k;
   float* const weights = p.out.weights + token * p.out.top_k;
-  if (p.kind == RouteKind::kSparseMixer) return sparse_mixer<S>(p, logits, ids, weights);
-  alignas(64) float scores[kMaxExperts];
-  make_scores<S>(p, logits, scores);
-  select_experts(p, scores, ids, weights);
+  if (p.kind == RouteKind::kSparseMixer) {
+    sparse_mixer<S>(p, logits, ids, weights);
+  } else {
+    alignas(64) float scores[kMaxExperts];
+    make_scores<S>(p, logits, scores);
+    select_experts(p, scores, ids, weights);
+  }
+  if (p.expert_scales == nullptr) return;
+  for (int64_t i = 0; i < p.out.top_k; ++i) weights[i] *= p.expert_scales[ids[i]];
 }
 
 template <class S>

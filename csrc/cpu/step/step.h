@@ -353,9 +353,10 @@ struct ExpertProduct {
   ExpertMatrices matrices;
 };
 
-// Adds the output of a token's routed experts to the residual:
-//   x += factor * sum of weight * down(f(gate) * up)
-struct ExpertsAddParams {
+// The weighted sum of the outputs of a token's routed experts, written as rows or added to the
+// residual:
+//   out = factor * sum of weight * down(f(gate) * up), or out += that
+struct ExpertsParams {
   ExpertRouting routing;
   Activation in;
   bool is_private;           // with few tokens, each member has its own copy of the input
@@ -370,7 +371,8 @@ struct ExpertsAddParams {
   float* gates;         // with separate gate and up: a member's [tokens][32]
   int64_t gate_floats;  // from one member's gates to the next
   float factor;
-  float* x;  // [num_tokens, columns of down's weight]
+  bool adds;   // to what `out` holds; else what it holds is not read
+  float* out;  // [num_tokens, columns of down's weight]
 };
 
 // x += factor * sigmoid(gate) * rows, with one gate per token.
@@ -432,7 +434,7 @@ struct Kernels {
   StepFunction<LogitsParams> logits;
   StepFunction<ShrinkParams> shrink;
   StepFunction<RouteParams> route;
-  StepFunction<ExpertsAddParams> experts_add;
+  StepFunction<ExpertsParams> experts;
   StepFunction<GatedAddParams> gated_add;
   StepFunction<ShortConvParams> short_conv;
   StepFunction<SelectiveScanParams> selective_scan;

@@ -143,7 +143,7 @@ constexpr Kernels make_kernels(const char* name) {
           logits<S>,
           shrink<S>,
           route<S>,
-          experts_add<S>,
+          experts<S>,
           gated_add<S>,
           short_conv<S>,
           selective_scan<S>,
