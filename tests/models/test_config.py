@@ -404,7 +404,7 @@ def test_part_of_a_head_may_turn() -> None:
             {"architectures": ["MistralForCausalLM"], "sliding_window": -5},
             "a window must be positive, got -5",
         ),
-        ({"head_dim": 512}, "head_dim"),
+        ({"head_dim": 514}, "head_dim"),
         ({"rms_norm_eps": float("nan")}, "norm_eps"),
         ({"rope_theta": 0}, "rope_theta"),
         ({"rope_theta": "many"}, "rope_theta"),

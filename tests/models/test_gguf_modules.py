@@ -25,6 +25,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.generic.model import GenericConfig, GenericModel
 from tgi_asgi.models.generic.modules import Embedding
 from tgi_asgi.models.gguf_module import find_module
@@ -61,7 +62,7 @@ def _mistral4() -> None:
 @pytest.mark.parametrize(("case", "form"), FORMS)
 def test_log_probabilities_are_those_of_transformers(case: FamilyCase, form: str) -> None:
     found = reference(case)
-    job = score(case, gguf_file(case, form), found, "float32")
+    job = score(case, gguf_file(case, form), found, "float32", "transformers")
     assert differences(job, found).max() <= EXACT
     assert job.token_ids == found.token_ids
 
@@ -70,10 +71,10 @@ def test_log_probabilities_are_those_of_transformers(case: FamilyCase, form: str
 def test_default_arithmetic_stays_close(case: FamilyCase) -> None:
     found = reference(case)
     file = gguf_file(case, "q8_0")
-    job = score(case, file, found, "auto")
+    job = score(case, file, found, "auto", "transformers")
     assert np.median(differences(job, found)) <= SENSITIVE.get(case.name, LOOSE)
     if case.name in SENSITIVE:  # then compare with the file's own values, too
-        assert between(job, score(case, file, found, "float32")) <= LOOSE
+        assert between(job, score(case, file, found, "float32", "transformers")) <= LOOSE
 
 
 def between(job: Job, other: Job) -> float:
@@ -239,9 +240,23 @@ def check_refused(name: str, changes: Mapping[str, Any], reason: str) -> None:
             read_gguf_module(module, file)
 
 
-def test_only_transformers_computes_them() -> None:
-    with pytest.raises(ModelLoadError, match="no native family has GGUF files of gemma4"):
-        OpenModel(gguf_file(CASES["gemma4-shared"], "f32"), model_impl="native")
+def test_only_transformers_computes_some() -> None:
+    with pytest.raises(ModelLoadError, match="no native family has GGUF files of gemma3n"):
+        OpenModel(gguf_file(CASES["gemma3n"], "f32"), model_impl="native")
+
+
+@pytest.mark.parametrize("name", ["gemma4-shared", "gemma4-experts"])
+def test_a_native_family_leaves_a_file_to_transformers_on_a_gpu(name: str) -> None:
+    with OpenModel(gguf_file(CASES[name], "f32"), model_impl="auto") as opened:
+        assert isinstance(opened.config, ModelConfig)
+        opened.leave_to_module("the GPU lacks something")
+        assert isinstance(opened.load(ops.Packing(is_exact=True), 64), GenericModel)
+
+
+def test_a_file_that_must_be_native_is_refused_on_a_gpu() -> None:
+    opened = OpenModel(gguf_file(CASES["gemma4-shared"], "f32"), model_impl="native")
+    with opened, pytest.raises(ModelLoadError, match="the GPU lacks something"):
+        opened.leave_to_module("the GPU lacks something")
 
 
 def test_layers_that_only_draft_are_not_read() -> None:
@@ -270,7 +285,7 @@ def test_nvfp4_gives_what_the_checkpoint_gives(tmp_path: Path) -> None:
 
 
 def load(name: str) -> GenericModel:
-    with OpenModel(gguf_file(CASES[name], "q8_0"), model_impl="auto") as opened:
+    with OpenModel(gguf_file(CASES[name], "q8_0"), model_impl="transformers") as opened:
         model = opened.load(ops.Packing(is_exact=False), 64)
     assert isinstance(model, GenericModel)
     return model
@@ -284,7 +299,7 @@ def test_experts_keep_the_files_codes() -> None:
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks) for case, marks in MARKED])
 def test_formats_are_foretold(case: FamilyCase) -> None:
     """The memory that weights need is counted before they are read, by their formats and sizes."""
-    with OpenModel(gguf_file(case, "q8_0"), model_impl="auto") as opened:
+    with OpenModel(gguf_file(case, "q8_0"), model_impl="transformers") as opened:
         weights = opened.weights
         assert isinstance(weights, GgufModuleWeights)
         found = {name: weights.get(name, weights.shape(name)) for name in weights.names()}
@@ -302,7 +317,7 @@ def test_experts_of_llama4_keep_the_files_codes() -> None:
 @pytest.mark.models
 @pytest.mark.parametrize("name", ["llama4", "mistral4", "mimo2", "kimi-linear"])
 def test_sequences_run_in_batches(name: str) -> None:
-    with OpenModel(gguf_file(CASES[name], "f32"), model_impl="auto") as opened:
+    with OpenModel(gguf_file(CASES[name], "f32"), model_impl="transformers") as opened:
         assert isinstance(opened.config, GenericConfig)
         assert opened.config.sequential_reason == ""
 
@@ -316,7 +331,7 @@ def test_random_metadata_is_served_or_refused(name: str, seed: int, tmp_path: Pa
         path = changed(file.path, tmp_path / "changed.gguf", metadata, {})
         with (
             contextlib.suppress(ModelLoadError),
-            OpenModel(dataclasses.replace(file, path=path), model_impl="auto") as opened,
+            OpenModel(dataclasses.replace(file, path=path), model_impl="transformers") as opened,
         ):
             opened.load(ops.Packing(is_exact=True), 64)
 

@@ -41,6 +41,7 @@ ALIASES = {
     "Ernie4_5_ForCausalLM",
     "Qwen3_5ForConditionalGeneration",
     "Qwen3_5MoeForConditionalGeneration",
+    "Gemma4ForConditionalGeneration",
 }
 USUAL = {"LlamaForCausalLM", "BloomForCausalLM", "StableLmForCausalLM", "Lfm2ForCausalLM"}
 

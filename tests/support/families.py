@@ -14,6 +14,7 @@ from tests.support.families_newer import NEWER_CASES
 from tests.support.families_plain import PLAIN_CASES
 from tests.support.family_case import FamilyCase, Fault, case_of
 from tests.support.family_experts import EXPERT_CASES
+from tests.support.family_gemma4 import GEMMA4_CASES
 from tests.support.family_latent import LATENT_CASES
 from tests.support.family_states import STATE_CASES
 
@@ -338,5 +339,6 @@ CASES: tuple[FamilyCase, ...] = (
     *PLAIN_CASES,
     *EXPERT_CASES,
     *LATENT_CASES,
+    *GEMMA4_CASES,
     *STATE_CASES,
 )

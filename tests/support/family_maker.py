@@ -30,8 +30,15 @@ _MIN_CONFIDENCE = -3.5  # mean log-probability of the likeliest token
 _MIN_MARGIN = 0.02  # between the two likeliest at each generated token, so that rounding cannot swap them
 _SPECIAL_TOKENS = ("<s>", "</s>", "<|endoftext|>")
 _BLOCK = 32  # weights that share a scale in Q8_0
-_ROUTERS = ("mlp.gate.weight", "router.weight", "gate.wg.weight", "feed_forward.gate.weight")
-_CORRECTIONS = ("e_score_correction_bias", "expert_bias")
+_ROUTERS = (
+    "mlp.gate.weight",
+    "router.weight",
+    "router.proj.weight",
+    "gate.wg.weight",
+    "feed_forward.gate.weight",
+)
+_BUFFERS = ("e_score_correction_bias", "expert_bias", "layer_scalar")
+_FACTORS = ("layer_scalar", "router.scale", "per_expert_scale")
 _CLEAR = 4.0  # factor on router weights, so that few choices are near ties
 
 
@@ -109,12 +116,14 @@ def _make_model(case: FamilyCase) -> transformers.PreTrainedModel:
         for kind in (torch.nn.Embedding, Conv1D)
     )
     with torch.no_grad():
-        for name, parameter in [*model.named_parameters(), *_corrections(model)]:
+        for name, parameter in [*model.named_parameters(), *_buffers(model)]:
             shape = parameter.shape[::-1] if id(parameter) in transposed else parameter.shape
             if name.endswith("sinks"):  # large enough to change the attention output
                 parameter.normal_(1.0, 1.0)
             elif name.endswith("_bias"):  # biases of experts and of their selection
                 parameter.normal_(0.0, 0.3)
+            elif name.endswith(_FACTORS):
+                parameter.normal_(1.0, 0.2)
             elif name.endswith(_ROUTERS):
                 parameter.copy_(make_matrix(shape, shape[-1]) * _CLEAR)
             elif parameter.dim() == 1:
@@ -132,9 +141,9 @@ def _make_model(case: FamilyCase) -> transformers.PreTrainedModel:
     return model
 
 
-def _corrections(model: transformers.PreTrainedModel) -> list[tuple[str, Tensor]]:
-    """Return the corrections of expert scores, which are not parameters of the model."""
-    return [(name, each) for name, each in model.named_buffers() if name.endswith(_CORRECTIONS)]
+def _buffers(model: transformers.PreTrainedModel) -> list[tuple[str, Tensor]]:
+    """Return the tensors that files have although they are not parameters of the model."""
+    return [(name, each) for name, each in model.named_buffers() if name.endswith(_BUFFERS)]
 
 
 def _random_matrix(shape: torch.Size, variance: float) -> Tensor:

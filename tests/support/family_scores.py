@@ -17,10 +17,11 @@ from tgi_asgi.types import SamplingParams
 _CHUNK = 24  # prompt tokens per step, so that chunks end inside blocks
 
 
-def score(case: FamilyCase, files: ModelFiles, found: Reference, dtype: str) -> Job:
+def score(case: FamilyCase, files: ModelFiles, found: Reference, dtype: str, model_impl: str = "auto") -> Job:
     """Score the reference's prompt and generate the same number of tokens, as the server would."""
     settings = Settings(
         dtype=dtype,
+        model_impl=model_impl,
         num_threads=2,
         thread_nice=0,
         max_batch_size=2,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.support.family_case import BASE, FamilyCase
+from tests.support.family_gemma4 import EXPERTS, SHARED
 
 _SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
 _LAYERS = {"num_hidden_layers": 6, "layer_types": _SLIDING * 2, "sliding_window": 12, "head_dim": 32}
@@ -16,7 +17,6 @@ _ROPE = {
 _GEMMA: dict[str, Any] = {
     **BASE, **_LAYERS, **_PER_LAYER, "tie_word_embeddings": True, "final_logit_softcapping": 30.0,
 }  # fmt: skip
-_GEMMA4: dict[str, Any] = {**_GEMMA, "rope_parameters": _ROPE, "global_head_dim": 64}
 _GEMMA3N: dict[str, Any] = {
     **_GEMMA,
     "rope_parameters": {**_ROPE, "full_attention": {"rope_type": "default", "rope_theta": 50000.0}},
@@ -82,24 +82,8 @@ _LLAMA4: dict[str, Any] = {
 }  # fmt: skip
 
 MODULE_CASES = (
-    FamilyCase(
-        "gemma4-shared",
-        "Gemma4ForCausalLM",
-        {**_GEMMA4, "num_kv_shared_layers": 3, "use_double_wide_mlp": True},
-        (),
-        gguf=("f32", "q8_0"),
-    ),
-    FamilyCase(
-        "gemma4-experts",
-        "Gemma4ForCausalLM",
-        {
-            **_GEMMA4, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True,
-            "num_key_value_heads": 4, "num_global_key_value_heads": 2,
-            "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 64,
-        },
-        (),
-        gguf=("f32", "q8_0"),
-    ),
+    SHARED,
+    EXPERTS,
     FamilyCase(
         "minimax-m2", "MiniMaxM2ForCausalLM", _MINIMAX, (), gguf=("f32", "q8_0"), json={"rotary_dim": 16}
     ),

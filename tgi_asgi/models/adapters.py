@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
+
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.peft import PeftAdapter, PeftTarget
@@ -198,16 +200,16 @@ def targets_of(model: ServedModel) -> Mapping[str, ops.Target]:
 
 def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
     """Return a decoder's products: single matrices, and fused ones under their usual names."""
-    config, checkpoint = model.config, model.checkpoint
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    inner = config.intermediate_size
-    ends = (0, queries, queries + keys, queries + 2 * keys)
-    found: dict[str, ops.Target] = {}
+    found = {name: ops.Target(weight, 0, weight.rows) for name, weight in model.products.items()}
     for index, layer in enumerate(model.layers):
-        of_layer: dict[str, ops.Target] = {}
+        config = layer.config
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        inner = config.intermediate_size
+        ends = (0, queries, queries + keys, queries + 2 * keys)
+        products = dict(layer.products)
         if layer.recurrent is not None:
-            products = layer.recurrent.products
-            of_layer |= {name: ops.Target(weight, 0, weight.rows) for name, weight in products.items()}
+            products |= layer.recurrent.products
+        of_layer = {name: ops.Target(weight, 0, weight.rows) for name, weight in products.items()}
         if layer.latent is not None:
             output = ops.Target(layer.output, 0, config.hidden_size)
             of_layer |= {**layer.latent.targets, "self_attn.o_proj": output}
@@ -219,22 +221,31 @@ def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
                 "self_attn.qkv_proj": ops.Target(layer.qkv, 0, ends[3]),
                 "self_attn.o_proj": ops.Target(layer.output, 0, config.hidden_size),
             }
+            if not layer.spec.has_cache or layer.spec.values_are_keys:
+                for name in ("k_proj", "v_proj", "qkv_proj"):
+                    del of_layer[f"self_attn.{name}"]
+            if layer.spec.values_are_keys:
+                both = np.tile(np.arange(keys), 2)
+                of_layer["self_attn.k_proj"] = ops.Target(layer.qkv, ends[1], ends[3], both)
             if layer.gate is not None:  # the other half is the gate's product
                 del of_layer["self_attn.q_proj"], of_layer["self_attn.qkv_proj"]
-        if layer.experts is None:
+        if layer.has_mlp:
             of_layer |= {
                 "mlp.up_proj": ops.Target(layer.up, 0, inner),
                 "mlp.down_proj": ops.Target(layer.down, 0, config.hidden_size),
             }
-        if layer.experts is None and isinstance(layer.up, ops.GateUpWeight):
+        if layer.has_mlp and isinstance(layer.up, ops.GateUpWeight):
             of_layer |= {
                 "mlp.gate_proj": ops.Target(layer.up, 0, inner),
                 "mlp.up_proj": ops.Target(layer.up, inner, 2 * inner),
                 "mlp.gate_up_proj": ops.Target(layer.up, 0, 2 * inner),
             }
-        for name, target in of_layer.items():
-            canonical = f"model.layers.{index}.{name}"
-            path = checkpoint.module(canonical).replace("model.", f"{model.path}.", 1)
-            order = checkpoint.row_order(config, canonical)
-            found[path] = target if order is None else replace(target, order=order)
-    return found
+        found |= {f"model.layers.{index}.{name}": target for name, target in of_layer.items()}
+    return dict(_under_path(model, name, target) for name, target in found.items())
+
+
+def _under_path(model: Decoder, name: str, target: ops.Target) -> tuple[str, ops.Target]:
+    """Return a target's module path in the model's checkpoint, and the target in its order of rows."""
+    path = model.checkpoint.module(name).replace("model.", f"{model.path}.", 1)
+    order = model.checkpoint.row_order(model.config, name)
+    return path, target if order is None else replace(target, order=order)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import astuple
 
 from tgi_asgi.errors import NotInFamily, check
-from tgi_asgi.models.layer_spec import ExpertsSpec, LayerSpec, RopeScaling, RopeSpec
+from tgi_asgi.models.layer_spec import ExpertsSpec, LayerSizes, LayerSpec, RopeScaling, RopeSpec
 from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, MambaSpec, RecurrentSpec
 
 MAX_CONTEXT = 1 << 24
@@ -29,7 +29,7 @@ BOUNDS = {
     "intermediate_size": (1, 1 << 20),
     "num_heads": (1, MAX_HEADS),
     "num_kv_heads": (1, MAX_HEADS),
-    "head_dim": (2, 256),  # limit of the attention kernels
+    "head_dim": (2, 512),  # limit of the attention kernels
     "context_length": (1, MAX_CONTEXT),
 }
 
@@ -63,8 +63,45 @@ def check_layer(layer: LayerSpec, num_heads: int, head_dim: int) -> None:
     if layer.latent is not None:
         reason = layer.latent.refusal(None if layer.rope is None else layer.rope.dim)
         check_computed(reason is None, reason or "")
+    if layer.sizes is not None:
+        _check_sizes(layer.sizes, num_heads)
+        head_dim = layer.sizes.head_dim
     if layer.rope is not None:
         _check_rope(layer.rope, head_dim)
+
+
+def check_shared(layers: Sequence[LayerSpec]) -> None:
+    """Check that layers without keys of their own read those of an earlier layer, whose shape they have.
+
+    Raises:
+        ModelLoadError: if one does not.
+    """
+    for index, layer in enumerate(layers):
+        if layer.keys_of is None:
+            continue
+        check(0 <= layer.keys_of < index, f"layer {index} cannot read the keys of layer {layer.keys_of}")
+        owner = layers[layer.keys_of]
+        check(
+            owner.has_cache and (owner.window, _heads_of(owner)) == (layer.window, _heads_of(layer)),
+            f"layer {layer.keys_of} has no keys that layer {index} could read",
+        )
+
+
+def _heads_of(layer: LayerSpec) -> tuple[int, int] | None:
+    return None if layer.sizes is None else (layer.sizes.num_kv_heads, layer.sizes.head_dim)
+
+
+def _check_sizes(sizes: LayerSizes, num_heads: int) -> None:
+    for name in ("num_kv_heads", "head_dim", "intermediate_size"):
+        low, high = BOUNDS[name]
+        value = getattr(sizes, name)
+        refuse = check_computed if name == "head_dim" else check  # a limit of the native kernels
+        refuse(low <= value <= high, f"a layer's {name} must be in {low}..{high}, got {value}")
+    check_computed(sizes.head_dim % 2 == 0, f"a layer's head_dim must be even, got {sizes.head_dim}")
+    check(
+        num_heads % sizes.num_kv_heads == 0,
+        f"num_heads ({num_heads}) must be a multiple of a layer's num_kv_heads ({sizes.num_kv_heads})",
+    )
 
 
 def _check_attention(layer: LayerSpec, num_heads: int) -> None:
@@ -162,6 +199,10 @@ def _check_rope(rope: RopeSpec, head_dim: int) -> None:
     check(
         2 <= rope.dim <= head_dim,
         f"the rotary size must be in 2..{head_dim}, the head size, got {rope.dim}",
+    )
+    check(
+        rope.whole_dim in (None, head_dim),
+        f"pairs are apart by half a head of {head_dim}, not of {rope.whole_dim}",
     )
     check(math.isfinite(rope.theta) and rope.theta > 0, f"rope_theta must be positive, got {rope.theta!r}")
     scaling = rope.scaling

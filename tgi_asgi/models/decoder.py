@@ -7,7 +7,7 @@ Plain Python over the operators: `forward` is called once, to be recorded. `laye
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 from tgi_asgi import ops
@@ -54,6 +54,11 @@ class Decoder:
             self._read_layer(weights, index, arithmetic, ropes) for index in range(config.num_layers)
         ]
 
+    @property
+    def products(self) -> Mapping[str, ops.LinearWeight]:
+        """Products outside the layers that adapters may change, by their canonical names."""
+        return {}
+
     def _rows_of_tokens(self, weights: Weights, name: str, *columns: int) -> ops.WeightSource:
         """Return this shard's part of a tensor that has a row, or an element, for each token."""
         cut = self.config.cut
@@ -86,10 +91,9 @@ class Decoder:
         self, weights: Weights, index: int, arithmetic: ops.Arithmetic, ropes: RopeTables
     ) -> Layer:
         layer_class = self.parallel_class if self.config.is_parallel else self.layer_class
+        config = self.config.of_layer(index)
         try:
-            return layer_class(
-                self.config, self.weights_class(self.config, weights, index, arithmetic), index, ropes
-            )
+            return layer_class(config, self.weights_class(config, weights, index, arithmetic), index, ropes)
         except ValueError as error:  # packing knows no names
             raise ValueError(f"layer {index}: {error}") from error
 

@@ -24,6 +24,7 @@ class ExpertNames:
         is_joined: Whether the publisher's files have these; only tools write each expert's tensors then.
         shared: The MLP that all tokens use; its products are named as in any MLP.
         shared_joined: Its gate and up in one tensor; None: never joined.
+        scales: A vector of factors on the experts' weights.
     """
 
     router: str = "mlp.gate"
@@ -40,6 +41,7 @@ class ExpertNames:
     shared_joined: str | None = None
     shared_down: str = "down_proj"
     shared_gate: str = "mlp.shared_expert_gate"
+    scales: str = ""
 
 
 GGUF_CORRECTION = "mlp.correction.bias"  # canonical-style name for llama.cpp's `exp_probs_b`
@@ -76,6 +78,11 @@ class Experts:
         if spec.has_shared_gate:
             self._shared_gate = _gate_of(weights, names, hidden)
 
+    def rows(self, routed: ops.Value, a: ops.Value) -> ops.Value:
+        """Return the output for the activation a, as rows, of experts that another activation selects."""
+        routing = ops.route(ops.linear(routed, self._router), self._route)
+        return ops.experts(a, routing, self._weight, self._activation, self._clamped)
+
     def add(self, a: ops.Value, x: ops.Value, factor: float) -> ops.Value:
         """Add the experts' output for the activation a, times `factor`, to the residual x."""
         routing = ops.route(ops.linear(a, self._router), self._route)
@@ -96,10 +103,11 @@ def _route_of(spec: ExpertsSpec, weights: LayerTensors, names: ExpertNames) -> o
         name = next(found, names.corrections[0])
         shape = (1, spec.num_experts) if names.is_correction_row else (spec.num_experts,)
         correction = ops.vector(weights.get(name, *shape))
+    scales = ops.vector(weights.get(names.scales, spec.num_experts)) if spec.has_scales else None
     return ops.RouteSpec(
         spec.num_experts, spec.top_k, spec.kind, correction, num_groups=spec.num_groups,
         top_groups=spec.top_groups, sums_top_two=spec.sums_top_two, is_renormalised=spec.is_renormalised,
-        eps=spec.eps, scale=spec.scale, jitter=spec.jitter,
+        eps=spec.eps, scale=spec.scale, jitter=spec.jitter, expert_scales=scales,
     )  # fmt: skip
 
 

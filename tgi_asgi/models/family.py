@@ -23,8 +23,8 @@ class Model(Protocol):
         """Return the residual stream of a batch.
 
         Args:
-            caches: What layers write to, in order: the KV cache of an attention layer, the state of a
-                recurrent layer, and both in this order for a layer that has both.
+            caches: What layers use, in order: the KV cache of an attention layer, which may be another
+                layer's, the state of a recurrent layer, and both in this order for a layer that has both.
         """
 
     def logits(self, x: ops.Value) -> ops.Value:
@@ -111,7 +111,7 @@ class Family:
         read_config: Reads and bounds the configuration from either file; unread keys are refused if they may
             matter. Raises `NotInFamily` for models that are left to the code of `transformers`.
         model: Creates the model, and describes how its checkpoints store it.
-        gguf_names: llama.cpp's tensor names that differ from `GGUF_NAMES`.
+        gguf_names: llama.cpp's tensor names that differ from `GGUF_NAMES`; None: the tensor is not read.
         is_rotary_permuted: Whether llama.cpp stores rotary pairs adjacent instead of half a head apart.
         unused: Names (`fnmatch` patterns) of tensors that a file may hold although nothing reads them;
             `{num_layers}` stands for the number of layers, for example for a further layer that only drafts.
@@ -124,7 +124,7 @@ class Family:
     read_config: Callable[[Reader, str], ModelConfig]
     model: ModelClass
     image_gguf_names: Sequence[str] = ()
-    gguf_names: Mapping[str, str] = field(default_factory=dict)
+    gguf_names: Mapping[str, str | None] = field(default_factory=dict)
     is_rotary_permuted: bool = False
     unused: Sequence[str] = ("*.rotary_emb.inv_freq", "*.self_attn.masked_bias", "*.attn_rot_embd.weight")
     is_gguf_only: bool = False
@@ -134,16 +134,19 @@ def record(model: Model, caches: Sequence[ops.Cache], states: Sequence[ops.State
     """Call a model's code once, and return the recorded operations.
 
     Args:
-        caches: KV caches of the attention layers, in order.
+        caches: KV caches of the attention layers that have their own, in order.
         states: States of the recurrent layers, in order.
     """
     recorder = ops.Recorder()
     attending, recurrent = iter(caches), iter(states)
-    written: list[ops.Cache] = []
-    for layer in model.config.layers:
+    used: list[ops.Cache] = []
+    of_layers: dict[int, ops.Cache] = {}
+    for index, layer in enumerate(model.config.layers):
         if layer.attends:
-            written.append(next(attending))
+            cache = next(attending) if layer.keys_of is None else of_layers[layer.keys_of]
+            of_layers[index] = cache
+            used.append(cache)
         if layer.recurrent is not None:
-            written.append(next(recurrent))
-    model.logits(model.forward(recorder.batch, written))
+            used.append(next(recurrent))
+    model.logits(model.forward(recorder.batch, used))
     return recorder

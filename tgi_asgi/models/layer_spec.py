@@ -36,6 +36,14 @@ class RopeSpec:
     theta: float
     scaling: RopeScaling | None = None
     frequencies: tuple[float, ...] | None = None  # per pair, if no formula yields them
+    # Proportional, if not None: this is the head size; its halves begin with the dims that rotate, so that
+    # dim i rotates together with i + whole_dim / 2. Frequencies are those of a whole head's first pairs.
+    whole_dim: int | None = None
+
+    @property
+    def width(self) -> int:
+        """The dims by which frequencies fall from 1 to 1 / theta."""
+        return self.dim if self.whole_dim is None else self.whole_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,7 @@ class ExpertsSpec:
     clamp: tuple[float, float, float] | None = None  # limit, slope and offset of gates (gpt-oss)
     shared_size: int = 0  # size of an MLP that all tokens use besides the experts; 0: none
     has_shared_gate: bool = False  # whether a gate per token scales that MLP
+    has_scales: bool = False  # whether a factor per expert scales its weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +75,15 @@ class QueryGrowth:
 
     beta: float
     period: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSizes:
+    """Sizes that a layer has instead of the model's."""
+
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +106,15 @@ class LayerSpec:
     recurrent: RecurrentSpec | None = None  # replaces attention
     hybrid: HybridSpec | None = None  # the layer has both attention and a recurrent part, in parallel
     latent: LatentSpec | None = None  # latent attention (MLA), if the layer uses it
+    sizes: LayerSizes | None = None  # None: the model's
+    keys_of: int | None = None  # the earlier layer whose keys and values are read; None: the layer's own
+    values_are_keys: bool = False  # whether values are computed as keys are, up to their norm
 
     @property
     def attends(self) -> bool:
         return self.recurrent is None or self.hybrid is not None
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the layer has keys and values of its own."""
+        return self.attends and self.keys_of is None

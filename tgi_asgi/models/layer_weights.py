@@ -61,10 +61,13 @@ class LayerWeights(LayerTensors):
 
     def norms(self) -> ops.HeadNorms | None:
         """Return the norms of queries and keys, if there are any; by default one norm per head."""
-        if not self.config.has_qk_norm:
+        config = self.config
+        if not config.has_qk_norm:
             return None
-        query, key = (self.norm(f"self_attn.{name}_norm", self.config.head_dim) for name in ("q", "k"))
-        return ops.HeadNorms(query, key, is_last=self.config.has_late_qk_norm)
+        query = key = self.norm("self_attn.q_norm", config.head_dim)
+        if self.spec.has_cache:
+            key = self.norm("self_attn.k_norm", config.head_dim)
+        return ops.HeadNorms(query, key, is_last=config.has_late_qk_norm, has_values=config.has_value_norm)
 
     def qkv(self) -> ops.QkvWeight:
         """Make the weight of `ops.qkv`."""
@@ -73,6 +76,8 @@ class LayerWeights(LayerTensors):
             config.num_heads, config.num_kv_heads, config.head_dim,
             rotary_dim=config.head_dim if rope is None else rope.dim,
             is_interleaved=config.has_interleaved_rope,
+            is_proportional=rope is not None and rope.whole_dim is not None,
+            has_keys=self.spec.has_cache,
         )  # fmt: skip
         sources, biases, norms = self.qkv_sources(), self.qkv_biases(), self.norms()
         if cut is not None:
@@ -134,4 +139,8 @@ class LayerWeights(LayerTensors):
 
     def _heads(self) -> tuple[tuple[str, int], ...]:
         keys = self.config.num_kv_heads * self.config.head_dim
-        return (("q_proj", self.config.num_heads * self.config.head_dim), ("k_proj", keys), ("v_proj", keys))
+        queries = ("q_proj", self.config.num_heads * self.config.head_dim)
+        if not self.spec.has_cache:
+            return (queries,)
+        value = "k_proj" if self.spec.values_are_keys else "v_proj"
+        return (queries, ("k_proj", keys), (value, keys))

@@ -6,6 +6,7 @@ overrides `Layer`. `layer_weights.py` reads the weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -24,12 +25,14 @@ class Layer:
         num_caches: Number of caches that `forward` accepts.
         gate: Gate on the heads' results; None: no gate.
         latent: Latent attention, if the layer uses it; it then has no `qkv`.
-        experts: Experts that replace the MLP; None: the layer has an MLP, `up` and `down`.
+        experts: Experts that replace the MLP; None: the layer has an MLP.
+        has_mlp: Whether the layer has an MLP, `up` and `down`.
         up: First half of the MLP, with or without a gate.
         alphas: The two parameters of xIELU, if that is the MLP's activation.
     """
 
     alphas: tuple[float, float] | None = None
+    has_mlp = False
     num_caches = 1
 
     def __init__(self, config: ModelConfig, weights: LayerWeights, index: int, ropes: RopeTables) -> None:
@@ -52,11 +55,20 @@ class Layer:
         if self.spec.attends:
             self.output = weights.linear("self_attn.o_proj", hidden, width, has_bias=config.has_output_bias)
         self.experts = weights.experts()
-        if self.experts is not None:
-            return
+        if self.experts is None:
+            self.make_mlp(weights)
+
+    @property
+    def products(self) -> Mapping[str, ops.LinearWeight]:
+        """Products that only layers of this class have, by their names."""
+        return {}
+
+    def make_mlp(self, weights: LayerWeights) -> None:
+        """Read the weights of the MLP."""
+        config, self.has_mlp = self.config, True
         self.up = weights.gate_up() if config.has_gate else weights.up()
         self.down = weights.linear(
-            "mlp.down_proj", hidden, config.intermediate_size, has_bias=config.has_mlp_bias
+            "mlp.down_proj", config.hidden_size, config.intermediate_size, has_bias=config.has_mlp_bias
         )
 
     def make_norms(self, weights: LayerWeights) -> None:

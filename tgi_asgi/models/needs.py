@@ -31,6 +31,10 @@ class Need(enum.StrEnum):
     EXPERTS = "routed experts"
     STATES = "recurrent layers"
     LATENTS = "latent attention"
+    LAYER_SIZES = "layers of several shapes"
+    SHARED_KEYS = "layers that share keys and values"
+    LAYER_INPUTS = "embeddings of each layer"
+    VALUE_NORM = "norms of values"
 
 
 def needs_of(config: ModelConfig) -> set[Need]:
@@ -55,5 +59,9 @@ def needs_of(config: ModelConfig) -> set[Need]:
         Need.EXPERTS: any(layer.experts is not None for layer in layers),
         Need.STATES: config.has_states,
         Need.LATENTS: any(layer.latent is not None for layer in layers),
+        Need.LAYER_SIZES: any(layer.sizes is not None for layer in layers),
+        Need.SHARED_KEYS: any(layer.keys_of is not None for layer in layers),
+        Need.LAYER_INPUTS: config.layer_input_size > 0,
+        Need.VALUE_NORM: config.has_value_norm,
     }
     return {need for need, is_needed in found.items() if is_needed}

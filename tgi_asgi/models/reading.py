@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tgi_asgi.errors import check
@@ -59,6 +60,20 @@ def read_sizes(
         "activation": _read_activation(reader, activation),
         "has_tied_embeddings": _has_tied_embeddings(reader),
     }
+
+
+@contextlib.contextmanager
+def text_of(reader: Reader) -> Iterator[Reader]:
+    """Yield a reader of the text's configuration, which may be nested; refuse what remains unread in it."""
+    part = reader.get("text_config")
+    if part is None:
+        yield reader
+        return
+    check(isinstance(part, dict), f"text_config must be an object, got {str(part)[:100]}")
+    tied = reader.get("tie_word_embeddings")
+    text = Reader.of_json(part if tied is None else {**part, "tie_word_embeddings": tied})
+    yield text
+    text.finish()
 
 
 def rms_eps_key(reader: Reader) -> str:

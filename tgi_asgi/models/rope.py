@@ -82,7 +82,7 @@ def inverse_frequencies(spec: RopeSpec, divisors: Floats | None = None, max_posi
     """
     if spec.frequencies is not None:
         return np.array(spec.frequencies, np.float32)
-    exponents = np.arange(0, spec.dim, 2, dtype=np.float32) / np.float32(spec.dim)
+    exponents = np.arange(0, spec.dim, 2, dtype=np.float32) / np.float32(spec.width)
     powers = _power(_base(spec, max_positions), exponents)
     if divisors is not None:
         powers = divisors * powers
@@ -111,7 +111,7 @@ def _base(spec: RopeSpec, max_positions: int) -> float:
         return spec.theta
     length = max(max_positions, scaling.original_context)
     stretch = scaling.factor * length / scaling.original_context - (scaling.factor - 1)
-    return float(spec.theta * stretch ** (spec.dim / (spec.dim - 2)))
+    return float(spec.theta * stretch ** (spec.width / (spec.width - 2)))
 
 
 def scale_positions(config: ModelConfig, rope: GivenRope) -> ModelConfig:
@@ -182,7 +182,7 @@ def _scale_yarn(powers: Floats, spec: RopeSpec, scaling: RopeScaling) -> Floats:
 
     def pair_of(num_turns: float) -> float:
         turns = scaling.original_context / (num_turns * 2 * math.pi)
-        return spec.dim * math.log(turns) / (2 * math.log(spec.theta))
+        return spec.width * math.log(turns) / (2 * math.log(spec.theta))
 
     low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
     if scaling.is_truncated:

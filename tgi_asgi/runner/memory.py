@@ -99,11 +99,12 @@ def reserved_adapter_bytes(
     """
     if not isinstance(config, ModelConfig):
         return 0
-    heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
-    attention = 2 * (hidden + heads) + 2 * (hidden + keys)
-    element_bytes = _EXACT_ADAPTER_BYTES if is_exact else _ADAPTER_BYTES
-    each = element_bytes * max_rank * len(config.layers) * (attention + 3 * (hidden + inner))
+    element_bytes, hidden = _EXACT_ADAPTER_BYTES if is_exact else _ADAPTER_BYTES, config.hidden_size
+    each = 0
+    for layer in map(config.of_layer, range(config.num_layers)):
+        heads, keys = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+        attention = 2 * (hidden + heads) + 2 * (hidden + keys)
+        each += element_bytes * max_rank * (attention + 3 * (hidden + layer.intermediate_size))
     return min(num_adapters * each, int(free_bytes * _MAX_ADAPTER_SHARE))
 
 

@@ -5,8 +5,7 @@ Norms add 1 to their weights, and heads' results are multiplied by the sigmoid o
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +23,7 @@ from tgi_asgi.models.reading import (
     num_layers,
     read_layers,
     read_sizes,
+    text_of,
 )
 from tgi_asgi.models.reading_experts import everywhere, read_experts, read_sparse_steps, with_experts
 from tgi_asgi.models.recurrent_specs import GatedDeltaSpec
@@ -53,14 +53,14 @@ def read_qwen3_next(reader: Reader, architecture: str) -> ModelConfig:
 
 def read_qwen3_5(reader: Reader, architecture: str) -> ModelConfig:
     """Read Qwen3.5's configuration."""
-    with _text_of(reader) as text:
+    with text_of(reader) as text:
         text.defaults(num_key_value_heads=4)
         return _tiled(text, _read(text, architecture))
 
 
 def read_qwen3_5_moe(reader: Reader, architecture: str) -> ModelConfig:
     """Read the configuration of Qwen3.5 with experts; all layers have them, so no MLP size is used."""
-    with _text_of(reader) as text:
+    with text_of(reader) as text:
         text.defaults(
             num_experts=256, num_experts_per_tok=8, moe_intermediate_size=512,
             shared_expert_intermediate_size=512, num_key_value_heads=2,
@@ -68,20 +68,6 @@ def read_qwen3_5_moe(reader: Reader, architecture: str) -> ModelConfig:
         text.replace("intermediate_size", text.integer("shared_expert_intermediate_size"))
         config = _tiled(text, _read(text, architecture))
         return _with_experts(text, config, where=everywhere, is_renormalised=True)
-
-
-@contextlib.contextmanager
-def _text_of(reader: Reader) -> Iterator[Reader]:
-    """Yield a reader of the text's configuration, which may be nested; refuse what remains unread in it."""
-    part = reader.get("text_config")
-    if part is None:
-        yield reader
-        return
-    check(isinstance(part, dict), f"text_config must be an object, got {str(part)[:100]}")
-    tied = reader.get("tie_word_embeddings")
-    text = Reader.of_json(part if tied is None else {**part, "tie_word_embeddings": tied})
-    yield text
-    text.finish()
 
 
 def _with_experts(

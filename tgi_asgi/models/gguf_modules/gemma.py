@@ -43,7 +43,7 @@ _NAMES = {
     "per_layer_projection": "proj",
     "post_per_layer_input_norm": "post_norm",
 }  # fmt: skip
-_GEMMA4_NAMES = {
+GEMMA4_NAMES = {
     **_NAMES,
     "layer_scalar": "layer_output_scale.weight",
     "post_feedforward_layernorm_1": "post_ffw_norm_1",
@@ -237,6 +237,6 @@ def _sparsities(reader: Reader, num_layers: int) -> list[float]:
 
 
 MODULES = (
-    GgufModule("gemma4", read_gemma4, _GEMMA4_NAMES, unused=(_ROPE_FREQS,)),
+    GgufModule("gemma4", read_gemma4, GEMMA4_NAMES, unused=(_ROPE_FREQS,)),
     GgufModule("gemma3n", read_gemma3n, _GEMMA3N_NAMES),
 )

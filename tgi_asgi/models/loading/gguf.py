@@ -24,7 +24,7 @@ _PARTS = re.compile(r"(blk\.\d+\.)attn_([qkv])(\.weight|\.bias)")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-def gguf_name(name: str, names: Mapping[str, str]) -> str | None:
+def gguf_name(name: str, names: Mapping[str, str | None]) -> str | None:
     """Translate a canonical name: model.layers.3.mlp.up_proj.weight becomes blk.3.ffn_up.weight.
 
     Args:

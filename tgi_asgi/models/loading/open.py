@@ -19,7 +19,7 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.config import ModelConfig, ServedConfig
 from tgi_asgi.models.family import Family, Model
-from tgi_asgi.models.gguf_module import find_module
+from tgi_asgi.models.gguf_module import GgufModule, find_module
 from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
 from tgi_asgi.models.loading.checkpoint import CheckpointWeights
@@ -38,6 +38,7 @@ from tgi_asgi.models.loading.recognise import (
     with_architecture,
 )
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.models.registry import has_family
 from tgi_asgi.models.rope import scale_positions, stretch_context
 from tgi_asgi.models.shard import ModelCut, cut_model
 from tgi_asgi.settings import GivenRope
@@ -101,14 +102,7 @@ class OpenModel:
         name = file.metadata.get("general.architecture")
         module = find_module(name)
         if module is not None:
-            check(model_impl != "native", f"--model-impl native: no native family has GGUF files of {name}")
-            config = read_gguf_module(module, file)
-            self.weights = GgufModuleWeights(file, module, config["num_hidden_layers"])
-            if produces_vectors(architecture_of(config)):
-                check(self._rope is None, f"--rope-scaling: {name} gives vectors, and is not scaled")
-                self._model = _open_encoder(None, config, trusts_code=False)
-            else:
-                self._model = self._open_generic(None, config, trusts_code=False)
+            self._open_gguf_module(file, module, model_impl)
             return
         if model_impl == "transformers":
             raise ModelLoadError(
@@ -117,6 +111,30 @@ class OpenModel:
         family, read = read_gguf(file.metadata, frozenset(file.tensors))
         self._model = native = _Native(family, self._scaled(read))
         self.weights = GgufWeights(file, native.config, native.family)
+
+    def _open_gguf_module(self, file: GgufFile, module: GgufModule, model_impl: str) -> None:
+        """Open a file whose keys become a config.json, which a native family may compute, too."""
+        config = read_gguf_module(module, file)
+
+        def open_module() -> OpenGeneric | OpenEncoder:
+            self.weights = GgufModuleWeights(file, module, config["num_hidden_layers"])
+            if not produces_vectors(architecture_of(config)):
+                return self._open_generic(None, config, trusts_code=False)
+            check(self._rope is None, f"--rope-scaling: {module.gguf_name} gives vectors, and is not scaled")
+            return _open_encoder(None, config, trusts_code=False)
+
+        is_native_only = model_impl == "native"
+        check(
+            not is_native_only or has_family(architecture_of(config)),
+            f"--model-impl native: no native family has GGUF files of {module.gguf_name}",
+        )
+        if (found := self._read_native(config, model_impl)) is None:
+            self._model = open_module()
+            return
+        family, read = found
+        self._open_module = None if is_native_only else open_module
+        self._model = native = _Native(family, self._scaled(read))
+        self.weights = GgufWeights(file, native.config, family)
 
     def _open_vision(self, file: GgufFile, files: ModelFiles, model_impl: str) -> bool:
         """Open the projector beside a text model; return whether the model accepts images.
@@ -428,6 +446,7 @@ def unsplit(config: ModelConfig, family: Family) -> str | None:
         "recurrent layers": config.has_states,
         "latent attention": any(layer.latent is not None for layer in config.layers),
         "gates of heads": config.has_output_gate,
+        "layers of several shapes": any(layer.sizes is not None for layer in config.layers),
         "sinks": any(layer.has_sinks for layer in config.layers),
         "norms over all heads": weights.has_whole_norms,
         "no head that gives text": not config.generates,

@@ -125,7 +125,9 @@ def is_native(config: Mapping[str, Any]) -> bool:
 
 
 def _sees_ahead(config: Mapping[str, Any]) -> bool:
-    return config.get("is_causal") is False or config.get("use_bidirectional_attention") not in (None, False)
+    # "vision": only tokens of images see each other.
+    looks_ahead = config.get("use_bidirectional_attention") not in (None, False, "vision")
+    return config.get("is_causal") is False or looks_ahead
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
