@@ -47,6 +47,7 @@ def check_layer(layer: LayerSpec, num_heads: int, head_dim: int) -> None:
         ModelLoadError: if one is out of bounds or contradicts another.
     """
     _check_attention(layer, num_heads)
+    check(layer.part in (None, "mixer", "mlp"), f"a layer's only part cannot be {layer.part!r}")
     if layer.experts is not None:
         _check_experts(layer.experts)
     growth = layer.query_growth

@@ -109,10 +109,16 @@ class LayerSpec:
     sizes: LayerSizes | None = None  # None: the model's
     keys_of: int | None = None  # the earlier layer whose keys and values are read; None: the layer's own
     values_are_keys: bool = False  # whether values are computed as keys are, up to their norm
+    # The only part that the layer has: "mixer", which is attention or recurrence, or "mlp"; None: both.
+    part: str | None = None
+
+    @property
+    def has_mixer(self) -> bool:
+        return self.part in (None, "mixer")
 
     @property
     def attends(self) -> bool:
-        return self.recurrent is None or self.hybrid is not None
+        return self.has_mixer and (self.recurrent is None or self.hybrid is not None)
 
     @property
     def has_cache(self) -> bool:

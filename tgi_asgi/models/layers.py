@@ -55,7 +55,7 @@ class Layer:
         if self.spec.attends:
             self.output = weights.linear("self_attn.o_proj", hidden, width, has_bias=config.has_output_bias)
         self.experts = weights.experts()
-        if self.experts is None:
+        if self.experts is None and self.spec.part != "mixer":
             self.make_mlp(weights)
 
     @property
@@ -76,14 +76,19 @@ class Layer:
         self.attention_norm = weights.norm("input_layernorm")
         self.mlp_norm = weights.norm("post_attention_layernorm")
 
-    def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
+    def forward(self, x: ops.Value, cache: ops.Cache, /) -> ops.Value:
         """Add attention, or what replaces it, and MLP to the residual x [n_tokens, hidden]."""
-        a = ops.norm(x, self.attention_norm)
+        x = self.add_mixer(ops.norm(x, self.attention_norm), x, cache)
+        return self.add_mlp(ops.norm(x, self.mlp_norm), x)
+
+    def add_mixer(self, a: ops.Value, x: ops.Value, cache: ops.Cache) -> ops.Value:
+        """Add attention of the activation a, or what replaces it, to the residual x."""
         if self.recurrent is not None:
-            x = self.recurrent.add(a, x, cache, self.factor)
-        else:
-            x = ops.linear_add(self.attend(a, cache), self.output, x, self.factor)
-        a = ops.norm(x, self.mlp_norm)
+            return self.recurrent.add(a, x, cache, self.factor)
+        return ops.linear_add(self.attend(a, cache), self.output, x, self.factor)
+
+    def add_mlp(self, a: ops.Value, x: ops.Value) -> ops.Value:
+        """Add the MLP of the activation a, or experts, to the residual x."""
         if self.experts is not None:
             return self.experts.add(a, x, self.factor)
         return ops.linear_add(self.activate(a), self.down, x, self.factor)
@@ -115,6 +120,20 @@ class Layer:
         return ops.up(a, self.up, self.config.activation, self.alphas)
 
 
+class SinglePartLayer(Layer):
+    """A layer with one part only, a mixer or an MLP, and one norm."""
+
+    def make_norms(self, weights: LayerWeights) -> None:
+        """Read the weights of the norm."""
+        self.num_caches = 1 if self.spec.has_mixer else 0
+        self.only_norm = weights.norm("input_layernorm")
+
+    def forward(self, x: ops.Value, *caches: ops.Cache) -> ops.Value:
+        """Add the layer's part to the residual x [n_tokens, hidden]."""
+        a = ops.norm(x, self.only_norm)
+        return self.add_mixer(a, x, *caches) if self.spec.has_mixer else self.add_mlp(a, x)
+
+
 class ParallelLayer(Layer):
     """A layer whose parts both read the layer's input, through one norm or two, and add to it."""
 
@@ -124,7 +143,7 @@ class ParallelLayer(Layer):
         if self.config.has_mlp_norm:
             self.mlp_norm = weights.norm("post_attention_layernorm")
 
-    def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
+    def forward(self, x: ops.Value, cache: ops.Cache, /) -> ops.Value:
         """Add attention and MLP to the residual x [n_tokens, hidden].
 
         The MLP's norm is computed after the keys and values, even if it is the same norm: after them, a step
@@ -153,7 +172,7 @@ class HybridLayer(Layer):
         self.attention_norm = _scaled(self.attention_norm, self.parts.attention.read)
         self.mlp_norm = _scaled(self.mlp_norm, self.parts.mlp.read)
 
-    def forward(self, x: ops.Value, cache: ops.Cache, *states: ops.Cache) -> ops.Value:
+    def forward(self, x: ops.Value, cache: ops.Cache, /, *states: ops.Cache) -> ops.Value:
         """Add attention, state and MLP to the residual x [n_tokens, hidden].
 
         Both caches are written before the residual changes, and attention comes last: after the writes, a
@@ -186,7 +205,7 @@ class PostNormLayer(Layer):
         self.attention_norm = weights.norm("post_attention_layernorm")
         self.mlp_norm = weights.norm("post_feedforward_layernorm")
 
-    def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
+    def forward(self, x: ops.Value, cache: ops.Cache, /) -> ops.Value:
         """Add attention and MLP to the residual x [n_tokens, hidden]."""
         rows = ops.linear(self.attend(ops.activation(x), cache), self.output)
         x = ops.norm_add(rows, self.attention_norm, x, self.factor)
@@ -204,7 +223,7 @@ class SandwichLayer(Layer):
         self.mlp_norm = weights.norm("pre_feedforward_layernorm")
         self.mlp_end = weights.norm("post_feedforward_layernorm")
 
-    def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
+    def forward(self, x: ops.Value, cache: ops.Cache, /) -> ops.Value:
         """Add attention and MLP to the residual x [n_tokens, hidden]."""
         rows = ops.linear(self.attend(ops.norm(x, self.attention_norm), cache), self.output)
         x = ops.norm_add(rows, self.attention_end, x, self.factor)

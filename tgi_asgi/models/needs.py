@@ -35,6 +35,7 @@ class Need(enum.StrEnum):
     SHARED_KEYS = "layers that share keys and values"
     LAYER_INPUTS = "embeddings of each layer"
     VALUE_NORM = "norms of values"
+    ONE_PART = "layers without attention or without an MLP"
 
 
 def needs_of(config: ModelConfig) -> set[Need]:
@@ -63,5 +64,6 @@ def needs_of(config: ModelConfig) -> set[Need]:
         Need.SHARED_KEYS: any(layer.keys_of is not None for layer in layers),
         Need.LAYER_INPUTS: config.layer_input_size > 0,
         Need.VALUE_NORM: config.has_value_norm,
+        Need.ONE_PART: any(layer.part is not None for layer in layers),
     }
     return {need for need, is_needed in found.items() if is_needed}

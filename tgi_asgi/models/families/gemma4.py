@@ -216,7 +216,7 @@ class _Layer(SandwichLayer):
             return {}
         return {"per_layer_input_gate": self.input_gate, "per_layer_projection": self.input_projection}
 
-    def forward(self, x: ops.Value, cache: ops.Cache, inputs: ops.Value | None = None) -> ops.Value:
+    def forward(self, x: ops.Value, cache: ops.Cache, /, inputs: ops.Value | None = None) -> ops.Value:
         """Add attention, MLP and the layer's columns of `inputs` to the residual, and scale it."""
         rows = ops.linear(self.attend(ops.norm(x, self.attention_norm), cache), self.output)
         x = ops.norm_add(rows, self.attention_end, x)

@@ -446,6 +446,7 @@ def unsplit(config: ModelConfig, family: Family) -> str | None:
         "recurrent layers": config.has_states,
         "latent attention": any(layer.latent is not None for layer in config.layers),
         "gates of heads": config.has_output_gate,
+        "layers of one part": any(layer.part is not None for layer in config.layers),
         "layers of several shapes": any(layer.sizes is not None for layer in config.layers),
         "sinks": any(layer.has_sinks for layer in config.layers),
         "norms over all heads": weights.has_whole_norms,
