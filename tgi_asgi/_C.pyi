@@ -651,7 +651,7 @@ class ExpertStack:
     def nbytes(self) -> int: ...
 
 class ExpertMlps:
-    """A layer's experts; `gate_up` is one stack with alternating panels, or two stacks."""
+    """A layer's experts; `gate_up` is one stack with alternating panels, or two, or one of ups alone."""
 
     def __init__(
         self,
@@ -662,6 +662,7 @@ class ExpertMlps:
         limit: float = 0.0,
         slope: float = 1.0,
         offset: float = 0.0,
+        is_gated: bool = True,
     ) -> None: ...
 
 class ShardShape:

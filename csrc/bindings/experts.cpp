@@ -155,22 +155,26 @@ int64_t ExpertStack::scratch_floats(Precision precision, int64_t unit_strips) co
 
 ExpertMlps ExpertMlps::make(std::vector<StackPtr> gate_up, StackPtr down,
                             const std::string& activation, double limit, double slope,
-                            double offset) {
-  check(gate_up.size() == 1 || gate_up.size() == 2, "`gate_up` must be one stack or two, got ",
-        gate_up.size());
+                            double offset, bool is_gated) {
+  check(gate_up.size() == 1 || (is_gated && gate_up.size() == 2),
+        "`gate_up` must be one stack, or two of gates and ups, got ", gate_up.size());
+  const bool is_joined = is_gated && gate_up.size() == 1;
   for (const StackPtr& part : gate_up) {
     check(part != nullptr, "`gate_up` must be stacks");
     check(part->num_experts() == down->num_experts(), "the products must have the same experts");
     check(part->num_columns() == gate_up.front()->num_columns(),
           "gate and up must have the same columns");
-    const int64_t rows = gate_up.size() == 1 ? 2 * down->num_columns() : down->num_columns();
+    const int64_t rows = is_joined ? 2 * down->num_columns() : down->num_columns();
     check(part->num_rows() == rows, "gate and up must have ", rows, " rows, got ",
           part->num_rows());
   }
-  const MlpActivation function = check_activation(activation, true);
-  check(limit == 0 || function == MlpActivation::kSilu, "only silu's gates are clamped");
+  const MlpActivation function = check_activation(activation, is_gated);
+  check(is_gated || function != MlpActivation::kXielu, "xIELU's parameters are those of a layer");
+  check(limit == 0 || (is_gated && function == MlpActivation::kSilu),
+        "only silu's gates are clamped");
   check(limit >= 0, "`limit` must not be negative, got ", limit);
   return {
+      .is_gated = is_gated,
       .gate_up = std::move(gate_up),
       .down = std::move(down),
       .activation = function,
@@ -197,6 +201,7 @@ int64_t set_experts(const ExpertMlps& mlps, step::ExpertsParams& params) {
     floats = std::max(floats, wanted);
     return product;
   };
+  params.is_gated = mlps.is_gated;
   params.num_parts = static_cast<int32_t>(mlps.gate_up.size());
   for (size_t i = 0; i < mlps.gate_up.size(); ++i) {
     params.gate_up[i] = product_of(*mlps.gate_up[i], params.gathered, mlps.unit_strips());
@@ -405,7 +410,7 @@ void bind_experts(py::module_& module) {
   py::class_<ExpertMlps, MlpsPtr>(module, "ExpertMlps", "The experts of a layer.")
       .def(py::init(&ExpertMlps::make), py::kw_only(), py::arg("gate_up"),
            py::arg("down").none(false), py::arg("activation"), py::arg("limit") = 0.0,
-           py::arg("slope") = 1.0, py::arg("offset") = 0.0);
+           py::arg("slope") = 1.0, py::arg("offset") = 0.0, py::arg("is_gated") = true);
   py::class_<RoutingBuffer, RoutingPtr>(module, "Routing", "The experts selected for each token.")
       .def(
           "arrays",

@@ -73,15 +73,17 @@ using StackPtr = std::shared_ptr<ExpertStack>;
 
 // The experts of a layer, and how their gate and up outputs are combined.
 struct ExpertMlps {
-  std::vector<StackPtr> gate_up;  // one stack with alternating panels, or one each
+  bool is_gated;
+  std::vector<StackPtr> gate_up;  // one stack with alternating panels, or one each; or ups alone
   StackPtr down;
   MlpActivation activation;
   step::ClampedGate clamped;
 
   // Throws if the parts do not fit together.
   static ExpertMlps make(std::vector<StackPtr> gate_up, StackPtr down,
-                         const std::string& activation, double limit, double slope, double offset);
-  int64_t unit_strips() const { return gate_up.size() == 1 ? 2 : 1; }
+                         const std::string& activation, double limit, double slope, double offset,
+                         bool is_gated);
+  int64_t unit_strips() const { return is_gated && gate_up.size() == 1 ? 2 : 1; }
   int64_t num_columns() const { return down->num_columns(); }  // of the input of `down`
 };
 

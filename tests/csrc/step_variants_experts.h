@@ -80,7 +80,7 @@ Bytes routes_of(const Kernels& kernels, const std::vector<float>& x) {
 }
 
 // Returns sums of the outputs of two experts whose gates and ups are in `weight`: as one matrix,
-// added to what is there, and as two, as rows. The buffers hold one expert of all tokens, so that a
+// added to what is there, and as two, as rows, and without ups. The buffers hold one expert of all tokens, so that a
 // step of all takes two passes.
 Bytes experts_of(const Kernels& kernels, const PackedMatrix& weight, Precision precision,
                  const std::vector<float>& x) {
@@ -99,7 +99,8 @@ Bytes experts_of(const Kernels& kernels, const PackedMatrix& weight, Precision p
   const LinearParams linear = {weight, nullptr, {}, 0, scratch.data(), 0};
   Bytes found;
   for (const int64_t tokens : {int64_t{1}, int64_t{6}, kTokens}) {
-    for (const bool is_whole : {false, true}) {
+    for (int form = 0; form < 3; ++form) {
+      const bool is_whole = form == 1, is_gated = form < 2;
       Input input(kernels, precision, kColumns, tokens);
       Input gathered(kernels, precision, kColumns, kTokens);
       Input inner(kernels, Precision::kInt8, kInnerColumns, kTokens);
@@ -117,11 +118,12 @@ Bytes experts_of(const Kernels& kernels, const PackedMatrix& weight, Precision p
       ExpertsParams params = {};
       params.routing = routing.view;
       params.in = input.view;
+      params.is_gated = is_gated;
       params.gate_up[0] = {linear, {is_whole ? whole : gates, biases}};
       params.gate_up[1] = {linear, {ups, nullptr}};
-      params.num_parts = is_whole ? 1 : 2;
+      params.num_parts = is_whole || !is_gated ? 1 : 2;
       params.down = {linear, {downs, biases}};
-      params.function = {tgi::MlpActivation::kSilu};
+      params.function = {is_gated ? tgi::MlpActivation::kSilu : tgi::MlpActivation::kReluSquared};
       if (is_whole) params.clamped = {1.5f, 1.7f, 1.0f};
       params.gathered = gathered.view;
       params.inner = inner.view;

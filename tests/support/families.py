@@ -16,6 +16,7 @@ from tests.support.family_case import FamilyCase, Fault, case_of
 from tests.support.family_experts import EXPERT_CASES
 from tests.support.family_gemma4 import GEMMA4_CASES
 from tests.support.family_latent import LATENT_CASES
+from tests.support.family_parts import PART_CASES
 from tests.support.family_states import STATE_CASES
 
 _ROPE_BASE = Fault("rope-base", config={"rope_parameters": {"rope_theta": 100.0}})
@@ -340,5 +341,6 @@ CASES: tuple[FamilyCase, ...] = (
     *EXPERT_CASES,
     *LATENT_CASES,
     *GEMMA4_CASES,
+    *PART_CASES,
     *STATE_CASES,
 )

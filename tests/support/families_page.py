@@ -40,7 +40,7 @@ def _lines() -> Iterator[str]:
         rows: Sequence[Family] = found.FAMILIES
         title = " ".join((found.__doc__ or "").split("\n\n")[0].split()).partition(":")[0].rstrip(".")
         names = ", ".join(f"`{family.architecture}`" for family in rows if not family.is_gguf_only) or "-"
-        stored = (name for family in rows for name in (family.gguf_name, *family.image_gguf_names) if name)
+        stored = (name for family in rows for name in (family.gguf_name, *family.other_gguf_names) if name)
         ggufs = dict.fromkeys(f"`{name}`" for name in stored)
         of_module = [config for family, config in configs if family in rows]
         yield f"| {title} | {names} | {', '.join(ggufs) or '-'} | {_on_gpu(of_module)} |"

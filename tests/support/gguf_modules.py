@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.support.family_case import BASE, FamilyCase
 from tests.support.family_gemma4 import EXPERTS, SHARED
+from tests.support.family_parts import MAMBA2, NEMOTRON, NEMOTRON_EXPERTS
 
 _SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
 _LAYERS = {"num_hidden_layers": 6, "layer_types": _SLIDING * 2, "sliding_window": 12, "head_dim": 32}
@@ -27,12 +28,6 @@ _GEMMA3N: dict[str, Any] = {
 _MINIMAX: dict[str, Any] = {
     **BASE, "head_dim": 32, "intermediate_size": 64, "num_local_experts": 6, "num_experts_per_tok": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-}  # fmt: skip
-_NEMOTRON: dict[str, Any] = {
-    **{key: value for key, value in BASE.items() if not key.startswith(("num_hidden", "rms_", "rope_"))},
-    "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
-    "layer_norm_epsilon": 1e-5, "head_dim": 32, "mamba_num_heads": 8, "mamba_head_dim": 32, "n_groups": 2,
-    "ssm_state_size": 16, "conv_kernel": 4, "pad_token_id": 0,
 }  # fmt: skip
 _PURE: dict[str, Any] = {
     key: BASE[key]
@@ -87,22 +82,8 @@ MODULE_CASES = (
     FamilyCase(
         "minimax-m2", "MiniMaxM2ForCausalLM", _MINIMAX, (), gguf=("f32", "q8_0"), json={"rotary_dim": 16}
     ),
-    FamilyCase(
-        "nemotron_h", "NemotronHForCausalLM", _NEMOTRON, (), gguf=("f32", "q8_0"),
-        json={"hybrid_override_pattern": "M-*M"}, drops=("layers_block_type",),  # as published
-    ),
-    FamilyCase(
-        "nemotron_h-experts",
-        "NemotronHForCausalLM",
-        {
-            **_NEMOTRON, "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
-            "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 2,
-            "topk_group": 1, "n_shared_experts": 1, "moe_shared_expert_intermediate_size": 96,
-            "routed_scaling_factor": 2.5, "moe_latent_size": 64,
-        },
-        (),
-        gguf=("f32", "q8_0"),
-    ),
+    NEMOTRON,
+    NEMOTRON_EXPERTS,
     FamilyCase("gemma3n", "Gemma3nForCausalLM", _GEMMA3N, (), gguf=("f32", "q8_0")),
 )  # fmt: skip
 
@@ -140,10 +121,7 @@ MORE_MODULE_CASES = (
     ),
     FamilyCase("mamba", "MambaForCausalLM", _MAMBA, (), gguf=("f32", "q8_0")),
     FamilyCase("falcon_mamba", "FalconMambaForCausalLM", _MAMBA, (), gguf=("f32", "q8_0")),
-    FamilyCase(
-        "mamba2", "Mamba2ForCausalLM",
-        {**_PURE, "state_size": 16, "num_heads": 8, "head_dim": 32, "n_groups": 2}, (), gguf=("f32", "q8_0"),
-    ),
+    MAMBA2,
     FamilyCase(
         "jamba",
         "JambaForCausalLM",

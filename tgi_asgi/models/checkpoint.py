@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +26,7 @@ class CheckpointLayout:
         names: Module names by canonical name: of the whole model, or relative to a layer.
         is_transposed: Whether layers' matrices are stored as [columns, rows], as in GPT-2's `Conv1D`.
         part: Optional name component after `model.`, if the decoder is part of a vision model.
+        other_prefixes: Prefixes that files may have instead of `prefix`.
         row_order: Returns, for a canonical module, the index in the file's tensor of each of its rows; None:
             in order.
     """
@@ -33,6 +34,7 @@ class CheckpointLayout:
     names: Mapping[str, str] = field(default_factory=dict)
     is_transposed: bool = False
     part: str | None = None
+    other_prefixes: Sequence[str] = ()
     row_order: Callable[[ModelConfig, str], Rows | None] = lambda config, module: None
 
     @property

@@ -141,6 +141,10 @@ def _check_experts(experts: ExpertsSpec) -> None:
         0 <= experts.shared_size <= high,
         f"the shared expert's size must be in 0..{high}, got {experts.shared_size}",
     )
+    check(
+        0 <= experts.latent_size <= high,
+        f"the width of experts' inputs must be in 0..{high}, got {experts.latent_size}",
+    )
     numbers = (experts.eps, experts.scale, experts.jitter, *(experts.clamp or ()))
     check(all(map(math.isfinite, numbers)), f"the numbers of a router must be finite, got {numbers}")
 

@@ -25,6 +25,7 @@ class ExpertNames:
         shared: The MLP that all tokens use; its products are named as in any MLP.
         shared_joined: Its gate and up in one tensor; None: never joined.
         scales: A vector of factors on the experts' weights.
+        latent_in, latent_out: The products that lead to the experts' inputs and back from their results.
     """
 
     router: str = "mlp.gate"
@@ -42,11 +43,13 @@ class ExpertNames:
     shared_down: str = "down_proj"
     shared_gate: str = "mlp.shared_expert_gate"
     scales: str = ""
+    latent_in: str = ""
+    latent_out: str = ""
 
 
 GGUF_CORRECTION = "mlp.correction.bias"  # canonical-style name for llama.cpp's `exp_probs_b`
-Matrices = tuple[ops.WeightSource, ops.WeightSource, ops.WeightSource]  # gate, up and down
-ExpertProducts = tuple[ops.GateUpWeight, ops.LinearWeight]
+Matrices = tuple[ops.WeightSource, ...]  # gate, if there are any, up and down
+ExpertProducts = tuple[ops.GateUpWeight | ops.LinearWeight, ops.LinearWeight]
 
 
 class Experts:
@@ -73,8 +76,14 @@ class Experts:
         self._weight = ops.experts_weight(products, weights.arithmetic)
         self._shared: ExpertProducts | None = None
         self._shared_gate: ops.LinearWeight | None = None
+        self._latent: tuple[ops.LinearWeight, ops.LinearWeight] | None = None
+        if latent := spec.latent_size:
+            self._latent = (
+                weights.linear(names.latent_in, latent, hidden, has_bias=False),
+                weights.linear(names.latent_out, hidden, latent, has_bias=False),
+            )
         if spec.shared_size:
-            self._shared = _shared_of(weights, names, spec.shared_size)
+            self._shared = _shared_of(weights, names, spec)
         if spec.has_shared_gate:
             self._shared_gate = _gate_of(weights, names, hidden)
 
@@ -85,12 +94,20 @@ class Experts:
 
     def add(self, a: ops.Value, x: ops.Value, factor: float) -> ops.Value:
         """Add the experts' output for the activation a, times `factor`, to the residual x."""
-        routing = ops.route(ops.linear(a, self._router), self._route)
-        x = ops.experts_add(a, routing, self._weight, x, self._activation, self._clamped, factor)
+        if self._latent is None:
+            routing = ops.route(ops.linear(a, self._router), self._route)
+            x = ops.experts_add(a, routing, self._weight, x, self._activation, self._clamped, factor)
+        else:
+            to_latent, from_latent = self._latent
+            rows = self.rows(a, ops.activation(ops.linear(a, to_latent)))
+            x = ops.linear_add(ops.activation(rows), from_latent, x, factor)
         if self._shared is None:
             return x
-        gate_up, down = self._shared
-        inner = ops.gate_up(a, gate_up, self._activation)
+        first, down = self._shared
+        if isinstance(first, ops.GateUpWeight):
+            inner = ops.gate_up(a, first, self._activation)
+        else:
+            inner = ops.up(a, first, self._activation)
         if self._shared_gate is None:
             return ops.linear_add(inner, down, x, factor)
         return ops.gated_add(ops.linear(inner, down), ops.linear(a, self._shared_gate), x, factor)
@@ -111,10 +128,15 @@ def _route_of(spec: ExpertsSpec, weights: LayerTensors, names: ExpertNames) -> o
     )  # fmt: skip
 
 
-def _shared_of(weights: LayerTensors, names: ExpertNames, size: int) -> ExpertProducts:
+def _shared_of(weights: LayerTensors, names: ExpertNames, spec: ExpertsSpec) -> ExpertProducts:
     """Return the products of the shared MLP."""
     hidden, joined = weights.config.hidden_size, f"{names.shared}.{names.shared_joined}.weight"
-    down = "down_proj"
+    down, size = "down_proj", spec.shared_size
+    if not spec.has_gate:
+        return (
+            weights.linear(f"{names.shared}.up_proj", size, hidden, has_bias=False),
+            weights.linear(f"{names.shared}.{down}", hidden, size, has_bias=False),
+        )
     if names.shared_joined is not None and weights.has(joined):
         both, down = weights.get(joined, 2 * size, hidden), names.shared_down
         gate, up = both.rows(0, size), both.rows(size, 2 * size)
@@ -137,24 +159,34 @@ def _gate_of(weights: LayerTensors, names: ExpertNames, hidden: int) -> ops.Line
 def read_products(weights: LayerTensors, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
     """Yield the products of each expert in turn, so that no expert stays in memory in the file's format."""
     arithmetic = weights.arithmetic.for_experts()
-    for gate, up, down in _matrices(weights, names, spec):
-        yield ops.gate_up_weight(gate, up, arithmetic), ops.linear_weight(down, arithmetic)
+    for *first, down in _matrices(weights, names, spec):
+        if spec.has_gate:
+            gate, up = first
+            inner: ops.GateUpWeight | ops.LinearWeight = ops.gate_up_weight(gate, up, arithmetic)
+        else:
+            inner = ops.linear_weight(first[0], arithmetic)
+        yield inner, ops.linear_weight(down, arithmetic)
 
 
 def _matrices(weights: LayerTensors, names: ExpertNames, spec: ExpertsSpec) -> Iterator[Matrices]:
-    hidden, inner, count = weights.config.hidden_size, spec.intermediate_size, spec.num_experts
-    kinds, usual = (names.gate, names.up, names.down), ("gate_proj", "up_proj", "down_proj")
+    hidden = spec.latent_size or weights.config.hidden_size
+    inner, count = spec.intermediate_size, spec.num_experts
+    first = 0 if spec.has_gate else 1
+    kinds, usual = (names.gate, names.up, names.down)[first:], ("gate_proj", "up_proj", "down_proj")[first:]
     if weights.has(f"{names.experts}.0.{usual[0]}.weight"):
         kinds = usual
     elif names.is_joined or weights.has(names.joined) or weights.has(names.joined_down):
-        gate_ups = stack(weights, names.joined, count, 2 * inner, hidden)
+        num_parts = len(kinds) - 1
+        joined = stack(weights, names.joined, count, num_parts * inner, hidden)
         downs = stack(weights, names.joined_down, count, hidden, inner)
-        for gate_up, down in zip(gate_ups, downs, strict=True):
-            yield gate_up.rows(0, inner), gate_up.rows(inner, 2 * inner), down
+        for each, down in zip(joined, downs, strict=True):
+            yield *(each.rows(part * inner, (part + 1) * inner) for part in range(num_parts)), down
         return
-    shapes = zip(kinds, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True)
-    each = [each_expert(weights, names.experts, f"{kind}.weight", count, *shape) for kind, shape in shapes]
-    yield from zip(*each, strict=True)
+    shapes = zip(kinds, ((inner, hidden), (inner, hidden), (hidden, inner))[first:], strict=True)
+    matrices = [
+        each_expert(weights, names.experts, f"{kind}.weight", count, *shape) for kind, shape in shapes
+    ]
+    yield from zip(*matrices, strict=True)
 
 
 def each_expert(

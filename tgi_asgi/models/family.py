@@ -107,7 +107,7 @@ class Family:
     Attributes:
         architecture: `architectures[0]` of config.json.
         gguf_name: `general.architecture` of a GGUF file; None: no GGUF files.
-        image_gguf_names: The same of models that accept images, of whose files this is the text model.
+        other_gguf_names: Further ones, such as that of a model that accepts images and has this text model.
         read_config: Reads and bounds the configuration from either file; unread keys are refused if they may
             matter. Raises `NotInFamily` for models that are left to the code of `transformers`.
         model: Creates the model, and describes how its checkpoints store it.
@@ -123,7 +123,7 @@ class Family:
     gguf_name: str | None
     read_config: Callable[[Reader, str], ModelConfig]
     model: ModelClass
-    image_gguf_names: Sequence[str] = ()
+    other_gguf_names: Sequence[str] = ()
     gguf_names: Mapping[str, str | None] = field(default_factory=dict)
     is_rotary_permuted: bool = False
     unused: Sequence[str] = ("*.rotary_emb.inv_freq", "*.self_attn.masked_bias", "*.attn_rot_embd.weight")

@@ -67,6 +67,8 @@ class ExpertsSpec:
     shared_size: int = 0  # size of an MLP that all tokens use besides the experts; 0: none
     has_shared_gate: bool = False  # whether a gate per token scales that MLP
     has_scales: bool = False  # whether a factor per expert scales its weight
+    has_gate: bool = True  # whether experts compute f(gate) * up, and the shared MLP too, instead of f(up)
+    latent_size: int = 0  # width of experts' inputs and results, if a product leads there and back; 0: hidden
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,26 @@ def read_mamba(reader: Reader, hidden: int) -> MambaSpec:
     )  # fmt: skip
 
 
+def read_heads_of_states(
+    reader: Reader, *, heads: str, head_dim: str, state: str, least_step: float | None = None
+) -> MambaSpec:
+    """Read the specification of models whose keys are those of transformers' Mamba 2.
+
+    Args:
+        heads, head_dim, state: Keys of their number, and of the sizes of heads and states.
+        least_step: Lower limit of time steps, which have no upper one; None: the file has both.
+    """
+    num_heads, num_groups = reader.integer(heads), reader.integer("n_groups", 8)
+    bias = reader.flag("use_bias", False)
+    limit = _read_limit(reader)
+    return MambaSpec(
+        num_heads=num_heads, head_dim=reader.integer(head_dim), num_groups=num_groups,
+        state_size=reader.integer(state), num_taps=reader.integer("conv_kernel", 4),
+        has_conv_bias=reader.flag("use_conv_bias", True), has_input_bias=bias, has_output_bias=bias,
+        dt_limit=limit if least_step is None else (least_step, math.inf),
+    )  # fmt: skip
+
+
 def _read_limit(reader: Reader) -> tuple[float, float]:
     """Read the limits of time steps; `transformers` writes infinity as an object."""
     given = reader.get("time_step_limit") or (0.0, math.inf)

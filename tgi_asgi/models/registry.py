@@ -62,9 +62,9 @@ def find_by_gguf_name(name: str) -> Family:
         ModelLoadError: if there is none; the message lists those that exist.
     """
     for family in all_families():
-        if name == family.gguf_name or name in family.image_gguf_names:
+        if name == family.gguf_name or name in family.other_gguf_names:
             return family
-    families = {name for each in all_families() for name in (each.gguf_name, *each.image_gguf_names) if name}
+    families = {name for each in all_families() for name in (each.gguf_name, *each.other_gguf_names) if name}
     known = ", ".join(sorted(families | {each.gguf_name for each in all_modules()}))
     reason = f" ({_REFUSED[name]})" if name in _REFUSED else ""
     raise ModelLoadError(

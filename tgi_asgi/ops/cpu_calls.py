@@ -290,7 +290,10 @@ class CpuCalls:
     ) -> None:
         made, weight = _made(call.weight.made, PackedExperts), call.weight
         clamped = {} if call.clamped is None else asdict(call.clamped)
-        mlps = _C.ExpertMlps(gate_up=made.gate_up, down=made.down, activation=call.activation, **clamped)
+        mlps = _C.ExpertMlps(
+            gate_up=made.gate_up, down=made.down, activation=call.activation, is_gated=weight.is_gated,
+            **clamped,
+        )  # fmt: skip
         room = [
             self.buffers.expert_rows(columns, precision, weight.num_experts)
             for columns, precision in (

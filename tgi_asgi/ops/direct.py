@@ -99,7 +99,7 @@ def experts(
     _check_columns(x, weight.columns)
     out = new_rows(x.shape[0], round_up(weight.columns))
     native = _C.ExpertMlps(
-        gate_up=made.gate_up, down=made.down, activation=activation,
+        gate_up=made.gate_up, down=made.down, activation=activation, is_gated=weight.is_gated,
         **({} if clamped is None else asdict(clamped)),
     )  # fmt: skip
     precisions = ("float32", "float32") if is_exact else (made.precision, made.inner_precision)

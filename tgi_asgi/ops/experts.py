@@ -40,9 +40,9 @@ def experts(
         clamped: Bounds on gates and ups; requires silu.
 
     Raises:
-        ValueError: if `activation` is not one of `GATED_ACTIVATIONS`, or not silu although gates are clamped.
+        ValueError: if `activation` is not one of `GATED_ACTIVATIONS`, or other gates than silu's are clamped.
     """
-    _check_gates(activation, clamped)
+    _check_gates(weight, activation, clamped)
     recorder = recorder_of(
         "experts", a=(a, Kind.ACTIVATION, weight.columns),
         routing=(routing, Kind.ROUTING, weight.num_experts),
@@ -62,8 +62,8 @@ def experts_add(
 ) -> Value:
     """Add `factor` times the weighted sum of the outputs of each token's experts to x; return x.
 
-    An expert is f(a @ gate.T) * (a @ up.T) @ down.T, with biases if it has them. A token's experts are added
-    in ascending order, so its bits do not depend on the step.
+    An expert is f(a @ gate.T) * (a @ up.T) @ down.T, or f(a @ up.T) @ down.T, with biases if it has them. A
+    token's experts are added in ascending order, so its bits do not depend on the step.
 
     Args:
         a: Activation [n_tokens, columns].
@@ -72,9 +72,9 @@ def experts_add(
         clamped: Bounds on gates and ups; requires silu.
 
     Raises:
-        ValueError: if `activation` is not one of `GATED_ACTIVATIONS`, or not silu although gates are clamped.
+        ValueError: if `activation` is not one of `GATED_ACTIVATIONS`, or other gates than silu's are clamped.
     """
-    _check_gates(activation, clamped)
+    _check_gates(weight, activation, clamped)
     recorder = recorder_of(
         "experts_add", a=(a, Kind.ACTIVATION, weight.columns),
         routing=(routing, Kind.ROUTING, weight.num_experts), x=(x, Kind.RESIDUAL, weight.columns),
@@ -83,10 +83,10 @@ def experts_add(
     return recorder.note(calls.ExpertsAdd(added, a, routing, weight, x, activation, clamped, factor))
 
 
-def _check_gates(activation: str, clamped: ClampedGate | None) -> None:
+def _check_gates(weight: ExpertsWeight, activation: str, clamped: ClampedGate | None) -> None:
     if activation not in GATED_ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(GATED_ACTIVATIONS)}, got {activation}")
-    if clamped is not None and activation != "silu":
+    if clamped is not None and (activation != "silu" or not weight.is_gated):
         raise ValueError(f"only silu's gates are clamped, not {activation}'s")
 
 

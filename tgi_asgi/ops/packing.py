@@ -60,7 +60,7 @@ class PackedGateUp:
 class PackedExperts:
     """The products of all experts, and the precisions in which they are multiplied."""
 
-    gate_up: tuple[_C.ExpertStack, ...]  # one per part of `PackedGateUp`
+    gate_up: tuple[_C.ExpertStack, ...]  # one per part of `PackedGateUp`, or that of ups alone
     down: _C.ExpertStack
     precision: str  # of the input
     inner_precision: str  # of the input of `down`
@@ -180,16 +180,19 @@ class Packing:
             source = self._transposed(source.in_order(), num_heads)
         return self.router(source, None)
 
-    def experts(self, gate_ups: Sequence[PackedGateUp], downs: Sequence[PackedLinear]) -> PackedExperts:
+    def experts(
+        self, gate_ups: Sequence[PackedGateUp | PackedLinear], downs: Sequence[PackedLinear]
+    ) -> PackedExperts:
         """Group the experts' packed matrices; see `Arithmetic.experts`.
 
         Raises:
             ValueError: if gate and up share one format in some experts and not in others.
         """
-        counts = {len(packed.parts) for packed in gate_ups}
+        parts = [each.parts if isinstance(each, PackedGateUp) else (each,) for each in gate_ups]
+        counts = {len(each) for each in parts}
         if len(counts) > 1:
             raise ValueError("gate and up must be of one format in all experts of a layer, or in none")
-        gates = [stacked([packed.parts[part] for packed in gate_ups]) for part in range(counts.pop())]
+        gates = [stacked([each[part] for each in parts]) for part in range(counts.pop())]
         down, inner_precision = stacked(downs)
         precision = _common(found for _, found in gates)
         return PackedExperts(tuple(stack for stack, _ in gates), down, precision, inner_precision)

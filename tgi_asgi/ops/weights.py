@@ -58,12 +58,13 @@ class HeadsWeight:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsWeight:
-    """The MLPs of a layer's experts, all of the same shape."""
+    """The MLPs of a layer's experts, all of the same shape, with gates or without."""
 
     num_experts: int
     columns: int
     intermediate_size: int
     made: Any
+    is_gated: bool = True
 
 
 class Arithmetic(Protocol):
@@ -94,7 +95,7 @@ class Arithmetic(Protocol):
         """Return the arithmetic whose `gate_up` and `linear` make what `experts` takes."""
 
     def experts(self, gate_ups: Sequence[Any], downs: Sequence[Any]) -> Any:
-        """Make `ExpertsWeight.made` from the results of `for_experts`, per expert."""
+        """Make `ExpertsWeight.made` from the results of `for_experts`: gate and up, or up, and down."""
 
 
 def vector(source: WeightSource) -> Floats:
@@ -200,26 +201,33 @@ def gate_up_weight(
 
 
 def experts_weight(
-    experts: Iterable[tuple[GateUpWeight, LinearWeight]], arithmetic: Arithmetic
+    experts: Iterable[tuple[GateUpWeight | LinearWeight, LinearWeight]], arithmetic: Arithmetic
 ) -> ExpertsWeight:
-    """Make the weight of `experts` from each expert's gate-up and down weights (`for_experts`).
+    """Make the weight of `experts_add` from each expert's gate-up, or up, and down weights (`for_experts`).
 
     Raises:
-        ValueError: if there is no expert, the experts' shapes differ, or the device does not support experts.
+        ValueError: if there is no expert, the experts' shapes differ, only some have gates, or the device
+            does not support them.
     """
     made = list(experts)
     if not made:
         raise ValueError("a layer must have an expert")
-    first, _ = made[0]
-    for gate_up, down in made:
-        found = (gate_up.columns, gate_up.intermediate_size, down.rows, down.columns)
-        if found != (first.columns, first.intermediate_size, first.columns, first.intermediate_size):
+    is_gated, columns, inner = shape = _shape_of(made[0][0])
+    for first, down in made:
+        if (_shape_of(first), down.rows, down.columns) != (shape, columns, inner):
             raise ValueError(
-                f"the experts of a layer must be of {first.columns} columns and {first.intermediate_size} "
-                f"inner ones, got {found}"
+                f"the experts of a layer must be of {columns} columns and {inner} inner ones, with gates or "
+                f"without, got {_shape_of(first)} and [{down.rows}, {down.columns}]"
             )
-    products = arithmetic.experts([gate_up.made for gate_up, _ in made], [down.made for _, down in made])
-    return ExpertsWeight(len(made), first.columns, first.intermediate_size, products)
+    products = arithmetic.experts([first.made for first, _ in made], [down.made for _, down in made])
+    return ExpertsWeight(len(made), columns, inner, products, is_gated)
+
+
+def _shape_of(first: GateUpWeight | LinearWeight) -> tuple[bool, int, int]:
+    """Return whether the first half of an MLP has gates, its columns, and its inner ones."""
+    if isinstance(first, LinearWeight):
+        return False, first.columns, first.rows
+    return True, first.columns, first.intermediate_size
 
 
 def _matrix(name: str, source: WeightSource) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 // than those of a step:
 //
 //   gather    rows of the activation; each expert's rows start at a tile boundary
-//   gate_up   the units of all experts of the pass, divided by work
+//   inner     the units of all experts' gates and ups, or ups alone, of the pass, divided by work
 //   down      each member owns some columns of the sums, for every expert
 //
 // The member that owns a column adds a token's experts in ascending order, so the bits do not
@@ -197,8 +197,8 @@ inline StepHeader header_of(const ExpertTokens& its) {
 
 // Computes the member's part of all (expert, unit) pairs, divided by work.
 template <class S>
-inline void gate_up_pass(const ExpertsParams& p, const StepHeader& step, const ExpertPass& pass,
-                         int member, int num_members) {
+inline void inner_pass(const ExpertsParams& p, const StepHeader& step, const ExpertPass& pass,
+                       int member, int num_members) {
   const int64_t num_units = p.inner.num_columns / kBlockColumns;
   const auto cost_of = [](const ExpertTokens& its) { return kReadingTokens + its.num_tokens; };
   int64_t total = 0;
@@ -220,6 +220,14 @@ inline void gate_up_pass(const ExpertsParams& p, const StepHeader& step, const E
     if (units.begin >= units.end) return;
     const StepHeader header = header_of(its);
     const Activation in = is_one ? input_of<S>(p, step, member) : tiles.of<S>(p.gathered);
+    if (!p.is_gated) {
+      const UpParams up = {
+          .linear = product_of(p.gate_up[0], its.expert, in),
+          .function = p.function,
+          .out = tiles.of<S>(p.inner),
+      };
+      return up_units<S>(up, header, units, member);
+    }
     GateUpParams params = {};
     params.function = p.function;
     params.clamped = p.clamped;
@@ -294,7 +302,7 @@ void experts(const ExpertsParams& p, const StepHeader& step, int member, int num
     } else if (begin != p.routing.experts) {
       team_barrier();  // the previous pass has read what this pass overwrites
     }
-    gate_up_pass<S>(p, step, pass, member, num_members);
+    inner_pass<S>(p, step, pass, member, num_members);
     team_barrier();
     down_pass<S>(p, pass, member, num_members);
     begin = pass.end;

@@ -119,8 +119,7 @@ inline void finish_up(const UpParams& p, int64_t unit, const UnitOutputs& out, P
 }
 
 template <class S>
-void up(const UpParams& p, const StepHeader& step, int member, int num_members) {
-  const Range units = split(p.linear.weight.num_strips(), member, num_members);
+inline void up_units(const UpParams& p, const StepHeader& step, Range units, int member) {
   const auto finish = [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
     each_run<S>(p.out, step, token, count,
                 [&](const ActivationRow& to, int64_t begin, int64_t run) {
@@ -132,6 +131,12 @@ void up(const UpParams& p, const StepHeader& step, int member, int num_members) 
                 });
   };
   run_linear<S>(p.linear, tokens_of(step), units, 1, member, adapted<S>(p.linear, step, 1, finish));
+}
+
+template <class S>
+void up(const UpParams& p, const StepHeader& step, int member, int num_members) {
+  const Range units = split(p.linear.weight.num_strips(), member, num_members);
+  up_units<S>(p, step, units, member);
 }
 
 // Rows are divided so that two members never write to the same cache line.

@@ -356,11 +356,13 @@ struct ExpertProduct {
 // The weighted sum of the outputs of a token's routed experts, written as rows or added to the
 // residual:
 //   out = factor * sum of weight * down(f(gate) * up), or out += that
+// Experts without gates compute down(f(up)).
 struct ExpertsParams {
   ExpertRouting routing;
   Activation in;
-  bool is_private;           // with few tokens, each member has its own copy of the input
-  ExpertProduct gate_up[2];  // one matrix, or separate gate and up if their formats differ
+  bool is_private;  // with few tokens, each member has its own copy of the input
+  bool is_gated;
+  ExpertProduct gate_up[2];  // one matrix, or separate gate and up if their formats differ; or up
   int32_t num_parts;
   ExpertProduct down;
   MlpFunction function;

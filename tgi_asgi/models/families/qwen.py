@@ -46,6 +46,6 @@ def _windows(reader: Reader) -> list[int | None]:
 
 
 FAMILIES = (
-    Family("Qwen2ForCausalLM", "qwen2", read_qwen2, Decoder, image_gguf_names=("qwen2vl",)),
-    Family("Qwen3ForCausalLM", "qwen3", read_qwen3, Decoder, image_gguf_names=("qwen3vl",)),
+    Family("Qwen2ForCausalLM", "qwen2", read_qwen2, Decoder, other_gguf_names=("qwen2vl",)),
+    Family("Qwen3ForCausalLM", "qwen3", read_qwen3, Decoder, other_gguf_names=("qwen3vl",)),
 )

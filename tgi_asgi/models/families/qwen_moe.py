@@ -93,5 +93,5 @@ class Qwen2Moe(Decoder):
 
 FAMILIES = (
     Family("Qwen2MoeForCausalLM", "qwen2moe", read_qwen2_moe, Qwen2Moe),
-    Family("Qwen3MoeForCausalLM", "qwen3moe", read_qwen3_moe, Decoder, image_gguf_names=("qwen3vlmoe",)),
+    Family("Qwen3MoeForCausalLM", "qwen3moe", read_qwen3_moe, Decoder, other_gguf_names=("qwen3vlmoe",)),
 )

@@ -104,7 +104,7 @@ def _kind(num_kv_heads: int, size: int, *, has_experts: bool) -> str:
     return "linear_attention"
 
 
-_NAMES = {
+NAMES = {
     **common_names("lm_head"),
     "model.embeddings": "token_embd",
     "model.norm_f": "output_norm",
@@ -132,6 +132,6 @@ _NAMES = {
     "mixer.fc2_latent_proj": "ffn_latent_up",
 }
 MODULES = tuple(
-    GgufModule(name, read_nemotron_h, _NAMES, restored={"ssm_a": log_of_decay})
+    GgufModule(name, read_nemotron_h, NAMES, restored={"ssm_a": log_of_decay})
     for name in ("nemotron_h", "nemotron_h_moe")
 )

@@ -29,9 +29,15 @@ class CheckpointWeights:
         self.num_bytes, self.is_gguf = weights.num_bytes, weights.is_gguf
         embedding = layout.tensor(_EMBEDDING)
         self.is_bare = embedding not in weights and embedding.removeprefix(layout.prefix) in weights
-        part = f"{layout.prefix}{layout.part}."
-        is_part = layout.part is not None and embedding.replace(layout.prefix, part, 1) in weights
-        self._part = part if is_part else layout.prefix
+        prefixes = [f"{layout.prefix}{layout.part}."] if layout.part is not None else []
+        self._prefix = next(
+            (
+                each
+                for each in (*prefixes, *layout.other_prefixes)
+                if embedding.replace(layout.prefix, each, 1) in weights
+            ),
+            layout.prefix,
+        )
 
     @property
     def files(self) -> SafetensorsWeights:
@@ -48,7 +54,7 @@ class CheckpointWeights:
             return name
         if self.is_bare:
             return stored.removeprefix(self._layout.prefix)
-        return stored.replace(self._layout.prefix, self._part, 1)
+        return stored.replace(self._layout.prefix, self._prefix, 1)
 
     def get(self, name: str, shape: tuple[int, ...], part: slice = WHOLE) -> WeightSource:
         """Return a tensor, as described in `Weights.get`."""
