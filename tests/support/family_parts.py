@@ -1,4 +1,4 @@
-"""Families whose layers are one part each: Mamba 2 and Nemotron-H."""
+"""Families with Mamba-2: Bamba, and those whose layers are one part each, Mamba 2 and Nemotron-H."""
 
 from __future__ import annotations
 
@@ -65,7 +65,33 @@ NEMOTRON_EXPERTS = FamilyCase(
     ),
     gguf=("f32", "q8_0"),
 )
+_BAMBA: dict[str, Any] = {
+    **BASE, "num_hidden_layers": 4, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_state": 24,
+    "mamba_n_groups": 2, "mamba_chunk_size": 16,
+}  # fmt: skip
 _MORE = (
+    FamilyCase(
+        "bamba",
+        "BambaForCausalLM",
+        _BAMBA,
+        (
+            _DECAY,
+            ignores_weights("mamba.norm"),
+            ignores_weights("pre_ff_layernorm"),
+            Fault("rope-base", config={"rope_parameters": {"rope_theta": 100.0}}),
+        ),
+        gguf=(),
+    ),
+    FamilyCase(
+        "bamba-biases",
+        "BambaForCausalLM",
+        {
+            **_BAMBA, "attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True,
+            "mamba_conv_bias": False, "tie_word_embeddings": True, "time_step_limit": [0.4, 0.6],
+        },
+        (),
+        gguf=(),
+    ),
     FamilyCase(
         "mamba2-biases",
         "Mamba2ForCausalLM",
