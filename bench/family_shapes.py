@@ -33,6 +33,26 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window": 512,
         "max_position_embeddings": 32768,
     },
+    # google/gemma-4-E2B-it, with the vocabulary of a smaller model: the last 20 layers read others' keys
+    "gemma4-e2b": {
+        "model_type": "gemma4_text",
+        "vocab_size": 49152,
+        "vocab_size_per_layer_input": 49152,
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 35,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "num_kv_shared_layers": 20,
+        "use_double_wide_mlp": True,
+        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
+        "sliding_window": 512,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 32768,
+    },
     # microsoft/phi-1_5
     "phi": {
         "model_type": "phi",

@@ -599,6 +599,7 @@ class GatedNorm:
         is_gate_first: bool,
         is_sigmoid: bool,
         gate_scale: float,
+        gate_width: int = 1,
     ) -> None: ...
 
 class AttentionSpec:

@@ -132,6 +132,7 @@ struct GatedNorm {
   double eps;
   bool is_gate_first, is_sigmoid;
   double gate_scale;
+  int64_t gate_width;  // columns that share a gate
 };
 
 }  // namespace tgi

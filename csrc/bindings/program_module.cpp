@@ -92,9 +92,10 @@ void bind_operands(py::module_& module) {
            py::arg("num_heads"), py::arg("head_dim"), py::arg("num_key_heads"), py::arg("key_dim"),
            py::arg("is_tiled"), py::arg("a").noconvert(), py::arg("dt_bias").noconvert());
   py::class_<GatedNorm>(module, "GatedNorm", "A norm of groups of columns, and a gate.")
-      .def(py::init<int64_t, int64_t, MaybeFloats, double, bool, bool, double>(), py::kw_only(),
-           py::arg("width"), py::arg("group_width"), py::arg("weight").noconvert(), py::arg("eps"),
-           py::arg("is_gate_first"), py::arg("is_sigmoid"), py::arg("gate_scale"));
+      .def(py::init<int64_t, int64_t, MaybeFloats, double, bool, bool, double, int64_t>(),
+           py::kw_only(), py::arg("width"), py::arg("group_width"), py::arg("weight").noconvert(),
+           py::arg("eps"), py::arg("is_gate_first"), py::arg("is_sigmoid"), py::arg("gate_scale"),
+           py::arg("gate_width") = 1);
 }
 
 }  // namespace

@@ -128,7 +128,12 @@ void Recording::gated_norm(const RowsPtr& rows, const RowsPtr& gate, const Gated
   step::GatedNormParams params = {};
   params.rows = columns_of(rows, 0, norm.width, "rows");
   params.stride = rows->num_columns;
-  params.gate = columns_of(gate, 0, norm.width, "gate");
+  const int64_t shared = norm.gate_width;
+  check(shared == 1 || (shared > 0 && shared % 16 == 0 && norm.width % shared == 0),
+        "`gate_width` must be 1, or a multiple of 16 that divides the ", norm.width,
+        " columns, got ", shared);
+  params.gate_width = shared;
+  params.gate = columns_of(gate, 0, norm.width / shared, "gate");
   params.gate_stride = gate->num_columns;
   params.width = norm.width;
   params.group_width = norm.group_width;

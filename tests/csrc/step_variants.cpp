@@ -340,7 +340,8 @@ Bytes scan_of(const Kernels& kernels, const std::vector<float>& x, bool is_gate_
   params.out_stride = kWidth;
   for (int member = 0; member < 3; ++member) kernels.selective_scan(params, step, member, 3);
   kernels.gated_norm({out.data(), kWidth, x.data() + 7, kColumns, kWidth, kDim / 2, x.data() + 99,
-                      1e-5f, is_gate_first, !is_gate_first, 1.3f, normed.data(), kWidth},
+                      1e-5f, is_gate_first, !is_gate_first, 1.3f, normed.data(), kWidth,
+                      is_gate_first ? 1 : 16},
                      step, 0, 1);
   return joined({&out, &states, &normed});
 }

@@ -237,14 +237,19 @@ def test_block_ids_of_another_dtype_are_refused() -> None:
         call(block_table=np.array([[3, 1]]))
 
 
-@pytest.mark.parametrize(("heads", "dim"), [(3, 20), (2, 64)])
-def test_gates_let_through_some_of_the_result(kernel_set: str, heads: int, dim: int) -> None:
-    """Use more tokens than a tile, with gates of both signs."""
+@pytest.mark.parametrize(
+    ("heads", "dim", "is_of_heads"), [(3, 20, False), (2, 64, False), (3, 32, True), (2, 64, True)]
+)
+def test_gates_let_through_some_of_the_result(
+    kernel_set: str, heads: int, dim: int, is_of_heads: bool
+) -> None:
+    """Use more tokens than a tile, with gates of both signs, for each dim or for each head."""
     sequences = Sequences(heads, 1, dim, 16, "float32")
     sequence, q = sequences.add(70), sequences.queries(37)
-    gate = torch.randn(37, heads * dim) * 3
+    gate = torch.randn(37, heads if is_of_heads else heads * dim) * 3
     found = sequences.run([(sequence, 70, q)], gate=gate)
-    expected = sequences.expected(sequence, 70, q).flatten(1) * torch.sigmoid(gate.double())
+    factors = torch.sigmoid(gate.double()).repeat_interleave(dim if is_of_heads else 1, 1)
+    expected = sequences.expected(sequence, 70, q).flatten(1) * factors
     tolerance = TOLERANCES["float32"]
     assert_within(found, expected, whole=tolerance, worst=2 * tolerance)
 

@@ -1,4 +1,4 @@
-"""Families with Mamba-2: Bamba, and those whose layers are one part each, Mamba 2 and Nemotron-H."""
+"""Families with recurrent layers: LFM3, Bamba, and those of one part a layer, Mamba 2 and Nemotron-H."""
 
 from __future__ import annotations
 
@@ -69,7 +69,42 @@ _BAMBA: dict[str, Any] = {
     **BASE, "num_hidden_layers": 4, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_state": 24,
     "mamba_n_groups": 2, "mamba_chunk_size": 16,
 }  # fmt: skip
+_LFM3: dict[str, Any] = {
+    **{key: value for key, value in BASE.items() if key not in ("rms_norm_eps", "rope_parameters")},
+    "num_hidden_layers": 4, "layer_types": ["conv", "sliding_attention", "full_attention", "conv"],
+    "sliding_window": 12, "head_dim": 32, "conv_L_cache": 5, "tie_word_embeddings": True,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        "full_attention": {
+            "rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 50000.0,
+        },
+    },
+}  # fmt: skip
 _MORE = (
+    FamilyCase(
+        "lfm3",
+        "Lfm3ForCausalLM",
+        _LFM3,
+        (
+            Fault("wider", config={"sliding_window": 24}),
+            Fault("no-gates", tensors="*.self_attn.gate_proj.weight"),
+            Fault("order-of-gates", tensors="*.self_attn.gate_proj.weight", change="swap halves"),
+            Fault("no-taps", tensors="*.conv.conv.weight", change="to ones"),
+            ignores_weights("post_operator_norm"),
+            ignores_weights("post_ffn_norm"),
+        ),
+        gguf=(),
+    ),
+    FamilyCase(
+        "lfm3-without-gates",
+        "Lfm3ForCausalLM",
+        {
+            **_LFM3, "use_attention_gate": False, "attention_bias": True, "conv_bias": True, "head_dim": 24,
+            "layer_types": ["sliding_attention", "conv", "conv", "full_attention"],
+        },
+        (),
+        gguf=(),
+    ),
     FamilyCase(
         "bamba",
         "BambaForCausalLM",

@@ -227,7 +227,7 @@ def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
             if layer.spec.values_are_keys:
                 both = np.tile(np.arange(keys), 2)
                 of_layer["self_attn.k_proj"] = ops.Target(layer.qkv, ends[1], ends[3], both)
-            if layer.gate is not None:  # the other half is the gate's product
+            if config.has_output_gate:  # the other half of q_proj is the gate's product
                 del of_layer["self_attn.q_proj"], of_layer["self_attn.qkv_proj"]
         if layer.has_mlp:
             of_layer |= {

@@ -226,6 +226,9 @@ class SandwichLayer(Layer):
     def forward(self, x: ops.Value, cache: ops.Cache, /) -> ops.Value:
         """Add attention and MLP to the residual x [n_tokens, hidden]."""
         rows = ops.linear(self.attend(ops.norm(x, self.attention_norm), cache), self.output)
-        x = ops.norm_add(rows, self.attention_end, x, self.factor)
+        return self.add_mlp_between(ops.norm_add(rows, self.attention_end, x, self.factor))
+
+    def add_mlp_between(self, x: ops.Value) -> ops.Value:
+        """Add the MLP, between its two norms, to the residual x."""
         rows = ops.linear(self.activate(ops.norm(x, self.mlp_norm)), self.down)
         return ops.norm_add(rows, self.mlp_end, x, self.factor)

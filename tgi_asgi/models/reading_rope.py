@@ -77,6 +77,43 @@ def read_ropes(reader: Reader, head_dim: int, theta: float, local_theta: float) 
     }
 
 
+def read_ropes_of_kinds(
+    reader: Reader, head_dims: Mapping[str, int], defaults: Mapping[str, Mapping[str, Any]]
+) -> dict[str, RopeSpec]:
+    """Read the rotary embeddings of kinds of layers, each default or proportional.
+
+    Args:
+        head_dims: The sizes of their heads, by kind.
+        defaults: What a config.json without `rope_parameters` means.
+    """
+    given = reader.get("rope_parameters") or defaults
+    check(isinstance(given, Mapping), f"rope_parameters must be an object, got {str(given)[:100]}")
+    unknown = set(given) - set(defaults)
+    check_computed(
+        not unknown, f"rope_parameters must be those of each kind of layer, got {str(unknown)[:100]}"
+    )
+    found = {}
+    for kind, head_dim in head_dims.items():
+        check(isinstance(given.get(kind), Mapping), f"rope_parameters of {kind} must be an object")
+        rope = Reader.of_json(given[kind])
+        rope_type, theta = rope.get("rope_type") or "default", rope.number("rope_theta", 1e4)
+        check_computed(
+            rope_type in ("default", "proportional"),
+            f"rope_type {str(rope_type)[:100]!r} of {kind} is unknown",
+        )
+        rope.require(factor=1.0)
+        share = rope.number("partial_rotary_factor", 1.0)
+        check(0 < share <= 1, f"partial_rotary_factor must be in (0, 1], got {share}")
+        rope.finish()
+        dim = head_dim
+        if rope_type == "proportional":
+            dim = 2 * int(share * head_dim // 2)
+        else:
+            check_computed(share == 1, f"partial_rotary_factor is {share}, but {kind} rotates whole heads")
+        found[kind] = RopeSpec(dim, theta, whole_dim=None if dim == head_dim else head_dim)
+    return found
+
+
 def rope_values(reader: Reader) -> dict[str, Any]:
     """Return a config.json's settings of rotary embeddings, by the names of `rope_parameters`.
 

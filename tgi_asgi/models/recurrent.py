@@ -46,8 +46,14 @@ class ShortConv:
 
     def add(self, a: ops.Value, x: ops.Value, cache: ops.Cache, factor: float) -> ops.Value:
         """Add the output for the activation a, times `factor`, to the residual x."""
-        rows = ops.short_conv(ops.linear(a, self._input), self._conv, cache, is_gated=True)
-        return ops.linear_add(ops.activation(rows), self._output, x, factor)
+        return ops.linear_add(self._convolve(a, cache), self._output, x, factor)
+
+    def rows(self, a: ops.Value, cache: ops.Cache) -> ops.Value:
+        """Return the output for the activation a, rows, for models that norm it first."""
+        return ops.linear(self._convolve(a, cache), self._output)
+
+    def _convolve(self, a: ops.Value, cache: ops.Cache) -> ops.Value:
+        return ops.activation(ops.short_conv(ops.linear(a, self._input), self._conv, cache, is_gated=True))
 
 
 class Mamba:

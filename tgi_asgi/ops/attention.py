@@ -5,6 +5,7 @@ from __future__ import annotations
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.kv import Cache, KvLayer, keys_and_values
+from tgi_asgi.ops.layout import STRIP
 from tgi_asgi.ops.recorder import Kind, Value, recorder_of
 
 
@@ -20,7 +21,8 @@ def attention(
 
     `rotary_dim` is that of the keys. It is needed for queries that are an input of the program (None: whole
     heads), because the cache stores dims in the order of their rotation pairs. `gate` is rows [n_tokens,
-    num_heads * value_dim]; the result is multiplied by their sigmoid.
+    num_heads * value_dim], or [n_tokens, num_heads] if value_dim is a multiple of 32; the result is
+    multiplied by their sigmoid.
 
     Returns an activation [n_tokens, num_heads * value_dim]; from a latent cache, rows for `heads_linear`. A
     row's bits depend only on its own sequence, not on the batch, on how its prompt was split, on block ids or
@@ -28,15 +30,18 @@ def attention(
     section 3.1; flash-decoding).
 
     Raises:
-        ValueError: if the gate does not have the result's columns.
+        ValueError: if the gate has neither the result's columns nor one per head.
         TypeError: if `cache` holds recurrent states.
     """
     cache = keys_and_values("attention", cache)
     head_dim, value_dim = cache.head_dim, cache.value_dim
     recorder = recorder_of("attention", q=(q, Kind.QUERY, None))
-    columns = q.columns // head_dim * value_dim
+    heads = q.columns // head_dim
+    columns = heads * value_dim
     if gate is not None:
-        recorder = recorder_of("attention", q=(q, Kind.QUERY, None), gate=(gate, Kind.ROWS, columns))
+        is_of_heads = isinstance(gate, Value) and gate.columns == heads and value_dim % STRIP == 0
+        wanted = heads if is_of_heads else columns
+        recorder = recorder_of("attention", q=(q, Kind.QUERY, None), gate=(gate, Kind.ROWS, wanted))
     kind = Kind.ROWS if isinstance(cache, KvLayer) and cache.is_latent else Kind.ACTIVATION
     out = recorder.value(kind, columns)
     return recorder.note(calls.Attention(out, q, cache, head_dim, value_dim, rotary_dim, spec, gate))

@@ -208,7 +208,7 @@ class CpuCalls:
     def _pack_gated(self, rows: _C.Rows, gate: Value, out: Value) -> None:
         norm = _C.GatedNorm(
             width=out.columns, group_width=out.columns, eps=0.0, weight=None, is_gate_first=False,
-            is_sigmoid=True, gate_scale=1.0,
+            is_sigmoid=True, gate_scale=1.0, gate_width=out.columns // gate.columns,
         )  # fmt: skip
         gated = self.buffers.scratch(out.columns)
         self._native.gated_norm(rows=rows, gate=self.buffers.rows_of(gate), norm=norm, out=gated)

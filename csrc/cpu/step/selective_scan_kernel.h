@@ -118,7 +118,9 @@ void selective_scan(const SelectiveScanParams& p, const StepHeader& step, int me
 template <class S>
 inline typename S::F gate_factor(const GatedNormParams& p, const float* gates, int64_t c,
                                  int64_t end) {
-  const auto gate = S::mul(S::set1(p.gate_scale), load_channels<S>(gates, c, end));
+  const auto given =
+      p.gate_width == 1 ? load_channels<S>(gates, c, end) : S::set1(gates[c / p.gate_width]);
+  const auto gate = S::mul(S::set1(p.gate_scale), given);
   return p.is_sigmoid ? sigmoid<S>(gate) : silu<S>(gate);
 }
 

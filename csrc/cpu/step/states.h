@@ -122,6 +122,7 @@ struct GatedNormParams {
   float gate_scale;  // s
   float* out;        // [num_tokens, out_stride], zero past the columns
   int64_t out_stride;
+  int64_t gate_width = 1;  // columns that share a gate: 1, or a multiple of 16
 };
 
 }  // namespace tgi::cpu::step

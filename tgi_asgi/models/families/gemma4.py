@@ -25,7 +25,7 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.gguf_modules.gemma import GEMMA4_NAMES
-from tgi_asgi.models.layer_spec import LayerSizes, LayerSpec, RopeSpec
+from tgi_asgi.models.layer_spec import LayerSizes, LayerSpec
 from tgi_asgi.models.layer_tensors import read_norm
 from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.layers import SandwichLayer
@@ -33,6 +33,7 @@ from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import check_layer_types, num_layers, read_sizes, text_of
 from tgi_asgi.models.reading_experts import read_experts
+from tgi_asgi.models.reading_rope import read_ropes_of_kinds
 from tgi_asgi.models.rope import RopeTables
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -65,7 +66,7 @@ def _read(reader: Reader, architecture: str) -> ModelConfig:
         f"num_kv_shared_layers leaves {num_own} layers with keys, which must be of each kind",
     )
     heads = _read_heads(reader, kinds, sizes)
-    ropes = _read_ropes(reader, dict(zip(kinds, (each[1] for each in heads), strict=True)))
+    ropes = read_ropes_of_kinds(reader, dict(zip(kinds, (each[1] for each in heads), strict=True)), _ROPES)
     wide = 2 if reader.flag("use_double_wide_mlp", False) else 1
     has_equal_values = reader.flag("attention_k_eq_v", False)
     window, experts = reader.integer("sliding_window"), None
@@ -136,36 +137,6 @@ def _read_heads(reader: Reader, kinds: Sequence[str], sizes: Mapping[str, Any]) 
         check_computed(not unknown, f"per_layer_config has {', '.join(map(str, unknown))[:100]}")
         num_kv_heads = layer.integer("num_key_value_heads", usual[0])
         found[int(key)] = num_kv_heads, layer.integer("head_dim", usual[1])
-    return found
-
-
-def _read_ropes(reader: Reader, head_dims: Mapping[str, int]) -> dict[str, RopeSpec]:
-    """Return the rotary embedding of each kind of layer, given the sizes of its heads."""
-    given = reader.get("rope_parameters") or _ROPES
-    check(isinstance(given, Mapping), f"rope_parameters must be an object, got {str(given)[:100]}")
-    unknown = set(given) - set(_ROPES)
-    check_computed(
-        not unknown, f"rope_parameters must be those of each kind of layer, got {str(unknown)[:100]}"
-    )
-    found = {}
-    for kind, head_dim in head_dims.items():
-        check(isinstance(given.get(kind), Mapping), f"rope_parameters of {kind} must be an object")
-        rope = Reader.of_json(given[kind])
-        rope_type, theta = rope.get("rope_type") or "default", rope.number("rope_theta", 1e4)
-        check_computed(
-            rope_type in ("default", "proportional"),
-            f"rope_type {str(rope_type)[:100]!r} of {kind} is unknown",
-        )
-        rope.require(factor=1.0)
-        share = rope.number("partial_rotary_factor", 1.0)
-        check(0 < share <= 1, f"partial_rotary_factor must be in (0, 1], got {share}")
-        rope.finish()
-        dim = head_dim
-        if rope_type == "proportional":
-            dim = 2 * int(share * head_dim // 2)
-        else:
-            check_computed(share == 1, f"partial_rotary_factor is {share}, but {kind} rotates whole heads")
-        found[kind] = RopeSpec(dim, theta, whole_dim=None if dim == head_dim else head_dim)
     return found
 
 
