@@ -177,6 +177,10 @@ class Reader:
         self._read.add(key)
         return self._values.get(key)
 
+    def has(self, key: str) -> bool:
+        """Return whether the file has a key, be it null."""
+        return self._name(key) in self._values
+
     def integer(self, key: str, default: Any = _REQUIRED) -> int:
         """Return an integer; None counts as absent."""
         value = self._given(key, default)

@@ -116,14 +116,14 @@ def _read_kinds(reader: Reader) -> list[str]:
 def _read_heads(reader: Reader, kinds: Sequence[str], sizes: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Return each layer's KV heads and their size."""
     usual = sizes["num_kv_heads"], sizes["head_dim"]
-    given = reader.get("per_layer_config")
     names = "num_global_key_value_heads", "global_head_dim"
-    if given is None:
+    if not reader.has("per_layer_config"):
         num_kv_heads, head_dim = reader.get(names[0]), reader.integer(names[1], 512)
         has_own = num_kv_heads is not None and reader.flag("attention_k_eq_v", False)
         own = (reader.positive(names[0], MAX_HEADS) if has_own else usual[0], head_dim)
         return [own if kind == _FULL else usual for kind in kinds]
     reader.ignore(*names)
+    given = reader.get("per_layer_config") or {}
     check(isinstance(given, dict), f"per_layer_config must be an object, got {str(given)[:100]}")
     found = [usual] * len(kinds)
     for key, values in given.items():

@@ -86,6 +86,7 @@ class OpenModel:
         self._rope = rope
         self._vocab_size: int | None = None  # of a merged adapter, if it has its own
         self._open_module: Callable[[], OpenGeneric | OpenEncoder] | None = None  # instead of a native family
+        self._is_file_alone = False  # whether only its native family computes a GGUF file
         self._image_processor: ImageProcessor | None = None  # of a GGUF file with a projector
         self._override = Path(chat_template_path) if chat_template_path else None
         if files.kind == "gguf":
@@ -109,6 +110,7 @@ class OpenModel:
                 f"--model-impl transformers needs a checkpoint directory, not a GGUF file of {str(name)[:99]}"
             )
         family, read = read_gguf(file.metadata, frozenset(file.tensors))
+        self._is_file_alone = True
         self._model = native = _Native(family, self._scaled(read))
         self.weights = GgufWeights(file, native.config, native.family)
 
@@ -207,11 +209,10 @@ class OpenModel:
         """Let the code of `transformers` compute the model on a GPU, not its native family, for this reason.
 
         Raises:
-            ModelLoadError: if it cannot, or must not: for a GGUF file, or with `--model-impl native`.
+            ModelLoadError: if it cannot, or must not: for most GGUF files, or with `--model-impl native`.
         """
         if self._open_module is None:
-            is_file = isinstance(self.companions, GgufCompanions)
-            other = "load a safetensors checkpoint" if is_file else "use --model-impl auto"
+            other = "load a safetensors checkpoint" if self._is_file_alone else "use --model-impl auto"
             raise ModelLoadError(f"{reason}: {other}, or hide the GPU with CUDA_VISIBLE_DEVICES=")
         self.why_generic = reason
         if isinstance(self.weights, CheckpointWeights):
