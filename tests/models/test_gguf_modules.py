@@ -324,14 +324,18 @@ def test_sequences_run_in_batches(name: str) -> None:
 
 @pytest.mark.models
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", ["llama4", "mistral4", "mimo2", "kimi-linear"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama4", "mistral4", "mimo2", "kimi-linear", "gemma4-shared", "gemma4-experts", "nemotron_h-experts",
+     "mamba2"],
+)  # fmt: skip
 def test_random_metadata_is_served_or_refused(name: str, seed: int, tmp_path: Path) -> None:
     file = gguf_file(CASES[name], "f32")
     for metadata in random_changes(file.path, seed, 8):
         path = changed(file.path, tmp_path / "changed.gguf", metadata, {})
         with (
             contextlib.suppress(ModelLoadError),
-            OpenModel(dataclasses.replace(file, path=path), model_impl="transformers") as opened,
+            OpenModel(dataclasses.replace(file, path=path), model_impl="auto") as opened,
         ):
             opened.load(ops.Packing(is_exact=True), 64)
 
