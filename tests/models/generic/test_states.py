@@ -293,7 +293,8 @@ def test_a_runner_has_places_for_states_that_can_be_kept(
     model_type: str, is_kept: bool, checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     files = ModelFiles("tiny", None, "directory", checkpoint(model_type))
-    loaded = load(Settings(num_threads=1, max_kept_states=5, dtype="float32"), files, lambda *_: None)
+    settings = Settings(num_threads=1, max_kept_states=5, dtype="float32", model_impl="transformers")
+    loaded = load(settings, files, lambda *_: None)
     loaded.runner.close()
     assert loaded.runner.traits.num_kept_states == loaded.info.num_kept_states == 5 * is_kept
     each = load_generic(checkpoint(model_type)).config.other_kept_bytes
