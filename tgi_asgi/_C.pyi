@@ -571,6 +571,20 @@ class SelectiveScan:
         dt_high: float,
     ) -> None: ...
 
+class ChannelScan:
+    """A selective scan (state-space model) over channels."""
+
+    def __init__(
+        self,
+        *,
+        num_channels: int,
+        state_size: int,
+        a: _Floats,
+        d: _Floats,
+        parts_column: int,
+        gate_column: int,
+    ) -> None: ...
+
 class DeltaRule:
     """A gated delta rule over heads."""
 
@@ -717,8 +731,8 @@ class Program:
     def embed_add(self, *, table: Matrix, factor: float, rows: Rows) -> None: ...
     def norm(self, *, x: Rows, norm: Norm, for_logits: bool, is_private: bool, out: Activation) -> None: ...
     def norm_add(self, *, rows: Rows, norm: Norm, factor: float, scale: float, x: Rows) -> None: ...
-    def norm_in_place(self, *, norm: Norm, x: Rows) -> None: ...
-    def pack(self, *, rows: Rows, out: Activation) -> None: ...
+    def norm_in_place(self, *, norm: Norm, x: Rows, first_column: int | None = None) -> None: ...
+    def pack(self, *, rows: Rows, out: Activation, columns: int | None = None) -> None: ...
     def reorder(self, *, source: Activation, order: _Ints, out: Activation) -> None: ...
     def linear(self, *, product: Product, out: Rows, first_column: int = 0) -> None: ...
     def linear_add(self, *, product: Product, factor: float, x: Rows) -> None: ...
@@ -766,6 +780,18 @@ class Program:
     ) -> None: ...
     def selective_scan(
         self, *, source: Rows, steps: Rows, scan: SelectiveScan, states: StatePool, layer: int, out: Rows
+    ) -> None: ...
+    def channel_scan(
+        self,
+        *,
+        source: Rows,
+        steps: Rows,
+        parts: Rows,
+        gate: Rows,
+        scan: ChannelScan,
+        states: StatePool,
+        layer: int,
+        out: Rows,
     ) -> None: ...
     def delta_rule(
         self, *, source: Rows, steps: Rows, rule: DeltaRule, states: StatePool, layer: int, out: Rows

@@ -118,6 +118,15 @@ struct SelectiveScan {
   double dt_scale, dt_low, dt_high;
 };
 
+// Channels with a state each, see ChannelScanParams.
+struct ChannelScan {
+  int64_t num_channels, state_size;
+  Floats a;              // [channels / 16, state_size, 16]
+  Floats d;              // [channels]
+  int64_t parts_column;  // first column of B and C in their rows
+  int64_t gate_column;   // first column of the gates in their rows
+};
+
 // Heads of the gated delta rule, see DeltaRuleParams; the vectors have one element per head.
 struct DeltaRule {
   int64_t num_heads, head_dim, num_key_heads, key_dim;

@@ -87,6 +87,10 @@ void bind_operands(py::module_& module) {
            py::arg("state_size"), py::arg("a").noconvert(), py::arg("d").noconvert(),
            py::arg("dt_bias").noconvert(), py::arg("dt_column"), py::arg("dt_scale"),
            py::arg("dt_low"), py::arg("dt_high"));
+  py::class_<ChannelScan>(module, "ChannelScan", "Channels with a state each.")
+      .def(py::init<int64_t, int64_t, Floats, Floats, int64_t, int64_t>(), py::kw_only(),
+           py::arg("num_channels"), py::arg("state_size"), py::arg("a").noconvert(),
+           py::arg("d").noconvert(), py::arg("parts_column"), py::arg("gate_column"));
   py::class_<DeltaRule>(module, "DeltaRule", "Heads of the gated delta rule.")
       .def(py::init<int64_t, int64_t, int64_t, int64_t, bool, Floats, Floats>(), py::kw_only(),
            py::arg("num_heads"), py::arg("head_dim"), py::arg("num_key_heads"), py::arg("key_dim"),
@@ -131,9 +135,9 @@ void bind_program(py::module_& module) {
       .def("norm_add", &Program::norm_add, py::kw_only(), py::arg("rows").none(false),
            py::arg("norm"), py::arg("factor"), py::arg("scale"), py::arg("x").none(false))
       .def("norm_in_place", &Program::norm_in_place, py::kw_only(), py::arg("norm"),
-           py::arg("x").none(false))
+           py::arg("x").none(false), py::arg("first_column") = py::none())
       .def("pack", &Program::pack, py::kw_only(), py::arg("rows").none(false),
-           py::arg("out").none(false))
+           py::arg("out").none(false), py::arg("columns") = py::none())
       .def("reorder", &Program::reorder, py::kw_only(), py::arg("source").none(false),
            py::arg("order").noconvert(), py::arg("out").none(false))
       .def("linear", &Program::linear, py::kw_only(), py::arg("product"),
@@ -176,6 +180,10 @@ void bind_program(py::module_& module) {
       .def("selective_scan", &Program::selective_scan, py::kw_only(), py::arg("source").none(false),
            py::arg("steps").none(false), py::arg("scan"), py::arg("states").none(false),
            py::arg("layer"), py::arg("out").none(false))
+      .def("channel_scan", &Program::channel_scan, py::kw_only(), py::arg("source").none(false),
+           py::arg("steps").none(false), py::arg("parts").none(false), py::arg("gate").none(false),
+           py::arg("scan"), py::arg("states").none(false), py::arg("layer"),
+           py::arg("out").none(false))
       .def("delta_rule", &Program::delta_rule, py::kw_only(), py::arg("source").none(false),
            py::arg("steps").none(false), py::arg("rule"), py::arg("states").none(false),
            py::arg("layer"), py::arg("out").none(false))

@@ -53,10 +53,11 @@ class Recording {
             const ActivationPtr& out);
   void norm_add(const RowsPtr& rows, const Norm& norm, double factor, double scale,
                 const RowsPtr& x);
-  // A norm that is narrower than x normalises groups of its columns.
-  void norm_in_place(const Norm& norm, const RowsPtr& x);
-  // Packs the first columns of rows, as many as `out` has.
-  void pack(const RowsPtr& rows, const ActivationPtr& out);
+  // A norm that is narrower than x normalises groups of its columns, or only the columns from
+  // `first_column` on, if one is given.
+  void norm_in_place(const Norm& norm, const RowsPtr& x, std::optional<int64_t> first_column);
+  // Packs the first `columns` of rows; by default as many as `out` has.
+  void pack(const RowsPtr& rows, const ActivationPtr& out, std::optional<int64_t> columns);
   // Writes to `out` the columns [order] of a float32 activation, [columns] indices.
   void reorder(const ActivationPtr& in, const Array<int32_t>& order, const ActivationPtr& out);
   // Writes to the columns of `out` from `first_column` on.
@@ -101,6 +102,10 @@ class Recording {
   // `in` holds x, B and C; `steps` holds each head's time step.
   void selective_scan(const RowsPtr& in, const RowsPtr& steps, const SelectiveScan& scan,
                       const StatesPtr& states, int64_t layer, const RowsPtr& out);
+  // `parts` holds B and C; `steps` and `gate` hold a number for each channel.
+  void channel_scan(const RowsPtr& x, const RowsPtr& steps, const RowsPtr& parts,
+                    const RowsPtr& gate, const ChannelScan& scan, const StatesPtr& states,
+                    int64_t layer, const RowsPtr& out);
   // `in` holds queries, keys and values; `steps` holds the inputs of rates and decays.
   void delta_rule(const RowsPtr& in, const RowsPtr& steps, const DeltaRule& rule,
                   const StatesPtr& states, int64_t layer, const RowsPtr& out);

@@ -122,37 +122,47 @@ void Recording::norm_add(const RowsPtr& rows, const Norm& norm, double factor, d
   forward_.add(step::kernels().norm_add, params);
 }
 
-void Recording::norm_in_place(const Norm& norm, const RowsPtr& x) {
+void Recording::norm_in_place(const Norm& norm, const RowsPtr& x,
+                              std::optional<int64_t> first_column) {
   const int64_t columns = x->num_columns, group = norm.weight.size();
+  const int64_t first = first_column.value_or(0);
   check_rows_buffer(x, columns, "x");
-  check(group > 0 && columns % group == 0 && (group == columns || norm.width == group),
-        "groups of ", norm.width, " columns must make up x, which has ", columns);
+  if (first_column) {
+    check(first >= 0 && first <= columns && norm.width <= columns - first, "columns [", first, ", ",
+          first, " + ", norm.width, ") must be in x, which has ", columns);
+  } else {
+    check(group > 0 && columns % group == 0 && (group == columns || norm.width == group),
+          "groups of ", norm.width, " columns must make up x, which has ", columns);
+  }
   const auto [weight, bias] = keep(norm, group, "weight");
   keep(x->memory);
   const step::NormRowsParams params = {
-      .x = x->data(),
+      .x = x->data() + first,
       .stride = columns,
       .weight = weight,
       .bias = bias,
       .width = norm.width,
-      .num_groups = columns / group,
+      .num_groups = first_column ? 1 : columns / group,
       .eps = static_cast<float>(norm.eps),
-      .out = x->data(),
+      .out = x->data() + first,
       .out_stride = columns,
   };
   forward_.add(step::kernels().norm_rows, params);
 }
 
-void Recording::pack(const RowsPtr& rows, const ActivationPtr& out) {
-  const int64_t columns = out->view.num_columns;
-  check_rows_buffer(rows, std::max(rows->num_columns, columns), "rows");
+void Recording::pack(const RowsPtr& rows, const ActivationPtr& out,
+                     std::optional<int64_t> columns) {
+  const int64_t width = columns.value_or(out->view.num_columns);
+  check(width > 0 && width <= out->view.num_columns, "`columns` must be in [1, ",
+        out->view.num_columns, "], got ", width);
+  check_rows_buffer(rows, std::max(rows->num_columns, out->view.num_columns), "rows");
   check_num_rows(*out, "out");
   keep(rows->memory);
   keep(*out);
   const step::PackParams params = {
       .rows = rows->data(),
       .stride = rows->num_columns,
-      .width = columns,
+      .width = width,
       .out = shared(out),
   };
   forward_.add(step::kernels().pack, params);

@@ -97,6 +97,43 @@ void Recording::selective_scan(const RowsPtr& in, const RowsPtr& steps, const Se
   forward_.add(step::kernels().selective_scan, params);
 }
 
+void Recording::channel_scan(const RowsPtr& x, const RowsPtr& steps, const RowsPtr& parts,
+                             const RowsPtr& gate, const ChannelScan& scan, const StatesPtr& states,
+                             int64_t layer, const RowsPtr& out) {
+  use_states(states);
+  const int64_t channels = scan.num_channels, size = scan.state_size;
+  check_sizes({{channels, "num_channels"}, {size, "state_size"}});
+  check(channels % kVectorFloats == 0, "`num_channels` must be a multiple of ", kVectorFloats,
+        ", got ", channels);
+  check(states->shape(layer).num_floats == channels * size, "the layer's state must have ",
+        channels * size, " floats, got ", states->shape(layer).num_floats);
+  check_shape(scan.a, "a", {channels / kVectorFloats, size, kVectorFloats});
+  check_shape(scan.d, "d", {channels});
+  for (const RowsPtr& each : {x, steps, parts, gate}) {
+    check_rows_buffer(each, each->num_columns, "rows");
+    check(each != out, "`out` must be another buffer");
+  }
+  check_rows_buffer(out, step::padded_columns(channels), "out");
+  step::ChannelScanParams params = {};
+  params.x = columns_of(x, 0, channels, "source");
+  params.x_stride = x->num_columns;
+  params.steps = columns_of(steps, 0, channels, "steps");
+  params.steps_stride = steps->num_columns;
+  params.parts = columns_of(parts, scan.parts_column, 2 * size, "parts");
+  params.parts_stride = parts->num_columns;
+  params.gate = columns_of(gate, scan.gate_column, channels, "gate");
+  params.gate_stride = gate->num_columns;
+  params.num_channels = channels;
+  params.state_size = size;
+  params.a = keep(scan.a);
+  params.d = keep(scan.d);
+  params.state = states->floats(layer);
+  params.out = out->data();
+  params.out_stride = out->num_columns;
+  for (const RowsPtr& each : {x, steps, parts, gate, out}) keep(each->memory);
+  forward_.add(step::kernels().channel_scan, params);
+}
+
 void Recording::delta_rule(const RowsPtr& in, const RowsPtr& steps, const DeltaRule& rule,
                            const StatesPtr& states, int64_t layer, const RowsPtr& out) {
   use_states(states);

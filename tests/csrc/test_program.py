@@ -308,6 +308,14 @@ def test_norms_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             program.norm_in_place(norm=norm_of(columns, width), x=rows(program))
+    for first in (-1, 33, 1 << 62):
+        with pytest.raises(
+            ValueError, match=rf"columns \[{first}, {first} \+ 32\) must be in x, which has 64"
+        ):
+            program.norm_in_place(norm=norm_of(32), x=rows(program), first_column=first)
+    for columns in (0, -1, 65):
+        with pytest.raises(ValueError, match=rf"`columns` must be in \[1, 64\], got {columns}"):
+            program.pack(rows=rows(program), out=activation(program), columns=columns)
     ones = np.ones(64, np.float32)
     with pytest.raises(ValueError, match=r"`bias` must have shape \[64\]"):
         uneven = _C.Norm(weight=ones, bias=ones[:32], width=64, eps=1e-5)

@@ -27,6 +27,9 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.loading.recognise import is_native, read_config, with_architecture
 
 EXACT = 1e-2  # of a log-probability; norms after an MLP of one column are within 3e-3, others within 2e-4
+# The norm of a state of one number is little but its sign: with it, `transformers` in float32 is itself 0.012
+# from float64.
+LOOSE = {"{'mamba_d_state': 1}": 0.05}
 IDS = torch.randint(3, 200, (40,), generator=torch.Generator().manual_seed(3)).tolist()
 BY_ARCHITECTURE = {case.architecture: case for case in reversed(CASES)}
 # Keys about anything but the arithmetic, or about sizes that no tiny model may change. With ALiBi, Falcon is
@@ -153,4 +156,6 @@ def test_any_changed_key_is_computed_as_by_transformers_or_left_to_it(
         for index, change in enumerate([{}, *changes_of(config)])
     }
     assert found["{}"] is not None
-    assert not {change: each for change, each in found.items() if each is not None and each > EXACT}
+    assert not {
+        change: each for change, each in found.items() if each is not None and each > LOOSE.get(change, EXACT)
+    }

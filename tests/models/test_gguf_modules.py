@@ -245,12 +245,32 @@ def test_only_transformers_computes_some() -> None:
         OpenModel(gguf_file(CASES["gemma3n"], "f32"), model_impl="native")
 
 
-@pytest.mark.parametrize("name", ["gemma4-shared", "gemma4-experts"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma4-shared",
+        "gemma4-experts",
+        *(pytest.param(name, marks=pytest.mark.models) for name in ("mamba", "falcon_mamba", "jamba")),
+    ],
+)
 def test_a_native_family_leaves_a_file_to_transformers_on_a_gpu(name: str) -> None:
     with OpenModel(gguf_file(CASES[name], "f32"), model_impl="auto") as opened:
         assert isinstance(opened.config, ModelConfig)
         opened.leave_to_module("the GPU lacks something")
         assert isinstance(opened.load(ops.Packing(is_exact=True), 64), GenericModel)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("model_impl", ["native", "transformers"])
+def test_states_that_would_grow_are_refused(model_impl: str, tmp_path: Path) -> None:
+    file = gguf_file(CASES["mamba"], "f32")
+    with GgufFile.open(file.path) as opened:
+        rates = opened.raw("blk.1.ssm_a").view(np.float32).reshape(256, 16).copy()
+    rates[7, 3] = 0.25
+    path = changed(file.path, tmp_path / "changed.gguf", {}, {"blk.1.ssm_a": rates})
+    model = OpenModel(dataclasses.replace(file, path=path), model_impl=model_impl)
+    with model, pytest.raises(ModelLoadError, match=r"must be negative|must not be positive"):
+        model.load(ops.Packing(is_exact=True), 64)
 
 
 def test_a_file_that_must_be_native_is_refused_on_a_gpu() -> None:

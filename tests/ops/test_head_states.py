@@ -1,4 +1,4 @@
-"""Properties common to both operators with states for each head: cutting a sequence changes no bit."""
+"""Properties common to the operators with states of heads or channels: cutting a sequence changes no bit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.ops import test_delta_rule, test_selective_scan
+from tests.ops import test_channel_scan, test_delta_rule, test_selective_scan
 from tests.support.state_steps import (
     assert_chunking_keeps_bits,
     assert_kept_states_resume,
@@ -16,7 +16,9 @@ from tests.support.state_steps import (
 
 # Modules with `random_weight`, `random_text` and `steps_of`.
 pytestmark = pytest.mark.parametrize(
-    "operator", [test_delta_rule, test_selective_scan], ids=["delta_rule", "selective_scan"]
+    "operator",
+    [test_delta_rule, test_selective_scan, test_channel_scan],
+    ids=["delta_rule", "selective_scan", "channel_scan"],
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,6 +46,30 @@ def test_products_of_any_size_equal_the_reference(
     expected = linear(rounded(a, weight.made.precision), decoded_values(source), bias)
     assert_close(eager_ops.linear(a, weight), expected, length=columns + 2)
     assert_close(eager_ops.linear_add(a, weight, x, -0.4), x.double() - 0.4 * expected, length=columns + 3)
+
+
+@pytest.mark.parametrize(
+    ("format", "quantise", "precision"),
+    [
+        ("Q8_0", None, "float32"),
+        ("Q4_K", None, "float32"),
+        ("F16", "Q8_0", "float32"),
+        ("BF16", None, "bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("has_float_prompts", [False, True])
+def test_codes_may_be_multiplied_by_floats(
+    format: str, quantise: str | None, precision: str, has_float_prompts: bool
+) -> None:
+    packing = replace(FAST, quantise=quantise, has_float_prompts=has_float_prompts).for_states()
+    source = random_weight(format, 70, 256, seed=4)
+    weight = ops.linear_weight(source, packing)
+    assert weight.made.precision == precision
+    assert not packing.by_kind
+    exact = ops.linear_weight(source, replace(EXACT, quantise=quantise))
+    a = torch.randn(7, 256)
+    if precision == "float32":
+        assert_same_bits(eager_ops.linear(a, weight), eager_ops.linear(a, exact))
 
 
 @pytest.mark.parametrize(("format", "columns"), [("Q8_0", 96), ("Q4_0", 32), ("Q5_1", 224), ("Q6_K", 512)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,6 +43,41 @@ def test_the_norm_takes_the_place_of_the_residual(
     _C.set_num_threads(2)
     x, weight = torch.randn(tokens, hidden) * 3, weight_of(hidden, kind)
     assert_close(eager_ops.norm_in_place(x, weight), norm(x, weight), length=hidden + 8)
+
+
+@KINDS
+@pytest.mark.parametrize(("first", "hidden"), [(0, 1), (3, 33), (21, 16), (10, 64), (0, 77), (61, 16)])
+def test_only_some_columns_of_rows_are_normed(kernel_set: str, first: int, hidden: int, kind: str) -> None:
+    _C.set_num_threads(3)
+    x, weight = torch.randn(19, 77) * 3, weight_of(hidden, kind)
+    found = eager_ops.norm_in_place(x, weight, first)
+    columns = slice(first, first + hidden)
+    assert_close(found[:, columns], norm(x[:, columns], weight), length=hidden + 8)
+    found[:, columns] = x[:, columns]
+    assert_same_bits(found, x)
+
+
+def test_columns_that_rows_lack_are_refused() -> None:
+    recorder = ops.Recorder()
+    for first in (-1, 46):
+        with pytest.raises(ValueError, match=f"x has 77 columns, not 32 from {first} on"):
+            ops.norm_in_place(recorder.value(ops.Kind.ROWS, 77), weight_of(32, "rms"), first)
+
+
+@pytest.mark.parametrize("packing", [EXACT, FAST], ids=["exact", "fast"])
+@pytest.mark.parametrize("columns", [1, 10, 32, 48])
+def test_the_columns_after_those_of_a_product_do_not_matter(
+    kernel_set: str, columns: int, packing: ops.Packing
+) -> None:
+    """Not even to the scale of an int8 block that they would share."""
+    quantised = replace(packing, quantise="Q8_0")
+    weight = ops.linear_weight(random_weight("F32", 40, columns, seed=1), quantised)
+    rows = torch.randn(9, 77)
+    rows[:, columns:] = 1e9
+
+    found = eager_ops.linear_of_columns(rows, columns, weight)
+    assert_same_bits(found, eager_ops.linear_of_columns(rows[:, :columns].contiguous(), columns, weight))
+    assert found.abs().max() < 1e3
 
 
 def test_the_variance_is_that_around_the_mean(kernel_set: str) -> None:

@@ -57,6 +57,8 @@ class Values:
         self.taps = ops.ShortConvWeight(np.ones((48, 3), np.float32))
         one = np.ones(1, np.float32)
         self.scan = ops.SelectiveScanWeight(1, 16, 1, 16, -one, one, one)
+        self.channels = ops.ChannelScanWeight(-np.ones((16, 16), np.float32), np.ones(16, np.float32))
+        self.channel, self.parts = (self.recorder.value(ops.Kind.ROWS, columns) for columns in (16, 32))
         self.rule = ops.DeltaRuleWeight(1, 16, 1, 16, -one, one)
         self.head = ops.HeadsWeight(1, 48, 48, self.square.made)
         shape = CacheShape(1, 64, 32, is_latent=True)
@@ -88,6 +90,10 @@ OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
     "gated_add": ("rows", lambda v, x: ops.gated_add(x, v.gate, v.residual)),
     "short_conv": ("rows", lambda v, x: ops.short_conv(x, v.taps, v.states)),
     "selective_scan": ("rows", lambda v, x: ops.selective_scan(x, v.gate, v.scan, v.states)),
+    "channel_scan": (
+        "rows",
+        lambda v, x: ops.channel_scan(v.channel, v.channel, v.parts, x, v.channels, v.states),
+    ),
     "delta_rule": ("rows", lambda v, x: ops.delta_rule(x, v.steps, v.rule, v.states)),
     "gated_norm": ("rows", lambda v, x: ops.gated_norm(x, v.rows, None, group_width=48, eps=1e-5)),
     "heads_linear": ("an activation", lambda v, x: ops.heads_linear(x, v.head)),

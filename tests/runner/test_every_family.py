@@ -53,6 +53,9 @@ RECURRENT = {
     "Qwen3NextForCausalLM",
     "Qwen3_5ForCausalLM",
     "FalconH1ForCausalLM",
+    "MambaForCausalLM",
+    "FalconMambaForCausalLM",
+    "JambaForCausalLM",
 }
 LATENT = {"DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "MiniCPM3ForCausalLM"}
 

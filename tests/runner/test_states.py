@@ -7,6 +7,7 @@ import pytest
 from tests.runner.test_load import settings
 from tests.support.families_page import config_of
 from tests.support.family_case import FamilyCase
+from tests.support.family_channels import CHANNEL_CASES
 from tests.support.family_files import checkpoint
 from tests.support.family_states import STATE_CASES
 from tgi_asgi.errors import ModelLoadError, NotInFamily
@@ -23,7 +24,7 @@ LFM2 = STATE_CASES[0]
 
 
 def case_named(name: str) -> FamilyCase:
-    return next(case for case in STATE_CASES if case.name == name)
+    return next(case for case in (*STATE_CASES, *CHANNEL_CASES) if case.name == name)
 
 
 @pytest.mark.parametrize(
@@ -284,8 +285,48 @@ def test_delta_nets_that_cannot_be_are_refused(changes: dict[str, object], messa
 
 
 @pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("mamba", {"state_size": 0}, "a channel's state_size must be in 1"),
+        ("mamba", {"time_step_rank": 0}, "a channel's rank must be in 1"),
+        ("mamba", {"time_step_rank": "all"}, "`time_step_rank` must be one integer"),
+        ("mamba", {"conv_kernel": 17}, r"convolution must be 2\.\.16, got 17"),
+        ("mamba", {"intermediate_size": 0}, "channels of a convolution must be in 1"),
+        ("mamba", {"intermediate_size": 1 << 17}, "channels of a convolution must be in 1"),
+        ("mamba", {"num_hidden_layers": 0}, "num_hidden_layers must be in 1"),
+        ("mamba", {"max_position_embeddings": 1 << 40}, "max_position_embeddings must be in 1"),
+        ("mamba", {"residual_multiplier": 2.0}, "`residual_multiplier` is 2.0"),
+        ("falcon_mamba", {"mixer_rms_eps": 0.0}, "the norms of a state need a positive epsilon"),
+        ("jamba", {"attn_layer_offset": 2}, r"attn_layer_offset must be in 0\.\.1, got 2"),
+        ("jamba", {"expert_layer_period": 0}, "expert_layer_offset must be in"),
+        ("jamba", {"hidden_act": "gelu"}, "hidden_act must be silu"),
+        ("jamba", {"num_experts_per_tok": 5}, r"experts of a token must be 1\.\.4, got 5"),
+    ],
+    ids=str,
+)
+def test_channels_with_states_that_cannot_be_are_refused(
+    name: str, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ModelLoadError, match=message):
+        read_config({**config_of(case_named(name)), **changes})
+
+
+@pytest.mark.parametrize(("named", "context"), [(None, 1 << 17), (300, 300)])
+def test_a_model_without_positions_has_the_context_of_transformers_code(
+    named: int | None, context: int
+) -> None:
+    config = {**config_of(case_named("mamba")), "max_position_embeddings": named}
+    assert read_config(config)[1].context_length == context
+
+
+@pytest.mark.parametrize(
     ("name", "changes"),
     [
+        ("mamba", {"hidden_act": "gelu"}),
+        ("mamba", {"conv_kernel": 1}),
+        ("mamba", {"intermediate_size": 72}),
+        ("jamba", {"sliding_window": 8}),
+        ("jamba", {"head_dim": 33}),
         ("qwen3_5", {"linear_value_head_dim": 24}),
         ("qwen3_5", {"linear_key_head_dim": 320}),
         ("qwen3_5", {"attention_bias": True}),

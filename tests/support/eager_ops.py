@@ -74,12 +74,18 @@ def activation(x: Tensor) -> Tensor:
     return _run(lambda _, x: ops.activation(x), (x, Kind.RESIDUAL))
 
 
+def linear_of_columns(rows: Tensor, columns: int, weight: LinearWeight) -> Tensor:
+    """Return the product of the first columns of rows."""
+    return _run(lambda _, x: ops.linear(ops.activation(x, columns), weight), (rows, Kind.ROWS))
+
+
 def norm(x: Tensor, weight: NormWeight, kind: Kind = Kind.RESIDUAL) -> Tensor:
     return _run(lambda _, x: ops.norm(x, weight), (x, kind))
 
 
-def norm_in_place(x: Tensor, weight: NormWeight) -> Tensor:
-    return _run(lambda _, x: ops.norm_in_place(x, weight), (x, Kind.RESIDUAL))
+def norm_in_place(x: Tensor, weight: NormWeight, first_column: int | None = None) -> Tensor:
+    kind = Kind.RESIDUAL if first_column is None else Kind.ROWS
+    return _run(lambda _, x: ops.norm_in_place(x, weight, first_column), (x, kind))
 
 
 def norm_add(rows: Tensor, weight: NormWeight, x: Tensor, factor: float = 1.0) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 from tests.support.families_newer import NEWER_CASES
 from tests.support.families_plain import PLAIN_CASES
 from tests.support.family_case import FamilyCase, Fault, case_of
+from tests.support.family_channels import CHANNEL_CASES
 from tests.support.family_experts import EXPERT_CASES
 from tests.support.family_gemma4 import GEMMA4_CASES
 from tests.support.family_latent import LATENT_CASES
@@ -342,5 +343,6 @@ CASES: tuple[FamilyCase, ...] = (
     *LATENT_CASES,
     *GEMMA4_CASES,
     *PART_CASES,
+    *CHANNEL_CASES,
     *STATE_CASES,
 )

@@ -18,13 +18,14 @@ _INDEXED = ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "
 # Served by a native family, unless `transformers`' code is requested; then the other tables apply.
 NATIVE: tuple[str, ...] = (
     "apertus", "arcee", "bamba", "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "dots1",
-    "ernie4_5", "ernie4_5_moe", "exaone4", "falcon", "falcon_h1", "gemma", "gemma2", "gemma3_text",
-    "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt2", "gpt_neox", "gpt_oss",
-    "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe",
-    "internlm3", "iquestcoder", "lfm2", "lfm2_moe", "lfm3", "llama", "mamba2", "minicpm3", "ministral",
-    "ministral3", "mistral", "mixtral", "mpt", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3", "olmoe",
-    "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe",
-    "qwen3_next", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "ernie4_5", "ernie4_5_moe", "exaone4", "falcon", "falcon_h1", "falcon_mamba", "gemma", "gemma2",
+    "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt2", "gpt_neox",
+    "gpt_oss", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_dense",
+    "hunyuan_v1_moe", "internlm3", "iquestcoder", "jamba", "lfm2", "lfm2_moe", "lfm3", "llama", "mamba",
+    "mamba2", "minicpm3", "ministral", "ministral3", "mistral", "mixtral", "mpt", "nemotron", "nemotron_h",
+    "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "stablelm",
+    "starcoder2",
 )  # fmt: skip
 
 # Of the common shape: computed by a native decoder; `transformers`' code is only a check.

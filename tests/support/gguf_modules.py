@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.support.family_case import BASE, FamilyCase
+from tests.support.family_channels import FALCON_MAMBA, JAMBA, MAMBA
 from tests.support.family_gemma4 import EXPERTS, SHARED
 from tests.support.family_parts import MAMBA2, NEMOTRON, NEMOTRON_EXPERTS
 
@@ -29,14 +30,6 @@ _MINIMAX: dict[str, Any] = {
     **BASE, "head_dim": 32, "intermediate_size": 64, "num_local_experts": 6, "num_experts_per_tok": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
 }  # fmt: skip
-_PURE: dict[str, Any] = {
-    key: BASE[key]
-    for key in (
-        "vocab_size", "hidden_size", "num_hidden_layers", "bos_token_id", "eos_token_id", "pad_token_id",
-        "tie_word_embeddings",
-    )
-}  # fmt: skip
-_MAMBA = {**_PURE, "state_size": 16, "time_step_rank": 32}
 _ROUTED = {
     **BASE, "num_hidden_layers": 4, "head_dim": 32, "num_experts": 6, "num_experts_per_tok": 2,
     "moe_intermediate_size": 64, "sliding_window": 12, "num_shared_experts": 1,
@@ -119,21 +112,10 @@ MORE_MODULE_CASES = (
         {**_LLAMA4, "interleave_moe_layer_step": 2, "rope_parameters": BASE["rope_parameters"]}, (),
         gguf=("f32",), rounded=("q8_0",),
     ),
-    FamilyCase("mamba", "MambaForCausalLM", _MAMBA, (), gguf=("f32", "q8_0")),
-    FamilyCase("falcon_mamba", "FalconMambaForCausalLM", _MAMBA, (), gguf=("f32", "q8_0")),
+    MAMBA,
+    FALCON_MAMBA,
     MAMBA2,
-    FamilyCase(
-        "jamba",
-        "JambaForCausalLM",
-        {
-            **{key: value for key, value in BASE.items() if not key.startswith("rope")},
-            "num_hidden_layers": 4, "mamba_dt_rank": 32, "num_experts": 4, "num_experts_per_tok": 2,
-            "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
-            "expert_layer_offset": 1, "use_mamba_kernels": False,
-        },
-        (),
-        gguf=("f32", "q8_0"),
-    ),
+    JAMBA,
     FamilyCase(
         "exaone-moe", "ExaoneMoeForCausalLM",
         {**_ROUTED, "first_k_dense_replace": 1, "sliding_window_pattern": 4, "routed_scaling_factor": 2.5},

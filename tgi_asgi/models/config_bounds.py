@@ -11,7 +11,7 @@ from dataclasses import astuple
 
 from tgi_asgi.errors import NotInFamily, check
 from tgi_asgi.models.layer_spec import ExpertsSpec, LayerSizes, LayerSpec, RopeScaling, RopeSpec
-from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, MambaSpec, RecurrentSpec
+from tgi_asgi.models.recurrent_specs import ChannelsSpec, GatedDeltaSpec, MambaSpec, RecurrentSpec
 
 MAX_CONTEXT = 1 << 24
 MAX_HEADS = 1 << 10
@@ -152,6 +152,8 @@ def _check_experts(experts: ExpertsSpec) -> None:
 def _check_recurrent(spec: RecurrentSpec) -> None:
     if isinstance(spec, MambaSpec):
         _check_mamba(spec)
+    if isinstance(spec, ChannelsSpec):
+        _check_channels(spec)
     if isinstance(spec, GatedDeltaSpec):
         _check_gated_delta(spec)
     low, high = BOUNDS["hidden_size"]
@@ -179,6 +181,15 @@ def _check_mamba(spec: MambaSpec) -> None:
     _check_factors("the factors of a state", spec.factors)
     low, high = spec.dt_limit
     check(0 <= low <= high and low < math.inf, f"time steps cannot be clamped to {low}..{high}")
+
+
+def _check_channels(spec: ChannelsSpec) -> None:
+    for name in ("state_size", "rank"):
+        value = getattr(spec, name)
+        check(1 <= value <= _MAX_STATE, f"a channel's {name} must be in 1..{_MAX_STATE}, got {value}")
+    check_computed(spec.width % 16 == 0, f"channels with states must be multiples of 16, got {spec.width}")
+    eps = spec.norm_eps
+    check(eps is None or 0 < eps < math.inf, f"the norms of a state need a positive epsilon, got {eps}")
 
 
 def _check_gated_delta(spec: GatedDeltaSpec) -> None:

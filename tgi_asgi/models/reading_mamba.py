@@ -1,4 +1,4 @@
-"""Reads what configurations say about Mamba-2."""
+"""Reads what configurations say about Mamba 1 and 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tgi_asgi.errors import check
 from tgi_asgi.models.config_bounds import check_computed
 from tgi_asgi.models.reader import Reader, as_float
 from tgi_asgi.models.reading import read_bias
-from tgi_asgi.models.recurrent_specs import MambaSpec
+from tgi_asgi.models.recurrent_specs import ChannelsSpec, MambaSpec
 
 
 def read_mamba(reader: Reader, hidden: int) -> MambaSpec:
@@ -48,6 +48,25 @@ def read_heads_of_states(
         state_size=reader.integer(state), num_taps=reader.integer("conv_kernel", 4),
         has_conv_bias=reader.flag("use_conv_bias", True), has_input_bias=bias, has_output_bias=bias,
         dt_limit=limit if least_step is None else (least_step, math.inf),
+    )  # fmt: skip
+
+
+def read_channels(
+    reader: Reader, hidden: int, *, width: int, state: str, taps: str, rank: str, conv_bias: str, bias: str,
+    norm_eps: float | None, has_norm_weights: bool = False,
+) -> ChannelsSpec:  # fmt: skip
+    """Read the specification of a recurrent layer of Mamba 1, whose defaults all models share.
+
+    Args:
+        state, taps, rank, conv_bias, bias: Keys of config.json.
+        norm_eps, has_norm_weights: As in the result.
+    """
+    given = reader.get(rank)
+    num_steps = -(-hidden // 16) if given in (None, "auto") else reader.integer(rank)
+    return ChannelsSpec(
+        width=width, state_size=reader.integer(state, 16), rank=num_steps,
+        num_taps=reader.integer(taps, 4), has_conv_bias=reader.flag(conv_bias, True),
+        has_bias=reader.flag(bias, False), norm_eps=norm_eps, has_norm_weights=has_norm_weights,
     )  # fmt: skip
 
 

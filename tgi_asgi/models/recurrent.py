@@ -13,7 +13,14 @@ import numpy.typing as npt
 
 from tgi_asgi import ops
 from tgi_asgi.models.layer_tensors import LayerTensors
-from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, MambaSpec, RecurrentSpec, ShortConvSpec
+from tgi_asgi.models.recurrent_channels import MambaChannels
+from tgi_asgi.models.recurrent_specs import (
+    ChannelsSpec,
+    GatedDeltaSpec,
+    MambaSpec,
+    RecurrentSpec,
+    ShortConvSpec,
+)
 
 
 class Recurrent(Protocol):
@@ -176,4 +183,6 @@ def make_recurrent(weights: LayerTensors, spec: RecurrentSpec) -> Recurrent:
     """Make the recurrent part that a specification describes."""
     if isinstance(spec, GatedDeltaSpec):
         return GatedDelta(weights, spec)
+    if isinstance(spec, ChannelsSpec):
+        return MambaChannels(weights, spec)
     return Mamba(weights, spec) if isinstance(spec, MambaSpec) else ShortConv(weights, spec)

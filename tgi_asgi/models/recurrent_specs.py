@@ -57,6 +57,30 @@ class MambaSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ChannelsSpec:
+    """Mamba 1: a state for each channel after a short convolution; its state is a `StateShape`."""
+
+    width: int  # number of channels; multiple of 16, required by the kernels
+    state_size: int
+    rank: int  # number of inputs of the product that computes the channels' time steps
+    num_taps: int  # number of tokens in the convolution
+    has_conv_bias: bool = True
+    has_bias: bool = False  # of the first product and of the last
+    norm_eps: float | None = None  # of norms of the steps' inputs, of B and of C; None: no norms
+    has_norm_weights: bool = False
+
+    @property
+    def num_channels(self) -> int:
+        """Number of convolved channels."""
+        return self.width
+
+    @property
+    def num_floats(self) -> int:
+        """Number of elements of the channels' states."""
+        return self.width * self.state_size
+
+
+@dataclass(frozen=True, slots=True)
 class GatedDeltaSpec:
     """Heads of the gated delta rule after a short convolution (Qwen3-Next, Qwen3.5)."""
 
@@ -105,4 +129,4 @@ class HybridSpec:
     mlp: PartFactors
 
 
-RecurrentSpec = ShortConvSpec | MambaSpec | GatedDeltaSpec
+RecurrentSpec = ShortConvSpec | MambaSpec | ChannelsSpec | GatedDeltaSpec

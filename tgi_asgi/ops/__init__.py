@@ -16,6 +16,7 @@ from tgi_asgi.ops.activation_names import ACTIVATIONS, GATED_ACTIVATIONS
 from tgi_asgi.ops.adapters import AdapterLayout, Delta, NativeAdapter, Target
 from tgi_asgi.ops.attention import attention
 from tgi_asgi.ops.attention_spec import AttentionSpec
+from tgi_asgi.ops.channel_scan import channel_scan
 from tgi_asgi.ops.cpu_program import CpuProgram
 from tgi_asgi.ops.delta_rule import delta_rule
 from tgi_asgi.ops.embed import embed, embed_add
@@ -38,7 +39,12 @@ from tgi_asgi.ops.prompt_time import bfloat16_time_ratio
 from tgi_asgi.ops.qkv import qkv
 from tgi_asgi.ops.qkv_heads import QkvHeads
 from tgi_asgi.ops.recorder import Kind, RecordedBatch, Recorder, Value
-from tgi_asgi.ops.recurrent_weights import DeltaRuleWeight, SelectiveScanWeight, ShortConvWeight
+from tgi_asgi.ops.recurrent_weights import (
+    ChannelScanWeight,
+    DeltaRuleWeight,
+    SelectiveScanWeight,
+    ShortConvWeight,
+)
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.routing import ClampedGate, RouteSpec
 from tgi_asgi.ops.sample import SampleResult, sample
@@ -95,6 +101,7 @@ __all__ = [
     "Arithmetic",
     "AttentionSpec",
     "Cache",
+    "ChannelScanWeight",
     "ClampedGate",
     "CpuProgram",
     "Delta",
@@ -146,6 +153,7 @@ __all__ = [
     "attention",
     "bfloat16_time_ratio",
     "cached_head_dim",
+    "channel_scan",
     "configure_threads",
     "decode",
     "decoded_source",

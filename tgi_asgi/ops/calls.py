@@ -12,7 +12,12 @@ from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.kv import KvCache, KvLayer
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.recorder import Call, Value
-from tgi_asgi.ops.recurrent_weights import DeltaRuleWeight, SelectiveScanWeight, ShortConvWeight
+from tgi_asgi.ops.recurrent_weights import (
+    ChannelScanWeight,
+    DeltaRuleWeight,
+    SelectiveScanWeight,
+    ShortConvWeight,
+)
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.routing import ClampedGate, RouteSpec
 from tgi_asgi.ops.states import StateLayer
@@ -65,10 +70,11 @@ class NormAdd(Call):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class NormInPlace(Call):
-    """out = norm(x), or the norms of groups of its columns, which replaces x"""
+    """out = norm(x), or the norms of groups of its columns, or of some columns only, which replaces x"""
 
     x: Value
     weight: NormWeight
+    first_column: int | None  # of the only columns; None: all
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -227,6 +233,20 @@ class SelectiveScan(Call):
     weight: SelectiveScanWeight
     cache: StateLayer
     steps_column: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ChannelScan(Call):
+    """out = (state . C + d * x) * silu(gate), where state = e^(dt * a) * state + dt * x * B"""
+
+    x: Value
+    steps: Value
+    parts: Value
+    gate: Value
+    weight: ChannelScanWeight
+    cache: StateLayer
+    parts_column: int
+    gate_column: int
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -16,6 +16,7 @@ from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.buffers import CpuBuffers, Liveness
 from tgi_asgi.ops.column_order import Form
+from tgi_asgi.ops.cpu_state_calls import StateCalls
 from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.packing import PackedExperts, PackedGateUp, PackedLinear, PackedQkv
@@ -30,10 +31,12 @@ _IN_PLACE = (
 )  # fmt: skip
 _PRODUCTS = (calls.Qkv, calls.Up, calls.GateUp, calls.Linear, calls.LinearAdd, calls.HeadsLinear)
 # Calls that write what later steps read, besides `Qkv` with keys.
-_CACHE_WRITERS = (calls.LatentQkv, calls.ShortConv, calls.SelectiveScan, calls.DeltaRule)
+_CACHE_WRITERS = (
+    calls.LatentQkv, calls.ShortConv, calls.SelectiveScan, calls.ChannelScan, calls.DeltaRule,
+)  # fmt: skip
 
 
-class CpuCalls:
+class CpuCalls(StateCalls):
     """Lowers recorded calls to those of an extension program.
 
     Args:
@@ -102,7 +105,8 @@ class CpuCalls:
         self._native.embed_add(table=made.matrix, factor=call.factor, rows=rows)
 
     def _activation(self, call: calls.Activation) -> None:
-        self._pack(self.buffers.rows_of(call.x), call.out)
+        columns = call.out.columns if call.out.columns < call.x.columns else None
+        self._pack(self.buffers.rows_of(call.x), call.out, columns)
 
     def _norm(self, call: calls.Norm) -> None:
         # For few tokens, each team member computes the norm for itself, without a barrier. That is safe only
@@ -136,7 +140,9 @@ class CpuCalls:
         )
 
     def _norm_in_place(self, call: calls.NormInPlace) -> None:
-        self._native.norm_in_place(norm=_norm_of(call.weight), x=self.buffers.rows_of(call.x))
+        self._native.norm_in_place(
+            norm=_norm_of(call.weight), x=self.buffers.rows_of(call.x), first_column=call.first_column
+        )
 
     def _qkv(self, call: calls.Qkv) -> None:
         weight, made = call.weight, _made(call.weight.made, PackedQkv)
@@ -313,58 +319,6 @@ class CpuCalls:
         rows, gate, x = (self.buffers.rows_of(value) for value in (call.rows, call.gate, call.x))
         self._native.gated_add(rows=rows, gate=gate, factor=call.factor, x=x)
 
-    def _short_conv(self, call: calls.ShortConv) -> None:
-        channels = call.out.columns
-        conv = _C.ShortConv(
-            weight=layout.padded(call.weight.taps.T),
-            bias=None if call.weight.bias is None else layout.padded(call.weight.bias),
-            first_column=call.first_column,
-            in_gate=0 if call.is_gated else None,
-            out_gate=channels if call.is_gated else None,
-            has_silu=call.has_silu,
-        )
-        self._native.short_conv(
-            rows=self.buffers.rows_of(call.rows), conv=conv, states=call.cache.pool.native,
-            layer=call.cache.index, out=self.buffers.assign_rows(call.out, channels),
-        )  # fmt: skip
-
-    def _selective_scan(self, call: calls.SelectiveScan) -> None:
-        weight = call.weight
-        scan = _C.SelectiveScan(
-            num_heads=weight.num_heads, head_dim=weight.head_dim, num_groups=weight.num_groups,
-            state_size=weight.state_size, a=weight.a, d=weight.d,
-            dt_bias=weight.dt_bias, dt_column=call.steps_column, dt_scale=weight.dt_scale,
-            dt_low=weight.dt_limit[0], dt_high=weight.dt_limit[1],
-        )  # fmt: skip
-        self._native.selective_scan(scan=scan, **self._heads_of(call))
-
-    def _delta_rule(self, call: calls.DeltaRule) -> None:
-        weight = call.weight
-        rule = _C.DeltaRule(
-            num_heads=weight.num_heads, head_dim=weight.head_dim, num_key_heads=weight.num_key_heads,
-            key_dim=weight.key_dim, is_tiled=weight.is_tiled, a=weight.a,
-            dt_bias=weight.dt_bias,
-        )  # fmt: skip
-        self._native.delta_rule(rule=rule, **self._heads_of(call))
-
-    def _heads_of(self, call: calls.SelectiveScan | calls.DeltaRule) -> dict[str, Any]:
-        """Return the buffers that heads with recurrent states read and write."""
-        source, steps = (self.buffers.rows_of(value) for value in (call.rows, call.steps))
-        return {
-            "source": source, "steps": steps, "states": call.cache.pool.native, "layer": call.cache.index,
-            "out": self.buffers.assign_rows(call.out, call.out.columns),
-        }  # fmt: skip
-
-    def _gated_norm(self, call: calls.GatedNorm) -> None:
-        norm = _C.GatedNorm(
-            width=call.out.columns, group_width=call.group_width, eps=call.eps,
-            weight=call.weight,
-            is_gate_first=call.is_gate_first, is_sigmoid=call.is_sigmoid, gate_scale=call.gate_scale,
-        )  # fmt: skip
-        rows, gate = (self.buffers.rows_of(value) for value in (call.rows, call.gate))
-        out = self.buffers.assign_rows(call.out, call.out.columns)
-        self._native.gated_norm(rows=rows, gate=gate, norm=norm, out=out)
-
     def _head(self, call: calls.Head) -> None:
         if self._index != len(self._recorded) - 1:
             raise ValueError("`head` must be the last operator: it reads the final residual")
@@ -377,9 +331,10 @@ class CpuCalls:
         product = _C.Product(weight=made.matrix, source=source, bias=made.bias)
         self._native.logits(product=product, vocab_size=call.weight.rows, scale=call.scale, cap=call.cap)
 
-    def _pack(self, rows: _C.Rows, value: Value) -> None:
+    def _pack(self, rows: _C.Rows, value: Value, columns: int | None = None) -> None:
         for precision in self._liveness.precisions(value):
-            self._native.pack(rows=rows, out=self.buffers.assign_activation(value, precision))
+            out = self.buffers.assign_activation(value, precision)
+            self._native.pack(rows=rows, out=out, columns=columns)
 
     def _reorder(self, value: Value) -> None:
         """Write an activation's forms with an order of columns: one for all products that share it."""
@@ -462,6 +417,7 @@ _EMITTERS: dict[type[Call], Callable[[CpuCalls, Any], None]] = {
     calls.GatedAdd: CpuCalls._gated_add,
     calls.ShortConv: CpuCalls._short_conv,
     calls.SelectiveScan: CpuCalls._selective_scan,
+    calls.ChannelScan: CpuCalls._channel_scan,
     calls.DeltaRule: CpuCalls._delta_rule,
     calls.GatedNorm: CpuCalls._gated_norm,
     calls.Head: CpuCalls._head,

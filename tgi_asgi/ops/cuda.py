@@ -440,8 +440,8 @@ class CudaProgram:
 
 
 _CPU_ONLY = (
-    calls.GatedNorm, calls.ShortConv, calls.SelectiveScan, calls.DeltaRule, calls.LatentQkv,
-    calls.HeadsLinear, calls.EmbedAdd, calls.ActMul, calls.Experts,
+    calls.GatedNorm, calls.ShortConv, calls.SelectiveScan, calls.ChannelScan, calls.DeltaRule,
+    calls.LatentQkv, calls.HeadsLinear, calls.EmbedAdd, calls.ActMul, calls.Experts,
 )  # fmt: skip
 _EMITTERS: dict[type[Call], Callable[[CudaProgram, Any], None]] = {
     calls.Embed: CudaProgram._embed,

@@ -92,6 +92,10 @@ class Repacking:
         """Refuse per-head products, which have no CUDA kernels."""
         raise ValueError("latent attention is computed on CPUs only, not on CUDA")
 
+    def for_states(self) -> Repacking:
+        """Return how matrices are repacked whose inputs are not rounded: as all others."""
+        return self
+
     def for_experts(self) -> Repacking:
         """Return the same arithmetic: `joined` decodes what it cannot stack."""
         return self

@@ -116,6 +116,7 @@ class Packing:
 
     Attributes:
         keeps_orders: Whether weights may keep an order of columns.
+        keeps_inputs: Whether the inputs of quantised weights stay in float32.
         by_kind: Bytes, by format, of the weights that prompt tokens multiply in another precision than
             generated tokens.
     """
@@ -125,6 +126,7 @@ class Packing:
     rounds_floats: bool = False
     has_float_prompts: bool = field(default=False, repr=False)
     keeps_orders: bool = field(default=True, repr=False)
+    keeps_inputs: bool = field(default=False, repr=False)
     by_kind: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
     arena: _C.Arena = field(default_factory=_C.Arena, compare=False, repr=False)
 
@@ -173,6 +175,10 @@ class Packing:
     def for_experts(self) -> Packing:
         """Return how experts' matrices are packed: with the columns of the one input that all read."""
         return replace(self, keeps_orders=False)
+
+    def for_states(self) -> Packing:
+        """Return how matrices are packed whose inputs must not be rounded; see `Arithmetic.for_states`."""
+        return replace(self, keeps_inputs=True)
 
     def heads(self, source: WeightSource, num_heads: int, *, is_transposed: bool) -> PackedLinear:
         """Pack the heads' matrices, stacked by rows; see `Arithmetic.heads`."""
@@ -256,6 +262,8 @@ class Packing:
 
     def _precision(self, name: str, is_vocabulary: bool) -> str:
         if self.is_exact:
+            return "float32"
+        if FORMATS[name].is_quantised and self.keeps_inputs:
             return "float32"
         if FORMATS[name].is_quantised:
             return BY_KIND if self.has_float_prompts and not is_vocabulary else "int8"

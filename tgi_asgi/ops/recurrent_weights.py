@@ -1,4 +1,4 @@
-"""Parameters of the recurrent operators: `short_conv`, `selective_scan` and `delta_rule`."""
+"""Parameters of the recurrent operators: `short_conv`, `selective_scan`, `channel_scan` and `delta_rule`."""
 
 from __future__ import annotations
 
@@ -72,6 +72,33 @@ class SelectiveScanWeight:
     def columns(self) -> int:
         """Columns of x, B and C together."""
         return self.width + 2 * self.num_groups * self.state_size
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ChannelScanWeight:
+    """The channels' parameters, float32.
+
+    Attributes:
+        a: [channels, state_size], not positive; a number of a state is multiplied by e^(dt * a). The channels
+            are a multiple of 16.
+        d: [channels], factor with which x bypasses the state.
+
+    Raises:
+        TypeError: if an array is not float32.
+        ValueError: if an array has another shape, or a rate is positive or NaN.
+    """
+
+    a: Floats
+    d: Floats
+
+    def __post_init__(self) -> None:
+        if self.a.ndim != 2:
+            raise ValueError(f"`a` must be [channels, state_size], got {list(self.a.shape)}")
+        if self.a.dtype != np.float32:
+            raise TypeError(f"`a` must be float32, got {self.a.dtype}")
+        if not (self.a <= 0).all():
+            raise ValueError("`a` must not be positive: states would grow without a bound")
+        check_heads(self.a.shape[0], d=self.d)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -94,6 +94,9 @@ class Arithmetic(Protocol):
     def for_experts(self) -> Arithmetic:
         """Return the arithmetic whose `gate_up` and `linear` make what `experts` takes."""
 
+    def for_states(self) -> Arithmetic:
+        """Return the arithmetic whose `linear` keeps its input in floats, even if the weight has codes."""
+
     def experts(self, gate_ups: Sequence[Any], downs: Sequence[Any]) -> Any:
         """Make `ExpertsWeight.made` from the results of `for_experts`: gate and up, or up, and down."""
 

@@ -83,6 +83,30 @@ struct SelectiveScanParams {
   int64_t out_stride;
 };
 
+// Channels with a state of `state_size` numbers each. Each token decays every number by itself,
+// adds to it, and reads it out:
+//   dt    = softplus(step)
+//   state = 2^(dt * a) * state + dt * x * B
+//   out   = (state . C + d * x) * silu(gate)
+// Source: Gu and Dao, Mamba, arXiv 2312.00752, algorithm 2.
+struct ChannelScanParams {
+  const float* x;  // [num_tokens, x_stride], the channels first
+  int64_t x_stride;
+  const float* steps;  // [num_tokens, steps_stride], one per channel
+  int64_t steps_stride;
+  const float* parts;  // [num_tokens, parts_stride]: B and C [state_size]
+  int64_t parts_stride;
+  const float* gate;  // [num_tokens, gate_stride], one per channel
+  int64_t gate_stride;
+  int64_t num_channels;  // a multiple of 16
+  int64_t state_size;
+  const float* a;   // [num_channels / 16, state_size, 16], not positive
+  const float* d;   // [num_channels]
+  StateView state;  // the shape of a
+  float* out;       // [num_tokens, out_stride], zero past the channels
+  int64_t out_stride;
+};
+
 // The gated delta rule. Each token decays a head's state and corrects the value stored under its
 // key:
 //   state  = e^(a * softplus(decay_step + bias)) * state

@@ -440,6 +440,7 @@ struct Kernels {
   StepFunction<GatedAddParams> gated_add;
   StepFunction<ShortConvParams> short_conv;
   StepFunction<SelectiveScanParams> selective_scan;
+  StepFunction<ChannelScanParams> channel_scan;
   StepFunction<DeltaRuleParams> delta_rule;
   StepFunction<GatedNormParams> gated_norm;
   // A member's work memory, in floats, for a product's units of `unit_strips` strips.

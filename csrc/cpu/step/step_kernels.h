@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_kernel.h"
+#include "channel_scan_kernel.h"
 #include "delta_rule_kernel.h"
 #include "experts_kernel.h"
 #include "heads_linear_kernel.h"
@@ -147,6 +148,7 @@ constexpr Kernels make_kernels(const char* name) {
           gated_add<S>,
           short_conv<S>,
           selective_scan<S>,
+          channel_scan<S>,
           delta_rule<S>,
           gated_norm<S>,
           scratch_floats<S>,
