@@ -1,13 +1,13 @@
 // Compares the parts that split_attention assigns to each team member with a list of all chunks
 // that are read, for random steps and rules. Prints the number of steps, or an error with status 1.
+#include "cpu/step/attention_split.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <random>
 #include <tuple>
 #include <vector>
-
-#include "cpu/step/step.h"
 
 using namespace tgi::cpu::step;
 

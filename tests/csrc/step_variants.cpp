@@ -10,10 +10,10 @@
 #include <vector>
 
 #include "cpu/platform.h"
+#include "cpu/step/attention_split.h"
 #include "cpu/step/block_reader.h"
 #include "cpu/step/kernel_sets.h"
 #include "cpu/step/pack.h"
-#include "cpu/step/step.h"
 #include "step_inputs.h"
 
 using namespace tgi::cpu::step;  // NOLINT

@@ -8,7 +8,7 @@ from tests.support.cpp_program import compiled
 
 
 def test_members_share_the_chunks_that_a_rule_leaves() -> None:
-    sources = ("tests/csrc/attention_split.cpp", "csrc/cpu/step/step.cpp")
+    sources = ("tests/csrc/attention_split.cpp", "csrc/cpu/step/attention_split.cpp")
     program = compiled("attention_split", *sources, flags=["-O1", "-Wall", "-Werror"])
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

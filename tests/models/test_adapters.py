@@ -69,6 +69,7 @@ def of(*target_modules: str, **more: Any) -> dict[str, Any]:
 
 
 LATENT = of("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
+OF_INPUTS = ("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection")
 NEOX = of("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 more_families = functools.partial(pytest.param, marks=pytest.mark.models)
 
@@ -118,6 +119,13 @@ def test_adapters_in_float32_keep_its_precision(name: str, changes: dict[str, An
         more_families("falcon_h1", of("q_proj", "k_proj", "o_proj", "in_proj", "gate_proj", "down_proj")),
         more_families("granite_hybrid-dense", of("o_proj", "in_proj", "input_linear", "output_linear")),
         more_families("mpt", of("Wqkv", "out_proj", "up_proj", "down_proj")),
+        more_families("gemma4-shared", of("q_proj", "v_proj", "down_proj", *OF_INPUTS)),
+        more_families("gemma4-experts", of("q_proj", "k_proj", "o_proj", "up_proj")),
+        more_families("lfm3", of("q_proj", "k_proj", "g_proj", "in_proj", "w1", "w2")),
+        more_families("bamba", of("v_proj", "in_proj", "gate_proj")),
+        more_families("nemotron_h", of("q_proj", "v_proj", "in_proj", "up_proj", "down_proj")),
+        more_families("mamba2", of("in_proj")),
+        more_families("jamba", of("q_proj", "o_proj", "in_proj", "x_proj", "down_proj")),
     ],
 )  # fmt: skip
 def test_a_family_gives_what_peft_gives_alone_and_among_others(

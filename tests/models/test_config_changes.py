@@ -39,12 +39,15 @@ OTHERS = frozenset({
     "num_hidden_layers", "hidden_size", "max_position_embeddings", "seq_length", "max_seq_len", "n_positions",
     "id2label", "label2id", "is_encoder_decoder", "transformers_version", "alibi",
 })  # fmt: skip
+_QUARTER = {"rope_type": "default", "partial_rotary_factor": 0.25}
+_ONE_ROPE = {"full_attention": {"rope_theta": 500.0, "rope_type": "default"}}
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
 ROPES: tuple[dict[str, Any], ...] = (
     {"rope_type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0},
     {"rope_type": "yarn", **_YARN}, {"rope_type": "yarn", **_YARN, "mscale": 0.7, "mscale_all_dim": 1.3},
     {"rope_type": "yarn", **_YARN, "attention_factor": 1.7}, {"rope_type": "default", "rope_theta": 500.0},
     {"rope_type": "default", "partial_rotary_factor": 0.5},
+    _QUARTER,
     {"rope_type": "llama3", **_YARN, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
 )  # fmt: skip
 
@@ -132,6 +135,15 @@ def difference(folder: Path, case: FamilyCase, config: Mapping[str, Any]) -> flo
         ("Gemma3ForCausalLM", {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}, False),
         ("Olmo3ForCausalLM", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, False),
         ("Lfm2ForCausalLM", {"hidden_activation": "relu"}, False),
+        ("Lfm3ForCausalLM", {"rms_norm_eps": 0.3}, True),
+        ("Lfm3ForCausalLM", {"head_dim": 20}, False),
+        ("Lfm3ForCausalLM", {"layer_types": ["full_attention"] * 4, "rope_parameters": _ONE_ROPE}, True),
+        ("BambaForCausalLM", {"rope_parameters": {"rope_theta": 500.0, **_QUARTER}}, True),
+        ("BambaForCausalLM", {"partial_rotary_factor": 0.25}, True),
+        ("BambaForCausalLM", {"mamba_d_ssm": 128}, True),
+        ("NemotronHForCausalLM", {"hidden_act": "silu"}, True),
+        ("NemotronHForCausalLM", {"mamba_dt_min": 0.3, "time_step_min": 0.001}, True),
+        ("Mamba2ForCausalLM", {"norm_before_gate": True, "rms_norm": True}, True),  # Codestral Mamba
     ],
     ids=str,
 )

@@ -226,13 +226,12 @@ def test_weights_beyond_the_memory_are_refused_unread(
 
 @pytest.mark.parametrize("quantise", [None, "Q8_0", "Q4_0"])
 def test_what_weights_will_take_is_known_before(tmp_path: Path, quantise: str | None) -> None:
-    vocabulary = 8192 * 256
     files = sparse_checkpoint(
         tmp_path / "model", hidden_size=256, intermediate_size=512, vocab_size=8192, num_key_value_heads=4
     )
     packing = ops.Packing(is_exact=False, quantise=quantise)
     with OpenModel(files) as opened:
-        expected = packed_bytes(opened.packed_tensors(), packing, vocabulary)
+        expected = packed_bytes(opened.packed_tensors(), packing, opened.config.vocabulary_sizes)
         model: Any = opened.load(packing, 512)
     weights = [model.embedding, model.head]
     for layer in model.layers:

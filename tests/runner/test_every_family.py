@@ -43,6 +43,7 @@ ALIASES = {
     "Qwen3_5MoeForConditionalGeneration",
     "Gemma4ForConditionalGeneration",
 }
+MORE_CASES = {"gemma4-shared"}  # layers without keys of their own
 USUAL = {"LlamaForCausalLM", "BloomForCausalLM", "StableLmForCausalLM", "Lfm2ForCausalLM"}
 
 # Layers that overwrite their state of a sequence.
@@ -53,6 +54,10 @@ RECURRENT = {
     "Qwen3NextForCausalLM",
     "Qwen3_5ForCausalLM",
     "FalconH1ForCausalLM",
+    "Lfm3ForCausalLM",
+    "BambaForCausalLM",
+    "NemotronHForCausalLM",
+    "Mamba2ForCausalLM",
     "MambaForCausalLM",
     "FalconMambaForCausalLM",
     "JambaForCausalLM",
@@ -61,10 +66,11 @@ LATENT = {"DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "MiniCPM3ForCausalLM
 
 
 def one_case_each() -> list[Any]:
-    """Return the last case of each architecture, which is rarely the plainest."""
+    """Return the last case of each architecture, which is rarely the plainest, and `MORE_CASES`."""
     by_architecture = {case.served_as: case for case in CASES if case.max_total_tokens is None}
+    more = [(case.served_as, case) for case in CASES if case.name in MORE_CASES]
     found = []
-    for architecture, case in by_architecture.items():
+    for architecture, case in [*by_architecture.items(), *more]:
         marks = [] if architecture in USUAL else [pytest.mark.models]
         found.append(pytest.param(case, id=case.name, marks=marks))
     return found

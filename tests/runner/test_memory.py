@@ -13,12 +13,15 @@ import torch
 from tests.runner.test_load import settings
 from tests.support.adapters import write_adapter
 from tests.support.checkpoints import SHAPE, load_model, make_model, save, save_gguf, save_tokenizer
+from tests.support.families import CASES
+from tests.support.family_files import checkpoint
 from tests.support.quantised import save_quantised
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.families.gemma4 import Gemma4
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.loading.recognise import read_config
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
@@ -52,10 +55,10 @@ ROUNDED = ops.Packing(is_exact=False, rounds_floats=True)
 def test_weights_that_do_not_fit_are_refused_with_what_would(free: int, words: str | None) -> None:
     tensors = [("F32", GIB - 64), ("F32", 64)]
     if words is None:
-        assert check_weights_fit(tensors, FAST, 0, free) == 4 * GIB
+        assert check_weights_fit(tensors, FAST, (), free) == 4 * GIB
         return
     with pytest.raises(ModelLoadError, match=words):
-        check_weights_fit(tensors, FAST, 0, free)
+        check_weights_fit(tensors, FAST, (), free)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,7 @@ def test_weights_that_do_not_fit_are_refused_with_what_would(free: int, words: s
     ],
 )
 def test_a_weight_takes_what_it_is_packed_to(name: str, packing: ops.Packing, expected: int) -> None:
-    assert packed_bytes([(name, 1024)], packing, 0) == expected
+    assert packed_bytes([(name, 1024)], packing, ()) == expected
 
 
 @pytest.mark.parametrize("quantise", [None, "Q8_0", "Q4_0"])
@@ -91,10 +94,23 @@ def test_predicted_weight_bytes_are_those_packed(tmp_path: Path, kind: str, quan
         assert_size_is_predicted(files, ops.Packing(is_exact=False, quantise=quantise, rounds_floats=rounds))
 
 
+def test_embeddings_of_layers_are_foretold_at_eight_bits() -> None:
+    """They are most of a small Gemma 4."""
+    case = next(case for case in CASES if case.name == "gemma4-shared")
+    packing = ops.Packing(is_exact=False, quantise="Q4_0")
+    with OpenModel(checkpoint(case)) as opened:
+        predicted = packed_bytes(opened.packed_tensors(), packing, opened.config.vocabulary_sizes)
+        others = packed_bytes(opened.packed_tensors(), packing, opened.config.vocabulary_sizes[:1])
+    model = load_model(checkpoint(case), packing, max_positions=16)
+    assert isinstance(model, Gemma4)
+    table = model.input_table.made.matrix.nbytes
+    assert predicted - others == pytest.approx(table - table * 4.5 / 8.5, rel=0.06)
+
+
 def assert_size_is_predicted(files: ModelFiles, packing: ops.Packing) -> None:
     """Check that the packed weights of a model are as large as predicted from its files."""
     with OpenModel(files) as opened:
-        vocabulary = opened.config.vocab_size * opened.config.hidden_size
+        vocabulary = opened.config.vocabulary_sizes
         predicted = packed_bytes(opened.packed_tensors(), packing, vocabulary)
     model = load_model(files, packing, max_positions=16)
     assert isinstance(model, Decoder)
@@ -141,7 +157,7 @@ def test_what_shards_decode_is_counted_as_decoded(
     held = 0
     for rank in (0, 1):
         with OpenModel(files) as opened:
-            vocabulary = opened.config.vocab_size * opened.config.hidden_size
+            vocabulary = opened.config.vocabulary_sizes
             tensors = opened.packed_tensors()
             opened.use_cut(opened.cuts(2)[rank])
             model = opened.load(FAST, 16)

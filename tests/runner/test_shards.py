@@ -80,7 +80,8 @@ async def test_more_shards_than_kv_heads_write_what_one_does(tiny: ModelFiles) -
 
 # Cases with experts, recurrent layers, latents, or norms over all heads.
 REFUSED = re.compile(
-    r"moe|mixtral|dots1|gpt_oss|deepseek|minicpm3|lfm2|hybrid|qwen3_(next|5)|falcon_h1|mamba|jamba|olmo[23]"
+    r"moe|mixtral|dots1|gpt_oss|deepseek|minicpm3|lfm[23]|hybrid|qwen3_(next|5)|falcon_h1|mamba|jamba|bamba"
+    r"|nemotron_h|gemma4|olmo[23]"
 )
 
 

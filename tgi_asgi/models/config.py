@@ -50,6 +50,10 @@ class ServedConfig(Protocol):
     @property
     def hidden_size(self) -> int: ...
     @property
+    def vocabulary_sizes(self) -> Sequence[int]:
+        """Numbers of elements of embeddings and heads, which `--quantize` leaves at 8 bits or more."""
+
+    @property
     def context_length(self) -> int: ...
     @property
     def longest_context(self) -> int:
@@ -117,7 +121,10 @@ class ModelConfig:
     activation: str = "silu"
     has_qkv_bias: bool = False
     has_output_bias: bool = False  # of the product after attention
-    has_output_gate: bool = False  # whether heads' results are multiplied by the sigmoid of a gate each
+    # Whether heads' results are multiplied by the sigmoid of gates: one per value, from the queries' product,
+    # or one per head, from a product of its own.
+    has_output_gate: bool = False
+    has_head_gates: bool = False
     has_mlp_bias: bool = False
     has_gate: bool = True  # whether the MLP is f(gate) * up instead of f(up)
     is_parallel: bool = False  # whether attention and MLP both read the layer's input
@@ -157,6 +164,11 @@ class ModelConfig:
         ropes = [layer.rope for layer in self.layers if layer.rope is not None]
         is_dynamic = any(rope.scaling is not None and rope.scaling.kind == "dynamic" for rope in ropes)
         return MAX_CONTEXT if is_dynamic else self.context_length
+
+    @property
+    def vocabulary_sizes(self) -> tuple[int, int]:
+        """Numbers of elements of the embedding, and of all layers' own."""
+        return self.vocab_size * self.hidden_size, self.vocab_size * self.num_layers * self.layer_input_size
 
     @property
     def num_layers(self) -> int:

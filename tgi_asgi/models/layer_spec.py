@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.recurrent_specs import HybridSpec, RecurrentSpec
@@ -90,7 +91,7 @@ class LayerSizes:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One layer: its attention, and experts if it has them instead of an MLP.
+    """One layer: its attention, or what replaces it, and its experts, if it has any.
 
     In a layer without attention the attention fields are ignored.
     """
@@ -104,7 +105,7 @@ class LayerSpec:
     has_sinks: bool = False  # whether each head has an attention sink
     query_growth: QueryGrowth | None = None
     alphas: tuple[float, float] | None = None  # xIELU's two parameters, if the configuration has them
-    experts: ExpertsSpec | None = None
+    experts: ExpertsSpec | None = None  # most families' replace the MLP
     recurrent: RecurrentSpec | None = None  # replaces attention
     hybrid: HybridSpec | None = None  # the layer has both attention and a recurrent part, in parallel
     latent: LatentSpec | None = None  # latent attention (MLA), if the layer uses it
@@ -112,7 +113,7 @@ class LayerSpec:
     keys_of: int | None = None  # the earlier layer whose keys and values are read; None: the layer's own
     values_are_keys: bool = False  # whether values are computed as keys are, up to their norm
     # The only part that the layer has: "mixer", which is attention or recurrence, or "mlp"; None: both.
-    part: str | None = None
+    part: Literal["mixer", "mlp"] | None = None
 
     @property
     def has_mixer(self) -> bool:

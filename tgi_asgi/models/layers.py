@@ -25,7 +25,7 @@ class Layer:
         num_caches: Number of caches that `forward` accepts.
         gate: Gate on the heads' results; None: no gate.
         latent: Latent attention, if the layer uses it; it then has no `qkv`.
-        experts: Experts that replace the MLP; None: the layer has an MLP.
+        experts: The layer's experts; in most families they replace the MLP.
         has_mlp: Whether the layer has an MLP, `up` and `down`.
         up: First half of the MLP, with or without a gate.
         alphas: The two parameters of xIELU, if that is the MLP's activation.

@@ -18,6 +18,7 @@ class Need(enum.StrEnum):
     GATES = "gates by other functions than silu and gelu_tanh"
     LEARNED_POSITIONS = "learned positions"
     INTERLEAVED_ROPE = "rotary embeddings of neighbouring dims"
+    PROPORTIONAL_ROPE = "proportional rotary embeddings"
     CLIP = "queries, keys and values that are cut to a range"
     QK_LAYER_NORM = "LayerNorm of queries and keys"
     QUERY_SCALES = "queries that grow with their positions"
@@ -47,6 +48,7 @@ def needs_of(config: ModelConfig) -> set[Need]:
         Need.GATES: config.has_gate and config.activation not in ("silu", "gelu_tanh"),
         Need.LEARNED_POSITIONS: config.has_learned_positions,
         Need.INTERLEAVED_ROPE: config.has_interleaved_rope,
+        Need.PROPORTIONAL_ROPE: any(layer.rope and layer.rope.whole_dim is not None for layer in layers),
         Need.CLIP: config.clip is not None,
         Need.QK_LAYER_NORM: config.has_qk_norm and config.has_layer_norm,
         Need.QUERY_SCALES: any(layer.query_growth is not None for layer in layers),
@@ -56,7 +58,7 @@ def needs_of(config: ModelConfig) -> set[Need]:
         Need.SOFT_CAP: any(layer.soft_cap is not None for layer in layers),
         Need.SLOPES: any(layer.slopes is not None for layer in layers),
         Need.SINKS: any(layer.has_sinks for layer in layers),
-        Need.OUTPUT_GATES: config.has_output_gate,
+        Need.OUTPUT_GATES: config.has_output_gate or config.has_head_gates,
         Need.EXPERTS: any(layer.experts is not None for layer in layers),
         Need.STATES: config.has_states,
         Need.LATENTS: any(layer.latent is not None for layer in layers),

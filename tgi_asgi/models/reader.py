@@ -148,6 +148,12 @@ class Reader:
             self._own[key] = given[0] if given else key
             self._read.update(own)
 
+    def prefer(self, **names: str) -> None:
+        """Name a key for each of these whose value comes first, if a config.json has it."""
+        for key, other in names.items():
+            if not self.is_gguf and self.has(other):
+                self.replace(key, self.get(other))
+
     def defaults(self, **values: Any) -> None:
         """Set the values of keys that a config.json lacks: the defaults of transformers' class."""
         if not self.is_gguf:

@@ -11,14 +11,14 @@ from tgi_asgi.models.reading import read_bias
 from tgi_asgi.models.recurrent_specs import ChannelsSpec, MambaSpec
 
 
-def read_mamba(reader: Reader, hidden: int) -> MambaSpec:
-    """Read the specification of a recurrent layer."""
+def read_mamba(reader: Reader, hidden: int, width: int = 0) -> MambaSpec:
+    """Read the specification of a recurrent layer; a config.json may state its width apart."""
     heads = reader.integer("mamba_n_heads", 128)
     if reader.is_gguf:
         width = reader.integer("ssm.inner_size", 2 * hidden)
     else:
-        width = reader.integer("mamba_expand", 2) * hidden
-        width = reader.integer("mamba_d_ssm", 0) or width
+        expansion = reader.integer("mamba_expand", 2)
+        width = width or expansion * hidden
     check(heads > 0 and width > 0, f"the heads of states must be positive: {heads} of {width} channels")
     check_computed(width % heads == 0, f"{heads} heads of states cannot share {width} channels")
     reader.ignore("mamba_d_head", "mamba_chunk_size")  # derived from others; a kernel's block size

@@ -108,6 +108,7 @@ def read_ropes_of_kinds(
         dim = head_dim
         if rope_type == "proportional":
             dim = 2 * int(share * head_dim // 2)
+            check_computed(dim > 0, f"partial_rotary_factor of {share} rotates no pair of {head_dim} dims")
         else:
             check_computed(share == 1, f"partial_rotary_factor is {share}, but {kind} rotates whole heads")
         found[kind] = RopeSpec(dim, theta, whole_dim=None if dim == head_dim else head_dim)

@@ -387,9 +387,8 @@ class CpuCalls(StateCalls):
         if rope.rotary_dim != rotary_dim:
             raise ValueError(f"the rotary table turns {rope.rotary_dim} dims, the weight {rotary_dim}")
         if id(rope) not in self._tables:
-            missing = (
-                -(rotary_dim // 2) % layout.PANEL
-            )  # if 0, nothing is copied: 64 MiB for 131,072 positions
+            # If 0, nothing is copied: a table of 131,072 positions has 64 MiB.
+            missing = -(rotary_dim // 2) % layout.PANEL
             cosines = layout.pad_columns(rope.cos, missing, 1.0)
             self._tables[id(rope)] = (rope, cosines, layout.pad_columns(rope.sin, missing))
         return self._tables[id(rope)][1:]

@@ -187,14 +187,15 @@ class CudaProgram:
 
     def _qkv(self, call: calls.Qkv) -> None:
         layer, weight = _layer_of(call.cache), call.weight
-        if not weight.heads.has_keys or (weight.norms is not None and weight.norms.has_values):
+        heads, norms = weight.heads, weight.norms
+        has_value_norm = norms is not None and norms.has_values
+        if heads.is_proportional or not heads.has_keys or has_value_norm:
             self._refuse(call)
         made: DeviceMatrix = weight.made
         product = self._product(call.a, made, sum(weight.heads.rows), "qkv")
         self._adapt(weight, call.a, product)
         if call.clip is not None:
             self._launches.add("aten::clamp_", tokens_of(product), -call.clip, call.clip)
-        norms = weight.norms
         if norms is not None and norms.is_whole:
             self._whole_norms(product, weight.heads, norms)
         cos, sin = self._table(call.rope)

@@ -86,7 +86,9 @@ def experts_add(
 def _check_gates(weight: ExpertsWeight, activation: str, clamped: ClampedGate | None) -> None:
     if activation not in GATED_ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(GATED_ACTIVATIONS)}, got {activation}")
-    if clamped is not None and (activation != "silu" or not weight.is_gated):
+    if clamped is not None and not weight.is_gated:
+        raise ValueError("`clamped` bounds gates, which these experts lack")
+    if clamped is not None and activation != "silu":
         raise ValueError(f"only silu's gates are clamped, not {activation}'s")
 
 

@@ -198,13 +198,11 @@ def _divide(
     """
     config = opened.config
     free = max(free - opened.table_bytes(max_context), 0)
-    vocabulary = config.vocab_size * config.hidden_size
     tensors = opened.packed_tensors()
     if cuts:
         tensors = cut_tensors(tensors)
-    free -= check_weights_fit(
-        tensors, packing, vocabulary, free, more_advice=_NO_IMAGES if opened.uses_projector else ""
-    )
+    advice = _NO_IMAGES if opened.uses_projector else ""
+    free -= check_weights_fit(tensors, packing, config.vocabulary_sizes, free, more_advice=advice)
     if settings.dtype == "auto" and packing.quantise is None and _are_rounded(tensors):
         logger.info("the weights are in float32 or float16: --dtype bfloat16 rounds them, and is faster")
     adapter_bytes = 0

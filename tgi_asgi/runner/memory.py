@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
@@ -25,16 +25,16 @@ _KEPT_SHARE = 1 / 10  # of the cache's memory, for kept states
 _MIN_KEPT, _MAX_KEPT = 8, 1 << 16  # kept states, unless the administrator sets their number
 
 
-def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing, vocabulary: int) -> int:
+def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing, vocabulary: Container[int]) -> int:
     """Estimate the bytes that weights occupy once they are packed.
 
     Args:
         tensors: Format and number of elements of each tensor.
-        vocabulary: Number of elements of an embedding or head; tensors of this size are recognised as such
-            and stay at eight bits.
+        vocabulary: Numbers of elements of embeddings and heads; tensors of these sizes are recognised as
+            such and stay at eight bits.
     """
     return int(
-        sum(elements * _bytes_each(name, packing, elements == vocabulary) for name, elements in tensors)
+        sum(elements * _bytes_each(name, packing, elements in vocabulary) for name, elements in tensors)
     )
 
 
@@ -59,7 +59,7 @@ def cut_tensors(tensors: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
 
 
 def check_weights_fit(
-    tensors: list[tuple[str, int]], packing: ops.Packing, vocabulary: int, free_bytes: int, *,
+    tensors: list[tuple[str, int]], packing: ops.Packing, vocabulary: Container[int], free_bytes: int, *,
     more_advice: str = "",
 ) -> int:  # fmt: skip
     """Return the bytes that the weights will occupy; the arguments are those of `packed_bytes`.

@@ -10,7 +10,7 @@
 
 #include "../memory.h"
 #include "../shard_group.h"
-#include "step.h"
+#include "attention_split.h"
 
 namespace tgi::cpu::step {
 

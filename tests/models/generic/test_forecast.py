@@ -56,7 +56,7 @@ def torch_tensors_of(model: nn.Module) -> Iterator[Tensor]:
 def predicted_and_actual_bytes(folder: Path, arithmetic: ops.Packing, context: int = 64) -> tuple[int, int]:
     """Load a model; return the predicted and the actual number of bytes."""
     with open_generic(folder) as opened:
-        vocabulary = opened.config.vocab_size * opened.config.hidden_size
+        vocabulary = opened.config.vocabulary_sizes
         predicted = packed_bytes(opened.packed_tensors(), arithmetic, vocabulary)
         predicted += opened.table_bytes(context)
         loaded = opened.load(arithmetic, context)

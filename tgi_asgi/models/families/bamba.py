@@ -25,6 +25,7 @@ def read_bamba(reader: Reader, architecture: str) -> ModelConfig:
         vocab_size=128000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=262144,
     )  # fmt: skip
+    reader.drop("partial_rotary_factor")
     sizes = read_sizes(reader, default_eps=1e-5)
     check_computed(sizes["activation"] == "silu", f"hidden_act must be silu, got {sizes['activation']}")
     mamba = read_mamba(reader, sizes["hidden_size"])
@@ -42,8 +43,9 @@ def read_bamba(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _turn_half(rope: dict[str, Any]) -> None:
-    """Rotate half of each head, as the class of `transformers` does whatever the file says."""
-    rope["partial_rotary_factor"] = 0.5
+    """Rotate half of each head, unless `rope_parameters` say otherwise; `transformers` reads no other key."""
+    if rope.get("partial_rotary_factor") is None:
+        rope["partial_rotary_factor"] = 0.5
 
 
 def _read_attending(reader: Reader) -> set[int]:

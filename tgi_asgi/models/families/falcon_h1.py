@@ -55,7 +55,7 @@ def read_falcon_h1(reader: Reader, architecture: str) -> ModelConfig:
 
 def _read_state(reader: Reader, hidden: int) -> MambaSpec:
     """Read the recurrent part; in a GGUF file the gates always precede the norm."""
-    mamba = read_mamba(reader, hidden)
+    mamba = read_mamba(reader, hidden, reader.integer("mamba_d_ssm", 0))
     output_bias = read_bias(reader, "projectors_bias", "ssm_out")
     if reader.is_gguf:
         has_norm, is_gate_first = "blk.0.ssm_norm.weight" in reader.tensors, True

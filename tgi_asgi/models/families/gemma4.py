@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,7 +47,18 @@ _ROPES: Mapping[str, Mapping[str, Any]] = {  # of configurations without `rope_p
 def read_gemma4(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 4's configuration, which models that accept images nest."""
     with text_of(reader) as text:
+        check_computed(
+            text.get("use_bidirectional_attention") in (None, False, "vision"),
+            "use_bidirectional_attention concerns more than images",
+        )
         return _read(text, architecture)
+
+
+class _Heads(NamedTuple):
+    """The KV heads of a layer."""
+
+    number: int
+    size: int
 
 
 def _read(reader: Reader, architecture: str) -> ModelConfig:
@@ -66,8 +77,9 @@ def _read(reader: Reader, architecture: str) -> ModelConfig:
         f"num_kv_shared_layers leaves {num_own} layers with keys, which must be of each kind",
     )
     heads = _read_heads(reader, kinds, sizes)
-    ropes = read_ropes_of_kinds(reader, dict(zip(kinds, (each[1] for each in heads), strict=True)), _ROPES)
-    wide = 2 if reader.flag("use_double_wide_mlp", False) else 1
+    ropes = read_ropes_of_kinds(reader, _sizes_by_kind(kinds, heads), _ROPES)
+    inner = sizes["intermediate_size"]
+    shared_inner = 2 * inner if reader.flag("use_double_wide_mlp", False) else inner
     has_equal_values = reader.flag("attention_k_eq_v", False)
     window, experts = reader.integer("sliding_window"), None
     if reader.flag("enable_moe_block", False):
@@ -81,7 +93,7 @@ def _read(reader: Reader, architecture: str) -> ModelConfig:
             window if kind == _SLIDING else None,
             scale=1.0,
             experts=experts,
-            sizes=LayerSizes(*heads[index], sizes["intermediate_size"] * (1 if index < num_own else wide)),
+            sizes=LayerSizes(*heads[index], inner if index < num_own else shared_inner),
             keys_of=None if index < num_own else _last(kinds[:num_own], kind),
             values_are_keys=has_equal_values and kind == _FULL and index < num_own,
         )
@@ -113,30 +125,38 @@ def _read_kinds(reader: Reader) -> list[str]:
     return [*kinds[:-1], _FULL]
 
 
-def _read_heads(reader: Reader, kinds: Sequence[str], sizes: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Return each layer's KV heads and their size."""
-    usual = sizes["num_kv_heads"], sizes["head_dim"]
-    names = "num_global_key_value_heads", "global_head_dim"
+def _read_heads(reader: Reader, kinds: Sequence[str], sizes: Mapping[str, Any]) -> list[_Heads]:
+    """Return each layer's KV heads, which `per_layer_config` lists, or which are those of its kind."""
+    sliding = _Heads(sizes["num_kv_heads"], sizes["head_dim"])
+    count, size = "num_global_key_value_heads", "global_head_dim"
     if not reader.has("per_layer_config"):
-        num_kv_heads, head_dim = reader.get(names[0]), reader.integer(names[1], 512)
-        has_own = num_kv_heads is not None and reader.flag("attention_k_eq_v", False)
-        own = (reader.positive(names[0], MAX_HEADS) if has_own else usual[0], head_dim)
-        return [own if kind == _FULL else usual for kind in kinds]
-    reader.ignore(*names)
+        full = _Heads(sliding.number, reader.integer(size, 512))
+        if reader.flag("attention_k_eq_v", False) and reader.get(count) is not None:
+            full = full._replace(number=reader.positive(count, MAX_HEADS))
+        return [full if kind == _FULL else sliding for kind in kinds]
+    reader.ignore(count, size)
     given = reader.get("per_layer_config") or {}
     check(isinstance(given, dict), f"per_layer_config must be an object, got {str(given)[:100]}")
-    found = [usual] * len(kinds)
-    for key, values in given.items():
-        check(
-            str(key).isdecimal() and int(key) < len(kinds),
-            f"per_layer_config has no layer {str(key)[:100]!r}",
-        )
-        check(isinstance(values, dict), f"per_layer_config must have objects, got {str(values)[:100]}")
-        layer = Reader.of_json(values)
-        unknown = set(values) - {"num_key_value_heads", "head_dim"}
-        check_computed(not unknown, f"per_layer_config has {', '.join(map(str, unknown))[:100]}")
-        num_kv_heads = layer.integer("num_key_value_heads", usual[0])
-        found[int(key)] = num_kv_heads, layer.integer("head_dim", usual[1])
+    unknown = given.keys() - set(map(str, range(len(kinds))))
+    check(not unknown, f"per_layer_config has no layers {', '.join(map(str, unknown))[:100]}")
+    return [_heads_of_layer(given.get(str(index), {}), sliding) for index in range(len(kinds))]
+
+
+def _heads_of_layer(values: Any, usual: _Heads) -> _Heads:
+    """Return the heads of one entry of `per_layer_config`."""
+    check(isinstance(values, dict), f"per_layer_config must have objects, got {str(values)[:100]}")
+    unknown = set(values) - {"num_key_value_heads", "head_dim"}
+    check_computed(not unknown, f"per_layer_config has {', '.join(map(str, unknown))[:100]}")
+    layer = Reader.of_json(values)
+    return _Heads(layer.integer("num_key_value_heads", usual.number), layer.integer("head_dim", usual.size))
+
+
+def _sizes_by_kind(kinds: Sequence[str], heads: Sequence[_Heads]) -> dict[str, int]:
+    """Return the size of each kind's heads, which has one rotary embedding."""
+    found: dict[str, int] = {}
+    for kind, each in zip(kinds, heads, strict=True):
+        size = found.setdefault(kind, each.size)
+        check_computed(size == each.size, f"{kind} has heads of {size} and of {each.size} dims")
     return found
 
 

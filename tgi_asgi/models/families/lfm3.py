@@ -34,29 +34,32 @@ _ROPES: Mapping[str, Mapping[str, Any]] = {  # of configurations without `rope_p
 def read_lfm3(reader: Reader, architecture: str) -> ModelConfig:
     """Read LFM3's configuration."""
     reader.drop("hidden_act")
+    reader.prefer(norm_eps="rms_norm_eps")
     reader.defaults(
         vocab_size=128000, hidden_size=2048, intermediate_size=7680, num_hidden_layers=24,
         num_attention_heads=16, num_key_value_heads=4, max_position_embeddings=128000, head_dim=128,
         tie_word_embeddings=True, sliding_window=256,
     )  # fmt: skip
     sizes = read_sizes(reader, eps="norm_eps", default_eps=1e-5)
-    reader.ignore("rms_norm_eps", "use_attention_gate")  # weights show whether there are gates
+    head_dim, has_gates = sizes["head_dim"], reader.flag("use_attention_gate", True)
     check_computed(reader.flag("use_sandwich_norm", True), "use_sandwich_norm is false")
+    check_computed(not has_gates or head_dim % 32 == 0, f"heads with a gate have {head_dim} dims")
     kinds = _read_kinds(reader)
-    ropes = read_ropes_of_kinds(reader, dict.fromkeys(_ROPES, sizes["head_dim"]), _ROPES)
+    ropes = read_ropes_of_kinds(reader, dict.fromkeys(_ROPES.keys() & kinds, head_dim), _ROPES)
     window = reader.integer("sliding_window", 0) or None
-    layer = LayerSpec(None, None, sizes["head_dim"] ** -0.5)
+    layer = LayerSpec(None, None, head_dim**-0.5)
     conv = ShortConvSpec(
         sizes["hidden_size"], reader.integer("conv_L_cache", 7), reader.flag("conv_bias", False)
     )
     of_kinds = {
-        _CONV: replace(layer, recurrent=conv), _FULL: replace(layer, rope=ropes[_FULL]),
-        _SLIDING: replace(layer, rope=ropes[_SLIDING], window=window),
+        _CONV: replace(layer, recurrent=conv), _FULL: replace(layer, rope=ropes.get(_FULL)),
+        _SLIDING: replace(layer, rope=ropes.get(_SLIDING), window=window),
     }  # fmt: skip
     return ModelConfig(
         architecture=architecture,
         layers=tuple(of_kinds[kind] for kind in kinds),
         has_qk_norm=True,
+        has_head_gates=has_gates,
         **read_biases(reader, qkv="attention_bias", output="attention_bias"),
         **sizes,
     )
@@ -75,10 +78,10 @@ class _Weights(LayerWeights):
 
     def output_gate(self) -> ops.LinearWeight | None:
         """Make the weight of the gates on heads' results, if there are any."""
-        names = ("self_attn.gate_proj", "self_attn.g_proj")  # in files, and in transformers' module
-        name = next((name for name in names if self.has(f"{name}.weight")), None)
-        if name is None:
+        if not self.config.has_head_gates:
             return None
+        names = ("self_attn.gate_proj", "self_attn.g_proj")  # in files, and in transformers' module
+        name = next((name for name in names if self.has(f"{name}.weight")), names[0])
         return self.linear(name, self.config.num_heads, self.config.hidden_size, has_bias=False)
 
 

@@ -36,9 +36,11 @@ def read_nemotron_h(reader: Reader, architecture: str) -> ModelConfig:
     """Read Nemotron-H's configuration."""
     kinds = _read_kinds(reader)
     reader.replace("num_hidden_layers", len(kinds))
-    reader.rename(
-        hidden_act=("mlp_hidden_act",), n_groups=("mamba_n_groups",), conv_kernel=("mamba_d_conv",),
-        time_step_min=("mamba_dt_min",), use_conv_bias=("mamba_conv_bias",),
+    reader.drop("hidden_act")
+    reader.rename(hidden_act=("mlp_hidden_act",))
+    reader.prefer(
+        n_groups="mamba_n_groups", conv_kernel="mamba_d_conv", time_step_min="mamba_dt_min",
+        use_conv_bias="mamba_conv_bias",
     )  # fmt: skip
     reader.defaults(
         vocab_size=131072, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128,

@@ -25,6 +25,7 @@ class EncoderConfig:
     architecture: str
     vocab_size: int
     hidden_size: int
+    vocabulary_sizes: tuple[int, ...]  # numbers of elements of embeddings
     context_length: int
     num_labels: int  # of a classifier; 0: it is not one
     num_token_types: int  # below 2: a pair's second text is not marked; 0: the model accepts none

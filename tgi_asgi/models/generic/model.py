@@ -36,6 +36,7 @@ class GenericConfig:
     architecture: str
     vocab_size: int
     hidden_size: int
+    vocabulary_sizes: tuple[int, ...]  # numbers of elements of embeddings and heads
     context_length: int
     layers: tuple[AttentionLayer, ...]
     has_states: bool  # a sequence has state other than keys and values

@@ -31,7 +31,7 @@ from tgi_asgi.models.generic.recurrent import (
     keep_states_in_caches,
     recurrent_modules,
 )
-from tgi_asgi.models.generic.replace import Replaced, packed_names
+from tgi_asgi.models.generic.replace import Replaced, packed_names, vocabulary_sizes
 from tgi_asgi.models.generic.rope import (
     fix_rotary_tables,
     is_dynamic,
@@ -110,6 +110,7 @@ class OpenGeneric:
             architecture=type(self._model).__name__,
             vocab_size=self._num_ids(text),
             hidden_size=hidden_size,
+            vocabulary_sizes=vocabulary_sizes(self._model),
             context_length=context,
             layers=tuple(layers),
             has_states=bool(self._recurrent) or bool(reason),

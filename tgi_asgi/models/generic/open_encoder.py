@@ -18,7 +18,7 @@ from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.discover import configurations
 from tgi_asgi.models.generic.encoder import EncoderConfig, EncoderModel
 from tgi_asgi.models.generic.positions import context_length, first_position
-from tgi_asgi.models.generic.replace import Replaced, packed_names
+from tgi_asgi.models.generic.replace import Replaced, packed_names, vocabulary_sizes
 from tgi_asgi.models.generic.rope import fix_rotary_tables, table_bytes, tabulate
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.generic.whole import WholeLayer, discover_whole
@@ -80,6 +80,7 @@ class OpenEncoder:
             architecture=self.architecture,
             vocab_size=int(rows),
             hidden_size=int(getattr(text, "hidden_size", columns)),
+            vocabulary_sizes=vocabulary_sizes(self._model),
             context_length=context,
             num_labels=int(model.config.num_labels) if is_classifier else 0,
             num_token_types=int(getattr(text, "type_vocab_size", 0) or 0) if has_types else 0,

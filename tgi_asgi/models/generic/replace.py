@@ -217,8 +217,18 @@ def _kind_of(model: Any, path: str, module: Any, vocabulary: set[int]) -> _Kind 
     return _Kind.EMBEDDING if is_table and factor_of(module) is not None else None
 
 
+def vocabulary_sizes(model: Any) -> tuple[int, ...]:
+    """Return the numbers of elements of the embeddings and the head."""
+    weights = (getattr(module, "weight", None) for module in _vocabulary(model))
+    return tuple({weight.numel() for weight in weights if weight is not None})
+
+
 def _vocabulary_of(model: Any) -> set[int]:
-    """Return the ids of the embeddings and the head.
+    return {id(module) for module in _vocabulary(model)}
+
+
+def _vocabulary(model: Any) -> list[nn.Module]:
+    """Return the embeddings and the head.
 
     Encoder and decoder may have embeddings of their own, and so may layers (Gemma 3n and 4).
     """
@@ -228,7 +238,7 @@ def _vocabulary_of(model: Any) -> set[int]:
         parts = (model.get_encoder(), model.get_decoder())
         found += [getattr(part, "embed_tokens", None) or part.get_input_embeddings() for part in parts]
         found.append(getattr(model.base_model, "shared", None))
-    return {id(module) for module in found if module is not None}
+    return [module for module in found if module is not None]
 
 
 def packed_names(model: Any) -> set[str]:

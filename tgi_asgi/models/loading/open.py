@@ -446,7 +446,7 @@ def unsplit(config: ModelConfig, family: Family) -> str | None:
         "experts": any(layer.experts is not None for layer in config.layers),
         "recurrent layers": config.has_states,
         "latent attention": any(layer.latent is not None for layer in config.layers),
-        "gates of heads": config.has_output_gate,
+        "gates of heads": config.has_output_gate or config.has_head_gates,
         "layers of one part": any(layer.part is not None for layer in config.layers),
         "layers of several shapes": any(layer.sizes is not None for layer in config.layers),
         "sinks": any(layer.has_sinks for layer in config.layers),

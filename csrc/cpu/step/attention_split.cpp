@@ -1,5 +1,5 @@
 // How a step's attention is divided among members.
-#include "step.h"
+#include "attention_split.h"
 
 namespace tgi::cpu::step {
 
