@@ -17,8 +17,8 @@ _TYPES = {"layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 4}
     ("changes", "error", "message"),
     [
         ({"use_bidirectional_attention": "all"}, NotInFamily, "concerns more than images"),
-        ({"per_layer_config": {"9" * 5000: {}}}, ModelLoadError, "has no layers 9999"),
-        ({"per_layer_config": {"6": {}}}, ModelLoadError, "has no layers 6"),
+        ({"per_layer_config": {"9" * 5000: {}}}, ModelLoadError, "has no layer '9999"),
+        ({"per_layer_config": {"6": {}}}, ModelLoadError, "has no layer '6'"),
         ({"per_layer_config": {"0": 3}}, ModelLoadError, "must have objects, got 3"),
         ({**_TYPES, "per_layer_config": {"1": {"head_dim": 96}}}, NotInFamily, "heads of 32 and of 96"),
         ({"num_kv_shared_layers": 6}, ModelLoadError, "leaves 0 layers with keys"),

@@ -20,7 +20,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import check
 from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.config_bounds import MAX_HEADS, check_computed
+from tgi_asgi.models.config_bounds import MAX_HEADS, MAX_LAYERS, check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.family import Family
@@ -137,9 +137,12 @@ def _read_heads(reader: Reader, kinds: Sequence[str], sizes: Mapping[str, Any]) 
     reader.ignore(count, size)
     given = reader.get("per_layer_config") or {}
     check(isinstance(given, dict), f"per_layer_config must be an object, got {str(given)[:100]}")
-    unknown = given.keys() - set(map(str, range(len(kinds))))
-    check(not unknown, f"per_layer_config has no layers {', '.join(map(str, unknown))[:100]}")
-    return [_heads_of_layer(given.get(str(index), {}), sliding) for index in range(len(kinds))]
+    found = [sliding] * len(kinds)
+    for key, values in given.items():  # "05", and numbers from GGUF files
+        index = int(key) if len(str(key)) < 10 and str(key).isdecimal() else MAX_LAYERS
+        check(index < len(kinds), f"per_layer_config has no layer {str(key)[:100]!r}")
+        found[index] = _heads_of_layer(values, sliding)
+    return found
 
 
 def _heads_of_layer(values: Any, usual: _Heads) -> _Heads:
