@@ -230,3 +230,8 @@ def test_a_graph_means_the_same_recorded_cut_and_sampled(scale: Scale) -> None:
 def test_each_operator_is_part_of_a_graph(kernel_set: str, shape: Shape, num_orders: int) -> None:
     calls = [(operator, 1, option) for option in range(3) for operator in OPERATORS]
     check(Plan(shape, True, calls, [20, 1, 35], [7, 0, 34], [0, 20, 55], 2, 1, num_orders))
+
+
+def test_embeddings_may_be_added_after_the_last_keys(kernel_set: str) -> None:
+    calls = [("layer", 0, 0), ("linear", 0, 0), ("change_rows", 0, 1), ("norm_add", 0, 0)]
+    check(Plan(SHAPES[0], True, calls, [20, 1, 35], [7, 0, 34], [0, 20, 55], 2, 1))

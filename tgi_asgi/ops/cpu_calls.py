@@ -70,13 +70,16 @@ class CpuCalls(StateCalls):
         self._tables: dict[int, tuple[RopeTable, Floats, Floats]] = {}
 
     def emit_all(self) -> None:
-        """Emit all calls; after the last write to the cache, declare what the remaining calls read."""
-        writes = [index for index, call in enumerate(self._recorded) if _writes_cache(call)]
+        """Emit all calls; once no call needs all tokens, declare what the remaining calls read."""
+        last = max((index for index, call in enumerate(self._recorded) if _writes_cache(call)), default=-1)
+        if last >= 0:  # an embedding is added to all tokens, too
+            adding = (index for index, call in enumerate(self._recorded) if isinstance(call, calls.EmbedAdd))
+            last = max(last, *adding, -1)
         for index, call in enumerate(self._recorded):
             self._index = index
             _EMITTERS[type(call)](self, call)
             self._reorder(call.out)
-            if writes and index == writes[-1]:
+            if index == last:
                 self._end_cache_writes(index)
             self.buffers.free(self._liveness.ending_at(index))
 
