@@ -10,6 +10,7 @@
 #include "../team.h"
 #include "activations.h"
 #include "short_conv_kernel.h"
+#include "state_stores.h"
 #include "step.h"
 
 namespace tgi::cpu::step {
@@ -35,7 +36,7 @@ inline typename S::F softplus(typename S::F x) {
 
 // Processes `Vectors` vectors of channels, starting at channel c, for one token; reads their states
 // at `from` and writes them to `to`.
-template <class S, int Vectors>
+template <class S, int Vectors, bool Streams>
 inline void scan_channels(const ChannelScanParams& p, int64_t token, int64_t c, const float* from,
                           float* to) {
   const int64_t size = p.state_size;
@@ -58,7 +59,7 @@ inline void scan_channels(const ChannelScanParams& p, int64_t token, int64_t c, 
       const int64_t at = (v * size + n) * kVector;
       const auto decay = exp2_below_128<S, false>(S::mul(dt[v], S::load(rates + at)));
       const auto state = S::fma(added[v], in, S::mul(S::load(from + at), decay));
-      S::store(to + at, state);
+      store_state<S, Streams>(to + at, state);
       sums[v] = S::fma(state, out, sums[v]);
     }
   }
@@ -84,8 +85,12 @@ inline void scan_channel_spans(const ChannelScanParams& p, const StepHeader& ste
         S::store(to + at, span.from < 0 ? S::zero() : S::load(from + at));
       }
     }
+    if (streams_state(span, to)) {
+      scan_channels<S, Vectors, true>(p, span.begin, c, from, to);
+      continue;
+    }
     for (int64_t t = span.begin; t < span.end; ++t) {
-      scan_channels<S, Vectors>(p, t, c, from, to);
+      scan_channels<S, Vectors, false>(p, t, c, from, to);
       from = to;
     }
   }
@@ -102,6 +107,7 @@ void channel_scan(const ChannelScanParams& p, const StepHeader& step, int member
     scan_channel_spans<S, kAtOnce>(p, step, i * kVector);
   }
   for (; i < mine.end; ++i) scan_channel_spans<S, 1>(p, step, i * kVector);
+  S::end_stream();
   if (member + 1 < num_members) return;
   for (int64_t token = 0; token < step.num_tokens; ++token) {
     for (int64_t c = p.num_channels; c < p.out_stride; c += kVector) {

@@ -11,6 +11,7 @@
 
 #include "../team.h"
 #include "short_conv_kernel.h"
+#include "state_stores.h"
 #include "step.h"
 
 namespace tgi::cpu::step {
@@ -65,7 +66,7 @@ inline void read_tokens(const DeltaRuleParams& p, int64_t first, int64_t count, 
 // Processes one token for some vectors of a head's channels. On entry `found` is the state's value
 // under the token's key; on return it is the new state's value under the next token's key, if there
 // is a next token.
-template <class S, int Vectors, bool HasNext>
+template <class S, int Vectors, bool HasNext, bool Streams>
 inline void apply_token(const DeltaRuleParams& p, const DeltaTokens& tokens, int64_t t,
                         const float* values, const float* from, float* to,
                         typename S::F (&found)[Vectors], float* out) {
@@ -86,7 +87,7 @@ inline void apply_token(const DeltaRuleParams& p, const DeltaTokens& tokens, int
     for (int v = 0; v < Vectors; ++v) {
       const int64_t at = v * stride + n * kVector;
       const auto state = S::fma(key, change[v], S::mul(S::load(from + at), decay));
-      S::store(to + at, state);
+      store_state<S, Streams>(to + at, state);
       sums[v] = S::fma(state, query, sums[v]);
       if (HasNext) later[v] = S::fma(state, following, later[v]);
     }
@@ -101,7 +102,8 @@ inline void apply_token(const DeltaRuleParams& p, const DeltaTokens& tokens, int
 // Processes some tokens of a sequence. The first token reads `from`.
 template <class S, int Vectors>
 inline void apply_tokens(const DeltaRuleParams& p, const DeltaTokens& tokens, int64_t first,
-                         int64_t count, int64_t column, const float* from, float* to) {
+                         int64_t count, int64_t column, const float* from, float* to,
+                         bool streams) {
   const int64_t stride = p.key_dim * kVector;
   const float* const values = p.in + 2 * p.num_key_heads * p.key_dim + column;
   float* const out = p.out + column;
@@ -119,9 +121,11 @@ inline void apply_tokens(const DeltaRuleParams& p, const DeltaTokens& tokens, in
     const float* const value = values + (first + t) * p.in_stride;
     float* const y = out + (first + t) * p.out_stride;
     if (t + 1 < count) {
-      apply_token<S, Vectors, true>(p, tokens, t, value, from, to, found, y);
+      apply_token<S, Vectors, true, false>(p, tokens, t, value, from, to, found, y);
+    } else if (streams) {
+      apply_token<S, Vectors, false, true>(p, tokens, t, value, from, to, found, y);
     } else {
-      apply_token<S, Vectors, false>(p, tokens, t, value, from, to, found, y);
+      apply_token<S, Vectors, false, false>(p, tokens, t, value, from, to, found, y);
     }
     from = to;
   }
@@ -140,6 +144,7 @@ inline void apply_head(const DeltaRuleParams& p, const StateSpan& span, int64_t 
       S::store(to + at, span.from < 0 ? S::zero() : S::load(from + at));
     }
   }
+  const bool streams = streams_state(span, to);
   for (int64_t t = span.begin; t < span.end; t += kDeltaTokens) {
     const int64_t count = kDeltaTokens < span.end - t ? kDeltaTokens : span.end - t;
     read_tokens<S>(p, t, count, head, tokens);
@@ -147,10 +152,11 @@ inline void apply_head(const DeltaRuleParams& p, const StateSpan& span, int64_t 
       const int64_t column = head * p.head_dim + v * kVector;
       if (vectors.end - v >= kDeltaVectors) {
         apply_tokens<S, kDeltaVectors>(p, tokens, t, count, column, from + v * stride,
-                                       to + v * stride);
+                                       to + v * stride, streams);
         v += kDeltaVectors;
       } else {
-        apply_tokens<S, 1>(p, tokens, t, count, column, from + v * stride, to + v * stride);
+        apply_tokens<S, 1>(p, tokens, t, count, column, from + v * stride, to + v * stride,
+                           streams);
         ++v;
       }
     }
@@ -172,6 +178,7 @@ void delta_rule(const DeltaRuleParams& p, const StepHeader& step, int member, in
       i += size;
     }
   }
+  S::end_stream();
   if (member + 1 < num_members) return;
   for (int64_t token = 0; token < step.num_tokens; ++token) {
     for (int64_t c = num_vectors * kVector; c < p.out_stride; c += kVector) {

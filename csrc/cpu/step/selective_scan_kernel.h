@@ -7,6 +7,7 @@
 #include "../team.h"
 #include "activations.h"
 #include "short_conv_kernel.h"
+#include "state_stores.h"
 #include "step.h"
 
 namespace tgi::cpu::step {
@@ -32,7 +33,7 @@ inline HeadStep head_step(const SelectiveScanParams& p, int64_t token, int64_t h
 
 // Processes `Vectors` vectors of a head's channels, starting at channel c, for one token; reads the
 // state at `from` and writes it to `to`.
-template <class S, int Vectors>
+template <class S, int Vectors, bool Streams>
 inline void scan_token(const SelectiveScanParams& p, int64_t token, int64_t head, int64_t c,
                        const float* from, float* to) {
   const int64_t width = p.num_heads * p.head_dim, group = head / (p.num_heads / p.num_groups);
@@ -55,7 +56,7 @@ inline void scan_token(const SelectiveScanParams& p, int64_t token, int64_t head
     for (int v = 0; v < Vectors; ++v) {
       const auto kept = S::mul(S::load(from + at + v * kVector), decay);
       const auto state = S::fma(inputs[v], in, kept);
-      S::store(to + at + v * kVector, state);
+      store_state<S, Streams>(to + at + v * kVector, state);
       sums[v] = S::fma(state, out, sums[v]);
     }
   }
@@ -80,8 +81,12 @@ inline void scan_span(const SelectiveScanParams& p, const StateSpan& span, int64
       }
     }
   }
+  if (streams_state(span, to)) {
+    scan_token<S, Vectors, true>(p, span.begin, head, c, from, to);
+    return;
+  }
   for (int64_t t = span.begin; t < span.end; ++t) {
-    scan_token<S, Vectors>(p, t, head, c, from, to);
+    scan_token<S, Vectors, false>(p, t, head, c, from, to);
     from = to;
   }
 }
@@ -106,6 +111,7 @@ void selective_scan(const SelectiveScanParams& p, const StepHeader& step, int me
       }
     }
   }
+  S::end_stream();
   if (member + 1 < num_members) return;
   for (int64_t token = 0; token < step.num_tokens; ++token) {
     for (int64_t c = num_vectors * kVector; c < p.out_stride; c += kVector) {

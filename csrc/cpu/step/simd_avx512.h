@@ -39,6 +39,8 @@ struct Avx512 : SetSizes {
   static inline F set1(float x) { return _mm512_set1_ps(x); }
   static inline F load(const float* p) { return _mm512_loadu_ps(p); }
   static inline void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static inline void stream(float* p, F a) { _mm512_stream_ps(p, a); }  // to a whole line
+  static inline void end_stream() { _mm_sfence(); }
   static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
   static inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }

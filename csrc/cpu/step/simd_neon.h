@@ -51,6 +51,8 @@ struct Neon : SetSizes {
   static inline void store(float* p, const F& a) {
     for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, a.v[i]);
   }
+  static inline void stream(float* p, const F& a) { store(p, a); }
+  static inline void end_stream() {}
   static inline F add(const F& a, const F& b) {
     return each<F>([&](int i) { return vaddq_f32(a.v[i], b.v[i]); });
   }

@@ -94,6 +94,8 @@ struct Portable : SetSizes {
     return a;
   }
   static inline void store(float* p, const F& a) { std::memcpy(p, &a.v, 64); }
+  static inline void stream(float* p, const F& a) { store(p, a); }
+  static inline void end_stream() {}
   static inline F add(const F& a, const F& b) {
     return quarters<F>([&](int q) { return a.v[q] + b.v[q]; });
   }
