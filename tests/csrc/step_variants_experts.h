@@ -80,8 +80,8 @@ Bytes routes_of(const Kernels& kernels, const std::vector<float>& x) {
 }
 
 // Returns sums of the outputs of two experts whose gates and ups are in `weight`: as one matrix,
-// added to what is there, and as two, as rows, and without ups. The buffers hold one expert of all tokens, so that a
-// step of all takes two passes.
+// added to what is there, and as two, as rows, and without ups. The buffers hold one expert of all
+// tokens, so that a step of all takes two passes.
 Bytes experts_of(const Kernels& kernels, const PackedMatrix& weight, Precision precision,
                  const std::vector<float>& x) {
   const int64_t down_bytes = kDownRows / kPanelRows * panel_bytes(Format::kQ8_0, kInnerColumns);
