@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.helpers import with_each_kernel_set
 from tests.reference import delta_rule as reference
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.state_steps import Shape, Steps
@@ -62,11 +63,7 @@ def test_sets_agree_to_the_bit() -> None:
     _C.set_num_threads(2)
     weight = random_weight(4, 48, 2, 21)
     text = random_text(weight, 21)
-    before, found = _C.kernel_set(), []
-    for name in _C.kernel_sets():
-        _C.use_kernel_set(name)
-        found += steps_of(weight, 1).run([(0, 0, text)])
-    _C.use_kernel_set(before)
+    found = [each for _, each in with_each_kernel_set(lambda: steps_of(weight, 1).run([(0, 0, text)])[0])]
     for each in found:
         assert_same_bits(each, found[0])
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.helpers import with_each_kernel_set
 from tests.reference import selective_scan as reference
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.eager_ops import array_of
@@ -62,12 +63,12 @@ def test_sets_agree_to_the_bit() -> None:
     _C.set_num_threads(2)
     weight = random_weight(3, 48, 1, 7)
     text, of_norm = random_text(weight, 21), torch.rand(144)
-    before, found = _C.kernel_set(), []
-    for name in _C.kernel_sets():
-        _C.use_kernel_set(name)
+
+    def scan_and_gate() -> Tensor:
         (y,) = steps_of(weight, 1).run([(0, 0, text)])
-        found.append(torch.cat([y, gate(y, torch.ones(21, 150), of_norm, group_width=24)], 1))
-    _C.use_kernel_set(before)
+        return torch.cat([y, gate(y, torch.ones(21, 150), of_norm, group_width=24)], 1)
+
+    found = [each for _, each in with_each_kernel_set(scan_and_gate)]
     for each in found:
         assert_same_bits(each, found[0])
 

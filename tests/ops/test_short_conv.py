@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ops.helpers import with_each_kernel_set
 from tests.reference import short_conv as reference
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.state_steps import (
@@ -124,11 +125,12 @@ def test_sets_agree_to_the_bit() -> None:
     """Check all kernel sets, whatever their arithmetic, as all round products of float32 alike."""
     _C.set_num_threads(2)
     weight, rows = random_weight(77, 4, has_bias=True), torch.randn(21, 77)
-    before, found = _C.kernel_set(), []
-    for name in _C.kernel_sets():
-        _C.use_kernel_set(name)
-        found += steps_of(weight, 77, 1, has_silu=True).run([(0, 0, [rows])])
-    _C.use_kernel_set(before)
+    found = [
+        each
+        for _, each in with_each_kernel_set(
+            lambda: steps_of(weight, 77, 1, has_silu=True).run([(0, 0, [rows])])[0]
+        )
+    ]
     for each in found:
         assert_same_bits(each, found[0])
 

@@ -5,15 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from tests.support.family_case import BASE, FamilyCase, Fault, ignores_weights
+from tests.support.family_parts import PURE
 
-_PURE: dict[str, Any] = {
-    key: BASE[key]
-    for key in (
-        "vocab_size", "hidden_size", "num_hidden_layers", "bos_token_id", "eos_token_id", "pad_token_id",
-        "tie_word_embeddings",
-    )
-}  # fmt: skip
-_MAMBA = {**_PURE, "state_size": 16, "time_step_rank": 32}
+_MAMBA = {**PURE, "state_size": 16, "time_step_rank": 32}
 _JAMBA: dict[str, Any] = {
     **{key: value for key, value in BASE.items() if not key.startswith("rope")},
     "num_hidden_layers": 4, "mamba_dt_rank": 32, "num_experts": 4, "num_experts_per_tok": 2,

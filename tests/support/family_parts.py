@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.support.family_case import BASE, FamilyCase, Fault, ignores_weights
 
-_PURE: dict[str, Any] = {
+PURE: dict[str, Any] = {  # of models without attention and MLPs
     key: BASE[key]
     for key in (
         "vocab_size", "hidden_size", "num_hidden_layers", "bos_token_id", "eos_token_id", "pad_token_id",
@@ -35,7 +35,7 @@ _TAPS = Fault("no-taps", tensors="*.conv1d.weight", change="to ones")
 MAMBA2 = FamilyCase(
     "mamba2",
     "Mamba2ForCausalLM",
-    {**_PURE, "state_size": 16, "num_heads": 8, "head_dim": 32, "n_groups": 2},
+    {**PURE, "state_size": 16, "num_heads": 8, "head_dim": 32, "n_groups": 2},
     (_DECAY, _DIRECT, _STEPS, _GATED_NORM, _TAPS, ignores_weights("norm_f")),
     gguf=("f32", "q8_0"),
 )
@@ -131,7 +131,7 @@ _MORE = (
         "mamba2-biases",
         "Mamba2ForCausalLM",
         {
-            **_PURE, "state_size": 16, "num_heads": 8, "head_dim": 32, "n_groups": 1, "use_bias": True,
+            **PURE, "state_size": 16, "num_heads": 8, "head_dim": 32, "n_groups": 1, "use_bias": True,
             "use_conv_bias": False, "tie_word_embeddings": True, "time_step_limit": [0.4, 0.6],
         },
         (Fault("no-limit", config={"time_step_limit": [0.0, 100.0]}),),

@@ -56,10 +56,14 @@ class CheckpointLayout:
         return f"{self.module(module)}.{kind}"
 
 
+def mlp_names(own: str, canonical: str = "mlp") -> dict[str, str]:
+    """Return the names of a `CheckpointLayout` for an MLP that files call `own`."""
+    return {f"{canonical}.{each}": f"{own}.{each}" for each in ("gate_proj", "up_proj", "down_proj")}
+
+
 def shared_expert_names(own: str) -> dict[str, str]:
     """Return the names of a `CheckpointLayout` for a shared expert that files call otherwise."""
-    products = ("gate_proj", "up_proj", "down_proj")
-    return {f"mlp.shared_experts.{product}": f"{own}.{product}" for product in products}
+    return mlp_names(own, "mlp.shared_experts")
 
 
 def is_of_layer(name: str) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.checkpoint import CheckpointLayout
+from tgi_asgi.models.checkpoint import CheckpointLayout, mlp_names
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.config_bounds import check_computed
 from tgi_asgi.models.decoder import Decoder
@@ -65,7 +65,7 @@ class Bamba(Decoder):
         names={
             "model.norm": "model.final_layernorm",
             "post_attention_layernorm": "pre_ff_layernorm",
-            **{f"mlp.{name}": f"feed_forward.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+            **mlp_names("feed_forward"),
         }
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tgi_asgi.errors import check
-from tgi_asgi.models.checkpoint import CheckpointLayout
+from tgi_asgi.models.checkpoint import CheckpointLayout, mlp_names
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.config_bounds import check_computed
 from tgi_asgi.models.decoder import Decoder
@@ -84,9 +84,7 @@ class Jamba(Decoder):
         names={
             "model.norm": "model.final_layernorm",
             "post_attention_layernorm": "pre_ff_layernorm",
-            "mlp.gate_proj": "feed_forward.gate_proj",
-            "mlp.up_proj": "feed_forward.up_proj",
-            "mlp.down_proj": "feed_forward.down_proj",
+            **mlp_names("feed_forward"),
         }
     )
 
