@@ -77,6 +77,7 @@ class RandomLlama:
     """
 
     kind: ClassVar[Literal["native"]] = "native"
+    images = None
 
     def __init__(self, config: ModelConfig, max_positions: int, weights: str = "bf16") -> None:
         self.config = config

@@ -292,6 +292,20 @@ class Adapter:
     @property
     def num_bytes(self) -> int: ...
 
+class ImageRows:
+    """What images bring to a step, see csrc/bindings/image_rows.h."""
+
+    def __init__(
+        self,
+        *,
+        tokens: Sequence[int] | npt.NDArray[np.integer[Any]],
+        rows: _Floats,
+        rotary: Sequence[int] | npt.NDArray[np.integer[Any]] = ...,
+        cosines: _Floats | None = None,
+        sines: _Floats | None = None,
+        visible_until: Sequence[int] | npt.NDArray[np.integer[Any]] = ...,
+    ) -> None: ...
+
 class FlatRows:
     """A plan's rows as flat arrays, see csrc/bindings/rows.h; each property returns a copy."""
 
@@ -311,6 +325,9 @@ class FlatRows:
         resumes: Sequence[int] = ...,
         keeps: Sequence[tuple[int, int, int]] = ...,
     ) -> None: ...
+    def set_images(self, images: ImageRows, pad_id: int) -> None:
+        """Add images' rows to the step; where ids are read, their tokens have `pad_id`."""
+
     @property
     def num_generated(self) -> int: ...
     @property
@@ -628,6 +645,7 @@ class AttentionSpec:
         soft_cap: float | None = None,
         sinks: _Floats | None = None,
         slopes: _Floats | None = None,
+        sees_ahead: bool = True,
     ) -> None: ...
 
 class RouteSpec:
@@ -729,6 +747,7 @@ class Program:
     def query(self, pool: KvPool, layer: int, num_heads: int) -> Query: ...
     def embed(self, *, table: Matrix, factor: float, positions: _Floats | None, out: Rows) -> None: ...
     def embed_add(self, *, table: Matrix, factor: float, rows: Rows) -> None: ...
+    def image_rows(self, *, x: Rows, level: int, adds: bool) -> None: ...
     def norm(self, *, x: Rows, norm: Norm, for_logits: bool, is_private: bool, out: Activation) -> None: ...
     def norm_add(self, *, rows: Rows, norm: Norm, factor: float, scale: float, x: Rows) -> None: ...
     def norm_in_place(self, *, norm: Norm, x: Rows, first_column: int | None = None) -> None: ...
@@ -828,6 +847,9 @@ class Program:
 
     def discard_states(self, slot: int, num_tokens: int) -> None:
         """Discard the recurrent states of a slot after more than `num_tokens` tokens."""
+
+    def set_rotary_shift(self, slot: int, shift: int) -> None:
+        """Move the rotary positions of a slot's tokens, except in steps whose `ImageRows` have their own."""
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks of the pool, as pairs (from, to), in all shards."""

@@ -43,10 +43,10 @@ const float* data_or_null(const std::vector<float>& values, int64_t num_heads, c
 AttentionSpec::AttentionSpec(double scale, std::optional<int64_t> window,
                              std::optional<int64_t> chunk, std::optional<double> soft_cap,
                              const std::optional<Array<float>>& sinks,
-                             const std::optional<Array<float>>& slopes)
+                             const std::optional<Array<float>>& slopes, bool sees_ahead)
     : q_scale_(static_cast<float>(scale * kLog2E)),
       cap_(static_cast<float>(soft_cap.value_or(0) * kLog2E)),
-      rule_{positive_or_all(window, "window"), positive_or_all(chunk, "chunk")},
+      rule_{positive_or_all(window, "window"), positive_or_all(chunk, "chunk"), sees_ahead},
       sinks_(of_heads(sinks, "sinks", true)),
       slopes_(of_heads(slopes, "slopes", false)) {
   check(std::isfinite(q_scale_), "`scale` must be finite, got ", scale);
@@ -65,10 +65,11 @@ cpu::step::ScoreParams AttentionSpec::scores(int64_t num_heads) const {
 void bind_attention_spec(py::module_& module) {
   py::class_<AttentionSpec, SpecPtr>(module, "AttentionSpec", "See tgi_asgi.ops.AttentionSpec.")
       .def(py::init<double, std::optional<int64_t>, std::optional<int64_t>, std::optional<double>,
-                    const std::optional<Array<float>>&, const std::optional<Array<float>>&>(),
+                    const std::optional<Array<float>>&, const std::optional<Array<float>>&, bool>(),
            py::kw_only(), py::arg("scale"), py::arg("window") = py::none(),
            py::arg("chunk") = py::none(), py::arg("soft_cap") = py::none(),
-           py::arg("sinks").noconvert() = py::none(), py::arg("slopes").noconvert() = py::none());
+           py::arg("sinks").noconvert() = py::none(), py::arg("slopes").noconvert() = py::none(),
+           py::arg("sees_ahead") = true);
 }
 
 }  // namespace tgi

@@ -15,7 +15,7 @@ class AttentionSpec {
  public:
   AttentionSpec(double scale, std::optional<int64_t> window, std::optional<int64_t> chunk,
                 std::optional<double> soft_cap, const std::optional<Array<float>>& sinks,
-                const std::optional<Array<float>>& slopes);
+                const std::optional<Array<float>>& slopes, bool sees_ahead);
 
   float q_scale() const { return q_scale_; }
   const cpu::step::AttentionRule& rule() const { return rule_; }

@@ -190,6 +190,7 @@ PYBIND11_MODULE(_C, module) {
   tgi::bind_state_pool(module);
   tgi::bind_sampling(module);
   tgi::bind_adapters(module);
+  tgi::bind_image_rows(module);
   tgi::bind_rows(module);
   tgi::bind_device_rows(module);
   tgi::bind_shards(module);

@@ -169,7 +169,9 @@ void Program::begin(const step::StepHeader& header, const FlatRows& batch) {
   check_limit(header.num_sequences, max_sequences_, "context_len");
   check_header(header);
   check_rows(header);
+  check_images(header, batch);
   step::StepHeader next = header;
+  shift_rotary(batch, next);
   if (states_ != nullptr) states_->begin(batch, next);
   header_ = next;
   can_run_head_ = false;
@@ -217,6 +219,54 @@ void Program::check_tables(const step::StepHeader& h, int64_t sequence) const {
   for (int64_t group = 0; group < h.num_groups; ++group) {
     check_range(h.table(group, sequence), num_blocks, pool_->num_blocks(), "block_table");
   }
+}
+
+void Program::check_images(const step::StepHeader& h, const FlatRows& batch) const {
+  if (batch.images == nullptr) return;
+  const ImageRows& images = *batch.images;
+  check(images.tokens.empty() ||
+            (images.num_levels >= num_image_levels_ && images.num_columns == image_columns_),
+        "images' rows must have ", num_image_levels_, " levels of ", image_columns_,
+        " columns, got ", images.num_levels, " of ", images.num_columns);
+  check(images.num_angles == 0 || images.num_angles == num_angles_,
+        "a step's rotary table must have the columns of the model's, ", num_angles_, ", got ",
+        images.num_angles);
+  for (const int32_t row : images.rotary) {
+    check(row < num_positions_, "`rotary` must be below ", num_positions_, ", got ", row);
+  }
+  if (h.visible_until == nullptr) return;
+  for (int64_t s = 0; s < h.num_sequences; ++s) {
+    for (int64_t t = h.query_start[s]; t < h.query_start[s + 1]; ++t) {
+      check(h.visible_until[t] <= h.context_len[s], "`visible_until` must be at most ",
+            h.context_len[s], ", got ", h.visible_until[t]);
+    }
+  }
+}
+
+void Program::set_rotary_shift(int32_t slot, int32_t shift) {
+  check(slot >= 0 && slot < max_sequences_, "a slot must be in [0, ", max_sequences_, "), got ",
+        slot);
+  const auto index = static_cast<size_t>(slot);
+  if (index >= rotary_shifts_.size()) {
+    if (shift == 0) return;
+    rotary_shifts_.resize(index + 1);
+  }
+  rotary_shifts_[index] = shift;
+}
+
+void Program::shift_rotary(const FlatRows& batch, step::StepHeader& header) {
+  const bool is_given = batch.images != nullptr && !batch.images->rotary.empty();
+  if (rotary_shifts_.empty() || is_given) return;
+  rotary_.assign(header.positions, header.positions + header.num_tokens);
+  for (size_t row = 0; row < batch.row_slots.size(); ++row) {
+    const auto slot = static_cast<size_t>(batch.row_slots[row]);
+    const int32_t shift = slot < rotary_shifts_.size() ? rotary_shifts_[slot] : 0;
+    for (int32_t t = batch.query_start[row]; shift != 0 && t < batch.query_start[row + 1]; ++t) {
+      rotary_[static_cast<size_t>(t)] += shift;
+    }
+  }
+  check_range(rotary_.data(), header.num_tokens, num_positions_, "rotary");
+  header.rotary = rotary_.data();
 }
 
 void Program::check_rows(const step::StepHeader& header) const {

@@ -40,6 +40,9 @@ class Program : public Recording {
   void discard_states(int32_t slot, int64_t num_tokens) {
     if (states_ != nullptr) states_->discard(slot, num_tokens);
   }
+  // Moves the rotary positions of a slot's tokens by this number, from now on: images take fewer
+  // positions than they have tokens. Steps whose rows say where their tokens are ignore it.
+  void set_rotary_shift(int32_t slot, int32_t shift);
   // Returns the logits of other rows of the last batch, which `run` must have computed.
   Floats run_head(const std::vector<int32_t>& rows);
   // Copies blocks of the pool (from, to), in all shards.
@@ -51,6 +54,9 @@ class Program : public Recording {
   // Checks a step and makes it the current one.
   void begin(const step::StepHeader& header, const FlatRows& batch);
   void check_adapters(const FlatRows& batch) const;
+  void check_images(const step::StepHeader& header, const FlatRows& batch) const;
+  // Moves tokens in the rotary tables by their slots' shifts.
+  void shift_rotary(const FlatRows& batch, step::StepHeader& header);
   void check_header(const step::StepHeader& header) const;
   void check_tables(const step::StepHeader& header, int64_t sequence) const;
   void check_rows(const step::StepHeader& header) const;
@@ -80,6 +86,9 @@ class Program : public Recording {
   step::LastRows last_rows_;
   bool ends_early_ = false;     // it ends with the last keys and values
   bool has_last_rows_ = false;  // after these it continues with the header's rows only
+
+  std::vector<int32_t> rotary_shifts_;  // by slot; the slots after them have none
+  std::vector<int32_t> rotary_;         // of the current step, if it has any
 
   // What `run` computed, for `run_head`.
   FlatRows batch_;

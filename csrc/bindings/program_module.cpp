@@ -130,6 +130,8 @@ void bind_program(py::module_& module) {
            py::arg("positions").noconvert(), py::arg("out").none(false))
       .def("embed_add", &Program::embed_add, py::kw_only(), py::arg("table"), py::arg("factor"),
            py::arg("rows").none(false))
+      .def("image_rows", &Program::image_rows, py::kw_only(), py::arg("x").none(false),
+           py::arg("level"), py::arg("adds"))
       .def("norm", &Program::norm, py::kw_only(), py::arg("x").none(false), py::arg("norm"),
            py::arg("for_logits"), py::arg("is_private"), py::arg("out").none(false))
       .def("norm_add", &Program::norm_add, py::kw_only(), py::arg("rows").none(false),
@@ -202,6 +204,7 @@ void bind_program(py::module_& module) {
       .def_property_readonly("num_steps", &Program::num_steps)
       .def("roll_back_to", &Program::roll_back_to, py::arg("num_steps"))
       .def("discard_states", &Program::discard_states, py::arg("slot"), py::arg("num_tokens"))
+      .def("set_rotary_shift", &Program::set_rotary_shift, py::arg("slot"), py::arg("shift"))
       .def("copy_blocks", &Program::copy_blocks, py::arg("pairs"))
       .def("follow", &Program::follow, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("num_operators", &Program::num_operators)

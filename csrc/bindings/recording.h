@@ -48,6 +48,8 @@ class Recording {
   void embed(const Matrix& table, double factor, const std::optional<Floats>& positions,
              const RowsPtr& out);
   void embed_add(const Matrix& table, double factor, const RowsPtr& rows);
+  // Writes images' rows of a level in place of their tokens' rows of x, or adds them to these.
+  void image_rows(const RowsPtr& x, int64_t level, bool adds);
   // With few tokens no barrier follows a private norm: the next operator must not write to x.
   void norm(const RowsPtr& x, const Norm& norm, bool for_logits, bool is_private,
             const ActivationPtr& out);
@@ -134,6 +136,9 @@ class Recording {
   int64_t num_ids_ = 0, vocab_ = 0;
   int64_t num_positions_ = INT32_MAX;  // positions for which every table has an entry
   bool has_positions_ = false;         // whether position embeddings are added
+  int64_t num_image_levels_ = 0;       // of images' rows that operators read; 0: none do
+  int64_t image_columns_ = 0;
+  int64_t num_angles_ = 0;  // columns of the rotary tables; -1: they differ
   RowsPtr logits_;
   PoolPtr pool_;
   StatesPtr states_;

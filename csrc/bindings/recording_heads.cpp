@@ -69,6 +69,7 @@ step::HeadParams Recording::head_params(const Heads& heads, bool has_values, con
           " strips, got ", pairs);
     check_shape(*heads.sines, "sines", {heads.cosines->shape(0), pairs});
     params.rotary_strips = pairs / 16;
+    num_angles_ = num_angles_ == 0 || num_angles_ == pairs ? pairs : -1;
     num_positions_ = std::min<int64_t>(num_positions_, heads.cosines->shape(0));
     params.cosines = keep(*heads.cosines);
     params.sines = keep(*heads.sines);

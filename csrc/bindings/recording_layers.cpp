@@ -3,6 +3,7 @@
 
 #include "bindings/float_tensors.h"
 #include "bindings/recording.h"
+#include "cpu/step/image_rows.h"
 #include "cpu/step/kernel_sets.h"
 #include "cpu/step/shards.h"
 
@@ -53,6 +54,24 @@ void Recording::embed(const Matrix& table, double factor, const std::optional<Fl
       .num_vocab_ids = table.num_rows,
   };
   forward_.add(&step::embed_part, part, sync_after(out));
+}
+
+void Recording::image_rows(const RowsPtr& x, int64_t level, bool adds) {
+  check_before_end("image_rows");
+  check(level >= 0 && level < INT32_MAX, "`level` must not be negative, got ", level);
+  check_num_rows(*x, "x");
+  check(image_columns_ == 0 || image_columns_ == x->num_columns,
+        "images' rows must be of one width, got ", x->num_columns, " and ", image_columns_);
+  num_image_levels_ = std::max(num_image_levels_, level + 1);
+  image_columns_ = x->num_columns;
+  keep(x->memory);
+  const step::ImageRowsParams params = {
+      .level = level,
+      .adds = adds,
+      .num_columns = x->num_columns,
+      .x = x->data(),
+  };
+  forward_.add(&step::place_image_rows, params, Sync::kOnlyImages);
 }
 
 void Recording::norm(const RowsPtr& x, const Norm& norm, bool for_logits, bool is_private,

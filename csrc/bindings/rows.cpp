@@ -48,7 +48,7 @@ cpu::step::StepHeader FlatRows::header() const {
   header.num_sequences = num_rows();
   header.num_rows = static_cast<int64_t>(sample_after.size());
   header.ids = ids.data();
-  header.positions = positions.data();
+  header.positions = header.rotary = positions.data();
   header.num_groups = num_groups;
   header.slots = slots.data();
   header.query_start = query_start.data();
@@ -58,7 +58,21 @@ cpu::step::StepHeader FlatRows::header() const {
   header.rows = sample_after.data();
   header.adapters = adapter_spans.data();
   header.num_adapters = static_cast<int64_t>(adapter_spans.size());
+  if (images != nullptr) images->add_to(header);
   return header;
+}
+
+void FlatRows::set_images(std::shared_ptr<ImageRows> given, int32_t pad_id) {
+  const auto num_tokens = static_cast<int64_t>(ids.size());
+  const auto fits = [&](const std::vector<int32_t>& list) {
+    return list.empty() || static_cast<int64_t>(list.size()) == num_tokens;
+  };
+  check_range(given->tokens.data(), static_cast<int64_t>(given->tokens.size()), num_tokens,
+              "tokens");
+  check(fits(given->rotary) && fits(given->visible_until),
+        "`rotary` and `visible_until` must have an element a token of the step, ", num_tokens);
+  for (const int32_t token : given->tokens) ids[static_cast<size_t>(token)] = pad_id;
+  images = std::move(given);
 }
 
 void FlatRows::set_adapters(std::vector<AdapterPtr> of_rows) {
@@ -407,6 +421,7 @@ void bind_rows(py::module_& module) {
            py::arg("num_drafts") = std::vector<int32_t>(),
            py::arg("resumes") = std::vector<int32_t>(),
            py::arg("keeps") = std::vector<std::tuple<int32_t, int32_t, int32_t>>())
+      .def("set_images", &FlatRows::set_images, py::arg("images").none(false), py::arg("pad_id"))
       .def_readonly("num_generated", &FlatRows::num_generated)
       .def_property_readonly("ids", [](const FlatRows& rows) { return copy_of(rows.ids); })
       .def_property_readonly("positions",

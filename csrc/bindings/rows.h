@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bindings/adapter.h"
+#include "bindings/image_rows.h"
 #include "bindings/plan_values.h"
 #include "cpu/step/step.h"
 
@@ -86,11 +87,14 @@ struct FlatRows {
   std::vector<int32_t> drafts;                   // their ids if they are drafts, else -1
   std::vector<AdapterPtr> adapters;              // [num_rows], null: none; or empty
   std::vector<step::AdapterSpan> adapter_spans;  // runs of consecutive rows with the same adapter
+  ImagesPtr images;                              // null: the step has no tokens of images
 
   int64_t num_rows() const { return static_cast<int64_t>(context_len.size()); }
   // Sets the rows' adapters: one per row, or an empty list. Throws std::invalid_argument if a row
   // with an adapter has other tokens than those of `ids`.
   void set_adapters(std::vector<AdapterPtr> of_rows);
+  // Adds images' rows; where ids are read, their tokens have `pad_id`.
+  void set_images(std::shared_ptr<ImageRows> given, int32_t pad_id);
   // Returns a step's header; it points into this struct.
   cpu::step::StepHeader header() const;
 };

@@ -90,7 +90,7 @@ struct Text {
         slots(places.begin(), places.end()) {
     step.num_tokens = kContext;
     step.num_sequences = 1;
-    step.positions = places.data();
+    step.positions = step.rotary = places.data();
     step.num_groups = 1;
     step.slots = slots.data();
     step.query_start = starts;

@@ -95,6 +95,7 @@ OPERATORS: dict[str, tuple[Call, dict[str, Make]]] = {
         lambda p, rows: p.embed_add(table=matrix(32), factor=1.0, rows=rows),
         {"rows": rows},
     ),
+    "image_rows": (lambda p, x: p.image_rows(x=x, level=0, adds=False), {"x": rows}),
     "norm_in_place": (lambda p, x: p.norm_in_place(norm=norm_of(), x=x), {"x": rows}),
     "up": (
         lambda p, source, out: p.up(
@@ -277,7 +278,7 @@ def test_long_contexts_take_no_memory_before_threads_share_them() -> None:
 def test_behind_the_last_write_nothing_is_written_or_read_of_all_tokens() -> None:
     program = make_program()
     program.end_cache_writes(can_gather=True, rows=[], query=None)
-    for operator in ("embed", "embed_add", "qkv", "head_rows"):
+    for operator in ("embed", "embed_add", "image_rows", "qkv", "head_rows"):
         call, buffers = OPERATORS[operator]
         with pytest.raises(ValueError, match="`end_cache_writes` must come after"):
             call(program, **{name: make(program) for name, make in buffers.items()})

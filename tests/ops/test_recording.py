@@ -71,6 +71,7 @@ OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
     "norm": ("a residual", lambda v, x: ops.norm(x, v.ones)),
     "norm_in_place": ("a residual", lambda v, x: ops.norm_in_place(x, v.ones)),
     "embed_add": ("rows", lambda v, x: ops.embed_add(v.recorder.batch, v.square, x)),
+    "image_rows": ("a residual", lambda v, x: ops.image_rows(x)),
     "activation": ("a residual", lambda v, x: ops.activation(x)),
     "head": ("a residual", lambda v, x: ops.head(x, v.ones, v.square)),
     "linear": ("an activation", lambda v, x: ops.linear(x, v.square)),

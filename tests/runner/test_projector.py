@@ -22,13 +22,12 @@ FILES = ModelFiles("m", None, "gguf", Path("m.gguf"), Path("mmproj-m.gguf"))
     [
         ({"num_shard": 2}, False, "--num-shard 2"),
         ({"num_shard": 2}, True, "--num-shard 2"),
-        ({"prompt_precision": "bfloat16"}, False, "--prompt-precision bfloat16"),
         ({"batch_invariant": True}, True, "--batch-invariant"),
         ({"lora_adapters": ("a=b",)}, True, "LoRA adapters"),
         ({"kv_cache_dtype": "fp8_e4m3fn"}, True, "--kv-cache-dtype fp8_e4m3fn"),
     ],
 )
-def test_a_projector_is_left_out_for_settings_that_need_native_code(
+def test_a_projector_is_left_out_for_settings_that_are_for_texts(
     given: dict[str, Any], is_on_gpu: bool, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = Settings(**given)
@@ -46,6 +45,7 @@ def test_a_projector_is_left_out_for_settings_that_need_native_code(
     [
         ({}, False),
         ({}, True),
+        ({"prompt_precision": "bfloat16"}, False),
         ({"batch_invariant": True, "lora_adapters": ("a=b",), "kv_cache_dtype": "fp8_e4m3fn"}, False),
         ({"num_shard": 2, "model_impl": "native"}, False),
     ],

@@ -20,11 +20,17 @@ from tests.support.vision_models import Prompt
 from tgi_asgi import ops
 from tgi_asgi.app import App, create_app
 from tgi_asgi.formats.quantised import Quantisation
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.generic.open import OpenGeneric
 from tgi_asgi.models.generic.steps import BLOCK, flat_rows, make_pool
+from tgi_asgi.models.generic.vision.native import NativeImages, NativeVisionProgram
 from tgi_asgi.models.generic.vision.program import SequentialVisionProgram, VisionProgram
+from tgi_asgi.models.generic.vision.tower import Tower
+from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.runner.programs import make_program
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Bidirectional
 
@@ -44,9 +50,26 @@ def load(
     return model
 
 
+def load_native(folder: Path, arithmetic: ops.Arithmetic | None = None) -> Model | None:
+    """Load a checkpoint as it is served, in float32 by default; None if no native family computes it."""
+    with OpenModel(ModelFiles(folder.name, None, "directory", folder), model_impl="auto") as opened:
+        if opened.kind != "native":
+            return None
+        model = opened.load(arithmetic or ops.Packing(is_exact=True), 2048)
+    assert model.kind == "native"
+    return model
+
+
+def tower_of(model: GenericModel | Model) -> Tower:
+    """Return the tower of a model of either kind."""
+    holder = model if model.kind == "generic" else model.images
+    assert isinstance(holder, GenericModel | NativeImages) and holder.tower is not None
+    return holder.tower
+
+
 def run(
-    model: GenericModel, sequences: Sequence[tuple[Prompt, list[int]]], chunks: Sequence[int]
-) -> tuple[list[np.ndarray], VisionProgram | SequentialVisionProgram]:
+    model: GenericModel | Model, sequences: Sequence[tuple[Prompt, list[int]]], chunks: Sequence[int]
+) -> tuple[list[np.ndarray], VisionProgram | SequentialVisionProgram | NativeVisionProgram]:
     """Return the logits [n_tokens, vocab] of each sequence of prompt and answer, all in one batch.
 
     Prompts are computed in chunks of these sizes, extended where a prompt or image must not be cut; answers
@@ -54,9 +77,7 @@ def run(
     """
     longest = max(len(prompt.ids) + len(answer) for prompt, answer in sequences)
     width = -(-longest // BLOCK)
-    pool = make_pool(model, width * len(sequences))
-    program = model.program([] if pool is None else pool.layers, longest, _MIB)
-    assert isinstance(program, VisionProgram | SequentialVisionProgram)
+    program = _program(model, width, len(sequences), longest)
     for slot, (prompt, _) in enumerate(sequences):
         program.start(slot, prompt.ids, prompt.images)
     found: list[list[np.ndarray]] = [[] for _ in sequences]
@@ -72,11 +93,32 @@ def run(
             break
         batch = flat_rows(rows, width)
         logits = program.run(batch, range(len(batch.ids)))
-        logits = logits[:, : model.module.get_output_embeddings().out_features]
+        if model.kind == "generic":
+            logits = logits[:, : model.module.get_output_embeddings().out_features]
         parts = np.split(logits, np.cumsum([len(ids) for _, ids, _ in rows])[:-1])
         for (slot, _, _), part in zip(rows, parts, strict=True):
             found[slot].append(part.copy())
     return [np.concatenate(parts) for parts in found], program
+
+
+def _program(
+    model: GenericModel | Model, width: int, num_sequences: int, longest: int
+) -> VisionProgram | SequentialVisionProgram | NativeVisionProgram:
+    if model.kind == "generic":
+        blocks = make_pool(model, width * num_sequences)
+        program = model.program([] if blocks is None else blocks.layers, longest, _MIB)
+        assert isinstance(program, VisionProgram | SequentialVisionProgram)
+        return program
+    pool = ops.KvPool(
+        model.config.caches, num_blocks=width * num_sequences, block_size=BLOCK, dtype="float32"
+    )
+    most = width * BLOCK * num_sequences
+    limits = ops.StepLimits(
+        max_tokens=most, max_sequences=num_sequences, max_rows=most, max_context=width * BLOCK
+    )
+    made = make_program(model, pool.layers, limits, image_cache=_MIB)
+    assert isinstance(made, NativeVisionProgram)
+    return made
 
 
 def _end(bidirectional: Bidirectional, prompt: Prompt, start: int, chunk: int) -> int:

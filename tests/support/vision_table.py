@@ -353,7 +353,7 @@ FAMILIES: Mapping[str, Family] = {
         placeholder="boi_token",
         image_token="<image_soft_token>",
     ),
-    "gemma4": _gemma4({"hidden_size_per_layer_input": 8}),
+    "gemma4": _gemma4({"hidden_size_per_layer_input": 32}),
     "gemma4_large": _gemma4({"hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision"}),
     "gemma4_unified": Family(
         "Gemma4UnifiedForConditionalGeneration",

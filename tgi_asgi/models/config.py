@@ -21,7 +21,7 @@ from tgi_asgi.models.config_bounds import (
     check_layer,
     check_shared,
 )
-from tgi_asgi.models.layer_spec import LayerSpec
+from tgi_asgi.models.layer_spec import ImageSpec, LayerSpec
 from tgi_asgi.models.recurrent_specs import RecurrentSpec
 from tgi_asgi.models.shard import ModelCut
 
@@ -148,6 +148,7 @@ class ModelConfig:
     logits_cap: float = 0.0  # logits become cap * tanh(logit / cap); 0: no cap
     has_head: bool = True  # False: the model has no head, and the embedding is used as one
     num_labels: int = 0  # labels of a classifier, whose head has a row per label; 0: not a classifier
+    images: ImageSpec | None = None  # where images' rows enter, for models that accept images
     cut: ModelCut | None = None  # the part that this shard computes; None: all
 
     def __post_init__(self) -> None:

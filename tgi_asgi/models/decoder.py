@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 from tgi_asgi import ops
 from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.family import ImageReader
 from tgi_asgi.models.layer_tensors import read_norm
 from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.layers import Layer, ParallelLayer
@@ -30,6 +31,7 @@ class Decoder:
     Attributes:
         layer_class, parallel_class, weights_class, checkpoint: Attributes that a family may override.
         path: Module path of the layers' parent, as adapters name it.
+        images: What reads images, if the model accepts any.
     """
 
     kind: ClassVar[Literal["native"]] = "native"
@@ -37,6 +39,7 @@ class Decoder:
     parallel_class: type[Layer] = ParallelLayer  # for models with `is_parallel`
     weights_class: type[LayerWeights] = LayerWeights
     checkpoint = CheckpointLayout()
+    images: ImageReader | None = None
 
     def __init__(
         self, config: ModelConfig, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int
@@ -106,8 +109,21 @@ class Decoder:
         """Return the residual stream of a batch, as described in `Model.forward`."""
         x = self.embed(batch)
         rest = iter(caches)
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            x = self.add_images(x, index)
             x = layer.forward(x, *itertools.islice(rest, layer.num_caches))
+        return x
+
+    def add_images(self, x: ops.Value, layer: int) -> ops.Value:
+        """Return the residual that enters a layer, with what images add to it there."""
+        images = self.config.images
+        if images is None:
+            return x
+        if layer == 0:
+            x = ops.image_rows(x)
+        for level, deep in enumerate(images.deep_layers, 1):
+            if deep == layer:
+                x = ops.image_rows(x, level)
         return x
 
     def embed(self, batch: ops.RecordedBatch) -> ops.Value:

@@ -13,11 +13,25 @@ from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.reader import Reader
 
 
+class ImageReader(Protocol):
+    """What reads a native model's images (`generic/vision/native.py`)."""
+
+    def program(
+        self, model: Model, caches: Sequence[ops.Cache], states: Sequence[ops.StateLayer],
+        limits: ops.StepLimits, *, adapters: ops.AdapterLayout | None, image_cache: int,
+    ) -> ops.CpuProgram:  # fmt: skip
+        """Return the program that runs the model's steps; `image_cache` is that of `make_program`."""
+
+
 class Model(Protocol):
     """A model's code over the operators, as the runner sees it."""
 
     kind: ClassVar[Literal["native"]]
     config: ModelConfig
+
+    @property
+    def images(self) -> ImageReader | None:
+        """What reads images, if the model accepts any."""
 
     def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
         """Return the residual stream of a batch.

@@ -81,6 +81,17 @@ class QueryGrowth:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageSpec:
+    """Where images' rows enter a model: in place of their tokens' embeddings, and perhaps deeper.
+
+    Attributes:
+        deep_layers: Layers before which further rows are added, one for each of an image's deeper levels.
+    """
+
+    deep_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSizes:
     """Sizes that a layer has instead of the model's."""
 
@@ -111,6 +122,7 @@ class LayerSpec:
     latent: LatentSpec | None = None  # latent attention (MLA), if the layer uses it
     sizes: LayerSizes | None = None  # None: the model's
     keys_of: int | None = None  # the earlier layer whose keys and values are read; None: the layer's own
+    sees_ahead: bool = True  # whether the tokens of an image see each other, if they do in any layer
     values_are_keys: bool = False  # whether values are computed as keys are, up to their norm
     # The only part that the layer has: "mixer", which is attention or recurrence, or "mlp"; None: both.
     part: Literal["mixer", "mlp"] | None = None

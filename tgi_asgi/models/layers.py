@@ -109,7 +109,13 @@ class Layer:
         """Return the attention of the queries over the cache, multiplied by the gates if given."""
         given = self.spec
         spec = ops.AttentionSpec(
-            given.scale, given.window, given.chunk, given.soft_cap, self.sinks, self.slopes
+            given.scale,
+            given.window,
+            given.chunk,
+            given.soft_cap,
+            self.sinks,
+            self.slopes,
+            sees_ahead=given.sees_ahead,
         )
         return ops.attention(q, cache, spec, gate=gate)
 

@@ -37,6 +37,7 @@ class Need(enum.StrEnum):
     LAYER_INPUTS = "embeddings of each layer"
     VALUE_NORM = "norms of values"
     ONE_PART = "layers without attention or without an MLP"
+    IMAGES = "images"
 
 
 def needs_of(config: ModelConfig) -> set[Need]:
@@ -67,5 +68,6 @@ def needs_of(config: ModelConfig) -> set[Need]:
         Need.LAYER_INPUTS: config.layer_input_size > 0,
         Need.VALUE_NORM: config.has_value_norm,
         Need.ONE_PART: any(layer.part is not None for layer in layers),
+        Need.IMAGES: config.images is not None,
     }
     return {need for need, is_needed in found.items() if is_needed}

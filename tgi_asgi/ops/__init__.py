@@ -26,6 +26,7 @@ from tgi_asgi.ops.gate_up import gate_up
 from tgi_asgi.ops.gated_norm import gated_norm
 from tgi_asgi.ops.head import head
 from tgi_asgi.ops.heads_linear import heads_linear
+from tgi_asgi.ops.image_rows import ImageRows, image_rows
 from tgi_asgi.ops.kernel_set import KernelSet, kernel_set
 from tgi_asgi.ops.kv import Cache, KvDtype, KvLayer, KvPool, cached_head_dim, kv_bytes_per_token
 from tgi_asgi.ops.latent_qkv import latent_qkv
@@ -113,6 +114,7 @@ __all__ = [
     "GateUpWeight",
     "HeadNorms",
     "HeadsWeight",
+    "ImageRows",
     "KernelSet",
     "Kind",
     "KvDtype",
@@ -174,6 +176,7 @@ __all__ = [
     "head",
     "heads_linear",
     "heads_weight",
+    "image_rows",
     "integer_source",
     "join_threads",
     "keep_threads_awake",

@@ -20,13 +20,14 @@ class AttentionSpec:
             (gpt-oss).
         slopes: float32 [num_heads], ALiBi slopes: slope * (key position - query position) is added to a score
             after its cap (Press et al., 2022).
+        sees_ahead: Whether tokens also see later ones in a step that says so, as those of an image do.
 
     Raises:
         ValueError: if a number is not finite, or a window, chunk or cap is not positive.
         TypeError: if sinks or slopes are not float32.
     """
 
-    __slots__ = ("chunk", "native", "scale", "sinks", "slopes", "soft_cap", "window")
+    __slots__ = ("chunk", "native", "scale", "sees_ahead", "sinks", "slopes", "soft_cap", "window")
 
     def __init__(
         self,
@@ -36,10 +37,12 @@ class AttentionSpec:
         soft_cap: float | None = None,
         sinks: Floats | None = None,
         slopes: Floats | None = None,
+        *,
+        sees_ahead: bool = True,
     ) -> None:
         self.scale, self.window, self.chunk, self.soft_cap = scale, window, chunk, soft_cap
-        self.sinks, self.slopes = sinks, slopes
+        self.sinks, self.slopes, self.sees_ahead = sinks, slopes, sees_ahead
         self.native = _C.AttentionSpec(
             scale=scale, window=window, chunk=chunk, soft_cap=soft_cap, sinks=sinks,
-            slopes=slopes,
+            slopes=slopes, sees_ahead=sees_ahead,
         )  # fmt: skip

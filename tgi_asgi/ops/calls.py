@@ -43,6 +43,14 @@ class EmbedAdd(Call):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class ImageRows(Call):
+    """out = x with images' rows of a level in place of their tokens' (level 0), or added to them"""
+
+    x: Value
+    level: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Activation(Call):
     """out = the first columns of x, or all"""
 

@@ -28,6 +28,7 @@ _Made = TypeVar("_Made")
 # Calls that change the residual, or rows, in place.
 _IN_PLACE = (
     calls.LinearAdd, calls.NormAdd, calls.NormInPlace, calls.EmbedAdd, calls.ExpertsAdd, calls.GatedAdd,
+    calls.ImageRows,
 )  # fmt: skip
 _PRODUCTS = (calls.Qkv, calls.Up, calls.GateUp, calls.Linear, calls.LinearAdd, calls.HeadsLinear)
 # Calls that write what later steps read, besides `Qkv` with keys.
@@ -72,8 +73,9 @@ class CpuCalls(StateCalls):
     def emit_all(self) -> None:
         """Emit all calls; once no call needs all tokens, declare what the remaining calls read."""
         last = max((index for index, call in enumerate(self._recorded) if _writes_cache(call)), default=-1)
-        if last >= 0:  # an embedding is added to all tokens, too
-            adding = (index for index, call in enumerate(self._recorded) if isinstance(call, calls.EmbedAdd))
+        if last >= 0:  # these are for all tokens, too
+            of_ids = (calls.EmbedAdd, calls.ImageRows)
+            adding = (index for index, call in enumerate(self._recorded) if isinstance(call, of_ids))
             last = max(last, *adding, -1)
         for index, call in enumerate(self._recorded):
             self._index = index
@@ -106,6 +108,10 @@ class CpuCalls(StateCalls):
         made = _in_order(call.table.made)
         rows = self.buffers.rows_of(call.rows)
         self._native.embed_add(table=made.matrix, factor=call.factor, rows=rows)
+
+    def _image_rows(self, call: calls.ImageRows) -> None:
+        x = self.buffers.rows_of(call.x)
+        self._native.image_rows(x=x, level=call.level, adds=call.level > 0)
 
     def _activation(self, call: calls.Activation) -> None:
         columns = call.out.columns if call.out.columns < call.x.columns else None
@@ -400,6 +406,7 @@ class CpuCalls(StateCalls):
 _EMITTERS: dict[type[Call], Callable[[CpuCalls, Any], None]] = {
     calls.Embed: CpuCalls._embed,
     calls.EmbedAdd: CpuCalls._embed_add,
+    calls.ImageRows: CpuCalls._image_rows,
     calls.Activation: CpuCalls._activation,
     calls.Norm: CpuCalls._norm,
     calls.NormAdd: CpuCalls._norm_add,

@@ -442,7 +442,7 @@ class CudaProgram:
 
 _CPU_ONLY = (
     calls.GatedNorm, calls.ShortConv, calls.SelectiveScan, calls.ChannelScan, calls.DeltaRule,
-    calls.LatentQkv, calls.HeadsLinear, calls.EmbedAdd, calls.ActMul, calls.Experts,
+    calls.LatentQkv, calls.HeadsLinear, calls.EmbedAdd, calls.ImageRows, calls.ActMul, calls.Experts,
 )  # fmt: skip
 _EMITTERS: dict[type[Call], Callable[[CudaProgram, Any], None]] = {
     calls.Embed: CudaProgram._embed,

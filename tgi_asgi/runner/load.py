@@ -89,6 +89,7 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
             model_impl=settings.model_impl,
             trusts_code=settings.trust_remote_code,
             rope=settings.given_rope,
+            serves_adapters=settings.serves_adapters,
         ) as opened,
         ThreadPoolExecutor(1, thread_name_prefix="tgi-load") as executor,
     ):
@@ -114,7 +115,7 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
         weights = TrackedWeights(opened.weights, report)
         model = place.load(weights)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
-        if opened.is_generic:
+        if opened.is_generic or (model.kind == "native" and model.images is not None):
             _announce(model, opened.why_generic)
         tokenizer, chat_template, scored = reading.result()
         generation = opened.companions.generation_config()
@@ -225,6 +226,11 @@ def _announce(model: ServedModel, why_generic: str | None) -> None:
         logger.warning(
             "%s runs one text at a time, slowly, on the code of transformers %s: %s",
             architecture, version, model.config.sequential_reason,
+        )  # fmt: skip
+    elif model.kind == "native" and model.images is not None:
+        logger.info(
+            "native code runs the text of %s, and the code of transformers %s encodes its images",
+            architecture, version,
         )  # fmt: skip
     elif model.kind == "native":
         logger.info("%s of transformers %s has the common shape: native code runs it", architecture, version)

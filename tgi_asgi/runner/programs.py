@@ -117,6 +117,8 @@ def make_program(
             num_kept=num_kept_states,
         )  # fmt: skip
     states = make_states(model.config, limits.max_sequences, num_kept_states, num_drafts)
+    if model.images is not None:
+        return model.images.program(model, caches, states, limits, adapters=adapters, image_cache=image_cache)
     return ops.CpuProgram(record(model, caches, states), limits, adapters=adapters, shard=shard)
 
 
@@ -127,6 +129,5 @@ def module_program(program: Program, model: Model | GenericModel) -> ModuleProgr
 
 def vision_program(program: Program, model: Model | GenericModel) -> ImageProgram | None:
     """Return the program as one that encodes images; None if the model accepts none."""
-    if model.kind == "native" or model.config.vision is None:
-        return None
-    return cast("ImageProgram", program)
+    images = model.images if model.kind == "native" else model.config.vision
+    return None if images is None else cast("ImageProgram", program)

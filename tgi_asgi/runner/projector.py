@@ -1,4 +1,4 @@
-"""Leaves the projector of a GGUF model out if the settings need native code, which accepts no images."""
+"""Leaves the projector of a GGUF model out if the settings are for models that accept no images."""
 
 from __future__ import annotations
 
@@ -22,24 +22,27 @@ def with_usable_projector(files: ModelFiles, settings: Settings, *, is_on_gpu: b
     """
     if files.projector is None or settings.model_impl != "auto":  # with others, the code is named already
         return files
-    found = _native_only(settings, is_on_gpu)
+    found = _setting_for_texts(settings, is_on_gpu)
     if found is None:
         return files
-    why = "transformers' code computes models that accept images"
+    why = "it is not for models that accept images"
     if files.is_projector_named:
         raise ModelLoadError(
             f"{found} cannot be combined with --mmproj: {why}. Leave one out, or use --mmproj none"
         )
     logger.warning(
-        "for text only: %s excludes %s, as %s. To accept images, leave it out; --mmproj none says that the "
-        "file is not meant",
+        "for text only: %s excludes %s, as %s. To accept images, leave the setting out; --mmproj none says "
+        "that the file is not meant",
         found, files.projector, why,
     )  # fmt: skip
     return replace(files, projector=None)
 
 
-def _native_only(settings: Settings, is_on_gpu: bool) -> str | None:
-    """Return a setting that is only for models that native families compute; None if there is none."""
+def _setting_for_texts(settings: Settings, is_on_gpu: bool) -> str | None:
+    """Return a setting that is not for models that accept images; None if there is none.
+
+    A GPU computes such models by the code of `transformers`.
+    """
     found = {f"--num-shard {settings.num_shard}": settings.num_shard > 1}
     if is_on_gpu:
         found |= {
@@ -47,6 +50,4 @@ def _native_only(settings: Settings, is_on_gpu: bool) -> str | None:
             "serving LoRA adapters on a GPU": settings.serves_adapters,
             f"--kv-cache-dtype {settings.kv_cache_dtype}": settings.kv_cache_dtype != "auto",
         }
-    else:
-        found["--prompt-precision bfloat16"] = settings.prompt_precision == "bfloat16"
     return next((name for name, is_given in found.items() if is_given), None)

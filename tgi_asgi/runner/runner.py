@@ -90,8 +90,8 @@ class HostRunner:
         self._copy_blocks = None if self._kv_pool is None else self._kv_pool.copy
         if shards is not None and self._program.native is not None:
             self._copy_blocks = self._program.native.copy_blocks
-        self._module_program = module_program(self._program, model)
         self._vision_program = vision_program(self._program, model)
+        self._starting = self._vision_program or module_program(self._program, model)
         self._begun = None if config.encoder_decoder is None else config.encoder_decoder.starts
         self.traits = RunnerTraits(
             num_blocks=kv_size.num_blocks,
@@ -114,7 +114,10 @@ class HostRunner:
         )
         self._generates = config.generates
         self._vectors = Pooler(self._program.hidden, dense)
-        self._constrained: set[int] = set()  # slots with a grammar, as of the submitted plans
+        # Slots whose sequences have a grammar, or images, as of the submitted plans.
+        self._constrained: set[int] = set()
+        self._seeing: set[int] = set()
+        self._was_encoding = False  # whether the last plan had images to encode
         self._handoff = StepHandoff(self._program.native, self._inputs.limits)
         if self._drafts is not None:
             self._handoff.steps.set_drafter(self._drafts.native)
@@ -137,11 +140,10 @@ class HostRunner:
             RuntimeError: if the runner is closed or two steps are already in flight.
         """
         future = self._handoff.submit(plan, has_only_rows=self._has_only_rows(plan))
+        self._was_encoding = bool(plan.images)
         for start in plan.starts:
-            if start.grammar is None:
-                self._constrained.discard(start.slot)
-            else:
-                self._constrained.add(start.slot)
+            for slots, is_in in ((self._constrained, start.grammar), (self._seeing, start.images)):
+                (slots.add if is_in else slots.discard)(start.slot)
         return future
 
     def close(self) -> None:
@@ -158,9 +160,14 @@ class HostRunner:
         """Return whether a step needs no Python; true for most steps of decoding streams."""
         if self._program.native is None or plan.starts or plan.copies or not plan.rows:
             return False
-        constrained = self._constrained
+        if plan.images or self._was_encoding:  # the step after the last releases what is not needed any more
+            return False
+        constrained, seeing = self._constrained, self._seeing
         return not any(
-            row.prompt_logprobs is not None or row.pooling is not None or row.slot in constrained
+            row.prompt_logprobs is not None
+            or row.pooling is not None
+            or row.slot in constrained
+            or (row.token_ids is not None and row.slot in seeing)
             for row in plan.rows
         )
 
@@ -203,8 +210,8 @@ class HostRunner:
             self._masks.start(start)
             if self._drafts is not None:
                 self._drafts.start(start)
-            if self._module_program is not None:
-                self._module_program.start(start.slot, start.prompt_ids, start.images)
+            if self._starting is not None:
+                self._starting.start(start.slot, start.prompt_ids, start.images)
             self._scorer.forget(start.slot)
             self._vectors.forget(start.slot)
         if plan.starts:

@@ -72,8 +72,7 @@ inline Tile<S, precision> row_tile(const AttentionParams& p, const StepHeader& s
     tile.head[r] = head;
     tile.position[r] = before + token;
     tile.hidden[r] = p.rule.first_seen(before + token);
-    const int64_t until = step.visible_until == nullptr ? 0 : step.visible_until[start + token];
-    const int64_t visible = until > before + token ? until : before + token + 1;
+    const int64_t visible = p.rule.end_seen(step, start + token, before + token);
     tile.visible[r] = visible;
     tile.longest = visible > tile.longest ? visible : tile.longest;
     tile.shortest = visible < tile.shortest ? visible : tile.shortest;

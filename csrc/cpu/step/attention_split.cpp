@@ -21,8 +21,8 @@ void each_tile(const StepHeader& step, const AttentionKind& kind, const Visit& v
         const int64_t last = ((row + tile_rows < rows ? row + tile_rows : rows) - 1) / group;
         int64_t seen = before + last + 1;
         for (int64_t t = first; step.visible_until != nullptr && t <= last; ++t) {
-          const int64_t until = step.visible_until[start + t];
-          seen = until > seen ? until : seen;
+          const int64_t end = rule.end_seen(step, start + t, before + t);
+          seen = end > seen ? end : seen;
         }
         visit(s, head, row / tile_rows, rule.first_seen(before + first), seen);
       }

@@ -169,11 +169,14 @@ TGI_INLINE void store_value(const KvLayerView& kv, int64_t head, int64_t slot, i
 template <class S>
 TGI_INLINE void rotate_head(const HeadParams& p, const StepHeader& step, int64_t token,
                             int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
-  const int64_t angles = (step.positions[token] * p.rotary_strips + strip) * 16;
+  const int64_t place = step.rotary[token];
+  const bool is_own = place < 0;
+  const int64_t angles = ((is_own ? -1 - place : place) * p.rotary_strips + strip) * 16;
+  const float* const cosines = (is_own ? step.cosines : p.cosines) + angles;
+  const float* const sines = (is_own ? step.sines : p.sines) + angles;
   const int64_t left = p.rotary_strips - strip, count = left < num_strips ? left : num_strips;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t at = angles + i * 16;
-    rotate<S>(rows.first[i], rows.second[i], p.cosines + at, p.sines + at);
+    rotate<S>(rows.first[i], rows.second[i], cosines + i * 16, sines + i * 16);
   }
 }
 

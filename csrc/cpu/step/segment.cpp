@@ -14,7 +14,8 @@ void Segment::run(const StepHeader& step, int64_t begin, int64_t end, int member
                   double* ends) const {
   for (int64_t i = begin; i < end; ++i) {
     const Operator& op = operators_[static_cast<size_t>(i)];
-    const bool is_skipped = op.sync == Sync::kOnlyAdapters && step.num_adapters == 0;
+    const bool is_skipped = (op.sync == Sync::kOnlyAdapters && step.num_adapters == 0) ||
+                            (op.sync == Sync::kOnlyImages && step.num_image_rows == 0);
     if (!is_skipped) op.call(op, step, member, num_members);
     const bool is_private =
         is_skipped ||
@@ -49,11 +50,15 @@ bool LastRows::prepare(const StepHeader& step, const std::vector<AttentionKind>&
       std::adjacent_find(rows, rows + count, std::greater_equal<>()) != rows + count) {
     return false;
   }
+  for (size_t i = 0; step.visible_until != nullptr && i < count; ++i) {
+    if (step.visible_until[rows[i]] > step.positions[rows[i]] + 1) return false;
+  }
   const auto stride = static_cast<size_t>(step.block_table_stride);
   tokens_ = rows;
   counts_.resize(count + 1);
   std::iota(counts_.begin(), counts_.end(), 0);
   positions_.resize(count);
+  rotary_.resize(count);
   context_len_.resize(count);
   const auto groups = static_cast<size_t>(step.num_groups);
   block_table_.resize(groups * count * stride);
@@ -61,6 +66,7 @@ bool LastRows::prepare(const StepHeader& step, const std::vector<AttentionKind>&
   for (size_t i = 0; i < count; ++i) {
     while (step.query_start[s + 1] <= rows[i]) ++s;
     positions_[i] = step.positions[rows[i]];
+    rotary_[i] = step.rotary[rows[i]];
     context_len_[i] = step.context_len[s] - (step.query_start[s + 1] - 1 - rows[i]);
     const int64_t num_blocks = (context_len_[i] + block_size - 1) / block_size;
     for (size_t group = 0; group < groups; ++group) {
@@ -75,8 +81,11 @@ bool LastRows::prepare(const StepHeader& step, const std::vector<AttentionKind>&
   header_.context_len = context_len_.data();
   header_.block_table = block_table_.data();
   header_.positions = positions_.data();
-  header_.ids = nullptr;  // neither is needed any more
+  header_.rotary = rotary_.data();
+  header_.ids = nullptr;  // these are not needed any more
   header_.slots = nullptr;
+  header_.visible_until = nullptr;
+  header_.num_image_rows = 0;
   split_by_kinds(header_, kinds, num_members, split_);
   header_.attention_split = split_.data();
   prepare_adapters(step);

@@ -15,9 +15,16 @@
 namespace tgi::cpu::step {
 
 // Which operators are followed by a barrier: all except norms that every member computes for
-// itself. Operators that only serve adapters are skipped in steps without adapters. After kShards
-// operators all shards of the model meet, not only this shard's team.
-enum class Sync { kAlways, kUnlessPrivateTokens, kUnlessPrivateRows, kOnlyAdapters, kShards };
+// itself. Operators that only serve adapters, or images, are skipped in steps without these. After
+// kShards operators all shards of the model meet, not only this shard's team.
+enum class Sync {
+  kAlways,
+  kUnlessPrivateTokens,
+  kUnlessPrivateRows,
+  kOnlyAdapters,
+  kOnlyImages,
+  kShards
+};
 
 // Part of a step (the forward pass, or the head) as a list of operators.
 class Segment {
@@ -79,7 +86,7 @@ class LastRows {
   StepHeader header_ = {};
   const int32_t* tokens_ = nullptr;  // the step's rows
   std::vector<int32_t> counts_;      // 0, 1, 2 ...
-  std::vector<int32_t> positions_;
+  std::vector<int32_t> positions_, rotary_;
   std::vector<int32_t> context_len_;
   std::vector<int32_t> block_table_;
   std::vector<AttentionPoint> split_;

@@ -34,6 +34,11 @@ struct StepHeader {
   int64_t num_rows;          // rows of logits
   const int32_t* ids;        // [num_tokens]
   const int32_t* positions;  // [num_tokens]
+  // [num_tokens]: each token's row of the rotary tables, mostly its position; -1 - i: row i of the
+  // step's own table, for tokens whose positions have several axes (those of images).
+  const int32_t* rotary;
+  const float* cosines;  // [rows, columns of the rotary tables] or null, the step's own table
+  const float* sines;    // same shape
   // Layers of a group share a block table; each group has its own.
   int64_t num_groups;
   const int64_t* slots;        // [num_groups, num_tokens], block * block_size + offset
@@ -46,6 +51,10 @@ struct StepHeader {
   // [num_tokens] or null: number of positions a token may see, if that is more than those up to its
   // own (tokens of an image see each other).
   const int32_t* visible_until;
+  // Rows of images, which take the place of their tokens' embeddings or are added to the residual.
+  const int32_t* image_tokens;  // [num_image_rows], ascending
+  const float* image_rows;      // [levels][num_image_rows, columns of the residual]
+  int64_t num_image_rows;
   // Tokens with a LoRA adapter, ascending; empty if no row of the step has one.
   const AdapterSpan* adapters;
   int64_t num_adapters;
@@ -74,9 +83,16 @@ inline ActivationRow row_of(const Activation& activation, const StepHeader& step
 struct AttentionRule {
   int64_t window = INT64_MAX;  // number of positions, its own being the last
   int64_t chunk = INT64_MAX;   // positions per chunk; only its own chunk is seen
+  bool sees_ahead = true;      // tokens also see up to the header's `visible_until`
 
   bool operator==(const AttentionRule& other) const {
-    return window == other.window && chunk == other.chunk;
+    return window == other.window && chunk == other.chunk && sees_ahead == other.sees_ahead;
+  }
+  // The end of the positions seen by the step's token of this index, at `position`.
+  int64_t end_seen(const StepHeader& step, int64_t token, int64_t position) const {
+    const int64_t end = position + 1;
+    if (!sees_ahead || step.visible_until == nullptr) return end;
+    return step.visible_until[token] > end ? step.visible_until[token] : end;
   }
   // The first position seen by a token at `position`.
   int64_t first_seen(int64_t position) const {
@@ -115,6 +131,14 @@ struct EmbedAddParams {
   float factor;
   float* scratch;  // [members, table.num_columns]
   float* rows;     // [num_tokens, table.num_columns]
+};
+
+// Writes images' rows of a level in place of their tokens' rows of x, or adds them to these.
+struct ImageRowsParams {
+  int64_t level;
+  bool adds;
+  int64_t num_columns;
+  float* x;  // [num_tokens, num_columns]
 };
 
 // Adds the norm of rows to the residual, or to other rows: x = scale * (x + factor * norm(rows)).

@@ -19,10 +19,11 @@ from tests.support import vision_models as vision
 from tests.support.gguf_vision import CASES, Made, changed
 from tests.support.vision_chats import Part, chatting
 from tests.support.vision_models import Prompt, picture
-from tests.support.vision_runs import run
+from tests.support.vision_runs import run, tower_of
 from tgi_asgi import ops
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.gguf_vision import GgufVisionWeights
@@ -42,13 +43,12 @@ def of_each(names: Sequence[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in FEW else pytest.mark.models) for name in names]
 
 
-def opened(files: ModelFiles) -> tuple[GenericModel, ImageProcessor, Tokenizer]:
-    with OpenModel(files, model_impl="auto") as found:
+def opened(files: ModelFiles, impl: str = "auto") -> tuple[GenericModel | Model, ImageProcessor, Tokenizer]:
+    with OpenModel(files, model_impl=impl) as found:
         processor = found.read_image_processor()
         tokenizer, _ = found.read_text()
         model = found.load(ops.Packing(is_exact=True), 2048)
-        assert found.weights.unread() == []
-    assert isinstance(model, GenericModel)
+    assert model.kind != "encoder"
     assert processor is not None
     return model, processor, tokenizer
 
@@ -62,10 +62,12 @@ def prompts_of(made: Made, name: str, processor: ImageProcessor) -> list[Prompt]
     return [vision.prompt_with(CASES[name].family, made.checkpoint, processor, each) for each in parts]
 
 
+@pytest.mark.parametrize("impl", ["auto", "transformers"])
 @pytest.mark.parametrize("name", of_each(list(CASES)))
-def test_logits_are_those_of_transformers(name: str, model_of: Callable[[str], Made]) -> None:
+def test_logits_are_those_of_transformers(name: str, impl: str, model_of: Callable[[str], Made]) -> None:
     made = model_of(name)
-    model, processor, _ = opened(made.files)
+    model, processor, _ = opened(made.files, impl)
+    assert model.kind == ("native" if impl == "auto" else "generic")
     prompts = prompts_of(made, name, processor)
     own = prompts_of(made, name, vision.processor_of(made.checkpoint))
     assert [each.ids for each in prompts] == [each.ids for each in own]
@@ -137,8 +139,7 @@ def test_old_files_have_names_swapped(name: str, model_of: Callable[[str], Made]
     model, processor, _ = opened(replace(made.files, projector=old))
     wanted, _, _ = opened(made.files)
     (image,) = prompts_of(made, name, processor)[2].images
-    assert model.tower is not None and wanted.tower is not None
-    rows = [each.encode(image.payload).rows for each in (model.tower, wanted.tower)]
+    rows = [tower_of(each).encode(image.payload).rows for each in (model, wanted)]
     assert rows[0].equal(rows[1])
 
 
@@ -169,7 +170,7 @@ def test_codes_in_another_order_give_what_their_values_give(name: str, tmp_path:
     model, processor, _ = opened(made.files)
     decoded = shutil.copytree(made.checkpoint, tmp_path / "decoded")
     path = decoded / "model.safetensors"
-    with OpenModel(made.files, model_impl="auto") as files:
+    with OpenModel(made.files, model_impl="transformers") as files:
         tensors = {
             key: values_of(files.weights, key, tensor)
             for key, tensor in safetensors.torch.load_file(path).items()
@@ -232,7 +233,7 @@ def test_formats_are_foretold(name: str, model_of: Callable[[str], Made], tmp_pa
             if "patch_embd.weight" in each and info.type == "F32"
         }
     projector = changed(made.files.projector, tmp_path / "mmproj.gguf", {}, patches)
-    with OpenModel(replace(made.files, projector=projector), model_impl="auto") as opened:
+    with OpenModel(replace(made.files, projector=projector), model_impl="transformers") as opened:
         weights = opened.weights
         assert isinstance(weights, GgufVisionWeights)
         foretold = {name: format for name, (format, _) in weights.stored().items()}

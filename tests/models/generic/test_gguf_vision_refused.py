@@ -264,18 +264,15 @@ def test_several_shards_need_the_text_model_alone(model_of: Callable[[str], Made
         opened.cuts(2)
 
 
-@pytest.mark.parametrize(
-    "given", [{"num_shard": 2}, {"prompt_precision": "bfloat16"}], ids=["shards", "precision"]
-)
 def test_a_file_beside_a_model_ends_no_start_that_succeeds_without_it(
-    given: dict[str, Any], model_of: Callable[[str], Made], caplog: pytest.LogCaptureFixture
+    model_of: Callable[[str], Made], caplog: pytest.LogCaptureFixture
 ) -> None:
     files = replace(model_of("smolvlm").files, is_projector_named=False)
-    settings = Settings(thread_nice=0, max_batch_size=4, num_threads=1, **given)
+    settings = Settings(thread_nice=0, max_batch_size=4, num_threads=1, num_shard=2)
     loaded = load(settings, files, lambda stage, done, total: None)
     loaded.runner.close()
-    if loaded.shards is not None:
-        loaded.shards.close()
+    assert loaded.shards is not None
+    loaded.shards.close()
     assert (loaded.info.implementation, loaded.image_processor) == ("native", None)
     assert "--mmproj none" in caplog.text
     with pytest.raises(ModelLoadError, match="cannot be combined with --mmproj"):

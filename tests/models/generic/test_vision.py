@@ -24,10 +24,12 @@ import transformers
 from tests.support import vision_models as vision
 from tests.support.vision_chats import Part, chatting, content_of, greedy, url_of
 from tests.support.vision_models import picture
-from tests.support.vision_runs import load, program_of, run, served
+from tests.support.vision_runs import load, load_native, program_of, run, served
 from tests.support.vision_table import FAMILIES
 from tgi_asgi import ops
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.models.family import Model
+from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.generic.vision import tower
 from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images
 from tgi_asgi.types import Image
@@ -40,6 +42,13 @@ FEW = (
     "llama4", "idefics2_split", "qwen4_exp", "ernie4_5_vl",
 )  # fmt: skip
 WITH_TOWER = [name for name in FAMILIES if name != "gemma4_unified"]  # others have layers to break off in
+# Whose text a native family computes.
+NATIVE = (
+    "aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "gemma3", "gemma4", "gemma4_large",
+    "glm4v", "glmga", "idefics2", "idefics2_split", "idefics3", "internvl", "lfm2_vl", "llava", "llava_next",
+    "llava_onevision", "minicpmv4_6", "minicpmv4_7", "mistral3", "pixtral", "qwen2_5_omni", "qwen2_5_vl",
+    "qwen2_vl", "qwen3_5", "qwen3_vl", "smolvlm",
+)  # fmt: skip
 ANSWER = list(range(120, 126))
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
@@ -76,20 +85,34 @@ def distance(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("name", of_each(list(FAMILIES)))
-def test_logits_are_those_of_transformers_however_prompts_are_cut(
-    name: str, folder_of: Callable[[str], Path]
-) -> None:
-    folder = folder_of(name)
+def prompts_of(name: str, folder: Path) -> list[vision.Prompt]:
     parts: list[list[Part]] = [
         ["what is ", picture(50, 30), " and ", picture(40, 70, 1), " this?"],
         ["no picture here, is there"],
         ["one ", picture(130, 33, 2), "?"],
     ]
-    prompts = [vision.prompt_of(name, folder, each) for each in parts]
+    return [vision.prompt_of(name, folder, each) for each in parts]
+
+
+@pytest.mark.parametrize("name", of_each(list(FAMILIES)))
+def test_logits_are_those_of_transformers_however_prompts_are_cut(
+    name: str, folder_of: Callable[[str], Path]
+) -> None:
+    """Both ways to compute the text, if there are two, give the logits of `transformers`."""
+    folder = folder_of(name)
+    prompts = prompts_of(name, folder)
     reference = vision.open_reference(folder)
     wanted = [vision.reference(folder, prompt, ANSWER, reference) for prompt in prompts]
-    model = load(folder)
+    native = load_native(folder)
+    assert (native is not None) == (name in NATIVE)
+    check_logits(load(folder), prompts, wanted)
+    if native is not None:
+        check_logits(native, prompts, wanted)
+
+
+def check_logits(
+    model: GenericModel | Model, prompts: Sequence[vision.Prompt], wanted: Sequence[np.ndarray]
+) -> None:
     for chunks in ([1000, 1000, 1000], [7, 5, 16], [1, 1000, 3]):
         found, program = run(model, [(prompt, ANSWER) for prompt in prompts], chunks)
         for logits, expected in zip(found, wanted, strict=True):
@@ -236,6 +259,34 @@ async def test_a_client_gets_what_transformers_would_answer(
         found = await asyncio.gather(*(ask(parts) for parts in turns), ask(turns[0], n=2))
     assert [each.choices[0].message.content for each in found] == [*wanted, wanted[0]]
     assert found[-1].choices[1].message.content == wanted[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    of_each(["qwen2_vl", "qwen3_vl", "gemma3", "gemma4", "gemma4_large", "qwen3_5", "lfm2_vl", "glm4v"]),
+)
+async def test_drafts_choices_and_lost_blocks_change_no_answer(
+    name: str, folder_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps with and without Python, and sequences that start again, place and turn the same tokens."""
+    turns: list[list[Part]] = [
+        ["what is ", picture(50, 30), " and ", picture(40, 70, 1), " this?"],
+        ["no picture here, is there"],
+        ["one ", picture(130, 33, 2), "?"],
+    ]
+    given: dict[str, Any] = {"max_tokens": 40, "extra_body": {"ignore_eos": True}}
+    async with chatting(folder_of(name), speculate=0) as (ask, app):
+        assert app.context.served is not None and app.context.served.info.implementation == "native"
+        wanted = [(await ask(turn, **given)).choices[0].message.content for turn in turns]
+        longest = max([(await ask(turn, max_tokens=1)).usage.prompt_tokens for turn in turns]) + 40
+    room = {"max_batch_total_tokens": -(-longest // 16) * 16 + 48, "max_total_tokens": longest + 1}
+    async with chatting(folder_of(name), speculate=4, max_batch_prefill_tokens=80, **room) as (ask, app):
+        asked = [ask(turn, n=2, **given) for turn in turns for _ in range(2)]
+        found = await asyncio.gather(*asked)
+        assert app.context.served is not None and app.context.served.stats is not None
+        assert app.context.served.stats.preemptions > 0
+    answers = [[choice.message.content for choice in each.choices] for each in found]
+    assert answers == [[answer] * 2 for answer in wanted for _ in range(2)]
 
 
 @pytest.mark.parametrize("before", ["", "<s>", "</s>"])

@@ -277,7 +277,7 @@ class Gemma4(Decoder):
 
     def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
         """Return the residual stream of a batch, as described in `Model.forward`."""
-        x = self.embed(batch)
+        x = self.add_images(self.embed(batch), 0)
         inputs = self._inputs(batch, x) if self.config.layer_input_size else None
         for layer, cache in zip(self.layers, caches, strict=True):
             assert isinstance(layer, _Layer)

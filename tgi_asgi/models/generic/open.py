@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError, check
 from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generation_config import read_generation_config
 from tgi_asgi.models.generic import attention, encoder_decoder, encoder_decoder_check
@@ -40,19 +43,23 @@ from tgi_asgi.models.generic.rope import (
 )
 from tgi_asgi.models.generic.states import KEPT, state_bytes
 from tgi_asgi.models.generic.vision import cross_attention
-from tgi_asgi.models.generic.vision.check import check_images, check_processor
+from tgi_asgi.models.generic.vision.check import check_images, check_processor, is_tested
 from tgi_asgi.models.generic.vision.cross_attention import CrossFeatures
+from tgi_asgi.models.generic.vision.native import NativeImages
+from tgi_asgi.models.generic.vision.native_text import NativeText, find_text, strip
 from tgi_asgi.models.generic.vision.processor import (
     GivenProcessor,
     VisionProcessor,
     load_processor,
 )
 from tgi_asgi.models.generic.vision.text import TextView, complete_outputs, vision_traits
-from tgi_asgi.models.generic.vision.tower import input_names
-from tgi_asgi.models.generic.weights import Filler
+from tgi_asgi.models.generic.vision.tower import Tower, input_names
+from tgi_asgi.models.generic.weights import Filler, file_names
 from tgi_asgi.models.loading import NamedWeights
 from tgi_asgi.settings import GivenRope
 from tgi_asgi.types import ImageProcessor
+
+logger = logging.getLogger(__name__)
 
 
 class OpenGeneric:
@@ -233,6 +240,41 @@ class OpenGeneric:
         if self._processor is not None:
             check_images(loaded, self._processor)
         return loaded
+
+    def native_text(self) -> NativeText | None:
+        """Return the text model of a vision model if a native family may compute it, else None."""
+        name = self.config.architecture
+        if self._vision is None or self.config.sequential_reason or not is_tested(name):
+            return None
+        try:
+            return find_text(self._model, self._vision)
+        except Exception as error:  # the code of the class may raise anything when it is asked
+            logger.debug("%s runs as a module: %s: %s", name, type(error).__name__, error)
+            return None
+
+    def file_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Return which of these tensors of a checkpoint the module's are, by its names; see `weights`."""
+        return file_names(self._model, names)
+
+    def load_images(
+        self, weights: NamedWeights, arithmetic: ops.Arithmetic, text: NativeText, model: Decoder
+    ) -> NativeImages:
+        """Fill the tower alone, for a native family's model of the text.
+
+        Args:
+            weights: The tower's.
+        """
+        strip(self._model, text)
+        if isinstance(arithmetic, ops.Packing):  # only the text has prompts
+            arithmetic = replace(arithmetic, has_float_prompts=False)
+        filler = Filler(self._model, weights)
+        replaced = Replaced(self._model, arithmetic)
+        filler.fill(replaced.place)
+        replaced.finish_rows()
+        replaced.mode.backend.take(self._model)
+        attention.install(configurations(self._model), attends=False)
+        tower = Tower(self._model, replaced.mode.backend)
+        return NativeImages(self._model, tower, text, model)
 
     def _keep_encodings(self, arithmetic: ops.Arithmetic, mode: Mode) -> None:
         """Let keys and values of images be as exact as products, and requests count their memory."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Container
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,9 +13,12 @@ from tgi_asgi.models.checkpoint import CheckpointLayout, is_of_layer
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.loading import WHOLE
 from tgi_asgi.models.loading.kv_scales import read_kv_scales
+from tgi_asgi.models.loading.recognise import produces_vectors
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.models.shard import CUT_COLUMNS
 from tgi_asgi.ops import WeightSource
+
+logger = logging.getLogger(__name__)
 
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -52,9 +59,8 @@ class CheckpointWeights:
         stored = self._layout.tensor(name)
         if stored not in self._weights and name in self._weights and not is_of_layer(name):
             return name
-        if self.is_bare:
-            return stored.removeprefix(self._layout.prefix)
-        return stored.replace(self._layout.prefix, self._prefix, 1)
+        rest = stored.removeprefix(self._layout.prefix)
+        return rest if self.is_bare or rest == stored else self._prefix + rest
 
     def get(self, name: str, shape: tuple[int, ...], part: slice = WHOLE) -> WeightSource:
         """Return a tensor, as described in `Weights.get`."""
@@ -110,3 +116,21 @@ class CheckpointWeights:
     def close(self) -> None:
         """Unmap the files."""
         self._weights.close()
+
+
+def with_its_head(config: ModelConfig, weights: CheckpointWeights, names: Container[str]) -> ModelConfig:
+    """Return the configuration of a checkpoint with the head that its files have, whatever it says.
+
+    Args:
+        names: The files' names.
+    """
+    is_bare = weights.is_bare or produces_vectors(config.architecture)
+    if is_bare and not config.has_tied_embeddings and "lm_head.weight" not in names:
+        config = replace(config, has_head=False)
+    if config.generates and config.has_tied_embeddings and weights.has_own_head:
+        logger.warning(
+            "config.json says that the head is the embedding, but the files hold another head; that is used, "
+            "as in transformers 5"
+        )
+        config = replace(config, has_tied_embeddings=False)
+    return config

@@ -158,11 +158,11 @@ class GgufVisionWeights:
     is_gguf = True
 
     def __init__(self, texts: GgufModuleWeights, tower: TowerWeights) -> None:
-        self._texts, self._tower = texts, tower
+        self._texts, self.tower = texts, tower
         self.num_bytes = texts.num_bytes + tower.num_bytes
 
     def _of(self, name: object) -> GgufModuleWeights | TowerWeights:
-        return self._tower if name in self._tower else self._texts
+        return self.tower if name in self.tower else self._texts
 
     def __contains__(self, name: object) -> bool:
         return name in self._of(name)
@@ -173,7 +173,7 @@ class GgufVisionWeights:
 
     def names(self) -> list[str]:
         """Return the names of all weights, as described in `NamedWeights.names`."""
-        return [*self._texts.names(), *self._tower.names()]
+        return [*self._texts.names(), *self.tower.names()]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a weight after decoding."""
@@ -189,20 +189,20 @@ class GgufVisionWeights:
 
     def unread(self) -> list[str]:
         """Return the names that were not read, as described in `Weights.unread`."""
-        return [*self._texts.unread(), *self._tower.unread()]
+        return [*self._texts.unread(), *self.tower.unread()]
 
     def stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes, as described in `Weights.stored`, by the names of `transformers`."""
-        return {**self._texts.stored(), **self._tower.stored()}
+        return {**self._texts.stored(), **self.tower.stored()}
 
     def close_tower(self) -> None:
         """Unmap only the projector's file, to go on with the text model alone."""
-        self._tower.close()
+        self.tower.close()
 
     def close(self) -> None:
         """Unmap both files."""
         self._texts.close()
-        self._tower.close()
+        self.tower.close()
 
 
 def check_fits(weights: NamedWeights, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError, NotInFamily, check
@@ -20,13 +21,13 @@ from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.config import ModelConfig, ServedConfig
 from tgi_asgi.models.family import Family, Model
 from tgi_asgi.models.gguf_module import GgufModule, find_module
-from tgi_asgi.models.layer_weights import LayerWeights
-from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
-from tgi_asgi.models.loading.checkpoint import CheckpointWeights
+from tgi_asgi.models.loading import Weights, refuse_unread
+from tgi_asgi.models.loading.checkpoint import CheckpointWeights, with_its_head
 from tgi_asgi.models.loading.companions import CheckpointCompanions, GgufCompanions
 from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.gguf_module import GgufModuleWeights
 from tgi_asgi.models.loading.merged import MergedCheckpoint
+from tgi_asgi.models.loading.native import Images, Native, named, unsplit
 from tgi_asgi.models.loading.recognise import (
     architecture_of,
     as_in_transformers,
@@ -38,6 +39,7 @@ from tgi_asgi.models.loading.recognise import (
     with_architecture,
 )
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.models.loading.vision import VisionText, open_checkpoint_text, open_gguf_text
 from tgi_asgi.models.registry import has_family
 from tgi_asgi.models.rope import scale_positions, stretch_context
 from tgi_asgi.models.shard import ModelCut, cut_model
@@ -51,6 +53,7 @@ if TYPE_CHECKING:  # these import torch, which native families do not need
     from tgi_asgi.models.generic.model import GenericModel
     from tgi_asgi.models.generic.open import OpenGeneric
     from tgi_asgi.models.generic.open_encoder import OpenEncoder
+    from tgi_asgi.models.generic.vision.native_text import NativeText
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +75,7 @@ class OpenModel:
     weights: Weights
     companions: CheckpointCompanions | GgufCompanions
     why_generic: str = ""  # why the architecture's native family does not compute the model
-    _model: _Native | OpenGeneric | OpenEncoder
+    _model: Native | OpenGeneric | OpenEncoder
 
     def __init__(
         self,
@@ -82,8 +85,9 @@ class OpenModel:
         model_impl: str = "native",
         trusts_code: bool = False,
         rope: GivenRope | None = None,
+        serves_adapters: bool = False,
     ) -> None:
-        self._rope = rope
+        self._rope, self._serves_adapters = rope, serves_adapters
         self._vocab_size: int | None = None  # of a merged adapter, if it has its own
         self._open_module: Callable[[], OpenGeneric | OpenEncoder] | None = None  # instead of a native family
         self._is_file_alone = False  # whether only its native family computes a GGUF file
@@ -111,7 +115,7 @@ class OpenModel:
             )
         family, read = read_gguf(file.metadata, frozenset(file.tensors))
         self._is_file_alone = True
-        self._model = native = _Native(family, self._scaled(read))
+        self._model = native = Native(family, self._scaled(read))
         self.weights = GgufWeights(file, native.config, native.family)
 
     def _open_gguf_module(self, file: GgufFile, module: GgufModule, model_impl: str) -> None:
@@ -135,7 +139,7 @@ class OpenModel:
             return
         family, read = found
         self._open_module = None if is_native_only else open_module
-        self._model = native = _Native(family, self._scaled(read))
+        self._model = native = Native(family, self._scaled(read))
         self.weights = GgufWeights(file, native.config, family)
 
     def _open_vision(self, file: GgufFile, files: ModelFiles, model_impl: str) -> bool:
@@ -176,6 +180,8 @@ class OpenModel:
         logger.info("images are read by %s", files.projector)
         self.weights, self._model = weights, model
         self.companions = GgufCompanions(file, vision.tokens)
+        if model_impl == "auto":
+            self._use_native_text(model, partial(open_gguf_text, file, weights))
         return True
 
     def _open_checkpoint(self, files: ModelFiles, model_impl: str, *, trusts_code: bool) -> None:
@@ -202,8 +208,37 @@ class OpenModel:
         if (found := self._read_native(config, model_impl)) is not None:
             self._open_module = open_module if model_impl == "auto" else None
             self._model = self._open_native(*found)
-        else:
-            self._model = open_module()
+            return
+        self._model = module = open_module()
+        if model_impl == "auto" and module.kind == "generic":
+            self._use_native_text(module, partial(open_checkpoint_text, self.weights, module))
+
+    def _use_native_text(
+        self, module: OpenGeneric, open_text: Callable[[NativeText], VisionText | None]
+    ) -> None:
+        """Let a native family compute the text of a vision model, and the module only images, if it can."""
+        text = module.native_text()
+        try:
+            found = None if text is None else open_text(text)
+        except ModelLoadError as error:
+            logger.debug("%s runs as a module: %s", module.config.architecture, error)
+            return
+        if text is None or found is None:
+            return
+        config = text.with_images(self._stretched(found.config))
+        if config is None or config.vocab_size != module.config.vocab_size:
+            return
+        if self._serves_adapters and config.has_output_gate:  # whose queries only the module adapts
+            return
+        whole, self.weights = self.weights, found.weights
+
+        def open_module() -> OpenGeneric:
+            self.weights = whole
+            return module
+
+        self._open_module = open_module
+        config = replace(config, architecture=module.config.architecture)
+        self._model = Native(found.family, config, Images(module, text, found.weights))
 
     def leave_to_module(self, reason: str) -> None:
         """Let the code of `transformers` compute the model on a GPU, not its native family, for this reason.
@@ -245,19 +280,15 @@ class OpenModel:
                 raise
             raise ModelLoadError(f"{self.why_generic}; and transformers' code: {error}") from error
 
-    def _open_native(self, family: Family, read: ModelConfig) -> _Native:
+    def _open_native(self, family: Family, read: ModelConfig) -> Native:
         assert isinstance(self.weights, SafetensorsWeights)
         self.weights = weights = CheckpointWeights(self.weights, family.model.checkpoint, read)
-        is_bare = weights.is_bare or produces_vectors(read.architecture)
-        if is_bare and not read.has_tied_embeddings and "lm_head.weight" not in self.weights:
-            read = replace(read, has_head=False)
-        if read.generates and read.has_tied_embeddings and weights.has_own_head:
-            logger.warning(
-                "config.json says that the head is the embedding, but the files hold another head; that is "
-                "used, as in transformers 5"
-            )
-            read = replace(read, has_tied_embeddings=False)
-        return _Native(family, stretch_context(read) if self._rope is None else self._scaled(read))
+        read = with_its_head(read, weights, self.weights)
+        return Native(family, self._stretched(read))
+
+    def _stretched(self, config: ModelConfig) -> ModelConfig:
+        """Return a checkpoint's configuration with the context to which its rotary embedding stretches it."""
+        return stretch_context(config) if self._rope is None else self._scaled(config)
 
     def _scaled(self, config: ModelConfig) -> ModelConfig:
         return config if self._rope is None else scale_positions(config, self._rope)
@@ -300,14 +331,14 @@ class OpenModel:
         weights = self.weights if weights is None else weights
         try:
             if self._model.kind == "generic":
-                return self._model.load(_named(weights), arithmetic, max_positions, has_kernels)
+                return self._model.load(named(weights), arithmetic, max_positions, has_kernels)
             if self._model.kind == "encoder":
-                return self._model.load(_named(weights), arithmetic, max_positions)
+                return self._model.load(named(weights), arithmetic, max_positions)
             model = self._model.load(weights, arithmetic, max_positions)
         except ValueError as error:  # packing refuses values that no header shows
             alone = "; --mmproj none serves it for text only" if self.uses_projector else ""
             raise ModelLoadError(f"a weight of the model cannot be used: {error}{alone}") from error
-        refuse_unread(weights.unread(), self._unused(self._model))
+        refuse_unread(weights.unread(), self._model.unused)
         return model
 
     def cuts(self, count: int) -> list[ModelCut]:
@@ -316,9 +347,8 @@ class OpenModel:
         Raises:
             ModelLoadError: if several shards cannot compute it, or it has too few parts.
         """
-        config = self.config
-        if not isinstance(self._model, _Native) or not isinstance(config, ModelConfig):
-            alone = ", or add --mmproj none" if self.uses_projector else ""
+        config, alone = self.config, ", or add --mmproj none" if self.uses_projector else ""
+        if not isinstance(self._model, Native) or not isinstance(config, ModelConfig):
             raise ModelLoadError(
                 f"--num-shard {count}: {config.architecture} is computed by transformers' code, which is not "
                 f"split: leave --num-shard out{alone}"
@@ -327,7 +357,7 @@ class OpenModel:
         check(
             found is None,
             f"--num-shard {count}: {config.architecture} has {found}, which several shards do not compute: "
-            "leave --num-shard out",
+            f"leave --num-shard out{alone}",
         )
         weights = self.weights
         assert isinstance(weights, GgufWeights | CheckpointWeights)
@@ -346,7 +376,7 @@ class OpenModel:
 
     def use_cut(self, cut: ModelCut) -> None:
         """Load only this part of the model; `config` reflects it from now on."""
-        assert isinstance(self._model, _Native)
+        assert isinstance(self._model, Native)
         self._model = replace(self._model, config=replace(self._model.config, cut=cut))
         self.config = self._model.config
 
@@ -356,10 +386,9 @@ class OpenModel:
         Raises:
             ModelLoadError: if the code of `transformers` has no place for a tensor.
         """
-        if not isinstance(self._model, _Native):
-            return self._model.packed_tensors(_named(self.weights))
-        unused = self._unused(self._model)
-        return [each for name, each in self.weights.stored().items() if not matches(name, unused)]
+        if isinstance(self._model, Native):
+            return self._model.packed_tensors(self.weights)
+        return self._model.packed_tensors(named(self.weights))
 
     def kv_scales(self) -> list[tuple[float, float]] | None:
         """Return each layer's scales of keys and of values from a checkpoint; None for a GGUF file.
@@ -371,14 +400,7 @@ class OpenModel:
 
     def table_bytes(self, max_positions: int) -> int:
         """Estimate the bytes of `transformers`' rotary tables; 0 for native families (see `rotary_dims`)."""
-        return 0 if isinstance(self._model, _Native) else self._model.table_bytes(max_positions)
-
-    def _unused(self, model: _Native) -> list[str]:
-        has_no_head = model.config.has_tied_embeddings  # some files store the embedding twice
-        head = model.family.model.checkpoint.tensor("lm_head.weight")
-        number = str(model.config.num_layers)
-        unused = [pattern.replace("{num_layers}", number) for pattern in model.family.unused]
-        return [*unused, *([head] if has_no_head else [])]
+        return 0 if isinstance(self._model, Native) else self._model.table_bytes(max_positions)
 
     def read_text(self) -> tuple[Tokenizer, ChatTemplate | None]:
         """Build the tokenizer and compile the chat template; may run while weights are loaded."""
@@ -386,10 +408,12 @@ class OpenModel:
 
     def read_image_processor(self) -> ImageProcessor | None:
         """Build the image processor of a model that accepts images; may precede loading its weights."""
-        if self._model.kind != "generic":
+        model = self._model
+        module = model.images.module if isinstance(model, Native) and model.images is not None else model
+        if isinstance(module, Native) or module.kind != "generic":
             return None
         if isinstance(self.companions, CheckpointCompanions):
-            return self._model.image_processor(self.companions.directory)
+            return module.image_processor(self.companions.directory)
         return self._image_processor
 
     def close(self) -> None:
@@ -401,23 +425,6 @@ class OpenModel:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _Native:
-    """A model that a native family computes."""
-
-    kind: ClassVar[Literal["native"]] = "native"
-    family: Family
-    config: ModelConfig
-
-    def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> Model:
-        return self.family.model(self.config, weights, arithmetic, max_positions)
-
-
-def _named(weights: Weights) -> NamedWeights:
-    """Return the weights of a module, which list their names, unlike those of native families."""
-    return cast(NamedWeights, weights)
 
 
 def _open_encoder(directory: Path | None, config: Mapping[str, Any], trusts_code: bool) -> OpenEncoder:
@@ -437,20 +444,3 @@ def _file_names(
         return file_names(build(directory, config, trusts_code=trusts_code), names)
     except ModelLoadError:
         return {}
-
-
-def unsplit(config: ModelConfig, family: Family) -> str | None:
-    """Return a feature of the model that several shards do not compute; None if there is none."""
-    weights = getattr(family.model, "weights_class", LayerWeights)
-    found = {
-        "experts": any(layer.experts is not None for layer in config.layers),
-        "recurrent layers": config.has_states,
-        "latent attention": any(layer.latent is not None for layer in config.layers),
-        "gates of heads": config.has_output_gate or config.has_head_gates,
-        "layers of one part": any(layer.part is not None for layer in config.layers),
-        "layers of several shapes": any(layer.sizes is not None for layer in config.layers),
-        "sinks": any(layer.has_sinks for layer in config.layers),
-        "norms over all heads": weights.has_whole_norms,
-        "no head that gives text": not config.generates,
-    }
-    return next((name for name, holds in found.items() if holds), None)

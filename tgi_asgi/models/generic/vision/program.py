@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,16 +13,17 @@ from tgi_asgi import ops
 from tgi_asgi.models.generic.attention import PagedLayers
 from tgi_asgi.models.generic.delta_nets import NativeStates
 from tgi_asgi.models.generic.modules import Head, Mode
-from tgi_asgi.models.generic.program import GenericProgram, ModuleProgram, SequentialProgram
+from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
 from tgi_asgi.models.generic.vision.cross_attention import CrossAttention, Seen, seen_in
 from tgi_asgi.models.generic.vision.decoder_inputs import DecoderInputs
 from tgi_asgi.models.generic.vision.encodings import EncodingCache
+from tgi_asgi.models.generic.vision.running_images import RunningImages
 from tgi_asgi.models.generic.vision.text import DecoderOutput, Lookahead, VisionTraits, decoder_of
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.types import Bidirectional, ImageInput
 
-_BIDIRECTIONAL = {
+BIDIRECTIONAL = {
     Lookahead.NOTHING: Bidirectional.NOTHING,
     Lookahead.IMAGES: Bidirectional.IMAGES,
     Lookahead.IMAGES_IN_WINDOWS: Bidirectional.IMAGES,
@@ -30,31 +31,31 @@ _BIDIRECTIONAL = {
 }
 
 
-class ImageProgram(ModuleProgram, Protocol):
-    """A program whose sequences have images.
+class ImageProgram:
+    """What programs have in common whose sequences have images.
 
     Attributes:
         bidirectional: Which parts of a prompt must be in one step.
     """
 
     bidirectional: Bidirectional
-    _decoder_inputs: DecoderInputs
+    _images: RunningImages
 
     @property
     def encodings(self) -> EncodingCache:
         """The cache of image encodings."""
-        return self._decoder_inputs.encodings
+        return self._images.encodings
 
     def start(self, slot: int, prompt_ids: Sequence[int], images: Sequence[ImageInput]) -> None:
         """Assign a slot to a sequence with these images."""
-        self._decoder_inputs.start(slot, prompt_ids, images)
+        self._images.start(slot, prompt_ids, images)
 
     def advance(self, images: Sequence[ImageInput], seconds: float) -> tuple[list[bool], float]:
-        """Encode images before the steps that need them; see `DecoderInputs.advance`."""
-        return self._decoder_inputs.advance(images, seconds)
+        """Encode images before the steps that need them; see `RunningImages.advance`."""
+        return self._images.advance(images, seconds)
 
 
-class VisionProgram(GenericProgram, ImageProgram):
+class VisionProgram(ImageProgram, GenericProgram):
     """All sequences of a step in one call of the decoder, with images' rows in place of their tokens."""
 
     def __init__(
@@ -66,9 +67,10 @@ class VisionProgram(GenericProgram, ImageProgram):
             model, head, layers, recurrent, vocab_size=vocab_size, first_position=traits.first_position,
             decode=self._decode, mode=mode, native_states=native_states,
         )  # fmt: skip
-        self.bidirectional = _BIDIRECTIONAL[traits.lookahead]
+        self.bidirectional = BIDIRECTIONAL[traits.lookahead]
         self._traits, self._decoder, self._embed = traits, decoder_of(model), model.get_input_embeddings()
-        self._decoder_inputs = DecoderInputs(model, traits, encodings, self._device)
+        self._images = RunningImages(model, traits, encodings)
+        self._decoder_inputs = DecoderInputs(model, traits, self._images, self._device)
         self._inputs: dict[str, Any] = {}
         self._cross = CrossAttention(self._decoder) if traits.has_cross_attention else None
 
@@ -76,7 +78,7 @@ class VisionProgram(GenericProgram, ImageProgram):
         """Compute a step; see `GenericProgram.run`."""
         with torch.inference_mode():
             if self._cross is None:
-                self._inputs = self._decoder_inputs.of(batch.ids, self._decoder_inputs.parts(batch))
+                self._inputs = self._decoder_inputs.of(batch.ids, self._images.parts(batch))
             else:
                 self._inputs = self._crossed_inputs(batch, self._cross)
         try:
@@ -90,7 +92,7 @@ class VisionProgram(GenericProgram, ImageProgram):
         if self._traits.lookahead is not Lookahead.NOTHING:
             ends = np.concatenate([
                 sequence.ends(self._traits.lookahead, positions)
-                for _, sequence, positions in self._decoder_inputs.parts(batch)
+                for _, sequence, positions in self._images.parts(batch)
             ])  # fmt: skip
             in_windows = self._traits.lookahead is Lookahead.IMAGES_IN_WINDOWS
             self._layers.look_ahead(batch, torch.from_numpy(ends.astype(np.int32)), in_windows=in_windows)
@@ -105,10 +107,10 @@ class VisionProgram(GenericProgram, ImageProgram):
         positions = torch.from_numpy(batch.positions.astype(np.int64))[None].to(self._device)
         given = {"inputs_embeds": self._embed(ids), "position_ids": positions, "use_cache": False}
         seen: list[Seen] = []
-        for first, sequence, at in self._decoder_inputs.parts(batch):
+        for first, sequence, at in self._images.parts(batch):
             if sequence.images:
                 starts = [int(each.places[0]) for each in sequence.images]
-                encodings = [self._decoder_inputs.encoding(each) for each in sequence.images]
+                encodings = [self._images.encoding(each) for each in sequence.images]
                 seen += seen_in(first, int(at[0]), int(at[-1]) + 1, starts, encodings)
         if seen:
             cross.begin(seen, ids.shape[1], self._device)
@@ -116,7 +118,7 @@ class VisionProgram(GenericProgram, ImageProgram):
         return given
 
 
-class SequentialVisionProgram(SequentialProgram, ImageProgram):
+class SequentialVisionProgram(ImageProgram, SequentialProgram):
     """One sequence after the other, on the model's own cache, with images' rows in place of their tokens."""
 
     bidirectional = Bidirectional.NOTHING
@@ -127,14 +129,15 @@ class SequentialVisionProgram(SequentialProgram, ImageProgram):
     ) -> None:  # fmt: skip
         super().__init__(model, head, vocab_size=vocab_size, device=device, decode=self._decode)
         self._decoder = decoder_of(model)
-        self._decoder_inputs = DecoderInputs(model, traits, encodings, device)
+        self._images = RunningImages(model, traits, encodings)
+        self._decoder_inputs = DecoderInputs(model, traits, self._images, device)
         self._inputs: dict[str, Any] = {}
 
     def _compute(
         self, rows: list[int], batch: ops.FlatRows, index: int, inputs: dict[str, Any]
     ) -> tuple[Tensor, Any]:
         kept = {name: value for name, value in inputs.items() if name != "input_ids"}
-        first, sequence, positions = self._decoder_inputs.parts(batch)[index]
+        first, sequence, positions = self._images.parts(batch)[index]
         ids = batch.ids[first : first + len(positions)]
         self._inputs = self._decoder_inputs.of(ids, [(0, sequence, positions)]) | kept
         return super()._compute(rows, batch, index, inputs)

@@ -214,6 +214,11 @@ def layer_inputs(decoder: Any, ids: Tensor) -> Tensor:
     return found
 
 
+def has_token_rows(model: Any) -> bool:
+    """Return whether some ids have other rows than the decoder's embedding; see `token_rows`."""
+    return type(model).__name__ in _TOKEN_ROWS
+
+
 def token_rows(model: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """Return ids whose rows are not those of the decoder's embedding, and the rows [n, hidden]; None: no id.
 

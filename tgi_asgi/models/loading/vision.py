@@ -1,0 +1,158 @@
+"""The weights of a vision model whose text a native family computes: those of the text, and of the tower."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.models.checkpoint import CheckpointLayout
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.gguf_module import find_module
+from tgi_asgi.models.loading import WHOLE, NamedWeights, Weights
+from tgi_asgi.models.loading.checkpoint import CheckpointWeights, with_its_head
+from tgi_asgi.models.loading.gguf import GgufWeights
+from tgi_asgi.models.loading.recognise import is_native, read_config, read_gguf, read_gguf_module
+from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.ops import WeightSource
+
+if TYPE_CHECKING:  # these import torch
+    from tgi_asgi.models.generic.open import OpenGeneric
+    from tgi_asgi.models.generic.vision.native_text import NativeText
+    from tgi_asgi.models.loading.gguf_vision import GgufVisionWeights
+
+_EMBEDDING = "embed_tokens.weight"
+PLAIN = CheckpointLayout()
+
+
+class VisionWeights:
+    """The text's `Weights` and the tower's `NamedWeights` as one; only the tower's are listed.
+
+    Args:
+        text: By canonical names.
+        layout: How the text's files are named.
+        tower: By the files' names, or those of `transformers`; it also holds the text, in its own way.
+        names: Names of the tower's tensors in it.
+    """
+
+    def __init__(
+        self, text: Weights, tower: NamedWeights, names: Collection[str],
+        layout: CheckpointLayout = PLAIN,
+    ) -> None:  # fmt: skip
+        self.layout = layout
+        self.text, self.tower, self._names = text, tower, dict.fromkeys(names)
+        self.num_bytes, self.is_gguf = tower.num_bytes, text.is_gguf
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names or name in self.text
+
+    def get(self, name: str, shape: tuple[int, ...], part: slice = WHOLE) -> WeightSource:
+        """Return a tensor, as described in `Weights.get`."""
+        return (self.tower if name in self._names else self.text).get(name, shape, part)
+
+    def names(self) -> list[str]:
+        """Return the names of the tower's weights, as described in `NamedWeights.names`."""
+        return list(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a weight of the tower after decoding."""
+        return self.tower.shape(name)
+
+    def integers(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.integer[Any]]:
+        """Return a table of integers of the tower, as described in `NamedWeights.integers`."""
+        return self.tower.integers(name, shape)
+
+    def parts(self, name: str) -> list[str]:
+        """Return the names of the tensors that make up a weight of the tower."""
+        return self.tower.parts(name)
+
+    def unread(self) -> list[str]:
+        """Return the text's names that were not read; filling the tower refuses tensors without a place."""
+        parts = {part for name in self._names for part in self.tower.parts(name)}
+        return [name for name in self.text.unread() if name not in parts]
+
+    def text_stored(self) -> dict[str, tuple[str, int]]:
+        """Return formats and sizes of the text's tensors alone."""
+        parts = {part for name in self._names for part in self.tower.parts(name)}
+        return {name: each for name, each in self.text.stored().items() if name not in parts}
+
+    def stored(self) -> dict[str, tuple[str, int]]:
+        """Return formats and sizes, as described in `Weights.stored`."""
+        return {**self.tower.stored(), **self.text.stored()}
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self.tower.close()
+        self.text.close()
+
+
+@dataclass(frozen=True, slots=True)
+class VisionText:
+    """The text model of a vision model as its native family reads it, and all weights."""
+
+    family: Family
+    config: ModelConfig
+    weights: VisionWeights
+
+
+def open_checkpoint_text(
+    files: SafetensorsWeights, module: OpenGeneric, text: NativeText
+) -> VisionText | None:
+    """Return a checkpoint's text model; None if no family reads it, or its tensors have other names.
+
+    Args:
+        module: The class of `transformers`, which says what its tensors are called in the files.
+
+    Raises:
+        ModelLoadError: if the family does not compute it.
+    """
+    if text.config is None:
+        return None
+    family, config = read_config(text.config)
+    names = files.names()
+    stored, own_prefix = module.file_names(names), f"{text.path}."
+    embedding = stored.get(own_prefix + _EMBEDDING, "")
+    prefix, own = embedding.removesuffix(_EMBEDDING), family.model.checkpoint
+    is_renamed = any(
+        name != prefix + of_module.removeprefix(own_prefix)
+        for of_module, name in stored.items()
+        if of_module.startswith(own_prefix)
+    )
+    if not embedding.endswith(_EMBEDDING) or is_renamed:
+        return None
+    head = stored.get(f"{text.head}.weight", "lm_head.weight")
+    layout = replace(
+        own, part=None, other_prefixes=(prefix,),
+        names={**own.names, "lm_head": head.removesuffix(".weight")},
+    )  # fmt: skip
+    others = {name for of_module, name in stored.items() if not of_module.startswith(own_prefix)}
+    tower = [name for name in names if (not name.startswith(prefix) or name in others) and name != head]
+    weights = CheckpointWeights(files, layout, config)
+    config = with_its_head(config, weights, files)
+    return VisionText(family, config, VisionWeights(weights, files, tower, layout))
+
+
+def open_gguf_text(file: GgufFile, weights: GgufVisionWeights, text: NativeText) -> VisionText | None:
+    """Return the text model of a GGUF file with a projector beside it; None if no family computes it.
+
+    Args:
+        weights: Those of both files, by the names of `transformers`.
+
+    Raises:
+        ModelLoadError: if the family does not compute it.
+    """
+    module = find_module(file.metadata.get("general.architecture"))
+    if module is None:
+        family, config = read_gguf(file.metadata, frozenset(file.tensors))
+    else:
+        read = read_gguf_module(module, file)
+        if not is_native(read):
+            return None
+        family, config = read_config(read)
+    native = GgufWeights(file, config, family)
+    return VisionText(family, config, VisionWeights(native, weights, weights.tower.names()))
