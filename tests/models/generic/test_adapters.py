@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tests.support import architectures
 from tests.support.adapters import make_adapter, peft_logits, write_adapter
 from tests.support.generic import LENGTHS, load_generic, run_steps
 from tests.support.vision_models import make
+from tests.support.vision_runs import load_native
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
@@ -57,14 +58,16 @@ def test_a_model_gives_what_peft_gives(
     assert run_steps(model, ids, expected, layout=loader.layout, adapters=adapters) <= EXACT
 
 
+@pytest.mark.parametrize("open_model", [load_generic, load_native], ids=["module", "native"])
 @pytest.mark.parametrize(("family", "old"), [("gemma3", "language_model.model."), ("qwen2_5_vl", "model.")])
 def test_adapters_with_the_former_names_of_vision_models_load(
-    family: str, old: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    family: str, old: str, open_model: Callable[[Path], Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Before transformers 4.52, the text model's modules had other names."""
     packed: list[Mapping[str, ops.Delta]] = []
     make(family, tmp_path / "base")
-    loader = AdapterLoader(ops.AdapterLayout(targets_of(load_generic(tmp_path / "base")), max_rank=8))
+    loader = AdapterLoader(ops.AdapterLayout(targets_of(open_model(tmp_path / "base")), max_rank=8))
     new, pack = "model.language_model.", loader.layout.pack
     modules = [name for name in loader.layout.targets if name.startswith(new) and name.endswith("q_proj")]
 

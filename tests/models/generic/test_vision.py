@@ -28,10 +28,13 @@ from tests.support.vision_runs import load, load_native, program_of, run, served
 from tests.support.vision_table import FAMILIES
 from tgi_asgi import ops
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.generic.vision import tower
 from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner.memory import packed_bytes
 from tgi_asgi.types import Image
 
 TOLERANCE = 1e-3  # of the largest logit
@@ -118,6 +121,30 @@ def check_logits(
         for logits, expected in zip(found, wanted, strict=True):
             assert distance(logits, expected) < TOLERANCE
         assert program.encodings.num_encoded == 3
+
+
+@pytest.mark.parametrize("name", of_each(["llava", "qwen2_vl", "gemma4"]))
+def test_a_native_text_and_its_tower_take_the_memory_of_the_module(
+    name: str, folder_of: Callable[[str], Path]
+) -> None:
+    """What a module takes is compared with what it holds in test_forecast.py."""
+    folder, found = folder_of(name), []
+    for impl in ("auto", "transformers"):
+        with OpenModel(ModelFiles(name, None, "directory", folder), model_impl=impl) as opened:
+            sizes = opened.config.vocabulary_sizes
+            found.append(packed_bytes(opened.packed_tensors(), ops.Packing(is_exact=True), sizes))
+    assert found[0] == pytest.approx(found[1], rel=0.03)
+
+
+async def test_adapters_of_gated_queries_leave_the_text_to_the_module(
+    folder_of: Callable[[str], Path],
+) -> None:
+    """Native code cannot change the half of a product that makes queries, as most adapters of Qwen3.5 do."""
+    folder = folder_of("qwen3_5")
+    for options, implementation in (({}, "native"), ({"enable_lora": True}, "transformers")):
+        async with served(folder, **options) as (_, app):
+            assert app.context.served is not None
+            assert app.context.served.info.implementation == implementation
 
 
 def test_a_slot_keeps_no_pixels_when_its_request_has_gone(folder_of: Callable[[str], Path]) -> None:
@@ -274,11 +301,11 @@ async def test_drafts_choices_and_lost_blocks_change_no_answer(
         ["no picture here, is there"],
         ["one ", picture(130, 33, 2), "?"],
     ]
-    given: dict[str, Any] = {"max_tokens": 40, "extra_body": {"ignore_eos": True}}
+    given: dict[str, Any] = {"max_tokens": 96, "extra_body": {"ignore_eos": True}}
     async with chatting(folder_of(name), speculate=0) as (ask, app):
         assert app.context.served is not None and app.context.served.info.implementation == "native"
         wanted = [(await ask(turn, **given)).choices[0].message.content for turn in turns]
-        longest = max([(await ask(turn, max_tokens=1)).usage.prompt_tokens for turn in turns]) + 40
+        longest = max([(await ask(turn, max_tokens=1)).usage.prompt_tokens for turn in turns]) + 96
     room = {"max_batch_total_tokens": -(-longest // 16) * 16 + 48, "max_total_tokens": longest + 1}
     async with chatting(folder_of(name), speculate=4, max_batch_prefill_tokens=80, **room) as (ask, app):
         asked = [ask(turn, n=2, **given) for turn in turns for _ in range(2)]
