@@ -285,7 +285,7 @@ def _inputs(folder: Path, prompt: Prompt, model: Any, ids: torch.Tensor) -> Mapp
              "image_grid_thw", "spatial_shapes", "image_position_ids", "batch_num_images", "target_sizes",
              "aspect_ratio_ids", "aspect_ratio_mask")  # fmt: skip
     made |= {key: found[key] for key in known if key in found}
-    sized = ("Llava", "Mistral3", "Granite4", "MistralLarge4")
+    sized = ("Llava", "Mistral3", "Granite4", "MistralLarge4", "LightOn")
     if "image_sizes" in made and not any(each in name for each in sized):
         del made["image_sizes"]
     if name.startswith("Mllama"):

@@ -8,6 +8,7 @@ from typing import Any
 from tests.support.vision_family import VOCAB_SIZE, Family
 from tests.support.vision_newer import NEWER
 from tests.support.vision_newest import NEWEST
+from tests.support.vision_ocr import OCR
 
 _LLAMA = {
     "model_type": "llama",
@@ -303,6 +304,21 @@ FAMILIES: Mapping[str, Family] = {
         },
         **_QWEN_IMAGES,
     ),
+    "qwen3_5_moe": Family(
+        "Qwen3_5MoeForConditionalGeneration",
+        {
+            "text_config": {
+                **_QWEN3_5,
+                "model_type": "qwen3_5_moe_text",
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "shared_expert_intermediate_size": 32,
+            },
+            "vision_config": {**_QWEN_VIT, "num_position_embeddings": 64},
+        },
+        **_QWEN_IMAGES,
+    ),
     "lfm2_vl": Family(
         "Lfm2VlForConditionalGeneration",
         {
@@ -468,4 +484,5 @@ FAMILIES: Mapping[str, Family] = {
     ),
     **NEWER,
     **NEWEST,
+    **OCR,
 }

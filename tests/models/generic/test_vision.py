@@ -48,9 +48,10 @@ WITH_TOWER = [name for name in FAMILIES if name != "gemma4_unified"]  # others h
 # Whose text a native family computes.
 NATIVE = (
     "aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "gemma3", "gemma4", "gemma4_large",
-    "glm4v", "glmga", "idefics2", "idefics2_split", "idefics3", "internvl", "lfm2_vl", "llava", "llava_next",
-    "llava_onevision", "minicpmv4_6", "minicpmv4_7", "mistral3", "pixtral", "qwen2_5_omni", "qwen2_5_vl",
-    "qwen2_vl", "qwen3_5", "qwen3_vl", "smolvlm",
+    "glm4v", "glm_ocr", "glmga", "idefics2", "idefics2_split", "idefics3", "internvl", "lfm2_vl",
+    "lighton_ocr", "llava", "llava_next", "llava_onevision", "minicpmv4_6", "minicpmv4_7", "mistral3",
+    "paddleocr_vl", "pixtral", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl",
+    "smolvlm",
 )  # fmt: skip
 ANSWER = list(range(120, 126))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,11 @@ def open_checkpoint_text(
         for of_module, name in stored.items()
         if of_module.startswith(own_prefix)
     )
-    if not embedding.endswith(_EMBEDDING) or is_renamed:
+    if (
+        not embedding.endswith(_EMBEDDING)
+        or is_renamed
+        or not _has_tensors_of(stored, own_prefix, family, config)
+    ):
         return None
     head = stored.get(f"{text.head}.weight", "lm_head.weight")
     layout = replace(
@@ -135,6 +139,25 @@ def open_checkpoint_text(
     weights = CheckpointWeights(files, layout, config)
     config = with_its_head(config, weights, files)
     return VisionText(family, config, VisionWeights(weights, files, tower, layout))
+
+
+def _has_tensors_of(stored: Mapping[str, str], prefix: str, family: Family, config: ModelConfig) -> bool:
+    """Return whether a module has the biases and norms that a family has found in its configuration.
+
+    The class of the text alone may take other defaults where the configuration says nothing.
+    """
+    layout = family.model.checkpoint
+
+    def has(name: str) -> bool:
+        names = (layout.tensor(f"model.layers.{index}.{name}") for index in range(config.num_layers))
+        return any(prefix + each.removeprefix("model.") in stored for each in names)
+
+    return (
+        has("self_attn.q_proj.bias") == config.has_qkv_bias
+        and has("self_attn.o_proj.bias") == config.has_output_bias
+        and has("mlp.down_proj.bias") == config.has_mlp_bias
+        and has("self_attn.q_norm.weight") == config.has_qk_norm
+    )
 
 
 def open_gguf_text(file: GgufFile, weights: GgufVisionWeights, text: NativeText) -> VisionText | None:

@@ -27,11 +27,12 @@ TESTED_CLASSES = frozenset(
     f"{stem}ForConditionalGeneration"
     for stem in (
         "AyaVision", "Cohere2Vision", "CohereCompass", "Cosmos3Omni", "DeepseekVL", "DeepseekVLHybrid",
-        "Dots3Note", "Ernie4_5_VLMoe", "Gemma3", "Gemma4", "Glm46V", "Glm4v", "Glm5Next", "Granite4Vision",
-        "HYV4VL", "HunYuanVL", "Idefics2", "Idefics3", "InternVL", "Lfm2Vl", "Llama4", "Llava", "LlavaNext",
-        "LlavaOnevision", "MiniCPMV4_6", "MiniCPMV4_7", "Mistral3", "MistralLarge4", "Mllama", "Ovis2",
-        "PaliGemma", "QianfanOCR", "Qwen2VL", "Qwen2_5OmniThinker", "Qwen2_5_VL",
-        "Qwen3OmniMoeThinker", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe", "Qwen4Exp", "SmolVLM",
+        "Dots3Note", "Ernie4_5_VLMoe", "Gemma3", "Gemma4", "Glm46V", "Glm4v", "Glm5Next", "GlmOcr",
+        "Granite4Vision", "HYV4VL", "HunYuanVL", "Idefics2", "Idefics3", "InternVL", "Lfm2Vl", "LightOnOcr",
+        "Llama4", "Llava", "LlavaNext", "LlavaOnevision", "MiniCPMV4_6", "MiniCPMV4_7", "Mistral3",
+        "MistralLarge4", "Mllama", "Ovis2", "PaddleOCRVL", "PaliGemma", "QianfanOCR", "Qwen2VL",
+        "Qwen2_5OmniThinker", "Qwen2_5_VL", "Qwen3OmniMoeThinker", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5",
+        "Qwen3_5Moe", "Qwen4Exp", "SmolVLM",
     )
 )  # fmt: skip
 _SIZE = (48, 32)

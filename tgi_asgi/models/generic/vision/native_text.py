@@ -8,6 +8,7 @@ modules.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,12 +39,13 @@ _CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gemma4_text": "Gemma4ForCausalLM",
-    "gemma4_unified_text": "Gemma4ForCausalLM",
     "glm4v_text": "Glm4ForCausalLM",
+    "glm_ocr_text": "Glm4ForCausalLM",
     "granite": "GraniteForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "lfm2": "Lfm2ForCausalLM",
     "llama": "LlamaForCausalLM",
+    "paddleocr_vl_text": "LlamaForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -54,6 +56,10 @@ _CLASSES = {
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_vl_text": "Qwen3ForCausalLM",
+}
+# What a type's own class computes where its configuration says nothing, unlike the class of the text alone.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "glm_ocr_text": {"attention_bias": False, "partial_rotary_factor": 1.0},
 }
 _PRODUCTS = np.linspace(-60, 60, 25, dtype=np.float32)
 _AXES = ("mrope_section", "mrope_interleaved")  # of rotary parameters; the rotary module itself is asked
@@ -132,10 +138,11 @@ def find_text(model: Any, traits: VisionTraits) -> NativeText | None:
 
 def _config_of(model: Any, decoder: Any, head: str) -> dict[str, Any] | None:
     """Return the config.json of the text model; the whole model's says whether its head is the embedding."""
-    architecture = _CLASSES.get(getattr(decoder.config, "model_type", ""))
+    kind = getattr(decoder.config, "model_type", "")
+    architecture = _CLASSES.get(kind)
     if architecture is None:
         return None
-    found: dict[str, Any] = decoder.config.to_dict()
+    found: dict[str, Any] = {**_DEFAULTS.get(kind, {}), **decoder.config.to_dict()}
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     found |= {"architectures": [architecture], "tie_word_embeddings": f"{head}.weight" in tied}
     for name in ("rope_parameters", "rope_scaling"):
