@@ -879,6 +879,7 @@ class PagedAttention:
         out: FloatArray,
         spec: AttentionSpec,
     ) -> None: ...
+    def write(self, pool: KvPool, layer: int, k: FloatArray, v: FloatArray) -> None: ...
 
 class StateRows:
     """See `tgi_asgi.ops.state_rows`."""

@@ -110,22 +110,15 @@ void PagedAttention::run(const KvPool& pool, int64_t layer, const FloatArray& q,
   check(num_heads > 0 && num_heads % kv.num_heads == 0, "`q` must have a multiple of ",
         kv.num_heads, " heads, got ", num_heads);
   check_dim(kv, call.store.q.dim, kv.head_dim, "q");
-  if (k) {
-    call.store.k = heads_of(*k, "k", num_tokens);
-    call.store.v = heads_of(*v, "v", num_tokens);
-    check(k->shape(1) == kv.num_heads && v->shape(1) == kv.num_heads, "`k` and `v` must have ",
-          kv.num_heads, " heads, got ", k->shape(1), " and ", v->shape(1));
-    check(call.store.k.dim == call.store.q.dim, "heads of `k` must have the ", call.store.q.dim,
-          " dims of `q`, got ", call.store.k.dim);
-    check_dim(kv, call.store.v.dim, kv.value_dim, "v");
-  }
+  call.store.kv = kv;
+  if (k) take_keys(*k, *v, num_tokens, call.store);
   check(out.ndim() == 3 && out.shape(0) == num_tokens && out.shape(1) == num_heads &&
             (out.flags() & py::array::c_style) != 0,
         "`out` must be contiguous [", num_tokens, ", ", num_heads, ", value_dim]");
   check_dim(kv, out.shape(2), kv.value_dim, "out");
   call.store.q_scale = spec.q_scale();
   call.store.num_heads = call.attention.num_heads = num_heads;
-  call.store.kv = call.attention.kv = kv;
+  call.attention.kv = kv;
   call.attention.true_dim = out.shape(2);
   call.attention.rule = spec.rule();
   call.attention.scores = spec.scores(num_heads);
@@ -136,6 +129,38 @@ void PagedAttention::run(const KvPool& pool, int64_t layer, const FloatArray& q,
   check(has_begun_ && num_tokens == header_.num_tokens,
         "`begin` must have been given a batch of these ", num_tokens, " tokens");
   run_locked(pool, call);
+}
+
+void PagedAttention::take_keys(const FloatArray& k, const FloatArray& v, int64_t num_tokens,
+                               step::StoreHeadsParams& store) {
+  const step::KvLayerView& kv = store.kv;
+  store.k = heads_of(k, "k", num_tokens);
+  store.v = heads_of(v, "v", num_tokens);
+  check(k.shape(1) == kv.num_heads && v.shape(1) == kv.num_heads, "`k` and `v` must have ",
+        kv.num_heads, " heads, got ", k.shape(1), " and ", v.shape(1));
+  check_dim(kv, store.k.dim, kv.head_dim, "k");
+  check_dim(kv, store.v.dim, kv.value_dim, "v");
+}
+
+void PagedAttention::write(const KvPool& pool, int64_t layer, const FloatArray& k,
+                           const FloatArray& v) {
+  const int64_t num_tokens = k.ndim() == 3 ? k.shape(0) : 0;
+  step::StoreHeadsParams store = {};
+  store.kv = pool.layer(layer);
+  check(!store.kv.is_latent, "a pool of latents is for recorded steps alone");
+  take_keys(k, v, num_tokens, store);
+  const py::gil_scoped_release release;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  check(has_begun_ && num_tokens == header_.num_tokens,
+        "`begin` must have been given a batch of these ", num_tokens, " tokens");
+  check_pool(pool);
+  const step::Kernels& kernels = step::kernels();
+  const int64_t work = num_tokens * store.kv.num_heads * (store.k.dim + store.v.dim);
+  cpu::run_small(
+      work, [](int) {},
+      [&](int member, int num_members) {
+        kernels.store_heads(store, header_, member, num_members);
+      });
 }
 
 void PagedAttention::run_locked(const KvPool& pool, Call& call) {
@@ -201,7 +226,9 @@ void bind_paged_attention(py::module_& module) {
            py::arg("visible_until").noconvert() = py::none())
       .def("run", &PagedAttention::run, py::arg("pool"), py::arg("layer"), py::arg("q").noconvert(),
            py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("out").noconvert(),
-           py::arg("spec"));
+           py::arg("spec"))
+      .def("write", &PagedAttention::write, py::arg("pool"), py::arg("layer"),
+           py::arg("k").noconvert(), py::arg("v").noconvert());
 }
 
 }  // namespace tgi

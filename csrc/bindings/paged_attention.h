@@ -29,6 +29,8 @@ class PagedAttention {
   void run(const KvPool& pool, int64_t layer, const FloatArray& q,
            const std::optional<FloatArray>& k, const std::optional<FloatArray>& v, FloatArray& out,
            const AttentionSpec& spec);
+  // Only writes k and v to the batch's slots.
+  void write(const KvPool& pool, int64_t layer, const FloatArray& k, const FloatArray& v);
 
  private:
   // How the current batch's work is split for layers of one kind.
@@ -44,6 +46,9 @@ class PagedAttention {
 
   void check_batch() const;
   void check_pool(const KvPool& pool);
+  // Sets and checks the keys and values of a call.
+  static void take_keys(const FloatArray& k, const FloatArray& v, int64_t num_tokens,
+                        cpu::step::StoreHeadsParams& store);
   const cpu::step::AttentionPoint* split(const cpu::step::AttentionParams& params,
                                          int64_t tile_rows, int num_members);
   void run_locked(const KvPool& pool, Call& call);

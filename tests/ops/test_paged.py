@@ -90,6 +90,29 @@ def test_keys_of_another_layer_and_strided_heads_are_attended(dtype: KvDtype) ->
         assert_within(found.flatten(1), expected, whole=TOLERANCES[dtype], worst=2 * TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_keys_written_alone_are_those_written_with_queries(kernel_set: str, dtype: KvDtype) -> None:
+    _C.set_num_threads(3)
+    q, k, v = torch.randn(50, 4, 32), torch.randn(50, 2, 32), torch.randn(50, 2, 64)
+    found = []
+    for is_alone in (False, True):
+        layer = poisoned_pool(
+            num_kv_heads=2, head_dim=32, value_dim=64, dtype=dtype, num_blocks=4
+        ).layers[0]  # fmt: skip
+        attention = PagedAttention(max_context=64)
+        attention.begin(flat_rows([(0, 50)], [[2, 0, 3, 1]], 16))
+        if is_alone:
+            attention.write(layer, k, v)
+        keys, values = (None, None) if is_alone else (k, v)
+        found.append(attention.run(layer, q, keys, values, AttentionSpec(0.2)))
+    assert_same_bits(*found)
+    attention.begin(flat_rows([(0, 49)], [[2, 0, 3, 1]], 16))
+    with pytest.raises(ValueError, match="`begin` must have been given a batch of these 50 tokens"):
+        attention.write(layer, k, v)
+    with pytest.raises(ValueError, match="`k` and `v` must have 2 heads, got 2 and 1"):
+        attention.write(layer, k[:49], v[:49, :1])
+
+
 def call(visible_until: Any = None, spec: AttentionSpec | None = None, **changes: Any) -> Tensor:
     layer = poisoned_pool(num_kv_heads=2, head_dim=16, value_dim=8, dtype="float32", num_blocks=4).layers[0]
     arrays: dict[str, Any] = {
@@ -123,7 +146,7 @@ def call(visible_until: Any = None, spec: AttentionSpec | None = None, **changes
         ({"q": torch.randn(2, 3, 16)}, "`q` must have a multiple of 2 heads, got 3"),
         ({"q": torch.randn(2, 4, 14)}, "heads of `q` must have 16 dims, got 14"),
         ({"k": torch.randn(2, 1, 16)}, "`k` and `v` must have 2 heads"),
-        ({"k": torch.randn(2, 2, 14)}, "heads of `k` must have the 16 dims of `q`"),
+        ({"k": torch.randn(2, 2, 14)}, "heads of `k` must have 16 dims"),
         ({"v": torch.randn(2, 2, 16)}, "heads of `v` must have 8 dims, got 16"),
         ({"v": None}, "`k` and `v` come together"),
         ({"spec": AttentionSpec(1.0, sinks=np.zeros(2, np.float32))}, "`sinks` must have 4 elements"),

@@ -61,6 +61,14 @@ class PagedAttention:
         )
         return out
 
+    def write(self, layer: KvLayer, k: Tensor, v: Tensor) -> None:
+        """Write k and v to the batch's slots, as `run` does, without attending.
+
+        Raises:
+            ValueError, TypeError: as for `run`.
+        """
+        self._native.write(layer.pool.native, layer.index, _array(k), _array(v))
+
 
 def _array(heads: Tensor) -> _C.FloatArray:
     return (heads if heads.stride(-1) == 1 else heads.contiguous()).numpy()

@@ -252,7 +252,7 @@ def test_native_code_reads_texts_only(model_of: Callable[[str], Made]) -> None:
     files = model_of("smolvlm").files
     with OpenModel(replace(files, is_projector_named=False), model_impl="native") as opened:
         assert opened.kind == "native"
-    with pytest.raises(ModelLoadError, match="--model-impl native: no native family accepts images"):
+    with pytest.raises(ModelLoadError, match="--model-impl native reads no images, and --mmproj is for them"):
         OpenModel(files, model_impl="native")
 
 

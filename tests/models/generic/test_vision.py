@@ -27,7 +27,7 @@ from tests.support.vision_models import picture
 from tests.support.vision_runs import load, load_native, program_of, run, served
 from tests.support.vision_table import FAMILIES
 from tgi_asgi import ops
-from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
@@ -138,7 +138,7 @@ def test_a_native_text_and_its_tower_take_the_memory_of_the_module(
 
 
 async def test_adapters_of_gated_queries_leave_the_text_to_the_module(
-    folder_of: Callable[[str], Path],
+    folder_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Native code cannot change the half of a product that makes queries, as most adapters of Qwen3.5 do."""
     folder = folder_of("qwen3_5")
@@ -146,6 +146,15 @@ async def test_adapters_of_gated_queries_leave_the_text_to_the_module(
         async with served(folder, **options) as (_, app):
             assert app.context.served is not None
             assert app.context.served.info.implementation == implementation
+        assert ("adapters of its queries" in caplog.text) == bool(options)
+
+
+def test_native_code_alone_reads_no_images(folder_of: Callable[[str], Path]) -> None:
+    smolvlm, qwen = (ModelFiles(name, None, "directory", folder_of(name)) for name in ("smolvlm", "qwen3_5"))
+    with pytest.raises(ModelLoadError, match="it needs transformers' code"):
+        OpenModel(smolvlm, model_impl="native")
+    with OpenModel(qwen, model_impl="native") as opened:
+        assert opened.kind == "native" and opened.read_image_processor() is None
 
 
 def test_a_slot_keeps_no_pixels_when_its_request_has_gone(folder_of: Callable[[str], Path]) -> None:

@@ -123,9 +123,9 @@ class CpuBackend:
     device = torch.device("cpu")
     kernels: Kernels = direct
     has_row_kernels = True
-    # For a tile of 1,024 patches (12 heads of 64), 256 queries take 11 ms and all of them 41 ms. A photo of
-    # 12 megapixels has 60,000 patches in Qwen2-VL, which would take minutes per layer in one piece.
-    attention_size = 1 << 18
+    # All queries of a tile of 1,024 patches (12 heads of 64) take 11 ms on two cores. A photo of 12
+    # megapixels has 60,000 patches in Qwen2-VL, which would take a minute per layer in one piece.
+    attention_size = 1 << 20
     served_kv = None
 
     def pool(

@@ -116,7 +116,7 @@ class GenericModel:
         self.is_batched = True
         self.keeps_states = config.other_kept_bytes > 0
         self.delta_nets: DeltaNets | None = None
-        self.tower = None if config.vision is None else Tower(module, self.backend)
+        self.tower = None if config.vision is None else Tower(module, replaced.mode)
         self.is_batch_invariant = (
             self.backend.has_row_kernels
             and not config.has_states

@@ -24,13 +24,20 @@ class Mode:
 
     Attributes:
         backend: The device that computes them.
+        is_packed_exactly: Whether weights are packed for exact products.
         is_exact: Whether activations stay float32, as in the self-check at load.
         step: The step whose tokens are computed, for its adapters; None outside a step.
     """
 
     backend: Backend
+    is_packed_exactly: bool = False
     is_exact: bool = False
     step: FlatRows | None = None
+
+    @property
+    def keeps_floats(self) -> bool:
+        """Whether what is multiplied stays float32."""
+        return self.is_exact or self.is_packed_exactly
 
     @contextlib.contextmanager
     def exactly(self) -> Iterator[None]:

@@ -273,7 +273,7 @@ class OpenGeneric:
         replaced.finish_rows()
         replaced.mode.backend.take(self._model)
         attention.install(configurations(self._model), attends=False)
-        tower = Tower(self._model, replaced.mode.backend)
+        tower = Tower(self._model, replaced.mode)
         return NativeImages(self._model, tower, text, model)
 
     def _keep_encodings(self, arithmetic: ops.Arithmetic, mode: Mode) -> None:

@@ -56,7 +56,8 @@ class Replaced:
     """
 
     def __init__(self, model: Any, arithmetic: ops.Arithmetic) -> None:
-        self.mode = Mode(backend_of(arithmetic))
+        is_exact = isinstance(arithmetic, ops.Packing) and arithmetic.is_exact
+        self.mode = Mode(backend_of(arithmetic), is_exact)
         self._model, self._arithmetic = model, arithmetic
         self._waiting: dict[str, dict[str, Any]] = {}  # tensors so far, by path and leaf
         self._modules: dict[str, PackedModule] = {}

@@ -151,7 +151,10 @@ class OpenModel:
         if files.projector is None:
             return False
         if model_impl == "native":
-            check(not files.is_projector_named, "--model-impl native: no native family accepts images")
+            check(
+                not files.is_projector_named,
+                "--model-impl native reads no images, and --mmproj is for them: leave one out",
+            )
             return False
         from tgi_asgi.models.loading.gguf_vision import check_fits, open_vision, processor_of
 
@@ -221,14 +224,15 @@ class OpenModel:
         try:
             found = None if text is None else open_text(text)
         except ModelLoadError as error:
-            logger.debug("%s runs as a module: %s", module.config.architecture, error)
+            self.why_generic = str(error)
             return
         if text is None or found is None:
             return
         config = text.with_images(self._stretched(found.config))
         if config is None or config.vocab_size != module.config.vocab_size:
             return
-        if self._serves_adapters and config.has_output_gate:  # whose queries only the module adapts
+        if self._serves_adapters and config.has_output_gate:
+            self.why_generic = "adapters of its queries, which have gates, are for transformers' code"
             return
         whole, self.weights = self.weights, found.weights
 
@@ -258,6 +262,12 @@ class OpenModel:
     def _read_native(self, config: Mapping[str, Any], model_impl: str) -> tuple[Family, ModelConfig] | None:
         """Return the native family that computes the model, and its configuration; None if none does."""
         if model_impl == "native":
+            name = architecture_of(config)
+            check(
+                not config.get("vision_config") or has_family(name),
+                f"--model-impl native: {name} accepts images, so that it needs transformers' code for them; "
+                "--model-impl auto computes its text natively if it can",
+            )
             return read_config(config)
         if model_impl == "auto" and is_native(config):
             try:

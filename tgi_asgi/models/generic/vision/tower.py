@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgi_asgi.models.generic.backend import Backend
-from tgi_asgi.models.generic.modules import PackedModule
+from tgi_asgi import ops
+from tgi_asgi.models.generic.modules import Mode, PackedModule
 from tgi_asgi.models.generic.vision.text import decoder_of
+from tgi_asgi.models.generic.vision.tower_attention import TowerAttention
 
 NAME = "tgi_tower"
 _MIN_QUERIES = 128  # with 4,096 keys, pieces of 64 would cost 40% more per query
@@ -67,8 +68,9 @@ class Tower:
         num_pieces: Number of pieces computed so far, over all images.
     """
 
-    def __init__(self, model: Any, backend: Backend) -> None:
-        self.backend = backend
+    def __init__(self, model: Any, mode: Mode) -> None:
+        self._mode, self.backend = mode, mode.backend
+        self._attentions: dict[ops.KvDtype, TowerAttention] = {}  # of the host, by type of keys
         self._inner = getattr(model, "model", model)
         self._features = _features_of(model)
         self._inputs: Mapping[str, Any] = {}
@@ -101,6 +103,8 @@ class Tower:
         """Discard the current image and its results."""
         self._inputs, self._known, self._parts = {}, [], []
         self._products.forget()
+        for attention in self._attentions.values():
+            attention.forget()
 
     def resume(self, seconds: float | None) -> ImageEncoding | None:
         """Compute pieces, at least one, as long as the next is likely to finish in time (None: no limit).
@@ -130,6 +134,17 @@ class Tower:
             self.forget()
         assert encoding is not None
         return encoding
+
+    def attention_of(self, *heads: Any) -> TowerAttention | None:
+        """Return what computes the attention of these heads natively; None: torch does.
+
+        The arguments are those of `TowerAttention.takes`.
+        """
+        if not self.backend.has_row_kernels:
+            return None
+        dtype: ops.KvDtype = "float32" if self._mode.keeps_floats else "bfloat16"
+        attention = self._attentions.setdefault(dtype, TowerAttention(dtype))
+        return attention if attention.takes(*heads) else None
 
     def _run(self, forward: Callable[..., Any], is_layer: bool, *args: Any, **kwargs: Any) -> Any:
         """Replace a piece's `forward`."""
@@ -248,7 +263,7 @@ def pieces(root: nn.Module, others: Container[nn.Module]) -> list[tuple[Any, boo
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    """Attend with torch's own function, as `transformers` does; a running tower caches the results.
+    """Attend natively or with torch's own function, as `transformers` does; a running tower caches results.
 
     query, key, value: [n, n_heads, n_tokens, head_dim]. Many queries are split into pieces, each with all
     keys.
@@ -265,6 +280,12 @@ def _attend(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     is_causal = is_causal and attention_mask is None  # Mllama's tower has a mask instead of the attribute
+    native = None if is_causal else tower.attention_of(query, key, value, attention_mask, kwargs)
+    if native is not None:
+        scale = kwargs.get("scaling")
+        pieces = query.split(count, dim=2)
+        attend = native.over(key, value, query.shape[3] ** -0.5 if scale is None else float(scale))
+        return torch.cat([tower._multiply(attend, piece) for piece in pieces], dim=1), None
     if is_causal or kwargs.get("position_bias") is not None:  # their masks cover all queries
         count = num_queries
     found = []
