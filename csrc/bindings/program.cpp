@@ -234,7 +234,7 @@ void Program::check_images(const step::StepHeader& h, const FlatRows& batch) con
   for (const int32_t row : images.rotary) {
     check(row < num_positions_, "`rotary` must be below ", num_positions_, ", got ", row);
   }
-  if (h.visible_until == nullptr) return;
+  if (h.visible_until == nullptr || pool_ == nullptr) return;  // nothing attends
   for (int64_t s = 0; s < h.num_sequences; ++s) {
     for (int64_t t = h.query_start[s]; t < h.query_start[s + 1]; ++t) {
       check(h.visible_until[t] <= h.context_len[s], "`visible_until` must be at most ",
@@ -246,6 +246,8 @@ void Program::check_images(const step::StepHeader& h, const FlatRows& batch) con
 void Program::set_rotary_shift(int32_t slot, int32_t shift) {
   check(slot >= 0 && slot < max_sequences_, "a slot must be in [0, ", max_sequences_, "), got ",
         slot);
+  check(shift >= -max_context_ && shift <= max_context_, "`shift` must be in [", -max_context_,
+        ", ", max_context_, "], got ", shift);
   const auto index = static_cast<size_t>(slot);
   if (index >= rotary_shifts_.size()) {
     if (shift == 0) return;
@@ -256,7 +258,7 @@ void Program::set_rotary_shift(int32_t slot, int32_t shift) {
 
 void Program::shift_rotary(const FlatRows& batch, step::StepHeader& header) {
   const bool is_given = batch.images != nullptr && !batch.images->rotary.empty();
-  if (rotary_shifts_.empty() || is_given) return;
+  if (rotary_shifts_.empty() || is_given || pool_ == nullptr) return;
   rotary_.assign(header.positions, header.positions + header.num_tokens);
   for (size_t row = 0; row < batch.row_slots.size(); ++row) {
     const auto slot = static_cast<size_t>(batch.row_slots[row]);

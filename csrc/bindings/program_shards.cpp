@@ -8,6 +8,7 @@ namespace tgi {
 
 void Program::send_step(const FlatRows& batch, const std::vector<int32_t>& rows, bool only_rows) {
   if (shards_ == nullptr) return;
+  check(batch.images == nullptr && rotary_shifts_.empty(), "shards get no images");
   write_step(batch, rows, only_rows, *shards_);
   shards_->send();
 }

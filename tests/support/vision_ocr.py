@@ -42,6 +42,29 @@ OCR: Mapping[str, Family] = {
         before="<|begin_of_image|>",
         after="<|end_of_image|>",
     ),
+    # Its decoder multiplies all rows, those of images, too.
+    "granite_vision": Family(
+        "LlavaNextForConditionalGeneration",
+        {
+            "text_config": {
+                **_TEXT, "model_type": "granite", "embedding_multiplier": 12.0, "residual_multiplier": 0.3,
+                "attention_multiplier": 0.2, "logits_scaling": 4.0,
+            },
+            "vision_config": {
+                **_TOWER, "model_type": "clip_vision_model", "projection_dim": 32,
+                "image_size": 28, "patch_size": 7,
+            },
+            "image_seq_length": 16,
+            "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]],
+        },
+        "LlavaNextImageProcessor",
+        {
+            "size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28},
+            "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]],
+        },
+        {"patch_size": 7, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+        image_key="image_token_index",
+    ),
     "lighton_ocr": Family(
         "LightOnOcrForConditionalGeneration",
         {

@@ -160,7 +160,7 @@ class HostRunner:
         """Return whether a step needs no Python; true for most steps of decoding streams."""
         if self._program.native is None or plan.starts or plan.copies or not plan.rows:
             return False
-        if plan.images or self._was_encoding:  # the step after the last releases what is not needed any more
+        if plan.images or self._is_encoding():
             return False
         constrained, seeing = self._constrained, self._seeing
         return not any(
@@ -170,6 +170,14 @@ class HostRunner:
             or (row.token_ids is not None and row.slot in seeing)
             for row in plan.rows
         )
+
+    def _is_encoding(self) -> bool:
+        """Return whether an image is being encoded, or may be by a step in flight.
+
+        Each step is to know of it then, and to release an encoding that nobody needs any more.
+        """
+        vision = self._vision_program
+        return self._was_encoding or (vision is not None and vision.encodings.is_encoding)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a step in the calling thread; no other thread may call this (tests, benchmarks).

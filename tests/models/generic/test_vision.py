@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import json
 import shutil
@@ -17,6 +18,7 @@ import numpy as np
 import openai
 import PIL.Image
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -48,10 +50,10 @@ WITH_TOWER = [name for name in FAMILIES if name != "gemma4_unified"]  # others h
 # Whose text a native family computes.
 NATIVE = (
     "aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "gemma3", "gemma4", "gemma4_large",
-    "glm4v", "glm_ocr", "glmga", "idefics2", "idefics2_split", "idefics3", "internvl", "lfm2_vl",
-    "lighton_ocr", "llava", "llava_next", "llava_onevision", "minicpmv4_6", "minicpmv4_7", "mistral3",
-    "paddleocr_vl", "pixtral", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl",
-    "smolvlm",
+    "glm4v", "glm_ocr", "glmga", "granite_vision", "idefics2", "idefics2_split", "idefics3", "internvl",
+    "lfm2_vl", "lighton_ocr", "llava", "llava_next", "llava_onevision", "minicpmv4_6", "minicpmv4_7",
+    "mistral3", "paddleocr_vl", "pixtral", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe",
+    "qwen3_vl", "smolvlm",
 )  # fmt: skip
 ANSWER = list(range(120, 126))
 
@@ -147,6 +149,68 @@ async def test_adapters_of_gated_queries_leave_the_text_to_the_module(
             assert app.context.served is not None
             assert app.context.served.info.implementation == implementation
         assert ("adapters of its queries" in caplog.text) == bool(options)
+
+
+def changed(name: str, tmp_path: Path, text: dict[str, Any]) -> Path:
+    """Write the checkpoint of a family with other values in its text's configuration."""
+    family = FAMILIES[name]
+    config = {**family.config, "text_config": {**family.config["text_config"], **text}}
+    vision.make_family(name, dataclasses.replace(family, config=config), tmp_path)
+    return tmp_path
+
+
+def test_tensors_that_the_class_ignores_are_ignored(tmp_path: Path) -> None:
+    """Files of Gemma 4 have the keys and values of layers that read another's."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    folder = changed("gemma4", tmp_path, {"num_kv_shared_layers": 2, "layer_types": kinds})
+    prompts = prompts_of("gemma4", folder)
+    wanted = [vision.reference(folder, prompt, ANSWER) for prompt in prompts]
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    first = next(each for each in tensors if each.endswith("layers.0.self_attn.k_proj.weight"))
+    for layer, name in ((2, "k_proj"), (3, "k_norm")):
+        added = first.replace("layers.0", f"layers.{layer}").replace("k_proj", name)
+        tensors[added] = torch.zeros(32, 64)
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    native = load_native(folder)
+    assert native is not None
+    check_logits(native, prompts, wanted)
+
+
+@pytest.mark.parametrize("open_model", [load, load_native], ids=["module", "native"])
+def test_a_padding_id_that_is_none_is_no_id(open_model: Callable[[Path], Any], tmp_path: Path) -> None:
+    folder = changed("llava", tmp_path, {"pad_token_id": -1})
+    prompts = prompts_of("llava", folder)
+    check_logits(open_model(folder), prompts, [vision.reference(folder, each, ANSWER) for each in prompts])
+
+
+async def test_an_encoding_that_nobody_waits_for_is_released(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps without Python know nothing of it."""
+    stacked = tower._stacked
+
+    def slowly(parts: list[Any]) -> Any:
+        time.sleep(0.05)
+        return stacked(parts)
+
+    async with chatting(folder_of("llava"), target_inter_token_ms=1.0) as (ask, app):
+        encodings = program_of(app).encodings
+        stream = aiter(await ask(["tell"], max_tokens=1500, stream=True, extra_body={"ignore_eos": True}))
+        await anext(stream)
+        monkeypatch.setattr(tower, "_stacked", slowly)
+        asked = asyncio.ensure_future(ask(["what is ", picture(50, 30, 7)]))
+        while not encodings.is_encoding:
+            await anext(stream)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        monkeypatch.setattr(tower, "_stacked", stacked)
+        for _ in range(200):
+            await anext(stream)
+            if not encodings.is_encoding:
+                break
+        assert not encodings.is_encoding
 
 
 def test_native_code_alone_reads_no_images(folder_of: Callable[[str], Path]) -> None:

@@ -222,17 +222,18 @@ class OpenModel:
         """Let a native family compute the text of a vision model, and the module only images, if it can."""
         text = module.native_text()
         try:
-            found = None if text is None else open_text(text)
+            if text is None or (found := open_text(text)) is None:
+                return
+            config = text.with_images(self._stretched(found.config))
+            check(
+                config.vocab_size == module.config.vocab_size, "its head has other tokens than its embedding"
+            )
+            check(
+                not (self._serves_adapters and config.has_output_gate),
+                "adapters of its queries, which have gates, are for transformers' code",
+            )
         except ModelLoadError as error:
             self.why_generic = str(error)
-            return
-        if text is None or found is None:
-            return
-        config = text.with_images(self._stretched(found.config))
-        if config is None or config.vocab_size != module.config.vocab_size:
-            return
-        if self._serves_adapters and config.has_output_gate:
-            self.why_generic = "adapters of its queries, which have gates, are for transformers' code"
             return
         whole, self.weights = self.weights, found.weights
 
@@ -253,7 +254,9 @@ class OpenModel:
         if self._open_module is None:
             other = "load a safetensors checkpoint" if self._is_file_alone else "use --model-impl auto"
             raise ModelLoadError(f"{reason}: {other}, or hide the GPU with CUDA_VISIBLE_DEVICES=")
-        self.why_generic = reason
+        # That a GPU's native code reads no images is no news.
+        reads_images = isinstance(self._model, Native) and self._model.images is not None
+        self.why_generic = "" if reads_images else reason
         if isinstance(self.weights, CheckpointWeights):
             self.weights = self.weights.files
         self._model = self._open_module()

@@ -110,8 +110,8 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 def is_native(config: Mapping[str, Any]) -> bool:
     """Return whether a native family has the architecture of a config.json.
 
-    Models that accept images, and embedding models with bidirectional attention, are left to the code of
-    `transformers`.
+    Embedding models with bidirectional attention are left to the code of `transformers`, and so are models
+    that accept images, whose text alone a family may compute.
 
     Raises:
         ModelLoadError: if it names no architecture.

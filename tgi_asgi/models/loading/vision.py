@@ -36,15 +36,16 @@ class VisionWeights:
     Args:
         text: By canonical names.
         layout: How the text's files are named.
+        ignored: Names of the text's tensors that the class of `transformers` has no use for.
         tower: By the files' names, or those of `transformers`; it also holds the text, in its own way.
         names: Names of the tower's tensors in it.
     """
 
     def __init__(
         self, text: Weights, tower: NamedWeights, names: Collection[str],
-        layout: CheckpointLayout = PLAIN,
+        layout: CheckpointLayout = PLAIN, ignored: Collection[str] = (),
     ) -> None:  # fmt: skip
-        self.layout = layout
+        self.layout, self._ignored = layout, set(ignored)
         self.text, self.tower, self._names = text, tower, dict.fromkeys(names)
         self.num_bytes, self.is_gguf = tower.num_bytes, text.is_gguf
 
@@ -74,7 +75,7 @@ class VisionWeights:
     def unread(self) -> list[str]:
         """Return the text's names that were not read; filling the tower refuses tensors without a place."""
         parts = {part for name in self._names for part in self.tower.parts(name)}
-        return [name for name in self.text.unread() if name not in parts]
+        return [name for name in self.text.unread() if name not in parts and name not in self._ignored]
 
     def text_stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes of the text's tensors alone."""
@@ -136,9 +137,11 @@ def open_checkpoint_text(
     )  # fmt: skip
     others = {name for of_module, name in stored.items() if not of_module.startswith(own_prefix)}
     tower = [name for name in names if (not name.startswith(prefix) or name in others) and name != head]
+    module.packed_tensors(files)  # refuses tensors of which the class does not say that it ignores them
+    ignored = set(names) - set(stored.values()) - set(tower)
     weights = CheckpointWeights(files, layout, config)
     config = with_its_head(config, weights, files)
-    return VisionText(family, config, VisionWeights(weights, files, tower, layout))
+    return VisionText(family, config, VisionWeights(weights, files, tower, layout, ignored))
 
 
 def _has_tensors_of(stored: Mapping[str, str], prefix: str, family: Family, config: ModelConfig) -> bool:

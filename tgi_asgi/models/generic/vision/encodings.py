@@ -64,6 +64,11 @@ class EncodingCache:
                 break
         return [self._is_done(image) for image in images]
 
+    @property
+    def is_encoding(self) -> bool:
+        """Whether a partial encoding is held."""
+        return self._in_progress is not None
+
     def get(self, image: ImageInput) -> ImageEncoding:
         """Return the encoding of an image, which is computed at once if it is not cached.
 

@@ -44,6 +44,7 @@ class NativeImages:
         """
         self.tower = tower
         self._module, self._traits, self._axis_of = module, text.traits, text.axis_of
+        self._factor = text.rows_factor
         # If positions have several axes, all layers that rotate have the same.
         self._rope = next((layer.rope for layer in model.layers if layer.rope is not None), None)
 
@@ -70,7 +71,7 @@ class NativeImages:
         seen = images.rows(parts)
         tokens = np.concatenate(seen.places) if seen.places else np.empty(0, np.int64)
         rows = ops.ImageRows(
-            tokens, _levels(seen), **self._rotary(parts), visible_until=self._ends(parts)
+            tokens, _levels(seen, self._factor), **self._rotary(parts), visible_until=self._ends(parts)
         )  # fmt: skip
         batch.set_images(rows.native, self._traits.pad_token_id)
 
@@ -93,12 +94,14 @@ class NativeImages:
         return np.concatenate([sequence.ends(self.lookahead, at) for _, sequence, at in parts])
 
 
-def _levels(seen: SeenRows) -> Floats:
-    """Return images' rows [levels, n, hidden]."""
+def _levels(seen: SeenRows, factor: float) -> Floats:
+    """Return images' rows [levels, n, hidden], those of the first level times a factor."""
     if not seen.rows:
         return np.empty((1, 0, 0), np.float32)
-    levels = [seen.rows, *zip(*seen.deep, strict=True)]
-    found: Floats = torch.stack([torch.cat(list(each)) for each in levels]).numpy()
+    levels = [torch.cat(list(each)) for each in (seen.rows, *zip(*seen.deep, strict=True))]
+    if factor != 1:
+        levels[0] = levels[0] * factor
+    found: Floats = torch.stack(levels).numpy()
     return found
 
 

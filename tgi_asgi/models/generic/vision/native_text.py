@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from tgi_asgi.errors import NotInFamily
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.generic.caller import decoders_of
 from tgi_asgi.models.generic.discover import arguments
@@ -59,6 +60,7 @@ _CLASSES = {
 }
 # What a type's own class computes where its configuration says nothing, unlike the class of the text alone.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "glm4v_text": {"partial_rotary_factor": 1.0},
     "glm_ocr_text": {"attention_bias": False, "partial_rotary_factor": 1.0},
 }
 _PRODUCTS = np.linspace(-60, 60, 25, dtype=np.float32)
@@ -76,6 +78,7 @@ class NativeText:
         images: Where rows enter.
         axis_of: The axis by which each pair of rotated dims turns; None: positions have one axis.
         logits: What the class makes of `_PRODUCTS`, products of its head.
+        rows_factor: Factor by which the decoder multiplies all rows, those of images, too (Granite).
     """
 
     config: dict[str, Any] | None
@@ -85,20 +88,21 @@ class NativeText:
     images: ImageSpec
     axis_of: Ints | None
     logits: Floats
+    rows_factor: float
 
-    def with_images(self, config: ModelConfig) -> ModelConfig | None:
+    def with_images(self, config: ModelConfig) -> ModelConfig:
         """Return the configuration of the text model, as a native family has read it, with images.
 
-        None if the family does not compute it: if positions have several axes, and layers several tables, or
-        if the class does something else with the head's result than both know.
+        Raises:
+            NotInFamily: if the family does not compute what the class does.
         """
         if np.allclose(self.logits, _PRODUCTS):  # unlike the class of the text alone (Aya Vision)
             config = replace(config, logits_scale=1.0, logits_cap=0.0)
         elif not np.allclose(self.logits, _logits(config), atol=1e-4):
-            return None
+            raise NotInFamily("its class changes logits in a way of its own")
         ropes = {layer.rope for layer in config.layers if layer.rope is not None}
         if self.axis_of is not None and [rope.dim for rope in ropes] != [2 * len(self.axis_of)]:
-            return None
+            raise NotInFamily("its positions have several axes, and layers turn by them in several ways")
         if self.traits.lookahead is not Lookahead.IMAGES_IN_WINDOWS:
             return replace(config, images=self.images)
         layers = (replace(layer, sees_ahead=layer.window is not None) for layer in config.layers)
@@ -133,7 +137,9 @@ def find_text(model: Any, traits: VisionTraits) -> NativeText | None:
     if head is None:
         return None
     config = _config_of(model, decoder, head)
-    return NativeText(config, paths[id(decoder)], head, traits, ImageSpec(deep), axis_of, _own_logits(model))
+    factor = float(getattr(decoder, "embedding_multiplier", 1.0))
+    images = ImageSpec(deep)
+    return NativeText(config, paths[id(decoder)], head, traits, images, axis_of, _own_logits(model), factor)
 
 
 def _config_of(model: Any, decoder: Any, head: str) -> dict[str, Any] | None:

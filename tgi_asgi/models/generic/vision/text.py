@@ -170,7 +170,9 @@ def vision_traits(model: Any) -> VisionTraits | None:
         lookahead=lookahead,
         num_axes=1 if counts is None else _num_axes(text),
         has_layer_inputs=takes_layer_inputs(decoder),
-        pad_token_id=int(token if name in _READS_IMAGE_IDS else getattr(text, "pad_token_id", None) or 0),
+        pad_token_id=int(token)
+        if name in _READS_IMAGE_IDS
+        else max(getattr(text, "pad_token_id", None) or 0, 0),
         first_position=_FIRST_POSITION.get(name, 0),
         mark_ids=tuple(getattr(config, "visual_indicator_token_ids", None) or ()),
         routed_ids=_routed_ids(config, int(token), decoder),
