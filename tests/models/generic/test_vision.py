@@ -175,6 +175,8 @@ def test_tensors_that_the_class_ignores_are_ignored(tmp_path: Path) -> None:
     native = load_native(folder)
     assert native is not None
     check_logits(native, prompts, wanted)
+    with OpenModel(ModelFiles("gemma4", None, "directory", folder), model_impl="native") as opened:
+        opened.load(ops.Packing(is_exact=True), 64)
 
 
 @pytest.mark.parametrize("open_model", [load, load_native], ids=["module", "native"])

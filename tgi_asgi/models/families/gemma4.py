@@ -294,8 +294,6 @@ class Gemma4(Decoder):
 _UNUSED = (
     "*.rotary_emb.*", "rope_freqs.weight", "model.vision_tower.*", "model.audio_tower.*",
     "model.embed_vision.*", "model.embed_audio.*",
-    # Of layers that read an earlier layer's: files have them, and `transformers` ignores them, too.
-    *(f"*.self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm", "v_norm")),
 )  # fmt: skip
 
 FAMILIES = tuple(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # these import torch
     from tgi_asgi.models.generic.open import OpenGeneric
     from tgi_asgi.models.generic.vision.native_text import NativeText
 
+_OF_KEYS = ("k_proj", "v_proj", "k_norm", "v_norm")
+
 
 @dataclass(frozen=True, slots=True)
 class Images:
@@ -60,6 +62,9 @@ class Native:
         has_no_head = self.config.has_tied_embeddings  # some files store the embedding twice
         number = str(self.config.num_layers)
         unused = [pattern.replace("{num_layers}", number) for pattern in self.family.unused]
+        # Files may hold the keys and values of layers that read another's, which `transformers` ignores, too.
+        sharing = [index for index, layer in enumerate(self.config.layers) if layer.keys_of is not None]
+        unused += [f"*.layers.{index}.self_attn.{name}.weight" for index in sharing for name in _OF_KEYS]
         return [*unused, *([layout.tensor("lm_head.weight")] if has_no_head else [])]
 
 

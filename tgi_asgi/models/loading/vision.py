@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # these import torch
     from tgi_asgi.models.loading.gguf_vision import GgufVisionWeights
 
 _EMBEDDING = "embed_tokens.weight"
-PLAIN = CheckpointLayout()
+_PLAIN = CheckpointLayout()
 
 
 class VisionWeights:
@@ -43,7 +43,7 @@ class VisionWeights:
 
     def __init__(
         self, text: Weights, tower: NamedWeights, names: Collection[str],
-        layout: CheckpointLayout = PLAIN, ignored: Collection[str] = (),
+        layout: CheckpointLayout = _PLAIN, ignored: Collection[str] = (),
     ) -> None:  # fmt: skip
         self.layout, self._ignored = layout, set(ignored)
         self.text, self.tower, self._names = text, tower, dict.fromkeys(names)

@@ -25,8 +25,7 @@ class TowerAttention:
     """Attention over one layer's keys at a time.
 
         if attention.takes(query, key, value, mask, kwargs):
-            attend = attention.over(key, value, scale)
-            rows = attend(query[:, :, :128])
+            rows = attention.over(key, value, scale)(query)
 
     Args:
         dtype: Type of keys and values.
