@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.support.adapters import make_adapter, peft_logprobs, write_adapter
+from tests.support import architectures
+from tests.support.adapters import ALL_PRODUCTS, make_adapter, peft_logprobs, write_adapter
 from tests.support.checkpoints import make_model, save, save_tokenizer
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
@@ -125,6 +128,8 @@ def test_adapters_in_float32_keep_its_precision(name: str, changes: dict[str, An
         more_families("bamba", of("v_proj", "in_proj", "gate_proj")),
         more_families("nemotron_h", of("q_proj", "v_proj", "in_proj", "up_proj", "down_proj")),
         more_families("mamba2", of("in_proj")),
+        more_families("qwen3_next", of("q_proj", "in_proj_qkvz", "in_proj_ba")),
+        more_families("qwen3_5", of("q_proj", "v_proj", "in_proj_qkv", "in_proj_z", "up_proj")),
         more_families("jamba", of("q_proj", "o_proj", "in_proj", "x_proj", "down_proj")),
     ],
 )  # fmt: skip
@@ -225,6 +230,28 @@ def test_matrices_in_act_order_take_adapters(has_order: bool | str, tmp_path: Pa
         loaded.runner.close()
     for job, adapter in zip(jobs, adapters, strict=True):
         assert_matches_peft(job, base, adapter, limit=4 * EXACT)  # with weights four times as large
+
+
+def test_rates_and_decays_of_qwen3_5_take_adapters_where_they_fill_panels(tmp_path: Path) -> None:
+    """Whoever trains all linear layers trains these, too; published models have 16 to 64 value heads."""
+    torch.manual_seed(0)
+    sizes = {"linear_num_value_heads": 16, "linear_num_key_heads": 4}
+    config: Any = architectures.config("qwen3_5_text", **sizes)
+    model = transformers.Qwen3_5ForCausalLM(config).eval()
+    files = save(model, tmp_path / "base")
+    save_tokenizer(files.path)
+    changes = of("in_proj_a", "in_proj_b", "in_proj_qkv", "in_proj_z", "out_proj", *ALL_PRODUCTS)
+    adapters = [make_adapter(files.path, tmp_path / f"{seed}", seed=seed, **changes) for seed in (1, 2)]
+    loaded = load_case(files)
+    found = Reference(list(range(3, 40)), [], np.empty(0))
+    try:
+        assert loaded.adapters is not None and loaded.info.implementation == "native"
+        jobs = [job_of(found, loaded.adapters.load(adapter).weights) for adapter in adapters]
+        run(loaded, [*jobs, job_of(found, None)])
+    finally:
+        loaded.runner.close()
+    for job, adapter in zip(jobs, adapters, strict=True):
+        assert_matches_peft(job, files.path, adapter, limit=4 * EXACT)  # recurrences add up rounding
 
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -22,11 +22,6 @@ FILES = ModelFiles("m", None, "gguf", Path("m.gguf"), Path("mmproj-m.gguf"))
     [
         ({"num_shard": 2}, False, "--num-shard 2"),
         ({"num_shard": 2}, True, "--num-shard 2"),
-        (
-            {"prompt_precision": "bfloat16", "enable_lora": True},
-            False,
-            "--prompt-precision bfloat16 with adapters",
-        ),
         ({"batch_invariant": True}, True, "--batch-invariant"),
         ({"lora_adapters": ("a=b",)}, True, "LoRA adapters"),
         ({"kv_cache_dtype": "fp8_e4m3fn"}, True, "--kv-cache-dtype fp8_e4m3fn"),

@@ -16,6 +16,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.peft import PeftAdapter, PeftTarget
 from tgi_asgi.formats.safetensors import SafeTensor
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading.open import ServedModel
 from tgi_asgi.ops.arrays import Floats
@@ -161,13 +162,13 @@ def _floats(adapter: PeftAdapter, tensor: SafeTensor) -> Floats:
 def _elements_of_rank_one(targets: Iterable[ops.Target]) -> int:
     """Return the number of elements of a rank-1 adapter on all products, counting fused products once."""
     groups: dict[int, list[ops.Target]] = {}
-    for target in targets:
+    for target in (part for each in targets for part in each.parts):
         groups.setdefault(id(target.weight), []).append(target)
     total = 0
     for group in groups.values():
         num_rows = max(target.stop for target in group)
-        apart = [target for target in group if target.shape[0] < num_rows]
-        total += sum(map(sum, (target.shape for target in apart or group)))
+        apart = [target for target in group if target.stop - target.start < num_rows]
+        total += sum(target.stop - target.start + target.weight.columns for target in apart or group)
     return total
 
 
@@ -200,16 +201,15 @@ def targets_of(model: ServedModel) -> Mapping[str, ops.Target]:
 
 def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
     """Return a decoder's products: single matrices, and fused ones under their usual names."""
-    found = {name: ops.Target(weight, 0, weight.rows) for name, weight in model.products.items()}
+    found = {name: ops.Target.whole(weight) for name, weight in model.products.items()}
     for index, layer in enumerate(model.layers):
         config = layer.config
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         inner = config.intermediate_size
         ends = (0, queries, queries + keys, queries + 2 * keys)
-        products = dict(layer.products)
+        of_layer = {name: ops.Target.whole(weight) for name, weight in layer.products.items()}
         if layer.recurrent is not None:
-            products |= layer.recurrent.products
-        of_layer = {name: ops.Target(weight, 0, weight.rows) for name, weight in products.items()}
+            of_layer |= layer.recurrent.targets
         if layer.latent is not None:
             output = ops.Target(layer.output, 0, config.hidden_size)
             of_layer |= {**layer.latent.targets, "self_attn.o_proj": output}
@@ -227,8 +227,9 @@ def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
             if layer.spec.values_are_keys:
                 both = np.tile(np.arange(keys), 2)
                 of_layer["self_attn.k_proj"] = ops.Target(layer.qkv, ends[1], ends[3], both)
-            if config.has_output_gate:  # the other half of q_proj is the gate's product
-                del of_layer["self_attn.q_proj"], of_layer["self_attn.qkv_proj"]
+            if layer.gate is not None and config.has_output_gate:
+                del of_layer["self_attn.qkv_proj"]
+                of_layer["self_attn.q_proj"] = _gated_queries(layer.qkv, layer.gate, config)
         if layer.has_mlp:
             of_layer |= {
                 "mlp.up_proj": ops.Target(layer.up, 0, inner),
@@ -242,6 +243,13 @@ def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
             }
         found |= {f"model.layers.{index}.{name}": target for name, target in of_layer.items()}
     return dict(_under_path(model, name, target) for name, target in found.items())
+
+
+def _gated_queries(qkv: ops.QkvWeight, gate: ops.LinearWeight, config: ModelConfig) -> ops.Target:
+    """Return `q_proj` where each head's rows are those of its queries, then those of its gates."""
+    heads = np.arange(2 * config.num_heads * config.head_dim).reshape(config.num_heads, 2, config.head_dim)
+    queries, gates = heads[:, 0].reshape(-1), heads[:, 1].reshape(-1)
+    return ops.Target(qkv, 0, len(queries), queries, (ops.Target(gate, 0, len(gates), gates),))
 
 
 def _under_path(model: Decoder, name: str, target: ops.Target) -> tuple[str, ops.Target]:

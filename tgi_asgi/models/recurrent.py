@@ -27,10 +27,10 @@ class Recurrent(Protocol):
     """A recurrent part of a layer.
 
     Attributes:
-        products: Its products by module name, for adapters.
+        targets: What adapters may change of it, by module name.
     """
 
-    products: dict[str, ops.LinearWeight]
+    targets: dict[str, ops.Target]
 
     def add(self, a: ops.Value, x: ops.Value, cache: ops.Cache, factor: float) -> ops.Value:
         """Add the output for the activation a, times `factor`, to the residual x."""
@@ -49,7 +49,10 @@ class ShortConv:
         bias = ops.vector(weights.get("conv.conv.bias", channels)) if spec.has_bias else None
         self._conv = ops.ShortConvWeight(taps.reshape(channels, spec.num_taps), bias)
         self._output = weights.linear("conv.out_proj", hidden, channels, has_bias=spec.has_bias)
-        self.products = {"conv.in_proj": self._input, "conv.out_proj": self._output}
+        self.targets = {
+            "conv.in_proj": ops.Target.whole(self._input),
+            "conv.out_proj": ops.Target.whole(self._output),
+        }
 
     def add(self, a: ops.Value, x: ops.Value, cache: ops.Cache, factor: float) -> ops.Value:
         """Add the output for the activation a, times `factor`, to the residual x."""
@@ -91,7 +94,10 @@ class Mamba:
         groups = (spec.num_groups, width // spec.num_groups) if is_llama_cpp else (width,)
         self._norm = ops.vector(weights.get("mamba.norm.weight", *groups)) if spec.has_norm else None
         self._output = weights.linear("mamba.out_proj", hidden, width, has_bias=spec.has_output_bias)
-        self.products = {"mamba.in_proj": self._input, "mamba.out_proj": self._output}
+        self.targets = {
+            "mamba.in_proj": ops.Target.whole(self._input),
+            "mamba.out_proj": ops.Target.whole(self._output),
+        }
 
     def add(self, a: ops.Value, x: ops.Value, cache: ops.Cache, factor: float) -> ops.Value:
         """Add the output for the activation a, times `factor`, to the residual x."""
@@ -128,11 +134,29 @@ class GatedDelta:
         )  # fmt: skip
         self._norm = np.tile(ops.vector(weights.get("linear_attn.norm.weight", spec.head_dim)), heads)
         self._output = weights.linear("linear_attn.out_proj", hidden, spec.width, has_bias=False)
-        self.products: dict[str, ops.LinearWeight] = {}
-        if not spec.is_tiled:  # else heads are in another order than in adapters
-            self.products["linear_attn.out_proj"] = self._output
-            if weights.has("linear_attn.in_proj_qkv.weight"):
-                self.products |= {"linear_attn.in_proj_qkv": self._input, "linear_attn.in_proj_z": self._gate}
+        # In tiled files, heads are in another order than in adapters.
+        self.targets = {} if spec.is_tiled else self._targets(weights, spec)
+
+    def _targets(self, weights: LayerTensors, spec: GatedDeltaSpec) -> dict[str, ops.Target]:
+        found = {"linear_attn.out_proj": ops.Target.whole(self._output)}
+        if weights.has("linear_attn.in_proj_qkv.weight"):
+            found["linear_attn.in_proj_qkv"] = ops.Target.whole(self._input)
+            found["linear_attn.in_proj_z"] = ops.Target.whole(self._gate)
+        else:
+            order = _order_of_inputs(spec)
+            gate = ops.Target(self._gate, 0, self._gate.rows, order[spec.num_channels :])
+            rows = self._input.rows
+            found["linear_attn.in_proj_qkvz"] = ops.Target(
+                self._input, 0, rows, order[: spec.num_channels], (gate,)
+            )
+        heads = spec.num_heads
+        if weights.has("linear_attn.in_proj_ba.weight"):
+            order = _order_of_steps(spec)
+            found["linear_attn.in_proj_ba"] = ops.Target(self._steps, 0, 2 * heads, order)
+        elif heads % ops.PANEL == 0:  # else two adapters would change rows of one panel
+            found["linear_attn.in_proj_b"] = ops.Target(self._steps, 0, heads)
+            found["linear_attn.in_proj_a"] = ops.Target(self._steps, heads, 2 * heads)
+        return found
 
     def add(self, a: ops.Value, x: ops.Value, cache: ops.Cache, factor: float) -> ops.Value:
         """Add the output for the activation a, times `factor`, to the residual x."""
@@ -149,7 +173,7 @@ def _inputs(weights: LayerTensors, spec: GatedDeltaSpec) -> Iterator[ops.WeightS
     """Yield the product of queries, keys and values, one below another, and that of gates."""
     hidden, both = weights.config.hidden_size, "linear_attn.in_proj_qkvz.weight"
     if weights.has(both):
-        order = _ungrouped(spec.num_key_heads, [spec.key_dim] * 2 + [spec.width // spec.num_key_heads] * 2)
+        order = _order_of_inputs(spec)
         fused = weights.get(both, len(order), hidden)
         yield fused.in_rows(order[: spec.num_channels])
         yield fused.in_rows(order[spec.num_channels :])
@@ -162,10 +186,19 @@ def _steps(weights: LayerTensors, spec: GatedDeltaSpec) -> ops.WeightSource:
     """Return the product of each head's rate, and below it that of each head's decay."""
     hidden, both = weights.config.hidden_size, "linear_attn.in_proj_ba.weight"
     if weights.has(both):
-        order = _ungrouped(spec.num_key_heads, [spec.num_heads // spec.num_key_heads] * 2)
-        return weights.get(both, 2 * spec.num_heads, hidden).in_rows(order)
+        return weights.get(both, 2 * spec.num_heads, hidden).in_rows(_order_of_steps(spec))
     each = [weights.get(f"linear_attn.in_proj_{name}.weight", spec.num_heads, hidden) for name in ("b", "a")]
     return ops.stack_rows(each)
+
+
+def _order_of_inputs(spec: GatedDeltaSpec) -> npt.NDArray[np.int64]:
+    """Return the rows of Qwen3-Next's `in_proj_qkvz` in the order in which they are held."""
+    return _ungrouped(spec.num_key_heads, [spec.key_dim] * 2 + [spec.width // spec.num_key_heads] * 2)
+
+
+def _order_of_steps(spec: GatedDeltaSpec) -> npt.NDArray[np.int64]:
+    """Return the rows of Qwen3-Next's `in_proj_ba` in the order in which they are held."""
+    return _ungrouped(spec.num_key_heads, [spec.num_heads // spec.num_key_heads] * 2)
 
 
 def _ungrouped(num_groups: int, sizes: list[int]) -> npt.NDArray[np.int64]:

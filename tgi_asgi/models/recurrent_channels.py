@@ -18,7 +18,7 @@ class MambaChannels:
     Source: Gu and Dao, Mamba, arXiv 2312.00752, section 3.
 
     Attributes:
-        products: Its products by module name, for adapters.
+        targets: What adapters may change of it, by module name.
     """
 
     def __init__(self, weights: LayerTensors, spec: ChannelsSpec) -> None:
@@ -40,11 +40,11 @@ class MambaChannels:
         a = (a if is_llama_cpp else -np.exp(a)).reshape(width, size)
         self._scan = ops.ChannelScanWeight(a, ops.vector(weights.get("mamba.D", width)))
         self._output = weights.linear("mamba.out_proj", hidden, width, has_bias=has_bias)
-        self.products = {
-            "mamba.in_proj": self._input,
-            "mamba.x_proj": self._parts,
-            "mamba.dt_proj": self._steps,
-            "mamba.out_proj": self._output,
+        self.targets = {
+            "mamba.in_proj": ops.Target.whole(self._input),
+            "mamba.x_proj": ops.Target.whole(self._parts),
+            "mamba.dt_proj": ops.Target.whole(self._steps),
+            "mamba.out_proj": ops.Target.whole(self._output),
         }
 
     def add(self, a: ops.Value, x: ops.Value, cache: ops.Cache, factor: float) -> ops.Value:

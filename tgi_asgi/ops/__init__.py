@@ -30,6 +30,7 @@ from tgi_asgi.ops.image_rows import ImageRows, image_rows
 from tgi_asgi.ops.kernel_set import KernelSet, kernel_set
 from tgi_asgi.ops.kv import Cache, KvDtype, KvLayer, KvPool, cached_head_dim, kv_bytes_per_token
 from tgi_asgi.ops.latent_qkv import latent_qkv
+from tgi_asgi.ops.layout import PANEL
 from tgi_asgi.ops.linear import linear, linear_add
 from tgi_asgi.ops.logprobs import TokenLogprobs, token_logprobs
 from tgi_asgi.ops.norm import norm, norm_add, norm_in_place
@@ -97,6 +98,7 @@ __all__ = [
     "ACTIVATIONS",
     "FORMATS",
     "GATED_ACTIVATIONS",
+    "PANEL",
     "ROUNDED",
     "AdapterLayout",
     "Arithmetic",

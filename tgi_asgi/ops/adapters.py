@@ -33,18 +33,36 @@ _Packed = tuple[_Bits, Floats, _Indices, _Bits]  # down, scales, panels and up, 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Rows [start, stop) of a weight, whose matrices are stacked by rows: q, k and v, or gate and up."""
+    """Rows [start, stop) of a weight, whose matrices are stacked by rows: q, k and v, or gate and up.
+
+    Attributes:
+        order: For each of these rows, its row in an adapter's `up`; None: the same order.
+        others: Where the other rows of the adapter's matrix are, if two products share it.
+    """
 
     weight: AdaptableWeight
     start: int
     stop: int
-    order: Order | None = None  # for each of these rows, its row in an adapter's `up`; None: the same order
+    order: Order | None = None
+    others: tuple[Target, ...] = ()
+
+    @classmethod
+    def whole(cls, weight: LinearWeight) -> Target:
+        """Return all rows of a weight."""
+        return cls(weight, 0, weight.rows)
+
+    @property
+    def parts(self) -> tuple[Target, ...]:
+        """This target, and those that share its matrix."""
+        return self, *self.others
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape of the matrix that an adapter changes, whose rows the weight may have more than once."""
-        rows = self.stop - self.start if self.order is None else int(self.order.max()) + 1
-        return rows, self.weight.columns
+        rows = (
+            part.stop - part.start if part.order is None else int(part.order.max()) + 1 for part in self.parts
+        )
+        return max(rows), self.weight.columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +106,7 @@ class AdapterLayout:
         self._products: list[_Product] = []
         self._of_weight: dict[int, range] = {}  # products of each weight, by the weight's id
         sizes: list[tuple[int, int, int]] = []
-        for target in self.targets.values():
+        for target in (part for each in self.targets.values() for part in each.parts):
             if id(target.weight) in self._of_weight:
                 continue
             products = _products_of(target.weight)
@@ -139,9 +157,9 @@ def changes_by_weight(
         if target is None:
             raise ValueError(f"{name} is not a product that adapters can change")
         _check(name, target, delta, max_rank)
-        if target.order is not None:
-            delta = replace(delta, up=delta.up[target.order])
-        found.setdefault(id(target.weight), []).append((name, target, delta))
+        for part in target.parts:
+            mine = delta if part.order is None else replace(delta, up=delta.up[part.order])
+            found.setdefault(id(part.weight), []).append((name, part, mine))
     return list(found.values())
 
 

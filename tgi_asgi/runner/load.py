@@ -89,7 +89,6 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
             model_impl=settings.model_impl,
             trusts_code=settings.trust_remote_code,
             rope=settings.given_rope,
-            serves_adapters=settings.serves_adapters,
         ) as opened,
         ThreadPoolExecutor(1, thread_name_prefix="tgi-load") as executor,
     ):

@@ -43,12 +43,7 @@ def _setting_for_texts(settings: Settings, is_on_gpu: bool) -> str | None:
 
     A GPU computes such models by the code of `transformers`.
     """
-    is_bfloat16 = settings.prompt_precision == "bfloat16"
-    found = {
-        f"--num-shard {settings.num_shard}": settings.num_shard > 1,
-        # With adapters, the code of `transformers` may compute the text, too.
-        "--prompt-precision bfloat16 with adapters": is_bfloat16 and settings.serves_adapters,
-    }
+    found = {f"--num-shard {settings.num_shard}": settings.num_shard > 1}
     if is_on_gpu:
         found |= {
             "--batch-invariant": settings.batch_invariant,

@@ -139,18 +139,6 @@ def test_a_native_text_and_its_tower_take_the_memory_of_the_module(
     assert found[0] == pytest.approx(found[1], rel=0.03)
 
 
-async def test_adapters_of_gated_queries_leave_the_text_to_the_module(
-    folder_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Native code cannot change the half of a product that makes queries, as most adapters of Qwen3.5 do."""
-    folder = folder_of("qwen3_5")
-    for options, implementation in (({}, "native"), ({"enable_lora": True}, "transformers")):
-        async with served(folder, **options) as (_, app):
-            assert app.context.served is not None
-            assert app.context.served.info.implementation == implementation
-        assert ("adapters of its queries" in caplog.text) == bool(options)
-
-
 def changed(name: str, tmp_path: Path, text: dict[str, Any]) -> Path:
     """Write the checkpoint of a family with other values in its text's configuration."""
     family = FAMILIES[name]

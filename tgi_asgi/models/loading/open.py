@@ -85,9 +85,8 @@ class OpenModel:
         model_impl: str = "native",
         trusts_code: bool = False,
         rope: GivenRope | None = None,
-        serves_adapters: bool = False,
     ) -> None:
-        self._rope, self._serves_adapters = rope, serves_adapters
+        self._rope = rope
         self._vocab_size: int | None = None  # of a merged adapter, if it has its own
         self._open_module: Callable[[], OpenGeneric | OpenEncoder] | None = None  # instead of a native family
         self._is_file_alone = False  # whether only its native family computes a GGUF file
@@ -227,10 +226,6 @@ class OpenModel:
             config = text.with_images(self._stretched(found.config))
             check(
                 config.vocab_size == module.config.vocab_size, "its head has other tokens than its embedding"
-            )
-            check(
-                not (self._serves_adapters and config.has_output_gate),
-                "adapters of its queries, which have gates, are for transformers' code",
             )
         except ModelLoadError as error:
             self.why_generic = str(error)
