@@ -153,7 +153,7 @@ class GatedDelta:
         if weights.has("linear_attn.in_proj_ba.weight"):
             order = _order_of_steps(spec)
             found["linear_attn.in_proj_ba"] = ops.Target(self._steps, 0, 2 * heads, order)
-        elif heads % ops.PANEL == 0:  # else two adapters would change rows of one panel
+        elif heads % ops.PANEL == 0:  # else two targets would have rows of one panel
             found["linear_attn.in_proj_b"] = ops.Target(self._steps, 0, heads)
             found["linear_attn.in_proj_a"] = ops.Target(self._steps, heads, 2 * heads)
         return found

@@ -42,3 +42,18 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
         return made[name]
 
     return model
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that makes the checkpoint of each family of `vision_table` once."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        vision_models.require_processor(name)
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            vision_models.make(name, made[name])
+        return made[name]
+
+    return folder
