@@ -22,6 +22,11 @@
 
 namespace tgi {
 
+// After writing a partial sum all shards meet at a barrier.
+inline step::Sync sync_after(const RowsPtr& out) {
+  return out->turn ? step::Sync::kShards : step::Sync::kAlways;
+}
+
 class Recording {
  public:
   Recording(int64_t max_tokens, int64_t max_sequences, int64_t max_rows, int64_t max_context);

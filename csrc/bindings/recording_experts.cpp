@@ -67,7 +67,7 @@ void Recording::experts(const ActivationPtr& in, const RoutingPtr& routing, cons
   keep(routing->memory);
   keep(out->memory);
   others_.push_back(mlps);
-  forward_.add(step::kernels().experts, params);
+  forward_.add(step::kernels().experts, params, sync_after(out));
 }
 
 void Recording::gated_add(const RowsPtr& rows, const RowsPtr& gate, double factor,

@@ -13,9 +13,6 @@ using step::Sync;
 
 namespace {
 
-// After writing a partial sum all shards meet at a barrier.
-Sync sync_after(const RowsPtr& out) { return out->turn ? Sync::kShards : Sync::kAlways; }
-
 // Marks an activation as written without private copies per member.
 const step::Activation& shared(const ActivationPtr& out) {
   out->is_private = false;

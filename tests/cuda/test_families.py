@@ -11,6 +11,8 @@ import pytest
 
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.emulated_runner import make_device, save_with_tokenizer
+from tests.cuda.emulated_shards import ShardDevice
+from tests.emulation import library
 from tests.support.checkpoints import make_model
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
@@ -86,18 +88,38 @@ def device(monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
     return device
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in _USUAL else [pytest.mark.models]) for name in _CHANGES]
-)
-def test_log_probabilities_are_those_of_transformers(name: str, device: EmulatedDevice) -> None:
+def _compare(name: str, num_shard: int = 1) -> None:
     case = _widened(name)
     found = reference(case)
-    apart = differences(score(case, checkpoint(case), found, "float16"), found)
+    apart = differences(score(case, checkpoint(case), found, "float16", num_shard=num_shard), found)
     assert len(apart) == len(found.all_ids) - 1, "another token was sampled"
     assert found.rounding is not None
     assert apart.max() <= max(LARGEST, found.rounding.max() / 2)
     assert apart.mean() <= max(MEAN, found.rounding.mean() / 2)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in _USUAL else [pytest.mark.models]) for name in _CHANGES]
+)
+def test_log_probabilities_are_those_of_transformers(name: str, device: EmulatedDevice) -> None:
+    _compare(name)
     assert device.replayed > 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt_oss",  # sinks, and biases of experts
+        "qwen2_moe",  # with an MLP that all tokens use, and a gate for it
+        pytest.param("glm4_moe-norms", marks=pytest.mark.models),  # also layers without experts
+        pytest.param("granitemoeshared", marks=pytest.mark.models),  # a factor on what is added
+        pytest.param("mixtral", marks=pytest.mark.models),
+    ],
+)
+def test_experts_are_cut_among_two_devices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library.require()
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", ShardDevice)
+    _compare(name, num_shard=2)
 
 
 @pytest.mark.parametrize(

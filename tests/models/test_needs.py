@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.models.test_config_changes import BY_ARCHITECTURE, config_of
-from tgi_asgi.models.loading.native import unsplit
 from tgi_asgi.models.loading.recognise import read_config
+from tgi_asgi.models.loading.split import unsplit
 from tgi_asgi.models.needs import Need, needs_of
 from tgi_asgi.runner.cuda_load import SUPPORTED_NEEDS
 

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from tests.support.gguf_blocks import random_matrix
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.shard import cut_model
+from tgi_asgi.models.shard import Columns, cut_model
 from tgi_asgi.ops.sources import decode
 
 SMOLLM2: dict[str, Any] = {
-    "num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 49152
+    "num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "inner": Columns(1536), "vocab_size": 49152
 }  # fmt: skip
 
 
 def test_heads_that_do_not_divide_are_split_unevenly() -> None:
-    first, second = cut_model(2, **SMOLLM2, output_block=32, down_block=32)
+    first, second = cut_model(2, **{**SMOLLM2, "inner": Columns(1536, 32)}, output_block=32)
     assert (first.heads, first.kv_heads) == (range(6), range(2))
     assert (second.heads, second.kv_heads) == (range(6, 9), range(2, 3))
     assert (first.inner, second.inner) == (range(768), range(768, 1536))
@@ -38,8 +38,8 @@ def test_more_shards_than_kv_heads_have_some_of_them_several_times() -> None:
 
 def test_no_block_is_cut() -> None:
     """Use blocks of 256 columns, as in K-quants: four heads of 64."""
-    sizes = {**SMOLLM2, "num_heads": 24, "num_kv_heads": 24, "intermediate_size": 1792}
-    cuts = cut_model(4, **sizes, output_block=256, down_block=256)
+    sizes = {**SMOLLM2, "num_heads": 24, "num_kv_heads": 24, "inner": Columns(1792, 256)}
+    cuts = cut_model(4, **sizes, output_block=256)
     assert [len(cut.heads) for cut in cuts] == [8, 8, 4, 4]
     assert [len(cut.inner) for cut in cuts] == [512, 512, 512, 256]
 
@@ -56,8 +56,9 @@ def test_every_part_is_had_once_and_every_shard_has_some(
     num_heads = num_kv_heads * group
     try:
         cuts = cut_model(
-            count, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, intermediate_size=inner,
-            vocab_size=vocab, output_block=output_block, down_block=down_block,
+            count, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, vocab_size=vocab,
+            inner=Columns(inner, down_block), of_expert=Columns(inner // 2, down_block),
+            of_shared=Columns(2 * inner), output_block=output_block,
         )  # fmt: skip
     except ModelLoadError as error:
         assert "shard" in str(error)
@@ -65,10 +66,12 @@ def test_every_part_is_had_once_and_every_shard_has_some(
     for size, parts in (
         (num_heads, [cut.heads for cut in cuts]),
         (inner, [cut.inner for cut in cuts]),
+        (inner // 2, [cut.of_expert for cut in cuts]),
+        (2 * inner, [cut.of_shared for cut in cuts]),
         (vocab, [cut.vocab_ids for cut in cuts]),
     ):
         assert list(itertools.chain(*parts)) == list(range(size))
-        assert all(parts)
+        assert all(parts) or size == 0
     for cut in cuts:
         assert {head // group for head in cut.heads} == set(cut.kv_heads)
         assert len(cut.heads) % len(cut.kv_heads) == 0
@@ -83,14 +86,16 @@ def test_every_part_is_had_once_and_every_shard_has_some(
         (4, {"vocab_size": 3}, "3 vocabulary ids are too few for 4 shards"),
         (
             4,
-            {"intermediate_size": 512, "down_block": 256},
+            {"inner": Columns(512, 256)},
             r"512 columns of the MLP, in 2 parts that cannot be",
         ),
+        (4, {"of_expert": Columns(384, 128)}, "384 columns of each expert, in 3 parts that cannot be cut"),
+        (4, {"of_shared": Columns(3)}, "3 columns of the shared expert are too few for 4 shards"),
         (2, {"output_block": 256}, "3 KV heads, in 1 parts that cannot be cut"),
         (65, {}, r"--num-shard must be in 1\.\.64, got 65"),
     ],
 )
-def test_a_model_with_too_few_parts_is_refused(count: int, changes: dict[str, int], message: str) -> None:
+def test_a_model_with_too_few_parts_is_refused(count: int, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelLoadError, match=message):
         cut_model(count, **{**SMOLLM2, **changes})
 

@@ -7,6 +7,7 @@ import re
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +18,7 @@ from tests.support.checkpoints import make_model, save, save_tokenizer
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint
-from tests.support.gguf_models import LLAMA, make
+from tests.support.gguf_models import LLAMA, QWEN3_MOE, make
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import Job, compare, generate, sample_over_a_shared_block
 from tgi_asgi.errors import ModelLoadError
@@ -78,11 +79,8 @@ async def test_more_shards_than_kv_heads_write_what_one_does(tiny: ModelFiles) -
     compare(await scored(tiny, 4), await scored(tiny, 1))
 
 
-# Cases with experts, recurrent layers, latents, or norms over all heads.
-REFUSED = re.compile(
-    r"moe|mixtral|dots1|gpt_oss|deepseek|minicpm3|lfm[23]|hybrid|qwen3_(next|5)|falcon_h1|mamba|jamba|bamba"
-    r"|nemotron_h|gemma4|olmo[23]"
-)
+# Cases with recurrent layers, norms over all heads, or layers of several shapes.
+REFUSED = re.compile(r"lfm[23]|hybrid|qwen3_(next|5)|falcon_h1|mamba|jamba|bamba|nemotron_h|gemma4|olmo[23e]")
 
 
 @pytest.mark.models
@@ -100,6 +98,10 @@ def _case(**changes: Any) -> FamilyCase:
     return FamilyCase("llama", "LlamaForCausalLM", {**LLAMA.config, **changes}, ())
 
 
+def _experts(**changes: Any) -> FamilyCase:
+    return replace(QWEN3_MOE, config={**QWEN3_MOE.config, **changes})
+
+
 QUANTISED = [
     # A block has 256 columns: those of four heads, which share a KV head, or a third of the MLP's.
     pytest.param(
@@ -111,6 +113,18 @@ QUANTISED = [
         "Q8_0",
         _case(hidden_size=192, num_attention_heads=6, num_key_value_heads=3),
         id="Q8_0",
+        marks=pytest.mark.models,
+    ),
+    # Three blocks of each expert: two for the first shard, one for the second.
+    pytest.param(
+        "Q4_K",
+        _experts(num_attention_heads=8, num_key_value_heads=2, moe_intermediate_size=768),
+        id="experts-Q4_K",
+    ),
+    pytest.param(
+        "MXFP4",
+        _experts(num_key_value_heads=2, moe_intermediate_size=96),
+        id="experts-MXFP4",
         marks=pytest.mark.models,
     ),
 ]
@@ -191,8 +205,8 @@ async def test_shards_end_with_their_runner(tiny: ModelFiles) -> None:
 
 def test_what_several_shards_do_not_compute_is_refused_by_name(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
-    refused = {
-        ("Mixtral", "experts"): {},
+    refused: dict[tuple[str, str], dict[str, Any]] = {
+        ("Lfm2", "recurrent layers"): {"layer_types": ["conv", "conv", "full_attention"]},
         ("Olmo2", "norms over all heads"): {"num_key_value_heads": 4},
     }
     for (kind, named), changes in refused.items():

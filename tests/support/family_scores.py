@@ -17,10 +17,14 @@ from tgi_asgi.types import SamplingParams
 _CHUNK = 24  # prompt tokens per step, so that chunks end inside blocks
 
 
-def score(case: FamilyCase, files: ModelFiles, found: Reference, dtype: str, model_impl: str = "auto") -> Job:
+def score(
+    case: FamilyCase, files: ModelFiles, found: Reference, dtype: str, model_impl: str = "auto",
+    num_shard: int = 1,
+) -> Job:  # fmt: skip
     """Score the reference's prompt and generate the same number of tokens, as the server would."""
     settings = Settings(
         dtype=dtype,
+        num_shard=num_shard,
         model_impl=model_impl,
         num_threads=2,
         thread_nice=0,

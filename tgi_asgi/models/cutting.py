@@ -1,6 +1,6 @@
 """Cuts weights to a shard's part: rows of matrices that produce heads, inner values or logits, else columns.
 
-Used by `layer_weights.py` and `decoder.py`, which know what a matrix is for; `shard.py` chooses the parts.
+Used by the modules that read weights, which know what a matrix is for; `shard.py` chooses the parts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tgi_asgi import ops
-from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.shard import ModelCut
 
 
@@ -25,13 +24,8 @@ def qkv_rows(cut: ModelCut, head_dim: int) -> list[range]:
 
 
 def norms_of(norms: ops.HeadNorms, cut: ModelCut, head_dim: int) -> ops.HeadNorms:
-    """Return the norms of a shard's heads.
-
-    Raises:
-        ModelLoadError: if a norm spans all heads.
-    """
-    if norms.is_whole:
-        raise ModelLoadError("several shards do not compute norms over all heads")
+    """Return the norms of a shard's heads, each of which has its own."""
+    assert not norms.is_whole  # `unsplit` refuses the model
     rows = qkv_rows(cut, head_dim)
     query, key = (_norm_of(norm, part, head_dim) for norm, part in zip(
         (norms.query, norms.key), rows[:2], strict=True
@@ -39,31 +33,9 @@ def norms_of(norms: ops.HeadNorms, cut: ModelCut, head_dim: int) -> ops.HeadNorm
     return replace(norms, query=query, key=key)
 
 
-def linear_of(
-    name: str, source: ops.WeightSource, bias: ops.WeightSource | None, cut: ModelCut, head_dim: int,
-    arithmetic: ops.Arithmetic,
-) -> ops.LinearWeight:  # fmt: skip
-    """Make a shard's part of a single product, selected by its canonical name.
-
-    Raises:
-        ModelLoadError: if the product cannot be cut.
-    """
-    if name == "mlp.up_proj":
-        part = cut.inner
-        biases = rows_of([bias], [part])[0] if bias is not None else None
-        return ops.linear_weight(source.rows(part.start, part.stop), arithmetic, bias=biases)
-    if name == "self_attn.o_proj":
-        part = range(cut.heads.start * head_dim, cut.heads.stop * head_dim)
-    elif name == "mlp.down_proj":
-        part = cut.inner
-    else:
-        raise ModelLoadError(f"{name} cannot be cut for several shards: leave --num-shard out")
-    return ops.linear_weight(
-        source.columns(part.start, part.stop),
-        arithmetic,
-        bias=bias if cut.rank == 0 else None,
-        is_partial=True,
-    )
+def head_columns(cut: ModelCut, width: int) -> range:
+    """Return a shard's columns of a product that reads `width` results of each head."""
+    return range(cut.heads.start * width, cut.heads.stop * width)
 
 
 def _norm_of(norm: ops.NormWeight, rows: range, head_dim: int) -> ops.NormWeight:

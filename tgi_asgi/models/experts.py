@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tgi_asgi import ops
+from tgi_asgi.models import cutting
 from tgi_asgi.models.layer_spec import ExpertsSpec
 from tgi_asgi.models.layer_tensors import LayerTensors
 
@@ -48,6 +49,7 @@ class ExpertNames:
 
 
 GGUF_CORRECTION = "mlp.correction.bias"  # canonical-style name for llama.cpp's `exp_probs_b`
+_DOWN = "down_proj"
 Matrices = tuple[ops.WeightSource, ...]  # gate, if there are any, up and down
 ExpertProducts = tuple[ops.GateUpWeight | ops.LinearWeight, ops.LinearWeight]
 
@@ -73,7 +75,7 @@ class Experts:
         self._router = ops.router_weight(router, weights.arithmetic, bias=bias)
         self._route = _route_of(spec, weights, names)
         self._clamped = None if spec.clamp is None else ops.ClampedGate(*spec.clamp)
-        self._weight = ops.experts_weight(products, weights.arithmetic)
+        self._weight = ops.experts_weight(products, weights.arithmetic, is_partial=config.cut is not None)
         self._shared: ExpertProducts | None = None
         self._shared_gate: ops.LinearWeight | None = None
         self._latent: tuple[ops.LinearWeight, ops.LinearWeight] | None = None
@@ -131,11 +133,12 @@ def _route_of(spec: ExpertsSpec, weights: LayerTensors, names: ExpertNames) -> o
 def _shared_of(weights: LayerTensors, names: ExpertNames, spec: ExpertsSpec) -> ExpertProducts:
     """Return the products of the shared MLP."""
     hidden, joined = weights.config.hidden_size, f"{names.shared}.{names.shared_joined}.weight"
-    down, size = "down_proj", spec.shared_size
+    down, size, cut = "down_proj", spec.shared_size, weights.config.cut
+    part = None if cut is None else cut.of_shared
     if not spec.has_gate:
         return (
-            weights.linear(f"{names.shared}.up_proj", size, hidden, has_bias=False),
-            weights.linear(f"{names.shared}.{down}", hidden, size, has_bias=False),
+            weights.linear_rows(f"{names.shared}.up_proj", size, hidden, part, has_bias=False),
+            weights.linear_columns(f"{names.shared}.{down}", hidden, size, part, has_bias=False),
         )
     if names.shared_joined is not None and weights.has(joined):
         both, down = weights.get(joined, 2 * size, hidden), names.shared_down
@@ -144,9 +147,11 @@ def _shared_of(weights: LayerTensors, names: ExpertNames, spec: ExpertsSpec) -> 
         gate, up = (
             weights.get(f"{names.shared}.{name}.weight", size, hidden) for name in ("gate_proj", "up_proj")
         )
+    if part is not None:
+        gate, up = cutting.rows_of((gate, up), (part, part))
     return (
         ops.gate_up_weight(gate, up, weights.arithmetic),
-        weights.linear(f"{names.shared}.{down}", hidden, size, has_bias=False),
+        weights.linear_columns(f"{names.shared}.{down}", hidden, size, part, has_bias=False),
     )
 
 
@@ -158,14 +163,40 @@ def _gate_of(weights: LayerTensors, names: ExpertNames, hidden: int) -> ops.Line
 
 def read_products(weights: LayerTensors, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
     """Yield the products of each expert in turn, so that no expert stays in memory in the file's format."""
-    arithmetic = weights.arithmetic.for_experts()
-    for *first, down in _matrices(weights, names, spec):
-        if spec.has_gate:
-            gate, up = first
-            inner: ops.GateUpWeight | ops.LinearWeight = ops.gate_up_weight(gate, up, arithmetic)
-        else:
-            inner = ops.linear_weight(first[0], arithmetic)
-        yield inner, ops.linear_weight(down, arithmetic)
+    for matrices in _matrices(weights, names, spec):
+        yield make_products(weights, matrices)
+
+
+def make_products(
+    weights: LayerTensors, matrices: Matrices, biases: Matrices | None = None
+) -> ExpertProducts:
+    """Make one expert's products, or a shard's part of them, from its matrices and a bias for each."""
+    arithmetic, cut = weights.arithmetic.for_experts(), weights.config.cut
+    *first, down = matrices
+    of_first, of_down = ([], None) if biases is None else (list(biases[:-1]), biases[-1])
+    if cut is not None:
+        part = cut.of_expert
+        first, of_first = ([each.rows(part.start, part.stop) for each in of] for of in (first, of_first))
+        down = down.columns(part.start, part.stop)
+        of_down = of_down if cut.rank == 0 else None  # the results of all shards are summed
+    inner: ops.GateUpWeight | ops.LinearWeight
+    if len(first) == 2:
+        inner = ops.gate_up_weight(first[0], first[1], arithmetic, biases=of_first or None)
+    else:
+        inner = ops.linear_weight(first[0], arithmetic, bias=of_first[0] if of_first else None)
+    return inner, ops.linear_weight(down, arithmetic, bias=of_down)
+
+
+def down_names(names: ExpertNames, num_experts: int) -> list[str]:
+    """Return the names that files may have for the last product of the experts."""
+    each = [f"{names.experts}.{index}" for index in range(num_experts)]
+    found = [f"{prefix}.{name}.weight" for prefix in (names.experts, *each) for name in {names.down, _DOWN}]
+    return [*found, names.joined_down]
+
+
+def shared_down_names(names: ExpertNames) -> list[str]:
+    """Return the names that files may have for the last product of the MLP that all tokens use."""
+    return [f"{names.shared}.{name}.weight" for name in {names.shared_down, _DOWN}]
 
 
 def _matrices(weights: LayerTensors, names: ExpertNames, spec: ExpertsSpec) -> Iterator[Matrices]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 from tgi_asgi import ops
-from tgi_asgi.models import cutting
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.loading import WHOLE, Weights
 
@@ -65,9 +64,32 @@ class LayerTensors:
         return [fused.rows(start, start + count) for start, count in zip(starts, rows, strict=True)]
 
     def linear(self, name: str, rows: int, columns: int, *, has_bias: bool) -> ops.LinearWeight:
-        """Make the weight of a single product."""
+        """Make the weight of a single product, which every shard of a model computes as a whole."""
         bias = self.get(f"{name}.bias", rows) if has_bias else None
-        source, cut = self.get(f"{name}.weight", rows, columns), self.config.cut
-        if cut is not None:
-            return cutting.linear_of(name, source, bias, cut, self.config.head_dim, self.arithmetic)
+        return ops.linear_weight(self.get(f"{name}.weight", rows, columns), self.arithmetic, bias=bias)
+
+    def linear_rows(
+        self, name: str, rows: int, columns: int, part: range | None, *, has_bias: bool
+    ) -> ops.LinearWeight:
+        """Make the weight of a product of which a shard has these rows; None: all of them."""
+        if part is None:
+            return self.linear(name, rows, columns, has_bias=has_bias)
+        bias = self.get(f"{name}.bias", rows).rows(part.start, part.stop) if has_bias else None
+        source = self.get(f"{name}.weight", rows, columns).rows(part.start, part.stop)
         return ops.linear_weight(source, self.arithmetic, bias=bias)
+
+    def linear_columns(
+        self, name: str, rows: int, columns: int, part: range | None, *, has_bias: bool
+    ) -> ops.LinearWeight:
+        """Make the weight of a product of which a shard has these columns; None: all of them.
+
+        The results of all shards are summed, so only the first one uses the bias, which all have to read.
+        """
+        cut = self.config.cut
+        if part is None or cut is None:
+            return self.linear(name, rows, columns, has_bias=has_bias)
+        bias = self.get(f"{name}.bias", rows) if has_bias else None
+        source = self.get(f"{name}.weight", rows, columns).columns(part.start, part.stop)
+        return ops.linear_weight(
+            source, self.arithmetic, bias=bias if cut.rank == 0 else None, is_partial=True
+        )

@@ -98,9 +98,9 @@ class LayerWeights(LayerTensors):
 
     def up(self) -> ops.LinearWeight:
         """Make the weight of `ops.up`."""
-        config = self.config
-        sizes = config.intermediate_size, config.hidden_size
-        return self.linear("mlp.up_proj", *sizes, has_bias=config.has_mlp_bias)
+        config, cut = self.config, self.config.cut
+        sizes, part = (config.intermediate_size, config.hidden_size), None if cut is None else cut.inner
+        return self.linear_rows("mlp.up_proj", *sizes, part, has_bias=config.has_mlp_bias)
 
     def gate_up(self) -> ops.GateUpWeight:
         """Make the weight of `ops.gate_up`."""

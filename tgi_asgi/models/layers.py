@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from tgi_asgi import ops
+from tgi_asgi.models import cutting
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.rope import RopeTables
@@ -37,23 +38,30 @@ class Layer:
 
     def __init__(self, config: ModelConfig, weights: LayerWeights, index: int, ropes: RopeTables) -> None:
         self.config, self.spec, self.factor = config, config.layers[index], config.residual_factor
+        cut = config.cut
         self.rope, self.sinks = ropes.table(self.spec.rope), weights.sinks()
         self.query_scales = ropes.query_scales(self.spec.query_growth)
         self.slopes = None if self.spec.slopes is None else np.array(self.spec.slopes, np.float32)
-        if self.slopes is not None and config.cut is not None:
-            self.slopes = self.slopes[config.cut.heads.start : config.cut.heads.stop]
-        hidden, width = config.hidden_size, config.num_heads * config.head_dim
+        if cut is not None:
+            self.sinks, self.slopes = (
+                None if each is None else each[cut.heads.start : cut.heads.stop].copy()
+                for each in (self.sinks, self.slopes)
+            )
+        hidden, width = config.hidden_size, config.head_dim
         self.make_norms(weights)
         self.recurrent = weights.recurrent()
         self.latent = weights.latent()
         self.gate: ops.LinearWeight | None = None
         if self.latent is not None and self.spec.latent is not None:
-            width = config.num_heads * self.spec.latent.value_dim
+            width = self.spec.latent.value_dim
         elif self.spec.attends:
             self.qkv = weights.qkv()
             self.gate = weights.output_gate()
         if self.spec.attends:
-            self.output = weights.linear("self_attn.o_proj", hidden, width, has_bias=config.has_output_bias)
+            self.output = weights.linear_columns(
+                "self_attn.o_proj", hidden, config.num_heads * width,
+                None if cut is None else cutting.head_columns(cut, width), has_bias=config.has_output_bias,
+            )  # fmt: skip
         self.experts = weights.experts()
         if self.experts is None and self.spec.part != "mixer":
             self.make_mlp(weights)
@@ -65,11 +73,12 @@ class Layer:
 
     def make_mlp(self, weights: LayerWeights) -> None:
         """Read the weights of the MLP."""
-        config, self.has_mlp = self.config, True
+        config, cut, self.has_mlp = self.config, self.config.cut, True
         self.up = weights.gate_up() if config.has_gate else weights.up()
-        self.down = weights.linear(
-            "mlp.down_proj", config.hidden_size, config.intermediate_size, has_bias=config.has_mlp_bias
-        )
+        self.down = weights.linear_columns(
+            "mlp.down_proj", config.hidden_size, config.intermediate_size,
+            None if cut is None else cut.inner, has_bias=config.has_mlp_bias,
+        )  # fmt: skip
 
     def make_norms(self, weights: LayerWeights) -> None:
         """Read the weights of the layer's norms."""

@@ -1,4 +1,4 @@
-"""Cuts a model into shards: the attention heads, MLP columns and vocabulary ids of each. Without torch.
+"""Cuts a model into shards: the attention heads, inner columns and vocabulary ids of each. Without torch.
 
     9 query heads, 3 KV heads, two shards       queries 0..5 with KV heads 0 and 1 | 6..8 with 2
     2 KV heads for 8 query heads, four shards   queries 0, 1 with KV head 0 | 2, 3 with 0 | 4, 5 with 1 | ...
@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tgi_asgi.errors import ModelLoadError
 
@@ -27,7 +28,9 @@ class ModelCut:
     Attributes:
         rank, count: The shard's number, and how many there are.
         heads, kv_heads: Query heads, and the KV heads that they read.
-        inner: Columns between an MLP's products.
+        inner: Columns between an MLP's products; empty if no layer has an MLP.
+        of_expert: The same of each expert; empty if no layer has experts.
+        of_shared: The same of the MLP that all tokens use besides the experts.
         vocab_ids: Vocabulary ids.
     """
 
@@ -36,18 +39,31 @@ class ModelCut:
     heads: range
     kv_heads: range
     inner: range
+    of_expert: range
+    of_shared: range
     vocab_ids: range
 
 
+class Columns(NamedTuple):
+    """A number of columns, of which `block` must stay together: they are a block of the weight's format."""
+
+    number: int
+    block: int = 1
+
+
+NONE = Columns(0)
+
+
 def cut_model(
-    count: int, *, num_heads: int, num_kv_heads: int, head_dim: int, intermediate_size: int, vocab_size: int,
-    output_block: int = 1, down_block: int = 1,
+    count: int, *, num_heads: int, num_kv_heads: int, head_dim: int, vocab_size: int, inner: Columns,
+    of_expert: Columns = NONE, of_shared: Columns = NONE, output_block: int = 1,
 ) -> list[ModelCut]:  # fmt: skip
     """Cut a model into `count` shards, as evenly as possible; the first shards get the remainder.
 
     Args:
-        output_block: Columns per block of the attention output product; blocks cannot be cut.
-        down_block: The same for the product of the MLP's inner values.
+        inner, of_expert, of_shared: As in `ModelCut`; `NONE` if the model has no such columns.
+        head_dim: Columns of the attention output product that belong to a head.
+        output_block: Columns per block of that product; blocks cannot be cut.
 
     Raises:
         ModelLoadError: if there are more shards than parts.
@@ -55,13 +71,22 @@ def cut_model(
     if not 2 <= count <= _MAX_SHARDS:
         raise ModelLoadError(f"--num-shard must be in 1..{_MAX_SHARDS}, got {count}")
     heads, kv_heads = _cut_heads(count, num_heads, num_kv_heads, head_dim, output_block)
-    # Kernels pad columns to strips; parts are whole strips if there are enough.
-    unit = math.lcm(down_block, _STRIP) if intermediate_size >= count * _STRIP else down_block
-    inner = _split(count, intermediate_size, unit, f"{intermediate_size} columns of the MLP")
-    unit = 1 if vocab_size < count * _STRIP else _STRIP
-    vocab_ids = _split(count, vocab_size, unit, f"{vocab_size} vocabulary ids")
-    parts = zip(heads, kv_heads, inner, vocab_ids, strict=True)
+    columns = [
+        _cut_columns(count, each, f"columns of {what}")
+        for each, what in ((inner, "the MLP"), (of_expert, "each expert"), (of_shared, "the shared expert"))
+    ]
+    vocab_ids = _cut_columns(count, Columns(vocab_size), "vocabulary ids")
+    parts = zip(heads, kv_heads, *columns, vocab_ids, strict=True)
     return [ModelCut(rank, count, *part) for rank, part in enumerate(parts)]
+
+
+def _cut_columns(count: int, columns: Columns, what: str) -> list[range]:
+    """Split columns into parts of whole blocks, which are whole strips if there are enough of these."""
+    number, block = columns
+    if number == 0:
+        return [range(0)] * count
+    unit = math.lcm(block, _STRIP) if number >= count * _STRIP else block
+    return _split(count, number, unit, f"{number} {what}")
 
 
 def _cut_heads(

@@ -303,6 +303,16 @@ class CpuCalls(StateCalls):
     def _sum_experts(
         self, call: calls.Experts | calls.ExpertsAdd, factor: float, *, adds: bool, out: _C.Rows
     ) -> None:
+        if not call.weight.is_partial:
+            self._emit_experts(call, factor, adds=adds, out=out)
+            return
+        partial_sum = self._native.partial_sum()
+        self._emit_experts(call, 1.0, adds=False, out=partial_sum)
+        self._native.sum_shards(partial_sum=partial_sum, factor=factor, adds=adds, x=out)
+
+    def _emit_experts(
+        self, call: calls.Experts | calls.ExpertsAdd, factor: float, *, adds: bool, out: _C.Rows
+    ) -> None:
         made, weight = _made(call.weight.made, PackedExperts), call.weight
         clamped = {} if call.clamped is None else asdict(call.clamped)
         mlps = _C.ExpertMlps(

@@ -47,7 +47,7 @@ from tgi_asgi.ops.qkv_heads import QkvHeads
 from tgi_asgi.ops.recorder import Call, Kind, Recorder, Value
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.step_limits import StepLimits
-from tgi_asgi.ops.weights import LinearWeight
+from tgi_asgi.ops.weights import ExpertsWeight, LinearWeight
 
 _kernels: Any = torch.ops.tgi_cuda
 
@@ -302,11 +302,11 @@ class CudaProgram:
             self._launches.add("tgi_cuda::residual_add", tokens_of(product), call.factor, tokens_of(x))
         self._adapt(call.weight, call.a, x, call.factor)
 
-    def _is_part(self, weight: LinearWeight) -> bool:
-        """Return whether other devices hold more of the weight's columns."""
+    def _is_part(self, weight: LinearWeight | ExpertsWeight) -> bool:
+        """Return whether other devices hold more of the weight's columns, or of each expert's."""
         return weight.is_partial and self._shard is not None
 
-    def _add_up(self, weight: LinearWeight, product: Tensor) -> None:
+    def _add_up(self, weight: LinearWeight | ExpertsWeight, product: Tensor) -> None:
         """Sum a partial product over all devices."""
         shard = self._shard
         if shard is None or not weight.is_partial:
@@ -341,8 +341,18 @@ class CudaProgram:
         self._experts.route(self._in(call.logits), spec, routing)
 
     def _experts_add(self, call: calls.ExpertsAdd) -> None:
-        routing = self._values.of(call.routing, "routing")
-        self._experts.add(call, self._in(call.a), routing, self._in(call.x))
+        routing, x = self._values.of(call.routing, "routing"), self._in(call.x)
+        if not self._is_part(call.weight):
+            self._experts.add(call, self._in(call.a), routing, x, call.factor)
+            return
+        shape = (self._max_tokens, call.weight.columns)
+        total = self._scratch.buffer("experts' sum", shape, torch.float32)
+        product = self._scratch.buffer("linear_add", shape)
+        self._launches.add("aten::zero_", tokens_of(total))
+        self._experts.add(call, self._in(call.a), routing, total, 1.0)
+        self._launches.add("aten::copy_", tokens_of(product), tokens_of(total))
+        self._add_up(call.weight, product)
+        self._launches.add("tgi_cuda::residual_add", tokens_of(product), call.factor, tokens_of(x))
 
     def _gated_add(self, call: calls.GatedAdd) -> None:
         rows, gate, x = (tokens_of(self._in(value)) for value in (call.rows, call.gate, call.x))

@@ -99,8 +99,8 @@ class CudaExperts:
             routing.tiles,
         )  # fmt: skip
 
-    def add(self, call: calls.ExpertsAdd, a: Tensor, routing: Routing, x: Tensor) -> None:
-        """Add the experts of activations a [max_tokens, columns] to x [max_tokens, columns] float32."""
+    def add(self, call: calls.ExpertsAdd, a: Tensor, routing: Routing, x: Tensor, factor: float) -> None:
+        """Add `factor` times the experts of activations a to x, both [max_tokens, columns], x in float32."""
         weight, made, clamped = call.weight, call.weight.made, call.clamped
         if not isinstance(made, DeviceExperts):
             raise TypeError("a CUDA step is recorded with a device's weights: make them with a `Repacking`")
@@ -116,7 +116,7 @@ class CudaExperts:
         self._launches.add("tgi_cuda::experts_down", inner, *self._matrix(made.down), *plan, rows)
         self._launches.add(
             "tgi_cuda::experts_sum", rows, tokens_of(routing.ids), tokens_of(routing.weights),
-            weight.num_experts, call.factor, tokens_of(x),
+            weight.num_experts, factor, tokens_of(x),
         )  # fmt: skip
 
     def _matrix(self, made: DeviceMatrix) -> tuple[object, ...]:

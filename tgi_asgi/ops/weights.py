@@ -65,6 +65,7 @@ class ExpertsWeight:
     intermediate_size: int
     made: Any
     is_gated: bool = True
+    is_partial: bool = False  # as in `LinearWeight`: has only some of each expert's inner columns
 
 
 class Arithmetic(Protocol):
@@ -204,9 +205,12 @@ def gate_up_weight(
 
 
 def experts_weight(
-    experts: Iterable[tuple[GateUpWeight | LinearWeight, LinearWeight]], arithmetic: Arithmetic
-) -> ExpertsWeight:
+    experts: Iterable[tuple[GateUpWeight | LinearWeight, LinearWeight]], arithmetic: Arithmetic, *,
+    is_partial: bool = False,
+) -> ExpertsWeight:  # fmt: skip
     """Make the weight of `experts_add` from each expert's gate-up, or up, and down weights (`for_experts`).
+
+    `is_partial` marks one shard's part of each expert.
 
     Raises:
         ValueError: if there is no expert, the experts' shapes differ, only some have gates, or the device
@@ -223,7 +227,7 @@ def experts_weight(
                 f"without, got {_shape_of(first)} and [{down.rows}, {down.columns}]"
             )
     products = arithmetic.experts([first.made for first, _ in made], [down.made for _, down in made])
-    return ExpertsWeight(len(made), columns, inner, products, is_gated)
+    return ExpertsWeight(len(made), columns, inner, products, is_gated, is_partial)
 
 
 def _shape_of(first: GateUpWeight | LinearWeight) -> tuple[bool, int, int]:

@@ -216,7 +216,7 @@ def _divide(
     settings = replace(settings, max_batch_size=batch, cuda_memory_fraction=1.0)  # a CPU ignores it
     free -= batch * state_bytes(config, num_drafts)
     kv_dtype = choose_cpu_dtype(config, settings, is_exact=packing.is_exact)
-    groups, repeats = groups_of(config, kv_dtype), repeats_of(cuts)
+    groups, repeats = groups_of(config, kv_dtype), repeats_of(config, cuts)
     choose = partial(choose_size, config, settings, groups, kv_dtype, max_context, repeats=repeats)
     sizes = partial(choose_sizes, config, settings, free, choose)
     cache, num_kept = sizes()

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.errors import check
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.ops.cuda_shards import CudaShard
@@ -41,12 +41,13 @@ def check_cuts(cuts: Sequence[ModelCut]) -> None:
     Raises:
         ModelLoadError: if there is one.
     """
-    sizes = sorted({len(cut.inner) for cut in cuts if len(cut.inner) % _MULTIPLE})
-    if sizes:
-        raise ModelLoadError(
-            f"--num-shard {len(cuts)}: a shard would have {sizes[0]} columns of the MLP, but the GPU kernels "
-            f"need a multiple of {_MULTIPLE}: change --num-shard"
-        )
+    for cut in cuts:
+        for part, what in ((cut.inner, "MLP"), (cut.of_expert, "experts"), (cut.of_shared, "shared expert")):
+            check(
+                len(part) % _MULTIPLE == 0,
+                f"--num-shard {len(cuts)}: a shard would have {len(part)} columns of the {what}, but the GPU "
+                f"kernels need a multiple of {_MULTIPLE}: change --num-shard",
+            )
 
 
 class CudaShards:

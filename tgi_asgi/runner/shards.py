@@ -45,13 +45,13 @@ def cuts_of(opened: OpenModel, settings: Settings, num_gpus: int | None) -> list
     return opened.cuts(count)
 
 
-def repeats_of(cuts: Sequence[ModelCut]) -> float:
-    """Return how many shards hold each KV head, on average."""
+def repeats_of(config: ServedConfig, cuts: Sequence[ModelCut]) -> float:
+    """Return how many shards hold each KV head, on average; all of them hold all latents."""
     if not cuts:
         return 1.0
-    return max(
-        sum(len(cut.kv_heads) for cut in cuts) / max((cut.kv_heads.stop for cut in cuts), default=1), 1.0
-    )
+    if any(cache.is_latent for cache in config.caches):
+        return len(cuts)
+    return sum(len(cut.kv_heads) for cut in cuts) / max(cut.kv_heads.stop for cut in cuts)
 
 
 def jobs_of(

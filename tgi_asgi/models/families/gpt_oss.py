@@ -12,10 +12,9 @@ from tgi_asgi import ops
 from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.experts import ExpertNames, ExpertProducts, each_expert, stack
+from tgi_asgi.models.experts import ExpertNames, ExpertProducts, Matrices, each_expert, make_products, stack
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layer_spec import ExpertsSpec, LayerSpec
-from tgi_asgi.models.layer_tensors import Sources
 from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, read_windows
@@ -88,15 +87,10 @@ class GptOssWeights(LayerWeights):
         """Yield gate and up, and down, of each expert in turn."""
         is_apart = self.is_gguf or self.has("mlp.experts.0.gate_proj.weight")
         read = self._apart if is_apart else self._of_openai
-        arithmetic = self.arithmetic.for_experts()
         for matrices, biases in read(spec):
-            gate, up, down = matrices
-            yield (
-                ops.gate_up_weight(gate, up, arithmetic, biases=biases[:2]),
-                ops.linear_weight(down, arithmetic, bias=biases[2]),
-            )
+            yield make_products(self, matrices, biases)
 
-    def _apart(self, spec: ExpertsSpec) -> Iterator[tuple[Sources, Sources]]:
+    def _apart(self, spec: ExpertsSpec) -> Iterator[tuple[Matrices, Matrices]]:
         """Yield each expert's matrices and biases as llama.cpp and tools that quantise write them."""
         hidden, inner, count = self.config.hidden_size, spec.intermediate_size, spec.num_experts
         shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
@@ -106,10 +100,9 @@ class GptOssWeights(LayerWeights):
 
         matrices = [read(f"{name}.weight", *shape) for name, shape in shapes.items()]
         biases = [read(f"{name}.bias", rows) for name, (rows, _) in shapes.items()]
-        for of_one, of_it in zip(zip(*matrices, strict=True), zip(*biases, strict=True), strict=True):
-            yield list(of_one), list(of_it)
+        yield from zip(zip(*matrices, strict=True), zip(*biases, strict=True), strict=True)
 
-    def _of_openai(self, spec: ExpertsSpec) -> Iterator[tuple[Sources, Sources]]:
+    def _of_openai(self, spec: ExpertsSpec) -> Iterator[tuple[Matrices, Matrices]]:
         hidden, inner, count = self.config.hidden_size, spec.intermediate_size, spec.num_experts
         both = stack(self, "mlp.experts.gate_up_proj_bias", count, 2 * inner)
         of_down = stack(self, "mlp.experts.down_proj_bias", count, hidden)
@@ -118,8 +111,8 @@ class GptOssWeights(LayerWeights):
         for gate_up, down, of_gate_up, bias_of_down in zip(gate_ups, downs, both, of_down, strict=True):
             gate, up = (ops.every_nth_row(gate_up, first, 2) for first in (0, 1))
             bias = ops.vector(of_gate_up)
-            biases = [ops.from_floats(bias[first::2]) for first in (0, 1)]
-            yield [gate, up, down], [*biases, bias_of_down]
+            of_gate, of_up = (ops.from_floats(bias[first::2]) for first in (0, 1))
+            yield (gate, up, down), (of_gate, of_up, bias_of_down)
 
     def _matrices(self, name: str, count: int, rows: int, columns: int) -> Iterator[ops.WeightSource]:
         """Yield each expert's matrix [rows, columns]."""

@@ -18,6 +18,7 @@ from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.loading import check_shape
 from tgi_asgi.ops import WeightSource
 
+BLOCK = 32  # columns with one exponent
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 
 
@@ -47,11 +48,11 @@ def read_expert(checkpoint: Checkpoint, matrix: ExpertMatrix, shape: tuple[int, 
     rows, columns = shape
     blocks, scales = checkpoint.tensor(matrix.blocks), checkpoint.tensor(matrix.scales)
     count = blocks.shape[0] if blocks.shape else 0
-    if columns % 32 or matrix.number >= count:
+    if columns % BLOCK or matrix.number >= count:
         raise ModelLoadError(f"{matrix.blocks!r} has no expert {matrix.number} of {columns} columns")
     for info, expected in (
-        (blocks, (count, rows, columns // 32, 16)),
-        (scales, (count, rows, columns // 32)),
+        (blocks, (count, rows, columns // BLOCK, 16)),
+        (scales, (count, rows, columns // BLOCK)),
     ):
         if info.dtype != "U8":
             raise ModelLoadError(f"tensor {info.name!r} is of dtype {info.dtype}, not U8")

@@ -9,7 +9,6 @@ from tgi_asgi import ops
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family, Model
-from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.loading import NamedWeights, Weights, matches
 from tgi_asgi.models.loading.vision import VisionWeights
 
@@ -71,21 +70,3 @@ class Native:
 def named(weights: Weights) -> NamedWeights:
     """Return the weights of a module, which list their names, unlike those of native families alone."""
     return cast(NamedWeights, weights)
-
-
-def unsplit(config: ModelConfig, family: Family) -> str | None:
-    """Return a feature of the model that several shards do not compute; None if there is none."""
-    weights = getattr(family.model, "weights_class", LayerWeights)
-    found = {
-        "an encoder of images": config.images is not None,
-        "experts": any(layer.experts is not None for layer in config.layers),
-        "recurrent layers": config.has_states,
-        "latent attention": any(layer.latent is not None for layer in config.layers),
-        "gates of heads": config.has_output_gate or config.has_head_gates,
-        "layers of one part": any(layer.part is not None for layer in config.layers),
-        "layers of several shapes": any(layer.sizes is not None for layer in config.layers),
-        "sinks": any(layer.has_sinks for layer in config.layers),
-        "norms over all heads": weights.has_whole_norms,
-        "no head that gives text": not config.generates,
-    }
-    return next((name for name, holds in found.items() if holds), None)

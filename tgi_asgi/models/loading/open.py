@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -27,7 +26,7 @@ from tgi_asgi.models.loading.companions import CheckpointCompanions, GgufCompani
 from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.gguf_module import GgufModuleWeights
 from tgi_asgi.models.loading.merged import MergedCheckpoint
-from tgi_asgi.models.loading.native import Images, Native, named, unsplit
+from tgi_asgi.models.loading.native import Images, Native, named
 from tgi_asgi.models.loading.recognise import (
     architecture_of,
     as_in_transformers,
@@ -39,10 +38,11 @@ from tgi_asgi.models.loading.recognise import (
     with_architecture,
 )
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.models.loading.split import split, unsplit
 from tgi_asgi.models.loading.vision import VisionText, open_checkpoint_text, open_gguf_text
 from tgi_asgi.models.registry import has_family
 from tgi_asgi.models.rope import scale_positions, stretch_context
-from tgi_asgi.models.shard import ModelCut, cut_model
+from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.settings import GivenRope
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
@@ -367,20 +367,8 @@ class OpenModel:
             f"--num-shard {count}: {config.architecture} has {found}, which several shards do not compute: "
             f"leave --num-shard out{alone}",
         )
-        weights = self.weights
-        assert isinstance(weights, GgufWeights | CheckpointWeights)
-        output, down = (
-            math.lcm(*(
-                weights.block_columns(f"model.layers.{layer}.{name}.weight")
-                for layer in range(config.num_layers)
-            ))
-            for name in ("self_attn.o_proj", "mlp.down_proj")
-        )  # fmt: skip
-        return cut_model(
-            count, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
-            intermediate_size=config.intermediate_size, vocab_size=config.vocab_size,
-            output_block=output, down_block=down,
-        )  # fmt: skip
+        assert isinstance(self.weights, GgufWeights | CheckpointWeights)
+        return split(config, self._model.family, self.weights, count)
 
     def use_cut(self, cut: ModelCut) -> None:
         """Load only this part of the model; `config` reflects it from now on."""

@@ -14,7 +14,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.loading import WHOLE, check_shape, matches
-from tgi_asgi.models.loading.mxfp4 import ExpertMatrix, find_expert, read_expert
+from tgi_asgi.models.loading.mxfp4 import BLOCK, ExpertMatrix, find_expert, read_expert
 from tgi_asgi.models.loading.quantised import read_quantised
 from tgi_asgi.models.loading.stored import UNUSED, is_quantised, part_names, quantised_shape, stored_format
 from tgi_asgi.models.loading.tensors import have_equal_values, read_array, read_floats
@@ -146,6 +146,8 @@ class SafetensorsWeights:
 
     def block_columns(self, name: str) -> int:
         """Return how many columns must stay together; for a quantised matrix the largest run."""
+        if self._expert(name) is not None:
+            return BLOCK
         return 1 if self._quantisation_of(name) is None else max(RUNS)
 
     def close(self) -> None:
