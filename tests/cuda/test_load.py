@@ -160,7 +160,7 @@ def test_progress_comes_to_all_bytes_as_they_are_on_the_device(
     assert 0.9 * file.stat().st_size < done[-1] == total <= file.stat().st_size
 
 
-def test_drafts_are_for_models_that_generate_and_are_not_split(
+def test_drafts_are_for_models_that_generate(
     tmp_path: Path, device: EmulatedDevice, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = dataclasses.replace(SMALL, speculate=3)
@@ -169,16 +169,14 @@ def test_drafts_are_for_models_that_generate_and_are_not_split(
     assert loaded.runner.traits.drafts == DraftLimits(3, 64)
     assert "speculation" not in caplog.text
 
-    def of(settings: Settings, *, generates: bool = True, is_split: bool = False) -> Speculation | None:
+    def of(settings: Settings, *, generates: bool = True) -> Speculation | None:
         config = SimpleNamespace(generates=generates, architecture="Llama")
         model: Any = SimpleNamespace(kind="native", config=config)
-        return speculation_of(model, settings, is_split=is_split)
+        return speculation_of(model, settings)
 
     assert of(settings) == settings.speculation
-    assert of(SMALL) is of(SMALL, is_split=True) is of(settings, generates=False) is None
+    assert of(SMALL) is of(settings, generates=False) is None
     assert "speculation" not in caplog.text
-    assert of(settings, is_split=True) is None
-    assert "speculation is disabled" in caplog.text
 
 
 def test_a_model_that_does_not_fit_is_refused_while_it_is_loaded(

@@ -16,10 +16,14 @@ from bench import gpu_shards
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.emulated_runner import FP16, PROMPT, SHAPE, assert_matches_reference
 from tests.cuda.emulated_shards import MissingDevice, ShardDevice, SilentDevice
+from tests.cuda.test_drafts import LIMIT_S, VOCAB, repetitive
 from tests.emulation import library
 from tests.support.checkpoints import make_model, save, save_tokenizer
 from tests.support.quantised import save_quantised
+from tests.support.random_requests import answers_of
 from tests.support.runner_driver import Job, compare, generate, sample_over_a_shared_block
+from tests.support.small_engine import serving_with
+from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.ops.cuda_shards import DeviceGroup
@@ -150,6 +154,23 @@ async def test_a_token_s_bits_do_not_depend_on_the_batch(serving: Serve, tiny: M
         await generate(loaded.runner, [alone])
         await generate(loaded.runner, [*others, Job([4], 3)], chunk=7)
     assert alone.sampled == others[0].sampled == others[1].sampled
+
+
+async def test_drafts_change_no_answer(
+    serving: Serve, tiny: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other devices have rows for drafts, too, and take the drafts' tokens from shard 0."""
+    monkeypatch.setattr(TokenBudget, "cost_s", property(lambda budget: (1.0, 0.0)))  # drafts are free
+    answers, requests = [], repetitive()[:3]
+    for speculate in (0, 4):
+        async with (
+            serving(tiny, 2, speculate=speculate, batch_invariant=True) as loaded,
+            serving_with(loaded.runner, VOCAB, Settings(max_batch_prefill_tokens=32)) as engine,
+        ):
+            answers.append(await answers_of(engine, requests, 3, LIMIT_S))
+            stats = engine.stats
+    assert answers[1] == answers[0]
+    assert 10 < stats.accepted_draft_tokens < stats.draft_tokens
 
 
 def _flip(group: DeviceGroup, part: Tensor, out: Tensor, gather: Any = DeviceGroup.all_gather) -> None:

@@ -108,8 +108,7 @@ class CudaRunner:
         spec: Sizes and modes of the steps; those with drafts have a row for each draft besides.
         shards: The other shards, if the model is split.
         adapters: The adapters that rows may have, with their slots on the device.
-        speculation: How to draft tokens, for a model that generates and is not split; None: each row samples
-            one.
+        speculation: How to draft tokens, for a model that generates; None: each row samples one.
 
     Attributes:
         traits: As in `Runner.traits`.

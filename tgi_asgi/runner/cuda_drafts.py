@@ -22,7 +22,7 @@ from tgi_asgi.ops import PlanError
 from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.runner.cuda_device import Command, Copy
 from tgi_asgi.runner.cuda_sampler import CudaSampler, SampleStaging
-from tgi_asgi.runner.drafts import SlotDrafts
+from tgi_asgi.runner.drafts import SlotDrafts, draft_limits
 from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.sampling import collect
 from tgi_asgi.settings.speculation import Speculation
@@ -105,9 +105,7 @@ class CudaDrafts:
         self._first_spare = max_batch_size
         self.limits = limits = self._slots.limits
         self.num_spares = min(limits.per_step, limits.per_row * max_batch_size)
-        most = max(count * (1 + limits.for_rows(count)) for count in range(1, max_batch_size + 1))
-        max_rows = max(max_batch_size, min(most, step_limits.max_tokens))
-        self.step_limits = replace(step_limits, max_sequences=max_rows, max_rows=max_rows)
+        self.step_limits = limits_with_drafts(how, step_limits)
         self.are_in_flight = False
 
     def must_wait(self, plan: StepPlan) -> bool:
@@ -222,6 +220,14 @@ class CudaDrafts:
             len(plan.rows),
         )
         return StepPlan(plan.step_id, rows), drafted
+
+
+def limits_with_drafts(how: Speculation, limits: StepLimits) -> StepLimits:
+    """Return the sizes of steps that have a row for each draft that the engine may plan."""
+    drafts, max_batch_size = draft_limits(how), limits.max_sequences
+    most = max(count * (1 + drafts.for_rows(count)) for count in range(1, max_batch_size + 1))
+    max_rows = max(max_batch_size, min(most, limits.max_tokens))
+    return replace(limits, max_sequences=max_rows, max_rows=max_rows)
 
 
 def _starts(plan: StepPlan) -> list[int]:

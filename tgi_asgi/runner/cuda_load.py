@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -25,6 +26,7 @@ from tgi_asgi.ops.cuda_modes import CudaModes
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.cuda import MAX_TOP, CudaOutputs, CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device, must_fit, register_kernels
+from tgi_asgi.runner.cuda_drafts import limits_with_drafts
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
 from tgi_asgi.runner.cuda_steps import CudaStepSpec
 from tgi_asgi.runner.drafts import speculation_of
@@ -121,9 +123,10 @@ class OnCuda:
         self.shards: CudaShards | None = None
         if cuts:
             opened.use_cut(cuts[0])
-            self.shards = make_shards(
-                files, settings, cuts, device, spec_of(settings, self._dtype, max_context)
-            )
+            spec = spec_of(settings, self._dtype, max_context)
+            if settings.speculation is not None:  # as `CudaRunner` does
+                spec = replace(spec, limits=limits_with_drafts(settings.speculation, spec.limits))
+            self.shards = make_shards(files, settings, cuts, device, spec)
 
     def load(self, weights: Weights) -> ServedModel:
         """Load the model, as described in `Placement`."""
@@ -360,7 +363,7 @@ def make_runner(
     with must_fit():
         return CudaRunner(
             model, device, choose, spec, outputs, shards=shards, adapters=adapters,
-            speculation=speculation_of(model, settings, is_split=is_split),
+            speculation=speculation_of(model, settings),
         )  # fmt: skip
 
 

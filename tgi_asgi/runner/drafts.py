@@ -37,18 +37,17 @@ def with_drafts(limits: ops.StepLimits, how: Speculation | None) -> ops.StepLimi
     return limits if how is None else replace(limits, max_rows=limits.max_rows + MAX_DRAFTS_PER_STEP)
 
 
-def speculation_of(
-    model: Model | GenericModel, settings: Settings, *, is_split: bool = False
-) -> Speculation | None:
-    """Return how to draft tokens; None, with a warning, if drafts cannot be computed safely.
+def draft_limits(how: Speculation) -> DraftLimits:
+    """Return the maximum numbers of drafts per row and per step."""
+    return DraftLimits(max_drafts_per_row(how), MAX_DRAFTS_PER_STEP)
 
-    Args:
-        is_split: Whether several GPUs compute the model.
-    """
+
+def speculation_of(model: Model | GenericModel, settings: Settings) -> Speculation | None:
+    """Return how to draft tokens; None, with a warning, if drafts cannot be computed safely."""
     speculation = settings.speculation
     if speculation is None or not model.config.generates:
         return None
-    reason = "it is split over GPUs" if is_split else _why_no_drafts(model)
+    reason = _why_no_drafts(model)
     if reason is None:
         return speculation
     logger.warning("speculation is disabled for %s: %s", model.config.architecture, reason)
@@ -80,7 +79,7 @@ class SlotDrafts:
     """
 
     def __init__(self, how: Speculation, num_slots: int) -> None:
-        self.limits = DraftLimits(max_drafts_per_row(how), MAX_DRAFTS_PER_STEP)
+        self.limits = draft_limits(how)
         self.native = ops.Drafter(num_slots=num_slots, shortest=how.shortest, longest=how.longest)
 
     def start(self, start: SlotStart) -> None:
