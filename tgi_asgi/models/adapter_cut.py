@@ -3,8 +3,7 @@
     q, k, v, gate, up   rows of the shard      `down` whole, its rows of `up`
     o, down             columns of the shard   its columns of `down`, `up` whole: part of the partial sum
 
-The shards thus add what adapters change together with the products (Sheng et al., S-LoRA, arXiv 2311.03285,
-section 6).
+What adapters add to a product is thus where the product is, and the shards communicate no more than without.
 """
 
 from __future__ import annotations
