@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from tests.support.gguf_blocks import random_matrix
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.adapter_cut import TargetCut
+from tgi_asgi.models.layers import Layer
 from tgi_asgi.models.shard import cut_model
 from tgi_asgi.ops.sources import decode
 
@@ -114,3 +117,25 @@ def test_columns_of_a_matrix_whose_groups_lie_apart_are_in_its_own_order() -> No
     order = np.random.default_rng(1).permutation(64)
     source = ops.WeightSource(values[:, order].copy().view(np.uint8).reshape(-1), "F32", (2, 64), order)
     np.testing.assert_array_equal(decode(source.columns(10, 20)), values[:, 10:20])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_an_adapter_s_rows_of_queries_and_their_gates_are_cut_by_heads(count: int) -> None:
+    """In the file, each head's gates follow its queries."""
+    config = SimpleNamespace(num_heads=8, num_kv_heads=4, head_dim=2, has_output_gate=True)
+    cuts = cut_model(count, num_heads=8, num_kv_heads=4, head_dim=2, intermediate_size=8, vocab_size=8)
+    heads = np.arange(8 * 2 * 2).reshape(8, 2, 2)
+    queries, gates = heads[:, 0].reshape(-1), heads[:, 1].reshape(-1)
+    for cut in cuts:
+        qkv, output, gate = (cast(Any, SimpleNamespace(columns=6)) for _ in range(3))
+        layer = SimpleNamespace(config=config, qkv=qkv, output=output, gate=gate, has_mlp=False)
+        layer.spec = SimpleNamespace(attends=True)
+        whole = ops.Target(qkv, 0, 16, queries, (ops.Target(gate, 0, 16, gates),))
+        part = TargetCut([cast(Layer, layer)], cut)(whole)
+        (others,) = part.others
+        own = heads[cut.heads.start : cut.heads.stop]
+        for found, expected in ((part, own[:, 0]), (others, own[:, 1])):
+            assert found.order is not None
+            assert (found.start, found.stop) == (0, expected.size)
+            assert found.order.tolist() == expected.reshape(-1).tolist()
+        assert part.shape == whole.shape == (32, 6)

@@ -132,8 +132,8 @@ def test_adapters_named_at_start_and_loaded_later_answer_as_with_peft(
     """Memory holds one adapter, so that each request reads its own again, in both shards."""
     assert model.path is not None
     one, two = (make_adapter(model.path, tmp_path / name, seed=seed) for seed, name in enumerate("ab", 1))
-    flags = ("--dtype", "float32", "--max-cpu-loras", "1", "--admin-api-key", "root")
-    flags += ("--enable-prefill-logprobs",)
+    flags = ["--dtype", "float32", "--max-cpu-loras", "1", "--admin-api-key", "root"]
+    flags.append("--enable-prefill-logprobs")
     with (
         serving(model, *flags, LORA_ADAPTERS=f"one={one}") as (server, _),
         httpx.Client(base_url=server.url, headers={"authorization": "Bearer root"}, timeout=60) as client,
@@ -147,7 +147,7 @@ def test_adapters_named_at_start_and_loaded_later_answer_as_with_peft(
         assert load("two", two).status_code == 200
         listed = [each["id"] for each in client.get("/v1/models").json()["data"]]
         assert listed[1:] == ["one", "two"]
-        texts = set()
+        texts = set[str]()
         for name, folder in (("one", one), ("two", two), ("one", one), (None, None)):
             given = {"adapter_id": name, "max_new_tokens": 8, "details": True, "decoder_input_details": True}
             answer = client.post("/generate", json={"inputs": "abc", "parameters": given}).json()

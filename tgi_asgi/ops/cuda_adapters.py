@@ -137,7 +137,7 @@ class CudaAdapterLayout:
         Takes the slots that have not been used for the longest time.
 
         Args:
-            copy: Called instead of `copy`, which it calls.
+            copy: Begins to copy an adapter to a slot; by default the method of that name.
 
         Raises:
             ValueError: if there are more than slots.
