@@ -145,6 +145,7 @@ async def test_shards_that_repeat_kv_heads_repeat_their_rows_of_adapters(tiny: B
         ("gpt_neox", NEOX),  # whose rows are in another order; an MLP without a gate
         pytest.param("llama-biases", None, marks=pytest.mark.models),
         pytest.param("gpt2", ["c_attn", "c_proj", "c_fc"], marks=pytest.mark.models),
+        pytest.param("gemma2", None, marks=pytest.mark.models),  # a norm before the residual
         pytest.param("granite", None, marks=pytest.mark.models),  # a factor before the residual
         pytest.param("stablelm-parallel", None, marks=pytest.mark.models),
         pytest.param("falcon-new", NEOX, marks=pytest.mark.models),
