@@ -288,7 +288,10 @@ class Adapter:
         parts: Sequence[
             tuple[int, npt.NDArray[np.uint16], _Floats, npt.NDArray[np.int64], npt.NDArray[np.uint16]]
         ],
+        number: int = 0,
     ) -> None: ...
+    @property
+    def number(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
 
@@ -856,6 +859,12 @@ class Program:
 
     def follow(self) -> None:
         """Compute what shard 0 sends, until it ends or aborts the group."""
+
+    def keep_adapter(self, adapter: Adapter) -> None:
+        """Keep an adapter, which steps of shard 0 may name by its number from now on. Any thread."""
+
+    def drop_adapter(self, number: int) -> None:
+        """Release an adapter that no later step names, if there is one of this number. Any thread."""
 
     @property
     def num_operators(self) -> int: ...

@@ -32,12 +32,13 @@ const T* copied(const Array<T>& from, uint8_t*& memory, std::vector<Adapter::Cop
 using PartTuple =
     std::tuple<int64_t, Array<uint16_t>, Array<float>, Array<int64_t>, Array<uint16_t>>;
 
-std::shared_ptr<Adapter> make_adapter(LayoutPtr layout, const std::vector<PartTuple>& tuples) {
+std::shared_ptr<Adapter> make_adapter(LayoutPtr layout, const std::vector<PartTuple>& tuples,
+                                      int64_t number) {
   std::vector<Adapter::Part> parts;
   for (const auto& [product, down, scales, panels, up] : tuples) {
     parts.push_back({product, down, scales, panels, up});
   }
-  return std::make_shared<Adapter>(std::move(layout), parts);
+  return std::make_shared<Adapter>(std::move(layout), parts, number);
 }
 
 std::shared_ptr<AdapterLayout> make_layout(
@@ -62,7 +63,9 @@ const AdapterLayout::Product& AdapterLayout::at(int64_t product) const {
   return products[static_cast<size_t>(product)];
 }
 
-Adapter::Adapter(LayoutPtr layout, const std::vector<Part>& parts) : layout_(std::move(layout)) {
+Adapter::Adapter(LayoutPtr layout, const std::vector<Part>& parts, int64_t number)
+    : layout_(std::move(layout)), number_(number) {
+  check(number >= 0, "`number` must not be negative, got ", number);
   terms_.resize(layout_->products.size());
   for (const Part& part : parts) num_bytes_ += bytes_of(part);
   if (num_bytes_ == 0) return;
@@ -110,7 +113,9 @@ void bind_adapters(py::module_& module) {
       module, "AdapterLayout", "The products of a model that adapters may change.")
       .def(py::init(&make_layout), py::arg("products"));
   py::class_<Adapter, std::shared_ptr<Adapter>>(module, "Adapter", "See csrc/bindings/adapter.h.")
-      .def(py::init(&make_adapter), py::arg("layout").none(false), py::arg("parts"))
+      .def(py::init(&make_adapter), py::arg("layout").none(false), py::arg("parts"),
+           py::arg("number") = 0)
+      .def_property_readonly("number", &Adapter::number)
       .def_property_readonly("num_bytes", &Adapter::num_bytes);
 }
 

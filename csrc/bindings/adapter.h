@@ -49,11 +49,13 @@ class Adapter {
     size_t bytes;
   };
 
-  // Needs the GIL, and releases it while it copies.
-  Adapter(LayoutPtr layout, const std::vector<Part>& parts);
+  // number: what a step calls it when it is sent to other shards. Needs the GIL, and releases it
+  // while it copies.
+  Adapter(LayoutPtr layout, const std::vector<Part>& parts, int64_t number);
 
   const LayoutPtr& layout() const { return layout_; }
   const step::AdapterTerm* terms() const { return terms_.data(); }
+  int64_t number() const { return number_; }
   int64_t num_bytes() const { return num_bytes_; }
 
  private:
@@ -61,6 +63,7 @@ class Adapter {
   void add(const Part& part, uint8_t*& memory, std::vector<Copy>& copies);
 
   const LayoutPtr layout_;
+  const int64_t number_;
   cpu::Memory memory_;
   int64_t num_bytes_ = 0;
   std::vector<step::AdapterTerm> terms_;  // one per product

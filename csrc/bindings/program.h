@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -49,6 +51,10 @@ class Program : public Recording {
   void copy_blocks(const BlockPairs& pairs);
   // Computes what shard 0 sends, until it ends or the group is aborted. Call it without the GIL.
   void follow();
+  // For a shard other than 0, from any thread: keeps an adapter, which steps may name by its number
+  // from then on; and releases one that no later step names, if there is one of that number.
+  void keep_adapter(AdapterPtr adapter);
+  void drop_adapter(int64_t number);
 
  private:
   // Checks a step and makes it the current one.
@@ -79,6 +85,8 @@ class Program : public Recording {
   // Throws std::runtime_error if another shard has not computed its partial sums.
   void check_shards() const;
   void follow_one(ShardMail& mail);
+  // Returns the adapters of these numbers; null for -1. Throws if one is not kept.
+  std::vector<AdapterPtr> kept_adapters(const std::vector<int64_t>& numbers);
 
   // The current step, or the last one.
   step::StepHeader header_ = {};
@@ -96,6 +104,9 @@ class Program : public Recording {
   bool can_run_head_ = false;
 
   int64_t num_steps_ = 0;
+
+  std::mutex kept_lock_;
+  std::map<int64_t, AdapterPtr> kept_;  // by number; under `kept_lock_`
 };
 
 void bind_program(py::module_& module);

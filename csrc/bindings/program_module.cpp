@@ -207,6 +207,13 @@ void bind_program(py::module_& module) {
       .def("set_rotary_shift", &Program::set_rotary_shift, py::arg("slot"), py::arg("shift"))
       .def("copy_blocks", &Program::copy_blocks, py::arg("pairs"))
       .def("follow", &Program::follow, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "keep_adapter",
+          [](Program& program, std::shared_ptr<Adapter> adapter) {
+            program.keep_adapter(std::move(adapter));
+          },
+          py::arg("adapter").none(false))
+      .def("drop_adapter", &Program::drop_adapter, py::arg("number"))
       .def_property_readonly("num_operators", &Program::num_operators)
       .def_property_readonly("vocab_size", &Program::vocab);
 }

@@ -63,6 +63,9 @@ void Program::follow_one(ShardMail& mail) {
                               shard_barrier();
                             });
   }
+  check(mail.adapters.empty() || mail.adapters.size() == mail.batch.context_len.size(),
+        "`adapters` has an entry a sequence");
+  mail.batch.set_adapters(kept_adapters(mail.adapters));
   step::StepHeader header = mail.batch.header();
   header.rows = mail.rows.data();
   header.num_rows = static_cast<int64_t>(mail.rows.size());
@@ -73,6 +76,33 @@ void Program::follow_one(ShardMail& mail) {
                      shard_barrier();
                    });
   end();
+}
+
+void Program::keep_adapter(AdapterPtr adapter) {
+  check(adapters_ != nullptr && adapter->layout() == adapters_,
+        "an adapter must be of this program's layout");
+  const int64_t number = adapter->number();
+  const std::lock_guard lock(kept_lock_);
+  check(kept_.emplace(number, std::move(adapter)).second, "there is an adapter ", number,
+        " already");
+}
+
+void Program::drop_adapter(int64_t number) {
+  std::map<int64_t, AdapterPtr>::node_type dropped;  // its memory is released after the lock
+  const std::lock_guard lock(kept_lock_);
+  dropped = kept_.extract(number);
+}
+
+std::vector<AdapterPtr> Program::kept_adapters(const std::vector<int64_t>& numbers) {
+  std::vector<AdapterPtr> found;
+  if (numbers.empty()) return found;
+  const std::lock_guard lock(kept_lock_);
+  for (const int64_t number : numbers) {
+    const auto kept = kept_.find(number);
+    check(number == -1 || kept != kept_.end(), "there is no adapter ", number);
+    found.push_back(number == -1 ? nullptr : kept->second);
+  }
+  return found;
 }
 
 }  // namespace tgi

@@ -77,7 +77,7 @@ cpu::ShardShape make_shape(int64_t count, int64_t num_members, int64_t num_colum
       {vocab_size, "vocab_size"}, {num_groups, "num_groups"},   {table_width, "table_width"}};
   for (const auto& [size, name] : sizes) check_size(size, name);
   const int64_t words =
-      kNumbers + max_tokens * (1 + num_groups) + max_sequences + max_rows + 2 * kMaxCopies;
+      kNumbers + max_tokens * (1 + num_groups) + 2 * max_sequences + max_rows + 2 * kMaxCopies;
   const int64_t tables = cpu::product_of_sizes({num_groups, max_sequences, table_width, 4});
   const int64_t lists = cpu::product_of_sizes({words, kWord});
   return {
@@ -108,6 +108,11 @@ void write_step(const FlatRows& batch, const std::vector<int32_t>& rows, bool on
   to.put(batch.context_len);
   to.put(batch.block_table);
   to.put(rows);
+  std::vector<int64_t> adapters;
+  for (const AdapterPtr& each : batch.adapters) {
+    adapters.push_back(each == nullptr ? -1 : each->number());
+  }
+  to.put(adapters);
 }
 
 void write_mail(const ShardMail& mail, cpu::ShardGroup& group) {
@@ -139,6 +144,7 @@ void read_mail(const cpu::ShardGroup& group, ShardMail& mail) {
   from.get(mail.batch.context_len);
   from.get(mail.batch.block_table);
   from.get(mail.rows);
+  from.get(mail.adapters);
 }
 
 void bind_shards(py::module_& module) {

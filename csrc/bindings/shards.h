@@ -20,9 +20,10 @@ using BlockPairs = std::vector<std::pair<int64_t, int64_t>>;
 struct ShardMail {
   enum class Kind : int64_t { kStep, kHead, kCopy, kEnd };
   Kind kind;
-  bool only_rows = false;     // for a step: only `rows` are read afterwards
-  FlatRows batch;             // for a step
-  std::vector<int32_t> rows;  // for a step or the head
+  bool only_rows = false;         // for a step: only `rows` are read afterwards
+  FlatRows batch;                 // for a step; on arrival, without adapters
+  std::vector<int64_t> adapters;  // for a step: the number of each row's, -1: none; or empty
+  std::vector<int32_t> rows;      // for a step or the head
   BlockPairs copies;
 };
 

@@ -29,7 +29,7 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, Repacking
-from tgi_asgi.runner import cuda_load
+from tgi_asgi.runner import cuda_adapters
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_steps import graph_shapes
 from tgi_asgi.runner.inputs import PlanError
@@ -123,7 +123,7 @@ async def assert_served(
     model: Model, base: Path, folders: list[Path], device: EmulatedDevice, *, tolerance: float = TOLERANCE
 ) -> None:
     """Run rows with each adapter and without in one batch, and compare them with peft's."""
-    loader = AdapterLoader(cuda_load.make_adapter_layout(model, SETTINGS, device, FP16))
+    loader = AdapterLoader(cuda_adapters.make_adapter_layout(model, SETTINGS, device, FP16))
     for folder in folders:
         runner = make_runner(model, device, adapters=loader.layout)
         try:
@@ -294,7 +294,7 @@ def test_there_are_as_many_slots_as_adapters_can_be(
     base: Path, device: EmulatedDevice, changes: dict[str, Any], num_slots: int
 ) -> None:
     model = load_model(files_of(base), Repacking(FP16), max_positions=256)
-    layout = cuda_load.make_adapter_layout(model, replace(SETTINGS, **changes), device, FP16)
+    layout = cuda_adapters.make_adapter_layout(model, replace(SETTINGS, **changes), device, FP16)
     assert len(layout.pool) == num_slots
 
 
@@ -305,9 +305,9 @@ def test_slots_that_do_not_fit_are_refused_with_their_settings(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     model = load_model(files_of(base), Repacking(FP16), max_positions=256)
-    monkeypatch.setattr(cuda_load, "CudaAdapterLayout", full)
+    monkeypatch.setattr(cuda_adapters, "CudaAdapterLayout", full)
     with pytest.raises(ModelLoadError, match="lower --max-loras or --max-lora-rank"):
-        cuda_load.make_adapter_layout(model, SETTINGS, device, FP16)
+        cuda_adapters.make_adapter_layout(model, SETTINGS, device, FP16)
 
 
 def test_the_slot_used_longest_ago_is_taken(base: Path, folders: list[Path], device: EmulatedDevice) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.cuda.emulated_runner import FP16, PROMPT, SHAPE, assert_matches_refer
 from tests.cuda.emulated_shards import MissingDevice, ShardDevice, SilentDevice
 from tests.cuda.test_drafts import LIMIT_S, VOCAB, repetitive
 from tests.emulation import library
+from tests.support.adapters import make_adapter, peft_logprobs
 from tests.support.checkpoints import make_model, save, save_tokenizer
 from tests.support.quantised import save_quantised
 from tests.support.random_requests import answers_of
@@ -41,6 +43,15 @@ SCORED = SamplingParams(temperature=0.0, logprobs=2)
 # products in float16 differ between CPUs.
 TOLERANCE, FROM_REFERENCE = 0.02, 0.04
 Serve = Callable[..., Any]
+
+
+def assert_follows(job: Job, base: Path, folder: Path | None) -> None:
+    """Check each greedy token and its log-probability against peft's."""
+    assert len(job.sampled) == job.num_tokens > 0
+    rows = peft_logprobs(base, folder, [*job.prompt_ids, *job.token_ids])[len(job.prompt_ids) - 1 : -1]
+    for row, sampled in zip(rows, job.sampled, strict=True):
+        assert float(row[sampled.token_id]) > float(row.max()) - FROM_REFERENCE, "not the best token"
+        assert sampled.logprob == pytest.approx(float(row[sampled.token_id]), abs=FROM_REFERENCE)
 
 
 @pytest.fixture
@@ -113,6 +124,51 @@ async def test_two_devices_write_what_one_does(
     for job in found:
         assert_matches_reference(job, reference, tolerance=FROM_REFERENCE)
     assert [process.returncode for process in processes] == [0]  # ended by itself
+
+
+async def test_adapters_take_turns_in_the_slots_of_two_devices(
+    serving: Serve, tiny: ModelFiles, tmp_path: Path
+) -> None:
+    """Two adapters and the base in one step; then a third adapter, which replaces one, and that one again."""
+    few = ["k_proj", "up_proj", "o_proj"]
+    folders = [
+        make_adapter(tiny.path, tmp_path / "all", seed=1, r=4),
+        make_adapter(tiny.path, tmp_path / "rank 12", seed=2, r=12, lora_alpha=5, use_rslora=True),
+        make_adapter(tiny.path, tmp_path / "few", seed=3, r=3, target_modules=few),
+    ]
+    settings: dict[str, Any] = {"enable_lora": True, "admin_api_key": "admin", "max_loras": 2}
+    async with serving(tiny, 2, max_lora_rank=12, **settings) as loaded:
+        assert loaded.adapters is not None
+        weights = [loaded.adapters.load(folder).weights for folder in folders]
+        for step in ((0, 1, None), (2,), (0, 2), (1,)):
+            jobs = [
+                Job(PROMPT[at or 3 :], 5, SCORED, adapter=None if at is None else weights[at]) for at in step
+            ]
+            await generate(loaded.runner, jobs, chunk=30)
+            for at, job in zip(step, jobs, strict=True):
+                assert_follows(job, tiny.path, None if at is None else folders[at])
+        with pytest.raises(ModelLoadError, match="rank 13"):
+            loaded.adapters.load(make_adapter(tiny.path, tmp_path / "rank 13", seed=4, r=13))
+        del weights[1], jobs, job  # dropped on both devices
+        gc.collect()
+        again = loaded.adapters.load(folders[1])
+        job = Job(PROMPT, 5, SCORED, adapter=again.weights)
+        await generate(loaded.runner, [job])
+        assert_follows(job, tiny.path, folders[1])
+
+
+@pytest.mark.models
+async def test_what_follows_a_partial_sum_sees_what_adapters_add(serving: Serve, tmp_path: Path) -> None:
+    """In Gemma 2, a norm comes between each partial sum and the residual."""
+    shape = SHAPE | {"head_dim": 64, "query_pre_attn_scalar": 64, "tie_word_embeddings": False}
+    files = save(make_model("Gemma2", **shape), tmp_path / "base", FP16)
+    save_tokenizer(files.path)
+    folder = make_adapter(files.path, tmp_path / "adapter", seed=1, target_modules=["o_proj", "down_proj"])
+    async with serving(files, 2, enable_lora=True) as loaded:
+        assert loaded.adapters is not None
+        job = Job(PROMPT, 5, SCORED, adapter=loaded.adapters.load(folder).weights)
+        await generate(loaded.runner, [job])
+    assert_follows(job, files.path, folder)
 
 
 async def test_two_devices_pool_what_one_does(serving: Serve, tiny: ModelFiles) -> None:

@@ -273,6 +273,11 @@ def test_adapters_at_their_largest_are_kept_room_for(
     assert reserved_adapter_bytes(model.config, 3, 8, GIB) == 3 * loader.max_bytes
     assert loader.max_bytes <= taken <= 1.3 * loader.max_bytes, "rows and columns are padded"
     assert reserved_adapter_bytes(model.config, 3, 8, 1000) == 500, "the cache needs room, too"
+    # 7 products; each of 4 shards has the sides that are as long as the residual, two each KV head's rows.
+    config = model.config
+    more = 3 * 7 * config.hidden_size + 2 * config.num_kv_heads * config.head_dim
+    each = loader.max_bytes + config.num_layers * more * 8 * 2
+    assert reserved_adapter_bytes(config, 3, 8, GIB, num_shards=4, repeats=2.0) == 3 * each
     with caplog.at_level("INFO"):
         log_adapter_memory(3, GIB, 3 * GIB)
         log_adapter_memory(3, GIB, 2 * GIB)

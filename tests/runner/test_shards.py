@@ -215,9 +215,8 @@ def test_what_several_shards_do_not_compute_is_refused_by_name(tmp_path: Path) -
             load(Settings(num_shard=2), files, lambda stage, done, total: None)
 
 
-def test_adapters_and_too_many_shards_are_refused(tiny: ModelFiles) -> None:
+def test_too_many_shards_and_the_code_of_transformers_are_refused(tiny: ModelFiles) -> None:
     for settings, message in (
-        (Settings(num_shard=2, enable_lora=True), "--num-shard 2 asks for adapters"),
         (Settings(num_shard=5), "2 query heads of each KV head are too few for 3 shards"),
         (
             Settings(num_shard=2, model_impl="transformers"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.adapters import make_adapter, peft_logprobs
 from tests.support.checkpoints import make_model, save, save_tokenizer
 from tests.support.server_process import ServerProcess
 from tgi_asgi.formats.sources import ModelFiles
@@ -29,10 +30,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 
 @contextmanager
-def serving(model: ModelFiles, *flags: str) -> Iterator[tuple[ServerProcess, int]]:
+def serving(model: ModelFiles, *flags: str, **environ: str) -> Iterator[tuple[ServerProcess, int]]:
     """Run a server with two shards; yield it and the second shard's process id."""
     command = ("tgi_asgi", "--model-id", str(model.path), "--num-shard", "2", "--num-threads", "1", *flags)
-    with ServerProcess(*command) as server:
+    with ServerProcess(*command, environ=environ) as server:
         server.wait_until_healthy()
         (other,) = children_of(server.process.pid)
         yield server, other
@@ -123,3 +124,38 @@ def test_a_signal_to_all_of_them_lets_an_answer_finish(model: ModelFiles) -> Non
             assert "error" not in last_event(lines)
         assert server.wait() == 0
         assert "Traceback" not in server.output()
+
+
+def test_adapters_named_at_start_and_loaded_later_answer_as_with_peft(
+    model: ModelFiles, tmp_path: Path
+) -> None:
+    """Memory holds one adapter, so that each request reads its own again, in both shards."""
+    assert model.path is not None
+    one, two = (make_adapter(model.path, tmp_path / name, seed=seed) for seed, name in enumerate("ab", 1))
+    flags = ["--dtype", "float32", "--max-cpu-loras", "1", "--admin-api-key", "root"]
+    flags.append("--enable-prefill-logprobs")
+    with (
+        serving(model, *flags, LORA_ADAPTERS=f"one={one}") as (server, _),
+        httpx.Client(base_url=server.url, headers={"authorization": "Bearer root"}, timeout=60) as client,
+    ):
+
+        def load(name: str, path: Path) -> httpx.Response:
+            return client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)})
+
+        failed = load("two", tmp_path)
+        assert failed.status_code == 400 and "adapter_config.json" in failed.text
+        assert load("two", two).status_code == 200
+        listed = [each["id"] for each in client.get("/v1/models").json()["data"]]
+        assert listed[1:] == ["one", "two"]
+        texts = set[str]()
+        for name, folder in (("one", one), ("two", two), ("one", one), (None, None)):
+            given = {"adapter_id": name, "max_new_tokens": 8, "details": True, "decoder_input_details": True}
+            answer = client.post("/generate", json={"inputs": "abc", "parameters": given}).json()
+            details, texts = answer["details"], texts | {answer["generated_text"]}
+            ids = [each["id"] for each in (*details["prefill"], *details["tokens"])]
+            first = len(details["prefill"])
+            rows = peft_logprobs(model.path, folder, ids)[first - 1 : -1]
+            for row, token in zip(rows, details["tokens"], strict=True):
+                assert token["id"] == row.argmax()
+                assert token["logprob"] == pytest.approx(float(row[token["id"]]), abs=2e-3)
+        assert len(texts) == 3

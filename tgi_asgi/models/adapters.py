@@ -5,7 +5,7 @@ Names are those of `transformers`, as `peft` writes them, whatever file format t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,6 +16,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.peft import PeftAdapter, PeftTarget
 from tgi_asgi.formats.safetensors import SafeTensor
+from tgi_asgi.models.adapter_cut import TargetCut
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading.open import ServedModel
@@ -55,7 +56,7 @@ class AdapterLayout(Protocol):
     max_rank: int
     rank_factor: int
 
-    def pack(self, deltas: Mapping[str, ops.Delta]) -> Any: ...
+    def pack(self, deltas: Mapping[str, ops.Delta], number: int = 0) -> Any: ...
 
 
 _Layout = TypeVar("_Layout", bound=AdapterLayout)
@@ -85,17 +86,22 @@ class AdapterLoader(Generic[_Layout]):
         loader.load(Path("/adapters/sql")).weights      # any thread
 
     Attributes:
-        max_bytes: Approximate memory of an adapter that changes every product at the largest rank.
+        max_bytes: Approximate memory of an adapter that changes every product at the largest rank; of a
+            shard's part, if the model is split.
     """
 
     def __init__(self, layout: _Layout) -> None:
         self.layout = layout
-        elements = layout.max_rank * _elements_of_rank_one(layout.targets.values())
-        self.max_bytes = 2 * elements * layout.rank_factor
+        targets, rank = layout.targets.values(), layout.max_rank
+        self.max_bytes = 2 * rank * _elements_of_rank_one(targets, _held_elements) * layout.rank_factor
+        elements = rank * _elements_of_rank_one(targets, _whole_elements)
         self._max_file_bytes = 4 * elements + _HEADER_BYTES * len(self.layout.targets)
 
-    def load(self, directory: Path) -> LoadedAdapter:
+    def load(self, directory: Path, number: int = 0) -> LoadedAdapter:
         """Read an adapter's directory; the files are closed when this returns.
+
+        Args:
+            number: What steps call it when they are sent to other shards.
 
         Raises:
             ModelLoadError: if a file is missing or damaged, belongs to another base model, or asks for
@@ -113,7 +119,7 @@ class AdapterLoader(Generic[_Layout]):
                 )
                 for target in targets
             }
-            weights = self.layout.pack(deltas)
+            weights = self.layout.pack(deltas, number)
         except (ModelLoadError, ValueError) as error:
             raise ModelLoadError(f"{directory}: {error}") from None
         finally:
@@ -159,7 +165,15 @@ def _floats(adapter: PeftAdapter, tensor: SafeTensor) -> Floats:
     return ops.decode(ops.WeightSource(adapter.raw(tensor), tensor.dtype, tensor.shape))
 
 
-def _elements_of_rank_one(targets: Iterable[ops.Target]) -> int:
+def _held_elements(target: ops.Target) -> int:
+    return target.stop - target.start + target.weight.columns
+
+
+def _whole_elements(target: ops.Target) -> int:
+    return _held_elements(target) if target.uncut is None else sum(target.uncut)
+
+
+def _elements_of_rank_one(targets: Iterable[ops.Target], elements_of: Callable[[ops.Target], int]) -> int:
     """Return the number of elements of a rank-1 adapter on all products, counting fused products once."""
     groups: dict[int, list[ops.Target]] = {}
     for target in (part for each in targets for part in each.parts):
@@ -168,7 +182,7 @@ def _elements_of_rank_one(targets: Iterable[ops.Target]) -> int:
     for group in groups.values():
         num_rows = max(target.stop for target in group)
         apart = [target for target in group if target.stop - target.start < num_rows]
-        total += sum(target.stop - target.start + target.weight.columns for target in apart or group)
+        total += sum(map(elements_of, apart or group))
     return total
 
 
@@ -242,7 +256,11 @@ def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
                 "mlp.gate_up_proj": ops.Target(layer.up, 0, 2 * inner),
             }
         found |= {f"model.layers.{index}.{name}": target for name, target in of_layer.items()}
-    return dict(_under_path(model, name, target) for name, target in found.items())
+    whole = dict(_under_path(model, name, target) for name, target in found.items())
+    if model.config.cut is None:
+        return whole
+    cut = TargetCut(model.layers, model.config.cut)
+    return {path: cut(target) for path, target in whole.items()}
 
 
 def _gated_queries(qkv: ops.QkvWeight, gate: ops.LinearWeight, config: ModelConfig) -> ops.Target:

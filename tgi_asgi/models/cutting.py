@@ -19,8 +19,7 @@ def rows_of(sources: Sequence[ops.WeightSource], parts: Sequence[range]) -> list
 
 def qkv_rows(cut: ModelCut, head_dim: int) -> list[range]:
     """Return a shard's rows of q, k and v."""
-    heads = (cut.heads, cut.kv_heads, cut.kv_heads)
-    return [range(part.start * head_dim, part.stop * head_dim) for part in heads]
+    return [of_heads(heads, head_dim) for heads in (cut.heads, cut.kv_heads, cut.kv_heads)]
 
 
 def norms_of(norms: ops.HeadNorms, cut: ModelCut, head_dim: int) -> ops.HeadNorms:
@@ -33,9 +32,9 @@ def norms_of(norms: ops.HeadNorms, cut: ModelCut, head_dim: int) -> ops.HeadNorm
     return replace(norms, query=query, key=key)
 
 
-def head_columns(cut: ModelCut, width: int) -> range:
-    """Return a shard's columns of a product that reads `width` results of each head."""
-    return range(cut.heads.start * width, cut.heads.stop * width)
+def of_heads(heads: range, width: int) -> range:
+    """Return the rows or columns of these heads, each of which has `width` of them."""
+    return range(heads.start * width, heads.stop * width)
 
 
 def _norm_of(norm: ops.NormWeight, rows: range, head_dim: int) -> ops.NormWeight:

@@ -43,7 +43,8 @@ class LatentAttention:
         num_queries = config.num_heads * (spec.plain_dim + spec.rotary_dim)
         queries = weights.get(f"{name}.weight", num_queries, columns).in_rows(query_rows)
         self._query = ops.linear_weight(queries, weights.arithmetic)
-        self.targets[name] = ops.Target(self._query, 0, len(query_rows), query_rows)
+        whole = (num_queries, columns)
+        self.targets[name] = ops.Target(self._query, 0, len(query_rows), query_rows, uncut=whole)
         name, rows = "self_attn.kv_a_proj_with_mqa", _latent_rows(spec)
         latent = weights.get(f"{name}.weight", len(rows), hidden).in_rows(rows)
         bias = weights.get(f"{name}.bias", len(rows)).in_rows(rows) if spec.has_bias else None

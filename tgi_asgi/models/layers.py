@@ -60,7 +60,7 @@ class Layer:
         if self.spec.attends:
             self.output = weights.linear_columns(
                 "self_attn.o_proj", hidden, config.num_heads * width,
-                None if cut is None else cutting.head_columns(cut, width), has_bias=config.has_output_bias,
+                None if cut is None else cutting.of_heads(cut.heads, width), has_bias=config.has_output_bias,
             )  # fmt: skip
         self.experts = weights.experts()
         if self.experts is None and self.spec.part != "mixer":

@@ -38,6 +38,8 @@ class Target:
     Attributes:
         order: For each of these rows, its row in an adapter's `up`; None: the same order.
         others: Where the other rows of the adapter's matrix are, if two products share it.
+        columns: The weight's columns in the adapter's `down`; None: all of them.
+        uncut: Shape of the matrix that the adapter changes, if the weight has only part of it.
     """
 
     weight: AdaptableWeight
@@ -45,6 +47,8 @@ class Target:
     stop: int
     order: Order | None = None
     others: tuple[Target, ...] = ()
+    columns: range | None = None
+    uncut: tuple[int, int] | None = None
 
     @classmethod
     def whole(cls, weight: LinearWeight) -> Target:
@@ -59,6 +63,8 @@ class Target:
     @property
     def shape(self) -> tuple[int, int]:
         """Shape of the matrix that an adapter changes, whose rows the weight may have more than once."""
+        if self.uncut is not None:
+            return self.uncut
         rows = (
             part.stop - part.start if part.order is None else int(part.order.max()) + 1 for part in self.parts
         )
@@ -124,8 +130,11 @@ class AdapterLayout:
         """Return the index of a product; None if no adapter can change it."""
         return self._by_packed.get(id(packed))
 
-    def pack(self, deltas: Mapping[str, Delta]) -> NativeAdapter:
+    def pack(self, deltas: Mapping[str, Delta], number: int = 0) -> NativeAdapter:
         """Return an adapter that adds these deltas to their targets.
+
+        Args:
+            number: What steps call it when they are sent to other shards.
 
         Raises:
             ValueError: if a name is not a target, a shape differs from its target's, a rank exceeds
@@ -139,7 +148,7 @@ class AdapterLayout:
                 packed = _pack(self._products[index], changes)
                 if packed is not None:
                     parts.append((index, *packed))
-        return _C.Adapter(self.native, parts)
+        return _C.Adapter(self.native, parts, number)
 
 
 def changes_by_weight(
@@ -159,6 +168,8 @@ def changes_by_weight(
         _check(name, target, delta, max_rank)
         for part in target.parts:
             mine = delta if part.order is None else replace(delta, up=delta.up[part.order])
+            if part.columns is not None:
+                mine = replace(mine, down=mine.down[:, part.columns.start : part.columns.stop])
             found.setdefault(id(part.weight), []).append((name, part, mine))
     return list(found.values())
 

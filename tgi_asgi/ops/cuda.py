@@ -287,20 +287,24 @@ class CudaProgram:
         source, linear = self._in(call.a), self._product_of(call.weight.made)
         out = self._make(call.out, torch.float32)
         linear.multiply(self._launches, source, out, Size.TOKENS)
-        self._add_up(call.weight, out)
         self._adapt(call.weight, call.a, out)
+        self._add_up(call.weight, out)
 
     def _linear_add(self, call: calls.LinearAdd) -> None:
         """Add the product to the residual in float32."""
         source, x, linear = self._in(call.a), self._in(call.x), self._product_of(call.weight.made)
         product = self._scratch.buffer("linear_add", (self._max_tokens, call.weight.rows))
-        if call.factor == 1.0 and not self._is_part(call.weight):
+        is_part = self._is_part(call.weight)
+        if call.factor == 1.0 and not is_part:
             linear.add(self._launches, source, x, product, Size.TOKENS)
         else:
             linear.multiply(self._launches, source, product, Size.TOKENS)
+            if is_part:  # what adapters add is a part, too
+                self._adapt(call.weight, call.a, product)
             self._add_up(call.weight, product)
             self._launches.add("tgi_cuda::residual_add", tokens_of(product), call.factor, tokens_of(x))
-        self._adapt(call.weight, call.a, x, call.factor)
+        if not is_part:
+            self._adapt(call.weight, call.a, x, call.factor)
 
     def _is_part(self, weight: LinearWeight | ExpertsWeight) -> bool:
         """Return whether other devices hold more of the weight's columns, or of each expert's."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,7 @@ class CudaAdapter:
 
     values: Tensor  # the matrices `down` [pieces * rank, columns] and `up` [rows, rank] of each product
     places: Tensor  # [num_products, 2] int32: its rank (0: no change), and where it begins, in 8 elements
+    number: int = 0  # what other shards call it
 
     @property
     def num_bytes(self) -> int:
@@ -108,7 +109,7 @@ class CudaAdapterLayout:
         """Return a product; None if no adapter can change it."""
         return self._products.get(id(weight))
 
-    def pack(self, deltas: Mapping[str, Delta]) -> CudaAdapter:
+    def pack(self, deltas: Mapping[str, Delta], number: int = 0) -> CudaAdapter:
         """Return an adapter that adds these deltas to their targets.
 
         The scale is multiplied into `up` before it is rounded to the pool's dtype.
@@ -126,13 +127,17 @@ class CudaAdapterLayout:
             places[product.index] = torch.tensor([rank, begin // _ALIGNMENT])
             _fill(part, product, rank, group)
             begin += part.numel()
-        return CudaAdapter(values, places)
+        return CudaAdapter(values, places, number)
 
-    def place(self, adapters: Sequence[CudaAdapter]) -> list[int]:
+    def place(
+        self, adapters: Sequence[CudaAdapter], copy: Callable[[int, CudaAdapter], None] | None = None
+    ) -> list[int]:
         """Return the slot of each of a step's different adapters, after beginning to copy those not there.
 
-        Takes the slots that have not been used for the longest time. Copies are made on the current stream,
-        so steps launched before still read the slots' former adapters.
+        Takes the slots that have not been used for the longest time.
+
+        Args:
+            copy: Begins to copy an adapter to a slot; by default the method of that name.
 
         Raises:
             ValueError: if there are more than slots.
@@ -150,11 +155,18 @@ class CudaAdapterLayout:
             if slot is None:
                 slot = min(range(len(self._residents)), key=self._last_used.__getitem__)
                 self._residents[slot] = None  # the copy may fail halfway
-                self.pool[slot, : adapter.values.numel()].copy_(adapter.values, non_blocking=True)
-                self.places[slot].copy_(adapter.places, non_blocking=True)
+                (copy or self.copy)(slot, adapter)
                 self._residents[slot], self._last_used[slot] = weakref.ref(adapter), self._num_placed
             slots.append(slot)
         return slots
+
+    def copy(self, slot: int, adapter: CudaAdapter) -> None:
+        """Begin to copy an adapter to a slot.
+
+        The copy is made on the current stream, so steps launched before still read the slot's former adapter.
+        """
+        self.pool[slot, : adapter.values.numel()].copy_(adapter.values, non_blocking=True)
+        self.places[slot].copy_(adapter.places, non_blocking=True)
 
 
 def _fill(

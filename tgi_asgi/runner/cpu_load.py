@@ -10,7 +10,7 @@ from functools import partial
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles, max_loaded_adapters
-from tgi_asgi.models.adapters import AdapterLoader, targets_of
+from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
 from tgi_asgi.models.pooling import Dense, PoolingFiles
@@ -29,6 +29,7 @@ from tgi_asgi.runner.kv import (
 )
 from tgi_asgi.runner.load_by_team import load_by_team
 from tgi_asgi.runner.memory import (
+    adapter_bytes,
     check_weights_fit,
     cut_tensors,
     fitting_batch,
@@ -37,7 +38,9 @@ from tgi_asgi.runner.memory import (
     state_bytes,
 )
 from tgi_asgi.runner.placement import Placed
+from tgi_asgi.runner.programs import make_adapter_layout
 from tgi_asgi.runner.runner import HostRunner
+from tgi_asgi.runner.shard_adapters import OtherAdapters, SplitAdapterLoader
 from tgi_asgi.runner.shards import Shards, cuts_of, jobs_of, repeats_of
 from tgi_asgi.settings import Settings
 
@@ -63,7 +66,7 @@ class OnCpu:
     def __init__(
         self, opened: OpenModel, files: ModelFiles, settings: Settings, max_context: int, free: int
     ) -> None:
-        cuts = cuts_of(opened, settings, num_gpus=None)
+        self._cuts = cuts = cuts_of(opened, settings, num_gpus=None)
         _check_settings(settings)
         self.dtype = _choose_dtype(settings.dtype)
         self.arithmetic = ops.Packing(
@@ -81,10 +84,12 @@ class OnCpu:
         self.shards: Shards | None = None
         if cuts:
             opened.use_cut(cuts[0])
+            adapters = OtherAdapters(len(cuts) - 1) if settings.serves_adapters else None
             jobs = jobs_of(
-                opened.config, files, self.settings, cuts, self.arithmetic, budget.cache, self.max_context
-            )
-            self.shards = Shards(jobs)
+                opened.config, files, self.settings, cuts, self.arithmetic, budget.cache, self.max_context,
+                adapters,
+            )  # fmt: skip
+            self.shards = Shards(jobs, adapters)
 
     def load(self, weights: Weights) -> ServedModel:
         """Load the model, as described in `Placement`."""
@@ -110,12 +115,14 @@ class OnCpu:
 
     def _place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:
         settings, budget = self.settings, self._budget
-        adapters, limits = None, limits_of(settings, self.max_context)
+        limits = limits_of(settings, self.max_context)
+        adapters: AdapterLoader[ops.AdapterLayout] | SplitAdapterLoader | None = None
         if settings.serves_adapters:
-            is_exact = self.arithmetic.is_exact
-            layout = ops.AdapterLayout(targets_of(model), settings.max_lora_rank, is_exact=is_exact)
-            adapters = AdapterLoader(layout)
-            log_adapter_memory(max_loaded_adapters(settings), adapters.max_bytes, budget.adapter_bytes)
+            adapters = own = AdapterLoader(make_adapter_layout(model, settings, self.arithmetic))
+            if self.shards is not None and self.shards.adapters is not None:
+                adapters = SplitAdapterLoader(own, self.shards.adapters)
+            each = self._adapter_bytes(own)
+            log_adapter_memory(max_loaded_adapters(settings), each, budget.adapter_bytes)
         if model.kind == "encoder":
             from tgi_asgi.runner.encoder import EncoderRunner  # imports torch
 
@@ -136,6 +143,15 @@ class OnCpu:
             shards=self.shards,
         )
         return Placed(runner, cache, adapters)
+
+    def _adapter_bytes(self, own: AdapterLoader[ops.AdapterLayout]) -> int:
+        """Return the bytes of the largest adapter, in all shards together; `own` loads shard 0's parts."""
+        if not self._cuts:
+            return own.max_bytes
+        return adapter_bytes(
+            self._opened.config, self.settings.max_lora_rank, is_exact=self.arithmetic.is_exact,
+            num_shards=len(self._cuts), repeats=repeats_of(self._opened.config, self._cuts),
+        )  # fmt: skip
 
     @property
     def bits(self) -> str:
@@ -205,12 +221,13 @@ def _divide(
     free -= check_weights_fit(tensors, packing, config.vocabulary_sizes, free, more_advice=advice)
     if settings.dtype == "auto" and packing.quantise is None and _are_rounded(tensors):
         logger.info("the weights are in float32 or float16: --dtype bfloat16 rounds them, and is faster")
-    adapter_bytes = 0
+    reserved = 0
     if settings.serves_adapters:
-        adapter_bytes = reserved_adapter_bytes(
-            config, max_loaded_adapters(settings), settings.max_lora_rank, free, is_exact=packing.is_exact
-        )
-        free -= adapter_bytes
+        reserved = reserved_adapter_bytes(
+            config, max_loaded_adapters(settings), settings.max_lora_rank, free, is_exact=packing.is_exact,
+            num_shards=max(len(cuts), 1), repeats=repeats_of(config, cuts),
+        )  # fmt: skip
+        free -= reserved
     num_drafts = max_drafts_per_row(settings.speculation)
     batch = fitting_batch(config, settings.max_batch_size, free, num_drafts)
     settings = replace(settings, max_batch_size=batch, cuda_memory_fraction=1.0)  # a CPU ignores it
@@ -223,7 +240,7 @@ def _divide(
     if opened.kind == "encoder":
         cache = replace(cache, bytes_per_token=0)
     check_address_space(cache)
-    return _MemoryBudget(cache, batch, num_kept, adapter_bytes, partial(sizes, keeps_states=False))
+    return _MemoryBudget(cache, batch, num_kept, reserved, partial(sizes, keeps_states=False))
 
 
 def _are_rounded(tensors: list[tuple[str, int]]) -> bool:

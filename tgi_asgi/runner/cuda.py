@@ -31,7 +31,7 @@ from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Command, Device, Event
 from tgi_asgi.runner.cuda_drafts import CudaDrafts, LaidStep
-from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message
+from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message, Slot
 from tgi_asgi.runner.cuda_in_flight import InFlight
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_pooling import CudaPooler, StepVectors
@@ -396,8 +396,13 @@ class CudaRunner:
         wanted = [adapter for adapter in places if adapter is not None]
         if self._adapters is None:
             raise PlanError("a row has an adapter, but the runner none")
-        places.update(zip(wanted, self._adapters.place(wanted), strict=True))
+        places.update(zip(wanted, self._adapters.place(wanted, self._copy_adapter), strict=True))
         return [places[row.adapter] for row in rows]
+
+    def _copy_adapter(self, slot: int, adapter: CudaAdapter) -> None:
+        assert self._adapters is not None
+        with self._together(Slot(slot, adapter.number)):
+            self._adapters.copy(slot, adapter)
 
     def _score(self, rows: Sequence[StepRow], layout: StepLayout, result: StepResult) -> None:
         """Score the prompts of the rows that request it; then recompute the logits to sample from."""

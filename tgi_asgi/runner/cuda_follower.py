@@ -13,16 +13,20 @@ from pathlib import Path
 import torch
 
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.shard import ModelCut
+from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.cuda_shards import CudaShard, DeviceGroup
+from tgi_asgi.runner.cuda_adapters import make_adapter_layout
 from tgi_asgi.runner.cuda_buffers import StepShape
 from tgi_asgi.runner.cuda_device import Device, Event, must_fit, register_kernels
 from tgi_asgi.runner.cuda_steps import CudaSteps, CudaStepSpec
 from tgi_asgi.runner.kv import kv_scales_of
 from tgi_asgi.runner.plan import MAX_IN_FLIGHT
+from tgi_asgi.runner.shard_adapters import follow_adapters
 from tgi_asgi.settings import Settings
 
 
@@ -37,7 +41,12 @@ class CudaShardJob:
     device_class: type[Device]
     spec: CudaStepSpec  # without the scales from the files
     store: Path  # as in `DeviceGroup`
-    descriptors: Sequence[int] = ()
+    adapter_pipe: int | None = None  # a descriptor, as `follow_adapters` takes it; None: no adapters
+
+    @property
+    def descriptors(self) -> Sequence[int]:
+        """The descriptor of the pipe."""
+        return () if self.adapter_pipe is None else (self.adapter_pipe,)
 
     @property
     def cut(self) -> ModelCut:
@@ -77,8 +86,16 @@ class Logits:
     rows: Sequence[int] | None
 
 
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Copy an adapter to a slot of the device."""
+
+    slot: int
+    adapter: int  # its number
+
+
 # A `StepShape` means a step; its inputs follow as bytes. None: end.
-Message = Cache | Copies | Logits | StepShape | None
+Message = Cache | Copies | Logits | Slot | StepShape | None
 
 
 class Follower:
@@ -105,12 +122,17 @@ class Follower:
             assert isinstance(model, Decoder)  # only native families are cut
             self._model = model
             self._spec = job.spec.with_kv_scales(kv_scales_of(opened, settings))
+        self._layout: CudaAdapterLayout | None = None
+        self._adapters: dict[int, CudaAdapter] = {}  # by number
+        if job.adapter_pipe is not None:
+            self._layout = make_adapter_layout(model, settings, device, job.spec.modes.dtype)
+            follow_adapters(job.adapter_pipe, AdapterLoader(self._layout), self._keep, self._drop)
 
     def run(self) -> None:
         """Do what shard 0 does, until it sends the end."""
         job, device, connection = self._job, self._device, self._connection
         shard = job.join(device.device)
-        steps = CudaSteps(self._model, device, self._spec, shard=shard)
+        steps = CudaSteps(self._model, device, self._spec, shard=shard, adapters=self._layout)
         del self._model  # the program holds all of it
         steps.profile()
         shard.group.all_reduce_min(device.free_bytes())
@@ -130,8 +152,22 @@ class Follower:
                     steps.head(message.rows)
                 case Copies():
                     steps.copy_blocks(message.pairs)
+                case Slot():
+                    self._copy(message)
                 case Cache():
                     steps.make_cache(message.num_blocks)
                     steps.capture()
         steps.release()
         shard.group.close()
+
+    def _keep(self, adapter: CudaAdapter) -> None:
+        self._adapters[adapter.number] = adapter
+
+    def _drop(self, number: int) -> None:
+        self._adapters.pop(number, None)
+
+    def _copy(self, message: Slot) -> None:
+        # If the step was refused after this message, shard 0 may have dropped the adapter already.
+        adapter = self._adapters.get(message.adapter)
+        if adapter is not None and self._layout is not None:
+            self._layout.copy(message.slot, adapter)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.sources import ModelFiles, adapter_sources, max_loaded_adapters
-from tgi_asgi.models.adapters import AdapterLoader, targets_of
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.loading import Weights
@@ -25,6 +25,7 @@ from tgi_asgi.ops.cuda_kv import HEAD_DIMS, MAX_GROUP, CudaKvFormat, dtype_name
 from tgi_asgi.ops.cuda_modes import CudaModes
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.cuda import MAX_TOP, CudaOutputs, CudaRunner
+from tgi_asgi.runner.cuda_adapters import make_adapter_layout
 from tgi_asgi.runner.cuda_device import CudaDevice, Device, must_fit, register_kernels
 from tgi_asgi.runner.cuda_drafts import limits_with_drafts
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
@@ -33,6 +34,7 @@ from tgi_asgi.runner.drafts import speculation_of
 from tgi_asgi.runner.kv import KvSize, choose_size, gpu_groups_of, kv_scales_of, limits_of
 from tgi_asgi.runner.load_pooling import uses_logits
 from tgi_asgi.runner.placement import Placed
+from tgi_asgi.runner.shard_adapters import SplitAdapterLoader
 from tgi_asgi.runner.shards import cuts_of
 from tgi_asgi.settings import Settings
 
@@ -148,10 +150,13 @@ class OnCuda:
                 return place_module(
                     model, self.settings, self._device, self._dtype, self.max_context, pooling.dense
                 )
-        settings, adapters = self.settings, None
+        settings = self.settings
+        adapters: AdapterLoader[CudaAdapterLayout] | SplitAdapterLoader | None = None
         spec = spec_of(settings, self._dtype, self.max_context).with_kv_scales(self._kv_scales)
         if settings.serves_adapters:
-            adapters = AdapterLoader(make_adapter_layout(model, settings, self._device, self._dtype))
+            adapters = own = AdapterLoader(make_adapter_layout(model, settings, self._device, self._dtype))
+            if self.shards is not None and self.shards.adapters is not None:
+                adapters = SplitAdapterLoader(own, self.shards.adapters)
         runner = make_runner(
             model, settings, self._device, spec, pooling, shards=self.shards,
             adapters=None if adapters is None else adapters.layout,
@@ -370,32 +375,6 @@ def make_runner(
 def bytes_for_cache(free_bytes: int) -> int:
     """Return how much of the memory that is free after the largest step the cache may take."""
     return int(_SHARE * max(free_bytes - _RESERVE, free_bytes // 2))
-
-
-def make_adapter_layout(
-    model: Model, settings: Settings, device: Device, dtype: torch.dtype
-) -> CudaAdapterLayout:
-    """Allocate the slots of adapters on the device, as many as a step may have.
-
-    Raises:
-        ModelLoadError: if adapters cannot change anything in this model, or their slots do not fit.
-    """
-    num_slots = min(settings.max_loras, max_loaded_adapters(settings))
-    if settings.admin_api_key is None:  # no others can be loaded later
-        num_slots = min(num_slots, max(len(adapter_sources(settings)), 1))
-    targets, rank = targets_of(model), settings.max_lora_rank
-    try:
-        layout = CudaAdapterLayout(targets, rank, num_slots=num_slots, dtype=dtype, device=device.device)
-    except torch.OutOfMemoryError as error:
-        raise ModelLoadError(
-            f"the GPU has no memory for {num_slots} adapters of rank {rank}: lower --max-loras or "
-            f"--max-lora-rank ({error})"
-        ) from error
-    logger.info(
-        "%d adapters on the GPU, with space for --max-lora-rank %d on all products, take %.2f GiB",
-        num_slots, rank, layout.pool.nbytes / (1 << 30),
-    )  # fmt: skip
-    return layout
 
 
 def _choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -29,6 +29,7 @@ from tgi_asgi.runner.cuda_device import Device
 from tgi_asgi.runner.cuda_follower import CudaShardJob, Message
 from tgi_asgi.runner.cuda_steps import CudaStepSpec
 from tgi_asgi.runner.plan import DeviceLost
+from tgi_asgi.runner.shard_adapters import OtherAdapters
 from tgi_asgi.runner.shard_processes import ShardProcesses
 from tgi_asgi.settings import Settings
 
@@ -59,6 +60,7 @@ class CudaShards:
 
     Attributes:
         others: The processes of the other shards.
+        adapters: What tells them of adapters, if any are served.
     """
 
     def __init__(
@@ -66,9 +68,11 @@ class CudaShards:
         spec: CudaStepSpec,
     ) -> None:  # fmt: skip
         self._folder = Path(tempfile.mkdtemp(prefix="tgi-shards-"))
+        self.adapters = OtherAdapters(len(cuts) - 1) if settings.serves_adapters else None
+        pipes = [None] * len(cuts) if self.adapters is None else [None, *self.adapters.descriptors]
         self._job, *others = (
-            CudaShardJob(files, settings, cuts, rank, device_class, spec, self._folder / "store")
-            for rank in range(len(cuts))
+            CudaShardJob(files, settings, cuts, rank, device_class, spec, self._folder / "store", pipe)
+            for rank, pipe in enumerate(pipes)
         )
         self._shard: CudaShard | None = None
         self._lost: str | None = None
@@ -131,6 +135,8 @@ class CudaShards:
     def _leave(self) -> None:
         if self._shard is not None:
             self._shard.group.close()
+        if self.adapters is not None:
+            self.adapters.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _give_up(self, reason: str) -> None:

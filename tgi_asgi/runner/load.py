@@ -29,6 +29,7 @@ from tgi_asgi.runner.load_pooling import score_tokens, with_pooling
 from tgi_asgi.runner.memory import check_rope_fits, choose_context, kept_state_bytes
 from tgi_asgi.runner.placement import Placed, Placement, Runner
 from tgi_asgi.runner.projector import with_usable_projector
+from tgi_asgi.runner.shard_adapters import SplitAdapterLoader
 from tgi_asgi.runner.shards import Shards
 from tgi_asgi.runner.tracked_weights import TrackedWeights
 from tgi_asgi.settings import Settings
@@ -53,7 +54,7 @@ class LoadedModel:
     chat_template: ChatTemplate | None
     info: ModelInfo
     image_processor: ImageProcessor | None = None  # for models that accept images
-    adapters: AdapterLoader[Any] | None = None  # if adapters are served
+    adapters: AdapterLoader[Any] | SplitAdapterLoader | None = None  # if adapters are served
     shards: Shards | CudaShards | None = None  # if the model is split
 
     @property

@@ -90,22 +90,39 @@ def check_weights_fit(
 
 
 def reserved_adapter_bytes(
-    config: ServedConfig, num_adapters: int, max_rank: int, free_bytes: int, *, is_exact: bool = False
-) -> int:
-    """Return the bytes to keep free for adapters: `num_adapters` at the largest rank.
+    config: ServedConfig, num_adapters: int, max_rank: int, free_bytes: int, *, is_exact: bool = False,
+    num_shards: int = 1, repeats: float = 1.0,
+) -> int:  # fmt: skip
+    """Return the bytes to keep free for adapters: `num_adapters` at the largest rank, see `adapter_bytes`.
 
     At most half of the free memory: few adapters have that rank on all products, and the cache needs memory
-    too. Only native families have known shapes before the model is loaded; others reserve nothing.
+    too.
+    """
+    each = adapter_bytes(config, max_rank, is_exact=is_exact, num_shards=num_shards, repeats=repeats)
+    return min(num_adapters * each, int(free_bytes * _MAX_ADAPTER_SHARE))
+
+
+def adapter_bytes(
+    config: ServedConfig, max_rank: int, *, is_exact: bool, num_shards: int, repeats: float
+) -> int:
+    """Return the bytes of an adapter of this rank on all products, in all shards together.
+
+    Only native families have known shapes before the model is loaded; for others it is 0.
+
+    Args:
+        num_shards: Number of shards, 1 if the model is not split. Each has all of the side of an adapter's
+            matrices that is as long as the residual, and a part of the other side.
+        repeats: Number of shards that hold each KV head, on average.
     """
     if not isinstance(config, ModelConfig):
         return 0
-    element_bytes, hidden = _EXACT_ADAPTER_BYTES if is_exact else _ADAPTER_BYTES, config.hidden_size
-    each = 0
+    element_bytes = _EXACT_ADAPTER_BYTES if is_exact else _ADAPTER_BYTES
+    hidden, each = num_shards * config.hidden_size, 0
     for layer in map(config.of_layer, range(config.num_layers)):
         heads, keys = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-        attention = 2 * (hidden + heads) + 2 * (hidden + keys)
+        attention = 2 * (hidden + heads) + 2 * (hidden + round(repeats * keys))
         each += element_bytes * max_rank * (attention + 3 * (hidden + layer.intermediate_size))
-    return min(num_adapters * each, int(free_bytes * _MAX_ADAPTER_SHARE))
+    return each
 
 
 def state_bytes(config: ServedConfig, num_drafts: int = 0) -> int:

@@ -12,6 +12,7 @@ from tgi_asgi.models.loading.open import ServedModel
 from tgi_asgi.models.pooling import PoolingFiles
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.runner import HostRunner
+from tgi_asgi.runner.shard_adapters import SplitAdapterLoader
 from tgi_asgi.runner.shards import Shards
 from tgi_asgi.settings import Settings
 
@@ -29,7 +30,7 @@ class Placed:
 
     runner: Runner
     cache: KvSize
-    adapters: AdapterLoader[Any] | None = None  # if adapters are served
+    adapters: AdapterLoader[Any] | SplitAdapterLoader | None = None  # if adapters are served
 
 
 class Placement(Protocol):

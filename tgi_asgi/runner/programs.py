@@ -9,11 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi import ops
+from tgi_asgi.models.adapters import targets_of
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.family import Model, record
+from tgi_asgi.models.loading.open import ServedModel
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.runner.groups import CacheGroups
 from tgi_asgi.runner.kv import EAGER_BYTES, KvSize, refusal
+from tgi_asgi.settings import Settings
 
 if TYPE_CHECKING:
     from tgi_asgi.models.generic.backend import Pool
@@ -95,6 +98,15 @@ def make_states(
         return ()
     pool = ops.StatePool(config.states, num_slots=max_batch_size, num_kept=num_kept, num_drafts=num_drafts)
     return pool.layers
+
+
+def make_adapter_layout(model: ServedModel, settings: Settings, packing: ops.Packing) -> ops.AdapterLayout:
+    """Return the layout of the adapters that rows of a program may have.
+
+    Raises:
+        ModelLoadError: if adapters can change nothing in this model.
+    """
+    return ops.AdapterLayout(targets_of(model), settings.max_lora_rank, is_exact=packing.is_exact)
 
 
 def make_program(

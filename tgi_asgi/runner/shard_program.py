@@ -9,13 +9,15 @@ from multiprocessing.connection import Connection
 
 from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner.drafts import max_drafts_per_row
 from tgi_asgi.runner.kv import KvSize, groups_of
 from tgi_asgi.runner.load_by_team import load_by_team
-from tgi_asgi.runner.programs import make_cpu_pool, make_program
+from tgi_asgi.runner.programs import make_adapter_layout, make_cpu_pool, make_program
+from tgi_asgi.runner.shard_adapters import follow_adapters
 from tgi_asgi.settings import Settings
 
 
@@ -30,6 +32,7 @@ class CpuShardJob:
     kv_size: KvSize
     memory: ops.ShardMemory
     descriptor: int  # of that memory
+    adapter_pipe: int | None = None  # a descriptor, as `follow_adapters` takes it; None: no adapters
 
     @property
     def rank(self) -> int:
@@ -38,8 +41,8 @@ class CpuShardJob:
 
     @property
     def descriptors(self) -> Sequence[int]:
-        """The shared memory's descriptor."""
-        return (self.descriptor,)
+        """The descriptors of the shared memory and of the pipe."""
+        return (self.descriptor,) if self.adapter_pipe is None else (self.descriptor, self.adapter_pipe)
 
     def load(self, connection: Connection) -> Callable[[], None]:
         """Load the part, as described in `ShardJob.load`."""
@@ -67,13 +70,21 @@ def load_program(job: CpuShardJob) -> ops.NativeProgram:
         model = load_by_team(opened, job.packing, limits.max_context, opened.weights)
     pool = make_cpu_pool(opened.config, job.kv_size, groups_of(opened.config, job.kv_size.dtype))
     assert pool is not None and isinstance(model, Decoder)
+    adapters = None
+    if job.adapter_pipe is not None:
+        adapters = AdapterLoader(make_adapter_layout(model, settings, job.packing))
     program = make_program(
         model,
         pool.layers,
         limits,
         num_drafts=max_drafts_per_row(settings.speculation),
+        adapters=None if adapters is None else adapters.layout,
         shard=ops.Shard(group, cut.vocab_ids.start),
     )
+    native = program.native
+    assert native is not None
+    if job.adapter_pipe is not None and adapters is not None:
+        # Before this thread may be pinned to a core, which the new one would inherit.
+        follow_adapters(job.adapter_pipe, adapters, native.keep_adapter, native.drop_adapter)
     ops.join_threads()
-    assert program.native is not None
-    return program.native
+    return native

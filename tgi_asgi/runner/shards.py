@@ -23,6 +23,7 @@ from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner.drafts import with_drafts
 from tgi_asgi.runner.kv import KvSize, limits_of
+from tgi_asgi.runner.shard_adapters import OtherAdapters
 from tgi_asgi.runner.shard_processes import ShardProcesses
 from tgi_asgi.runner.shard_program import CpuShardJob
 from tgi_asgi.settings import Settings
@@ -40,8 +41,6 @@ def cuts_of(opened: OpenModel, settings: Settings, num_gpus: int | None) -> list
     asks, cure = f"--num-shard {count} asks for", "change it, or leave it out"
     if num_gpus is not None and num_gpus < count:
         raise ModelLoadError(f"{asks} {count} GPUs, and {num_gpus} can be seen: {cure}")
-    if settings.serves_adapters:
-        raise ModelLoadError(f"{asks} adapters, which several shards do not compute: {cure}")
     return opened.cuts(count)
 
 
@@ -56,9 +55,12 @@ def repeats_of(config: ServedConfig, cuts: Sequence[ModelCut]) -> float:
 
 def jobs_of(
     config: ServedConfig, files: ModelFiles, settings: Settings, cuts: Sequence[ModelCut],
-    packing: ops.Packing, kv_size: KvSize, max_context: int,
+    packing: ops.Packing, kv_size: KvSize, max_context: int, adapters: OtherAdapters | None,
 ) -> list[CpuShardJob]:  # fmt: skip
     """Return what each shard needs to know, including shard 0.
+
+    Args:
+        adapters: What tells the other shards of adapters, if any are served.
 
     Raises:
         ModelLoadError: if the system cannot create shared memory.
@@ -73,7 +75,11 @@ def jobs_of(
         descriptor = memory.create()
     except (OSError, AttributeError) as error:  # AttributeError: no memfd, as on macOS
         raise _no_memory(error) from error
-    return [CpuShardJob(files, settings, cut, packing, kv_size, memory, descriptor) for cut in cuts]
+    pipes: list[int | None] = [None] * len(cuts) if adapters is None else [None, *adapters.descriptors]
+    return [
+        CpuShardJob(files, settings, cut, packing, kv_size, memory, descriptor, pipe)
+        for cut, pipe in zip(cuts, pipes, strict=True)
+    ]
 
 
 class Shards:
@@ -85,11 +91,12 @@ class Shards:
 
     Attributes:
         others: The processes of the other shards.
+        adapters: What tells them of adapters, if any are served.
         shard: The group and first vocabulary id of shard 0, for its program.
     """
 
-    def __init__(self, jobs: Sequence[CpuShardJob]) -> None:
-        first = jobs[0]
+    def __init__(self, jobs: Sequence[CpuShardJob], adapters: OtherAdapters | None = None) -> None:
+        first, self.adapters = jobs[0], adapters
         try:
             group = first.memory.open(first.descriptor, 0)
         except (OSError, RuntimeError) as error:
@@ -103,12 +110,18 @@ class Shards:
             if not self.shard.group.is_aborted:
                 self.shard.group.end()
             self.others.end()
+            self._close_pipes()
 
     def abandon(self) -> None:
         """End the other shards at once; this process will not serve."""
         self.others.begin_to_close()
         self.shard.group.abort()
         self.others.kill()
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        if self.adapters is not None:
+            self.adapters.close()
 
 
 def _no_memory(error: Exception) -> ModelLoadError:
