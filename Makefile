@@ -91,8 +91,8 @@ sanitize: $(VENV)/.test-tools
 	rm -rf build/sanitized; mkdir -p build/sanitized; git ls-files -z | xargs -0 cp --parents -t build/sanitized
 	cd build/sanitized && TGI_SANITIZE=1 TGI_CUDA=0 $(abspath $(BIN))/python setup.py build_ext --inplace
 	cd build/sanitized && LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(abspath $(BIN))/python -m pytest tests/ops tests/csrc \
-	  tests/runner/test_inputs.py tests/runner/test_handoff.py -m 'thorough or not thorough' \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 TGI_SANITIZE=1 $(abspath $(BIN))/python -m pytest \
+	  tests/ops tests/csrc tests/runner/test_inputs.py tests/runner/test_handoff.py -m 'thorough or not thorough' \
 	  --ignore tests/csrc/test_team_races.py $(addprefix --deselect ,$(OF_MEMORY)) $(PYTEST_ARGS)
 
 # Without a network and without cached downloads: the tests that `-m "not demo"` selects, in a copy of the tree and in a

@@ -22,6 +22,10 @@ class ImageReader(Protocol):
     ) -> ops.CpuProgram:  # fmt: skip
         """Return the program that runs the model's steps; `image_cache` is that of `make_program`."""
 
+    @property
+    def rope(self) -> ops.RopeTable | None:
+        """The table by which tokens on several axes turn; None: positions have one axis."""
+
 
 class Model(Protocol):
     """A model's code over the operators, as the runner sees it."""

@@ -86,9 +86,11 @@ class ImageSpec:
 
     Attributes:
         deep_layers: Layers before which further rows are added, one for each of an image's deeper levels.
+        sees_ahead: Whether tokens of an image see later ones.
     """
 
     deep_layers: tuple[int, ...] = ()
+    sees_ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ class Need(enum.StrEnum):
     VALUE_NORM = "norms of values"
     ONE_PART = "layers without attention or without an MLP"
     IMAGES = "images"
+    LOOKAHEAD = "tokens of images that see later ones"
 
 
 def needs_of(config: ModelConfig) -> set[Need]:
@@ -69,5 +70,6 @@ def needs_of(config: ModelConfig) -> set[Need]:
         Need.VALUE_NORM: config.has_value_norm,
         Need.ONE_PART: any(layer.part is not None for layer in layers),
         Need.IMAGES: config.images is not None,
+        Need.LOOKAHEAD: config.images is not None and config.images.sees_ahead,
     }
     return {need for need, is_needed in found.items() if is_needed}

@@ -23,6 +23,7 @@ from tgi_asgi.ops.cuda_attention import Gathering
 from tgi_asgi.ops.cuda_batch import INPUTS, SIZES, CudaBatch
 from tgi_asgi.ops.cuda_experts import CudaExperts, Routing
 from tgi_asgi.ops.cuda_float8 import TOKEN_MULTIPLE, Float8Product, can_multiply, float8_matrix
+from tgi_asgi.ops.cuda_image_rows import OwnAngles, place_rows
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear
 from tgi_asgi.ops.cuda_list import (
@@ -64,6 +65,11 @@ class CudaProgram:
         max_blocks: Number of columns of the block tables.
         shard: The shard that it computes, if the model is split.
         adapters: Adapters that tokens of a step may have.
+        turns_by: The rotary table, if any, of which a step may bring rows of its own.
+
+    Attributes:
+        device: Where it runs.
+        own_angles: Takes these rows.
     """
 
     def __init__(
@@ -76,11 +82,14 @@ class CudaProgram:
         device: torch.device,
         shard: CudaShard | None = None,
         adapters: CudaAdapterLayout | None = None,
+        turns_by: RopeTable | None = None,
     ) -> None:
+        self.device = device
         self._shard, self._adapters = shard, adapters
         self._max_tokens = round_up(limits.max_tokens, TOKEN_MULTIPLE)  # rows of buffers
         self._limits, self._max_blocks = limits, max_blocks
-        self._modes, self._dtype, self._device = modes, modes.dtype, device
+        self.own_angles = None if turns_by is None else OwnAngles(turns_by, limits.max_tokens, device)
+        self._modes, self._dtype = modes, modes.dtype
         self._float8_products: list[Float8Product] = []
         self._launches = LaunchList(SIZES, INPUTS)
         self._head = LaunchList((Size.ROWS,), (Input.ROWS,))
@@ -140,8 +149,8 @@ class CudaProgram:
         assert self._last_norm is not None, "the model has a head"
         x, (weight, bias, eps) = self._last_norm
         # Not made there: torch would wait for the step that computes `x`.
-        rows = torch.tensor(tokens, dtype=torch.int32).to(self._device, non_blocking=True)
-        out = torch.empty(len(tokens), x.shape[1], dtype=torch.float32, device=self._device)
+        rows = torch.tensor(tokens, dtype=torch.int32).to(self.device, non_blocking=True)
+        out = torch.empty(len(tokens), x.shape[1], dtype=torch.float32, device=self.device)
         _kernels.norm(x, weight, bias, eps, rows, out)
         return out
 
@@ -160,6 +169,13 @@ class CudaProgram:
             learnt = self._weights.floats(call.positions)
             self._launches.add("aten::index_select.out", learnt, 0, Input.POSITIONS, added)
             self._launches.add("aten::add_.Tensor", out, added)
+
+    def _image_rows(self, call: calls.ImageRows) -> None:
+        place = functools.partial(place_rows, level=call.level)
+        self._launches.add(
+            place, tokens_of(self._in(call.x)), Input.IMAGE_TOKENS, Input.IMAGE_ROWS,
+            when=Condition(Size.IMAGE_ROWS, 1),
+        )  # fmt: skip
 
     def _activation(self, call: calls.Activation) -> None:
         x, out = self._in(call.x), self._make(call.out, self._dtype)
@@ -234,6 +250,8 @@ class CudaProgram:
 
     def _table(self, rope: RopeTable | None) -> tuple[Tensor, Tensor]:
         """Return cosines and sines on the device; empty tables [1, 0] without rotation."""
+        if self.own_angles is not None and rope is self.own_angles.rope:
+            return self.own_angles.cos, self.own_angles.sin
         if rope is not None:
             return self._weights.move(rope.cos, torch.float32), self._weights.move(rope.sin, torch.float32)
         none = self._scratch.buffer("no angles", (1, 0), torch.float32)
@@ -275,7 +293,7 @@ class CudaProgram:
     def _plan(self, block_size: int, window: int) -> Tensor:
         """Return the plan [max_sequences + 1] of layers with this window; the first of them computes it."""
         if window not in self._plans:
-            plan = torch.zeros(self._limits.max_sequences + 1, dtype=torch.int32, device=self._device)
+            plan = torch.zeros(self._limits.max_sequences + 1, dtype=torch.int32, device=self.device)
             self._plans[window] = plan
             self._launches.add(
                 "tgi_cuda::attention_plan", decodes_of(Input.CONTEXT_LEN), decodes_of(Input.BLOCK_TABLE),
@@ -340,7 +358,7 @@ class CudaProgram:
             raise ValueError("no CUDA kernel supports routing with `expert_scales`")
         routing = self._values.assign(
             call.out, "routing", (spec.num_experts, spec.top_k),
-            lambda: Routing.make(self._max_tokens, spec.top_k, spec.num_experts, self._device),
+            lambda: Routing.make(self._max_tokens, spec.top_k, spec.num_experts, self.device),
         )  # fmt: skip
         self._experts.route(self._in(call.logits), spec, routing)
 
@@ -371,7 +389,7 @@ class CudaProgram:
         max_rows = self._limits.max_rows
         normed = self._scratch.buffer("head", (max_rows, call.weight.columns))
         shape = (max_rows, call.weight.rows)
-        self._logits = logits = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        self._logits = logits = torch.zeros(shape, dtype=torch.float32, device=self.device)
         out = Rows(logits, Size.ROWS)
         self._head.add("tgi_cuda::norm", x, *norm, Input.ROWS, Rows(normed, Size.ROWS))
         linear.multiply(self._head, normed, logits, Size.ROWS)
@@ -382,7 +400,7 @@ class CudaProgram:
             self._head.add("aten::tanh_", out)
             self._head.add("aten::mul_.Scalar", out, call.cap)
         if self._shard is not None:
-            whole = WholeLogits(self._shard, max_rows, self._device)
+            whole = WholeLogits(self._shard, max_rows, self.device)
             self._head.add(whole.join, out)
             self._logits = whole.logits
 
@@ -393,27 +411,9 @@ class CudaProgram:
         return out
 
     def _adapt(self, weight: AdaptableWeight, a: Value, out: Tensor, factor: float = 1.0) -> None:
-        """Launch what adapters add to a product of their tokens; steps without adapters skip it."""
-        product = None if self._adapters is None else self._adapters.product(weight)
-        if self._adapters is None or product is None:
-            return
-        when = Condition(Size.ADAPTED, 1)
-        inner = tokens_of(
-            self._scratch.buffer("adapters", (self._max_tokens, product.num_inner), torch.float32)
-        )
-        adapters = (
-            Input.ADAPTERS,
-            self._adapters.places,
-            self._adapters.pool,
-            product.index,
-            product.max_rank,
-        )
-        self._launches.add("tgi_cuda::lora_down", tokens_of(self._in(a)), *adapters, inner, when=when)
-        first_end, second_end, *_ = (*product.ends, product.rows)
-        self._launches.add(
-            "tgi_cuda::lora_up", inner, *adapters, product.columns, first_end, second_end, factor,
-            tokens_of(out), when=when,
-        )  # fmt: skip
+        """Launch what adapters add to a product of their tokens, if there may be any."""
+        if self._adapters is not None:
+            self._adapters.launch(self._launches, self._scratch, weight, self._in(a), out, factor)
 
     def _product_of(self, made: DeviceMatrix) -> CudaLinear:
         """Return the product with this weight, which is moved to the device."""
@@ -431,7 +431,7 @@ class CudaProgram:
     def _float8_product(self, matrix: CudaQuantMatrix) -> Float8Product | None:
         """Return the product in FP8 for many tokens; None: the scales are not those of such a product."""
         found = float8_matrix(matrix)
-        if found is None or not can_multiply(self._device, self._dtype, has_groups=found.has_groups):
+        if found is None or not can_multiply(self.device, self._dtype, has_groups=found.has_groups):
             return None
         self._float8_products.append(Float8Product(found, self._scratch))
         return self._float8_products[-1]
@@ -440,7 +440,7 @@ class CudaProgram:
         """Assign a value its buffer [max_tokens, columns]."""
         shape = (self._max_tokens, value.columns)
         made: Tensor = self._values.assign(
-            value, "rows", (shape, dtype), lambda: torch.zeros(shape, dtype=dtype, device=self._device)
+            value, "rows", (shape, dtype), lambda: torch.zeros(shape, dtype=dtype, device=self.device)
         )
         return made
 
@@ -456,10 +456,11 @@ class CudaProgram:
 
 _CPU_ONLY = (
     calls.GatedNorm, calls.ShortConv, calls.SelectiveScan, calls.ChannelScan, calls.DeltaRule,
-    calls.LatentQkv, calls.HeadsLinear, calls.EmbedAdd, calls.ImageRows, calls.ActMul, calls.Experts,
+    calls.LatentQkv, calls.HeadsLinear, calls.EmbedAdd, calls.ActMul, calls.Experts,
 )  # fmt: skip
 _EMITTERS: dict[type[Call], Callable[[CudaProgram, Any], None]] = {
     calls.Embed: CudaProgram._embed,
+    calls.ImageRows: CudaProgram._image_rows,
     calls.Activation: CudaProgram._activation,
     calls.Norm: CudaProgram._norm,
     calls.NormAdd: CudaProgram._norm_add,

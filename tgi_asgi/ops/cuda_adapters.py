@@ -22,7 +22,9 @@ from torch import Tensor
 
 from tgi_asgi.ops.adapters import AdaptableWeight, Delta, Target, changes_by_weight
 from tgi_asgi.ops.arrays import Floats
+from tgi_asgi.ops.cuda_list import Condition, Input, LaunchList, Size, tokens_of
 from tgi_asgi.ops.cuda_quant import joined_halves
+from tgi_asgi.ops.cuda_scratch import Scratch
 from tgi_asgi.ops.layout import round_up
 from tgi_asgi.ops.weights import GateUpWeight, QkvWeight
 
@@ -108,6 +110,29 @@ class CudaAdapterLayout:
     def product(self, weight: AdaptableWeight) -> CudaProduct | None:
         """Return a product; None if no adapter can change it."""
         return self._products.get(id(weight))
+
+    def launch(
+        self, launches: LaunchList, scratch: Scratch, weight: AdaptableWeight, a: Tensor, out: Tensor,
+        factor: float,
+    ) -> None:  # fmt: skip
+        """Append what adapters add to a product of their tokens; steps without adapters skip it.
+
+        Args:
+            a: Input of the product, [max_tokens, columns].
+            out: Its result [max_tokens, rows], to which `factor` times theirs is added.
+        """
+        product = self.product(weight)
+        if product is None:
+            return
+        when = Condition(Size.ADAPTED, 1)
+        inner = tokens_of(scratch.buffer("adapters", (a.shape[0], product.num_inner), torch.float32))
+        adapters = (Input.ADAPTERS, self.places, self.pool, product.index, product.max_rank)
+        launches.add("tgi_cuda::lora_down", tokens_of(a), *adapters, inner, when=when)
+        first_end, second_end, *_ = (*product.ends, product.rows)
+        launches.add(
+            "tgi_cuda::lora_up", inner, *adapters, product.columns, first_end, second_end, factor,
+            tokens_of(out), when=when,
+        )  # fmt: skip
 
     def pack(self, deltas: Mapping[str, Delta], number: int = 0) -> CudaAdapter:
         """Return an adapter that adds these deltas to their targets.

@@ -12,12 +12,20 @@ from tgi_asgi.ops.cuda_list import Input, Size
 
 SIZES = (
     Size.TOKENS, Size.DECODES, Size.PROMPTS, Size.KNOWN_PROMPTS, Size.UNKNOWN_PROMPTS, Size.MAX_QUERY_LEN,
-    Size.ADAPTED,
+    Size.ADAPTED, Size.IMAGE_ROWS,
 )  # fmt: skip
 INPUTS = (
     Input.IDS, Input.POSITIONS, Input.SLOTS, Input.QUERY_START, Input.CONTEXT_LEN, Input.BLOCK_TABLE,
-    Input.PROMPT_LENS, Input.ADAPTERS,
+    Input.PROMPT_LENS, Input.ADAPTERS, Input.IMAGE_TOKENS, Input.IMAGE_ROWS,
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class CudaImageRows:
+    """Rows of images on the device, for the operator `image_rows`."""
+
+    tokens: Tensor  # [n] int64, the step's tokens that have rows
+    rows: Tensor  # [levels, n, hidden] float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,7 @@ class CudaBatch:
     # (tokens in this step, tokens in total) of each other sequence; outside graphs the host may know them.
     prompt_lens: Sequence[tuple[int, int]] = ()
     adapters: Tensor | None = None  # [n_tokens] int32: slot of each token's adapter, -1: none; None: no token
+    images: CudaImageRows | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -56,14 +65,16 @@ class CudaBatch:
         num_adapted = 0 if self.adapters is None else self.num_tokens
         return (
             self.num_tokens, self.num_decodes, num_prompts, num_known, num_unknown, self.max_query_len,
-            num_adapted,
+            num_adapted, 0 if self.images is None else len(self.images.tokens),
         )  # fmt: skip
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors that launches read, in the order of `INPUTS`."""
         lens = torch.tensor(self.prompt_lens) if self.prompt_lens else torch.empty(0, 2, dtype=torch.int64)
+        none, images = self.ids[:0], self.images
         return (
             self.ids, self.positions, self.slots, self.query_start, self.context_len, self.block_table, lens,
-            self.ids[:0] if self.adapters is None else self.adapters,
+            none if self.adapters is None else self.adapters,
+            *((none, none) if images is None else (images.tokens, images.rows)),
         )  # fmt: skip

@@ -28,6 +28,7 @@ class Size(Enum):
     UNKNOWN_PROMPTS = "unknown_prompts"  # all of the prompts, if they are not
     MAX_QUERY_LEN = "max_query_len"  # of the prompts
     ADAPTED = "adapted"  # the tokens, if one of them has an adapter, else 0
+    IMAGE_ROWS = "image_rows"  # tokens with rows of images
     ROWS = "rows"  # of logits
 
 
@@ -42,6 +43,8 @@ class Input(Enum):
     BLOCK_TABLE = "block_table"
     PROMPT_LENS = "prompt_lens"  # [n_prompts, 2] int64 on the host
     ADAPTERS = "adapters"  # empty if no token has one
+    IMAGE_TOKENS = "image_tokens"
+    IMAGE_ROWS = "image_rows"
     ROWS = "rows"  # [n_rows] int32: tokens whose logits are requested
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Command, Device, Event
 from tgi_asgi.runner.cuda_drafts import CudaDrafts, LaidStep
 from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message, Slot
+from tgi_asgi.runner.cuda_images import CudaImages
 from tgi_asgi.runner.cuda_in_flight import InFlight
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_pooling import CudaPooler, StepVectors
@@ -47,6 +49,9 @@ from tgi_asgi.runner.sampling import unpack
 from tgi_asgi.runner.step_guard import StepGuard
 from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.types import PoolingKind
+
+if TYPE_CHECKING:  # imports transformers
+    from tgi_asgi.models.generic.vision.native import NativeImages
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +114,7 @@ class CudaRunner:
         shards: The other shards, if the model is split.
         adapters: The adapters that rows may have, with their slots on the device.
         speculation: How to draft tokens, for a model that generates; None: each row samples one.
+        image_cache: Bytes of encoded images to keep, for a model that accepts images.
 
     Attributes:
         traits: As in `Runner.traits`.
@@ -127,6 +133,7 @@ class CudaRunner:
         shards: CudaShards | None = None,
         adapters: CudaAdapterLayout | None = None,
         speculation: Speculation | None = None,
+        image_cache: int = 0,
     ) -> None:
         limits, max_batch_size, num_spares = spec.limits, spec.limits.max_sequences, 0
         self.max_context = limits.max_context
@@ -152,6 +159,12 @@ class CudaRunner:
             shard=None if shards is None else shards.join(device.device), adapters=adapters,
             has_logits=outputs.has_logits,
         )  # fmt: skip
+        self._images: CudaImages | None = None
+        if model.images is not None:
+            self._images = CudaImages(
+                cast("NativeImages", model.images), self._steps.program, image_cache=image_cache,
+                num_slots=max_batch_size,
+            )  # fmt: skip
         self._vectors = CudaPooler(self._steps.program, device, outputs.dense)
         self._scorer = PromptScorer(self._logits_of, token_logprobs, torch.clone, max_rows=limits.max_rows)
         self._staging = [
@@ -177,6 +190,7 @@ class CudaRunner:
             max_step_tokens=limits.max_tokens,
             min_chunk=self._guard.min_chunk,
             drafts=None if self._drafts is None else self._drafts.limits,
+            vision=None if self._images is None else self._images.bidirectional,
             windows=(None,),  # one block table serves all layers: blocks outside windows are not freed
         )
         self._inputs = StepInputs.of(
@@ -250,6 +264,8 @@ class CudaRunner:
         while (step := self._handoff.take()) is not None:
             try:
                 outcome: _Launched | Exception = self._launch(step.plan)
+                if self._images is not None and isinstance(outcome, _Launched):
+                    self._images.advance(step.plan, outcome.result)
             except BaseException as error:  # as in StepHandoff.serve
                 logger.exception("step %s failed", step.plan.step_id)
                 outcome = self._guard.translated(error)
@@ -273,6 +289,8 @@ class CudaRunner:
             self._scorer.forget(start.slot)
             self._vectors.forget(start.slot)
             self._rows.start(start.slot, len(start.prompt_ids))
+            if self._images is not None:
+                self._images.start(start)
         waits = waits or self._sampler.constrains(start.slot for start in plan.starts)
         waits = waits or self._sampler.constrains(row.slot for row in plan.rows if row.samples)
         event = next(self._events)
@@ -284,9 +302,12 @@ class CudaRunner:
         staging = self._staging[self._num_launched % MAX_IN_FLIGHT]
         shape, layout, laid = self._fill(plan, waits, staging)
         rows = plan.rows if laid is None else laid.plan.rows
+        drafted, images = None if laid is None else laid.drafted, None
+        if self._images is not None:
+            images = self._images.place(rows, drafted, layout, staging.array)
         result = StepResult(plan.step_id, [None] * len(rows))
         self._num_launched += 1  # the device reads this staging even if the step fails below
-        graphs, read, vectors = self._steps.graphs_of(shape), self._rows, None
+        graphs, read, vectors = self._steps.graphs_of(shape, images), self._rows, None
         commands: list[Command] = [*self._steps.upload(shape, staging.inputs), graphs.forward]
         # Usually all is submitted at once. Here the host needs the forward pass first, or works meanwhile.
         if waits or read.has_vectors or read.is_scored or self._shards is not None:
@@ -385,7 +406,8 @@ class CudaRunner:
             if of_logits and not self._has_logits:
                 raise PlanError("a vector of logits, from a runner without logits")
             needing = sorted((*needing, *of_logits))
-        shape = None if read.is_scored else self._steps.padded(read.num_decodes, read.prompt_lens)
+        is_plain = read.is_scored or (self._images is not None and self._images.are_in(rows))
+        shape = None if is_plain else self._steps.padded(read.num_decodes, read.prompt_lens)
         if shape is None:
             return plain_layout(read, needing if self._has_logits else [])
         return graph_layout(shape, read)

@@ -55,7 +55,7 @@ class DraftedRows:
             sampled: Their samples.
         """
         of = self.plan_rows
-        result = StepResult(computed.step_id, [None] * self.num_plan_rows)
+        result = replace(computed, sampled=[None] * self.num_plan_rows)
         result.prompt_logprobs = {of[row]: scores for row, scores in computed.prompt_logprobs.items()}
         result.pooled = {of[row]: vector for row, vector in computed.pooled.items()}
         rows, slots, drafts = ([each[row] for row in sampling] for each in (of, self.slots, self.drafts))

@@ -33,6 +33,7 @@ from tgi_asgi.runner.cuda_steps import CudaStepSpec
 from tgi_asgi.runner.drafts import speculation_of
 from tgi_asgi.runner.kv import KvSize, choose_size, gpu_groups_of, kv_scales_of, limits_of
 from tgi_asgi.runner.load_pooling import uses_logits
+from tgi_asgi.runner.memory import VISION_SHARE
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.shard_adapters import SplitAdapterLoader
 from tgi_asgi.runner.shards import cuts_of
@@ -57,6 +58,7 @@ SUPPORTED_NEEDS = frozenset(
         Need.SLOPES,
         Need.SINKS,
         Need.EXPERTS,
+        Need.IMAGES,
     }
 )
 _MAX_HIDDEN = 16384
@@ -361,14 +363,17 @@ def make_runner(
     if settings.quantize is not None:
         logger.warning("--quantize is for the CPU: on a GPU weights keep the file's format")
 
+    image_cache = 0 if model.images is None else settings.image_cache
+
     def choose(free_bytes: int) -> KvSize:
-        usable, name = bytes_for_cache(free_bytes), dtype_name(kv_dtype)
-        return choose_size(model.config, settings, groups, name, max_context, usable, share=1.0)
+        usable, name = bytes_for_cache(max(free_bytes - image_cache, 0)), dtype_name(kv_dtype)
+        share = 1.0 if model.images is None else VISION_SHARE
+        return choose_size(model.config, settings, groups, name, max_context, usable, share=share)
 
     with must_fit():
         return CudaRunner(
             model, device, choose, spec, outputs, shards=shards, adapters=adapters,
-            speculation=speculation_of(model, settings),
+            speculation=speculation_of(model, settings), image_cache=image_cache,
         )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from tgi_asgi.runner.cuda_device import Device
 from tgi_asgi.runner.drafts import speculation_of
 from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.kv import CacheSizes, choose_size, choose_sizes, gpu_groups_of, limits_of, step_tokens
-from tgi_asgi.runner.memory import fitting_batch, state_bytes
+from tgi_asgi.runner.memory import VISION_SHARE, fitting_batch, state_bytes
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.runner.step_guard import StepGuard
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 # rest that the cache gets: torch's memory is in pieces of other sizes later than in the steps tried here.
 _RESERVE, _SHARE = 1 << 30, 0.92
 _OWN_CACHE_SHARE = 0.5  # of it for sequences whose cache is the model's own: steps copy it
-_VISION_SHARE = 0.8  # of it for the cache beside a tower, which encodes images of any size
 
 
 def place_module(
@@ -88,7 +87,7 @@ def place_module(
 def _cache_share(model: GenericModel) -> float:
     if model.config.sequential_reason:
         return _OWN_CACHE_SHARE
-    return _SHARE if model.config.vision is None else _VISION_SHARE
+    return _SHARE if model.config.vision is None else VISION_SHARE
 
 
 def _free_beside_steps(

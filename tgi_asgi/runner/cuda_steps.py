@@ -16,6 +16,7 @@ from tgi_asgi.models.family import Model, record
 from tgi_asgi.ops.cuda import CudaProgram
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import PromptAttention
+from tgi_asgi.ops.cuda_batch import CudaImageRows
 from tgi_asgi.ops.cuda_kv import CudaKvFormat, CudaKvLayer, copy_cuda_blocks, make_cuda_pools
 from tgi_asgi.ops.cuda_modes import CudaModes
 from tgi_asgi.ops.cuda_shards import CudaShard
@@ -137,7 +138,7 @@ class CudaSteps:
         self._kv = [CudaKvLayer(pool, *of_layer) for pool, of_layer in zip(pools, scales, strict=True)]
         self.program = CudaProgram(
             record(model, self._kv), limits, modes, max_blocks=spec.max_blocks, device=device.device,
-            shard=shard, adapters=adapters,
+            shard=shard, adapters=adapters, turns_by=None if model.images is None else model.images.rope,
         )  # fmt: skip
         self._inputs = torch.zeros(spec.largest.sections.num_bytes, dtype=torch.uint8, device=device.device)
         # A step uploads only the columns that it has; later ones are left from earlier steps and are past
@@ -241,16 +242,16 @@ class CudaSteps:
             Copy(self._tables, staged, shape.row_bytes, shape.num_sequences, first=num_bytes),
         )
 
-    def graphs_of(self, shape: StepShape) -> Graphs:
-        """Return the graphs of a step of this shape, or the plain calls if there are none."""
+    def graphs_of(self, shape: StepShape, images: CudaImageRows | None = None) -> Graphs:
+        """Return the graphs of a step of this shape; the plain calls if there are none, or it has images."""
         found = self._graphs.get(shape.graph)
-        if found is not None and not shape.prompt_lens:
+        if found is not None and not shape.prompt_lens and images is None:
             return found
-        return self._calls(StepBuffers.view(self._inputs, shape))
+        return self._calls(StepBuffers.view(self._inputs, shape), images)
 
-    def _calls(self, buffers: StepBuffers) -> Graphs:
+    def _calls(self, buffers: StepBuffers, images: CudaImageRows | None = None) -> Graphs:
         sample = _do_nothing if self._sample is None else functools.partial(self._sample, buffers)
-        return Graphs(functools.partial(self._forward, buffers), sample)
+        return Graphs(functools.partial(self._forward, buffers, images), sample)
 
     def head(self, rows: Sequence[int] | None = None) -> None:
         """Compute logits of at most `max_rows` tokens of the last step; None: its own rows."""
@@ -259,7 +260,7 @@ class CudaSteps:
         elif self._shape is not None and self._shape.num_rows > 0:
             self.program.head(StepBuffers.view(self._inputs, self._shape).rows)
 
-    def _forward(self, buffers: StepBuffers) -> None:
+    def _forward(self, buffers: StepBuffers, images: CudaImageRows | None = None) -> None:
         """Compute a step up to its logits; capturable, as it uses fixed buffers and never waits."""
         decodes = buffers.shape.num_decodes
         if self._modes.has_dependent_launches:
@@ -272,7 +273,7 @@ class CudaSteps:
                 ids.copy_(torch.where(buffers.from_slot >= 0, last, ids))
             if self._shard is not None:
                 self._shard.group.broadcast(ids)
-        batch = buffers.batch(self._tables)
+        batch = replace(buffers.batch(self._tables), images=images)
         if not self._needs_lengths(batch.prompt_lens):
             batch = replace(batch, prompt_lens=())  # one launch of the native kernel, by C++
         self.program.forward(batch)

@@ -22,6 +22,8 @@ _ADAPTER_BYTES = 2  # bfloat16
 _EXACT_ADAPTER_BYTES = 3 * _ADAPTER_BYTES  # with `--dtype float32`: three products in bfloat16
 _MAX_STATE_SHARE = 1 / 2  # of the memory free after weights and adapters
 _KEPT_SHARE = 1 / 10  # of the cache's memory, for kept states
+# Of the memory for a GPU's cache, what a cache beside a tower takes, which encodes images of any size.
+VISION_SHARE = 0.8
 _MIN_KEPT, _MAX_KEPT = 8, 1 << 16  # kept states, unless the administrator sets their number
 
 

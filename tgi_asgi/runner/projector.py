@@ -41,7 +41,7 @@ def with_usable_projector(files: ModelFiles, settings: Settings, *, is_on_gpu: b
 def _setting_for_texts(settings: Settings, is_on_gpu: bool) -> str | None:
     """Return a setting that is not for models that accept images; None if there is none.
 
-    A GPU computes such models by the code of `transformers`.
+    On a GPU, some of them are computed by the code of `transformers`, which no file name says.
     """
     found = {f"--num-shard {settings.num_shard}": settings.num_shard > 1}
     if is_on_gpu:

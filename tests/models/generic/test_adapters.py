@@ -71,7 +71,7 @@ def test_adapters_with_the_former_names_of_vision_models_load(
     new, pack = "model.language_model.", loader.layout.pack
     modules = [name for name in loader.layout.targets if name.startswith(new) and name.endswith("q_proj")]
 
-    def keep(deltas: Mapping[str, ops.Delta]) -> ops.NativeAdapter:
+    def keep(deltas: Mapping[str, ops.Delta], number: int) -> ops.NativeAdapter:
         packed.append(deltas)
         return pack(deltas)
 

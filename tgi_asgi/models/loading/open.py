@@ -249,9 +249,7 @@ class OpenModel:
         if self._open_module is None:
             other = "load a safetensors checkpoint" if self._is_file_alone else "use --model-impl auto"
             raise ModelLoadError(f"{reason}: {other}, or hide the GPU with CUDA_VISIBLE_DEVICES=")
-        # That a GPU's native code reads no images is no news.
-        reads_images = isinstance(self._model, Native) and self._model.images is not None
-        self.why_generic = "" if reads_images else reason
+        self.why_generic = reason
         if isinstance(self.weights, CheckpointWeights):
             self.weights = self.weights.files
         self._model = self._open_module()

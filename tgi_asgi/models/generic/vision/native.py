@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from tgi_asgi import ops
 from tgi_asgi.models.decoder import Decoder
@@ -53,8 +54,12 @@ class NativeImages:
         limits: ops.StepLimits, *, adapters: ops.AdapterLayout | None, image_cache: int,
     ) -> NativeVisionProgram:  # fmt: skip
         """Return the program that runs a model's steps; `image_cache` is that of `make_program`."""
-        images = RunningImages(self._module, self._traits, EncodingCache(self.tower, image_cache))
+        images = self.running(image_cache)
         return NativeVisionProgram(record(model, caches, states), limits, self, images, adapters)
+
+    def running(self, image_cache: int) -> RunningImages:
+        """Return a table of the images that sequences have, with a cache of so many bytes of encodings."""
+        return RunningImages(self._module, self._traits, EncodingCache(self.tower, image_cache))
 
     @property
     def lookahead(self) -> Lookahead:
@@ -71,12 +76,29 @@ class NativeImages:
         seen = images.rows(parts)
         tokens = np.concatenate(seen.places) if seen.places else np.empty(0, np.int64)
         rows = ops.ImageRows(
-            tokens, _levels(seen, self._factor), **self._rotary(parts), visible_until=self._ends(parts)
+            tokens, self.levels(seen).numpy(), **self.rotary(parts), visible_until=self._ends(parts)
         )  # fmt: skip
         batch.set_images(rows.native, self._traits.pad_token_id)
 
-    def _rotary(self, parts: Sequence[Part]) -> dict[str, Any]:
-        """Return where tokens are in the rotary table; those on several axes get rows of their own."""
+    def levels(self, seen: SeenRows) -> Tensor:
+        """Return images' rows [levels, n, hidden], those of the first level times a factor."""
+        if not seen.rows:
+            return torch.empty(1, 0, 0)
+        levels = [torch.cat(list(each)) for each in (seen.rows, *zip(*seen.deep, strict=True))]
+        if self._factor != 1:
+            levels[0] = levels[0] * self._factor
+        return torch.stack(levels)
+
+    @property
+    def rope(self) -> ops.RopeTable | None:
+        """The table by which tokens on several axes turn; None: positions have one axis."""
+        return None if self._axis_of is None else self._rope
+
+    def rotary(self, parts: Sequence[Part]) -> dict[str, Any]:
+        """Return where tokens are in the rotary table; those on several axes get rows of their own.
+
+        The result is empty if positions have one axis, else as the arguments of `ops.ImageRows`.
+        """
         if self._axis_of is None or self._rope is None:
             return {}
         axes = axes_of(parts, self._traits.num_axes).numpy()
@@ -92,17 +114,6 @@ class NativeImages:
         if self.lookahead is Lookahead.NOTHING:
             return np.empty(0, np.int64)
         return np.concatenate([sequence.ends(self.lookahead, at) for _, sequence, at in parts])
-
-
-def _levels(seen: SeenRows, factor: float) -> Floats:
-    """Return images' rows [levels, n, hidden], those of the first level times a factor."""
-    if not seen.rows:
-        return np.empty((1, 0, 0), np.float32)
-    levels = [torch.cat(list(each)) for each in (seen.rows, *zip(*seen.deep, strict=True))]
-    if factor != 1:
-        levels[0] = levels[0] * factor
-    found: Floats = torch.stack(levels).numpy()
-    return found
 
 
 class NativeVisionProgram(ImageProgram, ops.CpuProgram):

@@ -138,7 +138,7 @@ def find_text(model: Any, traits: VisionTraits) -> NativeText | None:
         return None
     config = _config_of(model, decoder, head)
     factor = float(getattr(decoder, "embedding_multiplier", 1.0))
-    images = ImageSpec(deep)
+    images = ImageSpec(deep, sees_ahead=traits.lookahead is not Lookahead.NOTHING)
     return NativeText(config, paths[id(decoder)], head, traits, images, axis_of, _own_logits(model), factor)
 
 

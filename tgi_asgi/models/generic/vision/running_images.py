@@ -58,6 +58,15 @@ class RunningImages:
         found = self._sequences[slot] = sequence_images_of(self._model, self._traits, prompt_ids, images)
         return found
 
+    def of(self, slot: int) -> SequenceImages:
+        """Return the images of a slot's sequence."""
+        return self._sequences.get(slot, NO_IMAGES)
+
+    def has_prompt_at(self, slot: int, position: int) -> bool:
+        """Return whether a position is in the prompt of a sequence that has images."""
+        sequence = self.of(slot)
+        return bool(sequence.images) and position < sequence.num_prompt
+
     def advance(self, images: Sequence[ImageInput], seconds: float) -> tuple[list[bool], float]:
         """Encode images before the steps that need them, as `EncodingCache.advance`; and the seconds."""
         begun = time.monotonic()
@@ -68,7 +77,7 @@ class RunningImages:
         stops = batch.query_start.tolist()
         positions = batch.positions.astype(np.int64)
         return [
-            (first, self._sequences.get(slot, NO_IMAGES), positions[first:stop])
+            (first, self.of(slot), positions[first:stop])
             for slot, first, stop in zip(batch.row_slots.tolist(), stops[:-1], stops[1:], strict=True)
         ]
 

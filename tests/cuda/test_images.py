@@ -1,0 +1,174 @@
+"""Vision models whose text the native kernels compute on a GPU, emulated, against `transformers`.
+
+Heads have 64 dims, the fewest that the kernels take. Steps with images are launched call by call, the others
+replay graphs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.emulated_runner import make_device
+from tests.support import vision_models as vision
+from tests.support.runner_driver import Job, generate
+from tests.support.vision_chats import Part, chatting
+from tests.support.vision_models import picture
+from tests.support.vision_table import FAMILIES
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.runner.cuda_images import CudaImages
+from tgi_asgi.runner.load import LoadedModel, load
+from tgi_asgi.runner.plan import SlotStart
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import SamplingParams
+
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]  # of transformers' own code
+
+SCORED = SamplingParams(temperature=0.0, logprobs=3)
+TOLERANCE = 0.05  # of a log-probability, in float16
+_WIDE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+_SECTIONS = [16, 8, 8]  # pairs of dims that turn by each axis, if all of a head's do
+
+
+def _wide(name: str) -> dict[str, Any]:
+    """Return a family's configuration with a text model of wide heads, whose pairs turn by three axes."""
+    config = FAMILIES[name].config
+    text, tower = {**config["text_config"], **_WIDE}, dict(config["vision_config"])
+    rope = text.get("rope_parameters", {})
+    if "mrope_section" in rope:
+        share = rope.get("partial_rotary_factor", 1.0)
+        text["rope_parameters"] = {**rope, "mrope_section": [int(pairs * share) for pairs in _SECTIONS]}
+        tower["hidden_size" if name == "qwen2_vl" else "out_hidden_size"] = text["hidden_size"]
+    return {**config, "text_config": text, "vision_config": tower}
+
+
+@pytest.fixture
+def folder_of(tmp_path: Path) -> Callable[[str], Path]:
+    def make(name: str) -> Path:
+        family = FAMILIES[name]
+        vision.make_family(name, dataclasses.replace(family, config=_wide(name)), tmp_path)
+        return tmp_path
+
+    return make
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
+    device = make_device()
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
+    return device
+
+
+def serve(folder: Path, **changes: Any) -> LoadedModel:
+    settings: Mapping[str, Any] = {
+        "dtype": "float16", "num_threads": 1, "thread_nice": 0, "max_batch_size": 3,
+        "max_batch_prefill_tokens": 256, "max_total_tokens": 512, **changes,
+    }  # fmt: skip
+    return load(Settings(**settings), ModelFiles("m", None, "directory", folder), lambda *call: None)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llava",
+        "qwen2_vl",  # positions with three axes
+        "qwen3_vl",  # and rows for deeper layers
+        pytest.param("smolvlm", marks=pytest.mark.models),
+        pytest.param("qwen2_5_vl", marks=pytest.mark.models),
+        pytest.param("glm4v", marks=pytest.mark.models),  # neighbouring dims turn together
+        pytest.param("granite_vision", marks=pytest.mark.models),  # a factor on all rows
+    ],
+)
+async def test_log_probabilities_are_those_of_transformers(
+    name: str, folder_of: Callable[[str], Path], device: EmulatedDevice
+) -> None:
+    await compare(name, folder_of(name), device)
+
+
+async def compare(name: str, folder: Path, device: EmulatedDevice) -> None:
+    texts: list[list[Part]] = [
+        ["what is ", picture(50, 30), " and ", picture(40, 70, 1), " this?"],
+        ["no picture here, is there"],
+        ["one ", picture(66, 33, 2), "?"],
+    ]
+    prompts = [vision.prompt_of(name, folder, parts) for parts in texts]
+    jobs = [
+        Job(
+            prompt.ids,
+            5,
+            SCORED,
+            wants_prompt_logprobs=None if at == 2 else 3,
+            start={"images": prompt.images},
+        )
+        for at, prompt in enumerate(prompts)
+    ]
+    loaded = serve(folder)
+    try:
+        assert loaded.info.implementation == "native"
+        await generate(loaded.runner, jobs, chunk=23)
+    finally:
+        loaded.runner.close()
+    assert device.replayed > 0
+    model = vision.open_reference(folder)
+    for prompt, job in zip(prompts, jobs, strict=True):
+        logits = vision.reference(folder, prompt, job.token_ids, model)
+        wanted = torch.from_numpy(logits).double().log_softmax(-1)
+        first = len(prompt.ids) - 1
+        for row, sampled in zip(wanted[first:], job.sampled, strict=False):
+            assert float(row[sampled.token_id]) > float(row.max()) - TOLERANCE, "not the best token"
+            assert sampled.logprob == pytest.approx(float(row[sampled.token_id]), abs=TOLERANCE)
+        for row, (_, top) in zip(wanted, job.prompt_logprobs[1:], strict=False):
+            assert dict(top) == pytest.approx({token: float(row[token]) for token, _ in top}, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("fault", ["no rows", "no axes", "no shift"])
+async def test_a_fault_shows(
+    fault: str, folder_of: Callable[[str], Path], device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault == "no rows":
+        monkeypatch.setattr("tgi_asgi.ops.cuda.place_rows", lambda *operands, level: None)
+    elif fault == "no axes":
+        monkeypatch.setattr(CudaImages, "_turn", lambda *given: None)
+    else:
+        monkeypatch.setattr(CudaImages, "start", _start_without_shift)
+    with pytest.raises(AssertionError):
+        await compare("qwen3_vl", folder_of("qwen3_vl"), device)
+
+
+def _start_without_shift(
+    images: CudaImages, start: SlotStart, begin: Callable[[CudaImages, SlotStart], None] = CudaImages.start
+) -> None:
+    begin(images, start)
+    images._shifts[:] = 0
+
+
+async def test_answers_with_images_over_http(
+    folder_of: Callable[[str], Path], device: EmulatedDevice
+) -> None:
+    """Images are encoded ahead of the prompts; drafts, choices and lost blocks change no answer."""
+    turns: list[list[Part]] = [
+        ["what is ", picture(50, 30), " and ", picture(40, 70, 1), " this?"],
+        ["no picture here"],
+    ]
+    folder = folder_of("qwen2_vl")
+    given: dict[str, Any] = {"max_tokens": 48, "extra_body": {"ignore_eos": True}}
+    options: dict[str, Any] = {"dtype": "float16", "batch_invariant": True}
+    async with chatting(folder, speculate=0, **options) as (ask, app):
+        assert app.context.served is not None and app.context.served.info.implementation == "native"
+        wanted = [(await ask(turn, **given)).choices[0].message.content for turn in turns]
+        longest = max([(await ask(turn, max_tokens=1)).usage.prompt_tokens for turn in turns]) + 48
+    room = {"max_batch_total_tokens": -(-longest // 16) * 16 + 32, "max_total_tokens": longest + 1}
+    async with chatting(folder, speculate=3, max_batch_prefill_tokens=64, **room, **options) as (ask, app):
+        found = await asyncio.gather(*(ask(turn, n=2, **given) for turn in turns))
+        assert app.context.served is not None and app.context.served.stats is not None
+        assert app.context.served.stats.preemptions > 0
+    assert [[each.message.content for each in answer.choices] for answer in found] == [
+        [answer] * 2 for answer in wanted
+    ]

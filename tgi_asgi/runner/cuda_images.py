@@ -1,0 +1,104 @@
+"""The images of a CUDA runner's sequences: their encodings, and what a step needs of them.
+
+    between steps   the tower encodes images on the runner's stream, so that later steps can use the rows
+    a step          rows in place of tokens; positions of its tokens in the rotary tables
+
+Called by `CudaRunner`, on the thread that launches steps. A step with a prompt's images is launched call by
+call; all others replay graphs, whose inputs have the right positions already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tgi_asgi.ops.cuda import CudaProgram
+from tgi_asgi.ops.cuda_batch import CudaImageRows
+from tgi_asgi.runner.cuda_drafts import DraftedRows
+from tgi_asgi.runner.cuda_layout import StepLayout
+from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.types import Bidirectional
+
+if TYPE_CHECKING:  # imports transformers
+    from tgi_asgi.models.generic.vision.native import NativeImages
+    from tgi_asgi.models.generic.vision.running_images import Part
+
+
+class CudaImages:
+    """Encodes images, and brings their rows to the steps of a program.
+
+    Args:
+        reader: Has the tower, and knows where the text model has its images' tokens.
+        image_cache: Bytes of encoded images to keep on the device.
+        num_slots: Number of slots of sequences.
+
+    Attributes:
+        bidirectional: Which parts of a prompt must be in one step.
+    """
+
+    bidirectional = Bidirectional.NOTHING
+
+    def __init__(
+        self, reader: NativeImages, program: CudaProgram, *, image_cache: int, num_slots: int
+    ) -> None:
+        self._reader, self._program = reader, program
+        self._images = reader.running(image_cache)
+        self._shifts = np.zeros(num_slots, np.int32)  # added to positions after a prompt with images
+
+    def start(self, start: SlotStart) -> None:
+        """Assign a slot to a sequence with these images."""
+        found = self._images.start(start.slot, start.prompt_ids, start.images)
+        self._shifts[start.slot] = found.delta
+
+    def are_in(self, rows: Iterable[StepRow]) -> bool:
+        """Return whether a row has tokens of a prompt with images."""
+        return any(self._images.has_prompt_at(row.slot, row.start) for row in rows)
+
+    def place(
+        self, rows: Sequence[StepRow], drafted: DraftedRows | None, layout: StepLayout,
+        inputs: npt.NDArray[np.uint8],
+    ) -> CudaImageRows | None:  # fmt: skip
+        """Write the tokens' places in the rotary tables; return the step's rows of images, if it has any.
+
+        Args:
+            drafted: Has the slots of rows that are drafts.
+            inputs: The step's inputs, whose positions are the tokens' own.
+        """
+        slots = [row.slot for row in rows] if drafted is None else drafted.slots
+        positions = layout.shape.sections.arrays(inputs)["positions"]
+        shifts, decodes = self._shifts[slots], layout.rows.num_decodes
+        positions[:decodes] += shifts[:decodes]
+        parts: list[Part] = []
+        for index, (row, slot) in enumerate(zip(rows, slots, strict=True)):
+            first, count = layout.end(index) - row.num_tokens, row.num_tokens
+            if self._images.has_prompt_at(slot, row.start):
+                own = np.arange(row.start, row.start + count)
+                parts.append((first, self._images.of(slot), own))
+            elif index >= decodes:
+                positions[first : first + count] += shifts[index]
+        if not parts:
+            return None
+        self._turn(parts, positions)
+        seen, device = self._images.rows(parts), self._program.device
+        if not seen.places:
+            return None
+        tokens = torch.from_numpy(np.concatenate(seen.places)).to(device, non_blocking=True)
+        return CudaImageRows(tokens, self._reader.levels(seen).to(device, torch.float32))
+
+    def _turn(self, parts: Sequence[Part], positions: npt.NDArray[Any]) -> None:
+        """Write the places of tokens whose positions have several axes: rows that only this step has."""
+        turns, angles = self._reader.rotary(parts), self._program.own_angles
+        if not turns or angles is None:
+            return
+        rotary, first = turns["rotary"], angles.write(turns["cosines"], turns["sines"])
+        rotary = np.where(rotary < 0, first - 1 - rotary, rotary)
+        tokens = np.concatenate([np.arange(at, at + len(own)) for at, _, own in parts])
+        positions[tokens] = rotary
+
+    def advance(self, plan: StepPlan, result: StepResult) -> None:
+        """Encode images before the steps that need them, as the plan asks."""
+        result.is_encoded, result.image_s = self._images.advance(plan.images, plan.image_budget_s)
