@@ -10,22 +10,33 @@ import asyncio
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
+from tests.cuda import apart_device
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.emulated_runner import make_device
 from tests.support import vision_models as vision
 from tests.support.runner_driver import Job, generate
 from tests.support.vision_chats import Part, chatting
 from tests.support.vision_models import picture
+from tests.support.vision_runs import load_native
 from tests.support.vision_table import FAMILIES
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.generic.vision.native import NativeImages
+from tgi_asgi.ops import DeviceRows
+from tgi_asgi.ops.cuda import CudaProgram
+from tgi_asgi.ops.cuda_image_rows import OwnAngles, place_rows
+from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.cuda_images import CudaImages
+from tgi_asgi.runner.cuda_layout import plain_layout
+from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.load import LoadedModel, load
-from tgi_asgi.runner.plan import SlotStart
+from tgi_asgi.runner.plan import RunnerTraits, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
@@ -172,3 +183,38 @@ async def test_answers_with_images_over_http(
     assert [[each.message.content for each in answer.choices] for answer in found] == [
         [answer] * 2 for answer in wanted
     ]
+
+
+def test_rows_and_angles_are_written_on_the_device(folder_of: Callable[[str], Path]) -> None:
+    """On a device whose tensors are not the host's: the emulated one would not notice a mix."""
+    device = apart_device.find_device()
+    folder = folder_of("qwen3_vl")
+    model = load_native(folder, Repacking(torch.float32, device))
+    assert model is not None and isinstance(model.images, NativeImages) and model.images.rope is not None
+    angles = OwnAngles(model.images.rope, 64, device)
+    program = cast(CudaProgram, SimpleNamespace(device=device, own_angles=angles))
+    images = CudaImages(model.images, program, image_cache=1 << 20, num_slots=2)
+    prompt = vision.prompt_of("qwen3_vl", folder, ["what is ", picture(50, 30), " this?"])
+    images.start(SlotStart(1, SCORED, 0, prompt.ids, images=prompt.images))
+    result = StepResult(0, [])
+    images.advance(StepPlan(0, [], images=list(prompt.images), image_budget_s=60.0), result)
+    assert result.is_encoded == [True]
+    rows = [StepRow(1, prompt.ids, 0, [[3, 4, 5, 6]], samples=True)]
+    traits = RunnerTraits(num_blocks=8, block_size=16, max_batch_size=2, max_step_tokens=64)
+    reading = DeviceRows(StepRow, StepInputs.of(traits, model.config.vocab_size, 64).limits, False)
+    reading.start(1, len(prompt.ids))
+    reading.read(rows)
+    layout = plain_layout(reading, [0])
+    inputs = np.zeros(layout.shape.num_bytes, np.uint8)
+    reading.write(inputs, layout.shape.sections.firsts, layout.shape.sizes, [0], [], [])
+    brought = images.place(rows, None, layout, inputs)
+    assert brought is not None and brought.tokens.device == brought.rows.device == device
+    positions = layout.shape.sections.arrays(inputs)["positions"]
+    first = len(model.images.rope.cos)
+    turned = positions[positions >= first] - first
+    assert turned.tolist() == list(range(len(turned))) and len(turned) > 0
+    x = torch.zeros(len(prompt.ids), model.config.hidden_size, device=device)
+    for level in range(len(brought.rows)):
+        place_rows(x, brought.tokens, brought.rows, level)
+    assert x.to("cpu").abs().sum(-1).count_nonzero() == len(brought.tokens)
+    assert angles.cos[first : first + len(turned)].to("cpu").abs().sum() > 0
