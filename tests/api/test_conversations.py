@@ -175,3 +175,15 @@ def test_bytes_are_bounded_and_counted_exactly() -> None:
     assert store.find("a", None) is None  # both do not fit
     store.delete("b", None)
     assert store.size == 0
+
+
+async def test_a_conversation_without_an_id_is_refused_and_one_is_made_without_a_body() -> None:
+    async with client_of(app_of(ScriptedEngine(say("Hello")))) as client:
+        made = await client.post("/v1/conversations")
+        asked = {"model": "m", "input": "one", "conversation": ""}
+        refused = await client.post("/v1/responses", json=asked)
+    assert made.status_code == 200 and made.json()["id"].startswith("conv_")
+    assert refused.status_code == 404
+    assert (refused.json()["error"]["param"], refused.json()["error"]["code"]) == (
+        "conversation", "conversation_not_found"
+    )  # fmt: skip

@@ -317,7 +317,8 @@ async def test_a_template_from_a_request_is_forbidden() -> None:
     call = await send(
         scripted_app(ScriptedEngine()), request("POST", CHAT, {"messages": HI, "chat_template": "x"})
     )
-    assert (call.status, call.json()["error"]["type"]) == (403, "permission_error")
+    error = call.json()["error"]
+    assert (call.status, error["type"], error["param"]) == (403, "permission_error", "chat_template")
 
 
 async def test_the_administrators_limits_hold_on_v1() -> None:

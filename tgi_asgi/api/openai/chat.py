@@ -155,7 +155,7 @@ def _check_chat(request: ChatRequest, limits: Limits, *, is_compat: bool) -> tup
     if top and not request.logprobs and not is_compat:
         refuse_field("top_logprobs", "is only allowed with `logprobs: true`")
     if request.chat_template is not None:
-        raise Forbidden("`chat_template` is not accepted from requests")
+        raise Forbidden("`chat_template` is not accepted from requests", param="chat_template")
     return max_tokens, top if request.logprobs else None
 
 

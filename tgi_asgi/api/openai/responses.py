@@ -88,7 +88,7 @@ def parse_response(body: bytes, exchange: Exchange) -> Callable[[], Call]:
     request = decode_json(body, DECODER)
     _check(request)
     conversation = None
-    if request.conversation_id:
+    if request.conversation_id is not None:
         conversation = find_conversation(exchange, request.conversation_id)
         history: Sequence[bytes] = [*exchange.context.conversations.items_of(conversation).values()]
     else:
@@ -164,7 +164,7 @@ def _job(
 ) -> Job:
     """Return the job of a request with these items, after those of earlier responses."""
     served, whole = context.ready(), [*earlier, *items]
-    paths = ItemPaths(earlier="conversation" if request.conversation_id else "previous_response_id")
+    paths = ItemPaths(earlier="previous_response_id" if request.conversation_id is None else "conversation")
     form, (effort_field, effort) = current_settings(request, whole, len(earlier), paths)
     images = served.new_images()
     messages = read_items(whole, len(earlier), images, tools, paths)
@@ -256,10 +256,10 @@ def _check(request: ResponsesRequest) -> None:
         "messages": ("input", request.input),
     }
     check_renamed(request, renamed)
-    if request.conversation_id and request.previous_response_id is not None:
+    if request.conversation_id is not None and request.previous_response_id is not None:
         message = "`conversation` and `previous_response_id` exclude each other: both say what comes before"
         refuse("conversation", message, "mutually_exclusive_parameters")
-    if request.input is None and request.previous_response_id is None and not request.conversation_id:
+    if request.input is None and request.previous_response_id is None and request.conversation_id is None:
         refuse_field("input", "is required")
     for name in ("n", "best_of"):
         if getattr(request, name) not in (None, 1):
