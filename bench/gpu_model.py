@@ -77,7 +77,7 @@ class RandomLlama:
     """
 
     kind: ClassVar[Literal["native"]] = "native"
-    images = None
+    images = turns_by = None
 
     def __init__(self, config: ModelConfig, max_positions: int, weights: str = "bf16") -> None:
         self.config = config

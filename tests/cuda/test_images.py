@@ -20,6 +20,8 @@ import torch
 from tests.cuda import apart_device
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.emulated_runner import make_device
+from tests.cuda.emulated_shards import ShardDevice
+from tests.emulation import library
 from tests.support import vision_models as vision
 from tests.support.runner_driver import Job, generate
 from tests.support.vision_chats import Part, chatting
@@ -103,7 +105,18 @@ async def test_log_probabilities_are_those_of_transformers(
     await compare(name, folder_of(name), device)
 
 
-async def compare(name: str, folder: Path, device: EmulatedDevice) -> None:
+@pytest.mark.parametrize("name", ["qwen3_vl", pytest.param("llava", marks=pytest.mark.models)])
+async def test_two_devices_share_the_images_of_one(
+    name: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first encodes images; the other gets their rows, and the rows of the rotary table."""
+    library.require()
+    device = ShardDevice(0)
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
+    await compare(name, folder_of(name), device, num_shard=2)
+
+
+async def compare(name: str, folder: Path, device: EmulatedDevice, **changes: Any) -> None:
     texts: list[list[Part]] = [
         ["what is ", picture(50, 30), " and ", picture(40, 70, 1), " this?"],
         ["no picture here, is there"],
@@ -120,7 +133,7 @@ async def compare(name: str, folder: Path, device: EmulatedDevice) -> None:
         )
         for at, prompt in enumerate(prompts)
     ]
-    loaded = serve(folder)
+    loaded = serve(folder, **changes)
     try:
         assert loaded.info.implementation == "native"
         await generate(loaded.runner, jobs, chunk=23)
@@ -146,7 +159,7 @@ async def test_a_fault_shows(
     if fault == "no rows":
         monkeypatch.setattr("tgi_asgi.ops.cuda.place_rows", lambda *operands, level: None)
     elif fault == "no axes":
-        monkeypatch.setattr(CudaImages, "_turn", lambda *given: None)
+        monkeypatch.setattr(CudaImages, "_turn", lambda *given: (None, None))
     else:
         monkeypatch.setattr(CudaImages, "start", _start_without_shift)
     with pytest.raises(AssertionError):
@@ -190,8 +203,8 @@ def test_rows_and_angles_are_written_on_the_device(folder_of: Callable[[str], Pa
     device = apart_device.find_device()
     folder = folder_of("qwen3_vl")
     model = load_native(folder, Repacking(torch.float32, device))
-    assert model is not None and isinstance(model.images, NativeImages) and model.images.rope is not None
-    angles = OwnAngles(model.images.rope, 64, device)
+    assert model is not None and isinstance(model.images, NativeImages) and model.turns_by is not None
+    angles = OwnAngles(model.turns_by, 64, device)
     program = cast(CudaProgram, SimpleNamespace(device=device, own_angles=angles))
     images = CudaImages(model.images, program, image_cache=1 << 20, num_slots=2)
     prompt = vision.prompt_of("qwen3_vl", folder, ["what is ", picture(50, 30), " this?"])
@@ -210,7 +223,7 @@ def test_rows_and_angles_are_written_on_the_device(folder_of: Callable[[str], Pa
     brought = images.place(rows, None, layout, inputs)
     assert brought is not None and brought.tokens.device == brought.rows.device == device
     positions = layout.shape.sections.arrays(inputs)["positions"]
-    first = len(model.images.rope.cos)
+    first = len(model.turns_by.cos)
     turned = positions[positions >= first] - first
     assert turned.tolist() == list(range(len(turned))) and len(turned) > 0
     x = torch.zeros(len(prompt.ids), model.config.hidden_size, device=device)

@@ -31,7 +31,8 @@ class Decoder:
     Attributes:
         layer_class, parallel_class, weights_class, checkpoint: Attributes that a family may override.
         path: Module path of the layers' parent, as adapters name it.
-        images: What reads images, if the model accepts any.
+        images: What reads images, if the model accepts any; the other shards of a model do not.
+        turns_by: The rotary table of tokens whose positions have several axes; None: positions have one.
     """
 
     kind: ClassVar[Literal["native"]] = "native"
@@ -40,6 +41,7 @@ class Decoder:
     weights_class: type[LayerWeights] = LayerWeights
     checkpoint = CheckpointLayout()
     images: ImageReader | None = None
+    turns_by: ops.RopeTable | None = None
 
     def __init__(
         self, config: ModelConfig, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int

@@ -22,10 +22,6 @@ class ImageReader(Protocol):
     ) -> ops.CpuProgram:  # fmt: skip
         """Return the program that runs the model's steps; `image_cache` is that of `make_program`."""
 
-    @property
-    def rope(self) -> ops.RopeTable | None:
-        """The table by which tokens on several axes turn; None: positions have one axis."""
-
 
 class Model(Protocol):
     """A model's code over the operators, as the runner sees it."""
@@ -36,6 +32,10 @@ class Model(Protocol):
     @property
     def images(self) -> ImageReader | None:
         """What reads images, if the model accepts any."""
+
+    @property
+    def turns_by(self) -> ops.RopeTable | None:
+        """The rotary table of tokens whose positions have several axes; None: positions have one."""
 
     def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
         """Return the residual stream of a batch.

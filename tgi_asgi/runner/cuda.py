@@ -32,7 +32,7 @@ from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Command, Device, Event
 from tgi_asgi.runner.cuda_drafts import CudaDrafts, LaidStep
-from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message, Slot
+from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message, Slot, StepImages
 from tgi_asgi.runner.cuda_images import CudaImages
 from tgi_asgi.runner.cuda_in_flight import InFlight
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
@@ -163,7 +163,7 @@ class CudaRunner:
         if model.images is not None:
             self._images = CudaImages(
                 cast("NativeImages", model.images), self._steps.program, image_cache=image_cache,
-                num_slots=max_batch_size,
+                num_slots=max_batch_size, share=None if shards is None else self._share_images,
             )  # fmt: skip
         self._vectors = CudaPooler(self._steps.program, device, outputs.dense)
         self._scorer = PromptScorer(self._logits_of, token_logprobs, torch.clone, max_rows=limits.max_rows)
@@ -346,6 +346,12 @@ class CudaRunner:
             raise PlanError("a row may have drafts, which this runner does not make")
         self._start_grammars(plan, waits or drafts.must_wait(plan))
         return drafts.lay_out(plan, self._sampler, staging.sampling, is_idle=self._in_flight.is_idle)
+
+    def _share_images(self, message: StepImages, rows: Tensor) -> None:
+        assert self._shards is not None
+        with self._together(message):
+            if len(message.tokens):
+                self._shards.broadcast(rows)
 
     def _sampling(self, result: StepResult) -> list[int]:
         """Return the rows that sample; if the model generates nothing, answer the engine's probe at once."""

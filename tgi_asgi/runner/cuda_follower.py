@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from tgi_asgi.formats.sources import ModelFiles
@@ -17,7 +19,9 @@ from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.shard import ModelCut
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
+from tgi_asgi.ops.cuda_batch import CudaImageRows
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.cuda_shards import CudaShard, DeviceGroup
 from tgi_asgi.runner.cuda_adapters import make_adapter_layout
@@ -94,8 +98,18 @@ class Slot:
     adapter: int  # its number
 
 
+@dataclass(frozen=True, slots=True)
+class StepImages:
+    """The next step has rows of images, which shard 0 broadcasts now, and rows of its own rotary table."""
+
+    tokens: npt.NDArray[np.int64]  # [n], those of the step that have rows
+    shape: tuple[int, ...]  # of the rows, [levels, n, hidden]
+    cosines: Floats | None
+    sines: Floats | None
+
+
 # A `StepShape` means a step; its inputs follow as bytes. None: end.
-Message = Cache | Copies | Logits | Slot | StepShape | None
+Message = Cache | Copies | Logits | Slot | StepImages | StepShape | None
 
 
 class Follower:
@@ -138,7 +152,7 @@ class Follower:
         shard.group.all_reduce_min(device.free_bytes())
         staging = [device.pinned(self._spec.largest.num_bytes) for _ in range(MAX_IN_FLIGHT)]
         taken: list[Event] = [device.event() for _ in staging]
-        num_steps = 0
+        num_steps, images = 0, None
         while (message := connection.recv()) is not None:
             match message:
                 case StepShape():
@@ -147,7 +161,10 @@ class Follower:
                     taken[at].synchronize()  # the step before the last has read its inputs
                     connection.recv_bytes_into(staging[at].numpy())
                     upload = steps.upload(message, staging[at])
-                    device.submit([*upload, taken[at], steps.graphs_of(message).forward])
+                    device.submit([*upload, taken[at], steps.graphs_of(message, images).forward])
+                    images = None
+                case StepImages():
+                    images = _receive(message, steps, shard)
                 case Logits():
                     steps.head(message.rows)
                 case Copies():
@@ -171,3 +188,15 @@ class Follower:
         adapter = self._adapters.get(message.adapter)
         if adapter is not None and self._layout is not None:
             self._layout.copy(message.slot, adapter)
+
+
+def _receive(message: StepImages, steps: CudaSteps, shard: CudaShard) -> CudaImageRows | None:
+    """Write the step's angles, and return its rows of images, if it has any."""
+    program = steps.program
+    if message.cosines is not None and message.sines is not None and program.own_angles is not None:
+        program.own_angles.write(message.cosines, message.sines)
+    if not len(message.tokens):
+        return None
+    rows = torch.empty(message.shape, dtype=torch.float32, device=program.device)
+    shard.group.broadcast(rows)
+    return CudaImageRows(torch.from_numpy(message.tokens).to(program.device), rows)

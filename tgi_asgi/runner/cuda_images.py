@@ -9,16 +9,19 @@ call; all others replay graphs, whose inputs have the right positions already.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.cuda import CudaProgram
 from tgi_asgi.ops.cuda_batch import CudaImageRows
 from tgi_asgi.runner.cuda_drafts import DraftedRows
+from tgi_asgi.runner.cuda_follower import StepImages
 from tgi_asgi.runner.cuda_layout import StepLayout
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.types import Bidirectional
@@ -35,6 +38,7 @@ class CudaImages:
         reader: Has the tower, and knows where the text model has its images' tokens.
         image_cache: Bytes of encoded images to keep on the device.
         num_slots: Number of slots of sequences.
+        share: Tells other shards what a step has of images, and gives them its rows; None: there are none.
 
     Attributes:
         bidirectional: Which parts of a prompt must be in one step.
@@ -43,9 +47,10 @@ class CudaImages:
     bidirectional = Bidirectional.NOTHING
 
     def __init__(
-        self, reader: NativeImages, program: CudaProgram, *, image_cache: int, num_slots: int
-    ) -> None:
-        self._reader, self._program = reader, program
+        self, reader: NativeImages, program: CudaProgram, *, image_cache: int, num_slots: int,
+        share: Callable[[StepImages, Tensor], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._reader, self._program, self._share = reader, program, share
         self._images = reader.running(image_cache)
         self._shifts = np.zeros(num_slots, np.int32)  # added to positions after a prompt with images
 
@@ -82,22 +87,31 @@ class CudaImages:
                 positions[first : first + count] += shifts[index]
         if not parts:
             return None
-        self._turn(parts, positions)
+        cosines, sines = self._turn(parts, positions)
         seen, device = self._images.rows(parts), self._program.device
+        tokens = np.concatenate(seen.places) if seen.places else np.empty(0, np.int64)
+        found = self._reader.levels(seen).to(device, torch.float32)
+        if self._share is not None:
+            self._share(StepImages(tokens, tuple(found.shape), cosines, sines), found)
         if not seen.places:
             return None
-        tokens = torch.from_numpy(np.concatenate(seen.places)).to(device, non_blocking=True)
-        return CudaImageRows(tokens, self._reader.levels(seen).to(device, torch.float32))
+        return CudaImageRows(torch.from_numpy(tokens).to(device, non_blocking=True), found)
 
-    def _turn(self, parts: Sequence[Part], positions: npt.NDArray[Any]) -> None:
-        """Write the places of tokens whose positions have several axes: rows that only this step has."""
+    def _turn(
+        self, parts: Sequence[Part], positions: npt.NDArray[Any]
+    ) -> tuple[Floats, Floats] | tuple[None, None]:
+        """Write the places of tokens whose positions have several axes; return their angles.
+
+        Each of them has a row of the rotary table that only this step has.
+        """
         turns, angles = self._reader.rotary(parts), self._program.own_angles
         if not turns or angles is None:
-            return
-        rotary, first = turns["rotary"], angles.write(turns["cosines"], turns["sines"])
-        rotary = np.where(rotary < 0, first - 1 - rotary, rotary)
+            return None, None
+        cosines, sines, rotary = turns["cosines"], turns["sines"], turns["rotary"]
+        first = angles.write(cosines, sines)
         tokens = np.concatenate([np.arange(at, at + len(own)) for at, _, own in parts])
-        positions[tokens] = rotary
+        positions[tokens] = np.where(rotary < 0, first - 1 - rotary, rotary)
+        return cosines, sines
 
     def advance(self, plan: StepPlan, result: StepResult) -> None:
         """Encode images before the steps that need them, as the plan asks."""

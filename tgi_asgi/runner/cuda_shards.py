@@ -104,6 +104,11 @@ class CudaShards:
         except Exception as error:
             raise DeviceLost(self._lost or f"the shards of the model have parted: {error}") from error
 
+    def broadcast(self, value: Tensor) -> None:
+        """Give the other shards a tensor, for which they wait after the message that tells them of it."""
+        assert self._shard is not None, "`join` comes first"
+        self._shard.group.broadcast(value)
+
     def check(self) -> None:
         """Check that the device's last results are valid.
 

@@ -138,7 +138,7 @@ class CudaSteps:
         self._kv = [CudaKvLayer(pool, *of_layer) for pool, of_layer in zip(pools, scales, strict=True)]
         self.program = CudaProgram(
             record(model, self._kv), limits, modes, max_blocks=spec.max_blocks, device=device.device,
-            shard=shard, adapters=adapters, turns_by=None if model.images is None else model.images.rope,
+            shard=shard, adapters=adapters, turns_by=model.turns_by,
         )  # fmt: skip
         self._inputs = torch.zeros(spec.largest.sections.num_bytes, dtype=torch.uint8, device=device.device)
         # A step uploads only the columns that it has; later ones are left from earlier steps and are past

@@ -41,7 +41,7 @@ def cuts_of(opened: OpenModel, settings: Settings, num_gpus: int | None) -> list
     asks, cure = f"--num-shard {count} asks for", "change it, or leave it out"
     if num_gpus is not None and num_gpus < count:
         raise ModelLoadError(f"{asks} {count} GPUs, and {num_gpus} can be seen: {cure}")
-    return opened.cuts(count)
+    return opened.cuts(count, reads_images=num_gpus is not None)
 
 
 def repeats_of(config: ServedConfig, cuts: Sequence[ModelCut]) -> float:

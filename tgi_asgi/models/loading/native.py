@@ -38,13 +38,16 @@ class Native:
     images: Images | None = None
 
     def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> Model:
-        """Load the model, and the tower if it has one."""
-        model = self.family.model(self.config, weights, arithmetic, max_positions)
+        """Load the model, and the tower if it has one; of several shards, the first has the tower."""
+        model, cut = self.family.model(self.config, weights, arithmetic, max_positions), self.config.cut
         if self.images is not None:
             module, text = self.images.module, self.images.text
             assert isinstance(model, Decoder)
             model.path = text.path
-            model.images = module.load_images(named(weights), arithmetic, text, model)
+            if text.axis_of is not None:  # then all layers that rotate have the same table
+                model.turns_by = next((layer.rope for layer in model.layers if layer.rope is not None), None)
+            if cut is None or cut.rank == 0:
+                model.images = module.load_images(named(weights), arithmetic, text, model)
         return model
 
     def packed_tensors(self, weights: Weights) -> list[tuple[str, int]]:

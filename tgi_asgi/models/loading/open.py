@@ -39,7 +39,12 @@ from tgi_asgi.models.loading.recognise import (
 )
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.models.loading.split import split, unsplit
-from tgi_asgi.models.loading.vision import VisionText, open_checkpoint_text, open_gguf_text
+from tgi_asgi.models.loading.vision import (
+    VisionText,
+    VisionWeights,
+    open_checkpoint_text,
+    open_gguf_text,
+)
 from tgi_asgi.models.registry import has_family
 from tgi_asgi.models.rope import scale_positions, stretch_context
 from tgi_asgi.models.shard import ModelCut
@@ -347,8 +352,11 @@ class OpenModel:
         refuse_unread(weights.unread(), self._model.unused)
         return model
 
-    def cuts(self, count: int) -> list[ModelCut]:
+    def cuts(self, count: int, *, reads_images: bool = False) -> list[ModelCut]:
         """Return each of `count` shards' part of the model, before any of it is read.
+
+        Args:
+            reads_images: Whether the shards can have images' rows from the first one.
 
         Raises:
             ModelLoadError: if several shards cannot compute it, or it has too few parts.
@@ -359,13 +367,13 @@ class OpenModel:
                 f"--num-shard {count}: {config.architecture} is computed by transformers' code, which is not "
                 f"split: leave --num-shard out{alone}"
             )
-        found = unsplit(config, self._model.family)
+        found = unsplit(config, self._model.family, reads_images=reads_images)
         check(
             found is None,
             f"--num-shard {count}: {config.architecture} has {found}, which several shards do not compute: "
             f"leave --num-shard out{alone}",
         )
-        assert isinstance(self.weights, GgufWeights | CheckpointWeights)
+        assert isinstance(self.weights, GgufWeights | CheckpointWeights | VisionWeights)
         return split(config, self._model.family, self.weights, count)
 
     def use_cut(self, cut: ModelCut) -> None:

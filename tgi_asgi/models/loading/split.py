@@ -20,10 +20,14 @@ class Blocks(Protocol):
         """Return how many columns of a matrix must stay together when it is cut; 1 if it does not exist."""
 
 
-def unsplit(config: ModelConfig, family: Family) -> str | None:
-    """Return a feature of the model that several shards do not compute; None if there is none."""
+def unsplit(config: ModelConfig, family: Family, *, reads_images: bool = False) -> str | None:
+    """Return a feature of the model that several shards do not compute; None if there is none.
+
+    Args:
+        reads_images: Whether the shards can have images' rows from the first one.
+    """
     found = {
-        "an encoder of images": config.images is not None,
+        "an encoder of images": config.images is not None and not reads_images,
         "recurrent layers": config.has_states,
         "gates of heads": config.has_output_gate or config.has_head_gates,
         "layers of one part": any(layer.part is not None for layer in config.layers),

@@ -86,6 +86,11 @@ class VisionWeights:
         """Return formats and sizes, as described in `Weights.stored`."""
         return {**self.tower.stored(), **self.text.stored()}
 
+    def block_columns(self, name: str) -> int:
+        """Return how many columns of a matrix of the text must stay together when it is cut."""
+        assert isinstance(self.text, CheckpointWeights | GgufWeights)
+        return self.text.block_columns(name)
+
     def close(self) -> None:
         """Unmap the files."""
         self.tower.close()

@@ -45,9 +45,7 @@ class NativeImages:
         """
         self.tower = tower
         self._module, self._traits, self._axis_of = module, text.traits, text.axis_of
-        self._factor = text.rows_factor
-        # If positions have several axes, all layers that rotate have the same.
-        self._rope = next((layer.rope for layer in model.layers if layer.rope is not None), None)
+        self._factor, self._rope = text.rows_factor, model.turns_by
 
     def program(
         self, model: Model, caches: Sequence[ops.Cache], states: Sequence[ops.StateLayer],
@@ -88,11 +86,6 @@ class NativeImages:
         if self._factor != 1:
             levels[0] = levels[0] * self._factor
         return torch.stack(levels)
-
-    @property
-    def rope(self) -> ops.RopeTable | None:
-        """The table by which tokens on several axes turn; None: positions have one axis."""
-        return None if self._axis_of is None else self._rope
 
     def rotary(self, parts: Sequence[Part]) -> dict[str, Any]:
         """Return where tokens are in the rotary table; those on several axes get rows of their own.
