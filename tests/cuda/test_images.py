@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from tests.cuda import apart_device
-from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.emulated_device import EmulatedDevice, Event
 from tests.cuda.emulated_runner import make_device
 from tests.cuda.emulated_shards import ShardDevice
 from tests.emulation import library
@@ -28,12 +29,15 @@ from tests.support.vision_chats import Part, chatting
 from tests.support.vision_models import picture
 from tests.support.vision_runs import load_native
 from tests.support.vision_table import FAMILIES
+from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.generic.backend import CudaBackend
 from tgi_asgi.models.generic.vision.native import NativeImages
 from tgi_asgi.ops import DeviceRows
 from tgi_asgi.ops.cuda import CudaProgram
 from tgi_asgi.ops.cuda_image_rows import OwnAngles, place_rows
 from tgi_asgi.ops.cuda_quant import Repacking
+from tgi_asgi.runner.cuda_device import Command
 from tgi_asgi.runner.cuda_images import CudaImages
 from tgi_asgi.runner.cuda_layout import plain_layout
 from tgi_asgi.runner.inputs import StepInputs
@@ -42,7 +46,7 @@ from tgi_asgi.runner.plan import RunnerTraits, SlotStart, StepPlan, StepResult, 
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
-pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]  # of transformers' own code
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
 
 SCORED = SamplingParams(temperature=0.0, logprobs=3)
 TOLERANCE = 0.05  # of a log-probability, in float16
@@ -90,9 +94,9 @@ def serve(folder: Path, **changes: Any) -> LoadedModel:
 @pytest.mark.parametrize(
     "name",
     [
-        "llava",
-        "qwen2_vl",  # positions with three axes
-        "qwen3_vl",  # and rows for deeper layers
+        "qwen3_vl",  # positions with three axes, and rows for deeper layers
+        pytest.param("llava", marks=pytest.mark.thorough),
+        pytest.param("qwen2_vl", marks=pytest.mark.thorough),
         pytest.param("smolvlm", marks=pytest.mark.models),
         pytest.param("qwen2_5_vl", marks=pytest.mark.models),
         pytest.param("glm4v", marks=pytest.mark.models),  # neighbouring dims turn together
@@ -105,6 +109,7 @@ async def test_log_probabilities_are_those_of_transformers(
     await compare(name, folder_of(name), device)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["qwen3_vl", pytest.param("llava", marks=pytest.mark.models)])
 async def test_two_devices_share_the_images_of_one(
     name: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
@@ -152,6 +157,7 @@ async def compare(name: str, folder: Path, device: EmulatedDevice, **changes: An
             assert dict(top) == pytest.approx({token: float(row[token]) for token, _ in top}, abs=TOLERANCE)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fault", ["no rows", "no axes", "no shift"])
 async def test_a_fault_shows(
     fault: str, folder_of: Callable[[str], Path], device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
@@ -173,6 +179,69 @@ def _start_without_shift(
     images._shifts[:] = 0
 
 
+class LateEvent(Event):
+    """Passes when the device has done what was submitted before it."""
+
+    at_s = 0.0
+
+    def synchronize(self) -> None:
+        time.sleep(max(self.at_s - time.monotonic(), 0.0))
+
+
+class SlowDevice(EmulatedDevice):
+    """A device that takes a while for each step; until then the host goes on."""
+
+    step_s = 0.0
+    ends_at_s = 0.0
+
+    def event(self) -> Event:
+        return LateEvent()
+
+    def submit(self, commands: Sequence[Command]) -> None:
+        super().submit(commands)
+        if any(not isinstance(command, LateEvent) for command in commands):
+            self.ends_at_s = max(self.ends_at_s, time.monotonic()) + self.step_s
+        for command in commands:
+            if isinstance(command, LateEvent):
+                command.at_s = self.ends_at_s
+
+    def wait(self) -> None:
+        """Wait as the backend does on a GPU."""
+        time.sleep(max(self.ends_at_s - time.monotonic(), 0.0))
+
+
+@pytest.mark.thorough
+async def test_the_time_of_steps_is_not_the_tower_s(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tower waits for the device, which may still compute the step before: that is the step's time."""
+    make_device()
+    device = SlowDevice()
+    monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
+    monkeypatch.setattr(CudaBackend, "wait", lambda backend: device.wait())
+    observed: list[float] = []
+    observe = TokenBudget.observe
+
+    def noted(budget: TokenBudget, size: Any, duration_s: float, **more: Any) -> None:
+        observed.append(duration_s)
+        observe(budget, size, duration_s, **more)
+
+    monkeypatch.setattr(TokenBudget, "observe", noted)
+    async with chatting(folder_of("llava"), dtype="float16", speculate=0) as (ask, _):
+        await ask(["hello"], max_tokens=2)
+        device.step_s = 0.1
+        beside = asyncio.create_task(ask(["no image"], max_tokens=25, extra_body={"ignore_eos": True}))
+        await asyncio.sleep(0.5)
+        observed.clear()
+        await ask(["what is ", picture(50, 30), " this?"], max_tokens=2)
+        found = observed.copy()
+        device.step_s = 0.0
+        await beside
+    assert len(found) < 12, "encoding takes a step for each piece"
+    assert min(found) > 0.09
+
+
+@pytest.mark.thorough
 async def test_answers_with_images_over_http(
     folder_of: Callable[[str], Path], device: EmulatedDevice
 ) -> None:

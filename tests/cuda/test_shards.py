@@ -21,6 +21,8 @@ from tests.cuda.test_drafts import LIMIT_S, VOCAB, repetitive
 from tests.emulation import library
 from tests.support.adapters import make_adapter, peft_logprobs
 from tests.support.checkpoints import make_model, save, save_tokenizer
+from tests.support.families import CASES
+from tests.support.family_files import checkpoint
 from tests.support.quantised import save_quantised
 from tests.support.random_requests import answers_of
 from tests.support.runner_driver import Job, compare, generate, sample_over_a_shared_block
@@ -276,6 +278,14 @@ async def test_what_devices_cannot_share_is_refused_by_name(
         with pytest.raises(ModelLoadError, match=message):
             async with serving(files, count):
                 pass
+
+
+async def test_what_keeps_a_model_from_being_shared_is_named(serving: Serve) -> None:
+    """Latent attention has no GPU kernels, so that the code of transformers would compute it."""
+    (case,) = (case for case in CASES if case.name == "deepseek_v3")
+    with pytest.raises(ModelLoadError, match=r"--num-shard 2: .* needs latent attention, .* is not split"):
+        async with serving(checkpoint(case), 2):
+            pass
 
 
 @pytest.mark.models

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from tests.support.gguf_blocks import random_matrix
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.shard import Columns, cut_model
+from tgi_asgi.models.experts import shared_down_names
+from tgi_asgi.models.layer_weights import LayerWeights
+from tgi_asgi.models.registry import all_families
+from tgi_asgi.models.shard import CUT_COLUMNS, Columns, cut_model
 from tgi_asgi.ops.sources import decode
 
 SMOLLM2: dict[str, Any] = {
@@ -98,6 +101,17 @@ def test_every_part_is_had_once_and_every_shard_has_some(
 def test_a_model_with_too_few_parts_is_refused(count: int, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelLoadError, match=message):
         cut_model(count, **{**SMOLLM2, **changes})
+
+
+def test_all_products_that_are_cut_by_columns_are_counted_as_such() -> None:
+    """Act-order's codes are decoded where columns are cut, which the check of memory knows by these names."""
+    families = [each for each in all_families() if each.architecture != "NemotronHForCausalLM"]  # never cut
+    readers = {getattr(family.model, "weights_class", LayerWeights) for family in families}
+    names = {
+        name.removesuffix(".weight")
+        for reader in readers for experts in reader.expert_names for name in shared_down_names(experts)
+    }  # fmt: skip
+    assert names and names <= set(CUT_COLUMNS)
 
 
 @pytest.mark.parametrize("format", ["F32", "BF16", "Q8_0", "Q4_K"])

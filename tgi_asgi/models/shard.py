@@ -18,7 +18,11 @@ from tgi_asgi.errors import ModelLoadError
 
 _STRIP = 32  # rows and columns per kernel strip: padding is less than that
 _MAX_SHARDS = 64
-CUT_COLUMNS = ("self_attn.o_proj", "mlp.down_proj")  # the products of a layer that are cut by columns
+# The products of a layer that are cut by columns, but for those of experts, whose codes are held in order.
+CUT_COLUMNS = (
+    "self_attn.o_proj", "mlp.down_proj", "mlp.shared_experts.down_proj", "shared_mlp.output_linear",
+    "shared_mlp.down_proj",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +55,17 @@ class Columns(NamedTuple):
     block: int = 1
 
 
-NONE = Columns(0)
+NO_COLUMNS = Columns(0)
 
 
 def cut_model(
     count: int, *, num_heads: int, num_kv_heads: int, head_dim: int, vocab_size: int, inner: Columns,
-    of_expert: Columns = NONE, of_shared: Columns = NONE, output_block: int = 1,
+    of_expert: Columns = NO_COLUMNS, of_shared: Columns = NO_COLUMNS, output_block: int = 1,
 ) -> list[ModelCut]:  # fmt: skip
     """Cut a model into `count` shards, as evenly as possible; the first shards get the remainder.
 
     Args:
-        inner, of_expert, of_shared: As in `ModelCut`; `NONE` if the model has no such columns.
+        inner, of_expert, of_shared: As in `ModelCut`; `NO_COLUMNS` if the model has no such columns.
         head_dim: Columns of the attention output product that belong to a head.
         output_block: Columns per block of that product; blocks cannot be cut.
 

@@ -27,7 +27,10 @@ class OwnAngles:
         )
 
     def write(self, cosines: Floats, sines: Floats) -> int:
-        """Write rows [n, rotary_dim / 2] of the next step; return the number of the first."""
+        """Write rows [n, rotary_dim / 2] of the next step; return the number of the first.
+
+        Steps that were launched before have read theirs by then: all are on one stream.
+        """
         first = len(self.rope.cos)
         for table, values in ((self.cos, cosines), (self.sin, sines)):
             table[first : first + len(values)].copy_(torch.from_numpy(values), non_blocking=True)

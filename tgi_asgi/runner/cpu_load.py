@@ -85,11 +85,16 @@ class OnCpu:
         if cuts:
             opened.use_cut(cuts[0])
             adapters = OtherAdapters(len(cuts) - 1) if settings.serves_adapters else None
-            jobs = jobs_of(
-                opened.config, files, self.settings, cuts, self.arithmetic, budget.cache, self.max_context,
-                adapters,
-            )  # fmt: skip
-            self.shards = Shards(jobs, adapters)
+            try:
+                jobs = jobs_of(
+                    opened.config, files, self.settings, cuts, self.arithmetic, budget.cache,
+                    self.max_context, adapters,
+                )  # fmt: skip
+                self.shards = Shards(jobs, adapters)
+            except ModelLoadError:
+                if adapters is not None:
+                    adapters.close()
+                raise
 
     def load(self, weights: Weights) -> ServedModel:
         """Load the model, as described in `Placement`."""

@@ -32,7 +32,7 @@ from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Command, Device, Event
 from tgi_asgi.runner.cuda_drafts import CudaDrafts, LaidStep
-from tgi_asgi.runner.cuda_follower import Cache, Copies, Logits, Message, Slot, StepImages
+from tgi_asgi.runner.cuda_follower import AdapterCopy, Cache, Copies, Logits, Message, StepImages
 from tgi_asgi.runner.cuda_images import CudaImages
 from tgi_asgi.runner.cuda_in_flight import InFlight
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
@@ -163,7 +163,7 @@ class CudaRunner:
         if model.images is not None:
             self._images = CudaImages(
                 cast("NativeImages", model.images), self._steps.program, image_cache=image_cache,
-                num_slots=max_batch_size, share=None if shards is None else self._share_images,
+                num_slots=max_batch_size + num_spares, share=None if shards is None else self._share_images,
             )  # fmt: skip
         self._vectors = CudaPooler(self._steps.program, device, outputs.dense)
         self._scorer = PromptScorer(self._logits_of, token_logprobs, torch.clone, max_rows=limits.max_rows)
@@ -429,7 +429,7 @@ class CudaRunner:
 
     def _copy_adapter(self, slot: int, adapter: CudaAdapter) -> None:
         assert self._adapters is not None
-        with self._together(Slot(slot, adapter.number)):
+        with self._together(AdapterCopy(slot, adapter.number)):
             self._adapters.copy(slot, adapter)
 
     def _score(self, rows: Sequence[StepRow], layout: StepLayout, result: StepResult) -> None:

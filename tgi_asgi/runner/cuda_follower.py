@@ -5,6 +5,7 @@ What it must know is a `CudaShardJob`; what shard 0 sends it, step by step, are 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -32,6 +33,8 @@ from tgi_asgi.runner.kv import kv_scales_of
 from tgi_asgi.runner.plan import MAX_IN_FLIGHT
 from tgi_asgi.runner.shard_adapters import follow_adapters
 from tgi_asgi.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ class Logits:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class AdapterCopy:
     """Copy an adapter to a slot of the device."""
 
     slot: int
@@ -109,7 +112,7 @@ class StepImages:
 
 
 # A `StepShape` means a step; its inputs follow as bytes. None: end.
-Message = Cache | Copies | Logits | Slot | StepImages | StepShape | None
+Message = Cache | Copies | Logits | AdapterCopy | StepImages | StepShape | None
 
 
 class Follower:
@@ -169,7 +172,7 @@ class Follower:
                     steps.head(message.rows)
                 case Copies():
                     steps.copy_blocks(message.pairs)
-                case Slot():
+                case AdapterCopy():
                     self._copy(message)
                 case Cache():
                     steps.make_cache(message.num_blocks)
@@ -183,11 +186,13 @@ class Follower:
     def _drop(self, number: int) -> None:
         self._adapters.pop(number, None)
 
-    def _copy(self, message: Slot) -> None:
+    def _copy(self, message: AdapterCopy) -> None:
         # If the step was refused after this message, shard 0 may have dropped the adapter already.
         adapter = self._adapters.get(message.adapter)
-        if adapter is not None and self._layout is not None:
-            self._layout.copy(message.slot, adapter)
+        if adapter is None or self._layout is None:
+            logger.debug("adapter %d is not copied: it has been dropped", message.adapter)
+            return
+        self._layout.copy(message.slot, adapter)
 
 
 def _receive(message: StepImages, steps: CudaSteps, shard: CudaShard) -> CudaImageRows | None:

@@ -37,7 +37,7 @@ class CudaImages:
     Args:
         reader: Has the tower, and knows where the text model has its images' tokens.
         image_cache: Bytes of encoded images to keep on the device.
-        num_slots: Number of slots of sequences.
+        num_slots: Number of slots, those of drafts included.
         share: Tells other shards what a step has of images, and gives them its rows; None: there are none.
 
     Attributes:
@@ -53,15 +53,18 @@ class CudaImages:
         self._reader, self._program, self._share = reader, program, share
         self._images = reader.running(image_cache)
         self._shifts = np.zeros(num_slots, np.int32)  # added to positions after a prompt with images
+        self._ends = [0] * num_slots  # the end of each slot's prompt, if it has images
 
     def start(self, start: SlotStart) -> None:
         """Assign a slot to a sequence with these images."""
         found = self._images.start(start.slot, start.prompt_ids, start.images)
         self._shifts[start.slot] = found.delta
+        self._ends[start.slot] = found.num_prompt if found.images else 0
 
     def are_in(self, rows: Iterable[StepRow]) -> bool:
         """Return whether a row has tokens of a prompt with images."""
-        return any(self._images.has_prompt_at(row.slot, row.start) for row in rows)
+        ends = self._ends
+        return any(row.start < ends[row.slot] for row in rows)
 
     def place(
         self, rows: Sequence[StepRow], drafted: DraftedRows | None, layout: StepLayout,
@@ -77,16 +80,16 @@ class CudaImages:
         positions = layout.shape.sections.arrays(inputs)["positions"]
         shifts, decodes = self._shifts[slots], layout.rows.num_decodes
         positions[:decodes] += shifts[:decodes]
-        parts: list[Part] = []
-        for index, (row, slot) in enumerate(zip(rows, slots, strict=True)):
-            first, count = layout.end(index) - row.num_tokens, row.num_tokens
-            if self._images.has_prompt_at(slot, row.start):
-                own = np.arange(row.start, row.start + count)
-                parts.append((first, self._images.of(slot), own))
-            elif index >= decodes:
-                positions[first : first + count] += shifts[index]
-        if not parts:
+        for index in range(decodes, len(rows)):
+            end = layout.end(index)
+            positions[end - rows[index].num_tokens : end] += shifts[index]
+        if not self.are_in(rows):
             return None
+        parts: list[Part] = []
+        for index, row in enumerate(rows):
+            if row.start < self._ends[row.slot]:
+                own = np.arange(row.start, row.start + row.num_tokens)
+                parts.append((layout.end(index) - len(own), self._images.of(row.slot), own))
         cosines, sines = self._turn(parts, positions)
         seen, device = self._images.rows(parts), self._program.device
         tokens = np.concatenate(seen.places) if seen.places else np.empty(0, np.int64)
@@ -114,5 +117,10 @@ class CudaImages:
         return cosines, sines
 
     def advance(self, plan: StepPlan, result: StepResult) -> None:
-        """Encode images before the steps that need them, as the plan asks."""
+        """Encode images before the steps that need them, as the plan asks, once the step has ended.
+
+        What the tower takes would otherwise include the rest of the step, which the engine measures, too.
+        """
+        if plan.images:
+            self._reader.tower.backend.wait()
         result.is_encoded, result.image_s = self._images.advance(plan.images, plan.image_budget_s)

@@ -122,8 +122,10 @@ def adapter_bytes(
     hidden, each = num_shards * config.hidden_size, 0
     for layer in map(config.of_layer, range(config.num_layers)):
         heads, keys = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-        attention = 2 * (hidden + heads) + 2 * (hidden + round(repeats * keys))
-        each += element_bytes * max_rank * (attention + 3 * (hidden + layer.intermediate_size))
+        sizes = 2 * (hidden + heads) + 2 * (hidden + round(repeats * keys))
+        if not all(spec.experts for spec in layer.layers):  # no adapter changes those of experts
+            sizes += 3 * (hidden + layer.intermediate_size)
+        each += element_bytes * max_rank * sizes
     return each
 
 

@@ -363,9 +363,10 @@ class OpenModel:
         """
         config, alone = self.config, ", or add --mmproj none" if self.uses_projector else ""
         if not isinstance(self._model, Native) or not isinstance(config, ModelConfig):
+            why = f" ({self.why_generic})" if self.why_generic else ""
             raise ModelLoadError(
-                f"--num-shard {count}: {config.architecture} is computed by transformers' code, which is not "
-                f"split: leave --num-shard out{alone}"
+                f"--num-shard {count}: {config.architecture} is computed by transformers' code{why}, which "
+                f"is not split: leave --num-shard out{alone}"
             )
         found = unsplit(config, self._model.family, reads_images=reads_images)
         check(

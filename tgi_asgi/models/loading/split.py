@@ -10,7 +10,7 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.experts import down_names, shared_down_names
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layer_weights import LayerWeights
-from tgi_asgi.models.shard import NONE, Columns, ModelCut, cut_model
+from tgi_asgi.models.shard import NO_COLUMNS, Columns, ModelCut, cut_model
 
 
 class Blocks(Protocol):
@@ -50,9 +50,9 @@ def split(config: ModelConfig, family: Family, weights: Blocks, count: int) -> l
 
     def columns(number: int, *names: str) -> Columns:
         """Return this many columns, with the blocks of all layers' matrices of these names."""
-        return Columns(number, _block(weights, names, config.num_layers)) if number else NONE
+        return Columns(number, _block(weights, names, config.num_layers)) if number else NO_COLUMNS
 
-    of_expert = of_shared = NONE
+    of_expert = of_shared = NO_COLUMNS
     downs: list[str] = []
     shared_downs: list[str] = []
     if experts is not None:
@@ -61,6 +61,7 @@ def split(config: ModelConfig, family: Family, weights: Blocks, count: int) -> l
             shared_downs += shared_down_names(names)
         of_expert = columns(experts.intermediate_size, *downs)
         of_shared = columns(experts.shared_size, *shared_downs)
+    # A layer with both, as Gemma 4's, is one of several shapes.
     has_mlp = any(layer.experts is None for layer in config.layers)
     return cut_model(
         count,

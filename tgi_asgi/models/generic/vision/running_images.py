@@ -62,11 +62,6 @@ class RunningImages:
         """Return the images of a slot's sequence."""
         return self._sequences.get(slot, NO_IMAGES)
 
-    def has_prompt_at(self, slot: int, position: int) -> bool:
-        """Return whether a position is in the prompt of a sequence that has images."""
-        sequence = self.of(slot)
-        return bool(sequence.images) and position < sequence.num_prompt
-
     def advance(self, images: Sequence[ImageInput], seconds: float) -> tuple[list[bool], float]:
         """Encode images before the steps that need them, as `EncodingCache.advance`; and the seconds."""
         begun = time.monotonic()
