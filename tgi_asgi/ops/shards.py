@@ -1,7 +1,7 @@
 """CPU tensor parallelism: several shards compute a model's steps, each with some heads and columns.
 
-`linear` and `linear_add` sum over the shards' columns for weights that are marked partial
-(`LinearWeight.is_partial`), and so does `embed`, since a shard has only some rows of its table.
+`linear`, `linear_add`, `experts` and `experts_add` sum over the shards' columns for weights that are marked
+partial (`is_partial`), and so does `embed`, since a shard has only some rows of its table.
 """
 
 from __future__ import annotations

@@ -83,13 +83,13 @@ class CudaImages:
         for index in range(decodes, len(rows)):
             end = layout.end(index)
             positions[end - rows[index].num_tokens : end] += shifts[index]
-        if not self.are_in(rows):
-            return None
         parts: list[Part] = []
         for index, row in enumerate(rows):
             if row.start < self._ends[row.slot]:
                 own = np.arange(row.start, row.start + row.num_tokens)
                 parts.append((layout.end(index) - len(own), self._images.of(row.slot), own))
+        if not parts:
+            return None
         cosines, sines = self._turn(parts, positions)
         seen, device = self._images.rows(parts), self._program.device
         tokens = np.concatenate(seen.places) if seen.places else np.empty(0, np.int64)

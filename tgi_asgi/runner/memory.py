@@ -109,7 +109,8 @@ def adapter_bytes(
 ) -> int:
     """Return the bytes of an adapter of this rank on all products, in all shards together.
 
-    Only native families have known shapes before the model is loaded; for others it is 0.
+    Only native families have known shapes before the model is loaded; for others it is 0. It is too high for
+    layers whose experts replace the MLP, and for latent attention.
 
     Args:
         num_shards: Number of shards, 1 if the model is not split. Each has all of the side of an adapter's
@@ -122,10 +123,8 @@ def adapter_bytes(
     hidden, each = num_shards * config.hidden_size, 0
     for layer in map(config.of_layer, range(config.num_layers)):
         heads, keys = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-        sizes = 2 * (hidden + heads) + 2 * (hidden + round(repeats * keys))
-        if not all(spec.experts for spec in layer.layers):  # no adapter changes those of experts
-            sizes += 3 * (hidden + layer.intermediate_size)
-        each += element_bytes * max_rank * sizes
+        attention = 2 * (hidden + heads) + 2 * (hidden + round(repeats * keys))
+        each += element_bytes * max_rank * (attention + 3 * (hidden + layer.intermediate_size))
     return each
 
 
