@@ -19,6 +19,7 @@ class SdpaStandIn:
         plans: Keys of the plans that cuDNN would have made.
         calls: Names of the libraries, in the order of calls.
         refuses: Names of libraries that raise.
+        reason: What they say.
         is_wrong: Whether cuDNN's sums are wrong.
     """
 
@@ -26,6 +27,7 @@ class SdpaStandIn:
         self.plans: set[tuple[Any, ...]] = set()
         self.calls: list[str] = []
         self.refuses: set[str] = set()
+        self.reason = "is not for these\nof course"
         self.is_wrong = False
         self._library = torch.library.Library("aten", "IMPL")
         self._library.impl("_scaled_dot_product_cudnn_attention", self._cudnn, "CPU")
@@ -56,7 +58,7 @@ class SdpaStandIn:
 
     def _note(self, name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         if name in self.refuses:
-            raise RuntimeError(f"{name} is not for these\nof course")
+            raise RuntimeError(f"{name} {self.reason}")
         self.calls.append(name)
         for each in (query, key, value):
             assert each.dim() == 4 and each.stride(3) == 1 and each.data_ptr() % 16 == 0

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.emulation import bindings, library
+from tgi_asgi.ops.cuda_errors import is_out_of_memory
 from tgi_asgi.runner import cuda_load
-from tgi_asgi.runner.cuda_device import CudaDevice, is_out_of_memory
+from tgi_asgi.runner.cuda_device import CudaDevice
 
 
 @pytest.fixture
@@ -76,6 +77,7 @@ def test_the_cache_leaves_memory_for_graphs_and_libraries(free: int, for_cache: 
             True,
         ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("NCCL error: unhandled cuda error, Cuda failure 'out of memory'"), False),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (ValueError("out of memory"), False),

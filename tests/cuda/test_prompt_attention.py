@@ -173,7 +173,11 @@ def test_prompts_that_the_library_refuses_later_are_the_native_kernel_s(
     attention.attend(*given)
     assert taken == [(40, 1)] and len(torch_s.calls) == 2
     taken.clear()
-    torch_s.refuses = {"cudnn"}
+    torch_s.refuses, torch_s.reason = {"cudnn"}, "error: CUDNN_STATUS_ALLOC_FAILED"
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        attention.attend(*given)  # which refuses no shape: the step is tried again with more memory
+    assert taken == []
+    torch_s.reason = "is not for these\nof course"
     attention.attend(*given)
     assert taken == [(90, 3)], "none is lost, and all are one launch"
     torch_s.refuses = set()

@@ -19,6 +19,7 @@ from torch import Tensor
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.ops import cuda_sdpa
 from tgi_asgi.ops.attention_spec import AttentionSpec
+from tgi_asgi.ops.cuda_errors import is_out_of_memory
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_sdpa import Library, Workspace
 
@@ -166,9 +167,9 @@ class GatheredAttention:
         """Attend one sequence; return False, now and for all later prompts, if the library refuses it."""
         try:
             self._attend_gathered(query, row, first, lengths, out)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as refusal:  # the trial at load had other lengths
+            if is_out_of_memory(refusal):
+                raise
             self._is_refused = True
             _warn_of(self._gathering.library, lengths, str(refusal).partition("\n")[0])
         return not self._is_refused

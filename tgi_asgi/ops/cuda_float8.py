@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.cuda_errors import is_out_of_memory
 from tgi_asgi.ops.cuda_list import Condition, LaunchList, Rows
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
 from tgi_asgi.ops.cuda_scratch import Scratch
@@ -128,9 +129,9 @@ def can_multiply(device: torch.device, dtype: torch.dtype, *, has_groups: bool) 
     kind = "per 128 columns" if has_groups else "per row"
     try:
         _kernels.multiply_codes(a, scales.flatten(), weight, of_weight, out)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         logger.warning(
             "torch does not multiply FP8 with scales %s here: %s", kind, str(error).partition("\n")[0]
         )

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.cuda_errors import is_out_of_memory
 from tgi_asgi.ops.layout import round_up
 
 logger = logging.getLogger(__name__)
@@ -207,9 +208,9 @@ def _try(
             found = out[first : first + num_tokens].float()
             wanted = _expected(query[first : first + num_tokens], kv[:, :, :context_len])
             error = float((found - 2 * wanted).norm() / (2 * wanted).norm())
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as refusal:
+            if is_out_of_memory(refusal):
+                raise
             return str(refusal).partition("\n")[0].partition(". ")[0]
         if not error < _TOLERANCE:  # NaN neither
             return f"its results are wrong by {error:.2g}"

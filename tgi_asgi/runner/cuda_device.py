@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.ops.cuda_errors import is_out_of_memory
 from tgi_asgi.runner.plan import DeviceLost
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,6 @@ _cuda: Any = torch.cuda
 # Least number of prompt tokens in a step: a GPU computes products of about 200 tokens in the time that it
 # needs to read the weights.
 MIN_CHUNK = 512
-_NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Event(Protocol):
@@ -198,18 +198,6 @@ def register_kernels() -> None:
     """Register `torch.ops.tgi_cuda`, if the extension was built with CUDA."""
     with contextlib.suppress(ModuleNotFoundError):
         importlib.import_module("tgi_asgi._cuda")
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an error says that the device lacks memory.
-
-    torch raises its own class for tensors, but a `RuntimeError` with the words of the driver or cuBLAS for
-    graphs, kernels' modules and workspaces. NCCL's failures do not count: its group has ended with them.
-    """
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    text = str(error) if isinstance(error, RuntimeError) else ""
-    return "NCCL" not in text and any(words in text for words in _NO_MEMORY)
 
 
 @contextlib.contextmanager

@@ -94,11 +94,11 @@ class CudaImages:
         seen, device = self._images.rows(parts), self._program.device
         tokens = np.concatenate(seen.places) if seen.places else np.empty(0, np.int64)
         found = self._reader.levels(seen).to(device, torch.float32)
+        on_device = torch.from_numpy(tokens).to(device, non_blocking=True)
+        # Last, after all that may lack memory: the others keep what they get for the next step that they run.
         if self._share is not None:
             self._share(StepImages(tokens, tuple(found.shape), cosines, sines), found)
-        if not seen.places:
-            return None
-        return CudaImageRows(torch.from_numpy(tokens).to(device, non_blocking=True), found)
+        return CudaImageRows(on_device, found) if seen.places else None
 
     def _turn(
         self, parts: Sequence[Part], positions: npt.NDArray[Any]

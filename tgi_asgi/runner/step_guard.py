@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from tgi_asgi.runner.cuda_device import MIN_CHUNK, Device, is_out_of_memory
+from tgi_asgi.ops.cuda_errors import is_out_of_memory
+from tgi_asgi.runner.cuda_device import MIN_CHUNK, Device
 from tgi_asgi.runner.plan import DeviceLost
 
 
