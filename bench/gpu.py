@@ -249,6 +249,7 @@ def is_ok(result: dict[str, Any]) -> bool:
     )
 
 
+_HOST = ("push_us", "launch_us")  # of the event loop, and of the launcher's thread
 _COLUMNS = {  # of the tables: the key that a stage reports under, and the columns shown
     "checks": ("checks", ("op", "dtype", "cases", "worst_rel", "tol", "ok")),
     "step": (
@@ -259,7 +260,7 @@ _COLUMNS = {  # of the tables: the key that a stage reports under, and the colum
     "operators": ("ops", ("op", "shape", "us", "spread", "of_floor", "peer", "vs_peer")),
     "engine": (
         "runs",
-        ("what", "weights", "kv", "draw", "batch", "prompt", "us", "tokens_per_s", "launch_us", "gpu_busy"),
+        ("what", "weights", "kv", "draw", "batch", "prompt", "us", "tokens_per_s", *_HOST, "gpu_busy"),
     ),
     "peers": ("runs", ("what", "compiled", "batch", "us", "tokens_per_s")),
     "served": (

@@ -1,14 +1,17 @@
 """Host time of a GPU's steps: the time to launch operators that do nothing, and the parts of decode steps.
 
-    python -m bench.gpu_host [--layers 32] [--batch 32] [--prompt 512] [--weights int4] [--pause-ms 4]
+    python -m bench.gpu_host [--batch 32] [--prompt 512] [--weights int4] [--pause-ms 4] [--busy-us 500]
     python -m bench.gpu_host --gpu          # the parts of decode steps, with a GPU and its driver
 
 The first needs no GPU, only g++: csrc/bindings/cuda is compiled together with operators, copies and graphs
 that cost nothing. Prints one JSON object: the number of operators in a mixed step of Llama-3-8B's shape and
 the median microseconds to launch them all; and for decode steps of 1 to 256 sequences the medians, with
-quartiles, of writing the inputs (`fill`), of submitting copies and graphs (`submit`), of the launch as a
-whole, and of reading the results (`fetch`). With `--pause-ms`, nothing happens for that long after each step,
-as while a GPU computes; the next step then takes several times as long, probably because caches are cold.
+quartiles, of preparing the step on the event loop (`push`), from the plan until the device has the step
+(`reach`), and until the engine has its result (`turn`), on a device that takes no time. On a GPU, `submit`
+is what copies and graphs take on the launcher's thread. With `--busy-us`, the event loop has other work for
+that long after each plan, as for the tokens of the step before. With `--pause-ms`, nothing happens for that
+long after each step, as while a GPU computes; the next step then takes several times as long, probably
+because caches are cold.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import argparse
 import asyncio
 import ctypes
 import dataclasses
-import functools
 import importlib
 import json
 import statistics
@@ -29,7 +31,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from bench import gpu_model, gpu_timing
+from bench import gpu_model, gpu_prepared, gpu_timing
 from bench.engine import Engine
 from bench.gpu_model import SHAPE, StepKind
 from tests.emulation import program
@@ -37,7 +39,7 @@ from tgi_asgi.ops.cuda_kv import CudaKvFormat
 from tgi_asgi.ops.cuda_modes import CudaModes
 from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.runner.cuda import CudaRunner
-from tgi_asgi.runner.cuda_device import Command, CudaDevice, Device, Event
+from tgi_asgi.runner.cuda_device import Command, CudaDevice, Device, Event, Prepared
 from tgi_asgi.runner.cuda_steps import CudaStepSpec
 from tgi_asgi.runner.groups import BlockNeeds
 from tgi_asgi.runner.kv import KvSize
@@ -45,7 +47,18 @@ from tgi_asgi.runner.load import LoadedModel
 
 # An operator returns the tensor that it has written, if any.
 _NOTHING = """
+#include <time.h>
 #include <torch/library.h>
+
+extern "C" {
+__attribute__((visibility("default"))) int64_t reached_ns;  // when the device had the last graph
+
+__attribute__((visibility("default"))) void note_reach() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  reached_ns = now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+}
 
 namespace {
 
@@ -79,7 +92,14 @@ class NoDevice:
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cpu")
         self._extension: Any = importlib.import_module("tgi_asgi._cuda")
-        self._nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value
+        library = ctypes.CDLL(self._extension.__file__)
+        self._graph = ctypes.cast(library.note_reach, ctypes.c_void_p).value
+        self._reached_ns = ctypes.c_int64.in_dll(library, "reached_ns")
+
+    @property
+    def reached_s(self) -> float:
+        """When a graph reached the device last, by `time.perf_counter`."""
+        return self._reached_ns.value / 1e9
 
     @staticmethod
     def count() -> int:
@@ -95,8 +115,12 @@ class NoDevice:
     def submit(self, commands: Sequence[Command]) -> None:
         self._extension.submit(commands)
 
+    def prepared(self, commands: Sequence[Command]) -> Prepared:
+        prepared: Prepared = self._extension.Prepared(commands)
+        return prepared
+
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
-        graph: Callable[[], None] = self._extension.Graph(None, self._nothing)
+        graph: Callable[[], None] = self._extension.Graph(None, self._graph)
         return graph
 
     def enter_thread(self) -> None:
@@ -149,12 +173,14 @@ def time_operators(options: argparse.Namespace) -> dict[str, Any]:
         step.call()
     times: list[float] = []
     for _ in range(options.steps):
-        _timed(times, step.call)
+        gpu_prepared.timed(times, step.call)()
     row = {"layers": options.layers, "batch": options.batch, "prompt": options.prompt}
     return row | {"weights": options.weights, "operators": step.num_calls, "us": _median(times)[1]}
 
 
-def time_decodes(device: Device, layers: int, steps: int, pause_s: float = 0.0) -> list[dict[str, Any]]:
+def time_decodes(
+    device: Device, layers: int, steps: int, pause_s: float = 0.0, busy_s: float = 0.0
+) -> list[dict[str, Any]]:
     """Time the parts of decode steps, one step in flight, with a pause after each."""
     config = dataclasses.replace(_NARROW, layers=SHAPE.layers[:1] * layers)
     gpu_timing.DEVICE = device.device
@@ -164,26 +190,25 @@ def time_decodes(device: Device, layers: int, steps: int, pause_s: float = 0.0) 
     limits = StepLimits(max_tokens=_CONTEXT, max_sequences=batch, max_rows=batch, max_context=longest)
     spec = CudaStepSpec(limits, CudaModes(), CudaKvFormat(gpu_model.BLOCK, torch.bfloat16))
     runner = CudaRunner(gpu_model.RandomLlama(config, longest), device, lambda free: size, spec)
-    times: dict[str, list[float]] = {"fill": [], "submit": [], "launch": [], "fetch": []}
-    finish = functools.partial(_timed, times["fetch"], runner._finish)
-
-    def fetch(step: Any, launched: Any) -> Any:
-        launched.event.synchronize()
-        return finish(step, launched)
-
-    runner._finish = fetch  # type: ignore[method-assign]
-    for part, owner, name in (
-        ("fill", runner, "_fill"), ("launch", runner, "_launch"), ("submit", device, "submit"),
-    ):  # fmt: skip
-        setattr(owner, name, functools.partial(_timed, times[part], getattr(owner, name)))
+    times: dict[str, list[float]] = {"push": [], "reach": [], "turn": []}
+    if isinstance(device, NoDevice):
+        gpu_prepared.watch_pushes(runner, times["push"])
+    else:
+        times = {"push": [], "submit": [], "turn": []}
+        gpu_prepared.watch(runner, times["push"], times["submit"])
     try:
-        return asyncio.run(_decode(runner, steps, times, pause_s))
+        return asyncio.run(_decode(runner, device, steps, times, pause_s, busy_s))
     finally:
         runner.close()
 
 
 async def _decode(
-    runner: CudaRunner, steps: int, times: dict[str, list[float]], pause_s: float
+    runner: CudaRunner,
+    device: Device,
+    steps: int,
+    times: dict[str, list[float]],
+    pause_s: float,
+    busy_s: float,
 ) -> list[dict[str, Any]]:
     info = SimpleNamespace(vocab_size=SHAPE.vocab_size)
     engine, rows = Engine(cast(LoadedModel, SimpleNamespace(runner=runner, info=info))), []
@@ -194,23 +219,29 @@ async def _decode(
         for part in times.values():
             part.clear()
         for _ in range(steps):
-            await engine.submit(engine.decode_rows(sequences), [])
+            rows_of_step = engine.decode_rows(sequences)
+            start = time.perf_counter()
+            future = engine.submit(rows_of_step, [])
+            _be_busy(busy_s)
+            await future
+            times["turn"].append(time.perf_counter() - start)
+            if isinstance(device, NoDevice):
+                times["reach"].append(device.reached_s - start)
             await asyncio.sleep(pause_s)
         rows.append({"batch": batch, "context": _CONTEXT} | {part: _median(us) for part, us in times.items()})
     return rows
 
 
-def _timed(times: list[float], call: Callable[..., Any], *given: Any) -> Any:
-    """Make a call, and append its microseconds."""
-    start = time.perf_counter()
-    result = call(*given)
-    times.append((time.perf_counter() - start) * 1e6)
-    return result
+def _be_busy(seconds: float) -> None:
+    """Hold the GIL as Python does: until another thread asks for it."""
+    ends_at = time.perf_counter() + seconds
+    while time.perf_counter() < ends_at:
+        pass
 
 
 def _median(times: list[float]) -> list[float]:
-    """Return the quartiles; the second is the median."""
-    return [round(quartile, 1) for quartile in statistics.quantiles(times, n=4)]
+    """Return the quartiles in microseconds; the second is the median."""
+    return [round(quartile * 1e6, 1) for quartile in statistics.quantiles(times, n=4)]
 
 
 def main() -> None:
@@ -222,14 +253,17 @@ def main() -> None:
     parser.add_argument("--weights", default="bf16")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--pause-ms", type=float, default=0.0)
+    parser.add_argument("--busy-us", type=float, default=0.0)
     parser.add_argument("--gpu", action="store_true", help="decode steps, with a GPU")
     options = parser.parse_args()
-    pause_s = options.pause_ms / 1e3
+    pause_s, busy_s = options.pause_ms / 1e3, options.busy_us / 1e6
     if options.gpu:
-        print(json.dumps({"decode": time_decodes(CudaDevice(), options.layers, options.steps, pause_s)}))
+        print(
+            json.dumps({"decode": time_decodes(CudaDevice(), options.layers, options.steps, pause_s, busy_s)})
+        )
         return
     kept = install()
-    decodes = time_decodes(NoDevice(), 1, options.steps, pause_s)
+    decodes = time_decodes(NoDevice(), 1, options.steps, pause_s, busy_s)
     print(json.dumps(time_operators(options) | {"decode": decodes}))
     del kept
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from bench import gpu_apart, gpu_model, gpu_timing
+from bench import gpu_apart, gpu_model, gpu_prepared, gpu_timing
 from bench.engine import Engine, Sequence
 from bench.gpu_kernels import Report, measure_ceilings
 from bench.gpu_model import GREEDY, TOP_P, StepKind
@@ -156,18 +156,14 @@ async def drive(
 ) -> None:
     """Time prompts alone, decode steps of each batch size, and steps with both.
 
+    `push_us` is the host's time for a step on the event loop, `launch_us` that on the launcher's thread.
     `busy_us` returns how long the GPU works in a call.
     """
     launches: list[float] = []
-    launch = runner._launch
-
-    def timed(plan: Any) -> Any:
-        start = time.perf_counter()
-        result = launch(plan)
-        launches.append(time.perf_counter() - start)
-        return result
-
-    runner._launch = timed  # type: ignore[method-assign]  # what the launcher's thread calls for each step
+    runner._launch = gpu_prepared.timed(launches, runner._launch)  # type: ignore[method-assign]
+    pushes: list[float] = []
+    submits: list[float] = []
+    gpu_prepared.watch(runner, pushes, submits)
     loaded = cast(LoadedModel, SimpleNamespace(runner=runner, info=SimpleNamespace(vocab_size=vocab)))
     engine = Engine(loaded, sampling=sampling)
     for tokens in PROMPTS:
@@ -179,9 +175,10 @@ async def drive(
         sequences: list[Sequence] = engine.sequences(batch, CONTEXT, 4 * STEPS)
         await engine.prefill(sequences, 2048)
         await engine.decode(sequences, 8)
-        launches.clear()
+        pushes.clear()
+        submits.clear()
         step_us = await engine.decode(sequences, STEPS) / STEPS * 1e6
-        launch_us = statistics.median(launches) * 1e6
+        push_us, launch_us = (round(statistics.median(times) * 1e6, 1) for times in (pushes, submits))
         loop = asyncio.get_running_loop()
 
         def steps(loop: asyncio.AbstractEventLoop = loop, sequences: list[Sequence] = sequences) -> object:
@@ -189,11 +186,12 @@ async def drive(
 
         busy = await loop.run_in_executor(None, busy_us, steps)
         row = {"what": "decode", "batch": batch, "context": CONTEXT, "us": round(step_us, 1)}
-        row |= {"tokens_per_s": round(batch / step_us * 1e6), "launch_us": round(launch_us, 1)}
+        row |= {"tokens_per_s": round(batch / step_us * 1e6), "push_us": push_us, "launch_us": launch_us}
         report("runs", row | ({"gpu_busy": round(busy / STEPS / step_us, 3)} if busy else {}))
     launches.clear()
+    submits.clear()
     row = await mixed(engine, max(BATCHES) - 1)
-    report("runs", row | {"launch_us": round(statistics.median(launches) * 1e6, 1)})
+    report("runs", row | {"launch_us": round(statistics.median([*launches, *submits]) * 1e6, 1)})
 
 
 async def mixed(engine: Engine, batch: int) -> dict[str, Any]:

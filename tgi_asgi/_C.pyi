@@ -991,6 +991,73 @@ class Drafter:
         drafts.
         """
 
+class DeviceQueue:
+    """Passes steps from the event loop to the thread that launches them, to the one that waits, and back.
+
+    The event loop calls `push`, `push_prepared`, `done` and `close`; the launching thread `take`, `launched`,
+    `close_launched` and `wait_until_idle`; the waiting thread `next` and `finish`.
+    """
+
+    def __init__(self) -> None: ...
+    def fileno(self) -> int:
+        """Return a file descriptor that is readable while finished steps wait to be returned by `done`."""
+
+    def push(self, number: int) -> None:
+        """Queue a step that `take` returns to its caller."""
+
+    def push_prepared(
+        self,
+        number: int,
+        calls: int,
+        owner: object,
+        rows: DeviceRows,
+        num_decodes: int,
+        results: npt.NDArray[np.uint8],
+        firsts: Sequence[int],
+        num_rows: int,
+        max_top: int,
+    ) -> None:
+        """Queue a step that `take` launches and `next` completes.
+
+        Args:
+            calls: Address of its `DeviceCalls`, which `owner` keeps alive.
+            rows: Has written the step.
+            num_decodes: Decodes of the step, with padding.
+            results, firsts: Memory of the results, and first byte of each (`result_firsts`).
+            num_rows, max_top: Rows of results, and top entries of each.
+        """
+
+    def close(self) -> None:
+        """Accept no more steps; `take` returns None after those already queued."""
+
+    def done(self) -> list[tuple[int, _Outcome | None]]:
+        """Return the numbers and outcomes of finished steps, as `StepQueue.done`."""
+
+    def take(self) -> tuple[int, str | None] | None:
+        """Launch prepared steps until one comes that is not, or that cannot be launched.
+
+        Returns its number, and why it cannot be launched; None once the queue is closed and empty.
+        """
+
+    def launched(self, number: int) -> None:
+        """Report that the step which `take` returned is launched, or has failed."""
+
+    def close_launched(self) -> None:
+        """Make `next` return None after the steps launched so far."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all launched steps are finished."""
+
+    def wait_until_idle(self) -> None:
+        """Wait until all launched steps are finished."""
+
+    def next(self) -> tuple[int, str | None] | None:
+        """Wait for launched steps until one ends that was not prepared, or fails: return it as `take`."""
+
+    def finish(self, number: int) -> None:
+        """Report that the step which `next` returned is finished."""
+
 class StepQueue:
     """Passes steps from the event loop to the compute thread, and results back.
 

@@ -70,6 +70,17 @@ class Graph:
     def __init__(self, owner: object, graph: int) -> None: ...
     def __call__(self) -> None: ...
 
+class Prepared:
+    """Commands that native code submits to its thread's current stream, at `address`.
+
+    Raises:
+        TypeError, RuntimeError: as `submit`, or if the last command is not an event.
+    """
+
+    def __init__(self, commands: Sequence[Command]) -> None: ...
+    @property
+    def address(self) -> int: ...
+
 def submit(commands: Sequence[Command]) -> None:
     """Submit commands in order to the thread's current stream, without the GIL except for Python calls.
 

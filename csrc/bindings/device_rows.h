@@ -69,6 +69,7 @@ class DeviceRows {
              const std::vector<int32_t>& adapters) const;
 
   // Of the rows read last:
+  int64_t num_rows() const { return static_cast<int64_t>(rows_.size()); }
   int64_t num_tokens = 0;
   int64_t num_decodes = 0;  // rows that decode attention computes; they come first
   int64_t num_columns = 0;  // blocks of the longest sequence

@@ -12,6 +12,7 @@
 
 #include "bindings/adapter.h"
 #include "bindings/attention_spec.h"
+#include "bindings/device_queue.h"
 #include "bindings/device_rows.h"
 #include "bindings/direct.h"
 #include "bindings/drafting.h"
@@ -203,4 +204,5 @@ PYBIND11_MODULE(_C, module) {
   tgi::bind_tensor_memory(module);
   tgi::bind_drafting(module);
   tgi::bind_step_queue(module);
+  tgi::bind_device_queue(module);
 }

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "cpu/sample.h"
@@ -189,6 +190,21 @@ py::tuple token_logprobs(const Array<float>& logits, const Array<int32_t>& token
 }
 
 }  // namespace
+
+py::object sampled_of(const Samples& samples, size_t i) {
+  py::object logprob = py::none(), top = py::none();
+  if (!std::isnan(samples.logprobs[i])) {  // the slot wants log-probabilities
+    logprob = py::float_(samples.logprobs[i]);
+    py::list pairs(samples.num_top[i]);
+    for (size_t k = 0; k < pairs.size(); ++k) {
+      const size_t at = i * static_cast<size_t>(samples.max_top) + k;
+      pairs[k] = py::make_tuple(samples.top_ids[at], samples.top_logprobs[at]);
+    }
+    top = std::move(pairs);
+  }
+  return py::make_tuple(samples.token_ids[i], std::move(logprob), std::move(top),
+                        bool{samples.is_finite[i]});
+}
 
 void bind_sampling(py::module_& module) {
   py::class_<SampleArrays, std::shared_ptr<SampleArrays>>(module, "SampleArrays",

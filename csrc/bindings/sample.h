@@ -93,6 +93,10 @@ class SampleCall {
 const int32_t* mask_data(const std::optional<Array<int32_t>>& mask, int64_t num_rows,
                          int64_t vocab);
 
+// Returns a sample as (token id, log-probability or None, the most probable tokens or None, whether
+// the logits were finite).
+py::object sampled_of(const Samples& samples, size_t i);
+
 void bind_sampling(py::module_& module);
 
 }  // namespace tgi

@@ -2,7 +2,6 @@
 
 #include <pybind11/stl.h>
 
-#include <cmath>
 #include <new>
 #include <stdexcept>
 #include <utility>
@@ -152,25 +151,6 @@ py::list StepQueue::done() {
   }
   return found;
 }
-
-namespace {
-
-py::object sampled_of(const Samples& samples, size_t i) {
-  py::object logprob = py::none(), top = py::none();
-  if (!std::isnan(samples.logprobs[i])) {  // the slot wants log-probabilities
-    logprob = py::float_(samples.logprobs[i]);
-    py::list pairs(samples.num_top[i]);
-    for (size_t k = 0; k < pairs.size(); ++k) {
-      const size_t at = i * static_cast<size_t>(samples.max_top) + k;
-      pairs[k] = py::make_tuple(samples.top_ids[at], samples.top_logprobs[at]);
-    }
-    top = std::move(pairs);
-  }
-  return py::make_tuple(samples.token_ids[i], std::move(logprob), std::move(top),
-                        bool{samples.is_finite[i]});
-}
-
-}  // namespace
 
 py::object StepQueue::outcome_of(const Item& item) {
   if (item.step == nullptr) return py::none();

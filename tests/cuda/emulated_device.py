@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -25,6 +26,36 @@ class Event:
 
     def synchronize(self) -> None:
         pass
+
+
+_Call = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+_libc = ctypes.CDLL(None)
+_libc.strdup.restype = ctypes.c_void_p
+
+
+class _DeviceCalls(ctypes.Structure):
+    _fields_ = (("self", ctypes.c_void_p), ("submit", _Call), ("wait", _Call))
+
+
+class Prepared:
+    """Calls that submit commands, and then wait for the last, as native code makes them."""
+
+    def __init__(self, submit: Callable[[], None], wait: Callable[[], None]) -> None:
+        self._calls = _DeviceCalls(None, _as_native(submit), _as_native(wait))
+        self.address = ctypes.addressof(self._calls)
+
+
+def _as_native(call: Callable[[], None]) -> Any:
+    """Return a C function that makes a call and returns null, or the text of what it raises."""
+
+    def function(this: Any) -> Any:
+        try:
+            call()
+        except Exception as error:
+            return _libc.strdup(str(error).encode())
+        return None
+
+    return _Call(function)
 
 
 class EmulatedDevice:
@@ -62,6 +93,11 @@ class EmulatedDevice:
                 _make(command)
             elif not isinstance(command, Event):
                 command()  # type: ignore[operator]
+
+    def prepared(self, commands: Sequence[Command]) -> Prepared:
+        *_, event = commands
+        assert isinstance(event, Event)
+        return Prepared(lambda: self.submit(commands), event.synchronize)
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
         call()

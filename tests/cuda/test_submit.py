@@ -125,3 +125,60 @@ def test_other_threads_run_meanwhile(cuda: Any) -> None:
     cuda.submit([begin.set, graph_of(cuda, lambda: done.wait(60))])
     thread.join()
     assert done.is_set()
+
+
+def test_prepared_commands_are_submitted_by_native_calls_as_often_as_wanted(cuda: Any) -> None:
+    source, target = torch.arange(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
+    seen: list[list[int]] = []
+    calls = PreparedCalls(
+        cuda, [Copy(target, source, 2), graph_of(cuda, lambda: seen.append(target.tolist())), cuda.Event()]
+    )
+    assert not target.any(), "until they are submitted"
+    for _ in range(2):
+        source += 1
+        assert calls.submit() is None
+        assert calls.wait() is None
+    assert seen == [[1, 2, 0, 0], [2, 3, 0, 0]]
+
+
+@pytest.mark.parametrize("is_python", [True, False])
+def test_what_fails_in_prepared_commands_is_told_as_text(cuda: Any, is_python: bool) -> None:
+    source, target = torch.ones(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
+
+    def fail() -> None:
+        raise KeyError("a call's own error")
+
+    failing: Any = fail if is_python else cuda.Graph(None, 0)
+    calls = PreparedCalls(cuda, [Copy(target, source, 1), failing, Copy(target, source, 4), cuda.Event()])
+    for _ in range(2):
+        text = calls.submit()
+        assert text is not None and (b"a call's own error" if is_python else b"refused") in text
+    assert target.tolist() == [1, 0, 0, 0]
+
+
+def test_prepared_commands_are_checked_and_end_with_an_event(cuda: Any) -> None:
+    tensor = torch.zeros(4, dtype=torch.uint8)
+    for commands in ([], [Copy(tensor, tensor, 1)], [cuda.Event(), Copy(tensor, tensor, 1)]):
+        with pytest.raises(TypeError, match="an event"):
+            cuda.Prepared(commands)
+    with pytest.raises(RuntimeError, match="are copied from 4"):
+        cuda.Prepared([Copy(tensor, tensor, 4, first=1), cuda.Event()])
+
+
+class PreparedCalls:
+    """The native calls of prepared commands; each returns the text of its failure."""
+
+    def __init__(self, cuda: Any, commands: list[Any]) -> None:
+        self._prepared = cuda.Prepared(commands)
+        self._self, *self._calls = (ctypes.c_void_p * 3).from_address(self._prepared.address)
+
+    def submit(self) -> bytes | None:
+        return self._call(0)
+
+    def wait(self) -> bytes | None:
+        return self._call(1)
+
+    def _call(self, index: int) -> bytes | None:
+        call = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(self._calls[index])
+        text = call(self._self)
+        return None if text is None else ctypes.string_at(text)

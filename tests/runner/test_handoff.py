@@ -305,7 +305,7 @@ async def test_a_thread_that_is_faster_than_the_loop_finds_its_step() -> None:
         handoff.finish(step, StepResult(step.plan.step_id, []))
 
     steps = handoff.steps
-    handoff.steps = Slow()  # type: ignore[assignment]
+    handoff._steps = Slow()  # type: ignore[assignment]
     thread = threading.Thread(target=work)
     thread.start()
     try:

@@ -8,7 +8,16 @@ Vectors and tables are numpy arrays. Only what computes in torch imports it, whi
 the modules `cuda_*`, and `direct`, `paged` and `tensors`, which run models by the code of `transformers`.
 """
 
-from tgi_asgi._C import DeviceRows, Drafter, FlatRows, PlanError, RowLimits, StepQueue, flatten_rows
+from tgi_asgi._C import (
+    DeviceQueue,
+    DeviceRows,
+    Drafter,
+    FlatRows,
+    PlanError,
+    RowLimits,
+    StepQueue,
+    flatten_rows,
+)
 from tgi_asgi._C import Program as NativeProgram
 from tgi_asgi.ops.act_mul import act_mul
 from tgi_asgi.ops.activation import activation
@@ -109,6 +118,7 @@ __all__ = [
     "CpuProgram",
     "Delta",
     "DeltaRuleWeight",
+    "DeviceQueue",
     "DeviceRows",
     "Drafter",
     "ExpertsWeight",

@@ -1,15 +1,15 @@
 """Runs steps on a CUDA device: plan -> one buffer up -> graphs or launches -> one buffer down.
 
-One thread launches steps in the order submitted; it waits for the device only for grammars, drafts, prompt
-log-probabilities and poolings over all tokens. Another thread waits for each step's end and delivers its
-tokens. Sampled tokens stay on the device, where the next step reads them, so that it can be launched before
-the host knows them.
+One thread launches steps in the order submitted; it waits for the device only for grammars, drafts, images,
+prompt log-probabilities and poolings over all tokens. Another thread waits for each step's end and delivers
+its tokens. Most steps of streams are prepared on the event loop, and need no Python in either thread
+(`cuda_prepared.py`). Sampled tokens stay on the device, where the next step reads them, so that it can be
+launched before the host knows them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -18,15 +18,13 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.pooling import Dense
-from tgi_asgi.ops import DeviceRows
+from tgi_asgi.ops import DeviceQueue, DeviceRows
 from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
@@ -34,13 +32,13 @@ from tgi_asgi.runner.cuda_device import Command, Device, Event
 from tgi_asgi.runner.cuda_drafts import CudaDrafts, LaidStep
 from tgi_asgi.runner.cuda_follower import AdapterCopy, Cache, Copies, Logits, Message, StepImages
 from tgi_asgi.runner.cuda_images import CudaImages
-from tgi_asgi.runner.cuda_in_flight import InFlight
 from tgi_asgi.runner.cuda_layout import StepLayout, graph_layout, plain_layout
 from tgi_asgi.runner.cuda_pooling import CudaPooler, StepVectors
-from tgi_asgi.runner.cuda_sampler import CudaSampler, FetchedSamples, SampleStaging
+from tgi_asgi.runner.cuda_prepared import PreparedSteps, StepMemory
+from tgi_asgi.runner.cuda_sampler import CudaSampler, FetchedSamples
 from tgi_asgi.runner.cuda_shards import CudaShards
 from tgi_asgi.runner.cuda_steps import CudaSteps, CudaStepSpec
-from tgi_asgi.runner.handoff import PendingStep, StepHandoff
+from tgi_asgi.runner.handoff import Handoff, PendingStep
 from tgi_asgi.runner.inputs import PlanError, StepInputs
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import MAX_IN_FLIGHT, RunnerTraits, Sampled, StepPlan, StepResult, StepRow
@@ -88,15 +86,6 @@ class _Launched:
     sample_rows: Sequence[int] = ()  # for each of these, its row in `samples`
     slots: Sequence[int] = ()  # their slots
     laid: LaidStep | None = None  # if the runner makes drafts; rows above are those of its plan
-
-
-@dataclass(frozen=True, slots=True)
-class _Staging:
-    """Pinned memory for one step in flight."""
-
-    inputs: Tensor  # [n_bytes] uint8
-    array: npt.NDArray[np.uint8]  # the same memory
-    sampling: SampleStaging
 
 
 class CudaRunner:
@@ -167,15 +156,14 @@ class CudaRunner:
             )  # fmt: skip
         self._vectors = CudaPooler(self._steps.program, device, outputs.dense)
         self._scorer = PromptScorer(self._logits_of, token_logprobs, torch.clone, max_rows=limits.max_rows)
-        self._staging = [
-            _Staging(inputs, inputs.numpy(), self._sampler.staging())
+        # A step in flight has one of these to itself: the one that had it before has passed its event.
+        self._memories = [
+            StepMemory(inputs, inputs.numpy(), self._sampler.staging(), device.event())
             for inputs in (device.pinned(spec.largest.num_bytes) for _ in range(MAX_IN_FLIGHT))
         ]
-        self._num_launched = 0
-        # With at most two steps in flight, the step before the last has passed its event.
-        self._events = itertools.cycle([device.event() for _ in range(MAX_IN_FLIGHT)])
-        self._handoff = StepHandoff()
-        self._in_flight = InFlight[tuple[PendingStep, _Launched | Exception]]()
+        self._queue = DeviceQueue()
+        self._handoff = Handoff(self._queue)
+        self._launched: dict[int, _Launched | Exception] = {}  # by number, those that were not prepared
         self._launcher = threading.Thread(target=self._launch_all, name="tgi-launcher", daemon=True)
         self._waiter = threading.Thread(target=self._wait_for_all, name="tgi-waiter", daemon=True)
         self._prepared: Future[KvSize] = Future()
@@ -196,7 +184,14 @@ class CudaRunner:
         self._inputs = StepInputs.of(
             self.traits, model.config.vocab_size, limits.max_context, num_spares=num_spares
         )
-        self._rows = DeviceRows(StepRow, self._inputs.limits, spec.modes.is_batch_invariant)
+        self._rows, prepared_rows = (
+            DeviceRows(StepRow, self._inputs.limits, spec.modes.is_batch_invariant) for _ in range(2)
+        )
+        self._prepared_steps: PreparedSteps | None = None
+        if self._generates and shards is None and self._drafts is None:
+            self._prepared_steps = PreparedSteps(
+                self._queue, self._steps, self._sampler, device, self._memories, prepared_rows, self._images
+            )
         self._waiter.start()
 
     @property
@@ -228,7 +223,12 @@ class CudaRunner:
         Raises:
             RuntimeError: if the runner is closed or two steps are already in flight.
         """
-        return self._handoff.submit(plan)
+        prepared = self._prepared_steps
+        if prepared is None or self._guard.has_lost:
+            return self._handoff.submit(plan)
+        future = self._handoff.submit(plan, prepared.push)
+        prepared.start(plan)
+        return future
 
     def close(self) -> None:
         """Finish the steps in flight and end the threads. Idempotent."""
@@ -261,20 +261,26 @@ class CudaRunner:
             with suppress(InvalidStateError):
                 self._prepared.set_exception(error)
             return
-        while (step := self._handoff.take()) is not None:
+        while (taken := self._queue.take()) is not None:
+            number, refusal = taken
+            step = self._handoff.step(number)
             try:
-                outcome: _Launched | Exception = self._launch(step.plan)
+                if refusal is not None:
+                    raise RuntimeError(refusal)
+                outcome: _Launched | Exception = self._launch(step)
                 if self._images is not None and isinstance(outcome, _Launched):
                     self._images.advance(step.plan, outcome.result)
             except BaseException as error:  # as in StepHandoff.serve
                 logger.exception("step %s failed", step.plan.step_id)
                 outcome = self._guard.translated(error)
-            self._in_flight.put((step, outcome))
+            self._launched[number] = outcome
+            self._queue.launched(number)
             del step, outcome
-        self._in_flight.close()
+        self._queue.close_launched()
 
-    def _launch(self, plan: StepPlan) -> _Launched:
+    def _launch(self, step: PendingStep) -> _Launched:
         """Launch a step. A step that raises has sampled nothing: its rows can be run again."""
+        plan, memory = step.plan, self._memories[step.place]
         self._guard.check()
         if plan.starts or plan.copies:
             self._inputs.check(plan)
@@ -293,25 +299,22 @@ class CudaRunner:
                 self._images.start(start)
         waits = waits or self._sampler.constrains(start.slot for start in plan.starts)
         waits = waits or self._sampler.constrains(row.slot for row in plan.rows if row.samples)
-        event = next(self._events)
         if not plan.rows:
             self._start_grammars(plan, waits)
-            self._device.submit([event])
+            self._device.submit([memory.event])
             laid = None if self._drafts is None else LaidStep(plan, plan.starts)
-            return _Launched(StepResult(plan.step_id, []), event, laid=laid)
-        staging = self._staging[self._num_launched % MAX_IN_FLIGHT]
-        shape, layout, laid = self._fill(plan, waits, staging)
+            return _Launched(StepResult(plan.step_id, []), memory.event, laid=laid)
+        shape, layout, laid = self._fill(plan, waits, memory)
         rows = plan.rows if laid is None else laid.plan.rows
         drafted, images = None if laid is None else laid.drafted, None
         if self._images is not None:
-            images = self._images.place(rows, drafted, layout, staging.array)
+            images = self._images.place(rows, drafted, layout, memory.array)
         result = StepResult(plan.step_id, [None] * len(rows))
-        self._num_launched += 1  # the device reads this staging even if the step fails below
         graphs, read, vectors = self._steps.graphs_of(shape, images), self._rows, None
-        commands: list[Command] = [*self._steps.upload(shape, staging.inputs), graphs.forward]
+        commands: list[Command] = [*self._steps.upload(shape, memory.inputs), graphs.forward]
         # Usually all is submitted at once. Here the host needs the forward pass first, or works meanwhile.
         if waits or read.has_vectors or read.is_scored or self._shards is not None:
-            with self._together(shape, staging.inputs[: shape.num_bytes]):
+            with self._together(shape, memory.inputs[: shape.num_bytes]):
                 self._device.submit(commands)
             commands = []
             vectors = self._vectors.take(rows, layout)
@@ -321,19 +324,22 @@ class CudaRunner:
         sampling, samples = self._sampling(result), None
         slots = read.sampling_slots if sampling else []
         if sampling:
-            samples = self._sampler.samples(slots, shape.num_rows, staging.sampling)
+            is_listing = self._sampler.lists(slots)
+            samples = self._sampler.samples(shape.num_rows, memory.sampling, is_listing=is_listing)
             if laid is None or laid.masked is None:
-                commands += [*self._sampler.masks(slots, staging.sampling), graphs.sample, samples.copy]
+                commands += [*self._sampler.masks(slots, memory.sampling), graphs.sample, samples.copy]
             else:
                 commands += [*laid.before, graphs.sample, *laid.after, samples.copy]
-        self._device.submit([*commands, event])
-        launched = _Launched(result, event, vectors, samples, sampling, layout.logits_rows(sampling), slots)
+        self._device.submit([*commands, memory.event])
+        launched = _Launched(
+            result, memory.event, vectors, samples, sampling, layout.logits_rows(sampling), slots
+        )
         if self._drafts is not None:
             launched.laid = laid = laid or LaidStep(plan, plan.starts)
             self._drafts.are_in_flight = laid.masked is not None
         return launched
 
-    def _lay_out(self, plan: StepPlan, waits: bool, staging: _Staging) -> LaidStep:
+    def _lay_out(self, plan: StepPlan, waits: bool, memory: StepMemory) -> LaidStep:
         """Choose the drafts of a step whose rows have a `stop`, and replace these rows.
 
         The grammars of slots that start are set, since drafts must match them.
@@ -345,7 +351,7 @@ class CudaRunner:
         if drafts is None:
             raise PlanError("a row may have drafts, which this runner does not make")
         self._start_grammars(plan, waits or drafts.must_wait(plan))
-        return drafts.lay_out(plan, self._sampler, staging.sampling, is_idle=self._in_flight.is_idle)
+        return drafts.lay_out(plan, self._sampler, memory.sampling, is_idle=self._queue.is_idle)
 
     def _share_images(self, message: StepImages, rows: Tensor) -> None:
         assert self._shards is not None
@@ -365,12 +371,12 @@ class CudaRunner:
     def _start_grammars(self, plan: StepPlan, waits: bool) -> None:
         """Set slots' grammars; `waits`: after earlier steps, whose sampled tokens advance the grammars."""
         if waits:
-            self._in_flight.wait_until_idle()
+            self._queue.wait_until_idle()
         for start in plan.starts:
             self._sampler.start_grammar(start)
 
     def _fill(
-        self, plan: StepPlan, waits: bool, staging: _Staging
+        self, plan: StepPlan, waits: bool, memory: StepMemory
     ) -> tuple[StepShape, StepLayout, LaidStep | None]:
         """Write a step's inputs; return their shape, their layout, and what replaces a plan with stops.
 
@@ -384,7 +390,7 @@ class CudaRunner:
         rows, laid, masked = plan.rows, None, None
         self._rows.read(rows)
         if self._rows.has_stops:
-            laid = self._lay_out(plan, waits, staging)
+            laid = self._lay_out(plan, waits, memory)
             rows, masked = laid.plan.rows, laid.masked
             self._rows.read(rows)
         adapters = self._place_adapters(rows) if self._rows.has_adapters else []
@@ -392,7 +398,7 @@ class CudaRunner:
         shape = layout.shape
         if masked is None:
             masked = self._sampler.masked(self._rows.sampling_slots)
-        self._rows.write(staging.array, shape.sections.firsts, shape.sizes, layout.needing, masked, adapters)
+        self._rows.write(memory.array, shape.sections.firsts, shape.sizes, layout.needing, masked, adapters)
         return shape, layout, laid
 
     def _layout(self, rows: list[StepRow]) -> StepLayout:
@@ -456,15 +462,20 @@ class CudaRunner:
 
     def _wait_for_all(self) -> None:
         """Wait for launched steps in order, and deliver their results."""
-        while (item := self._in_flight.take()) is not None:
-            step, launched = item
-            outcome = launched if isinstance(launched, Exception) else self._finish(step, launched)
-            self._in_flight.done()
+        while (ended := self._queue.next()) is not None:
+            number, failure = ended
+            step, launched = self._handoff.step(number), self._launched.pop(number, None)
+            outcome = launched if isinstance(launched, Exception) else self._finish(step, launched, failure)
             self._handoff.finish(step, outcome)
-            del item, step, launched, outcome
+            del ended, step, launched, outcome
 
-    def _finish(self, step: PendingStep, launched: _Launched) -> StepResult | Exception:
+    def _finish(
+        self, step: PendingStep, launched: _Launched | None, failure: str | None
+    ) -> StepResult | Exception:
+        """Return the result of a step; of a prepared one, only how it failed is to be told."""
         try:
+            if launched is None:
+                raise RuntimeError(failure)
             launched.event.synchronize()
             if self._shards is not None:
                 self._shards.check()

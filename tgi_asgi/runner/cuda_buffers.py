@@ -186,6 +186,13 @@ def host_result(memory: _Array, num_rows: int, max_top: int) -> SampleResult:
 
 
 @functools.lru_cache(4096)
+def result_firsts(num_rows: int, max_top: int) -> tuple[int, ...]:
+    """Return the results' first bytes, in the order of `DeviceResult` in csrc/bindings/device_queue.h."""
+    firsts = {part.name: part.first for part in _result_sections(num_rows, max_top).all}
+    return tuple(firsts[field.name] for field in fields(DeviceSamples))
+
+
+@functools.lru_cache(4096)
 def _result_sections(num_rows: int, max_top: int) -> _Sections:
     shapes = {"top_ids": (num_rows, max_top), "top_logprobs": (num_rows, max_top)}
     dtypes = {"is_finite": torch.bool, "logprobs": torch.float32, "top_logprobs": torch.float32}

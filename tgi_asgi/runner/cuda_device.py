@@ -47,6 +47,16 @@ class Copy(NamedTuple):
     first: int = 0
 
 
+class Prepared(Protocol):
+    """Commands that native code can submit.
+
+    Attributes:
+        address: That of their `DeviceCalls` (csrc/bindings/device_calls.h), valid as long as the object.
+    """
+
+    address: int
+
+
 # What a device does: a copy, an event that it reaches, a graph, or the launches of a Python call.
 Command = Copy | Event | Callable[[], None]
 
@@ -80,6 +90,9 @@ class Device(Protocol):
         Raises:
             Exception: what a call raises, or an error of the device; later commands are not submitted.
         """
+
+    def prepared(self, commands: Sequence[Command]) -> Prepared:
+        """Return commands, the last of them an event, for a thread that has entered to submit later."""
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
         """Return a command that does everything `call` does, at the cost of one launch.
@@ -135,6 +148,11 @@ class CudaDevice:
         Each time that a thread releases the GIL it may have to wait 5 ms for it.
         """
         self._extension.submit(commands)
+
+    def prepared(self, commands: Sequence[Command]) -> Prepared:
+        """Read the commands now, so that submitting them needs no GIL."""
+        prepared: Prepared = self._extension.Prepared(commands)
+        return prepared
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
         """Capture a CUDA graph; a call before the capture lets libraries allocate what they need."""

@@ -55,6 +55,11 @@ class CudaImages:
         self._shifts = np.zeros(num_slots, np.int32)  # added to positions after a prompt with images
         self._ends = [0] * num_slots  # the end of each slot's prompt, if it has images
 
+    @property
+    def is_encoding(self) -> bool:
+        """Whether an image is encoded in part."""
+        return self._images.is_encoding
+
     def start(self, start: SlotStart) -> None:
         """Assign a slot to a sequence with these images."""
         found = self._images.start(start.slot, start.prompt_ids, start.images)

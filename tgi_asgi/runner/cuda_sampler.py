@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ class SampleStaging:
 
     masks: Tensor  # [max_rows, n_words] int32
     results: Tensor  # [n_bytes] uint8
+    array: npt.NDArray[np.uint8]  # the same memory
     drafts: Tensor  # [3, num_spares] int32
 
 
@@ -56,7 +59,7 @@ class CudaSampler:
         sampler.start_grammar(start)                     # once the steps before are done
         copies = sampler.masks(slots, staging)           # before sampling
         sampler.sample(logits, buffers)                  # or its graph
-        samples = sampler.samples(slots, num_rows, staging)
+        samples = sampler.samples(num_rows, staging, is_listing=sampler.lists(slots))
         samples.copy                                     # after sampling
         sampler.accept(slots, unpack(samples.collect())) # on the thread that waited for it
 
@@ -91,9 +94,11 @@ class CudaSampler:
         """Allocate pinned memory for one step in flight."""
         masks = self._device.pinned(self._masks.nbytes).view(torch.int32).view(self._masks.shape)
         drafts = self.state.drafts
+        results = self._device.pinned(self._results.nbytes)
         return SampleStaging(
             masks,
-            self._device.pinned(self._results.nbytes),
+            results,
+            results.numpy(),
             self._device.pinned(drafts.nbytes).view(torch.int32).view(drafts.shape),
         )
 
@@ -174,9 +179,13 @@ class CudaSampler:
         results = view_result(self._results, num_rows, self._max_top)
         self.state.sample(logits[:num_rows], buffers.row_slots, self._masks, buffers.mask_rows, results)
 
-    def samples(self, slots: Sequence[int], num_rows: int, staging: SampleStaging) -> FetchedSamples:
-        """Return the samples of a step, without the top entries if no slot requests them."""
-        max_top = self._max_top if self._listing and not self._listing.isdisjoint(slots) else 0
+    def lists(self, slots: Iterable[int]) -> bool:
+        """Return whether one of these slots requests top log-probabilities."""
+        return bool(self._listing) and not self._listing.isdisjoint(slots)
+
+    def samples(self, num_rows: int, staging: SampleStaging, *, is_listing: bool) -> FetchedSamples:
+        """Return the samples of a step; `is_listing`: with the top entries."""
+        max_top = self._max_top if is_listing else 0
         copy = Copy(staging.results, self._results, result_bytes(num_rows, max_top))
         return FetchedSamples(copy, num_rows, max_top)
 

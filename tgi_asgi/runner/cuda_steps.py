@@ -234,8 +234,12 @@ class CudaSteps:
         copy_cuda_blocks(self._kv, pairs)
 
     def upload(self, shape: StepShape, staged: Tensor) -> tuple[Copy, Copy]:
-        """Return the copies of a step's inputs to the device; `staged` is pinned and large enough."""
+        """Return the copies of the next step's inputs to the device."""
         self._shape = shape
+        return self.copies(shape, staged)
+
+    def copies(self, shape: StepShape, staged: Tensor) -> tuple[Copy, Copy]:
+        """Return the copies of a step's inputs to the device; `staged` is pinned and large enough."""
         num_bytes = shape.sections.num_bytes
         return (
             Copy(self._inputs, staged, num_bytes),

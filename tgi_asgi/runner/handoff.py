@@ -1,4 +1,4 @@
-"""Carries steps from the event loop to a runner's thread, and their results back."""
+"""Carries steps from the event loop to a runner's threads, and their results back."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from tgi_asgi import ops
 from tgi_asgi.runner.plan import MAX_IN_FLIGHT, Sampled, StepPlan, StepResult
@@ -15,49 +16,59 @@ from tgi_asgi.runner.plan import MAX_IN_FLIGHT, Sampled, StepPlan, StepResult
 logger = logging.getLogger(__name__)
 
 
+class Steps(Protocol):
+    """The steps that are queued, and those that have finished: a `StepQueue`, or a `DeviceQueue`."""
+
+    def fileno(self) -> int: ...
+    def push(self, number: int) -> None: ...
+    def done(self) -> Sequence[tuple[int, Any]]: ...
+    def finish(self, number: int) -> None: ...
+    def close(self) -> None: ...
+
+
 @dataclass(slots=True)
 class PendingStep:
-    """A submitted step and the future that waits for its result."""
+    """A submitted step and the future that waits for its result.
+
+    Attributes:
+        place: Which of the places for steps in flight it has, of `MAX_IN_FLIGHT`: no other step that may be
+            on its way has the same.
+    """
 
     number: int
+    place: int
     plan: StepPlan
     future: asyncio.Future[StepResult]
     outcome: StepResult | Exception | None = None
 
 
-class StepHandoff:
-    """Hands steps to a thread, in order and with at most two undelivered, and their results back.
+# Queues a step that needs no Python, and returns True; returns False, and queues nothing, if it needs any.
+PushPrepared = Callable[[PendingStep], bool]
 
-        handoff = StepHandoff()
-        future = handoff.submit(plan)                 # on the event loop
-        while (step := handoff.take()) is not None:   # on a thread
-            handoff.finish(step, compute(step.plan))
 
-    With a native program, `take` itself computes the steps that consist only of rows, one after the other.
-    Neither the computation nor the completion signal runs Python or waits for the GIL.
+class Handoff:
+    """Hands steps to threads, in order and with at most two undelivered, and their results back.
 
-    Call `submit`, `close` and `end` on the event loop, `take` and `finish` on any other thread.
+        handoff = Handoff(steps)
+        future = handoff.submit(plan)                      # on the event loop
+        step = handoff.step(number)                        # on a thread that takes numbers of `steps`
+        handoff.finish(step, StepResult(step.plan.step_id, rows))
 
-    Args:
-        program: Native program that computes steps that consist only of rows.
-        limits: Bounds of the integers in those rows.
+    Call `submit`, `close` and `end` on the event loop, the others on any other thread.
     """
 
-    def __init__(self, program: ops.NativeProgram | None = None, limits: ops.RowLimits | None = None) -> None:
-        self.steps = ops.StepQueue(program, None if program is None else limits)
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
         self._numbers = itertools.count()
+        self._num_accepted = 0
         self._undelivered: dict[int, PendingStep] = {}  # by number
         self._loop: asyncio.AbstractEventLoop | None = None  # the loop that delivers results
         self._is_closed = False
 
-    def submit(self, plan: StepPlan, *, has_only_rows: bool = False) -> asyncio.Future[StepResult]:
-        """Queue a step.
+    def submit(self, plan: StepPlan, push_prepared: PushPrepared | None = None) -> asyncio.Future[StepResult]:
+        """Queue a step; `push_prepared` queues it for native code, if it can.
 
-        The future fails only if this step raises; if its rows are refused, it fails at once.
-
-        Args:
-            has_only_rows: Whether the plan has only rows: no slot starts, and no row has a grammar or scores
-                its prompt.
+        The future fails only if this step raises; if its rows are refused here, it fails at once.
 
         Raises:
             RuntimeError: if the handoff is closed or two steps are already in flight.
@@ -69,45 +80,32 @@ class StepHandoff:
             self._watch(loop)
         if len(self._undelivered) >= MAX_IN_FLIGHT:
             raise RuntimeError(f"{MAX_IN_FLIGHT} steps are in flight already")
-        step = PendingStep(next(self._numbers), plan, loop.create_future())
+        place = self._num_accepted % MAX_IN_FLIGHT
+        step = PendingStep(next(self._numbers), place, plan, loop.create_future())
         self._undelivered[step.number] = step  # before the push: the thread that takes the number looks it up
         try:
-            if has_only_rows:
-                self.steps.push_rows(step.number, plan.rows, *plan.cost)
-            else:
-                self.steps.push(step.number)
+            if push_prepared is None or not push_prepared(step):
+                self._steps.push(step.number)
         except Exception as error:
             del self._undelivered[step.number]
             step.future.set_exception(error)
+        else:
+            self._num_accepted += 1
         return step.future
 
-    def take(self) -> PendingStep | None:
-        """Wait for the next step that needs Python; return None once closed and empty."""
-        number = self.steps.compute_rows()
-        return None if number is None else self._undelivered[number]
-
-    def serve(self, compute: Callable[[StepPlan], StepResult]) -> None:
-        """Compute steps one after the other until the handoff is closed. The body of a runner's thread."""
-        ops.join_threads()
-        while (step := self.take()) is not None:
-            self.finish(step, _outcome(compute, step.plan))
-            del step  # or its plan's images and adapters would stay in memory until the next step
-
-    def start(self, compute: Callable[[StepPlan], StepResult]) -> threading.Thread:
-        """Start a runner's thread, which computes steps until the handoff is closed."""
-        thread = threading.Thread(target=self.serve, args=(compute,), name="tgi-runner", daemon=True)
-        thread.start()
-        return thread
+    def step(self, number: int) -> PendingStep:
+        """Return a step that is not delivered yet."""
+        return self._undelivered[number]
 
     def finish(self, step: PendingStep, outcome: StepResult | Exception) -> None:
         """Hand a step's outcome to the event loop that waits for it."""
         step.outcome = outcome
-        self.steps.finish(step.number)
+        self._steps.finish(step.number)
 
     def close(self) -> None:
-        """Accept no more steps; after those queued, `take` returns None. Idempotent."""
+        """Accept no more steps; those queued are still computed. Idempotent."""
         self._is_closed = True
-        self.steps.close()
+        self._steps.close()
 
     def end(self) -> None:
         """Deliver what has finished and stop watching. Call once no thread computes any more. Idempotent."""
@@ -117,16 +115,16 @@ class StepHandoff:
     def _watch(self, loop: asyncio.AbstractEventLoop | None) -> None:
         """Deliver results on this loop only; the waiters of a previous loop are gone with it."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.remove_reader(self.steps.fileno())
+            self._loop.remove_reader(self._steps.fileno())
         self._loop = None
         if loop is not None:
-            loop.add_reader(self.steps.fileno(), self._deliver)
+            loop.add_reader(self._steps.fileno(), self._deliver)
             self._loop = loop
             self._deliver()
 
     def _deliver(self) -> None:
         """Complete the futures of finished steps. Runs on the event loop."""
-        for number, sampled in self.steps.done():
+        for number, sampled in self._steps.done():
             step = self._undelivered.pop(number)
             outcome: StepResult | Exception
             if sampled is None:
@@ -145,6 +143,48 @@ class StepHandoff:
                     num_drafts,
                 )
             _end(step, outcome)
+
+
+class StepHandoff(Handoff):
+    """Hands steps to one thread, which computes one after the other.
+
+        handoff = StepHandoff()
+        future = handoff.submit(plan)                 # on the event loop
+        while (step := handoff.take()) is not None:   # on the thread
+            handoff.finish(step, compute(step.plan))
+
+    With a native program, `take` itself computes the steps that were pushed as rows. Neither the computation
+    nor the completion signal runs Python or waits for the GIL.
+
+    Args:
+        program: Native program that computes steps that consist only of rows.
+        limits: Bounds of the integers in those rows.
+
+    Attributes:
+        steps: The queue.
+    """
+
+    def __init__(self, program: ops.NativeProgram | None = None, limits: ops.RowLimits | None = None) -> None:
+        self.steps = ops.StepQueue(program, None if program is None else limits)
+        super().__init__(self.steps)
+
+    def take(self) -> PendingStep | None:
+        """Wait for the next step that needs Python; return None once closed and empty."""
+        number = self.steps.compute_rows()
+        return None if number is None else self.step(number)
+
+    def serve(self, compute: Callable[[StepPlan], StepResult]) -> None:
+        """Compute steps one after the other until the handoff is closed. The body of a runner's thread."""
+        ops.join_threads()
+        while (step := self.take()) is not None:
+            self.finish(step, _outcome(compute, step.plan))
+            del step  # or its plan's images and adapters would stay in memory until the next step
+
+    def start(self, compute: Callable[[StepPlan], StepResult]) -> threading.Thread:
+        """Start a runner's thread, which computes steps until the handoff is closed."""
+        thread = threading.Thread(target=self.serve, args=(compute,), name="tgi-runner", daemon=True)
+        thread.start()
+        return thread
 
 
 def _outcome(compute: Callable[[StepPlan], StepResult], plan: StepPlan) -> StepResult | Exception:

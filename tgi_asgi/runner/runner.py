@@ -18,7 +18,7 @@ from tgi_asgi import ops
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner.drafts import SlotDrafts, max_drafts_per_row, with_drafts
-from tgi_asgi.runner.handoff import StepHandoff
+from tgi_asgi.runner.handoff import PendingStep, StepHandoff
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.kv import CacheSizes, groups_of, one_group
 from tgi_asgi.runner.masks import SlotMasks
@@ -139,7 +139,7 @@ class HostRunner:
         Raises:
             RuntimeError: if the runner is closed or two steps are already in flight.
         """
-        future = self._handoff.submit(plan, has_only_rows=self._has_only_rows(plan))
+        future = self._handoff.submit(plan, self._push_rows)
         self._was_encoding = bool(plan.images)
         for start in plan.starts:
             for slots, is_in in ((self._constrained, start.grammar), (self._seeing, start.images)):
@@ -155,6 +155,13 @@ class HostRunner:
         if self._shards is not None:
             self._shards.close()
         self._handoff.end()
+
+    def _push_rows(self, step: PendingStep) -> bool:
+        """Queue a step for native code if it needs no Python."""
+        if not self._has_only_rows(step.plan):
+            return False
+        self._handoff.steps.push_rows(step.number, step.plan.rows, *step.plan.cost)
+        return True
 
     def _has_only_rows(self, plan: StepPlan) -> bool:
         """Return whether a step needs no Python; true for most steps of decoding streams."""

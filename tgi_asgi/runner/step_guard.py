@@ -23,6 +23,11 @@ class StepGuard:
         self._device = device
         self._lost: DeviceLost | None = None
 
+    @property
+    def has_lost(self) -> bool:
+        """Whether the device is lost."""
+        return self._lost is not None
+
     def check(self) -> None:
         """Refuse a step.
 

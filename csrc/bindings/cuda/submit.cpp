@@ -8,11 +8,14 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cstdint>
+#include <cstring>
+#include <exception>
 #include <utility>
 #include <variant>
 #include <vector>
 
 #include "bindings/cuda/without_gil.h"
+#include "bindings/device_calls.h"
 
 namespace tgi::cuda {
 
@@ -126,16 +129,70 @@ struct Submit {
   }
 };
 
+std::vector<Command> read_all(const py::tuple& commands) {
+  std::vector<Command> all;
+  all.reserve(commands.size());
+  for (const py::handle& command : commands) all.push_back(read(command));
+  return all;
+}
+
+// Submits to the thread's current stream.
+void submit_all(const std::vector<Command>& commands) {
+  const Submit visitor = {c10::cuda::getCurrentCUDAStream().stream()};
+  for (const Command& command : commands) std::visit(visitor, command);
+}
+
 void submit(const py::sequence& commands) {
   const py::tuple held(commands);  // whatever becomes of the sequence meanwhile
-  std::vector<Command> all;
-  all.reserve(held.size());
-  for (const py::handle& command : held) all.push_back(read(command));
-  without_gil([&] {
-    const Submit visitor = {c10::cuda::getCurrentCUDAStream().stream()};
-    for (const Command& command : all) std::visit(visitor, command);
-  });
+  const std::vector<Command> all = read_all(held);
+  without_gil([&] { submit_all(all); });
 }
+
+// Makes a call without the GIL; returns null, or why it failed.
+template <class Function>
+char* why_not(const Function& function) {
+  try {
+    function();
+    return nullptr;
+  } catch (python_error& error) {  // of a command that is a Python function
+    const py::gil_scoped_acquire gil;
+    error.restore();
+    return strdup(py::error_already_set().what());
+  } catch (const c10::Error& error) {
+    return strdup(error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    return strdup(error.what());
+  }
+}
+
+// Commands that other code submits without Python. The last of them is an event.
+class Prepared {
+ public:
+  explicit Prepared(const py::sequence& commands)
+      : held_(commands),
+        commands_(read_all(held_)),
+        calls_{this, [](void* self) { return static_cast<Prepared*>(self)->submit(); },
+               [](void* self) { return static_cast<Prepared*>(self)->wait(); }} {
+    if (commands_.empty() || !std::holds_alternative<Event*>(commands_.back()))
+      throw py::type_error("the last of prepared commands is an event");
+  }
+  Prepared(const Prepared&) = delete;
+  Prepared& operator=(const Prepared&) = delete;
+
+  const DeviceCalls* calls() const { return &calls_; }
+
+ private:
+  char* submit() const {
+    return why_not([&] { submit_all(commands_); });
+  }
+  char* wait() const {
+    return why_not([&] { std::get<Event*>(commands_.back())->synchronize(); });
+  }
+
+  const py::tuple held_;
+  const std::vector<Command> commands_;
+  const DeviceCalls calls_;
+};
 
 }  // namespace
 
@@ -150,6 +207,11 @@ void bind_submit(py::module_& module) {
            py::arg("owner"), py::arg("graph"))
       .def("__call__", [](const Graph& graph) {
         without_gil([&] { Submit{c10::cuda::getCurrentCUDAStream().stream()}(graph.graph); });
+      });
+  py::class_<Prepared>(module, "Prepared")
+      .def(py::init<const py::sequence&>(), py::arg("commands"))
+      .def_property_readonly("address", [](const Prepared& prepared) {
+        return reinterpret_cast<uintptr_t>(prepared.calls());
       });
   module.def("submit", submit, py::arg("commands"));
 }

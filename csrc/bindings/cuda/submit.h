@@ -5,7 +5,7 @@
 
 namespace tgi::cuda {
 
-// Binds `submit`, and the `Event` and `Graph` that it takes.
+// Binds `submit`, the `Event` and `Graph` that it takes, and `Prepared`, which is submitted later.
 void bind_submit(pybind11::module_& module);
 
 }  // namespace tgi::cuda

@@ -62,6 +62,11 @@ class RunningImages:
         """Return the images of a slot's sequence."""
         return self._sequences.get(slot, NO_IMAGES)
 
+    @property
+    def is_encoding(self) -> bool:
+        """Whether an image is encoded in part."""
+        return self.encodings.is_encoding
+
     def advance(self, images: Sequence[ImageInput], seconds: float) -> tuple[list[bool], float]:
         """Encode images before the steps that need them, as `EncodingCache.advance`; and the seconds."""
         begun = time.monotonic()
