@@ -20,8 +20,8 @@ from tgi_asgi.api.exchange import LARGE_BODY, Exchange
 from tgi_asgi.api.job import Constraint, Conversation, Job
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.chat import template_variables
-from tgi_asgi.api.openai.conversation_store import ConversationStore, StoredConversation
-from tgi_asgi.api.openai.conversations import find_conversation, stored_form
+from tgi_asgi.api.openai.conversation_store import ConversationStore, StoredConversation, stored_form
+from tgi_asgi.api.openai.conversations import find_conversation
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import (
     check_renamed,
@@ -132,9 +132,8 @@ def _call(
         full_input = (*history, msgspec.json.encode(items))
         recorders.append(_Recorder(context.responses, full_input, exchange.tenant))
     if conversation is not None:
-        store = context.conversations
-        asked = stored_form(items, store.items_of(conversation))
-        recorders.append(partial(_add_turn, store, conversation, asked))
+        asked = stored_form(items)
+        recorders.append(partial(_add_turn, context.conversations, conversation, asked))
     shows_logprobs = job.sampling.logprobs is not None
     summary = request.reasoning.summary if request.reasoning is not None else None
 
