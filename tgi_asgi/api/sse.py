@@ -180,6 +180,8 @@ class EventStream:
         self._is_busy = True
         is_last = self._num_open == 0
         frames = await self._take_frames(is_last)
+        if self._end is not None:  # set while a thread rendered
+            raise self._end
         if frames or is_last:
             await self._send(frames, is_last)
         self._is_busy = False
