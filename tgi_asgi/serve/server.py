@@ -40,7 +40,8 @@ def run(settings: Settings, loader: Loader = load_model) -> int:
     """Serve until a signal or a fatal error; return the exit code (0 after a drain).
 
     Raises:
-        ModelLoadError: if the address or the certificate cannot be used, or the model cannot be loaded.
+        ModelLoadError: if the address, the certificate or the installed hypercorn cannot be used, or the
+            model cannot be loaded.
         TgiError: if the engine has died.
     """
     raise_file_limit()
