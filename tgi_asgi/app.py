@@ -204,16 +204,16 @@ class App:
                 await exchange.respond(200, b"", headers=preflight)
                 return
             await self._routes.handle(exchange)
-        except TgiError as error:
-            await exchange.fail(error)
         except ClientDisconnected:
             raise
         except Exception as error:
-            path = logs.quoted(exchange.path)
-            logger.exception("request %s: %s %s failed", exchange.request_id, exchange.method, path)
-            if exchange.status is not None:
+            has_begun = exchange.status is not None
+            if has_begun or not isinstance(error, TgiError):
+                path = logs.quoted(exchange.path)
+                logger.exception("request %s: %s %s failed", exchange.request_id, exchange.method, path)
+            if has_begun:
                 exchange.error = error
-                raise  # the response has begun: the server closes the connection
+                raise  # the server closes the connection
             await exchange.fail(error)
 
 

@@ -152,7 +152,8 @@ class Exchange:
         self._num_image_bytes += size
 
     def close(self) -> None:
-        """Release everything that the request held, once; large objects are freed in a thread."""
+        """End the request's generation and release what it held, once; a thread frees large objects."""
+        self.cancel_channels()  # an exception may have come between their submission and their delivery
         self.context.body_budget.release(self._num_held)
         self.context.image_budget.release(self._num_image_bytes)
         for lease in self.leases:
@@ -211,6 +212,7 @@ class Exchange:
 
     async def fail(self, error: BaseException) -> None:
         """Answer with an error in the route's dialect; the response must not have started."""
+        self.cancel_channels()
         self.error = error.with_traceback(None)  # its frames refer to this exchange
         headers = dict(headers_of(error))
         if not self.is_body_read:

@@ -28,7 +28,16 @@ from tgi_asgi.api.served import Served
 from tgi_asgi.api.sse import EventStream
 from tgi_asgi.errors import InvalidRequest, ModelNotSupported, TgiError
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Adapter, Engine, GenerationRequest, Permit, StopConditions, TokenEvent, TopTokens
+from tgi_asgi.types import (
+    Adapter,
+    Channel,
+    Engine,
+    GenerationRequest,
+    Permit,
+    StopConditions,
+    TokenEvent,
+    TopTokens,
+)
 
 Parse = Callable[[bytes, Exchange], Call | Callable[[], Call]]  # raises a refusal from `errors.py`
 
@@ -76,7 +85,8 @@ async def _generate(exchange: Exchange, parse: Parse) -> None:
         renderer = await exchange.work(call.render, generation)
         exchange.large_objects += [jobs, renderer]
         for prepared in jobs:
-            _submit(exchange, served.engine, prepared.request, permit)
+            own_permit = permit.split(prepared.request.n)
+            exchange.channels.append(submit(served.engine, prepared.request, own_permit))
     await (_stream if call.stream else _answer_whole)(exchange, call, generation, renderer)
 
 
@@ -357,12 +367,10 @@ def admitted(exchange: Exchange, num_choices: int) -> Iterator[Permit]:
         permit.release()
 
 
-def _submit(exchange: Exchange, engine: Engine, request: GenerationRequest, permit: Permit) -> None:
-    """Submit one of an exchange's prompts to the engine, with its share of the permit."""
-    own_permit = permit.split(request.n)
+def submit(engine: Engine, request: GenerationRequest, permit: Permit) -> Channel:
+    """Submit a prompt to the engine; its permit is released when it ends, or at once if this raises."""
     try:
-        exchange.channels.append(engine.submit(request, own_permit))
+        return engine.submit(request, permit)
     except BaseException:
-        own_permit.release()
-        exchange.cancel_channels()
+        permit.release()
         raise

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from tgi_asgi.api.answer_headers import sync_headers
 from tgi_asgi.api.exchange import Exchange, Handler
-from tgi_asgi.api.life import admitted, cache_salt_of, lease_adapters, served_name
+from tgi_asgi.api.life import admitted, cache_salt_of, lease_adapters, served_name, submit
 from tgi_asgi.api.limits import bounded_priority
 from tgi_asgi.api.pool_call import PoolCall, Pooled
 from tgi_asgi.api.pool_prompt import tokenise
@@ -184,7 +184,7 @@ class _Window:
         """
         channels = self._exchange.channels
         for request in requests:
-            channel = self._engine.submit(request, await self._next_permit())
+            channel = submit(self._engine, request, await self._next_permit())
             channels.append(channel)
             self._num_running += 1
             channel.attach(self)
