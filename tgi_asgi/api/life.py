@@ -259,10 +259,14 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
 
 
 def _reasoning_tokens(job: Job, settings: Settings) -> int | None:
-    """Return the maximum number of tokens of a job's reasoning; None: any."""
-    if job.reasoning_budget is None:  # -1: as `--reasoning-budget`
-        return None if settings.reasoning_budget == -1 else settings.reasoning_budget
-    return None if job.reasoning_budget == "any" else job.reasoning_budget
+    """Return the maximum number of tokens of a job's reasoning; None: any number."""
+    match job.reasoning_budget:
+        case "default":
+            return settings.max_reasoning_tokens
+        case "any":
+            return None
+        case num_tokens:
+            return num_tokens
 
 
 def _stop_conditions(job: Job, budget: int, form: AnswerForm, reading: Reading | None) -> StopConditions:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -265,10 +265,12 @@ def _thinks(given: dict[str, Any]) -> bool:
     return bool(kind != "disabled")
 
 
-def _budget(given: dict[str, Any] | None) -> int | None:
-    """Return the maximum number of tokens of thinking, if a request's `thinking` has one."""
+def _budget(given: dict[str, Any] | None) -> int | Literal["default"]:
+    """Return the maximum number of tokens of thinking, as a request's `thinking` has it."""
     value = (given or {}).get("budget_tokens")
-    if value is not None and not (type(value) is int and value >= 0):
+    if value is None:
+        return "default"
+    if type(value) is not int or value < 0:
         refuse_field("thinking.budget_tokens", f"must be an integer of at least 0, got {str(value)[:40]!r}")
     return value
 

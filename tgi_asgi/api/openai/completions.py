@@ -99,7 +99,7 @@ def _check_without_prompt(request: CompletionRequest, *, is_compat: bool) -> Non
 
 def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: int) -> int:
     """Check the fields that only completions have; return best_of."""
-    if thinking_budget(request) not in (None, "any"):
+    if isinstance(thinking_budget(request), int):
         refuse_field(
             next(name for name in THINKING_BUDGETS if getattr(request, name) is not None),
             "is not supported: completions have no reasoning of their own",
