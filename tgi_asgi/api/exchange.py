@@ -19,9 +19,9 @@ from tgi_asgi.api import asgi
 from tgi_asgi.api.asgi import JSON, ClientDisconnected, Header, Receive, Scope, Send
 from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.errors import Dialect, headers_of
-from tgi_asgi.api.parse import decode_json
+from tgi_asgi.api.parse import decode_json, refuse
 from tgi_asgi.api.route_traits import RouteTraits
-from tgi_asgi.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
+from tgi_asgi.errors import PayloadTooLarge, UnsupportedMediaType
 from tgi_asgi.types import Channel
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Exchange:
         max_bytes = self.context.settings.max_image_memory
         if size > 0 and self._num_image_bytes + size > max_bytes:
             message = f"`{param}`: decoded, the images of a request may take {max_bytes} bytes together"
-            raise InvalidRequest(message, param=param, code="image_too_large")
+            refuse(param, message, "image_too_large")
         if size > 0:
             self.context.image_budget.acquire(size, self._num_image_bytes)
         else:

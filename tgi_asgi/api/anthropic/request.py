@@ -24,7 +24,6 @@ from tgi_asgi.api.parse import (
     check_ranges,
     check_refused,
     decode_json,
-    refuse,
     refuse_field,
     string_of,
 )
@@ -58,8 +57,8 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
     stops = tuple(request.stop_sequences or ())
     check_stops(stops, Limits.of(context.settings).stops, "stop_sequences")
     if request.thread is not None:  # this error code makes the SDK send the whole history instead
-        message = "`thread` is not supported: this server keeps no conversations"
-        refuse("thread", message, "thread_unsupported_request")
+        rule = "is not supported: this server keeps no conversations"
+        refuse_field("thread", rule, "thread_unsupported_request")
     tools = read_tools(request.tools, request.messages)
     info = context.ready().info
     job = Job(

@@ -256,8 +256,8 @@ def _check(request: ResponsesRequest) -> None:
     }
     check_renamed(request, renamed)
     if request.conversation_id is not None and request.previous_response_id is not None:
-        message = "`conversation` and `previous_response_id` exclude each other: both say what comes before"
-        refuse("conversation", message, "mutually_exclusive_parameters")
+        rule = "and `previous_response_id` exclude each other: both say what comes before"
+        refuse_field("conversation", rule, "mutually_exclusive_parameters")
     if request.input is None and request.previous_response_id is None and request.conversation_id is None:
         refuse_field("input", "is required")
     for name in ("n", "best_of"):
