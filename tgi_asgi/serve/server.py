@@ -17,7 +17,8 @@ from hypercorn.config import Config
 from hypercorn.typing import ASGIFramework
 
 from tgi_asgi.api.served import Served
-from tgi_asgi.app import Loader, create_app, load_model
+from tgi_asgi.app import Loader, create_app
+from tgi_asgi.assembly import load_model
 from tgi_asgi.errors import ModelLoadError, TgiError
 from tgi_asgi.serve.connections import ConnectionLimit
 from tgi_asgi.serve.console import Console
