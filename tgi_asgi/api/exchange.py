@@ -183,6 +183,8 @@ class Exchange:
             InvalidRequest: if it is not JSON, or not of the decoder's type.
         """
         body = await self.read_body()
+        if not body and self.route is not None and not self.route.needs_body:
+            body = b"{}"
         return await self.work(decode_json, body, decoder)
 
     async def work(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

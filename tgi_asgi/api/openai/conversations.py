@@ -15,7 +15,7 @@ from tgi_asgi.api.openai.conversation_store import ConversationStore, StoredConv
 from tgi_asgi.api.openai.pages import list_body, page_of
 from tgi_asgi.api.openai.response_input import ItemPaths, decode_items, read_items, resolve_references
 from tgi_asgi.api.openai.response_schema import ConversationRequest, ConversationUpdate, NewItems
-from tgi_asgi.api.parse import decode_json, refuse_field
+from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.errors import NotFound
 
 _CREATE = msgspec.json.Decoder(ConversationRequest)
@@ -26,8 +26,7 @@ _ITEMS = msgspec.json.Decoder(NewItems)
 async def create(exchange: Exchange) -> None:
     """Make a conversation, which may have items from the start."""
     store = _store(exchange)
-    body = await exchange.read_body()  # without a body, too, as OpenAI's SDK for JavaScript can send it
-    request = await exchange.work(decode_json, body, _CREATE) if body else ConversationRequest()
+    request = await exchange.read_json(_CREATE)
     items = await exchange.work(_read, request.items or [], exchange)
     conversation = StoredConversation(
         f"conv_{secrets.token_hex(24)}", int(time.time()), request.metadata or {}, items
