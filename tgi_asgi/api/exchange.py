@@ -188,7 +188,7 @@ class Exchange:
         return await self.work(decode_json, body, decoder)
 
     async def work(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a pure function of the request inline, or in a thread if the request is large."""
+        """Run a function that does no I/O inline, or in a thread if the request is large."""
         if self.is_large:
             return await self.context.text_threads.run_for(self.tenant, function, *args, **kwargs)
         return function(*args, **kwargs)

@@ -47,8 +47,8 @@ LARGE_ANSWER = 500  # tokens and alternatives in an answer; rendering each takes
 def generating(parse: Parse) -> Handler:
     """Return the handler of a route whose bodies `parse` reads.
 
-    `parse` is a pure function; it runs in a thread if the body is large. It may set `Exchange.is_large` and
-    return a function that does the remaining work, which then runs in a thread.
+    `parse` does no I/O, and runs in a thread if the body is large. It may set the exchange's `dialect`. If a
+    small body makes much work, it sets `is_large` and returns a function, which does that work in a thread.
     """
     return partial(_generate, parse=parse)
 

@@ -95,10 +95,11 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
 
 
 def _num_needed(num_inputs: int, size: int, limit: int) -> int:
-    """Return how many of all permits, whose number is the limit, a call needs to be admitted.
+    """Return how many permits a call needs to be admitted: at most a quarter of all.
 
     Args:
-        size: Its characters and token ids together.
+        size: The characters and token ids of its inputs together.
+        limit: The number of all permits.
     """
     num_needed = max(-(-num_inputs // _INPUTS_PER_PERMIT), -(-size // _CHARACTERS_PER_PERMIT))
     return min(num_needed, max(limit // 4, 1))
