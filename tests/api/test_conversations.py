@@ -12,14 +12,17 @@ import openai
 import pytest
 
 from tests.api.test_response_store import TEMPLATE, TOOLS, chat, prompts
+from tests.support.asgi import peak_of, request
 from tests.support.client import client_of
 from tests.support.scripted_engine import Script, ScriptedChannel, ScriptedEngine, fail_with, say
 from tests.support.tool_app import CALLS, app_of, sdk_of
 from tests.support.waiting import until
+from tgi_asgi.api.exchange import LARGE_BODY
 from tgi_asgi.api.openai.conversation_store import ConversationStore, StoredConversation, stored_form
+from tgi_asgi.api.openai.response_store import StoredResponse
 from tgi_asgi.app import App
 from tgi_asgi.errors import GenerationFailed, TgiError
-from tgi_asgi.settings import Settings
+from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.types import TokenEvent
 
 ONE: Any = {"type": "message", "role": "user", "content": "one"}
@@ -180,6 +183,29 @@ async def test_what_a_conversation_cannot_be(path: str, body: Any, status: int, 
 async def test_a_server_that_stores_nothing_has_no_conversations() -> None:
     answer = await post(app_of(ScriptedEngine(), Settings(response_store=0)), "/v1/conversations", {})
     assert answer.status_code == 404 and "--response-store" in answer.text
+
+
+@pytest.mark.parametrize("path", ["/v1/conversations", "/v1/conversations/conv_1/items"])
+async def test_names_of_one_large_item_take_no_more_memory_than_a_conversation_may(path: str) -> None:
+    app = app_of(ScriptedEngine())
+    app.context.conversations.add(conversation("conv_1"), None)
+    item = b'[{"type":"message","role":"user","content":"%b"}]' % (b"x" * MIB)
+    app.context.responses.add(StoredResponse("resp_1", b"{}", [], {"msg_1": item}), None)
+    call = request("POST", path, {"items": [{"type": "item_reference", "id": "msg_1"}] * 65})
+    peak = await peak_of(app, call)
+    assert (call.status, call.json()["error"]["param"]) == (400, "items")
+    assert peak < 10 * MIB
+
+
+async def test_a_request_is_as_large_as_the_items_that_it_names() -> None:
+    app = app_of(ScriptedEngine())
+    item = b'[{"type":"message","role":"user","content":"","x":"%b"}]' % (b"x" * LARGE_BODY)
+    app.context.responses.add(StoredResponse("resp_1", b"{}", [], {"msg_1": item}), None)
+    seen: list[bool] = []
+    app.observers.append(lambda exchange, _: seen.append(exchange.is_large))
+    for given in (ONE, {"type": "item_reference", "id": "msg_1"}):
+        await post(app, "/v1/conversations", {"items": [given]})
+    assert seen == [False, True]
 
 
 def conversation(name: str, **items: bytes) -> StoredConversation:

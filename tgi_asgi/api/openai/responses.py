@@ -31,6 +31,7 @@ from tgi_asgi.api.openai.params import (
     thinking_budget,
 )
 from tgi_asgi.api.openai.response_input import (
+    MANY_REFERENCES,
     ItemPaths,
     current_settings,
     decode_items,
@@ -79,7 +80,6 @@ _DEFAULTS: dict[str, Any] = {  # of the fields that an answer echoes
     "tool_choice": "auto", "tools": [], "top_logprobs": 0, "top_p": 1.0, "presence_penalty": 0.0,
     "frequency_penalty": 0.0, **dict.fromkeys(_NAMES),
 }  # fmt: skip
-_MANY_REFERENCES = 100  # reading what these refer to takes a millisecond
 _FUNCTION: dict[str, Any] = {"description": None, "parameters": None, "strict": False}
 
 
@@ -98,7 +98,7 @@ def parse_response(body: bytes, exchange: Exchange) -> Callable[[], Call]:
     size = sum(map(len, [*history, *found.values()]))
     if size > MAX_BYTES:  # 400,000 references to one item fit into a body
         refuse_field("input", f"goes on from more than {MAX_BYTES} bytes")
-    exchange.is_large |= size > LARGE_BODY or len(found) > _MANY_REFERENCES
+    exchange.is_large |= size > LARGE_BODY or len(found) > MANY_REFERENCES
     return partial(_call, request, history, found, exchange, conversation)
 
 
