@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "tgi_asgi"
 _BELOW_ENGINE = {"runner", "models", "ops", "text", "formats"}
 ALLOWED_IMPORTS = {
     "api": {"images", "observe", "text"},
-    "serve": {"app", "api", "observe"},
+    "serve": {"app", "assembly", "api", "observe"},
     "commands": {"serve", "observe", "formats"},
     "observe": {"engine"},  # the engine's counters
     "engine": _BELOW_ENGINE,

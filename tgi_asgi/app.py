@@ -1,9 +1,9 @@
-"""The ASGI application: combines the routes, loads the model and turns exceptions into responses.
+"""The ASGI application: combines the routes, starts and stops the model, turns exceptions into responses.
 
     hypercorn --workers 0 tgi_asgi.app:app         # MODEL_ID and the other settings from the environment
     create_app(Settings(model_id="model.gguf"))    # as the command line and the tests do
 
-Importing this module does not import torch; the loading thread does if the model needs it.
+Importing this module does not import torch; `assembly.py` does, in the loading thread, if the model needs it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import functools
 import logging
 import threading
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, NoReturn, Protocol, cast
+from typing import NoReturn, Protocol, cast
 
 import orjson
 
+from tgi_asgi import assembly
 from tgi_asgi.api import table
 from tgi_asgi.api.asgi import JSON, ClientDisconnected, Receive, Scope, Send
 from tgi_asgi.api.auth import ApiKeys
-from tgi_asgi.api.context import NO_NAMES, ServerContext
+from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.cors import Cors
 from tgi_asgi.api.errors import NATIVE, OPENAI, headers_of
 from tgi_asgi.api.exchange import Exchange
@@ -38,14 +39,7 @@ from tgi_asgi.serve.process import FLUSH_S, claim_parent, end_process
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Adapters, Engine, Progress
 
-if TYPE_CHECKING:
-    from tgi_asgi.formats.sources import AdapterSource
-    from tgi_asgi.runner.load import LoadedModel
-
 logger = logging.getLogger(__name__)
-
-# In the ImportError of an extension that has no kernels for this machine: csrc/bindings/module.cpp.
-_NO_KERNELS = ("TGI_ISA", "lacks the kernels")
 
 Loader = Callable[[Settings, Progress], Served]  # runs in a thread; its engine has not been started yet
 Observer = Callable[[Exchange, RequestSummary], None]  # called after every response, failed ones included
@@ -204,16 +198,16 @@ class App:
                 await exchange.respond(200, b"", headers=preflight)
                 return
             await self._routes.handle(exchange)
-        except TgiError as error:
-            await exchange.fail(error)
         except ClientDisconnected:
             raise
         except Exception as error:
-            path = logs.quoted(exchange.path)
-            logger.exception("request %s: %s %s failed", exchange.request_id, exchange.method, path)
-            if exchange.status is not None:
+            has_begun = exchange.status is not None
+            if has_begun or not isinstance(error, TgiError):
+                path = logs.quoted(exchange.path)
+                logger.exception("request %s: %s %s failed", exchange.request_id, exchange.method, path)
+            if has_begun:
                 exchange.error = error
-                raise  # the response has begun: the server closes the connection
+                raise  # the server closes the connection
             await exchange.fail(error)
 
 
@@ -235,81 +229,6 @@ async def _refuse_websocket(scope: Scope, send: Send) -> None:
     await send({"type": "websocket.http.response.body", "body": body})
 
 
-def load_model(settings: Settings, progress: Progress) -> Served:
-    """Find, read and warm up the model, in the loading thread. Imports torch only if the model needs it.
-
-    Raises:
-        ModelLoadError: if it cannot be found, read or served.
-    """
-    from tgi_asgi.formats.sources import resolve
-
-    files = resolve(settings, progress)
-    named = named_adapters(settings, files.model_id)
-    progress("loading libraries", 0, None)
-    from tgi_asgi.engine.engine import Engine
-
-    try:
-        from tgi_asgi.runner.load import load
-    except ImportError as error:
-        if not any(words in str(error) for words in _NO_KERNELS):
-            raise
-        raise ModelLoadError(str(error)) from None
-
-    loaded = load(settings, files, progress)
-    _warn_guessed_tool_format(settings, loaded)
-    engine = Engine(loaded.runner, loaded.tokenizer, settings, loaded.info)
-    if loaded.shards is not None:
-        loaded.shards.others.watch(engine.mark_lost)
-    return Served(
-        engine, loaded.tokenizer, loaded.chat_template, loaded.info, engine.stats, loaded.image_processor,
-        make_adapters(settings, loaded, named),
-    )  # fmt: skip
-
-
-def _warn_guessed_tool_format(settings: Settings, loaded: LoadedModel) -> None:
-    """Log a warning at start-up if the tool call format is a guess."""
-    from tgi_asgi.text.tools import assumption
-
-    template = loaded.chat_template
-    if template is not None and settings.tool_format == "auto":
-        warning = assumption(template.tool_source, has_tools=template.mentions("tools"))
-        if warning is not None:
-            logger.warning(warning)
-
-
-def named_adapters(settings: Settings, model_id: str) -> list[AdapterSource]:
-    """Return the adapters named in the settings; called before the model is read, which may take minutes.
-
-    Raises:
-        ModelLoadError: if an adapter option is malformed, or a name refers to the model itself.
-    """
-    from tgi_asgi.formats.sources import adapter_sources
-
-    sources = adapter_sources(settings)
-    for source in sources:
-        if source.name in (*NO_NAMES, model_id):
-            raise ModelLoadError(
-                f"an adapter cannot be called {source.name!r}, the name of the model itself: write NAME=PATH"
-            )
-    return sources
-
-
-def make_adapters(settings: Settings, loaded: LoadedModel, named: list[AdapterSource]) -> Adapters | None:
-    """Return the manager of a model's adapters, none of them read yet, or None if the model serves none."""
-    from tgi_asgi.engine import adapters
-    from tgi_asgi.formats.sources import max_loaded_adapters, resolve_adapter
-
-    loader = loaded.adapters
-    if loader is None:
-        return None
-    return adapters.Adapters(
-        lambda source: loader.load(resolve_adapter(source)),
-        named,
-        max_loaded=max_loaded_adapters(settings),
-        taken=(*NO_NAMES, loaded.info.model_id),
-    )
-
-
 def create_app(settings: Settings | None = None, loader: Loader | None = None) -> App:
     """Return the application; `loader` replaces the real model in tests. No settings: read the environment.
 
@@ -321,7 +240,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         settings = Settings.from_environ()
     stored = settings.response_store
     context = ServerContext(settings, ResponseStore(stored), ConversationStore(stored))
-    return App(context, loader or load_model)
+    return App(context, loader or assembly.load_model)
 
 
 class _EnvironmentApp:

@@ -54,7 +54,10 @@ def _restored(kind: type[TgiError], message: str, state: dict[str, Any]) -> TgiE
 
 
 class InvalidRequest(TgiError, error_type="validation"):
-    """Raised when a request cannot be served as written; nothing was scheduled.
+    """Raised when a request cannot be served as written: usually before anything is computed for it.
+
+    Some faults show only while it runs: images that take too much memory once decoded, a grammar that cannot
+    go on, an answer that is too large to keep until it is sent.
 
     Args:
         is_syntax: Whether the body is not JSON at all (400 on the native routes, where other cases are 422).
@@ -177,7 +180,12 @@ class UnsupportedMediaType(TgiError, error_type="validation"):
 
 
 class Overloaded(TgiError, error_type="overloaded", failure="overloaded"):
-    """Raised when all admission permits are taken; the client may retry after `retry_after_s` seconds."""
+    """Raised when requests together reach a limit; the client may retry after `retry_after_s` seconds.
+
+    Such limits are the permits, an API key's requests per minute, the bytes of bodies, images and unsent
+    answers, and the adapters in memory. It is also raised when a prompt has waited for too long, or another
+    API key's request takes its permit.
+    """
 
     def __init__(self, message: str = "Model is overloaded", *, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -185,7 +193,10 @@ class Overloaded(TgiError, error_type="overloaded", failure="overloaded"):
 
 
 class Unavailable(TgiError, error_type="unavailable", failure="unavailable"):
-    """Raised while the model loads, while the server drains, or when the engine is dead."""
+    """Raised while the model or a named adapter loads, while the server drains, or when the engine is dead.
+
+    In a cluster, also when no replica can be reached.
+    """
 
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)

@@ -16,7 +16,7 @@ from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say, 
 from tests.support.serving import serving as serving_at
 from tests.support.tool_app import sdk_of
 from tests.support.waiting import LONGEST_S, until
-from tgi_asgi.app import App, named_adapters
+from tgi_asgi.app import App
 from tgi_asgi.engine.adapters import Adapters
 from tgi_asgi.errors import ModelLoadError, TgiError
 from tgi_asgi.formats.sources import AdapterSource
@@ -257,12 +257,6 @@ async def test_a_replacement_that_cannot_be_read_leaves_the_one_that_works() -> 
     assert (await post(app, "/v1/completions", {"model": "sql", "prompt": "hi"})).status_code == 200
     served: Any = app.context.served
     assert [each.adapter.key for each in served.engine.requests] == [b"/sql".hex(), b"/better".hex()]
-
-
-@pytest.mark.parametrize("name", ["tgi", "dummy", "toy/model"])
-def test_an_adapter_at_the_start_cannot_have_a_name_of_the_model(name: str) -> None:
-    with pytest.raises(ModelLoadError, match=f"an adapter cannot be called '{name}'"):
-        named_adapters(Settings(lora_modules=(f"{name}=/x",)), "toy/model")
 
 
 async def test_the_administrator_loads_and_unloads() -> None:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import types
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -20,9 +19,8 @@ from tests.support.waiting import LONGEST_S
 from tgi_asgi.api.asgi import Message
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.served import Served
-from tgi_asgi.app import App, create_app, load_model
+from tgi_asgi.app import App, create_app
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats import sources
 from tgi_asgi.observe.summary import RequestSummary
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState
@@ -287,23 +285,3 @@ async def test_an_observer_that_fails_holds_no_body() -> None:
     with pytest.raises(ZeroDivisionError):
         await send(app, request("POST", CHAT, HI))
     assert app.context.body_budget.held == 0
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "TGI_ISA must be one of portable, avx2 on this machine, got sse9",
-        "this build lacks the kernels for this processor: install again on this machine",
-    ],
-)
-def test_kernels_that_the_machine_lacks_end_the_load_in_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
-    class Refusing(types.ModuleType):
-        def __getattr__(self, name: str) -> object:
-            raise ImportError(text)
-
-    monkeypatch.setattr(sources, "resolve", lambda *given: types.SimpleNamespace(model_id="m"))
-    monkeypatch.setitem(sys.modules, "tgi_asgi.runner.load", Refusing("tgi_asgi.runner.load"))
-    with pytest.raises(ModelLoadError, match=f"^{text}$"):
-        load_model(Settings(model_id="m"), lambda *progress: None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import httpx
@@ -10,15 +12,31 @@ import openai
 import pytest
 
 from tests.api.test_response_store import TEMPLATE, TOOLS, chat, prompts
+from tests.support.asgi import peak_of, request
 from tests.support.client import client_of
-from tests.support.scripted_engine import ScriptedEngine, fail_with, say
+from tests.support.scripted_engine import Script, ScriptedChannel, ScriptedEngine, fail_with, say
 from tests.support.tool_app import CALLS, app_of, sdk_of
-from tgi_asgi.api.openai.conversation_store import ConversationStore, StoredConversation
+from tests.support.waiting import until
+from tgi_asgi.api.exchange import LARGE_BODY
+from tgi_asgi.api.openai.conversation_store import ConversationStore, StoredConversation, stored_form
+from tgi_asgi.api.openai.response_store import StoredResponse
 from tgi_asgi.app import App
-from tgi_asgi.errors import GenerationFailed
-from tgi_asgi.settings import Settings
+from tgi_asgi.errors import GenerationFailed, TgiError
+from tgi_asgi.settings import MIB, Settings
+from tgi_asgi.types import TokenEvent
 
 ONE: Any = {"type": "message", "role": "user", "content": "one"}
+
+
+def say_after(gate: asyncio.Event, *tokens: str) -> Script:
+    """Return a script that says tokens once the gate is open."""
+
+    async def script(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
+        await gate.wait()
+        async for batch in say(*tokens)(channel):
+            yield batch
+
+    return script
 
 
 async def texts(client: openai.AsyncOpenAI, conversation: str) -> list[Any]:
@@ -46,6 +64,32 @@ async def test_an_answer_is_added_even_if_it_is_not_stored_by_itself() -> None:
         made = await client.conversations.create()
         await client.responses.create(model="m", input="one", conversation=made.id, store=False)
         assert await texts(client, made.id) == ["one", "Hello"]
+
+
+@pytest.mark.parametrize("adds", [False, True])
+async def test_items_that_come_at_the_same_time_are_all_kept_whatever_their_ids(adds: bool) -> None:
+    """Of another answer, or of a request that only adds items."""
+    gate, same = asyncio.Event(), {**ONE, "id": "same"}
+    engine = ScriptedEngine(say_after(gate, "Hello"))
+    app = app_of(engine)
+    async with client_of(app) as client:
+        made = (await client.post("/v1/conversations")).json()["id"]
+        responses = []
+        for text in ["b"] if adds else ["a", "b"]:
+            body = {"model": "m", "input": [{**same, "content": text}], "conversation": made}
+            responses.append(asyncio.create_task(client.post("/v1/responses", json=body)))
+            await until(lambda: len(engine.requests) == len(responses))
+        if adds:
+            items = {"items": [{**same, "content": "a"}]}
+            await client.post(f"/v1/conversations/{made}/items", json=items)
+        gate.set()
+        for response in responses:
+            assert (await response).status_code == 200
+        listed = (await client.get(f"/v1/conversations/{made}/items?order=asc")).json()["data"]
+    said = [item["content"][0]["text"] for item in listed]
+    turns = [["a", "b", "Hello"]] if adds else [["a", "Hello", "b", "Hello"], ["b", "Hello", "a", "Hello"]]
+    assert said in turns
+    assert len({item["id"] for item in listed}) == len(listed)
 
 
 async def test_a_failed_answer_adds_nothing() -> None:
@@ -141,6 +185,29 @@ async def test_a_server_that_stores_nothing_has_no_conversations() -> None:
     assert answer.status_code == 404 and "--response-store" in answer.text
 
 
+@pytest.mark.parametrize("path", ["/v1/conversations", "/v1/conversations/conv_1/items"])
+async def test_names_of_one_large_item_take_no_more_memory_than_a_conversation_may(path: str) -> None:
+    app = app_of(ScriptedEngine())
+    app.context.conversations.add(conversation("conv_1"), None)
+    item = b'[{"type":"message","role":"user","content":"%b"}]' % (b"x" * MIB)
+    app.context.responses.add(StoredResponse("resp_1", b"{}", [], {"msg_1": item}), None)
+    call = request("POST", path, {"items": [{"type": "item_reference", "id": "msg_1"}] * 65})
+    peak = await peak_of(app, call)
+    assert (call.status, call.json()["error"]["param"]) == (400, "items")
+    assert peak < 10 * MIB
+
+
+async def test_a_request_is_as_large_as_the_items_that_it_names() -> None:
+    app = app_of(ScriptedEngine())
+    item = b'[{"type":"message","role":"user","content":"","x":"%b"}]' % (b"x" * LARGE_BODY)
+    app.context.responses.add(StoredResponse("resp_1", b"{}", [], {"msg_1": item}), None)
+    seen: list[bool] = []
+    app.observers.append(lambda exchange, _: seen.append(exchange.is_large))
+    for given in (ONE, {"type": "item_reference", "id": "msg_1"}):
+        await post(app, "/v1/conversations", {"items": [given]})
+    assert seen == [False, True]
+
+
 def conversation(name: str, **items: bytes) -> StoredConversation:
     return StoredConversation(name, 0, {}, items)
 
@@ -160,6 +227,30 @@ def test_a_tenant_that_holds_most_makes_room_for_others() -> None:
         store.add(conversation(name), "greedy")
     store.add(conversation("c"), "other")
     assert store.find("a", "greedy") is None and store.find("b", "greedy") and store.find("c", "other")
+
+
+def test_an_item_whose_id_is_taken_gets_another() -> None:
+    store, first = ConversationStore(9), conversation("a")
+    empty = first.size
+    store.add(first, None)
+    for text in ("one", "two"):
+        added = store.append(first, stored_form([{**ONE, "id": 'sa"me', "content": text}]))
+        assert added is not None
+        assert [json.loads(item)[0]["id"] for item in added.values()] == [*added]
+    listed = [json.loads(item)[0] for item in first.items.values()]
+    assert [item["content"][0]["text"] for item in listed] == ["one", "two"]
+    assert listed[0]["id"] == 'sa"me' and listed[1]["id"].startswith("msg_")
+    for item_id in [*first.items]:
+        assert store.drop_item(first, item_id)
+    assert store.size == empty
+
+
+def test_an_item_gets_another_id_however_deep_it_is_nested() -> None:
+    """An answer that has been sent must not fail because it ends deeper in the stack than it was read."""
+    store, first = ConversationStore(9), conversation("a", same=b"")
+    deep = b"[" * 100_000 + b"]" * 100_000
+    added = store.append(first, {"same": b'[{"id":"same","type":"item","y":%b}]' % deep})
+    assert added is not None and len(first.items) == 2
 
 
 def test_bytes_are_bounded_and_counted_exactly() -> None:

@@ -38,6 +38,20 @@ async def test_admin_routes_are_told_of_only_where_they_can_be_called() -> None:
     assert admin and all(paths[path]["post"]["security"] == [{"key": []}] for path in admin)
 
 
+async def test_a_body_is_required_where_there_must_be_one() -> None:
+    bodies = {
+        (path, method): row["requestBody"]["required"]
+        for path, own in (await document())["paths"].items()
+        for method, row in own.items()
+        if "requestBody" in row
+    }
+    assert {key for key, is_required in bodies.items() if not is_required} == {("/v1/conversations", "post")}
+    async with client_of(scripted_app(ScriptedEngine())) as client:
+        for (path, _), is_required in bodies.items():
+            answer = await client.post(path, headers={"content-type": "application/json"})
+            assert (answer.status_code == 200) == (not is_required), (path, answer.text)
+
+
 async def test_every_reference_leads_somewhere() -> None:
     body = await document()
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, scripted_app
+from tgi_asgi.api import auth
 from tgi_asgi.app import App
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.settings import Settings
@@ -98,17 +99,21 @@ async def test_a_broken_key_file_keeps_the_old_keys_and_says_so(
     assert (await call(app, "")).status_code == 401
 
 
-def limited(clock: list[float], engine: ScriptedEngine | None = None, **changes: Any) -> App:
-    settings = Settings(api_key=TWO, requests_per_minute=2, **changes)
-    app = scripted_app(engine or ScriptedEngine(), settings)
-    app.keys._clock = lambda: clock[0]
-    return app
-
-
-async def test_a_key_has_so_many_requests_a_minute_and_others_have_theirs() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return the time by which requests are counted, which stands still."""
     clock = [1000.0]
+    monkeypatch.setattr(auth, "monotonic", lambda: clock[0])
+    return clock
+
+
+def limited(engine: ScriptedEngine | None = None) -> App:
+    return scripted_app(engine or ScriptedEngine(), Settings(api_key=TWO, requests_per_minute=2))
+
+
+async def test_a_key_has_so_many_requests_a_minute_and_others_have_theirs(clock: list[float]) -> None:
     engine = ScriptedEngine()
-    app = limited(clock, engine)
+    app = limited(engine)
     assert [(await call(app, "first")).status_code for _ in range(3)] == [200, 200, 429]
     assert (await call(app, "second")).status_code == 200
     clock[0] += 29
@@ -131,18 +136,20 @@ async def test_a_key_has_so_many_requests_a_minute_and_others_have_theirs() -> N
          lambda body: (body["type"], body["error"]["type"]) == ("error", "rate_limit_error")),
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("clock")
 async def test_too_many_requests_are_refused_in_the_clients_own_words(
     path: str, body: Any, is_expected: Any
 ) -> None:
-    app = limited([0.0])
+    app = limited()
     answers = [await call(app, "first", path, **body) for _ in range(3)]
     assert [answer.status_code for answer in answers] == [200, 200, 429]
     assert answers[-1].headers["retry-after"] == "30"
     assert is_expected(answers[-1].json()), answers[-1].text
 
 
+@pytest.mark.usefixtures("clock")
 async def test_only_what_generates_is_counted() -> None:
-    app = limited([0.0])
+    app = limited()
     for _ in range(3):
         assert (await call(app, "first", "/tokenize")).status_code == 200
     assert [(await call(app, "first")).status_code for _ in range(3)] == [200, 200, 429]

@@ -20,6 +20,7 @@ from tests.support.scripted_engine import (
 )
 from tests.support.waiting import LONGEST_S, until
 from tgi_asgi.api import sse
+from tgi_asgi.api.exchange import LARGE_BODY
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, Overloaded, TgiError
 from tgi_asgi.types import FinishReason, TokenEvent
 
@@ -270,6 +271,34 @@ async def test_a_reader_that_stalls_for_a_minute_is_cut_off(
     await ended(task)
     assert engine.channels[0].is_cancelled
     assert "has not read" in caplog.text
+
+
+async def test_a_stream_that_is_cut_off_while_a_thread_renders_sends_nothing_more(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The send could wait for a minute for a reader that has gone."""
+    app = scripted_app(engine := ScriptedEngine(steps.script))
+    threads, may_end, has_rendered = app.context.text_threads, asyncio.Event(), asyncio.Event()
+    run = threads.run
+
+    async def run_slowly(*args: Any) -> Any:
+        result = await run(*args)
+        if engine.channels:  # it is no step of the request's preparation
+            has_rendered.set()
+            await may_end.wait()
+        return result
+
+    monkeypatch.setattr(threads, "run", run_slowly)
+    call = chat(ignored="x" * LARGE_BODY)  # a thread renders the first events of a large request
+    task = asyncio.create_task(send(app, call))
+    await submitted(engine)
+    await steps.deliver(token("a"))
+    await until(has_rendered.is_set)
+    call.gone.set()
+    await until(lambda: engine.channels[0].is_cancelled)
+    may_end.set()
+    await ended(task)
+    assert call.sent == []
 
 
 async def test_silence_is_filled_with_comments_once_headers_are_out(

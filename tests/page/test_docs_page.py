@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 
+import httpx
 import pytest
 
 from tests.page.conftest import ChatPage, say_in_halves
@@ -71,11 +73,15 @@ def test_every_example_is_taken_by_its_route(chat: ChatPage) -> None:
     chat.serve(Settings(max_best_of=2))
     chat.open("docs")
     chat.expect(".route").to_be_visible()
+    made = httpx.post(f"{chat.url}v1/conversations")
+    parts = {"conversation": made.json()["id"]}  # of paths
     statuses = {}
     for summary in chat.page.locator(".route > summary", has_text="POST").all():
         summary.click()
         route = summary.locator("xpath=..")
         path = summary.locator("code").inner_text()
+        for name in re.findall(r"{(\w+)}", path):
+            route.get_by_label(name, exact=True).fill(parts[name])
         route.get_by_role("button", name="Send").click()
         line = route.locator(".answer .type")
         route.get_by_role("button", name="Send").wait_for()

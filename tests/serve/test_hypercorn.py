@@ -1,10 +1,9 @@
-"""hypercorn's configuration: limits for long streams, native classes if its version is known, HTTP/1 only."""
+"""hypercorn's configuration: limits for long streams, native classes, HTTP/1 only."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import ssl
 from pathlib import Path
 from typing import Any
@@ -74,14 +73,13 @@ def test_our_classes_take_the_place_of_hypercorn_s_for_http_1() -> None:
     assert _classes() == own
 
 
-def test_an_unknown_hypercorn_keeps_its_own_classes(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_hypercorn_is_refused() -> None:
     own = _classes()
-    with restored_hypercorn() as patch, caplog.at_level(logging.WARNING):
+    with restored_hypercorn() as patch:
         patch.setattr(module, "version", lambda name: "0.19.0")
-        install(ConnectionLimit(0))
+        with pytest.raises(ModelLoadError, match=r"needs hypercorn 0\.18\.\*, and 0\.19\.0"):
+            install(ConnectionLimit(0))
         assert _classes() == own
-    (record,) = caplog.records
-    assert "hypercorn 0.19.0" in record.message
 
 
 async def version_of(scope: Any, receive: Any, send: Any) -> None:

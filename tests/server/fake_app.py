@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.server.fake_server import load
-from tgi_asgi import app as module
+from tgi_asgi import assembly
+from tgi_asgi.app import app as app
 
-module.load_model = load
-app = module.app
+assembly.load_model = load

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hmac
 import logging
 import secrets
-import time
-from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.page.files import wants_html
@@ -29,13 +28,12 @@ class ApiKeys:
         ModelLoadError: if the key file cannot be read or is empty, so that the server does not run open.
     """
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._numbered: dict[bytes, str] = {}  # for unnamed keys; a number is never reused for another key
         self._secret = secrets.token_bytes(32)
         self._names = self._read()  # by the key's digest
         self._admin = self._digest(settings.admin_api_key.encode()) if settings.admin_api_key else None
-        self._clock = clock
         self._buckets: dict[str, tuple[float, float]] = {}  # by name: remaining requests, and as of when
 
     def check(self, exchange: Exchange) -> None:
@@ -76,7 +74,7 @@ class ApiKeys:
         limit = self._settings.requests_per_minute
         if not limit:
             return
-        now = self._clock()
+        now = monotonic()
         left, then = self._buckets.get(name, (float(limit), now))
         left = min(left + (now - then) * limit / 60, float(limit))
         if left < 1:

@@ -32,7 +32,7 @@ _MAX_NAMES_LOGGED = 100  # clients choose the names, of up to 256 characters eac
 
 @dataclass(slots=True)
 class LoadProgress:
-    """Loading progress. Written by the loading thread, read by `/health`."""
+    """Loading progress, as `/health` reports it. The loading thread makes a new one for each report."""
 
     stage: str = "starting"
     done: int = 0
@@ -40,7 +40,10 @@ class LoadProgress:
 
 
 class ServerContext:
-    """One server's state, shared by all routes; changed only on the event loop.
+    """One server's state, shared by all routes.
+
+    It is changed on the event loop, with three exceptions: the loading thread replaces `progress`; parsing,
+    which may run in a thread, calls `warn_once`; the stores of responses and conversations have locks.
 
     Attributes:
         served: The model, or None while it loads.
@@ -130,7 +133,7 @@ class ServerContext:
         return progress.stage
 
     def warn_once(self, topic: str, message: str) -> None:
-        """Log a warning once per topic; the code defines the few topics."""
+        """Log a warning once per topic (twice if two threads do at once); the code defines the few topics."""
         if topic not in self._warned:
             self._warned.add(topic)
             logger.warning(message)

@@ -87,7 +87,7 @@ def _operation(row: Route, path: str, schemas: Mapping[Any, Schema], needs_key: 
     }
     if row.requests:
         body = {"schema": _any_of([schemas[kind] for kind in row.requests])}
-        result["requestBody"] = {"required": True, "content": {JSON.decode(): body}}
+        result["requestBody"] = {"required": row.needs_body, "content": {JSON.decode(): body}}
     names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
     if names:
         result["parameters"] = [

@@ -19,9 +19,9 @@ from tgi_asgi.api import asgi
 from tgi_asgi.api.asgi import JSON, ClientDisconnected, Header, Receive, Scope, Send
 from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.errors import Dialect, headers_of
-from tgi_asgi.api.parse import decode_json
+from tgi_asgi.api.parse import decode_json, refuse
 from tgi_asgi.api.route_traits import RouteTraits
-from tgi_asgi.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
+from tgi_asgi.errors import PayloadTooLarge, UnsupportedMediaType
 from tgi_asgi.types import Channel
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Exchange:
         max_bytes = self.context.settings.max_image_memory
         if size > 0 and self._num_image_bytes + size > max_bytes:
             message = f"`{param}`: decoded, the images of a request may take {max_bytes} bytes together"
-            raise InvalidRequest(message, param=param, code="image_too_large")
+            refuse(param, message, "image_too_large")
         if size > 0:
             self.context.image_budget.acquire(size, self._num_image_bytes)
         else:
@@ -152,7 +152,8 @@ class Exchange:
         self._num_image_bytes += size
 
     def close(self) -> None:
-        """Release everything that the request held, once; large objects are freed in a thread."""
+        """End the request's generation and release what it held, once; a thread frees large objects."""
+        self.cancel_channels()  # an exception may have come between their submission and their delivery
         self.context.body_budget.release(self._num_held)
         self.context.image_budget.release(self._num_image_bytes)
         for lease in self.leases:
@@ -182,10 +183,12 @@ class Exchange:
             InvalidRequest: if it is not JSON, or not of the decoder's type.
         """
         body = await self.read_body()
+        if not body and self.route is not None and not self.route.needs_body:
+            body = b"{}"
         return await self.work(decode_json, body, decoder)
 
     async def work(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a pure function of the request inline, or in a thread if the request is large."""
+        """Run a function that does no I/O inline, or in a thread if the request is large."""
         if self.is_large:
             return await self.context.text_threads.run_for(self.tenant, function, *args, **kwargs)
         return function(*args, **kwargs)
@@ -211,6 +214,7 @@ class Exchange:
 
     async def fail(self, error: BaseException) -> None:
         """Answer with an error in the route's dialect; the response must not have started."""
+        self.cancel_channels()
         self.error = error.with_traceback(None)  # its frames refer to this exchange
         headers = dict(headers_of(error))
         if not self.is_body_read:

@@ -11,9 +11,10 @@ from dataclasses import replace
 from hashlib import blake2b
 
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.parse import refuse
 from tgi_asgi.api.prompt_images import Images, ImageSource
 from tgi_asgi.api.served import Served
-from tgi_asgi.errors import ImageTimeout, ImageTooLarge, InvalidRequest
+from tgi_asgi.errors import ImageTimeout, ImageTooLarge
 from tgi_asgi.images.decode import Opened, bytes_of_base64, bytes_of_url, is_data_url, open_picture
 from tgi_asgi.types import Image, ImageInput
 
@@ -31,7 +32,7 @@ def check_images(prompts: Sequence[Images | None], max_images: int) -> None:
     if len(sources) > max_images:
         param = sources[max_images].param
         message = f"`{param}`: a request may have {max_images} images, got {len(sources)}"
-        raise InvalidRequest(message, param=param, code="too_many_images")
+        refuse(param, message, "too_many_images")
 
 
 async def load_images(exchange: Exchange, served: Served, images: Images) -> None:

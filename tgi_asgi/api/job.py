@@ -111,7 +111,7 @@ class Job:
         max_tokens: Number that the client asked for; None: `default_max_tokens`, or the rest of the context.
         keep_tokens: Number of tokens to keep at the prompt's end, or those that fit the context; None: all.
         reads_reasoning: Whether a reasoning section is separated from the content.
-        reasoning_budget: Maximum number of tokens of reasoning; None: the administrator's.
+        reasoning_budget: Maximum number of tokens of reasoning; "default": that of the settings.
         adapter: Name of its adapter, if the API has a field for it (`adapter_id`).
     """
 
@@ -134,7 +134,7 @@ class Job:
     tools: ToolChoice | None = None
     reads_reasoning: bool = True
     shows_reasoning: bool = True
-    reasoning_budget: int | Literal["any"] | None = None
+    reasoning_budget: int | Literal["any", "default"] = "default"
     priority: int = 0
     cache_salt: str | None = None
     prompt_logprobs: int | None = None

@@ -28,7 +28,16 @@ from tgi_asgi.api.served import Served
 from tgi_asgi.api.sse import EventStream
 from tgi_asgi.errors import InvalidRequest, ModelNotSupported, TgiError
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Adapter, Engine, GenerationRequest, Permit, StopConditions, TokenEvent, TopTokens
+from tgi_asgi.types import (
+    Adapter,
+    Channel,
+    Engine,
+    GenerationRequest,
+    Permit,
+    StopConditions,
+    TokenEvent,
+    TopTokens,
+)
 
 Parse = Callable[[bytes, Exchange], Call | Callable[[], Call]]  # raises a refusal from `errors.py`
 
@@ -38,8 +47,8 @@ LARGE_ANSWER = 500  # tokens and alternatives in an answer; rendering each takes
 def generating(parse: Parse) -> Handler:
     """Return the handler of a route whose bodies `parse` reads.
 
-    `parse` is a pure function; it runs in a thread if the body is large. It may set `Exchange.is_large` and
-    return a function that does the remaining work, which then runs in a thread.
+    `parse` does no I/O, and runs in a thread if the body is large. It may set the exchange's `dialect`. If a
+    small body makes much work, it sets `is_large` and returns a function, which does that work in a thread.
     """
     return partial(_generate, parse=parse)
 
@@ -76,7 +85,8 @@ async def _generate(exchange: Exchange, parse: Parse) -> None:
         renderer = await exchange.work(call.render, generation)
         exchange.large_objects += [jobs, renderer]
         for prepared in jobs:
-            _submit(exchange, served.engine, prepared.request, permit)
+            own_permit = permit.split(prepared.request.n)
+            exchange.channels.append(submit(served.engine, prepared.request, own_permit))
     await (_stream if call.stream else _answer_whole)(exchange, call, generation, renderer)
 
 
@@ -249,10 +259,14 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
 
 
 def _reasoning_tokens(job: Job, settings: Settings) -> int | None:
-    """Return the maximum number of tokens of a job's reasoning; None: any."""
-    if job.reasoning_budget is None:  # -1: as `--reasoning-budget`
-        return None if settings.reasoning_budget == -1 else settings.reasoning_budget
-    return None if job.reasoning_budget == "any" else job.reasoning_budget
+    """Return the maximum number of tokens of a job's reasoning; None: any number."""
+    match job.reasoning_budget:
+        case "default":
+            return settings.max_reasoning_tokens
+        case "any":
+            return None
+        case num_tokens:
+            return num_tokens
 
 
 def _stop_conditions(job: Job, budget: int, form: AnswerForm, reading: Reading | None) -> StopConditions:
@@ -357,12 +371,10 @@ def admitted(exchange: Exchange, num_choices: int) -> Iterator[Permit]:
         permit.release()
 
 
-def _submit(exchange: Exchange, engine: Engine, request: GenerationRequest, permit: Permit) -> None:
-    """Submit one of an exchange's prompts to the engine, with its share of the permit."""
-    own_permit = permit.split(request.n)
+def submit(engine: Engine, request: GenerationRequest, permit: Permit) -> Channel:
+    """Submit a prompt to the engine; its permit is released when it ends, or at once if this raises."""
     try:
-        exchange.channels.append(engine.submit(request, own_permit))
+        return engine.submit(request, permit)
     except BaseException:
-        own_permit.release()
-        exchange.cancel_channels()
+        permit.release()
         raise

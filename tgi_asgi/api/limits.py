@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from tgi_asgi.api.parse import refuse
+from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.errors import ContextExceeded, InvalidRequest
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.settings import Settings
@@ -83,11 +83,11 @@ def bounded_priority(priority: int, settings: Settings) -> int:
 def check_stops(stops: tuple[str, ...], max_stops: int, param: str, *, is_list: bool = True) -> None:
     """Check the number of stop strings and their lengths."""
     if len(stops) > max_stops:
-        refuse(param, f"`{param}` takes at most {max_stops} strings, got {len(stops)}")
+        refuse_field(param, f"takes at most {max_stops} strings, got {len(stops)}")
     for i, stop in enumerate(stops):
         where = f"{param}[{i}]" if is_list else param
         if not 1 <= len(stop) <= MAX_STOP_CHARS:
-            refuse(where, f"`{where}` must have 1 to {MAX_STOP_CHARS} characters, got {len(stop)}")
+            refuse_field(where, f"must have 1 to {MAX_STOP_CHARS} characters, got {len(stop)}")
 
 
 def check_characters(num_characters: int, longest_token: int, info: ModelInfo) -> None:

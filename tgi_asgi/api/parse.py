@@ -70,7 +70,7 @@ def invalid_field(message: str) -> InvalidRequest:
 
 
 def refuse(param: str, message: str, code: str | None = None) -> NoReturn:
-    """Refuse the request because of one field."""
+    """Refuse the request because of one field; see `refuse_field` if the message starts with its name."""
     raise InvalidRequest(message, param=param, code=code)
 
 
@@ -138,11 +138,11 @@ def check_ranges(request: Struct, where: str = "", *, unbounded: Collection[str]
             rule = f"at most {high}" if value > high else rule
         else:
             rule = f"in {'(' if is_open else '['}{low}, {high}]"
-        refuse(where + name, f"`{where}{name}` must be {rule}, got {value}")
+        refuse_field(where + name, f"must be {rule}, got {value}")
     for name in ("model", "request_id"):
         value = getattr(request, name, None)
         if value is not None and len(value) > MAX_ECHOED_CHARS:
-            refuse(name, f"`{name}` must have at most {MAX_ECHOED_CHARS} characters, got {len(value)}")
+            refuse_field(name, f"must have at most {MAX_ECHOED_CHARS} characters, got {len(value)}")
 
 
 @cache
@@ -170,7 +170,7 @@ def string_of(item: Mapping[str, Any], name: str, path: str) -> str:
     """Return a required string field of an object."""
     value = item.get(name)
     if not isinstance(value, str):
-        refuse(f"{path}.{name}", f"`{path}.{name}` must be a string")
+        refuse_field(f"{path}.{name}", "must be a string")
     return value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from tgi_asgi.api.job import Conversation
-from tgi_asgi.api.parse import refuse
+from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.api.pool_call import Input, Pair, PoolCall, Truncation
 from tgi_asgi.api.prompt import SLACK_TOKENS, chat_prompt, check_vocabulary
 from tgi_asgi.api.served import Served
@@ -67,7 +67,7 @@ def _prompt_of(call: PoolCall, given: Input, served: Served, settings: Settings)
     if len(ids) > keep:
         raise _too_long(given, truncation, len(ids), keep)
     if not ids:
-        refuse(given.where, f"`{given.where}` must not be empty")
+        refuse_field(given.where, "must not be empty")
     check_vocabulary(ids, served)
     return _without_padding(ids, call.pooling.pad_id), second_start
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from tgi_asgi.api.answer_headers import sync_headers
 from tgi_asgi.api.exchange import Exchange, Handler
-from tgi_asgi.api.life import admitted, cache_salt_of, lease_adapters, served_name
+from tgi_asgi.api.life import admitted, cache_salt_of, lease_adapters, served_name, submit
 from tgi_asgi.api.limits import bounded_priority
 from tgi_asgi.api.pool_call import PoolCall, Pooled
 from tgi_asgi.api.pool_prompt import tokenise
@@ -95,10 +95,11 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
 
 
 def _num_needed(num_inputs: int, size: int, limit: int) -> int:
-    """Return how many of all permits, whose number is the limit, a call needs to be admitted.
+    """Return how many permits a call needs to be admitted: at most a quarter of all.
 
     Args:
-        size: Its characters and token ids together.
+        size: The characters and token ids of its inputs together.
+        limit: The number of all permits.
     """
     num_needed = max(-(-num_inputs // _INPUTS_PER_PERMIT), -(-size // _CHARACTERS_PER_PERMIT))
     return min(num_needed, max(limit // 4, 1))
@@ -184,7 +185,7 @@ class _Window:
         """
         channels = self._exchange.channels
         for request in requests:
-            channel = self._engine.submit(request, await self._next_permit())
+            channel = submit(self._engine, request, await self._next_permit())
             channels.append(channel)
             self._num_running += 1
             channel.attach(self)

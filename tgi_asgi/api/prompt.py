@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tgi_asgi.api.job import Conversation, Job, Text
 from tgi_asgi.api.limits import Overflow, check_characters, tgi_too_long
+from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.api.prompt_images import Images
 from tgi_asgi.api.prompt_text import chat_text, echoed_text, plain_text
 from tgi_asgi.errors import ContextExceeded, InvalidRequest
@@ -93,7 +94,7 @@ def _cut(prompt: Prompt, size: int, source: Conversation | Text) -> Prompt:
     if prompt.images and prompt.images[0].start < size:
         assert source.images is not None, "located images have a source"
         param = source.images.sources[0].param
-        raise InvalidRequest(f"`{param}` is where truncation would cut the prompt off", param=param)
+        refuse_field(param, "is where truncation would cut the prompt off")
     del prompt.ids[:size]
     moved = tuple(replace(image, start=image.start - size) for image in prompt.images)
     return replace(prompt, images=moved)

@@ -25,6 +25,7 @@ class RouteTraits:
         is_quiet: Whether it is a probe or scrape, logged only if it fails.
         requests: Types that the body may have. If there are several, its main field selects the type and
             whether errors have TGI's envelope or OpenAI's.
+        needs_body: Whether a request without a body is refused; otherwise it means the same as `{}`.
     """
 
     method: str
@@ -33,3 +34,4 @@ class RouteTraits:
     generates: bool = field(default=False, kw_only=True)
     is_quiet: bool = field(default=False, kw_only=True)
     requests: Sequence[type] = field(default=(), kw_only=True)
+    needs_body: bool = field(default=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from tgi_asgi.api.limits import MAX_IDS
-from tgi_asgi.api.parse import refuse
+from tgi_asgi.api.parse import refuse, refuse_field
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.settings.sampling import NO_DEFAULTS, SamplingDefaults
 from tgi_asgi.types import LogprobsMode, SamplingParams
@@ -84,7 +84,7 @@ def _first(*values: T | None) -> T:
 def _logit_bias(given: Mapping[str, float], info: ModelInfo) -> tuple[tuple[int, float], ...]:
     """Return the bias of each token, including the ban of those that the model must never sample."""
     if len(given) > MAX_IDS:
-        refuse("logit_bias", f"`logit_bias` takes at most {MAX_IDS} tokens, got {len(given)}")
+        refuse_field("logit_bias", f"takes at most {MAX_IDS} tokens, got {len(given)}")
     vocab_size = info.vocab_size
     bias: dict[int, float] = {}
     for key, value in given.items():
@@ -92,6 +92,6 @@ def _logit_bias(given: Mapping[str, float], info: ModelInfo) -> tuple[tuple[int,
         if not (key.isascii() and key.isdigit() and len(key) < 20 and int(key) < vocab_size):
             refuse(param[:60], f"`logit_bias` takes token ids in 0..{vocab_size - 1}, got {key[:40]!r}")
         if not -100 <= value <= 100:
-            refuse(param, f"`{param}` must be in [-100, 100], got {value}")
+            refuse_field(param, f"must be in [-100, 100], got {value}")
         bias[int(key)] = value
     return tuple((bias | dict.fromkeys(info.suppressed_ids, _BAN)).items())

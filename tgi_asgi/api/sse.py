@@ -28,7 +28,9 @@ DIRECT_WRITE = "tgi_asgi.direct_write"
 KEEP_ALIVE_S = 15.0
 STALL_LIMIT_S = 60.0  # longest blocking send before the reader counts as stalled
 MAX_WAITING_EVENTS = 4096  # about 1 MB of events per stream
-_LONG = 4  # times `slow_beyond` events: ending such a stream is slow, too, because the end may repeat them
+# A thread renders the end of a stream with more than this times `slow_beyond` events in all, because the end
+# may repeat the whole answer.
+_LONG = 4
 _STREAM_HEADERS: tuple[Header, ...] = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
 
@@ -180,6 +182,8 @@ class EventStream:
         self._is_busy = True
         is_last = self._num_open == 0
         frames = await self._take_frames(is_last)
+        if self._end is not None:  # set while a thread rendered
+            raise self._end
         if frames or is_last:
             await self._send(frames, is_last)
         self._is_busy = False

@@ -111,8 +111,9 @@ def _conversations(row: Callable[..., Route]) -> list[Route]:
     path = "/v1/conversations"
     one, items = f"{path}/{{conversation}}", f"{path}/{{conversation}}/items"
     item = f"{items}/{{item}}"
+    begin = partial(row, needs_body=False)  # OpenAI's SDK for JavaScript can send none
     return [
-        row("POST", path, conversations.create, "Begin a conversation", requests=(ConversationRequest,)),
+        begin("POST", path, conversations.create, "Begin a conversation", requests=(ConversationRequest,)),
         row("GET", one, conversations.retrieve, "A conversation"),
         row("POST", one, conversations.update, "Change its metadata", requests=(ConversationUpdate,)),
         row("DELETE", one, conversations.delete, "Delete it"),

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import cast
 
 from tgi_asgi.api.served import Served
-from tgi_asgi.app import App, Loader, create_app, load_model
+from tgi_asgi.app import App, Loader, create_app
+from tgi_asgi.assembly import load_model
 from tgi_asgi.cluster.totals import snapshot
 from tgi_asgi.cluster.wire import (
     CacheVersion,

@@ -17,7 +17,8 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from tgi_asgi.app import Loader, load_model
+from tgi_asgi.app import Loader
+from tgi_asgi.assembly import load_model
 from tgi_asgi.cluster.config import ClusterConfig, ModelDeployment, name_of
 from tgi_asgi.cluster.dispatcher import dispatch_app
 from tgi_asgi.cluster.ingress import ingress_app

@@ -53,10 +53,10 @@ class ClaimHistory:
         self._num_turns = 0
 
     def choose(self, claims: list[Claim], count: int) -> list[Claim]:
-        """Return the `count` claims whose last turns are longest ago; note that they have one now.
+        """Return the `count` claims whose last turns are longest ago, and note that they have one now.
 
-        Claims that have a turn in the same step keep their order, so that it does not matter if they are then
-        chosen from again.
+        Claims that are chosen together keep their order among themselves. A step may therefore choose again
+        from those that it has chosen, for example with a smaller count: the same ones come first.
         """
         last = self._last_turns
         chosen = sorted(claims, key=lambda claim: last.get(claim, -1))[:count]

@@ -21,9 +21,7 @@ from tgi_asgi.serve.listening import BACKLOG
 from tgi_asgi.serve.process import FLUSH_S
 from tgi_asgi.settings import Settings
 
-logger = logging.getLogger(__name__)
-
-KNOWN_VERSIONS = ("0.18.",)  # versions whose source the replaced classes were checked against
+_KNOWN_VERSION = "0.18."  # whose source the replaced classes were checked against; also in requirements.txt
 # OpenSSL says only "PEM lib" of all of this.
 _NOT_PEM = "there is no certificate or no key in PEM's form, or the key is encrypted"
 _MAX_PER_TURN = 8  # reads parsed per turn of the event loop
@@ -63,11 +61,17 @@ def make_config(listener: socket.socket, settings: Settings) -> Config:
 
 
 def install(limit: ConnectionLimit) -> None:
-    """Replace hypercorn's classes in this process from now on, if its version is a known one."""
+    """Replace hypercorn's classes in this process from now on.
+
+    Raises:
+        ModelLoadError: if these classes were not made for the installed version. Its own have no limits on
+            connections and idle clients, which nobody would notice before an overload.
+    """
     found = version("hypercorn")
-    if not found.startswith(KNOWN_VERSIONS):
-        logger.warning("hypercorn %s is untested: using its own classes, with slower streams", found)
-        return
+    if not found.startswith(_KNOWN_VERSION):
+        wanted = f"{_KNOWN_VERSION}*"
+        advice = f"pip install 'hypercorn=={wanted}'"
+        raise ModelLoadError(f"this server needs hypercorn {wanted}, and {found} is installed: {advice}")
     turn_limiter = TurnLimiter(_MAX_PER_TURN)
     hypercorn.asyncio.run.TCPServer = partial(Connection, limit, turn_limiter)  # type: ignore[assignment, attr-defined]
     hypercorn.protocol.H11Protocol = Http1  # type: ignore[assignment, attr-defined]

@@ -17,7 +17,8 @@ from hypercorn.config import Config
 from hypercorn.typing import ASGIFramework
 
 from tgi_asgi.api.served import Served
-from tgi_asgi.app import Loader, create_app, load_model
+from tgi_asgi.app import Loader, create_app
+from tgi_asgi.assembly import load_model
 from tgi_asgi.errors import ModelLoadError, TgiError
 from tgi_asgi.serve.connections import ConnectionLimit
 from tgi_asgi.serve.console import Console
@@ -40,7 +41,8 @@ def run(settings: Settings, loader: Loader = load_model) -> int:
     """Serve until a signal or a fatal error; return the exit code (0 after a drain).
 
     Raises:
-        ModelLoadError: if the address or the certificate cannot be used, or the model cannot be loaded.
+        ModelLoadError: if the address, the certificate or the installed hypercorn cannot be used, or the
+            model cannot be loaded.
         TgiError: if the engine has died.
     """
     raise_file_limit()

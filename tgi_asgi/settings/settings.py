@@ -408,9 +408,8 @@ class Settings:
         if self.requests_per_minute and not (self.api_key or self.api_key_file):
             raise InvalidRequest("--requests-per-minute needs --api-key or --api-key-file: it counts by key")
         if self.speculative_config is not None:
-            _check(
-                not self.speculate, "speculate", "not be combined with --speculative-config", self.speculate
-            )
+            rule = "not be combined with --speculative-config"
+            _check(not self.speculate, "speculate", rule, self.speculate)
             Speculation.parse(self.speculative_config)
         for name in OWN_VARIABLES & self.template_variables.keys():
             raise bad_option("default_chat_template_kwargs", "only have variables of the model's", repr(name))
@@ -433,11 +432,15 @@ class Settings:
         return Speculation(self.speculate) if self.speculate else None
 
     @property
+    def max_reasoning_tokens(self) -> int | None:
+        """Maximum number of tokens of reasoning for requests that set none; None: any number."""
+        return None if self.reasoning_budget == -1 else self.reasoning_budget
+
+    @property
     def template_variables(self) -> dict[str, Any]:
         """Variables of the chat template for requests that do not set them."""
-        if self.default_chat_template_kwargs is None:
-            return {}
-        return parse_object("default_chat_template_kwargs", self.default_chat_template_kwargs)
+        given = self.default_chat_template_kwargs
+        return {} if given is None else parse_object("default_chat_template_kwargs", given)
 
     def choose_sampling(self, recommended: SamplingDefaults) -> SamplingDefaults:
         """Return the sampling defaults to serve a model with whose files recommend these."""
@@ -471,9 +474,8 @@ class Settings:
         """
         values = dict(given)
         for spec in dataclasses.fields(cls):
-            if spec.name in given:
-                continue
-            for variable in (spec.name.upper(), *spec.metadata["env"]):
+            variables = () if spec.name in given else (spec.name.upper(), *spec.metadata["env"])
+            for variable in variables:
                 text = environ.get(variable, "")
                 if text and (variable != "HOSTNAME" or kinds.is_address(text)):
                     values[spec.name] = parsed(spec, variable, text)

@@ -6,7 +6,8 @@ import msgspec
 from msgspec import Struct
 
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.errors import InvalidRequest, ModelNotSupported
+from tgi_asgi.api.parse import refuse_field
+from tgi_asgi.errors import ModelNotSupported
 from tgi_asgi.types import MAX_ADAPTER_NAME, Adapters, is_adapter_name
 
 MAX_PATH_CHARS = 4096  # Linux's limit
@@ -37,10 +38,9 @@ async def load(exchange: Exchange) -> None:
     adapters = _adapters_of(exchange)
     name = body.lora_name
     if not is_adapter_name(name):
-        message = f"`lora_name` must be 1 to {MAX_ADAPTER_NAME} printable characters"
-        raise InvalidRequest(message, param="lora_name")
+        refuse_field("lora_name", f"must be 1 to {MAX_ADAPTER_NAME} printable characters")
     if not 0 < len(body.lora_path) <= MAX_PATH_CHARS:
-        raise InvalidRequest(f"`lora_path` must be 1 to {MAX_PATH_CHARS} characters", param="lora_path")
+        refuse_field("lora_path", f"must be 1 to {MAX_PATH_CHARS} characters")
     if body.load_inplace:
         await adapters.replace(name, body.lora_path)
     else:

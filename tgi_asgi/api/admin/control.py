@@ -8,7 +8,8 @@ import msgspec
 from msgspec import Struct
 
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.errors import InvalidRequest, NotFound
+from tgi_asgi.api.parse import refuse_field
+from tgi_asgi.errors import NotFound
 from tgi_asgi.observe import logs
 
 
@@ -34,7 +35,7 @@ async def abort_request(exchange: Exchange) -> None:
     body = await exchange.read_json(_ABORT)
     request_id = body.request_id or body.rid
     if not request_id:
-        raise InvalidRequest("`request_id` is required", param="request_id")
+        refuse_field("request_id", "is required")
     num_aborted = exchange.context.ready().engine.abort(request_id)
     if not num_aborted:
         raise NotFound("No request of that id is running or waiting", param="request_id")

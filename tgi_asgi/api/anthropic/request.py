@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -24,7 +24,6 @@ from tgi_asgi.api.parse import (
     check_ranges,
     check_refused,
     decode_json,
-    refuse,
     refuse_field,
     string_of,
 )
@@ -58,8 +57,8 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
     stops = tuple(request.stop_sequences or ())
     check_stops(stops, Limits.of(context.settings).stops, "stop_sequences")
     if request.thread is not None:  # this error code makes the SDK send the whole history instead
-        message = "`thread` is not supported: this server keeps no conversations"
-        refuse("thread", message, "thread_unsupported_request")
+        rule = "is not supported: this server keeps no conversations"
+        refuse_field("thread", rule, "thread_unsupported_request")
     tools = read_tools(request.tools, request.messages)
     info = context.ready().info
     job = Job(
@@ -265,10 +264,12 @@ def _thinks(given: dict[str, Any]) -> bool:
     return bool(kind != "disabled")
 
 
-def _budget(given: dict[str, Any] | None) -> int | None:
-    """Return the maximum number of tokens of thinking, if a request's `thinking` has one."""
+def _budget(given: dict[str, Any] | None) -> int | Literal["default"]:
+    """Return the maximum number of tokens of thinking, as a request's `thinking` has it."""
     value = (given or {}).get("budget_tokens")
-    if value is not None and not (type(value) is int and value >= 0):
+    if value is None:
+        return "default"
+    if type(value) is not int or value < 0:
         refuse_field("thinking.budget_tokens", f"must be an integer of at least 0, got {str(value)[:40]!r}")
     return value
 

@@ -18,7 +18,7 @@ from tgi_asgi.api.openai.params import check_common, constraint_of, job_of, thin
 from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, ImageUrl, Message, ToolCall
 from tgi_asgi.api.openai.tools import add_call_ids, read_choice, read_tools
-from tgi_asgi.api.parse import OMITTED_IMAGE, decode_json, refuse, refuse_field
+from tgi_asgi.api.parse import OMITTED_IMAGE, decode_json, refuse_field
 from tgi_asgi.api.prompt_images import Images
 from tgi_asgi.api.prompt_text import leaves_open, thinking_variables
 from tgi_asgi.api.tools import Tool
@@ -210,7 +210,7 @@ def _is_continued(request: ChatRequest, messages: list[ChatMessage]) -> bool:
     """Return whether the last message is left open for the model to continue."""
     wanted, field = request.continue_final_message, "continue_final_message"
     if wanted and request.add_generation_prompt:
-        refuse(field, f"`{field}` and `add_generation_prompt` exclude each other")
+        refuse_field(field, "and `add_generation_prompt` exclude each other")
     if wanted and messages[-1]["role"] != "assistant":
         refuse_field(field, "needs a last message of the assistant")
     if wanted is None and not request.add_generation_prompt:

@@ -54,7 +54,7 @@ def _call(request: CompletionRequest, exchange: Exchange, best_of: int) -> Call:
     # Selecting the best of several choices needs their log-probabilities.
     logprobs = 0 if request.logprobs is None and best_of > n else request.logprobs
     if request.echo and request.logprobs is not None and info.encoder_decoder is not None:
-        refuse("echo", "`echo` cannot show log-probabilities: an encoder-decoder computes none of its prompt")
+        refuse_field("echo", "cannot show log-probabilities: an encoder-decoder computes none of its prompt")
     hides_tokens = request.max_tokens == 0  # 0 asks only for scores: one token is sampled, and hidden
     common = dataclasses.replace(
         job_of(request, Text(""), info, settings, logprobs=logprobs, constraint=constraint_of(request)),
@@ -99,7 +99,7 @@ def _check_without_prompt(request: CompletionRequest, *, is_compat: bool) -> Non
 
 def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: int) -> int:
     """Check the fields that only completions have; return best_of."""
-    if thinking_budget(request) not in (None, "any"):
+    if isinstance(thinking_budget(request), int):
         refuse_field(
             next(name for name in THINKING_BUDGETS if getattr(request, name) is not None),
             "is not supported: completions have no reasoning of their own",
@@ -120,7 +120,7 @@ def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: 
     if best_of > limits.best_of:
         refuse_field("best_of", f"must be at most {limits.best_of}, got {best_of}")
     if best_of > n and request.stream:
-        refuse("best_of", "`best_of` above `n` is not possible with `stream: true`")
+        refuse_field("best_of", "above `n` is not possible with `stream: true`")
     if num_prompts * best_of > limits.choices:
         refuse("n", f"Prompts times choices must be at most {limits.choices}, got {num_prompts * best_of}")
     if request.logprobs is not None and request.logprobs > limits.top_logprobs:

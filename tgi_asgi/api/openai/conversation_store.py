@@ -5,10 +5,16 @@ Items are stored as JSON, each as a list of one, as in `response_store.py`.
 
 from __future__ import annotations
 
+import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import msgspec
+
+from tgi_asgi.api.openai.pages import listed
+from tgi_asgi.api.openai.response_items import new_id
 from tgi_asgi.api.openai.response_store import MAX_BYTES
 
 _OWN_BYTES = 512  # what an item or a conversation takes besides its JSON, so that small ones count, too
@@ -77,16 +83,29 @@ class ConversationStore:
         with self._lock:
             return dict(conversation.items)
 
-    def append(self, conversation: StoredConversation, items: Mapping[str, bytes]) -> bool:
-        """Add items at the end; return False, and add none, if the conversation would be too large."""
-        size = size_of_items(items)
-        with self._lock:
-            if conversation.size + size > self._max_bytes:
-                return False
-            conversation.items |= items
-            conversation.size += size
-            self._evict()
-        return True
+    def append(
+        self, conversation: StoredConversation, items: Mapping[str, bytes]
+    ) -> Mapping[str, bytes] | None:
+        """Add items at the end, each with another id if its own is taken.
+
+        Args:
+            items: As `stored_form` makes them; those whose ids are new may have any form.
+
+        Returns:
+            The items as they are stored; None, and none is added, if the conversation would be too large.
+        """
+        while True:
+            with self._lock:
+                taken = conversation.items.keys() & items.keys()
+                if not taken:
+                    size = size_of_items(items)
+                    if conversation.size + size > self._max_bytes:
+                        return None
+                    conversation.items |= items
+                    conversation.size += size
+                    self._evict()
+                    return items
+            items = _with_new_ids(items, taken)  # without the lock: copying large items takes milliseconds
 
     def describe(self, conversation: StoredConversation, metadata: Mapping[str, str]) -> None:
         """Replace a conversation's metadata."""
@@ -121,9 +140,53 @@ class ConversationStore:
                 del fullest[next(iter(fullest))]
 
 
+def stored_form(items: Sequence[dict[str, Any]]) -> dict[str, bytes]:
+    """Return a request's items as a conversation stores them, by id: with the id first, then the type.
+
+    An item gets another id if an earlier one has the same: clients that make ids up (openai-agents, for
+    models that answer chats) give all items the same.
+    """
+    stored: dict[str, bytes] = {}
+    owner = secrets.token_hex(16)
+    for i, given in enumerate(items):
+        item = listed(given, owner, i)
+        item_id, kind = item.pop("id"), item.pop("type")
+        if item_id in stored:
+            item_id = _new_id(is_message=kind == "message")
+        stored[item_id] = msgspec.json.encode([{"id": item_id, "type": kind, **item}])
+    return stored
+
+
 def size_of_items(items: Mapping[str, bytes]) -> int:
     """Return the bytes that items count."""
     return sum(len(item) + _OWN_BYTES for item in items.values())
+
+
+def _with_new_ids(items: Mapping[str, bytes], ids: Collection[str]) -> dict[str, bytes]:
+    """Return items in the same order, those with these ids under new ones.
+
+    Their JSON is not decoded: this may run deeper in the stack than what decoded it first, and fail at items
+    nested as deeply as the stack then allowed.
+    """
+    renamed: dict[str, bytes] = {}
+    for item_id, stored in items.items():
+        if item_id in ids:
+            start = _start(item_id)
+            assert stored.startswith(start), "only items of `stored_form` can have a taken id"
+            rest = stored[len(start) :]
+            item_id = _new_id(is_message=rest.startswith(b',"type":"message"'))
+            stored = _start(item_id) + rest
+        renamed[item_id] = stored
+    return renamed
+
+
+def _start(item_id: str) -> bytes:
+    """Return the start of an item's stored form, up to the end of its id."""
+    return b'[{"id":' + msgspec.json.encode(item_id)
+
+
+def _new_id(*, is_message: bool) -> str:
+    return new_id("msg" if is_message else "item")
 
 
 def _size_of_metadata(metadata: Mapping[str, str]) -> int:

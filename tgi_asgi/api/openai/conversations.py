@@ -11,25 +11,31 @@ from typing import Any, NoReturn
 import msgspec
 
 from tgi_asgi.api.exchange import LARGE_BODY, Exchange
-from tgi_asgi.api.openai.conversation_store import ConversationStore, StoredConversation
-from tgi_asgi.api.openai.pages import list_body, listed, page_of
-from tgi_asgi.api.openai.response_input import ItemPaths, decode_items, read_items, resolve_references
-from tgi_asgi.api.openai.response_items import new_id
+from tgi_asgi.api.openai.conversation_store import ConversationStore, StoredConversation, stored_form
+from tgi_asgi.api.openai.pages import list_body, page_of
+from tgi_asgi.api.openai.response_input import (
+    MANY_REFERENCES,
+    ItemPaths,
+    decode_items,
+    read_items,
+    resolve_references,
+)
 from tgi_asgi.api.openai.response_schema import ConversationRequest, ConversationUpdate, Item, NewItems
-from tgi_asgi.api.parse import decode_json, refuse_field
+from tgi_asgi.api.openai.response_store import MAX_BYTES
+from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.errors import NotFound
 
 _CREATE = msgspec.json.Decoder(ConversationRequest)
 _UPDATE = msgspec.json.Decoder(ConversationUpdate)
+_PATHS = ItemPaths(given="items")
 _ITEMS = msgspec.json.Decoder(NewItems)
 
 
 async def create(exchange: Exchange) -> None:
     """Make a conversation, which may have items from the start."""
     store = _store(exchange)
-    body = await exchange.read_body()  # without a body, too, as OpenAI's SDK for JavaScript can send it
-    request = await exchange.work(decode_json, body, _CREATE) if body else ConversationRequest()
-    items = await exchange.work(_read, request.items or [], exchange, {})
+    request = await exchange.read_json(_CREATE)
+    items = await _stored_items(request.items or [], exchange)
     conversation = StoredConversation(
         f"conv_{secrets.token_hex(24)}", int(time.time()), request.metadata or {}, items
     )
@@ -62,10 +68,11 @@ async def add_items(exchange: Exchange) -> None:
     """Add items at a conversation's end."""
     request = await exchange.read_json(_ITEMS)
     conversation, store = _named(exchange), exchange.context.conversations
-    items = await exchange.work(_read, request.items, exchange, store.items_of(conversation))
-    if not store.append(conversation, items):
+    items = await _stored_items(request.items, exchange)
+    added = await exchange.work(store.append, conversation, items)
+    if added is None:
         _refuse_size()
-    await exchange.respond(200, await exchange.work(_list, [*items.values()], has_more=False))
+    await exchange.respond(200, await exchange.work(_list, [*added.values()], has_more=False))
 
 
 async def list_items(exchange: Exchange) -> None:
@@ -110,35 +117,25 @@ def find_conversation(
     return found
 
 
-def stored_form(items: Sequence[Item], known: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return items as a conversation stores them, by id.
-
-    Args:
-        known: Items that are stored already. One whose id is taken gets another: clients that make ids up
-            (openai-agents, for models that answer chats) give all items the same.
-    """
-    stored: dict[str, bytes] = {}
-    owner = secrets.token_hex(16)
-    for i, item in enumerate(items):
-        item = listed(item, owner, i)
-        if item["id"] in known or item["id"] in stored:
-            item["id"] = new_id("msg" if item["type"] == "message" else "item")
-        stored[item["id"]] = msgspec.json.encode([item])
-    return stored
-
-
-def _read(given: list[dict[str, Any]], exchange: Exchange, known: Mapping[str, bytes]) -> dict[str, bytes]:
+async def _stored_items(given: list[Item], exchange: Exchange) -> dict[str, bytes]:
     """Return a request's items as they are stored; they are checked as those of a response's input.
 
     Raises:
-        InvalidRequest: if an item could not be continued.
+        InvalidRequest: if an item could not be continued, or those that references name are too large.
     """
-    paths = ItemPaths(given="items")
     find = partial(exchange.context.responses.find_item, tenant=exchange.tenant)
-    found = resolve_references(given, find, paths)
+    found = await exchange.work(resolve_references, given, find, _PATHS)
+    size = sum(map(len, found.values()))
+    if size > MAX_BYTES:  # 400,000 references to one item fit into a body
+        _refuse_size()
+    exchange.is_large |= size > LARGE_BODY or len(found) > MANY_REFERENCES
+    return await exchange.work(_read, given, found, exchange)
+
+
+def _read(given: Sequence[Item], found: Mapping[int, bytes], exchange: Exchange) -> dict[str, bytes]:
     items = [decode_items([found[i]])[0] if i in found else item for i, item in enumerate(given)]
-    read_items(items, images=exchange.context.ready().new_images(), paths=paths)
-    return stored_form(items, known)
+    read_items(items, images=exchange.context.ready().new_images(), paths=_PATHS)
+    return stored_form(items)
 
 
 def _list(stored: Sequence[bytes], has_more: bool) -> bytes:

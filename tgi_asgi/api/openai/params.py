@@ -132,10 +132,12 @@ def overflow_of(settings: Settings) -> Overflow:
     return Overflow.CLIPPED if settings.clip_max_tokens else Overflow.REFUSED
 
 
-def thinking_budget(request: TextRequest) -> int | Literal["any"] | None:
-    """Return the largest number of reasoning tokens, if the request has one."""
+def thinking_budget(request: TextRequest) -> int | Literal["any", "default"]:
+    """Return a request's `Job.reasoning_budget`."""
     every = (getattr(request, name) for name in THINKING_BUDGETS)
     given: int | None = next((value for value in every if value is not None), None)
+    if given is None:
+        return "default"
     return "any" if given == -1 else given
 
 

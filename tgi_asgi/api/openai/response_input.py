@@ -31,6 +31,7 @@ from tgi_asgi.api.thoughts import unsealed
 from tgi_asgi.api.tools import CUSTOM_INPUT, Tool, note_skipped
 from tgi_asgi.text.chat.message import ChatMessage
 
+MANY_REFERENCES = 100  # reading what these refer to takes a millisecond
 _ROLES = ("assistant", "developer", "system", "user")
 _TEXTS = ("input_text", "output_text", "text", "refusal")
 # Suffixes of hosted tools' item types.

@@ -20,8 +20,8 @@ from tgi_asgi.api.exchange import LARGE_BODY, Exchange
 from tgi_asgi.api.job import Constraint, Conversation, Job
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.chat import template_variables
-from tgi_asgi.api.openai.conversation_store import ConversationStore, StoredConversation
-from tgi_asgi.api.openai.conversations import find_conversation, stored_form
+from tgi_asgi.api.openai.conversation_store import ConversationStore, StoredConversation, stored_form
+from tgi_asgi.api.openai.conversations import find_conversation
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import (
     check_renamed,
@@ -31,6 +31,7 @@ from tgi_asgi.api.openai.params import (
     thinking_budget,
 )
 from tgi_asgi.api.openai.response_input import (
+    MANY_REFERENCES,
     ItemPaths,
     current_settings,
     decode_items,
@@ -79,7 +80,6 @@ _DEFAULTS: dict[str, Any] = {  # of the fields that an answer echoes
     "tool_choice": "auto", "tools": [], "top_logprobs": 0, "top_p": 1.0, "presence_penalty": 0.0,
     "frequency_penalty": 0.0, **dict.fromkeys(_NAMES),
 }  # fmt: skip
-_MANY_REFERENCES = 100  # reading what these refer to takes a millisecond
 _FUNCTION: dict[str, Any] = {"description": None, "parameters": None, "strict": False}
 
 
@@ -98,7 +98,7 @@ def parse_response(body: bytes, exchange: Exchange) -> Callable[[], Call]:
     size = sum(map(len, [*history, *found.values()]))
     if size > MAX_BYTES:  # 400,000 references to one item fit into a body
         refuse_field("input", f"goes on from more than {MAX_BYTES} bytes")
-    exchange.is_large |= size > LARGE_BODY or len(found) > _MANY_REFERENCES
+    exchange.is_large |= size > LARGE_BODY or len(found) > MANY_REFERENCES
     return partial(_call, request, history, found, exchange, conversation)
 
 
@@ -132,9 +132,8 @@ def _call(
         full_input = (*history, msgspec.json.encode(items))
         recorders.append(_Recorder(context.responses, full_input, exchange.tenant))
     if conversation is not None:
-        store = context.conversations
-        asked = stored_form(items, store.items_of(conversation))
-        recorders.append(partial(_add_turn, store, conversation, asked))
+        asked = stored_form(items)
+        recorders.append(partial(_add_turn, context.conversations, conversation, asked))
     shows_logprobs = job.sampling.logprobs is not None
     summary = request.reasoning.summary if request.reasoning is not None else None
 
@@ -257,8 +256,8 @@ def _check(request: ResponsesRequest) -> None:
     }
     check_renamed(request, renamed)
     if request.conversation_id is not None and request.previous_response_id is not None:
-        message = "`conversation` and `previous_response_id` exclude each other: both say what comes before"
-        refuse("conversation", message, "mutually_exclusive_parameters")
+        rule = "and `previous_response_id` exclude each other: both say what comes before"
+        refuse_field("conversation", rule, "mutually_exclusive_parameters")
     if request.input is None and request.previous_response_id is None and request.conversation_id is None:
         refuse_field("input", "is required")
     for name in ("n", "best_of"):

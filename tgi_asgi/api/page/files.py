@@ -70,9 +70,9 @@ class StaticFile:
 class Pages:
     """All files of the pages, read once at server start."""
 
-    def __init__(self, folder: Path = FOLDER) -> None:
+    def __init__(self) -> None:
         self._files: Mapping[str, StaticFile] = {
-            path.name: StaticFile.read(path) for path in folder.iterdir() if path.suffix in TYPES
+            path.name: StaticFile.read(path) for path in FOLDER.iterdir() if path.suffix in TYPES
         }
 
     async def file(self, exchange: Exchange) -> None:

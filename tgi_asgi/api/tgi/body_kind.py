@@ -6,8 +6,7 @@ import msgspec
 
 from tgi_asgi.api.errors import CHAT, OPENAI
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.parse import decode_json
-from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.api.parse import decode_json, refuse
 
 KINDS = ("inputs", "messages", "prompt")  # main fields: the first one present in a body decides
 
@@ -26,7 +25,7 @@ def main_field(body: bytes) -> str:
     given = {kind: value for kind in KINDS if (value := bytes(getattr(keys, kind)))}
     for kind in [kind for kind, value in given.items() if value != b"null"] or given:
         return kind  # of a body with nulls only, the kind whose field is refused
-    raise InvalidRequest("One of `inputs`, `messages` and `prompt` is required", param="inputs")
+    refuse("inputs", "One of `inputs`, `messages` and `prompt` is required")
 
 
 def set_dialect(body: bytes, exchange: Exchange) -> str:

@@ -18,7 +18,7 @@ from tgi_asgi.api.openai.chat import chat_job, parse_chat
 from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.completions import parse_completion
 from tgi_asgi.api.openai.schema import CHAT_DECODER
-from tgi_asgi.api.parse import decode_json, refuse, refuse_field
+from tgi_asgi.api.parse import decode_json, refuse_field
 from tgi_asgi.api.tgi.body_kind import main_field, set_dialect
 from tgi_asgi.api.tgi.render import AnswerOptions, text_of
 from tgi_asgi.api.tgi.request import parse_root, read_request
@@ -67,7 +67,7 @@ def _read_instance(raw: bytes, exchange: Exchange, where: str) -> tuple[Job, Ans
         case "messages":
             job = chat_job(decode_json(raw, CHAT_DECODER), exchange)
         case _:
-            refuse("inputs", "`inputs` or `messages` is required")
+            refuse_field("inputs", "or `messages` is required")
     job.where = where
     return job, options
 

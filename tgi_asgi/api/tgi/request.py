@@ -17,7 +17,7 @@ from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.job import Constraint, Job, Text
 from tgi_asgi.api.limits import MAX_STOP_CHARS, Limits, Overflow
-from tgi_asgi.api.parse import decode_json
+from tgi_asgi.api.parse import decode_json, refuse
 from tgi_asgi.api.sampling import ENGINE_SEEDS, GREEDY_BELOW, factor, random_seed, sampling
 from tgi_asgi.api.tgi.render import AnswerOptions, NativeRenderer
 from tgi_asgi.api.tgi.schema import (
@@ -229,7 +229,7 @@ def native_grammar(grammar: Grammar) -> GrammarSource:
             return sources.json_schema(value, is_strict=False)
     except (InvalidRequest, msgspec.DecodeError, RecursionError) as error:
         message = f"grammar is not valid: {error}"
-    raise InvalidRequest(message, param=_GRAMMAR)
+    refuse(_GRAMMAR, message)
 
 
 def _require(holds: object, message: str) -> None:
