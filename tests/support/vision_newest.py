@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
 from tests.support import architectures
 from tests.support.vision_family import VOCAB_SIZE, Family
 
@@ -58,7 +60,12 @@ _OMNI_SOUND: Mapping[str, Any] = {
 
 
 def _text(like: str, **other: Any) -> dict[str, Any]:
-    """Return the text configuration of a type, with other values."""
+    """Return the text configuration of a type, with other values.
+
+    With the oldest transformers, which lacks some of these types, other families alone are tested.
+    """
+    if like not in CONFIG_MAPPING:
+        return other
     pools = {name: other[name] for name in ("index_kpool",) if name in other}
     made = architectures.config(like, **pools).to_dict()
     for name in ("transformers_version", "_name_or_path", "architectures", "id2label", "label2id", "dtype"):
