@@ -449,11 +449,11 @@ class Engine(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return the engine's current state for people to read, in JSON types only."""
 
-    def acquire(self, n: int, tenant: str | None = None, *, extends: Permit | None = None) -> Permit:
+    def acquire(self, n: int, tenant: str | None = None, *, is_accepted: bool = False) -> Permit:
         """Admit n choices before any work is done on them; tenants (API keys) share the capacity evenly.
 
         Args:
-            extends: A permit that the same call still holds: it may go on while the engine drains.
+            is_accepted: Whether an accepted call needs more permits: it goes on while the engine drains.
 
         Raises:
             InvalidRequest: if n exceeds the capacity.

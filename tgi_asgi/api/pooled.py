@@ -216,7 +216,7 @@ class _Window:
             await self._next_end()
         while True:
             try:
-                return self._engine.acquire(1, self._exchange.tenant, extends=self._permit)
+                return self._engine.acquire(1, self._exchange.tenant, is_accepted=True)
             except Overloaded:  # another request got the capacity; an accepted call waits for more
                 if self._num_running:
                     await self._next_end()

@@ -110,26 +110,22 @@ class Engine:
         self._task.add_done_callback(self._on_end)
         self._event_loop.call_soon(self._on_loss)  # in case `mark_lost` was called before
 
-    def acquire(self, n: int, tenant: str | None = None, *, extends: Permit | None = None) -> AdmissionPermit:
+    def acquire(self, n: int, tenant: str | None = None, *, is_accepted: bool = False) -> AdmissionPermit:
         """Take a permit for n choices.
 
         If none is free, a tenant that holds fewer choices than another displaces the other's newest request
         that has not begun to run; the displaced request fails with `Overloaded`.
 
         Args:
-            extends: A permit that the same call still holds: it may go on while the engine drains.
+            is_accepted: Whether an accepted call needs more permits: it goes on while the engine drains.
 
         Raises:
             InvalidRequest: if n exceeds the number of permits.
             Overloaded: if no permit is free or can be freed.
             Unavailable: if the engine is draining or dead.
         """
-        self._check_state(is_accepted=extends is not None)
-        if self.admission.is_full(n):
-            waiting = self._loop.waiting_newest_first()
-            for permit in self.admission.permits_to_displace(n, tenant, waiting):
-                retry_after_s = self.admission.retry_after_s(permit.n)
-                waiting[permit].refuse(Overloaded("Others were served first", retry_after_s=retry_after_s))
+        self._check_state(is_accepted=is_accepted)
+        self.admission.make_room(n, tenant, self._loop.waiting_newest_first)
         return self.admission.acquire(n, tenant)
 
     def submit(self, request: GenerationRequest, permit: Permit) -> RequestChannel:
@@ -223,7 +219,7 @@ class Engine:
         self._loop.pipeline.close()
 
     def _refuse_waiting(self) -> None:
-        for channel in self._loop.waiting_newest_first().values():
+        for channel in self._loop.waiting_newest_first():
             channel.refuse(Unavailable("the server is shutting down"))
 
     def _check_state(self, *, is_accepted: bool) -> None:
