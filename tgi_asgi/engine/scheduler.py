@@ -252,7 +252,7 @@ class Scheduler:
 
     def _plan_prompts(self, step: Step, prefilling: list[Sequence], allowance: Allowance) -> None:
         """Add rows for prompts in prefill and for new ones, as long as tokens, slots and blocks last."""
-        may_admit = self._may_admit(step)
+        may_admit = self._may_admit(step) and self.tables.may_start(self._running.sequences)
         if self._may_interleave(prefilling):
             turns = PromptTurns(
                 allowance, prefilling, self._waiting, self.tables, self._running.adapters, self._claims
