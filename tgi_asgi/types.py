@@ -298,13 +298,17 @@ class GenerationRequest:
     grammar: Grammar | None = None  # grammar that the output must match
     reasoning_budget: ReasoningBudget | None = None
     prompt_logprobs: int | None = None  # None: none; k: for each prompt token and the k best at its position
-    uses_prefix_cache: bool = True  # may resume from cached blocks (never when prompt_logprobs is set)
     seeds: tuple[int, ...] = ()  # n seeds that replace `sampling.seed`, or none
     images: tuple[ImageInput, ...] = ()  # in prompt order, not overlapping
     # If set, the result is a vector in `RequestStats.vector` instead of tokens: n and max_tokens are 1, and
     # the only event says that the vector is ready.
     pooling: Pooling | None = None
     second_start: int | None = None  # for a pair of texts: index in the prompt where the second begins
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether every prompt token must be computed, in order, so that none may come from the cache."""
+        return self.prompt_logprobs is not None or (self.pooling is not None and self.pooling.needs_all)
 
 
 class TopTokens(Sequence[tuple[int, float]]):

@@ -136,7 +136,6 @@ async def _requests(
                 priority=priority,
                 cache_salt=salt,
                 adapter=adapter,
-                uses_prefix_cache=not call.pooling.needs_all,
                 pooling=call.pooling,
                 second_start=second_start,
             )

@@ -203,7 +203,7 @@ class RemoteEngine:
 
     def digests(self, request: GenerationRequest) -> list[bytes]:
         """Return the digests of a prompt's full blocks as an engine computes them; none if not shared."""
-        if not (self._prefix_cache and request.uses_prefix_cache):
+        if not self._prefix_cache or request.needs_all:
             return []
         root = root_digest(None if request.adapter is None else request.adapter.key, request.cache_salt)
         chain = HashChain(root, self.block_size, request.images)

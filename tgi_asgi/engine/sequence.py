@@ -162,7 +162,7 @@ class Sequence:
 
     @property
     def needs_all(self) -> bool:
-        """Whether every prompt token must be computed, in order, so that none may come from the cache."""
+        """As `GenerationRequest.needs_all`, except that only the first choice has log-probabilities, once."""
         return self.wants_prompt_logprobs or (self.pooling is not None and self.pooling.needs_all)
 
     @property

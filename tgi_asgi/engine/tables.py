@@ -156,7 +156,7 @@ class BlockTables:
         return True
 
     def _may_look_up(self, sequence: Sequence) -> bool:
-        return self._prefix_cache and sequence.request.uses_prefix_cache and not sequence.needs_all
+        return self._prefix_cache and not sequence.needs_all
 
     def _find_hit(self, sequence: Sequence) -> Hit:
         """Return what a waiting sequence finds in the cache; looks again only once the cache has changed.
