@@ -1,6 +1,7 @@
 """The engine's interface to HTTP: permits, requests in, channels out; ready, draining or dead.
 
-    engine = Engine(runner, tokenizer, settings, info, on_fatal=end_the_process)
+    engine = Engine(runner, tokenizer, settings, info)
+    engine.on_fatal = end_the_process
     engine.start()
     engine.submit(request, engine.acquire(request.n)).attach(sink)
     await engine.drain(timeout_s=90)
@@ -47,8 +48,10 @@ class Engine:
 
     Args:
         runner: Computes the steps; `stop` closes it.
+
+    Attributes:
         on_fatal: Called once if the engine dies (a hung step, a lost device, a bug). Every request has
-            received its error by then, and the process should end. May be set later, as an attribute.
+            received its error by then, and the process should end.
     """
 
     def __init__(
@@ -58,10 +61,9 @@ class Engine:
         settings: Settings,
         info: ModelInfo,
         *,
-        on_fatal: Callable[[TgiError], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.on_fatal = on_fatal
+        self.on_fatal: Callable[[TgiError], None] | None = None
         self.stats = EngineStats()
         self.stats.blocks_total = runner.traits.num_blocks
         self.admission = Admission(settings.max_concurrent_requests, clock)
@@ -176,11 +178,8 @@ class Engine:
                 self._event_loop.call_soon_threadsafe(self._on_loss)
 
     def _on_loss(self) -> None:
-        if self._is_stopping or self._lost is None:
-            return
-        self._die(GenerationFailed(self._lost))
-        if self._task is not None:
-            self._task.cancel()
+        if not self._is_stopping and self._lost is not None:
+            self._die(GenerationFailed(self._lost))
 
     async def drain(self, timeout_s: float) -> None:
         """Accept nothing new and let all who hold a permit finish; at the timeout, end the rest.
@@ -236,16 +235,16 @@ class Engine:
 
     def _on_hang(self, taken_s: float) -> None:
         self._die(GenerationFailed(f"a step has not ended after {taken_s:.0f} s"))
-        if self._task is not None:
-            self._task.cancel()
 
     def _die(self, error: TgiError) -> None:
-        """Mark the engine dead: refuse everything, end every request, notify the owner of the process."""
+        """Mark the engine dead: end its task and every request, and notify the owner of the process."""
         if self._state is EngineState.DEAD:
             return
         self._state = EngineState.DEAD
         logger.critical("the engine is dead: %s", error)
         self._loop.pipeline.close()
+        if self._task is not None:
+            self._task.cancel()
         self._loop.end_all(GenerationFailed("the engine has failed"))  # the cause is in the log
         if self.on_fatal is not None:
             self.on_fatal(error)
