@@ -380,7 +380,10 @@ PromptLogprobs = list[tuple[float | None, Sequence[tuple[int, float]]]]
 
 @dataclass(slots=True)
 class RequestStats:
-    """The engine's record of one request, filled in as it runs; times are from `time.monotonic()`."""
+    """What the engine records of one request while it runs, and its results that are not tokens.
+
+    Times are from `time.monotonic()`.
+    """
 
     arrival_s: float
     scheduled_s: float | None = None  # first step that ran one of its tokens

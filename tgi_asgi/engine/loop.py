@@ -2,8 +2,8 @@
 
 Owned by `Engine`, the interface to HTTP; knows the runner's protocol, the tokenizer's byte table and the
 scheduler. `delivery.py` and `recovery.py` hold two of its tasks. Everything here runs on one event loop.
-While this coroutine runs, nothing else changes the scheduler, except that `Engine.reset_prefix_cache` makes
-blocks unfindable between two of its turns.
+While this coroutine runs, nothing else changes the scheduler, with two exceptions, between two of its turns:
+`Engine.reset_prefix_cache` makes blocks unfindable, and an engine that dies ends every request and this task.
 """
 
 from __future__ import annotations

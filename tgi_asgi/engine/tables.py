@@ -1,8 +1,9 @@
 """The block tables of sequences: new blocks, cached prefixes, forks, growth, and releasing all of it.
 
 A sequence has one block table per group of layers, indexed by position, so a block of tokens takes one block
-in each group. In a group with a window, a sequence holds no more blocks than the window covers. Called by the
-scheduler, which decides who gets blocks; knows neither torch nor asyncio.
+in each group. In a group with a window, a sequence holds the blocks that the window covers, and a prompt also
+those that steps in flight fill. Called by the scheduler, which decides who gets blocks; knows neither torch
+nor asyncio.
 
     window 5, blocks of 4 tokens, a prompt of 19 in chunks of 8
                                     all positions   window
