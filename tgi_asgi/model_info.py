@@ -94,7 +94,7 @@ class ModelInfo:
     kv_tokens: int = 0  # tokens that the KV cache holds, in sequences of `max_total_tokens`
     kv_bytes: int = 0
     max_batch_size: int = 0  # sequences per step
-    num_kept_states: int = 0  # snapshots of recurrent state that later prompts can resume from
+    num_kept_states: int = 0  # places for kept states of recurrent layers, from which later prompts resume
     kept_state_bytes: int = 0  # all of them together
     num_threads: int = 0
     num_shards: int = 1  # each with `num_threads` threads

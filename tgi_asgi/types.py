@@ -298,13 +298,17 @@ class GenerationRequest:
     grammar: Grammar | None = None  # grammar that the output must match
     reasoning_budget: ReasoningBudget | None = None
     prompt_logprobs: int | None = None  # None: none; k: for each prompt token and the k best at its position
-    uses_prefix_cache: bool = True  # may resume from cached blocks (never when prompt_logprobs is set)
     seeds: tuple[int, ...] = ()  # n seeds that replace `sampling.seed`, or none
     images: tuple[ImageInput, ...] = ()  # in prompt order, not overlapping
     # If set, the result is a vector in `RequestStats.vector` instead of tokens: n and max_tokens are 1, and
     # the only event says that the vector is ready.
     pooling: Pooling | None = None
     second_start: int | None = None  # for a pair of texts: index in the prompt where the second begins
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether every prompt token must be computed, in order, so that none may come from the cache."""
+        return self.prompt_logprobs is not None or (self.pooling is not None and self.pooling.needs_all)
 
 
 class TopTokens(Sequence[tuple[int, float]]):
@@ -376,7 +380,10 @@ PromptLogprobs = list[tuple[float | None, Sequence[tuple[int, float]]]]
 
 @dataclass(slots=True)
 class RequestStats:
-    """The engine's record of one request, filled in as it runs; times are from `time.monotonic()`."""
+    """What the engine records of one request while it runs, and its results that are not tokens.
+
+    Times are from `time.monotonic()`.
+    """
 
     arrival_s: float
     scheduled_s: float | None = None  # first step that ran one of its tokens
@@ -449,11 +456,11 @@ class Engine(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return the engine's current state for people to read, in JSON types only."""
 
-    def acquire(self, n: int, tenant: str | None = None, *, extends: Permit | None = None) -> Permit:
+    def acquire(self, n: int, tenant: str | None = None, *, is_accepted: bool = False) -> Permit:
         """Admit n choices before any work is done on them; tenants (API keys) share the capacity evenly.
 
         Args:
-            extends: A permit that the same call still holds: it may go on while the engine drains.
+            is_accepted: Whether an accepted call needs more permits: it goes on while the engine drains.
 
         Raises:
             InvalidRequest: if n exceeds the capacity.

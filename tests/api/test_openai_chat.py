@@ -79,7 +79,7 @@ async def test_defaults_fill_the_context_and_sample_at_temperature_1() -> None:
     assert got.sampling.temperature == 1.0
     assert (got.sampling.top_p, got.sampling.top_k, got.sampling.logprobs) == (1.0, 0, None)
     assert 0 <= got.sampling.seed < 2**53
-    assert got.uses_prefix_cache
+    assert not got.needs_all
     assert got.stop.skip_special_tokens
 
 

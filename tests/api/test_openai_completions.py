@@ -266,7 +266,7 @@ async def test_scoring_as_lm_eval_does_it() -> None:
     for value, top in zip(logprobs["token_logprobs"][1:-1], logprobs["top_logprobs"][1:-1], strict=True):
         assert value == max(top.values())
     got = engine.requests[0]
-    assert (got.prompt_logprobs, got.uses_prefix_cache) == (1, False)
+    assert (got.prompt_logprobs, got.needs_all) == (1, True)
 
 
 async def test_max_tokens_0_scores_the_prompt_and_shows_no_token() -> None:

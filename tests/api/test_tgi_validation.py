@@ -290,7 +290,7 @@ def test_prefill_logprobs_are_computed_only_where_the_administrator_allows() -> 
     assert generation(body).prompt_logprobs is None
     allowed = generation(body, enable_prefill_logprobs=True)
     assert allowed.prompt_logprobs == 0
-    assert not allowed.uses_prefix_cache
+    assert allowed.needs_all
 
 
 def test_logprobs_are_computed_only_where_they_are_shown() -> None:

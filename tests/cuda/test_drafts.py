@@ -77,9 +77,8 @@ def serving(
     size = plain_size(num_blocks, "float16")
     limits = plain_limits(max_sequences=8, max_tokens=128, max_context=LONGEST)
     spec = spec_of_steps(limits, is_batch_invariant=True)  # drafts would otherwise change the last bits
-    runner = CudaRunner(
-        model, device or make_device(), lambda free_bytes: size, spec, speculation=speculation
-    )
+    spec = dataclasses.replace(spec, speculation=speculation)
+    runner = CudaRunner(model, device or make_device(), lambda free_bytes: size, spec)
     return serving_with(runner, VOCAB, Settings(max_batch_prefill_tokens=64))
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tgi_asgi.engine.admission import Admission
-from tgi_asgi.errors import InvalidRequest, Overloaded
+from tgi_asgi.errors import InvalidRequest, Overloaded, TgiError
 
 
 class Clock:
@@ -95,17 +95,47 @@ def test_nothing_released_for_a_minute_is_a_long_wait() -> None:
     assert caught.value.retry_after_s == 60
 
 
-def test_a_tenant_displaces_no_more_than_its_share_and_nobody_for_nothing() -> None:
+class Waiting:
+    """A request that has not begun to run."""
+
+    def __init__(self, admission: Admission, n: int, tenant: str) -> None:
+        self.permit = admission.acquire(n, tenant)
+        self.error: TgiError | None = None
+
+    def refuse(self, error: TgiError) -> bool:
+        self.error = error
+        self.permit.release()
+        return True
+
+
+def displaced(n: int, tenant: str, others: slice = slice(None)) -> list[int]:
+    """Return which requests go for n choices of a tenant, where two other tenants fill eight places."""
     admission = Admission(8, Clock())
-    greedy = [admission.acquire(n, "greedy") for n in (1, 2, 1, 1)]
-    third = [admission.acquire(1, "third") for _ in range(3)]
-    assert admission.permits_to_displace(1, "modest", greedy) == greedy[:1]
-    assert admission.permits_to_displace(2, "modest", greedy) == greedy[:2]
+    waiting = [Waiting(admission, n, "greedy") for n in (1, 2, 1, 1)]
+    waiting += [Waiting(admission, 1, "third") for _ in range(3)]
+    admission.make_room(n, tenant, lambda: waiting[others])
+    gone = [each.error for each in waiting if each.error is not None]
+    assert all(isinstance(error, Overloaded) and error.retry_after_s >= 1 for error in gone)
+    if gone:
+        admission.acquire(n, tenant)
+    return [index for index, each in enumerate(waiting) if each.error is not None]
+
+
+def test_a_tenant_displaces_no_more_than_its_share_and_nobody_for_nothing() -> None:
+    greedy, third = slice(4), slice(4, None)
+    assert displaced(1, "modest") == displaced(1, "modest", greedy) == [0]
+    assert displaced(2, "modest") == [0, 1], "the first leaves one place, and the next has two"
     # Three would leave "greedy" with less than "modest", and displacing one or two would not be enough.
-    assert admission.permits_to_displace(3, "modest", [*greedy, *third]) == []
-    assert admission.permits_to_displace(1, "greedy", third) == []
-    assert admission.permits_to_displace(1, "third", greedy) == greedy[:1]
-    assert admission.permits_to_displace(1, "modest", []) == []
-    assert not admission.is_full(0)
-    assert admission.is_full(1)
-    assert not admission.is_full(9), "waiting cannot help a request that exceeds the capacity"
+    assert displaced(3, "modest") == []
+    assert displaced(1, "greedy", third) == []
+    assert displaced(1, "third", greedy) == [0]
+    assert displaced(1, "modest", slice(0)) == []
+    assert displaced(9, "modest") == [], "no room would be enough for it"
+
+
+def test_nobody_is_displaced_where_there_is_room() -> None:
+    admission = Admission(4, Clock())
+    waiting = [Waiting(admission, 1, "greedy") for _ in range(3)]
+    admission.make_room(1, "modest", lambda: waiting)
+    assert [each.error for each in waiting] == [None] * 3
+    admission.acquire(1, "modest")

@@ -479,3 +479,12 @@ async def test_a_reset_cache_is_cold_and_those_that_use_it_do_not_notice(make_en
     assert running.stats.cached_tokens == 32 and again.stats.cached_tokens == 0
     tokens = (await collect(running)).tokens()
     assert tokens == expected_tokens(make_request(40).prompt_ids, 60, sampling=SEEDED)
+
+
+async def test_only_what_runs_is_shown_with_a_slot(make_engine: MakeEngine) -> None:
+    engine = make_engine(FakeRunner(max_batch_size=1, step_s=0.001))
+    channels = [submit(engine, make_request(5, 50)) for _ in range(2)]
+    await until(lambda: channels[0].stats.generated_tokens > 0)
+    shown = [each for request in engine.describe()["requests"] for each in request["sequences"]]
+    assert [(each["state"], each["slot"]) for each in shown] == [("running", 0), ("waiting", None)]
+    await asyncio.gather(*map(collect, channels))

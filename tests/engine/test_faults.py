@@ -303,6 +303,13 @@ class FatalErrors:
         self.errors.append(error)
 
 
+def mortal(runner: FakeRunner, fatal_errors: FatalErrors, **settings: Any) -> Engine:
+    """Return an engine whose end is recorded."""
+    engine = Engine(runner, FakeTokenizer(), Settings(**settings), fake_info())
+    engine.on_fatal = fatal_errors
+    return engine
+
+
 async def assert_dead(engine: Engine, fatal_errors: FatalErrors, reason: str) -> None:
     await until(lambda: engine.state is EngineState.DEAD)
     assert len(fatal_errors.errors) == 1
@@ -318,7 +325,7 @@ async def assert_dead(engine: Engine, fatal_errors: FatalErrors, reason: str) ->
 async def test_a_lost_device_ends_everything_at_once() -> None:
     runner, fatal_errors = FakeRunner(), FatalErrors()
     runner.fault = lambda plan: DeviceLost("CUDA error") if plan.step_id == 4 else None
-    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=fatal_errors)
+    engine = mortal(runner, fatal_errors)
     engine.start()
     answers = await asyncio.gather(*(ask(engine, make_request([index], 50)) for index in range(4)))
     assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
@@ -327,7 +334,7 @@ async def test_a_lost_device_ends_everything_at_once() -> None:
 
 async def test_a_device_that_loses_a_part_of_itself_ends_everything_whatever_runs() -> None:
     runner, fatal_errors = FakeRunner(is_manual=True), FatalErrors()
-    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=fatal_errors)
+    engine = mortal(runner, fatal_errors)
     engine.start()
     asking = [asyncio.create_task(ask(engine, make_request([index], 50))) for index in range(4)]
     await until(lambda: engine.stats.accepted == 4)
@@ -339,7 +346,7 @@ async def test_a_device_that_loses_a_part_of_itself_ends_everything_whatever_run
 
 async def test_a_part_that_is_lost_before_the_engine_starts_is_not_forgotten() -> None:
     fatal_errors = FatalErrors()
-    engine = Engine(FakeRunner(), FakeTokenizer(), Settings(), fake_info(), on_fatal=fatal_errors)
+    engine = mortal(FakeRunner(), fatal_errors)
     engine.mark_lost("shard 1 has ended")
     engine.start()
     await assert_dead(engine, fatal_errors, "shard 1 has ended")
@@ -347,9 +354,7 @@ async def test_a_part_that_is_lost_before_the_engine_starts_is_not_forgotten() -
 
 async def test_a_hung_step_is_noticed() -> None:
     runner, fatal_errors = FakeRunner(is_manual=True), FatalErrors()
-    engine = Engine(
-        runner, FakeTokenizer(), Settings(step_timeout_s=0.02), fake_info(), on_fatal=fatal_errors
-    )
+    engine = mortal(runner, fatal_errors, step_timeout_s=0.02)
     engine.start()
     answers = await asyncio.gather(*(ask(engine, make_request([index], 50)) for index in range(4)))
     assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
@@ -364,9 +369,7 @@ async def test_a_step_that_hangs_while_a_fault_is_looked_for_is_noticed() -> Non
         return RuntimeError("then silence")
 
     runner.fault = fault
-    engine = Engine(
-        runner, FakeTokenizer(), Settings(step_timeout_s=0.02), fake_info(), on_fatal=fatal_errors
-    )
+    engine = mortal(runner, fatal_errors, step_timeout_s=0.02)
     engine.start()
     answers = await asyncio.gather(*(ask(engine, make_request([index], 50)) for index in range(4)))
     assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
@@ -382,7 +385,7 @@ async def test_slow_steps_are_no_hung_steps(make_engine: MakeEngine) -> None:
 async def test_an_engine_whose_steps_all_fail_does_not_stay_up() -> None:
     runner, fatal_errors = FakeRunner(), FatalErrors()
     runner.fault = lambda plan: RuntimeError("all broken")
-    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=fatal_errors)
+    engine = mortal(runner, fatal_errors)
     engine.start()
     answers = await asyncio.gather(*(ask(engine, make_request([index], 5)) for index in range(40)))
     assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
@@ -398,7 +401,7 @@ BIASED = {"sampling": SamplingParams(logit_bias=((7, -1.0),)), "grammar": Gramma
 )
 async def test_an_engine_without_finite_logits_does_not_stay_up(fields: dict[str, Any]) -> None:
     runner, fatal_errors = FakeRunner(is_poisoned=lambda tokens: True), FatalErrors()
-    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=fatal_errors)
+    engine = mortal(runner, fatal_errors)
     engine.start()
     requests = [make_request([index], 5, **fields) for index in range(6)]
     answers = await asyncio.gather(*(ask(engine, request) for request in requests))
@@ -408,7 +411,7 @@ async def test_an_engine_without_finite_logits_does_not_stay_up(fields: dict[str
 
 async def test_a_bug_in_the_engine_is_not_silent() -> None:
     fatal_errors = FatalErrors()
-    engine = Engine(FakeRunner(), FakeTokenizer(), Settings(), fake_info(), on_fatal=fatal_errors)
+    engine = mortal(FakeRunner(), fatal_errors)
     engine.start()
     channel = submit(engine, make_request(9, 50))
     await until(lambda: engine.stats.sampled_tokens > 2)
@@ -421,7 +424,7 @@ async def test_a_bug_in_the_engine_is_not_silent() -> None:
 async def test_an_engine_whose_task_is_cancelled_is_dead(num_steps: int) -> None:
     """A timeout of code that runs in the task could cancel it; only `stop` may end the task."""
     runner, fatal_errors = FakeRunner(is_manual=True), FatalErrors()
-    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=fatal_errors)
+    engine = mortal(runner, fatal_errors)
     engine.start()
     channel = submit(engine, make_request(9, 50))
     for _ in range(num_steps):

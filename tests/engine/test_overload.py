@@ -149,7 +149,7 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest(make_engine: Mak
     assert (await running).finish() is FinishReason.LENGTH
     await asyncio.sleep(0.02)
     assert not draining.done(), "a request is still being tokenised"
-    more = engine.acquire(1, extends=early)
+    more = engine.acquire(1, is_accepted=True)
     answers = [collect(engine.submit(make_request(5, max_tokens=3), permit)) for permit in (early, more)]
     assert [answer.error for answer in await asyncio.gather(*answers)] == [None, None]
     await draining
@@ -160,7 +160,7 @@ async def test_a_permit_is_of_no_use_after_the_end_of_draining(make_engine: Make
     early = engine.acquire(1)
     await engine.drain(0.01)
     with pytest.raises(Unavailable):
-        engine.acquire(1, extends=early)
+        engine.acquire(1, is_accepted=True)
     with pytest.raises(Unavailable):
         engine.submit(make_request(5), early)
     assert engine.admission.num_taken == 0

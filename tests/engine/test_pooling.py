@@ -35,8 +35,7 @@ class _End:
 
 
 def _pooled(prompt: bytes | int, pooling: Pooling = LAST) -> GenerationRequest:
-    cached = not pooling.needs_all
-    return make_request(prompt, 1, pooling=pooling, uses_prefix_cache=cached)
+    return make_request(prompt, 1, pooling=pooling)
 
 
 async def _run(engine: Engine, *requests: GenerationRequest) -> list[Channel]:

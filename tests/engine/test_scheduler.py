@@ -161,10 +161,12 @@ def test_prompts_wait_for_company_while_others_decode_but_not_for_ever() -> None
     assert all(sequence.stage is Stage.RUNNING for sequence in (*running, *company))
 
 
-def test_the_least_urgent_is_preempted_and_comes_back_through_the_cache() -> None:
+@pytest.mark.parametrize("prompt_logprobs", [None, 0])  # once computed, they do not matter
+def test_the_least_urgent_is_preempted_and_comes_back_through_the_cache(prompt_logprobs: int | None) -> None:
     scheduler, runner = make_scheduler(num_blocks=6), FakeRunner()
     old = add_request(scheduler, make_request(range(30), max_tokens=40), arrival=0)[0]
-    new = add_request(scheduler, make_request(range(100, 130), max_tokens=40), arrival=1)[0]
+    request = make_request(range(100, 130), max_tokens=40, prompt_logprobs=prompt_logprobs)
+    new = add_request(scheduler, request, arrival=1)[0]
     steps = run_all(scheduler, runner)
     assert are_finished([old, new])
     assert scheduler._stats.preemptions == 1

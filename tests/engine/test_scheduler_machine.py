@@ -165,7 +165,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 sampling=SamplingParams(seed=self.num_arrived),
                 n=n,
                 priority=priority,
-                uses_prefix_cache=not is_private,
+                cache_salt=str(self.num_arrived) if is_private else None,
                 prompt_logprobs=0 if wants_prompt_logprobs else None,
                 grammar=WatchedGrammar(range(97, 104)) if is_watched else None,
                 adapter=adapter,

@@ -17,7 +17,7 @@ from tests.engine.helpers import (
 )
 from tests.support.fake_runner import FakeRunner
 from tgi_asgi.engine.sequence import Stage
-from tgi_asgi.types import Adapter, ImageInput
+from tgi_asgi.types import Adapter, ImageInput, Pooling, PoolingKind
 
 
 def test_a_second_prompt_takes_the_cached_prefix() -> None:
@@ -168,8 +168,8 @@ def test_one_token_is_computed_even_if_all_blocks_are_cached() -> None:
     [
         {"cache_salt": "mine"},
         {"adapter": Adapter("lora", "1", "its weights")},
-        {"uses_prefix_cache": False},
         {"prompt_logprobs": 0},
+        {"pooling": Pooling(PoolingKind.MEAN)},
     ],
 )
 def test_who_must_not_share_does_not(fields: dict[str, Any]) -> None:
@@ -231,9 +231,10 @@ def test_further_choices_share_full_blocks_and_copy_the_partial_one(prompt_len: 
     assert runner.violations == []
 
 
-def test_further_choices_whose_first_is_gone_go_through_the_cache() -> None:
+@pytest.mark.parametrize("prompt_logprobs", [None, 0])  # only the first choice has them
+def test_further_choices_whose_first_is_gone_go_through_the_cache(prompt_logprobs: int | None) -> None:
     scheduler, runner = make_scheduler(max_batch_size=1), FakeRunner(max_batch_size=1)
-    sequences = add_request(scheduler, make_request(40, max_tokens=3, n=3))
+    sequences = add_request(scheduler, make_request(40, max_tokens=3, n=3, prompt_logprobs=prompt_logprobs))
     steps = run_all(scheduler, runner)
     assert are_finished(sequences)
     starts = [row.start for step in steps for row in step.plan.rows if (row.token_ids or ())[1:]]

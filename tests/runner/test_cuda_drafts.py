@@ -7,11 +7,15 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support.kv import plain_limits
 from tgi_asgi.ops import PlanError
+from tgi_asgi.ops.cuda_kv import CudaKvFormat
+from tgi_asgi.ops.cuda_modes import CudaModes
 from tgi_asgi.runner.cuda_drafts import CudaDrafts, DraftedRows, LaidStep
 from tgi_asgi.runner.cuda_sampler import CudaSampler
+from tgi_asgi.runner.cuda_steps import CudaStepSpec
 from tgi_asgi.runner.plan import DraftLimits, Sampled, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.types import SamplingParams
@@ -41,7 +45,7 @@ class Grammars:
 @pytest.fixture
 def drafts() -> CudaDrafts:
     """Drafts of four slots, two of which have a text that repeats itself."""
-    made = CudaDrafts(Speculation(3), plain_limits(max_sequences=4, max_tokens=64, max_context=256))
+    made = CudaDrafts(Speculation(3), num_slots=4, max_rows=16)
     texts = {0: TEXT, 1: [5, 6, 7], 2: TEXT}
     made.observe([start(slot, text) for slot, text in texts.items()], [], [])
     return made
@@ -121,9 +125,7 @@ def test_more_drafts_than_spare_slots_are_refused(drafts: CudaDrafts) -> None:
 
 def test_more_rows_than_a_step_has_room_for_are_refused(drafts: CudaDrafts) -> None:
     chunks = [StepRow(3, [8], at, [[3]], samples=False) for at in range(14)]
-    assert (
-        len(laid(drafts, plan(row(0, 5, 8, 2), *chunks[1:])).plan.rows) == drafts.step_limits.max_rows == 16
-    )
+    assert len(laid(drafts, plan(row(0, 5, 8, 2), *chunks[1:])).plan.rows) == 16
     with pytest.raises(PlanError, match="at most 16 rows, drafts included, got 17"):
         laid(drafts, plan(row(0, 5, 8, 2), *chunks))
 
@@ -168,11 +170,12 @@ def test_what_follows_a_wrong_draft_does_not_count() -> None:
 
 def test_no_step_that_is_planned_has_more_rows_than_there_is_room_for() -> None:
     def most(num_drafts: int, batch_size: int, step_tokens: int = 4096) -> tuple[int, int]:
-        made = CudaDrafts(
-            Speculation(num_drafts),
-            plain_limits(max_sequences=batch_size, max_tokens=step_tokens, max_context=256),
-        )
-        return made.step_limits.max_rows, made.num_spares
+        limits = plain_limits(max_sequences=batch_size, max_tokens=step_tokens, max_context=256)
+        how = Speculation(num_drafts)
+        spec = CudaStepSpec(limits, CudaModes(), CudaKvFormat(16, torch.float16), how)
+        max_rows = spec.step_limits.max_rows
+        assert spec.largest.num_rows == spec.step_limits.max_sequences == max_rows
+        return max_rows, CudaDrafts(how, num_slots=batch_size, max_rows=max_rows).num_spares
 
     assert most(8, 4) == (36, 32)
     assert most(8, 64) == (96, 64)

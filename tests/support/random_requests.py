@@ -76,7 +76,7 @@ def random_request(rng: random.Random, number: int, grammars: list[Grammar]) -> 
         grammar=grammar,
         reasoning_budget=budget,
         prompt_logprobs=1 if rng.random() < 0.1 else None,
-        uses_prefix_cache=rng.random() < 0.8,
+        cache_salt=None if rng.random() < 0.8 else f"r{number}",
     )  # fmt: skip
 
 

@@ -168,10 +168,8 @@ class ScriptedEngine:
     async def stop(self) -> None:
         self.state = EngineState.DEAD
 
-    def acquire(
-        self, n: int, tenant: str | None = None, *, extends: ScriptedPermit | None = None
-    ) -> ScriptedPermit:
-        if self.state is not EngineState.READY and extends is None:
+    def acquire(self, n: int, tenant: str | None = None, *, is_accepted: bool = False) -> ScriptedPermit:
+        if self.state is not EngineState.READY and not is_accepted:
             raise Unavailable("The server is shutting down", retry_after_s=5)
         if n > self.num_permits:
             raise Overloaded(retry_after_s=3)

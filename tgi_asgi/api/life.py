@@ -251,7 +251,6 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         grammar=grammar,
         reasoning_budget=None if thinking is None else form.reasoning_budget(thinking),
         prompt_logprobs=job.prompt_logprobs,
-        uses_prefix_cache=job.prompt_logprobs is None,
         seeds=job.seeds,
         images=salted_images(prompt.images, salt),
     )

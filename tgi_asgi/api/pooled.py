@@ -5,12 +5,14 @@
 Each dialect provides `parse`, a function from a body to a `PoolCall`. Each input becomes a request of the
 engine. The inputs of a call run a few at a time, so that a thousand of them leave capacity for others. A call
 is admitted with few permits and takes more while it runs, so that many calls with many inputs share the
-capacity instead of being refused.
+capacity instead of being refused. Once one of its inputs has run, a call is no longer refused for want of
+capacity, but waits.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -135,7 +137,6 @@ async def _requests(
                 priority=priority,
                 cache_salt=salt,
                 adapter=adapter,
-                uses_prefix_cache=not call.pooling.needs_all,
                 pooling=call.pooling,
                 second_start=second_start,
             )
@@ -160,51 +161,71 @@ async def _compute(
     """Run all requests, as many at a time as the permits allow; cancel all if one fails."""
     exchange.context.num_pool_calls += 1
     try:
-        return await exchange.unless_gone(_Window(exchange, engine, permit).run(requests))
+        return await exchange.unless_gone(_Window(exchange, engine, requests, permit).run())
     finally:
         exchange.context.num_pool_calls -= 1
         exchange.cancel_channels()
 
 
 class _Window:
-    """The requests of one call that run at the same time; when one ends, the next uses its permit."""
+    """The requests of one call that run at the same time; when one ends, the next uses its permit.
 
-    def __init__(self, exchange: Exchange, engine: Engine, permit: Permit) -> None:
+    Others may displace a request that has not begun to run. Once one of the call's requests has run, those
+    that are displaced are submitted again, as soon as there is capacity.
+    """
+
+    def __init__(
+        self, exchange: Exchange, engine: Engine, requests: Sequence[GenerationRequest], permit: Permit
+    ) -> None:
         self._exchange = exchange
         self._engine = engine
+        self._requests = requests
         self._permit = permit
+        self._left = deque(range(len(requests)))  # indices of the requests to submit
         self._num_running = 0
+        self._was_displaced = False  # since the last request was submitted
         self._error: TgiError | None = None
         self._changed = asyncio.Event()
 
-    async def run(self, requests: Sequence[GenerationRequest]) -> list[Vector]:
+    async def run(self) -> list[Vector]:
         """Return the requests' vectors.
 
         Raises:
             TgiError: if one has failed.
         """
-        channels = self._exchange.channels
-        for request in requests:
-            channel = submit(self._engine, request, await self._next_permit())
-            channels.append(channel)
-            self._num_running += 1
-            channel.attach(self)
-        while self._num_running:
-            await self._next_end()
+        while self._left or self._num_running:
+            if self._left:
+                self._submit(await self._next_permit())
+            else:
+                await self._next_change()
         vectors = []
-        for channel in channels:
+        for channel in self._exchange.channels:
             assert channel.stats.vector is not None
             vectors.append(channel.stats.vector)
         return vectors
 
-    def on_events(self, events: Sequence[TokenEvent]) -> None:
-        """Record finished requests."""
-        self._num_running -= sum(event.finish is not None for event in events)
+    def _submit(self, permit: Permit) -> None:
+        """Submit the next request, which takes the place of its channel if it was displaced."""
+        index, channels = self._left.popleft(), self._exchange.channels
+        channel = submit(self._engine, self._requests[index], permit)
+        channels[index : index + 1] = [channel]
+        self._num_running += 1
+        channel.attach(_Sink(self, index))
+
+    def on_end(self) -> None:
+        """Record that a request has finished."""
+        self._num_running -= 1
         self._changed.set()
 
-    def on_error(self, error: TgiError) -> None:
-        """Record that a request, and with it the call, has failed."""
-        self._error = self._error or error
+    def on_error(self, index: int, error: TgiError) -> None:
+        """Record that a request was displaced, or that it has failed, and the call with it."""
+        has_begun = any(channel.stats.scheduled_s is not None for channel in self._exchange.channels)
+        if isinstance(error, Overloaded) and has_begun:
+            self._num_running -= 1
+            self._left.appendleft(index)
+            self._was_displaced = True
+        else:
+            self._error = self._error or error
         self._changed.set()
 
     async def _next_permit(self) -> Permit:
@@ -214,19 +235,44 @@ class _Window:
         context = self._exchange.context
         limit = context.settings.max_concurrent_requests
         while self._num_running >= _max_running(context.num_pool_calls, limit):
-            await self._next_end()
+            await self._next_change()
+        if self._was_displaced:
+            self._was_displaced = False
+            await self._wait_for_capacity()
         while True:
             try:
-                return self._engine.acquire(1, self._exchange.tenant, extends=self._permit)
+                return self._engine.acquire(1, self._exchange.tenant, is_accepted=True)
             except Overloaded:  # another request got the capacity; an accepted call waits for more
-                if self._num_running:
-                    await self._next_end()
-                else:
-                    await asyncio.sleep(_RETRY_S)
+                await self._wait_for_capacity()
 
-    async def _next_end(self) -> None:
+    async def _wait_for_capacity(self) -> None:
+        """Wait until one of the call's requests has ended, or for a moment if none runs."""
+        if self._num_running:
+            await self._next_change()
+        else:
+            await asyncio.sleep(_RETRY_S)
+
+    async def _next_change(self) -> None:
         if self._error is None:
             self._changed.clear()
             await self._changed.wait()
         if self._error is not None:
             raise self._error
+
+
+class _Sink:
+    """Passes the end of one of a window's requests on."""
+
+    __slots__ = ("_index", "_window")
+
+    def __init__(self, window: _Window, index: int) -> None:
+        self._window = window
+        self._index = index
+
+    def on_events(self, events: Sequence[TokenEvent]) -> None:
+        """Note the end, which is the only event of a request for a vector."""
+        self._window.on_end()
+
+    def on_error(self, error: TgiError) -> None:
+        """Note the error."""
+        self._window.on_error(self._index, error)

@@ -148,23 +148,20 @@ class RemoteEngine:
         for channel in list(self.channels):
             channel.refuse(IncompleteGeneration(message) if channel.has_begun else Unavailable(message))
 
-    def acquire(self, n: int, tenant: str | None = None, *, extends: Permit | None = None) -> Permit:
-        """Admit n choices, or n more of a call that `extends` admitted; raises `Overloaded` or `Unavailable`.
+    def acquire(self, n: int, tenant: str | None = None, *, is_accepted: bool = False) -> Permit:
+        """Admit n choices, or n more of an accepted call; raises `Overloaded` or `Unavailable`.
 
         As in an engine, a key with fewer choices than another displaces that key's newest request without a
         token.
         """
-        goes_on = extends is not None and self._is_draining and not self._has_drained
+        goes_on = is_accepted and self._is_draining and not self._has_drained
         if self.state is not EngineState.READY and not goes_on:
             raise Unavailable("No replica can be reached", retry_after_s=2)
-        if self.admission.is_full(n):
-            waiting = {
-                channel.permit: channel for channel in reversed(self.channels) if not channel.has_begun
-            }
-            for permit in self.admission.permits_to_displace(n, tenant, waiting):
-                retry_after_s = self.admission.retry_after_s(permit.n)
-                waiting[permit].refuse(Overloaded("Others were served first", retry_after_s=retry_after_s))
+        self.admission.make_room(n, tenant, self._waiting_newest_first)
         return self.admission.acquire(n, tenant)
+
+    def _waiting_newest_first(self) -> list[RemoteChannel]:
+        return [channel for channel in reversed(self.channels) if not channel.has_begun]
 
     def submit(self, request: GenerationRequest, permit: Permit) -> RemoteChannel:
         """Send a request; its permit is released at its end, or at once if this raises.
@@ -206,7 +203,7 @@ class RemoteEngine:
 
     def digests(self, request: GenerationRequest) -> list[bytes]:
         """Return the digests of a prompt's full blocks as an engine computes them; none if not shared."""
-        if not (self._prefix_cache and request.uses_prefix_cache):
+        if not self._prefix_cache or request.needs_all:
             return []
         root = root_digest(None if request.adapter is None else request.adapter.key, request.cache_salt)
         chain = HashChain(root, self.block_size, request.images)

@@ -6,13 +6,24 @@ import asyncio
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
-from tgi_asgi.errors import InvalidRequest, Overloaded
+from tgi_asgi.errors import InvalidRequest, Overloaded, TgiError
 from tgi_asgi.types import Permit
 
 _MAX_RETRY_AFTER_S = 60
 _MEMORY = 64  # number of releases that the drain rate is estimated from
 _WINDOW_S = 60.0  # older releases say nothing about the present
+
+
+class WaitingRequest(Protocol):
+    """A request that holds a permit and has not begun to run."""
+
+    @property
+    def permit(self) -> Permit: ...
+
+    def refuse(self, error: TgiError) -> bool:
+        """End the request with an error and release its permit."""
 
 
 class AdmissionPermit:
@@ -57,25 +68,30 @@ class Admission:
         self._taken_by: Counter[str | None] = Counter()
         self._releases: deque[tuple[float, int]] = deque(maxlen=_MEMORY)
 
-    def is_full(self, n: int) -> bool:
-        """Return whether n choices do not fit now but could later."""
-        return self.num_taken + n > self.capacity >= n
+    def make_room(self, n: int, tenant: str | None, waiting: Callable[[], Iterable[WaitingRequest]]) -> None:
+        """Displace other tenants' requests if n choices of a tenant then fit; they fail with `Overloaded`.
 
-    def permits_to_displace(self, n: int, tenant: str | None, others: Iterable[Permit]) -> list[Permit]:
-        """Return which of `others`, taken in order, must go so that n choices of a tenant fit.
+        A request is displaced only if its tenant keeps at least as many choices as this tenant comes to have,
+        so that shares only become more equal. None is displaced if that does not free enough.
 
-        A permit is chosen only if its tenant keeps at least as many choices as this tenant comes to have, so
-        that shares only become more equal. Returns none if that does not free enough.
+        Args:
+            waiting: Returns the requests that may be displaced, in this order; called only if it matters.
         """
-        taken = self._taken_by.copy()
-        chosen: list[Permit] = []
         missing = self.num_taken + n - self.capacity
-        for other in others:
-            if missing > 0 and taken[other.tenant] - other.n >= taken[tenant] + n:
-                taken[other.tenant] -= other.n
-                missing -= other.n
+        if missing <= 0 or n > self.capacity:
+            return
+        taken = self._taken_by.copy()
+        chosen: list[WaitingRequest] = []
+        for other in waiting():
+            permit = other.permit
+            if missing > 0 and taken[permit.tenant] - permit.n >= taken[tenant] + n:
+                taken[permit.tenant] -= permit.n
+                missing -= permit.n
                 chosen.append(other)
-        return chosen if missing <= 0 else []
+        if missing <= 0:
+            for other in chosen:
+                retry_after_s = self.retry_after_s(other.permit.n)
+                other.refuse(Overloaded("Others were served first", retry_after_s=retry_after_s))
 
     def acquire(self, n: int, tenant: str | None = None) -> AdmissionPermit:
         """Take a permit for n choices.

@@ -42,7 +42,10 @@ class Allowance:
         self._begins_stream = self._is_reduced = False
 
     def limit(self, num_tokens: int) -> int:
-        """Return how many tokens a prompt may compute that needs `num_tokens`."""
+        """Return how many tokens of the step a prompt may use that has `num_tokens` left to compute.
+
+        If it would not end in the step, what is left is reduced first.
+        """
         if num_tokens > self.num_left:
             self.reduce()
         return self.num_left

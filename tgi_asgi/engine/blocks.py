@@ -35,11 +35,12 @@ class BlockPool:
     Attributes:
         journal: Records which contents become findable and which no longer are, if set.
         dependents: Notified of contents that can no longer be found, if set.
+        version: Grows whenever contents become findable or no longer are.
     """
 
     __slots__ = (
         "_by_digest", "_digests", "_evicted", "_free", "_num_eager", "_references", "dependents", "journal",
-        "num_blocks", "num_touched", "num_used",
+        "num_blocks", "num_touched", "num_used", "version",
     )  # fmt: skip
 
     def __init__(self, num_blocks: int, num_eager: int | None = None) -> None:
@@ -47,6 +48,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.journal: BlockJournal | None = None
         self.dependents: Dependents | None = None
+        self.version = 0
         self.num_used = 0
         self.num_touched = 0  # blocks ever handed out; those with higher numbers are free but not listed
         self._num_eager = num_blocks if num_eager is None else min(num_eager, num_blocks)
@@ -153,6 +155,7 @@ class BlockPool:
         if digest not in self._by_digest and self._digests[block] is None:
             self._by_digest[digest] = block
             self._digests[block] = digest
+            self.version += 1
             self._evicted.pop(digest, None)
             if self.journal is not None:
                 self.journal.found(digest)
@@ -167,6 +170,7 @@ class BlockPool:
     def _unlist(self, block: int, digest: bytes) -> None:
         del self._by_digest[digest]
         self._digests[block] = None
+        self.version += 1
         if self.journal is not None:
             self.journal.lost(digest)
         if self.dependents is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tgi_asgi.engine.admission import Admission
 from tgi_asgi.engine.channel import RequestChannel
-from tgi_asgi.engine.sequence import Sequence
+from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.states import KeptStates
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.tables import BlockTables
@@ -62,7 +62,7 @@ def _sequence(sequence: Sequence) -> dict[str, Any]:
     return {
         "choice": sequence.choice,
         "state": sequence.stage.value,
-        "slot": sequence.slot,
+        "slot": sequence.slot if sequence.stage is Stage.RUNNING else None,
         "computed_tokens": sequence.num_computed,
         "output_tokens": sequence.num_output,
         "blocks": [table[first:] for table, first in zip(sequence.tables, sequence.num_freed, strict=True)],

@@ -1,6 +1,7 @@
 """The engine's interface to HTTP: permits, requests in, channels out; ready, draining or dead.
 
-    engine = Engine(runner, tokenizer, settings, info, on_fatal=end_the_process)
+    engine = Engine(runner, tokenizer, settings, info)
+    engine.on_fatal = end_the_process
     engine.start()
     engine.submit(request, engine.acquire(request.n)).attach(sink)
     await engine.drain(timeout_s=90)
@@ -47,8 +48,10 @@ class Engine:
 
     Args:
         runner: Computes the steps; `stop` closes it.
+
+    Attributes:
         on_fatal: Called once if the engine dies (a hung step, a lost device, a bug). Every request has
-            received its error by then, and the process should end. May be set later, as an attribute.
+            received its error by then, and the process should end.
     """
 
     def __init__(
@@ -58,10 +61,9 @@ class Engine:
         settings: Settings,
         info: ModelInfo,
         *,
-        on_fatal: Callable[[TgiError], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.on_fatal = on_fatal
+        self.on_fatal: Callable[[TgiError], None] | None = None
         self.stats = EngineStats()
         self.stats.blocks_total = runner.traits.num_blocks
         self.admission = Admission(settings.max_concurrent_requests, clock)
@@ -110,26 +112,22 @@ class Engine:
         self._task.add_done_callback(self._on_end)
         self._event_loop.call_soon(self._on_loss)  # in case `mark_lost` was called before
 
-    def acquire(self, n: int, tenant: str | None = None, *, extends: Permit | None = None) -> AdmissionPermit:
+    def acquire(self, n: int, tenant: str | None = None, *, is_accepted: bool = False) -> AdmissionPermit:
         """Take a permit for n choices.
 
         If none is free, a tenant that holds fewer choices than another displaces the other's newest request
         that has not begun to run; the displaced request fails with `Overloaded`.
 
         Args:
-            extends: A permit that the same call still holds: it may go on while the engine drains.
+            is_accepted: Whether an accepted call needs more permits: it goes on while the engine drains.
 
         Raises:
             InvalidRequest: if n exceeds the number of permits.
             Overloaded: if no permit is free or can be freed.
             Unavailable: if the engine is draining or dead.
         """
-        self._check_state(is_accepted=extends is not None)
-        if self.admission.is_full(n):
-            waiting = self._loop.waiting_newest_first()
-            for permit in self.admission.permits_to_displace(n, tenant, waiting):
-                retry_after_s = self.admission.retry_after_s(permit.n)
-                waiting[permit].refuse(Overloaded("Others were served first", retry_after_s=retry_after_s))
+        self._check_state(is_accepted=is_accepted)
+        self.admission.make_room(n, tenant, self._loop.waiting_newest_first)
         return self.admission.acquire(n, tenant)
 
     def submit(self, request: GenerationRequest, permit: Permit) -> RequestChannel:
@@ -180,11 +178,8 @@ class Engine:
                 self._event_loop.call_soon_threadsafe(self._on_loss)
 
     def _on_loss(self) -> None:
-        if self._is_stopping or self._lost is None:
-            return
-        self._die(GenerationFailed(self._lost))
-        if self._task is not None:
-            self._task.cancel()
+        if not self._is_stopping and self._lost is not None:
+            self._die(GenerationFailed(self._lost))
 
     async def drain(self, timeout_s: float) -> None:
         """Accept nothing new and let all who hold a permit finish; at the timeout, end the rest.
@@ -223,7 +218,7 @@ class Engine:
         self._loop.pipeline.close()
 
     def _refuse_waiting(self) -> None:
-        for channel in self._loop.waiting_newest_first().values():
+        for channel in self._loop.waiting_newest_first():
             channel.refuse(Unavailable("the server is shutting down"))
 
     def _check_state(self, *, is_accepted: bool) -> None:
@@ -240,16 +235,16 @@ class Engine:
 
     def _on_hang(self, taken_s: float) -> None:
         self._die(GenerationFailed(f"a step has not ended after {taken_s:.0f} s"))
-        if self._task is not None:
-            self._task.cancel()
 
     def _die(self, error: TgiError) -> None:
-        """Mark the engine dead: refuse everything, end every request, notify the owner of the process."""
+        """Mark the engine dead: end its task and every request, and notify the owner of the process."""
         if self._state is EngineState.DEAD:
             return
         self._state = EngineState.DEAD
         logger.critical("the engine is dead: %s", error)
         self._loop.pipeline.close()
+        if self._task is not None:
+            self._task.cancel()
         self._loop.end_all(GenerationFailed("the engine has failed"))  # the cause is in the log
         if self.on_fatal is not None:
             self.on_fatal(error)

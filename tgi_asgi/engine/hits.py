@@ -13,10 +13,9 @@ A model with recurrent layers also needs a state that was kept there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from tgi_asgi.engine.blocks import BlockPool
-from tgi_asgi.engine.sequence import Sequence
+from tgi_asgi.engine.sequence import Hit, Sequence
 from tgi_asgi.engine.states import KeptStates
 from tgi_asgi.runner.groups import BlockNeeds
 
@@ -25,26 +24,9 @@ Find = Callable[[int, int], int | None]  # from a group and the index of a block
 _BLOCKS_AT_ONCE = 64  # looked up together; at most this many are hashed before they are filled (60 us)
 
 
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """The cached part of a prompt.
-
-    Attributes:
-        num_blocks: Number of blocks of tokens, from the prompt's start.
-        blocks: For each group, the last of these blocks: as many as the group still reads.
-        num_found: Number of blocks that were found, even if no state was there to resume from.
-        state: Place of the state to resume from, if any.
-    """
-
-    num_blocks: int
-    blocks: list[list[int]]
-    num_found: int = 0
-    state: int | None = None
-
-    @classmethod
-    def none(cls, num_groups: int) -> Hit:
-        """Return the hit of a prompt without cached blocks."""
-        return cls(0, [[] for _ in range(num_groups)])
+def cache_version(pool: BlockPool, states: KeptStates | None) -> int:
+    """Return a number that changes whenever a prompt may have another hit than before."""
+    return pool.version + (0 if states is None else states.pool.version)
 
 
 def group_key(digest: bytes, group: int) -> bytes:
@@ -83,7 +65,7 @@ def find_hit(
             blocks[group] = [
                 block for index in range(first, end) if (block := find(group, index)) is not None
             ]
-    return Hit(end, blocks, num_found, state)
+    return Hit(end, blocks, num_found, state, cache_version(pool, states))
 
 
 def note_misses(pool: BlockPool, needs: BlockNeeds, sequence: Sequence, num_blocks: int, hit: Hit) -> None:

@@ -2,8 +2,8 @@
 
 Owned by `Engine`, the interface to HTTP; knows the runner's protocol, the tokenizer's byte table and the
 scheduler. `delivery.py` and `recovery.py` hold two of its tasks. Everything here runs on one event loop.
-While this coroutine runs, nothing else changes the scheduler, except that `Engine.reset_prefix_cache` makes
-blocks unfindable between two of its turns.
+While this coroutine runs, nothing else changes the scheduler, with two exceptions, between two of its turns:
+`Engine.reset_prefix_cache` makes blocks unfindable, and an engine that dies ends every request and this task.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, TgiError
 from tgi_asgi.runner.plan import Runner, StepResult
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Permit
 
 logger = logging.getLogger(__name__)
 
@@ -110,15 +109,15 @@ class ServingLoop:
                 names.add(channel.request.adapter.name)
         return sorted(running), sorted(waiting)
 
-    def waiting_newest_first(self) -> dict[Permit, RequestChannel]:
-        """Return the requests that have not run, been cancelled or been refused, by their permits."""
+    def waiting_newest_first(self) -> list[RequestChannel]:
+        """Return the requests that have not run, been cancelled or been refused."""
         waiting = [
             channel
             for channel in self._open
             if channel.stats.scheduled_s is None and channel.refusal is None and not channel.is_cancelled
         ]
         waiting.sort(key=lambda channel: -channel.stats.arrival_s)
-        return {channel.permit: channel for channel in waiting}
+        return waiting
 
     async def run(self) -> None:
         """Serve until cancelled.

@@ -64,8 +64,8 @@ class Pipeline:
         self._clock = clock
         self._flights: deque[Flight] = deque()
         self._timer: asyncio.TimerHandle | None = None
-        self._is_suspect = False
-        self._progress: int | None = None  # when a step became a suspect
+        self._is_suspect = False  # whether the oldest step was late when `_watch` last looked
+        self._progress: int | None = None  # the runner's progress at that time
         self._has_failed = False
 
     @property

@@ -61,11 +61,8 @@ def _check_cache_fits(
 ) -> None:
     """Raise if the whole KV cache does not hold a sequence of which `num_tokens` tokens are computed."""
     needs, num_blocks = scheduler.tables.needs, traits.num_blocks
-    needs_all = request.prompt_logprobs is not None or (
-        request.pooling is not None and request.pooling.needs_all
-    )
     needed = needs.total_for(num_tokens)
-    if needs_all:
+    if request.needs_all:
         needed = max(needed, needs.total_for(len(request.prompt_ids), keeps_all=True))
     if needed > num_blocks:
         raise InvalidRequest(

@@ -26,7 +26,6 @@ applied. A prompt that starts over rewrites all of its blocks, so they count as 
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from operator import attrgetter
 
@@ -37,6 +36,7 @@ from tgi_asgi.engine.drafting import plan_drafts
 from tgi_asgi.engine.image_encoding import ChunkBoundaries, awaits_image, plan_image_encoding
 from tgi_asgi.engine.policy import SchedulingPolicy
 from tgi_asgi.engine.preemption import choose_victim, num_missing_blocks
+from tgi_asgi.engine.prompt_rows import PromptRows
 from tgi_asgi.engine.prompt_turns import ClaimHistory, PromptTurns
 from tgi_asgi.engine.running_set import RunningSet
 from tgi_asgi.engine.sequence import Sequence, Stage
@@ -45,7 +45,7 @@ from tgi_asgi.engine.step import Step, apply_result, undo_rows
 from tgi_asgi.engine.tables import BlockTables
 from tgi_asgi.engine.waiting import WaitingQueue
 from tgi_asgi.runner.groups import BlockNeeds
-from tgi_asgi.runner.plan import RunnerTraits, SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.plan import RunnerTraits, SlotStart, StepResult, StepRow
 from tgi_asgi.types import SamplingParams
 
 _urgency = attrgetter("urgency")
@@ -81,11 +81,11 @@ class Scheduler:
             shares_only_prompts=traits.has_prompt_arithmetic, stats=stats,
         )  # fmt: skip
         self._policy = policy
-        self._reach: float = traits.windows[0] or math.inf  # of the longest attention
         self._has_vision = traits.vision is not None
         self._budget = budget
         self._stats = stats
         self._running = RunningSet(traits.max_batch_size, policy.max_adapters)
+        self._rows = PromptRows(traits, self.tables, self._running, self.chunk_boundaries)
         self._waiting = WaitingQueue()
         self._claims = ClaimHistory()
         self._num_waiting = 0
@@ -181,7 +181,7 @@ class Scheduler:
             num_cached, num_before = sequence.num_reused, sequence.num_computed
         else:
             num_cached = num_before = num_tokens - self.tables.recent_num_to_compute(sequence)
-        reach = self._reach
+        reach = self._rows.reach
         return NextPrompt(num_tokens - num_cached, min(num_cached, reach), min(num_before, reach))
 
     def _plan_decodes(self, step: Step) -> list[Sequence]:
@@ -209,7 +209,7 @@ class Scheduler:
             if stop > len(sequence.tables[0]) * size:
                 self.tables.grow(sequence)
             if sequence.starts_slot:
-                self._start_slot(step.plan, sequence)
+                step.start_slot(sequence)
             known = None if pending else token_ids[start:]
             row = StepRow(
                 sequence.slot, known, start, sequence.tables,
@@ -252,19 +252,19 @@ class Scheduler:
 
     def _plan_prompts(self, step: Step, prefilling: list[Sequence], allowance: Allowance) -> None:
         """Add rows for prompts in prefill and for new ones, as long as tokens, slots and blocks last."""
-        may_admit = self._may_admit(step)
+        may_admit = self._may_admit(step) and self.tables.may_start(self._running.sequences)
         if self._may_interleave(prefilling):
             turns = PromptTurns(
                 allowance, prefilling, self._waiting, self.tables, self._running.adapters, self._claims
             )
             if may_admit:
                 self._admit_ahead(step, turns)
-            turns.go_on(partial(self._plan_chunk, step))
+            turns.go_on(partial(self._rows.plan, step))
         else:
             for sequence in prefilling:
                 limit = allowance.limit(sequence.num_left)
                 if limit > 0:
-                    allowance.spend(sequence, self._plan_chunk(step, sequence, limit))
+                    allowance.spend(sequence, self._rows.plan(step, sequence, limit))
         if may_admit:
             self._admit(step, allowance)
 
@@ -276,77 +276,6 @@ class Scheduler:
         if not prefilling or self.traits.takes_whole_prompts:
             return False
         return not (self._has_vision and any(map(self.chunk_boundaries.spans, prefilling)))
-
-    def _plan_chunk(self, step: Step, sequence: Sequence, budget: int) -> int:
-        """Add a row with as many of the sequence's known tokens as the budget allows; return how many.
-
-        A chunk that does not finish them ends at a block boundary. A chunk of less than a block is left to
-        the next step, unless this step has no other prompt tokens. The same holds for a prompt that may not
-        be cut and exceeds the budget. Tokens without free blocks are left to the next step, too.
-        """
-        start = sequence.num_computed
-        count = remaining = sequence.num_left
-        limit = min(budget, self._cover(sequence, start + min(budget, count)) - start)
-        if count > budget and self.traits.takes_whole_prompts:
-            if step.num_prefill_tokens:
-                return 0
-        elif count > limit:
-            aligned = limit - (start + limit) % self.block_size
-            if aligned <= 0 and (step.num_prefill_tokens or limit <= 0):
-                return 0
-            count = aligned if aligned > 0 else limit
-        count = self._end_of_kind(sequence, start + count) - start
-        if self._has_vision:
-            room = self.traits.max_step_tokens - step.num_decode_rows - step.num_prefill_tokens
-            count, pending = self.chunk_boundaries.before_images(sequence, count, room)
-            step.pending_images += pending
-            # What may not be cut takes the last blocks, too: it cannot begin with fewer.
-            if count == 0 or self.tables.cover(sequence, start + count) < start + count:
-                return 0
-        self._add_row(step, sequence, count, samples=count == remaining)
-        return count
-
-    def _cover(self, sequence: Sequence, end: int) -> int:
-        """Allocate a prompt's blocks up to position `end`; return the position up to which it has them."""
-        return self.tables.cover(sequence, end, spare=len(self._running) * self.tables.num_groups)
-
-    def _end_of_kind(self, sequence: Sequence, end: int) -> int:
-        """Return `end`, or an earlier end so that a row of prompt tokens stops before the sampled ones."""
-        if not self.traits.has_prompt_arithmetic or sequence.is_past_prompt:
-            return end
-        return min(end, sequence.prompt_len)
-
-    def _add_row(self, step: Step, sequence: Sequence, count: int, *, samples: bool) -> None:
-        """Add a row of `count` known tokens, and the slot's start and the block to copy if they are due."""
-        start = sequence.num_computed
-        plan = step.plan
-        if sequence.starts_slot:
-            self._start_slot(plan, sequence)
-        for block, table in zip(sequence.copy_sources, sequence.tables, strict=False):  # 0, or 1 per table
-            plan.copies.append((block, table[start // self.block_size]))
-        wanted = sequence.request.prompt_logprobs if sequence.wants_prompt_logprobs else None
-        tokens = sequence.token_ids[start : start + count]
-        second_start = sequence.request.second_start
-        is_generated = self.traits.has_prompt_arithmetic and sequence.is_past_prompt
-        at = step.num_generated_rows if is_generated else len(plan.rows)
-        step.num_generated_rows += is_generated
-        row = StepRow(
-            sequence.slot, tokens, start, sequence.tables,
-            samples=samples, prompt_logprobs=wanted, pooling=sequence.pooling, second_start=second_start,
-            is_generated=is_generated, adapter=sequence.adapter,
-        )  # fmt: skip
-        if self.tables.states is not None:
-            self.tables.states.plan_row(step.keeps, row, sequence)
-        step.insert(at, row, sequence)
-        step.num_prefill_tokens += count
-        step.num_pairs += count * (min(start, self._reach) + count / 2)
-        sequence.num_computed = start + count
-        sequence.num_pending += samples
-        self.tables.register(sequence, start + count)
-
-    def _start_slot(self, plan: StepPlan, sequence: Sequence) -> None:
-        plan.starts.append(sequence.slot_start())
-        sequence.starts_slot = False
 
     def _end_prefills(self, step: Step) -> None:
         """End the prefill of sequences that this step samples for; queue the choices that waited for it."""
@@ -428,7 +357,7 @@ class Scheduler:
         self._waiting.pop(sequence)
         running.enter(sequence)
         self._num_waiting -= 1
-        return self._plan_chunk(step, sequence, budget)
+        return self._rows.plan(step, sequence, budget)
 
     def apply(self, step: Step, result: StepResult) -> list[tuple[int, Sequence]]:
         """Apply a step's result; return (row, sequence) of the live rows.
@@ -463,13 +392,13 @@ class Scheduler:
                 if max_tokens is not None:
                     end = min(end, sequence.num_computed + max_tokens)
                 end = min(end, sequence.num_computed + room)
-                end = self._end_of_kind(sequence, end)
+                end = self._rows.end_of_kind(sequence, end)
                 end = self.chunk_boundaries.end(sequence, sequence.num_computed, end)
                 count = end - sequence.num_computed
                 if not 0 < count <= room:  # more than `room` if an image would be cut
                     continue
                 room -= count
-                self._add_row(step, sequence, count, samples=row.samples and end == whole_end)
+                self._rows.add(step, sequence, count, samples=row.samples and end == whole_end)
         if not step.sequences:
             return None
         self._end_prefills(step)

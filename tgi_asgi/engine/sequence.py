@@ -36,6 +36,30 @@ class RecurrentUse:
     answer: int | None = None  # the place of the state that it keeps while it decodes
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hit:
+    """The cached part of a prompt.
+
+    Attributes:
+        num_blocks: Number of blocks of tokens, from the prompt's start.
+        blocks: For each group, the last of these blocks: as many as the group still reads.
+        num_found: Number of blocks that were found, even if no state was there to resume from.
+        state: Place of the state to resume from, if any.
+        version: That of the cache in which it was found.
+    """
+
+    num_blocks: int
+    blocks: list[list[int]]
+    num_found: int = 0
+    state: int | None = None
+    version: int = 0
+
+    @classmethod
+    def none(cls, num_groups: int) -> Hit:
+        """Return the hit of a prompt without cached blocks."""
+        return cls(0, [[] for _ in range(num_groups)])
+
+
 class Sequence:
     """The scheduler's state of one choice.
 
@@ -55,11 +79,11 @@ class Sequence:
     `tables` has one block list per group of layers, indexed by position. The first `num_freed` entries
     of each list are before the group's window; the sequence no longer owns those blocks. `epoch` changes
     whenever the sequence leaves the running set or restarts its slot; what older steps computed for it is
-    then void.
+    then void. `hit` is what a waiting sequence was last found to have in the prefix cache.
     """
 
     __slots__ = (
-        "adapter", "arrival_s", "chain", "choice", "copy_sources", "epoch", "followers", "images",
+        "adapter", "arrival_s", "chain", "choice", "copy_sources", "epoch", "followers", "hit", "images",
         "is_prefilling", "leader", "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed",
         "num_encoded_images", "num_freed", "num_pending", "num_registered", "num_restarts", "num_reused",
         "num_settled", "owner", "pooling", "prompt_len", "reasoning", "recurrent", "request", "slot", "stage",
@@ -127,6 +151,7 @@ class Sequence:
         self.is_prefilling = True
         self.starts_slot = True
         self.copy_sources: list[int] = []
+        self.hit: Hit | None = None
         self.recurrent = RecurrentUse()
 
     def reset_to(self, stage: Stage) -> None:
@@ -137,7 +162,7 @@ class Sequence:
 
     @property
     def needs_all(self) -> bool:
-        """Whether every prompt token must be computed, in order, so that none may come from the cache."""
+        """As `GenerationRequest.needs_all`, except that only the first choice has log-probabilities, once."""
         return self.wants_prompt_logprobs or (self.pooling is not None and self.pooling.needs_all)
 
     @property

@@ -30,7 +30,7 @@ class Histogram:
 
 
 class EngineStats:
-    """The engine's counters since it started, and gauges of what it holds now.
+    """The engine's counters since it started, gauges of what it holds now, and a function for its adapters.
 
     Attributes:
         accepted, finished, failed, cancelled: Requests; accepted = finished + failed + cancelled + open.
@@ -47,7 +47,8 @@ class EngineStats:
         running, waiting: Sequences with a slot, and without.
         blocks_used, blocks_total: Blocks of the KV cache.
         states_kept: Kept states that prompts can resume from, for models with recurrent layers.
-        adapters: Returns the names of the adapters of running and of waiting requests; None: none are served.
+        adapters: Function that returns the names of the adapters of running and of waiting requests. It is
+            called when metrics are read, not in each step. None: no adapters are served.
         max_adapters: Maximum number of different adapters in a step.
     """
 

@@ -35,6 +35,11 @@ class Step:
         """What determines how long the step takes."""
         return StepSize(self.num_decode_rows, self.num_prefill_tokens, self.num_pairs)
 
+    def start_slot(self, sequence: Sequence) -> None:
+        """Let a sequence's slot start with this step."""
+        self.plan.starts.append(sequence.slot_start())
+        sequence.starts_slot = False
+
     def insert(self, at: int, row: StepRow, sequence: Sequence) -> None:
         """Add a sequence's row at index `at`; it is live for as long as the sequence keeps its epoch."""
         self.plan.rows.insert(at, row)

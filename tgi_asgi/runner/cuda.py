@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -45,7 +45,6 @@ from tgi_asgi.runner.plan import MAX_IN_FLIGHT, RunnerTraits, Sampled, StepPlan,
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
 from tgi_asgi.runner.step_guard import StepGuard
-from tgi_asgi.settings.speculation import Speculation
 from tgi_asgi.types import PoolingKind
 
 if TYPE_CHECKING:  # imports transformers
@@ -99,10 +98,9 @@ class CudaRunner:
     Args:
         choose: Returns the cache size for the bytes that are free after everything else is allocated and a
             step of the largest size has run.
-        spec: Sizes and modes of the steps; those with drafts have a row for each draft besides.
+        spec: Sizes and modes of the steps, and how to draft tokens, for a model that generates.
         shards: The other shards, if the model is split.
         adapters: The adapters that rows may have, with their slots on the device.
-        speculation: How to draft tokens, for a model that generates; None: each row samples one.
         image_cache: Bytes of encoded images to keep, for a model that accepts images.
 
     Attributes:
@@ -121,10 +119,9 @@ class CudaRunner:
         *,
         shards: CudaShards | None = None,
         adapters: CudaAdapterLayout | None = None,
-        speculation: Speculation | None = None,
         image_cache: int = 0,
     ) -> None:
-        limits, max_batch_size, num_spares = spec.limits, spec.limits.max_sequences, 0
+        limits, max_batch_size, num_spares = spec.step_limits, spec.limits.max_sequences, 0
         self.max_context = limits.max_context
         self.num_threads = 0
         self.progress: int | None = None
@@ -132,10 +129,9 @@ class CudaRunner:
         self._guard = StepGuard(device)
         self._choose = choose
         self._drafts: CudaDrafts | None = None
-        if speculation is not None:
-            self._drafts = CudaDrafts(speculation, limits)
-            num_spares, limits = self._drafts.num_spares, self._drafts.step_limits
-            spec = replace(spec, limits=limits)
+        if spec.speculation is not None:
+            self._drafts = CudaDrafts(spec.speculation, num_slots=max_batch_size, max_rows=limits.max_rows)
+            num_spares = self._drafts.num_spares
         self._sampler = CudaSampler(
             max_batch_size, model.config.vocab_size, outputs.max_top, device,
             num_spares=num_spares, max_rows=limits.max_rows,

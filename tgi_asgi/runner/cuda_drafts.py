@@ -19,10 +19,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tgi_asgi.ops import PlanError
-from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.runner.cuda_device import Command, Copy
 from tgi_asgi.runner.cuda_sampler import CudaSampler, SampleStaging
-from tgi_asgi.runner.drafts import SlotDrafts, draft_limits
+from tgi_asgi.runner.drafts import SlotDrafts
 from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.sampling import collect
 from tgi_asgi.settings.speculation import Speculation
@@ -87,25 +86,27 @@ class LaidStep:
 class CudaDrafts:
     """The drafts of a CUDA runner's slots.
 
-        drafts = CudaDrafts(speculation, limits)
+        drafts = CudaDrafts(speculation, num_slots=64, max_rows=96)
         if drafts.must_wait(plan): ...                            # for earlier steps
         laid = drafts.lay_out(plan, sampler, staging, is_idle=True)
         drafts.observe(laid.starts, slots, samples)               # on the thread that waited for a step
 
+    Args:
+        num_slots: Number of slots of sequences.
+        max_rows: Number of rows of a step, drafts included.
+
     Attributes:
         limits: Maximum numbers of drafts, for the engine.
         num_spares: Number of spare slots, which come after those of sequences.
-        step_limits: Sizes of the steps, with a row for each draft that the engine may plan.
         are_in_flight: Whether the step launched last has drafts: nobody knows yet where its slots are.
     """
 
-    def __init__(self, how: Speculation, step_limits: StepLimits) -> None:
-        max_batch_size = step_limits.max_sequences
-        self._slots = SlotDrafts(how, max_batch_size)
-        self._first_spare = max_batch_size
+    def __init__(self, how: Speculation, *, num_slots: int, max_rows: int) -> None:
+        self._slots = SlotDrafts(how, num_slots)
+        self._first_spare = num_slots
+        self._max_rows = max_rows
         self.limits = limits = self._slots.limits
-        self.num_spares = min(limits.per_step, limits.per_row * max_batch_size)
-        self.step_limits = limits_with_drafts(how, step_limits)
+        self.num_spares = min(limits.per_step, limits.per_row * num_slots)
         self.are_in_flight = False
 
     def must_wait(self, plan: StepPlan) -> bool:
@@ -210,9 +211,8 @@ class CudaDrafts:
             for values, of_drafts in zip(spares, ([slot] * count, range(1, count + 1), of_row), strict=True):
                 values[first : first + count] = of_drafts
             first += row.num_drafts
-        max_rows = self.step_limits.max_rows
-        if len(rows) > max_rows:
-            raise PlanError(f"a step has at most {max_rows} rows, drafts included, got {len(rows)}")
+        if len(rows) > self._max_rows:
+            raise PlanError(f"a step has at most {self._max_rows} rows, drafts included, got {len(rows)}")
         drafted = DraftedRows(
             [index for index, _, _ in origins],
             [slot for _, slot, _ in origins],
@@ -220,14 +220,6 @@ class CudaDrafts:
             len(plan.rows),
         )
         return StepPlan(plan.step_id, rows), drafted
-
-
-def limits_with_drafts(how: Speculation, limits: StepLimits) -> StepLimits:
-    """Return the sizes of steps that have a row for each draft that the engine may plan."""
-    drafts, max_batch_size = draft_limits(how), limits.max_sequences
-    most = max(count * (1 + drafts.for_rows(count)) for count in range(1, max_batch_size + 1))
-    max_rows = max(max_batch_size, min(most, limits.max_tokens))
-    return replace(limits, max_sequences=max_rows, max_rows=max_rows)
 
 
 def _starts(plan: StepPlan) -> list[int]:

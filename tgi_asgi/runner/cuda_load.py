@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -27,7 +26,6 @@ from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.runner.cuda import MAX_TOP, CudaOutputs, CudaRunner
 from tgi_asgi.runner.cuda_adapters import make_adapter_layout
 from tgi_asgi.runner.cuda_device import CudaDevice, Device, must_fit, register_kernels
-from tgi_asgi.runner.cuda_drafts import limits_with_drafts
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
 from tgi_asgi.runner.cuda_steps import CudaStepSpec
 from tgi_asgi.runner.drafts import speculation_of
@@ -38,6 +36,7 @@ from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.shard_adapters import SplitAdapterLoader
 from tgi_asgi.runner.shards import cuts_of
 from tgi_asgi.settings import Settings
+from tgi_asgi.settings.speculation import Speculation
 
 logger = logging.getLogger(__name__)
 
@@ -124,13 +123,12 @@ class OnCuda:
         self._kv_scales: list[tuple[float, float]] | None = None
         self._prompts = ""  # what computes their attention, if not the native kernel
         self.prompt_precision: str | None = None
+        self._spec: CudaStepSpec | None = None  # as the other shards have it
         self.shards: CudaShards | None = None
         if cuts:
             opened.use_cut(cuts[0])
-            spec = spec_of(settings, self._dtype, max_context)
-            if settings.speculation is not None:  # as `CudaRunner` does
-                spec = replace(spec, limits=limits_with_drafts(settings.speculation, spec.limits))
-            self.shards = make_shards(files, settings, cuts, device, spec)
+            self._spec = spec_of(settings, self._dtype, max_context, settings.speculation)
+            self.shards = make_shards(files, settings, cuts, device, self._spec)
 
     def load(self, weights: Weights) -> ServedModel:
         """Load the model, as described in `Placement`."""
@@ -154,7 +152,10 @@ class OnCuda:
                 )
         settings = self.settings
         adapters: AdapterLoader[CudaAdapterLayout] | SplitAdapterLoader | None = None
-        spec = spec_of(settings, self._dtype, self.max_context).with_kv_scales(self._kv_scales)
+        spec = self._spec
+        if spec is None:
+            spec = spec_of(settings, self._dtype, self.max_context, speculation_of(model, settings))
+        spec = spec.with_kv_scales(self._kv_scales)
         if settings.serves_adapters:
             adapters = own = AdapterLoader(make_adapter_layout(model, settings, self._device, self._dtype))
             if self.shards is not None and self.shards.adapters is not None:
@@ -284,7 +285,9 @@ def why_no_kernels(config: ModelConfig) -> str:
     return ""
 
 
-def spec_of(settings: Settings, dtype: torch.dtype, max_context: int) -> CudaStepSpec:
+def spec_of(
+    settings: Settings, dtype: torch.dtype, max_context: int, speculation: Speculation | None = None
+) -> CudaStepSpec:
     """Return the sizes, modes and cache format of a model's steps, without the scales from its files.
 
     Raises:
@@ -298,7 +301,7 @@ def spec_of(settings: Settings, dtype: torch.dtype, max_context: int) -> CudaSte
         has_float8_products=_wants_float8_products(settings),
         has_dependent_launches=settings.dependent_launches,
     )
-    return CudaStepSpec(limits_of(settings, max_context), modes, kv)
+    return CudaStepSpec(limits_of(settings, max_context), modes, kv, speculation)
 
 
 def _wants_float8_products(settings: Settings) -> bool:
@@ -372,9 +375,8 @@ def make_runner(
 
     with must_fit():
         return CudaRunner(
-            model, device, choose, spec, outputs, shards=shards, adapters=adapters,
-            speculation=speculation_of(model, settings), image_cache=image_cache,
-        )  # fmt: skip
+            model, device, choose, spec, outputs, shards=shards, adapters=adapters, image_cache=image_cache
+        )
 
 
 def bytes_for_cache(free_bytes: int) -> int:

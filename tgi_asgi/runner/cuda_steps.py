@@ -23,6 +23,8 @@ from tgi_asgi.ops.cuda_shards import CudaShard
 from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Copy, Device
+from tgi_asgi.runner.drafts import draft_limits
+from tgi_asgi.settings.speculation import Speculation
 
 # Decode-only batches are padded to one of these sizes; each size has graphs.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -41,15 +43,30 @@ class CudaStepSpec:
     """What all devices that compute a model agree on: sizes of its steps, how they compute, and the cache.
 
     CudaStepSpec(limits, CudaModes(torch.bfloat16), CudaKvFormat(16, torch.bfloat16))
+
+    Attributes:
+        limits: Sizes of the steps that the engine plans.
+        speculation: How to draft tokens; None: each row samples one.
     """
 
     limits: StepLimits
     modes: CudaModes
     kv: CudaKvFormat
+    speculation: Speculation | None = None
 
     def with_kv_scales(self, scales: Sequence[tuple[float, float]] | None) -> CudaStepSpec:
         """Return the same with the cache's scales, which are in the model's files."""
         return replace(self, kv=replace(self.kv, scales=scales))
+
+    @property
+    def step_limits(self) -> StepLimits:
+        """Sizes of the steps that are computed, with a row for each draft that the engine may plan."""
+        if self.speculation is None:
+            return self.limits
+        drafts, max_batch_size = draft_limits(self.speculation), self.limits.max_sequences
+        most = max(count * (1 + drafts.for_rows(count)) for count in range(1, max_batch_size + 1))
+        max_rows = max(max_batch_size, min(most, self.limits.max_tokens))
+        return replace(self.limits, max_sequences=max_rows, max_rows=max_rows)
 
     @property
     def max_blocks(self) -> int:
@@ -59,7 +76,7 @@ class CudaStepSpec:
     @property
     def largest(self) -> StepShape:
         """The shape that needs the most memory."""
-        limits = self.limits
+        limits = self.step_limits
         return StepShape(
             limits.max_tokens, limits.max_sequences, limits.max_rows, limits.max_sequences, limits.max_tokens,
             num_columns=self.max_blocks,
@@ -124,7 +141,7 @@ class CudaSteps:
         last_ids: Tensor | None = None, sample: Callable[[StepBuffers], None] | None = None,
         shard: CudaShard | None = None, adapters: CudaAdapterLayout | None = None, has_logits: bool = True,
     ) -> None:  # fmt: skip
-        config, limits, modes = model.config, spec.limits, spec.modes
+        config, limits, modes = model.config, spec.step_limits, spec.modes
         torch.ops.tgi_cuda.set_dependent_launches(False)
         self._limits, self._modes = limits, modes
         self._device, self._shard, self._last_ids = device, shard, last_ids

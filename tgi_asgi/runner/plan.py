@@ -96,7 +96,7 @@ class StepRow:
 
 @dataclass(slots=True)
 class StepPlan:
-    """What one step computes. Order: slots start, blocks are copied, rows run, images are encoded."""
+    """What one step computes. Order: blocks are copied, slots start, rows run, images are encoded."""
 
     step_id: int
     rows: list[StepRow]  # decode rows, then prefill chunks, those of generated tokens first
@@ -106,7 +106,8 @@ class StepPlan:
     # image is encoded in pieces; the step encodes at least one piece.
     images: list[ImageInput] = field(default_factory=list)
     image_budget_s: float = 0.0
-    cost: tuple[float, float] = (0.0, 0.0)  # seconds of a decode step, and of each of its tokens
+    # Seconds of a decode step: the fixed part, and the part per token, drafts included; zeros: unknown.
+    cost: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(slots=True)
