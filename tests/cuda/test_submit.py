@@ -170,7 +170,7 @@ class PreparedCalls:
 
     def __init__(self, cuda: Any, commands: list[Any]) -> None:
         self._prepared = cuda.Prepared(commands)
-        self._self, *self._calls = (ctypes.c_void_p * 3).from_address(self._prepared.address)
+        self._self, *self._calls = (ctypes.c_size_t * 3).from_address(self._prepared.address)
 
     def submit(self) -> bytes | None:
         return self._call(0)
