@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ from tgi_asgi.ops.cuda_sample_state import MAX_IDS
 from tgi_asgi.runner import cuda_steps
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_device import Command, Copy
-from tgi_asgi.runner.cuda_steps import CudaSteps
+from tgi_asgi.runner.cuda_steps import CudaSteps, graph_shapes
 from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepRow
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar
@@ -151,6 +152,15 @@ def short() -> list[Job]:
     """Make sequences of which some decode while others are still in prefill, four tokens at a time."""
     lengths = ((3, 9), (14, 6), (9, 7), (2, 11), (11, 5))
     return [Job(list(range(5 * n, 6 * n)), m, SamplingParams(seed=n)) for n, m in lengths]
+
+
+@pytest.mark.parametrize("most", [1, 5, 256, 300, 512, 1000, 5000])
+def test_large_batches_are_padded_by_less_than_64_sequences(most: int) -> None:
+    limits = plain_limits(max_sequences=most, max_tokens=8192, max_context=256)
+    sizes = [shape.num_decodes for shape in graph_shapes(limits, has_mixed=False)]
+    assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == most
+    assert max(np.diff([0, *sizes[:28]])) <= 64 or most > 1024
+    assert len(sizes) <= 28
 
 
 async def test_steps_with_short_prompts_are_graphs_too(

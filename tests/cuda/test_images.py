@@ -37,9 +37,11 @@ from tgi_asgi.ops import DeviceRows
 from tgi_asgi.ops.cuda import CudaProgram
 from tgi_asgi.ops.cuda_image_rows import OwnAngles, place_rows
 from tgi_asgi.ops.cuda_quant import Repacking
+from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import Command
 from tgi_asgi.runner.cuda_images import CudaImages
 from tgi_asgi.runner.cuda_layout import plain_layout
+from tgi_asgi.runner.cuda_prepared import PreparedSteps
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import RunnerTraits, SlotStart, StepPlan, StepResult, StepRow
@@ -158,7 +160,7 @@ async def compare(name: str, folder: Path, device: EmulatedDevice, **changes: An
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("fault", ["no rows", "no axes", "no shift"])
+@pytest.mark.parametrize("fault", ["no rows", "no axes", "no shift", "prepared"])
 async def test_a_fault_shows(
     fault: str, folder_of: Callable[[str], Path], device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +168,8 @@ async def test_a_fault_shows(
         monkeypatch.setattr("tgi_asgi.ops.cuda.place_rows", lambda *operands, level: None)
     elif fault == "no axes":
         monkeypatch.setattr(CudaImages, "_turn", lambda *given: (None, None))
+    elif fault == "prepared":  # which steps are that no longer knows of an image
+        monkeypatch.setattr(PreparedSteps, "_put", lambda steps, start: None)
     else:
         monkeypatch.setattr(CudaImages, "start", _start_without_shift)
     with pytest.raises(AssertionError):
@@ -177,6 +181,31 @@ def _start_without_shift(
 ) -> None:
     begin(images, start)
     images._shifts[:] = 0
+
+
+async def test_text_alone_needs_no_python(
+    folder_of: Callable[[str], Path], device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sequence without images, be it that the model accepts some and that others have had some."""
+    folder = folder_of("llava")
+    loaded = serve(folder)
+    runner = loaded.runner
+    assert isinstance(runner, CudaRunner) and runner._prepared_steps is not None
+    launched: list[Any] = []
+    launch = runner._launch
+
+    def note(step: Any) -> Any:
+        launched.append(step)
+        return launch(step)
+
+    try:
+        prompt = vision.prompt_of("llava", folder, ["one ", picture(66, 33, 2), "?"])
+        await generate(runner, [Job(prompt.ids, 2, start={"images": prompt.images})])
+        monkeypatch.setattr(runner, "_launch", note)
+        await generate(runner, [Job([5, 6, 7], 9), Job([8], 9)])
+        assert len(launched) == 1, "the one that starts them"
+    finally:
+        runner.close()
 
 
 class LateEvent(Event):

@@ -27,7 +27,7 @@ from tgi_asgi.runner.drafts import draft_limits
 from tgi_asgi.settings.speculation import Speculation
 
 # Decode-only batches are padded to one of these sizes; each size has graphs.
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, *range(320, 1025, 64))
 # Steps with a few short prompts: each number of decodes is combined with each number of prompt tokens. A GPU
 # computes the padding while it reads the weights; without a graph it would wait for about 400 launches.
 MIXED_DECODES = (0, 8, 32, 64, 128, 256)
@@ -86,8 +86,9 @@ class CudaStepSpec:
 def graph_shapes(limits: StepLimits, *, has_mixed: bool, has_logits: bool = True) -> list[StepShape]:
     """Return the shapes of steps that are replayed as graphs, those with the fewest tokens first.
 
-    Each has one logits row per sequence, or none without `has_logits`. Up to 16 are for decode-only batches
-    and, with `has_mixed`, up to 18 for batches that also have short prompts.
+    Each has one logits row per sequence, or none without `has_logits`. Up to 28 are for decode-only batches
+    (16 if they have at most 256 sequences) and, with `has_mixed`, up to 18 for batches that also have short
+    prompts.
     """
     max_size = limits.max_sequences
     decode_only = {size for size in BUCKETS if size < max_size} | {max_size}
