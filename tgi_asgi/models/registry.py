@@ -18,7 +18,6 @@ _REFUSED = {
     **dict.fromkeys(("plamo", "plamo2", "plamo3", "rwkv6", "rwkv7", "arwkv7", "rwkv6qwen2"), _NO_CODE),
     **dict.fromkeys(("t5", "t5encoder"), "encoder-decoders are served from a checkpoint directory"),
     "xverse": "they have no `tokenizer.ggml.scores`, and so do not say how text becomes tokens",
-    "llama4": "its experts and rotary factors are stored in another form: load a safetensors checkpoint",
 }
 
 
