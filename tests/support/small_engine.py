@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.support.kv import plain_limits, plain_size
 from tests.support.letters import Letters
-from tgi_asgi.engine import Engine
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
