@@ -18,6 +18,7 @@ from tests.support.eager_ops import norm_weight
 from tests.support.kv import poisoned_pool, read_kv
 from tgi_asgi import ops
 
+from tgi_asgi.ops.recorder import Kind
 HEADS, KV_HEADS = 4, 2
 HIDDEN = 96
 NUM_BLOCKS, EPS = 60, 1e-5
@@ -55,7 +56,7 @@ class World:
         heads = ops.QkvHeads(HEADS, KV_HEADS, head_dim, rotary_dim)
         weight = ops.qkv_weight([source for _, source in sources], EXACT, heads)
         recorder = ops.Recorder()
-        self.given = recorder.value(ops.Kind.RESIDUAL, HIDDEN)
+        self.given = recorder.value(Kind.RESIDUAL, HIDDEN)
         q = ops.qkv(ops.norm(self.given, norm_weight(self.norm, EPS)), weight, self.layer, self.rope)
         self.out = ops.attention(q, self.layer, ops.AttentionSpec(SCALE))
         self.program = ops.CpuProgram(

@@ -17,6 +17,7 @@ from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.quantised import ordered_source, random_codes
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import AdapterLayout, Delta, Packing, Target, direct
+from tgi_asgi.ops.adapters import NativeAdapter
 from tgi_asgi.ops.tensors import from_tensor, plain_tensor
 
 QUANTISED = Packing(is_exact=False, quantise="Q8_0")
@@ -24,7 +25,7 @@ LENGTHS = (1, 1, 9, 2, 30, 1)  # of a batch's rows
 ADAPTERS = (None, 0, 1, 0, 1, None)  # adapter of each row
 
 
-def batch_of(adapters: list[ops.NativeAdapter | None], lengths: tuple[int, ...] = LENGTHS) -> ops.FlatRows:
+def batch_of(adapters: list[NativeAdapter | None], lengths: tuple[int, ...] = LENGTHS) -> ops.FlatRows:
     total = sum(lengths)
     return ops.FlatRows(
         ids=np.zeros(total, int), positions=np.zeros(total, int), slots=np.zeros(total, int),

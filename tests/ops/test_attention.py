@@ -17,7 +17,8 @@ from tests.support import eager_ops
 from tests.support.batches import flat_rows, random_blocks, slots_of
 from tests.support.kv import poisoned_pool, read_kv, write_kv
 from tgi_asgi import _C, ops
-from tgi_asgi.ops import FlatRows, Kind
+from tgi_asgi.ops import FlatRows
+from tgi_asgi.ops.recorder import Kind
 
 DTYPES = ["float32", "bfloat16", "int8"]
 # bfloat16 rounds queries and weights; for an int8 cache, queries have 16 bits and weights 15.

@@ -21,6 +21,7 @@ from tgi_asgi import _C, ops
 from tgi_asgi.formats.gguf_converted import BY_NAME
 from tgi_asgi.ops import direct
 from tgi_asgi.ops.tensors import from_tensor
+from tgi_asgi.ops.recorder import Kind
 
 BY_KIND = ops.Packing(is_exact=False, has_float_prompts=True)
 TOKENS = (1, 2, 3, 7, 40)  # up to two tokens, members have private inputs; many are divided by rows
@@ -96,7 +97,7 @@ def test_prompt_tokens_have_their_own_precision(kernel_set: str, num_sampled: in
     matrix = matrix_of(64, 256, 3)
     weight = ops.linear_weight(ordered_source(matrix), BY_KIND)
     recorder = ops.Recorder()
-    a = recorder.value(ops.Kind.ACTIVATION, 256)
+    a = recorder.value(Kind.ACTIVATION, 256)
     out = ops.linear(a, weight)
     limits = ops.StepLimits(max_tokens=9, max_sequences=2, max_rows=1, max_context=9)
     program = ops.CpuProgram(recorder, limits, inputs=[a], outputs=[out])
@@ -132,7 +133,7 @@ def test_readers_of_a_norm_get_it_each_in_its_order(kernel_set: str, tokens: int
     weights = [ops.linear_weight(source, EXACT) for source in sources]
     scale = norm_weight(torch.rand(96) + 0.5, 1e-5)
     recorder = ops.Recorder()
-    x = recorder.value(ops.Kind.RESIDUAL, 96)
+    x = recorder.value(Kind.RESIDUAL, 96)
     a = ops.norm(x, scale)
     outs = [ops.linear(a, weight) for weight in weights]
     limits = ops.StepLimits(max_tokens=tokens, max_sequences=1, max_rows=1, max_context=1)

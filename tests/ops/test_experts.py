@@ -19,7 +19,8 @@ from tests.reference.experts import Mlp
 from tests.support import eager_ops
 from tests.support.random_weights import QUANTISED, decoded_values, random_weight
 from tgi_asgi import _C, ops
-from tgi_asgi.ops import ClampedGate, ExpertsWeight, Kind, RouteSpec, direct
+from tgi_asgi.ops import ClampedGate, ExpertsWeight, RouteSpec, direct
+from tgi_asgi.ops.recorder import Kind
 
 BY_KIND = ops.Packing(is_exact=False, has_float_prompts=True)
 

@@ -13,7 +13,8 @@ from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.eager_ops import step
 from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
-from tgi_asgi.ops import HeadsWeight, Kind
+from tgi_asgi.ops import HeadsWeight
+from tgi_asgi.ops.recorder import Kind
 
 _BEHIND = 40  # columns of the rows that belong to no head
 

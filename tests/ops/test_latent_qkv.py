@@ -17,7 +17,7 @@ from tests.support.batches import flat_rows, random_blocks
 from tests.support.kv import poison
 from tgi_asgi import _C, ops
 from tgi_asgi.models.config import CacheShape
-from tgi_asgi.ops import Kind
+from tgi_asgi.ops.recorder import Kind
 
 NUM_BLOCKS, POSITIONS = 64, 700
 SCALE = 0.3

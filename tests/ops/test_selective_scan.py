@@ -16,7 +16,8 @@ from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.eager_ops import array_of
 from tests.support.state_steps import Shape, Steps
 from tgi_asgi import _C, ops
-from tgi_asgi.ops import Kind, SelectiveScanWeight
+from tgi_asgi.ops import SelectiveScanWeight
+from tgi_asgi.ops.recorder import Kind
 
 _COLUMN = 5  # column of the heads' time steps
 

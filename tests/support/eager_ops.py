@@ -15,17 +15,8 @@ import torch
 from torch import Tensor
 
 from tgi_asgi import ops
-from tgi_asgi.ops import (
-    Cache,
-    FlatRows,
-    GateUpWeight,
-    Kind,
-    LinearWeight,
-    NormWeight,
-    QkvWeight,
-    RopeTable,
-    Value,
-)
+from tgi_asgi.ops import Cache, FlatRows, GateUpWeight, LinearWeight, NormWeight, QkvWeight, RopeTable, Value
+from tgi_asgi.ops.recorder import Kind
 
 
 def norm_weight(weight: Tensor, eps: float, bias: Tensor | None = None) -> NormWeight:

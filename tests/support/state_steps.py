@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tests.reference.compare import assert_same_bits
 from tgi_asgi import _C, ops
-from tgi_asgi.ops import Kind, Value
+from tgi_asgi.ops import Value
+from tgi_asgi.ops.recorder import Kind
 
 MAX_TOKENS = 64
 NUM_KEPT, NUM_DRAFTS = 3, 3
