@@ -9,7 +9,7 @@ from tgi_asgi import ops
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family, Model
-from tgi_asgi.models.loading import NamedWeights, Weights, matches
+from tgi_asgi.models.loading.weights import NamedWeights, Weights, matches
 from tgi_asgi.models.loading.vision import VisionWeights
 
 if TYPE_CHECKING:  # these import torch

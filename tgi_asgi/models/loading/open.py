@@ -20,7 +20,7 @@ from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.config import ModelConfig, ServedConfig
 from tgi_asgi.models.family import Family, Model
 from tgi_asgi.models.gguf_module import GgufModule, find_module
-from tgi_asgi.models.loading import Weights, refuse_unread
+from tgi_asgi.models.loading.weights import Weights, refuse_unread
 from tgi_asgi.models.loading.checkpoint import CheckpointWeights, with_its_head
 from tgi_asgi.models.loading.companions import CheckpointCompanions, GgufCompanions
 from tgi_asgi.models.loading.gguf import GgufWeights

@@ -14,7 +14,7 @@ from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.gguf_module import find_module
-from tgi_asgi.models.loading import WHOLE, NamedWeights, Weights
+from tgi_asgi.models.loading.weights import WHOLE, NamedWeights, Weights
 from tgi_asgi.models.loading.checkpoint import CheckpointWeights, with_its_head
 from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.recognise import is_native, read_config, read_gguf, read_gguf_module
