@@ -16,9 +16,10 @@ from tests.reference.layers import rotate
 from tests.support.batches import flat_rows
 from tests.support.eager_ops import norm_weight
 from tests.support.kv import poisoned_pool
+from tests.support.open_program import OpenProgram
 from tgi_asgi import _C, ops
-
 from tgi_asgi.ops.recorder import Kind
+
 TABLE = 30  # positions of the rotary table
 LIMITS = ops.StepLimits(max_tokens=32, max_sequences=2, max_rows=4, max_context=32)
 
@@ -108,7 +109,7 @@ class Heads:
         recorder = ops.Recorder()
         a = recorder.value(Kind.ACTIVATION, 32)
         self.q = ops.qkv(a, weight, layer, self.rope)
-        self.program = ops.CpuProgram(recorder, LIMITS, inputs=[a], outputs=[self.q])
+        self.program = OpenProgram(recorder, LIMITS, inputs=[a], outputs=[self.q])
         self.program.write(a, self.a.numpy())
 
     def run(self, given: Any = None) -> torch.Tensor:

@@ -13,10 +13,11 @@ from tests.reference.compare import assert_close, assert_same_bits
 from tests.reference.layers import linear, norm, rms_norm
 from tests.support import eager_ops
 from tests.support.eager_ops import norm_weight
+from tests.support.open_program import OpenProgram
 from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
-
 from tgi_asgi.ops.recorder import Kind
+
 SIZES = [1, 3, 17, 32, 72, 129, 576]
 KINDS = pytest.mark.parametrize("kind", ["rms", "layer"])
 
@@ -133,7 +134,7 @@ class NormAndProduct:
         recorder = ops.Recorder()
         self.x = recorder.value(Kind.RESIDUAL, hidden)
         self.rows = ops.linear(ops.norm(self.x, norm_weight(norm, 1e-5)), weight)
-        self.program = ops.CpuProgram(
+        self.program = OpenProgram(
             recorder,
             ops.StepLimits(max_tokens=32, max_sequences=1, max_rows=1, max_context=32),
             inputs=[self.x],

@@ -16,11 +16,12 @@ from tests.support import eager_ops
 from tests.support.batches import flat_rows
 from tests.support.eager_ops import norm_weight
 from tests.support.kv import poisoned_pool, read_kv
+from tests.support.open_program import OpenProgram
 from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
-from tgi_asgi.ops.tensors import from_tensor
 from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.recorder import Kind
+from tgi_asgi.ops.tensors import from_tensor
 
 NUM_BLOCKS, POSITIONS = 12, 120
 
@@ -219,7 +220,7 @@ def run_without_queries(
     given = recorder.value(Kind.ACTIVATION, case.hidden)
     ops.qkv(given, case.weight, layer, case.rope)
     limits = ops.StepLimits(max_tokens=len(a), max_sequences=len(spans), max_rows=1, max_context=POSITIONS)
-    program = ops.CpuProgram(recorder, limits, inputs=[given])
+    program = OpenProgram(recorder, limits, inputs=[given])
     program.write(given, a.numpy())
     free = torch.randperm(NUM_BLOCKS).tolist()
     blocks = [[free.pop() for _ in range(-(-stop // block_size))] for _, stop in spans]

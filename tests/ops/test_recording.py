@@ -18,6 +18,7 @@ from tests.support import eager_ops
 from tests.support.batches import flat_rows
 from tests.support.eager_ops import norm_weight
 from tests.support.kv import poison, poisoned_pool
+from tests.support.open_program import OpenProgram
 from tests.support.state_steps import Shape as StateShape
 from tgi_asgi import _C, ops
 from tgi_asgi.models.config import CacheShape
@@ -193,9 +194,9 @@ def test_other_columns_are_refused_by_both_numbers(operator: str) -> None:
         call(values, values.recorder.value(kind, 40))
 
 
-def made(recorder: ops.Recorder) -> ops.CpuProgram:
+def made(recorder: ops.Recorder) -> OpenProgram:
     limits = ops.StepLimits(max_tokens=4, max_sequences=1, max_rows=1, max_context=16)
-    return ops.CpuProgram(recorder, limits)
+    return OpenProgram(recorder, limits)
 
 
 def test_what_a_program_cannot_be_is_refused_when_it_is_made() -> None:
@@ -321,7 +322,7 @@ def test_a_query_that_was_given_is_that_of_the_rows_sampled_after(threads: int) 
     x = ops.linear_add(attended, values.square, values.residual)
     ops.head(x, values.ones, values.square)
     limits = ops.StepLimits(max_tokens=9, max_sequences=1, max_rows=2, max_context=16)
-    program = ops.CpuProgram(values.recorder, limits, inputs=[given])
+    program = OpenProgram(values.recorder, limits, inputs=[given])
     batch, query = flat_rows([(0, 9)], [[3]], 16, ids=range(9)), torch.randn(9, 48)
     program.write(given, query.numpy())
     logits = program.run(batch, [4, 8])
