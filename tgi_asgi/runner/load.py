@@ -57,10 +57,6 @@ class LoadedModel:
     adapters: AdapterLoader[Any] | SplitAdapterLoader | None = None  # if adapters are served
     shards: Shards | CudaShards | None = None  # if the model is split
 
-    @property
-    def num_blocks(self) -> int:
-        return self.runner.traits.num_blocks
-
 
 def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedModel:
     """Load the model of `files`.

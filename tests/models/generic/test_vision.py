@@ -22,6 +22,7 @@ import torch
 import transformers
 
 from tests.support import vision_models as vision
+from tests.support.call_count import CallCount, count_calls
 from tests.support.vision_chats import Part, chatting, content_of, greedy, url_of
 from tests.support.vision_models import picture
 from tests.support.vision_runs import load, load_native, program_of, run, served
@@ -94,21 +95,26 @@ def check_logits(
     model: GenericModel | Model, prompts: Sequence[vision.Prompt], wanted: Sequence[np.ndarray]
 ) -> None:
     for chunks in ([1000, 1000, 1000], [7, 5, 16], [1, 1000, 3]):
-        found, program = run(model, [(prompt, ANSWER) for prompt in prompts], chunks)
+        with pytest.MonkeyPatch.context() as patch:
+            encoded = count_calls(patch, tower.Tower, "begin")
+            found, _ = run(model, [(prompt, ANSWER) for prompt in prompts], chunks)
         for logits, expected in zip(found, wanted, strict=True):
             assert distance(logits, expected) < TOLERANCE
-        assert program.encodings.num_encoded == 3
+        assert encoded.num == 3
 
 
-def test_a_slot_keeps_no_pixels_when_its_request_has_gone(folder_of: Callable[[str], Path]) -> None:
+def test_a_slot_keeps_no_pixels_when_its_request_has_gone(
+    folder_of: Callable[[str], Path], encoded: CallCount
+) -> None:
     folder = folder_of("qwen2_vl")
     prompt = vision.prompt_of("qwen2_vl", folder, ["a ", picture(50, 30)])
     pixels = weakref.ref(prompt.images[0].payload["pixel_values"])
     _, program = run(load(folder), [(prompt, ANSWER)], [7])
     del prompt
     gc.collect()
-    assert program.encodings.num_encoded == 1
+    assert encoded.num == 1
     assert pixels() is None
+    del program  # which lived until here
 
 
 @pytest.mark.parametrize("name", of_each(list(FAMILIES)))
@@ -293,18 +299,19 @@ async def test_images_side_by_side_are_refused_where_the_model_would_take_them_f
     ("name", "has_cache"), [("llava", True), ("llava", False), ("lfm2_vl", True), ("qwen3_5", True)]
 )
 async def test_an_image_of_the_turn_before_is_not_encoded_again(
-    name: str, has_cache: bool, folder_of: Callable[[str], Path]
+    name: str, has_cache: bool, folder_of: Callable[[str], Path], encoded: CallCount
 ) -> None:
     """The last two have recurrent layers, whose states are kept."""
-    async with chatting(folder_of(name), prefix_cache=has_cache) as (ask, app):
+    async with chatting(folder_of(name), prefix_cache=has_cache) as (ask, _):
+        encoded.num = 0
         first: list[Part] = ["what is ", picture(50, 30)]
         answer = (await ask(first)).choices[0].message.content
-        assert program_of(app).encodings.num_encoded == 1
+        assert encoded.num == 1
         again = await ask(first, [answer], ["and now?"])
-        assert program_of(app).encodings.num_encoded == 1
+        assert encoded.num == 1
         assert (again.usage.prompt_tokens_details.cached_tokens >= 16) == has_cache
         await ask(["what is ", picture(50, 30, 1)])
-        assert program_of(app).encodings.num_encoded == 2
+        assert encoded.num == 2
 
 
 async def test_streams_have_tokens_while_an_image_is_encoded(
