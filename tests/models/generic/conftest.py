@@ -28,6 +28,12 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> CallCount:
 
 
 @pytest.fixture
+def computed_pieces(monkeypatch: pytest.MonkeyPatch) -> CallCount:
+    """The number of pieces that towers have computed: after each, a tower asks whether it is late."""
+    return count_calls(monkeypatch, Tower, "_stop_if_late")
+
+
+@pytest.fixture
 def as_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the code of `transformers` run models that a native decoder would otherwise run."""
     monkeypatch.setattr(CommonDecoder, "find", lambda *_: None)

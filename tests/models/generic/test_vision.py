@@ -127,35 +127,41 @@ def test_an_image_matters_and_which_one_it_is(name: str, folder_of: Callable[[st
 
 
 @pytest.mark.parametrize("name", of_each(WITH_TOWER))
-def test_a_tower_that_is_broken_off_gives_the_same(name: str, folder_of: Callable[[str], Path]) -> None:
+def test_a_tower_that_is_broken_off_gives_the_same(
+    name: str, folder_of: Callable[[str], Path], computed_pieces: CallCount
+) -> None:
     folder = folder_of(name)
     tower = load(folder).tower
     assert tower is not None
     (image,) = vision.prompt_of(name, folder, [picture(130, 90)]).images
     whole = tower.encode(image.payload)
     tower.begin(image.payload)
-    num_calls, before = 1, tower.num_pieces
+    num_calls, before = 1, computed_pieces.num
     while (encoding := tower.resume(0.0)) is None:
         num_calls += 1
-    assert 10 <= tower.num_pieces - before == num_calls - 1  # the last call finds every piece computed
+    assert 10 <= computed_pieces.num - before == num_calls - 1  # the last call finds every piece computed
     for found, wanted in zip((encoding.rows, *encoding.deep), (whole.rows, *whole.deep), strict=True):
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", of_each(WITH_TOWER))
 def test_attention_in_pieces_gives_the_same(
-    name: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    folder_of: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    computed_pieces: CallCount,
 ) -> None:
     folder = folder_of(name)
     encoder = load(folder).tower
     assert encoder is not None
     (image,) = vision.prompt_of(name, folder, [picture(130, 90)]).images
+    before = computed_pieces.num
     whole = encoder.encode(image.payload)
-    num_whole = encoder.num_pieces
+    num_whole = computed_pieces.num - before
     monkeypatch.setattr(encoder.backend, "attention_size", 1, raising=False)
     monkeypatch.setattr(tower, "_MIN_QUERIES", 3)
     cut = encoder.encode(image.payload)
-    assert encoder.num_pieces - num_whole > num_whole
+    assert computed_pieces.num - before > 2 * num_whole
     for found, wanted in zip((cut.rows, *cut.deep), (whole.rows, *whole.deep), strict=True):
         assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
@@ -315,7 +321,7 @@ async def test_an_image_of_the_turn_before_is_not_encoded_again(
 
 
 async def test_streams_have_tokens_while_an_image_is_encoded(
-    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, computed_pieces: CallCount
 ) -> None:
     stacked = tower._stacked
 
@@ -328,7 +334,7 @@ async def test_streams_have_tokens_while_an_image_is_encoded(
         run_and_sample = program.run_and_sample
 
         def watched(*arguments: Any) -> Any:  # each step that samples a token for the stream
-            seen.add(program.encodings._tower.num_pieces)
+            seen.add(computed_pieces.num)
             return run_and_sample(*arguments)
 
         monkeypatch.setattr(tower, "_stacked", slowly)
