@@ -11,8 +11,8 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles, max_loaded_adapters
 from tgi_asgi.models.adapters import AdapterLoader
-from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
+from tgi_asgi.models.loading.watched import Watch
 from tgi_asgi.models.pooling import Dense, PoolingFiles
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner import prompt_precision
@@ -96,9 +96,9 @@ class OnCpu:
                     adapters.close()
                 raise
 
-    def load(self, weights: Weights) -> ServedModel:
+    def load(self, watch: Watch) -> ServedModel:
         """Load the model, as described in `Placement`."""
-        model = load_by_team(self._opened, self.arithmetic, self.max_context, weights)
+        model = load_by_team(self._opened, self.arithmetic, self.max_context, watch)
         if self.shards is not None:
             self.shards.others.wait_ready()
         packing = self.arithmetic

@@ -13,8 +13,8 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Model
-from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
+from tgi_asgi.models.loading.watched import Watch
 from tgi_asgi.models.needs import Need, needs_of
 from tgi_asgi.models.pooling import PoolingFiles
 from tgi_asgi.models.shard import ModelCut
@@ -132,10 +132,10 @@ class OnCuda:
                 spec = replace(spec, limits=limits_with_drafts(settings.speculation, spec.limits))
             self.shards = make_shards(files, settings, cuts, device, spec)
 
-    def load(self, weights: Weights) -> ServedModel:
+    def load(self, watch: Watch) -> ServedModel:
         """Load the model, as described in `Placement`."""
         with must_fit():
-            model = self._opened.load(self.arithmetic, self.max_context, weights, _has_kernels)
+            model = self._opened.load(self.arithmetic, self.max_context, watch, _has_kernels)
         if self.shards is not None:
             self.shards.others.wait_ready()
         self._kv_scales = kv_scales_of(self._opened, self.settings)

@@ -31,7 +31,7 @@ from tgi_asgi.runner.placement import Placed, Placement, Runner
 from tgi_asgi.runner.projector import with_usable_projector
 from tgi_asgi.runner.shard_adapters import SplitAdapterLoader
 from tgi_asgi.runner.shards import Shards
-from tgi_asgi.runner.tracked_weights import TrackedWeights
+from tgi_asgi.runner.weight_progress import WeightProgress
 from tgi_asgi.settings import Settings
 from tgi_asgi.system import num_processors, return_freed_memory
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -108,15 +108,15 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
                 reading.result()
             progress(stage, done, total)
 
-        weights = TrackedWeights(opened.weights, report)
-        model = place.load(weights)
-        progress("loading weights", weights.num_bytes, weights.num_bytes)
+        reads = WeightProgress(opened.weights.num_bytes, report)
+        model = place.load(reads)
+        reads.end()
         if opened.is_generic or (model.kind == "native" and model.images is not None):
             _announce(model, opened.why_generic)
         tokenizer, chat_template, scored = reading.result()
         generation = opened.companions.generation_config()
     placed = place.place(model, pooling)
-    info = _describe(place, placed, opened, model, files, weights, tokenizer, num_threads)
+    info = _describe(place, placed, opened, model, files, reads, tokenizer, num_threads)
     info = with_pooling(info, opened, pooling, place.settings, scored, chat_template)
     info = _with_sampling(info, generation, place.settings)
     return LoadedModel(
@@ -146,7 +146,7 @@ def _place(
 
 def _describe(
     place: Placement, placed: Placed, opened: OpenModel, model: ServedModel, files: ModelFiles,
-    weights: TrackedWeights, tokenizer: Tokenizer, num_threads: int,
+    reads: WeightProgress, tokenizer: Tokenizer, num_threads: int,
 ) -> ModelInfo:  # fmt: skip
     """Return the API's description of the model, without how it is sampled, embeds and scores."""
     settings, config = place.settings, opened.config
@@ -173,7 +173,7 @@ def _describe(
         kernel_set=None if kernels is None else kernels.name,
         prompt_precision=place.prompt_precision,
         created=int(time.time()),
-        fingerprint=weights.fingerprint(_bits(place, cache, config)),
+        fingerprint=reads.fingerprint(_bits(place, cache, config)),
         implementation="transformers" if opened.is_generic else "native",
         encoder_decoder=config.encoder_decoder,
         is_batch_invariant=place.is_batch_invariant(model),

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from tgi_asgi import ops
 from tgi_asgi.models.adapters import AdapterLoader
-from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import ServedModel
+from tgi_asgi.models.loading.watched import Watch
 from tgi_asgi.models.pooling import PoolingFiles
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.runner import HostRunner
@@ -76,8 +76,11 @@ class Placement(Protocol):
     def bits(self) -> str:
         """What decides output bits besides the model's files and the cache; known after `load`."""
 
-    def load(self, weights: Weights) -> ServedModel:
+    def load(self, watch: Watch) -> ServedModel:
         """Load the model, and wait until the other shards have loaded theirs.
+
+        Args:
+            watch: Follows the reading of the weights.
 
         Raises:
             ModelLoadError: if a tensor is missing or does not fit, or memory does not suffice.
