@@ -235,7 +235,7 @@ def _divide(
         free -= reserved
     num_drafts = max_drafts_per_row(settings.speculation)
     batch = fitting_batch(config, settings.max_batch_size, free, num_drafts)
-    settings = replace(settings, max_batch_size=batch, cuda_memory_fraction=1.0)  # a CPU ignores it
+    settings = replace(settings, max_batch_size=batch)
     free -= batch * state_bytes(config, num_drafts)
     kv_dtype = choose_cpu_dtype(config, settings, is_exact=packing.is_exact)
     groups, repeats = groups_of(config, kv_dtype), repeats_of(config, cuts)

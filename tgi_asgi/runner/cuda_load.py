@@ -31,7 +31,7 @@ from tgi_asgi.runner.cuda_drafts import limits_with_drafts
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
 from tgi_asgi.runner.cuda_steps import CudaStepSpec
 from tgi_asgi.runner.drafts import speculation_of
-from tgi_asgi.runner.kv import KvSize, choose_size, gpu_groups_of, kv_scales_of, limits_of
+from tgi_asgi.runner.kv import KvSize, choose_size, gpu_cure, gpu_groups_of, kv_scales_of, limits_of
 from tgi_asgi.runner.load_pooling import uses_logits
 from tgi_asgi.runner.memory import VISION_SHARE
 from tgi_asgi.runner.placement import Placed
@@ -368,7 +368,9 @@ def make_runner(
     def choose(free_bytes: int) -> KvSize:
         usable, name = bytes_for_cache(max(free_bytes - image_cache, 0)), dtype_name(kv_dtype)
         share = 1.0 if model.images is None else VISION_SHARE
-        return choose_size(model.config, settings, groups, name, max_context, usable, share=share)
+        return choose_size(
+            model.config, settings, groups, name, max_context, usable, share=share, cure=gpu_cure(settings)
+        )
 
     with must_fit():
         return CudaRunner(

@@ -21,7 +21,15 @@ from tgi_asgi.ops.cuda_kv import dtype_name
 from tgi_asgi.runner.cuda_device import Device
 from tgi_asgi.runner.drafts import speculation_of
 from tgi_asgi.runner.encoder import EncoderRunner
-from tgi_asgi.runner.kv import CacheSizes, choose_size, choose_sizes, gpu_groups_of, limits_of, step_tokens
+from tgi_asgi.runner.kv import (
+    CacheSizes,
+    choose_size,
+    choose_sizes,
+    gpu_cure,
+    gpu_groups_of,
+    limits_of,
+    step_tokens,
+)
 from tgi_asgi.runner.memory import VISION_SHARE, fitting_batch, state_bytes
 from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.runner import HostRunner
@@ -53,9 +61,11 @@ def place_module(
         ModelLoadError: if the device has too little memory.
     """
     config, kv_name = model.config, dtype_name(dtype)
-    groups = gpu_groups_of(config, dtype.itemsize)
+    groups, cure = gpu_groups_of(config, dtype.itemsize), gpu_cure(settings)
     if model.kind == "encoder":
-        cache = choose_size(config, settings, groups, kv_name, max_context, device.free_bytes(), share=1.0)
+        cache = choose_size(
+            config, settings, groups, kv_name, max_context, device.free_bytes(), share=1.0, cure=cure
+        )
         encoder = EncoderRunner(
             model,
             cache,
@@ -71,7 +81,9 @@ def place_module(
     batch = fitting_batch(config, settings.max_batch_size, free)
     settings = replace(settings, max_batch_size=batch)
     free -= batch * state_bytes(config)
-    choose = partial(choose_size, config, settings, groups, kv_name, max_context, share=_cache_share(model))
+    choose = partial(
+        choose_size, config, settings, groups, kv_name, max_context, share=_cache_share(model), cure=cure
+    )
     cache, num_kept = choose_sizes(config, settings, free, choose, keeps_states=model.keeps_states)
     runner = HostRunner(
         model,
