@@ -122,8 +122,6 @@ class OnCuda:
         self._opened, self._device = opened, device
         device.limit_memory(settings.cuda_memory_fraction)
         self._kv_scales: list[tuple[float, float]] | None = None
-        self._prompts = ""  # what computes their attention, if not the native kernel
-        self.prompt_precision: str | None = None
         self.shards: CudaShards | None = None
         if cuts:
             opened.use_cut(cuts[0])
@@ -149,9 +147,10 @@ class OnCuda:
             if not self._is_checked:
                 _check_module_settings(self.settings, model.config.architecture)
             with must_fit():
-                return place_module(
+                module, size = place_module(
                     model, self.settings, self._device, self._dtype, self.max_context, pooling.dense
                 )
+            return Placed(module, size, self._bits())
         settings = self.settings
         adapters: AdapterLoader[CudaAdapterLayout] | SplitAdapterLoader | None = None
         spec = spec_of(settings, self._dtype, self.max_context).with_kv_scales(self._kv_scales)
@@ -163,29 +162,34 @@ class OnCuda:
             model, settings, self._device, spec, pooling, shards=self.shards,
             adapters=None if adapters is None else adapters.layout,
         )  # fmt: skip
-        if runner.prompts_by is not None:
-            which = "long prompts" if settings.prompt_attention == "auto" else "prompts"
-            self._prompts = f" {which} by {runner.prompts_by}"
-        self._note_float8_products(runner.num_float8_products)
-        return Placed(runner, runner.cache, adapters)
+        precision = self._prompt_precision(runner.num_float8_products)
+        return Placed(runner, runner.cache, self._bits(runner.prompts_by, precision), precision, adapters)
 
-    def _note_float8_products(self, count: int) -> None:
-        if count > 0:
-            logger.info("%d matrices multiply long steps in FP8", count)
-            self.prompt_precision = "fp8"
-        elif self.settings.prompt_precision == "fp8" and not self.settings.batch_invariant:
+    def _prompt_precision(self, num_float8_products: int) -> str | None:
+        """Return the precision of prompts if it is their own, and log what decided."""
+        if num_float8_products > 0:
+            logger.info("%d matrices multiply long steps in FP8", num_float8_products)
+            return "fp8"
+        if self.settings.prompt_precision == "fp8" and not self.settings.batch_invariant:
             logger.warning(
                 "--prompt-precision fp8 changes nothing: no matrix has FP8 weights with scales per row or "
                 "per 128 x 128 and the sizes such products need, or torch does not compute them on this GPU"
             )
+        return None
 
-    @property
-    def bits(self) -> str:
-        """What decides output bits, as described in `Placement`."""
+    def _bits(self, prompts_by: str | None = None, precision: str | None = None) -> str:
+        """Return what decides output bits, as described in `Placed`.
+
+        Args:
+            prompts_by: What computes the attention of prompts, if not the native kernel.
+            precision: That of prompts, if it is their own.
+        """
         scales = f" kv {self._kv_scales}" if self._kv_scales else ""
+        which = "long prompts" if self.settings.prompt_attention == "auto" else "prompts"
+        prompts = "" if prompts_by is None else f" {which} by {prompts_by}"
+        own = "" if precision is None else f" prompts {precision}"
         order = " batch-invariant" if self.settings.batch_invariant else ""
-        precision = f" prompts {self.prompt_precision}" if self.prompt_precision else ""
-        return f"{self.arithmetic}{scales}{self._prompts}{precision}{order}"
+        return f"{self.arithmetic}{scales}{prompts}{own}{order}"
 
     def is_batch_invariant(self, model: ServedModel) -> bool:
         """Return whether a sequence's bits depend on it alone, as described in `Placement`."""

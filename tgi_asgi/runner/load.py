@@ -24,7 +24,6 @@ from tgi_asgi.models.generation_config import sampling_defaults, suppressed_ids,
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
 from tgi_asgi.runner.cpu_load import OnCpu
 from tgi_asgi.runner.free_memory import free_memory
-from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.load_pooling import score_tokens, with_pooling
 from tgi_asgi.runner.memory import check_rope_fits, choose_context, kept_state_bytes
 from tgi_asgi.runner.placement import Placed, Placement, Runner
@@ -171,9 +170,9 @@ def _describe(
         num_threads=num_threads,
         num_shards=settings.num_shard,
         kernel_set=None if kernels is None else kernels.name,
-        prompt_precision=place.prompt_precision,
+        prompt_precision=placed.prompt_precision,
         created=int(time.time()),
-        fingerprint=reads.fingerprint(_bits(place, cache, config)),
+        fingerprint=reads.fingerprint(_bits(place, placed, config)),
         implementation="transformers" if opened.is_generic else "native",
         encoder_decoder=config.encoder_decoder,
         is_batch_invariant=place.is_batch_invariant(model),
@@ -192,7 +191,7 @@ def _with_sampling(info: ModelInfo, generation_config: Mapping[str, Any], settin
     return replace(info, sampling=chosen, suppressed_ids=suppressed)
 
 
-def _bits(place: Placement, cache: KvSize, config: ServedConfig) -> str:
+def _bits(place: Placement, placed: Placed, config: ServedConfig) -> str:
     """Name what decides output bits besides the model's files.
 
     That is the arithmetic, the cache, the rotary tables, the order of sums and the code.
@@ -200,8 +199,8 @@ def _bits(place: Placement, cache: KvSize, config: ServedConfig) -> str:
     settings = place.settings
     is_stretched = config.longest_context > config.context_length
     parts = [
-        place.bits,
-        f"{cache.dtype} {cache.block_size}",
+        placed.bits,
+        f"{placed.cache.dtype} {placed.cache.block_size}",
         None if settings.given_rope is None else f"{settings.given_rope}",
         f"for {place.max_context}" if is_stretched else None,
         f"by {settings.num_shard}" if settings.num_shard > 1 else None,

@@ -26,10 +26,17 @@ Runner: TypeAlias = "HostRunner | CudaRunner | EncoderRunner"
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A model ready to compute, with its cache."""
+    """A model ready to compute, with its cache.
+
+    Attributes:
+        bits: What decides output bits besides the model's files and the cache.
+        prompt_precision: The arithmetic of prompts, if they have one of their own.
+    """
 
     runner: Runner
     cache: KvSize
+    bits: str
+    prompt_precision: str | None = None
     adapters: AdapterLoader[Any] | SplitAdapterLoader | None = None  # if adapters are served
 
 
@@ -65,16 +72,8 @@ class Placement(Protocol):
         """The CPU's kernel set; None on a GPU."""
 
     @property
-    def prompt_precision(self) -> str | None:
-        """The arithmetic of prompts if they have one of their own; known once the model is placed."""
-
-    @property
     def shards(self) -> Shards | CudaShards | None:
         """The other shards, if the model is split."""
-
-    @property
-    def bits(self) -> str:
-        """What decides output bits besides the model's files and the cache; known after `load`."""
 
     def load(self, watch: Watch) -> ServedModel:
         """Load the model, and wait until the other shards have loaded theirs.
