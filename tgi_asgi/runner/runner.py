@@ -121,7 +121,7 @@ class HostRunner:
         self._handoff = StepHandoff(self._program.native, self._inputs.limits)
         if self._drafts is not None:
             self._handoff.steps.set_drafter(self._drafts.native)
-        self._thread = self._handoff.start(lambda plan: self.run(plan))  # looked up: tests replace it
+        self._thread = self._handoff.start(self.run)
 
     @property
     def num_threads(self) -> int:
