@@ -17,9 +17,10 @@ from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.ops.sample_state import SampleState
 from tgi_asgi.ops.shards import Shard
 from tgi_asgi.ops.step_limits import StepLimits
+from tgi_asgi.ops.text_program import TextProgram
 
 
-class CpuProgram:
+class CpuProgram(TextProgram):
     """Runs steps of a recorded model on the team of threads.
 
         program = CpuProgram(recorder, limits)
