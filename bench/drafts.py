@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.engine import settings_of
 from bench.report import command_line, emit, machine, median, numbers, table
-from tgi_asgi.engine import Engine
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.formats.sources import resolve
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow

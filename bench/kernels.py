@@ -93,7 +93,7 @@ class Bench:
         down: ops.LinearWeight = self.model.layers[0].down
         layer = LAYER if down.made.order is None else ORDERED_LAYER
         names = ["embed", *layer * self.config.num_layers, "norm", "logits"]
-        if len(names) != self._program.num_calls:
+        if len(names) != self._program.native.num_operators:
             raise SystemExit(
                 f"{self.config.architecture} does not have the {len(layer)} calls of Llama's layers"
             )

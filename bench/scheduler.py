@@ -15,12 +15,13 @@ import json
 import time
 from collections.abc import Callable, Sequence
 
-from tgi_asgi.engine import Engine, EngineStats
 from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.engine.policy import SchedulingPolicy
 from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence as EngineSequence
+from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step_time import StepSize
 from tgi_asgi.errors import TgiError
 from tgi_asgi.model_info import ModelInfo

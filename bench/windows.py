@@ -24,12 +24,12 @@ from bench.report import command_line, commit, emit, machine, median, numbers, t
 from bench.scheduler import make_request, sample_all
 from bench.shapes import RandomWeights
 from tgi_asgi import ops
-from tgi_asgi.engine import EngineStats
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.policy import SchedulingPolicy
 from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence
+from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder

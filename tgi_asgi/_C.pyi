@@ -26,7 +26,7 @@ def num_threads() -> int:
     """Return the number of compute threads, including the calling thread."""
 
 def set_num_threads(num_threads: int) -> None:
-    """Set the number of compute threads; 0 means the default."""
+    """Set the number of compute threads; 0 means the default (for tests and benchmarks)."""
 
 def num_cores() -> int:
     """Return the number of cores in the process's affinity mask, counting SMT siblings once."""
@@ -59,7 +59,9 @@ def team_spin(spin_us: int) -> None:
     """Set how long idle members spin from now on; 0 restores the configured value."""
 
 def team_yield_after(spin_us: int) -> None:
-    """Have members spin for this long at a barrier before they yield their cores; 1000 by default.
+    """Have members spin for this long at a barrier before they yield their cores (for tests and benchmarks).
+
+    The default is 1000.
 
     Raises:
         ValueError: if it is negative or more than a second.
@@ -69,7 +71,10 @@ def wake_team() -> None:
     """Unpark the team ahead of a step."""
 
 def arithmetic_peak(precision: str) -> float:
-    """Measure the team's inner-product throughput in operations per second; a multiply-add counts as two."""
+    """Measure the team's inner-product throughput in operations per second (for tests and benchmarks).
+
+    A multiply-add counts as two.
+    """
 
 def kernel_set() -> str:
     """Return the name of the kernel set in use: that of an instruction set."""
@@ -78,13 +83,13 @@ def kernel_arithmetic() -> str:
     """Return how the kernel set in use rounds bfloat16 products."""
 
 def kernel_sets() -> list[str]:
-    """Return the names of the kernel sets that this machine supports, best last."""
+    """Return the names of the kernel sets that this machine can run, best last (for tests and benchmarks)."""
 
 def refused_kernel_set() -> str | None:
     """Return why a kernel set that the processor supports is not used, or None."""
 
 def use_kernel_set(name: str) -> None:
-    """Use this kernel set from now on (for tests)."""
+    """Use this kernel set from now on (for tests and benchmarks)."""
 
 # Weights.
 
@@ -168,9 +173,13 @@ class Matrix:
     """A weight packed in panels; see csrc/cpu/step/packed.h."""
 
     @property
-    def format(self) -> str: ...
+    def format(self) -> str:
+        """Name of the format of its weights (for tests and benchmarks)."""
+
     @property
-    def num_rows(self) -> int: ...
+    def num_rows(self) -> int:
+        """Number of rows without padding (for tests and benchmarks)."""
+
     @property
     def num_columns(self) -> int: ...
     @property
@@ -178,7 +187,7 @@ class Matrix:
     @property
     def nbytes(self) -> int: ...
     def unpack(self) -> _Floats:
-        """Return all stored rows, padding included, as float32."""
+        """Return all stored rows, padding included, as float32 (for tests and benchmarks)."""
 
 def pack(
     *,
@@ -210,23 +219,17 @@ class KvPool:
         has_latents: bool = False,
     ) -> None: ...
     @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_groups(self) -> int: ...
-    @property
-    def num_blocks(self) -> int: ...
-    @property
-    def block_size(self) -> int: ...
-    @property
-    def block_bytes(self) -> int: ...
-    @property
-    def precision(self) -> str: ...
+    def block_bytes(self) -> int:
+        """Bytes of one block, in all layers of a group (for tests and benchmarks)."""
+
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None: ...
     def supply(self, num_bytes: int) -> None: ...
-    def wait_for_supply(self) -> None: ...
+    def wait_for_supply(self) -> None:
+        """Wait until all of the supply is committed (for tests and benchmarks)."""
+
     def close_supply(self) -> None: ...
     def memory(self) -> _Bytes:
-        """Return the bytes of all blocks in memory order (for tests)."""
+        """Return the bytes of all blocks in memory order (for tests and benchmarks)."""
 
 # Sampling.
 
@@ -332,7 +335,9 @@ class FlatRows:
         """Add images' rows to the step; where ids are read, their tokens have `pad_id`."""
 
     @property
-    def num_generated(self) -> int: ...
+    def num_generated(self) -> int:
+        """Number of leading tokens that were sampled (for tests and benchmarks)."""
+
     @property
     def ids(self) -> _Ints: ...
     @property
@@ -470,24 +475,20 @@ class DeviceRows:
 class Rows:
     """float32 rows, one per token."""
 
-    @property
-    def num_columns(self) -> int: ...
     def array(self) -> _Floats:
         """Return the rows without a copy, padding columns included."""
 
 class Activation:
     """The input of products."""
 
-    @property
-    def precision(self) -> str: ...
     def array(self) -> _Floats:
-        """Return a copy of a float32 activation's rows."""
+        """Return a copy of a float32 activation's rows (for tests and benchmarks)."""
 
 class Query:
     """Queries in the layout that a cache needs."""
 
     def array(self) -> _Bytes:
-        """Return the bytes of each token's queries."""
+        """Return the bytes of each token's queries (for tests and benchmarks)."""
 
 class Product:
     """The operands of a product."""
@@ -539,7 +540,7 @@ class StatePool:
     ) -> None: ...
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one sequence's states."""
+        """Bytes of one sequence's states (for tests and benchmarks)."""
 
 class LatentHeads:
     """The norm, rotation and cache layer of latent attention (MLA)."""
@@ -675,14 +676,12 @@ class Routing:
     """The experts that each of a program's tokens is routed to."""
 
     def arrays(self) -> tuple[_Ints, _Floats]:
-        """Return copies of the ids and weights, each [max_tokens, top_k]."""
+        """Return copies of the ids and weights, each [max_tokens, top_k] (for tests and benchmarks)."""
 
 class ExpertStack:
     """One product of a layer's experts, with biases in packed row order."""
 
     def __init__(self, matrices: Sequence[Matrix], biases: Sequence[_Floats] | None = None) -> None: ...
-    @property
-    def num_experts(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
 
@@ -867,9 +866,8 @@ class Program:
         """Release an adapter that no later step names, if there is one of this number. Any thread."""
 
     @property
-    def num_operators(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
+    def num_operators(self) -> int:
+        """Number of kernel calls in a step (for tests and benchmarks)."""
 
 # Operators on tensors of other libraries.
 

@@ -405,7 +405,6 @@ void bind_experts(py::module_& module) {
       .def(py::init<const std::vector<const Matrix*>&,
                     const std::optional<std::vector<Array<float>>>&>(),
            py::arg("matrices"), py::arg("biases") = py::none())
-      .def_property_readonly("num_experts", &ExpertStack::num_experts)
       .def_property_readonly("nbytes", &ExpertStack::nbytes);
   py::class_<ExpertMlps, MlpsPtr>(module, "ExpertMlps", "The experts of a layer.")
       .def(py::init(&ExpertMlps::make), py::kw_only(), py::arg("gate_up"),
@@ -422,7 +421,8 @@ void bind_experts(py::module_& module) {
             std::copy_n(view.weights, weights.size(), weights.mutable_data());
             return py::make_tuple(ids, weights);
           },
-          "Return copies of the ids and weights, [capacity in tokens, top_k] each.");
+          "Return copies of the ids and weights, [capacity in tokens, top_k] each (for tests and "
+          "benchmarks).");
   module.def("experts_rows", &experts_rows, py::arg("mlps"), py::arg("ids").noconvert(),
              py::arg("weights").noconvert(), py::arg("x").noconvert(), py::arg("out").noconvert(),
              py::arg("precision"), py::arg("inner_precision"),

@@ -138,16 +138,13 @@ void bind_kv_pool(py::module_& module) {
   py::class_<KvPool, std::shared_ptr<KvPool>>(module, "KvPool", "See tgi_asgi.ops.KvPool.")
       .def(py::init(&make_pool), py::kw_only(), py::arg("layers"), py::arg("num_blocks"),
            py::arg("block_size"), py::arg("precision"), py::arg("has_latents") = false)
-      .def_property_readonly("num_layers", &KvPool::num_layers)
-      .def_property_readonly("num_groups", &KvPool::num_groups)
-      .def_property_readonly("num_blocks", &KvPool::num_blocks)
-      .def_property_readonly("block_size", &KvPool::block_size)
-      .def_property_readonly("block_bytes", &KvPool::block_bytes)
-      .def_property_readonly("precision",
-                             [](const KvPool& pool) { return precision_name(pool.precision()); })
+      .def_property_readonly(
+          "block_bytes", &KvPool::block_bytes,
+          "Bytes of one block, in all layers of a group (for tests and benchmarks).")
       .def("copy", &KvPool::copy, py::arg("pairs"), release())
       .def("supply", &KvPool::supply, py::arg("num_bytes"))
-      .def("wait_for_supply", &KvPool::wait_for_supply, release())
+      .def("wait_for_supply", &KvPool::wait_for_supply, release(),
+           "Wait until all of the supply is committed (for tests and benchmarks).")
       .def("close_supply", &KvPool::close_supply, release())
       .def(
           "memory",
@@ -155,7 +152,7 @@ void bind_kv_pool(py::module_& module) {
             const auto& pool = self.cast<const KvPool&>();
             return py::array_t<uint8_t>({pool.num_blocks(), pool.block_bytes()}, pool.data(), self);
           },
-          "Return the bytes of all blocks, without copying (for tests).");
+          "Return the bytes of all blocks, without copying (for tests and benchmarks).");
 }
 
 }  // namespace tgi

@@ -139,12 +139,15 @@ void bind_matrices(py::module_& module) {
       .def(py::init<>());
   py::class_<Matrix>(module, "Matrix", "A weight in panels; see csrc/cpu/step/packed.h.")
       .def_property_readonly(
-          "format", [](const Matrix& m) { return step::format_info(m.packed.format).name; })
-      .def_readonly("num_rows", &Matrix::num_rows)
+          "format", [](const Matrix& m) { return step::format_info(m.packed.format).name; },
+          "Name of the format of its weights (for tests and benchmarks).")
+      .def_readonly("num_rows", &Matrix::num_rows,
+                    "Number of rows without padding (for tests and benchmarks).")
       .def_readonly("num_columns", &Matrix::num_columns)
       .def_property_readonly("num_stored_rows", [](const Matrix& m) { return m.packed.num_rows; })
       .def_property_readonly("nbytes", &Matrix::nbytes)
-      .def("unpack", &unpack, "Return all rows as stored, padding included, as float32.");
+      .def("unpack", &unpack,
+           "Return all rows as stored, padding included, as float32 (for tests and benchmarks).");
   module.def(
       "pack", &pack, py::kw_only(), py::arg("sources").noconvert(), py::arg("format"),
       py::arg("columns"), py::arg("order").noconvert(), py::arg("arena"),

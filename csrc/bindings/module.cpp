@@ -112,7 +112,8 @@ void bind_team(py::module_& module) {
         check_threads(num_threads);
         cpu::set_num_threads(num_threads);
       },
-      py::arg("num_threads"), release(), "Set the number of compute threads; 0 means the default.");
+      py::arg("num_threads"), release(),
+      "Set the number of compute threads; 0 means the default (for tests and benchmarks).");
   module.def(
       "num_cores", [] { return cpu::usable_cores().size(); }, release(),
       "Return the number of cores that the process may use by affinity, not counting SMT.");
@@ -151,11 +152,12 @@ void bind_team(py::module_& module) {
       },
       py::arg("spin_us"),
       "Have members spin for this long at a barrier before they yield their cores; 1000 by "
-      "default.");
+      "default (for tests and benchmarks).");
   module.def("wake_team", &cpu::team_wake, release(), "Unpark the team ahead of a step.");
   module.def(
       "arithmetic_peak", &arithmetic_peak, py::arg("precision"), release(),
-      "Measure the team's operations per second in inner products; a multiply-add counts as two.");
+      "Measure the team's operations per second in inner products; a multiply-add counts as two "
+      "(for tests and benchmarks).");
 }
 
 }  // namespace
@@ -173,7 +175,8 @@ PYBIND11_MODULE(_C, module) {
       "kernel_arithmetic", [] { return std::string(tgi::step::kernels().arithmetic); },
       "Return how the kernel set in use rounds bfloat16 products.");
   module.def("kernel_sets", &tgi::kernel_set_names,
-             "Return the names of the kernel sets that this machine can run, best last.");
+             "Return the names of the kernel sets that this machine can run, best last (for tests "
+             "and benchmarks).");
   module.def(
       "refused_kernel_set",
       []() -> std::optional<std::string> {
@@ -182,7 +185,7 @@ PYBIND11_MODULE(_C, module) {
       },
       "Return why a kernel set that the processor supports is not used, or None.");
   module.def("use_kernel_set", &tgi::use_kernel_set, pybind11::arg("name"),
-             "Use this kernel set from now on (for tests).");
+             "Use this kernel set from now on (for tests and benchmarks).");
   tgi::bind_team(module);
   tgi::bind_formats(module);
   tgi::bind_integer_codes(module);

@@ -27,7 +27,6 @@ Floats rows_of_tiles(const ActivationBuffer& a) {
 
 void bind_buffers(py::module_& module) {
   py::class_<RowsBuffer, RowsPtr>(module, "Rows", "Rows of float32, one per token.")
-      .def_readonly("num_columns", &RowsBuffer::num_columns)
       .def(
           "array",
           [](const py::object& self) {
@@ -36,9 +35,8 @@ void bind_buffers(py::module_& module) {
           },
           "Return the rows without copying, including padding columns.");
   py::class_<ActivationBuffer, ActivationPtr>(module, "Activation", "The input of products.")
-      .def_property_readonly(
-          "precision", [](const ActivationBuffer& a) { return precision_name(a.view.precision); })
-      .def("array", &rows_of_tiles, "Return a copy of a float32 activation's rows.");
+      .def("array", &rows_of_tiles,
+           "Return a copy of a float32 activation's rows (for tests and benchmarks).");
   py::class_<QueryBuffer, QueryPtr>(module, "Query", "Queries, in the cache's layout.")
       .def(
           "array",
@@ -46,7 +44,7 @@ void bind_buffers(py::module_& module) {
             const auto& query = self.cast<const QueryBuffer&>();
             return Array<uint8_t>({query.num_rows, query.row_bytes}, query.memory.get(), self);
           },
-          "Return the bytes of each token's queries.");
+          "Return the bytes of each token's queries (for tests and benchmarks).");
 }
 
 // Structs have their fields in the order of the arguments.
@@ -214,8 +212,8 @@ void bind_program(py::module_& module) {
           },
           py::arg("adapter").none(false))
       .def("drop_adapter", &Program::drop_adapter, py::arg("number"))
-      .def_property_readonly("num_operators", &Program::num_operators)
-      .def_property_readonly("vocab_size", &Program::vocab);
+      .def_property_readonly("num_operators", &Program::num_operators,
+                             "Number of kernel calls in a step (for tests and benchmarks).");
 }
 
 }  // namespace tgi

@@ -125,7 +125,6 @@ class Recording {
   void end_cache_writes(bool can_gather, const std::vector<RowsPtr>& rows, const QueryPtr& query);
 
   int64_t num_operators() const { return forward_.size() + head_.size(); }
-  int64_t vocab() const { return vocab_; }
 
  protected:
   // A buffer from which the rest of a step reads rows.

@@ -62,6 +62,25 @@ cpu::step::StepHeader FlatRows::header() const {
   return header;
 }
 
+void FlatRows::check_sequences() const {
+  const auto num_tokens = static_cast<int64_t>(ids.size());
+  check(query_start.size() == context_len.size() + 1 && query_start.front() == 0 &&
+            query_start.back() == num_tokens,
+        "`query_start` must run from 0 to ", num_tokens, ", and have one more entry than ",
+        "`context_len`");
+  for (size_t s = 0; s < context_len.size(); ++s) {
+    const int64_t length = int64_t{query_start[s + 1]} - query_start[s];
+    check(length > 0, "`query_start` must ascend, got ", query_start[s], " before ",
+          query_start[s + 1]);
+    check(context_len[s] >= length, "`context_len`[", s, "] must be at least ", length, ", got ",
+          context_len[s]);
+  }
+  check(num_generated >= 0 && num_generated <= num_tokens, "`num_generated` must be in [0, ",
+        num_tokens, "], got ", num_generated);
+  check(std::binary_search(query_start.begin(), query_start.end(), num_generated),
+        "`num_generated` must be where a sequence begins, or all tokens, got ", num_generated);
+}
+
 void FlatRows::set_images(std::shared_ptr<ImageRows> given, int32_t pad_id) {
   const auto num_tokens = static_cast<int64_t>(ids.size());
   const auto fits = [&](const std::vector<int32_t>& list) {
@@ -81,9 +100,6 @@ void FlatRows::set_adapters(std::vector<AdapterPtr> of_rows) {
   for (size_t row = 0; row < adapters.size(); ++row) {
     if (adapters[row] == nullptr) continue;
     const int32_t begin = query_start[row], end = query_start[row + 1];
-    check(begin >= 0 && begin < end && end <= static_cast<int64_t>(ids.size()),
-          "a row with an adapter must have some of the ", ids.size(), " tokens, got [", begin, ", ",
-          end, ")");
     if (row > 0 && adapters[row] == adapters[row - 1]) {
       adapter_spans.back().end = end;
     } else {
@@ -338,7 +354,8 @@ FlatRows flatten_with_ids(py::handle rows, const RowLimits& limits,
   return lay_out(planned, limits, places, drafts);
 }
 
-// Uses prepared arrays (for tests); checks only their lengths.
+// Uses prepared arrays, such as those of a module's self-check. What is checked here is how tokens
+// are shared out; those who read the arrays check ids, positions, slots, blocks and the rest.
 FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions,
                      std::vector<int64_t> slots, std::vector<int32_t> query_start,
                      std::vector<int32_t> context_len, const Array<int32_t>& block_table,
@@ -346,9 +363,8 @@ FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions,
                      const std::vector<std::shared_ptr<Adapter>>& adapters,
                      std::vector<int32_t> num_drafts, std::vector<int32_t> resumes,
                      const std::vector<std::tuple<int32_t, int32_t, int32_t>>& keeps) {
-  check(positions.size() == ids.size() && slots.size() == ids.size() &&
-            query_start.size() == context_len.size() + 1,
-        "`positions` and `slots` have an entry a token, `query_start` one more than `context_len`");
+  check(positions.size() == ids.size() && slots.size() == ids.size(),
+        "`positions` and `slots` have an entry a token");
   check_shape(block_table, "block_table", {static_cast<int64_t>(context_len.size()), -1});
   FlatRows flat;  // with a single group
   flat.ids = std::move(ids);
@@ -360,6 +376,7 @@ FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions,
         "`row_slots` has an entry a sequence");
   flat.row_slots = std::move(row_slots);
   flat.num_generated = num_generated;
+  flat.check_sequences();
   flat.block_table.assign(block_table.data(), block_table.data() + block_table.size());
   flat.table_width = block_table.shape(1);
   check(adapters.empty() || adapters.size() == flat.context_len.size(),
@@ -422,7 +439,8 @@ void bind_rows(py::module_& module) {
            py::arg("resumes") = std::vector<int32_t>(),
            py::arg("keeps") = std::vector<std::tuple<int32_t, int32_t, int32_t>>())
       .def("set_images", &FlatRows::set_images, py::arg("images").none(false), py::arg("pad_id"))
-      .def_readonly("num_generated", &FlatRows::num_generated)
+      .def_readonly("num_generated", &FlatRows::num_generated,
+                    "Number of leading tokens that were sampled (for tests and benchmarks).")
       .def_property_readonly("ids", [](const FlatRows& rows) { return copy_of(rows.ids); })
       .def_property_readonly("positions",
                              [](const FlatRows& rows) { return copy_of(rows.positions); })

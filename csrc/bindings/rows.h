@@ -1,4 +1,4 @@
-// The rows of a plan (tgi_asgi/runner/plan.py) as flat arrays. Every integer in them is checked
+// The rows of a plan (tgi_asgi/runner/plan.py) as flat arrays. Every integer of a plan is checked
 // here.
 #pragma once
 
@@ -90,8 +90,12 @@ struct FlatRows {
   ImagesPtr images;                              // null: the step has no tokens of images
 
   int64_t num_rows() const { return static_cast<int64_t>(context_len.size()); }
-  // Sets the rows' adapters: one per row, or an empty list. Throws std::invalid_argument if a row
-  // with an adapter has other tokens than those of `ids`.
+  // Throws std::invalid_argument unless the sequences share out the tokens of `ids`, each has at
+  // least one and a context that includes them, and `num_generated` ends where a sequence does.
+  // Every batch has passed this or is from `lay_out`, so that readers check only what they bound:
+  // ids, positions, slots, blocks, and the longest context.
+  void check_sequences() const;
+  // Sets the rows' adapters: one per row, or an empty list.
   void set_adapters(std::vector<AdapterPtr> of_rows);
   // Adds images' rows; where ids are read, their tokens have `pad_id`.
   void set_images(std::shared_ptr<ImageRows> given, int32_t pad_id);

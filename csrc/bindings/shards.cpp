@@ -143,6 +143,7 @@ void read_mail(const cpu::ShardGroup& group, ShardMail& mail) {
   from.get(mail.batch.query_start);
   from.get(mail.batch.context_len);
   from.get(mail.batch.block_table);
+  mail.batch.check_sequences();
   from.get(mail.rows);
   from.get(mail.adapters);
 }

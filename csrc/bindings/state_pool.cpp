@@ -225,7 +225,8 @@ void bind_state_pool(py::module_& module) {
            }),
            py::kw_only(), py::arg("layers"), py::arg("num_slots"), py::arg("num_kept") = 0,
            py::arg("num_drafts") = 0)
-      .def_property_readonly("slot_bytes", &StatePool::slot_bytes);
+      .def_property_readonly("slot_bytes", &StatePool::slot_bytes,
+                             "Bytes of one sequence's states (for tests and benchmarks).");
 }
 
 }  // namespace tgi

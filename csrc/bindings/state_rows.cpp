@@ -12,18 +12,6 @@ namespace step = cpu::step;
 
 namespace {
 
-void check_sequences(const FlatRows& batch, const step::StepHeader& header) {
-  check(!batch.query_start.empty() && header.query_start[0] == 0 &&
-            header.query_start[header.num_sequences] == header.num_tokens,
-        "`query_start` must run from 0 to ", header.num_tokens);
-  for (int64_t s = 0; s < header.num_sequences; ++s) {
-    const int64_t length = header.query_start[s + 1] - header.query_start[s];
-    check(length > 0 && header.query_start[s + 1] <= header.num_tokens,
-          "`query_start` must ascend");
-    check(header.context_len[s] >= length, "`context_len`[", s, "] must be at least ", length);
-  }
-}
-
 void check_operand(const FloatArray& rows, const char* name, int64_t num_tokens, int64_t columns) {
   check_rows_of(rows, 2, name);
   check(rows.shape(0) == num_tokens && rows.shape(1) == columns, "`", name, "` must be [",
@@ -36,7 +24,6 @@ void StateRows::begin(const FlatRows& batch) {
   has_begun_ = false;
   batch_ = batch;
   header_ = batch_.header();
-  check_sequences(batch_, header_);
   pool_->begin(batch_, header_);
   has_begun_ = true;
 }

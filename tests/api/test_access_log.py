@@ -18,7 +18,7 @@ from tests.support.scripted_engine import (
 )
 from tests.support.toy_tokenizer import ToyTokenizer
 from tgi_asgi.api.served import Served
-from tgi_asgi.engine import Engine
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.errors import GenerationFailed, ModelLoadError, RequestAborted
 from tgi_asgi.settings import Settings
 

@@ -18,7 +18,7 @@ import torch
 from tests.support.pooling_models import EOS, pooled, save_embedder, states
 from tests.support.pooling_server import PooledServer, pooled_server
 from tests.support.waiting import until
-from tgi_asgi.engine import Engine
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.text.tokenizer import Tokenizer
 
 TEXTS = ["short", "a-much-longer-text-" * 8, "another", "x"]

@@ -20,7 +20,7 @@ from tests.support.toy_tokenizer import ToyTokenizer
 from tests.support.waiting import LONGEST_S
 from tgi_asgi.api import sse
 from tgi_asgi.api.served import Served
-from tgi_asgi.engine import Engine
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.errors import GenerationFailed
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState, FinishReason

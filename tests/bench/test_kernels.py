@@ -25,6 +25,6 @@ def test_a_model_with_other_calls_is_refused_with_the_number_of_those_expected(
     shape = Shape(1, 1, 16)
     bench: Any = Bench(model.config, model, [shape], "bfloat16", has_float_prompts=False)
     assert bench.seconds(shape, 1)
-    monkeypatch.setattr(bench, "_program", SimpleNamespace(num_calls=3))
+    monkeypatch.setattr(bench, "_program", SimpleNamespace(native=SimpleNamespace(num_operators=3)))
     with pytest.raises(SystemExit, match=rf"does not have the {len(layer)} calls"):
         bench.seconds(shape, 1)

@@ -16,7 +16,9 @@ from tests.reference.layers import linear, rms_norm, rotate
 from tests.support.batches import flat_rows, slots_of
 from tests.support.eager_ops import norm_weight
 from tests.support.kv import poisoned_pool, read_kv
+from tests.support.open_program import OpenProgram
 from tgi_asgi import ops
+from tgi_asgi.ops.recorder import Kind
 
 HEADS, KV_HEADS = 4, 2
 HIDDEN = 96
@@ -55,10 +57,10 @@ class World:
         heads = ops.QkvHeads(HEADS, KV_HEADS, head_dim, rotary_dim)
         weight = ops.qkv_weight([source for _, source in sources], EXACT, heads)
         recorder = ops.Recorder()
-        self.given = recorder.value(ops.Kind.RESIDUAL, HIDDEN)
+        self.given = recorder.value(Kind.RESIDUAL, HIDDEN)
         q = ops.qkv(ops.norm(self.given, norm_weight(self.norm, EPS)), weight, self.layer, self.rope)
         self.out = ops.attention(q, self.layer, ops.AttentionSpec(SCALE))
-        self.program = ops.CpuProgram(
+        self.program = OpenProgram(
             recorder,
             ops.StepLimits(max_tokens=length, max_sequences=1, max_rows=1, max_context=length),
             inputs=[self.given],

@@ -28,8 +28,8 @@ from tests.support.kv import plain_limits, plain_size
 from tests.support.letters import AUTO, letters_grammar
 from tests.support.random_requests import answers_of, random_request
 from tests.support.small_engine import serving_with
-from tgi_asgi.engine import Engine
 from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.cuda_sample_state import CudaSampleState

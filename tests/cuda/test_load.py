@@ -160,6 +160,17 @@ def test_progress_comes_to_all_bytes_as_they_are_on_the_device(
     assert 0.9 * file.stat().st_size < done[-1] == total <= file.stat().st_size
 
 
+@pytest.mark.parametrize(("share", "cure"), [(0.4, "raise --cuda-memory-fraction"), (1.0, "free memory")])
+def test_a_gpu_without_memory_for_a_cache_says_what_to_do(
+    tmp_path: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, share: float, cure: str
+) -> None:
+    monkeypatch.setattr(device, "free_bytes", lambda: 0)
+    files = save_with_tokenizer(make_model(**SHAPE), tmp_path)
+    settings = dataclasses.replace(SMALL, cuda_memory_fraction=share)
+    with pytest.raises(ModelLoadError, match=f"no memory for a KV cache.*; {cure}, or set"):
+        load(settings, files, lambda *call: None)
+
+
 def test_drafts_are_for_models_that_generate(
     tmp_path: Path, device: EmulatedDevice, caplog: pytest.LogCaptureFixture
 ) -> None:

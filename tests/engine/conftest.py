@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.fake_runner import FakeRunner, FakeTokenizer, fake_info
-from tgi_asgi.engine import Engine
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.settings import Settings
 
 MakeEngine = Callable[..., Engine]

@@ -9,9 +9,9 @@ from itertools import count
 from typing import Any
 
 from tests.support.fake_runner import EOS_ID, FakeRunner
-from tgi_asgi.engine import Engine
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.channel import RequestChannel
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.engine.policy import SchedulingPolicy
 from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.scheduler import Scheduler

@@ -11,7 +11,7 @@ from tests.engine.conftest import MakeEngine
 from tests.engine.helpers import Answer, ask, make_request, submit
 from tests.support.fake_runner import FakeRunner, FakeTokenizer, fake_info
 from tests.support.waiting import until
-from tgi_asgi.engine import Engine
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.errors import IncompleteGeneration
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Pooling, PoolingKind

@@ -22,9 +22,10 @@ from tests.support.fake_runner import (
     script,
 )
 from tests.support.waiting import LONGEST_S, until
-from tgi_asgi.engine import Engine, Histogram
 from tgi_asgi.engine.channel import RequestChannel
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.engine.sequence import AGING_S
+from tgi_asgi.engine.stats import Histogram
 from tgi_asgi.errors import (
     GenerationFailed,
     IncompleteGeneration,

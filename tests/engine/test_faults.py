@@ -13,7 +13,7 @@ from tests.engine.conftest import MakeEngine
 from tests.engine.helpers import ask, collect, make_request, submit
 from tests.support.fake_runner import FakeRunner, FakeTokenizer, expected_tokens, fake_info, fake_logprob
 from tests.support.waiting import until
-from tgi_asgi.engine import Engine
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, InvalidRequest, TgiError, Unavailable
 from tgi_asgi.runner.plan import DeviceLost, StepPlan, StepResult, StepRow
 from tgi_asgi.settings import Settings

@@ -19,8 +19,8 @@ from tests.engine.helpers import (
     submit,
 )
 from tests.support.fake_runner import FakeRunner, FakeTokenizer, fake_info
-from tgi_asgi.engine import Engine
 from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.engine.image_encoding import MAX_ENCODE_S
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings

@@ -12,8 +12,8 @@ from tests.engine.conftest import MakeEngine
 from tests.engine.helpers import Answer, ask, collect, make_request, submit
 from tests.support.fake_runner import FakeRunner, FakeTokenizer, fake_info
 from tests.support.waiting import until
-from tgi_asgi.engine import Engine
 from tgi_asgi.engine.admission import Admission
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.errors import (
     IncompleteGeneration,
     Overloaded,

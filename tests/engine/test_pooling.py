@@ -13,7 +13,7 @@ from tests.engine.conftest import MakeEngine
 from tests.engine.helpers import ask, make_request
 from tests.support.fake_runner import FakeRunner, fake_vector
 from tests.support.waiting import LONGEST_S
-from tgi_asgi.engine import Engine
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.errors import GenerationFailed, InvalidRequest, TgiError
 from tgi_asgi.types import Channel, GenerationRequest, Pooling, PoolingKind, TokenEvent
 

@@ -27,9 +27,10 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.experts import stack
 from tgi_asgi.models.layer_weights import LayerWeights
 from tgi_asgi.models.loading.gguf import GgufWeights
+from tgi_asgi.models.loading.watched import watched
 from tgi_asgi.models.registry import find_by_gguf_name
 from tgi_asgi.ops.sources import decode
-from tgi_asgi.runner.tracked_weights import TrackedWeights
+from tgi_asgi.runner.weight_progress import WeightProgress
 
 NUM_EXPERTS, SIZE, HEAD_DIM = 4, 32, 16
 HIDDEN, LAYERS = SHAPE["hidden_size"], SHAPE["num_hidden_layers"]
@@ -287,7 +288,8 @@ def test_each_expert_of_a_gguf_file_is_read_alone(tmp_path: Path, format: str) -
     )
     with GgufFile.open(path) as file:
         weights = GgufWeights(file, config, find_by_gguf_name("qwen3moe"))
-        tracked = TrackedWeights(weights, lambda stage, done, total: progress.append(done))
+        reads = WeightProgress(weights.num_bytes, lambda stage, done, total: progress.append(done))
+        tracked = watched(weights, reads)
         layer = LayerWeights(config, tracked, 0, ops.Packing(is_exact=True))
         tracemalloc.start()
         for index, one in enumerate(stack(layer, "mlp.experts.up_proj.weight", count, rows, columns)):

@@ -43,7 +43,7 @@ def of_other_heads(*args: Any, **given: Any) -> ops.DeltaRuleWeight:
 
 FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "gates before the norm": ("gated_norm", changed(ops.gated_norm, is_gate_first=True)),
-    "gates that are sigmoids": ("gated_norm", changed(ops.gated_norm, is_sigmoid=True)),
+    "gates of another scale": ("gated_norm", changed(ops.gated_norm, gate_scale=2.0)),
     "no silu behind the convolution": ("short_conv", changed(ops.short_conv, has_silu=False)),
     "heads with others' keys": ("DeltaRuleWeight", of_other_heads),
     "no output gates": ("attention", changed(ops.attention, gate=None)),

@@ -17,6 +17,7 @@ from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.quantised import ordered_source, random_codes
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import AdapterLayout, Delta, Packing, Target, direct
+from tgi_asgi.ops.adapters import NativeAdapter
 from tgi_asgi.ops.tensors import from_tensor, plain_tensor
 
 QUANTISED = Packing(is_exact=False, quantise="Q8_0")
@@ -24,7 +25,7 @@ LENGTHS = (1, 1, 9, 2, 30, 1)  # of a batch's rows
 ADAPTERS = (None, 0, 1, 0, 1, None)  # adapter of each row
 
 
-def batch_of(adapters: list[ops.NativeAdapter | None], lengths: tuple[int, ...] = LENGTHS) -> ops.FlatRows:
+def batch_of(adapters: list[NativeAdapter | None], lengths: tuple[int, ...] = LENGTHS) -> ops.FlatRows:
     total = sum(lengths)
     return ops.FlatRows(
         ids=np.zeros(total, int), positions=np.zeros(total, int), slots=np.zeros(total, int),
@@ -185,15 +186,36 @@ def test_the_extension_checks_what_it_is_given(change: dict[str, object], messag
         _C.Adapter(layout, [part])
 
 
-@pytest.mark.parametrize("query_start", [(0, 2, 1000), (0, 2, 2), (0, -1, 3)])
-def test_an_adapter_of_tokens_that_do_not_exist_is_refused(query_start: tuple[int, ...]) -> None:
-    """A program without a cache reads no tokens of sequences except for adapters."""
+@pytest.mark.parametrize(
+    ("query_start", "message"),
+    [
+        ((0, 2, 1000), "`query_start` must run from 0 to 3"),
+        ((0, 3), "have one more entry than `context_len`"),
+        ((0, 3, 3), "`query_start` must ascend, got 3 before 3"),
+        ((0, -1, 3), "`query_start` must ascend, got 0 before -1"),
+        ((0, 4, 3), "`query_start` must ascend, got 4 before 3"),
+        ((0, 2, 1, 3), "`query_start` must ascend, got 2 before 1"),
+    ],
+)
+def test_sequences_share_out_a_step_s_tokens(query_start: tuple[int, ...], message: str) -> None:
+    """A program without a cache reads no sequences, except for adapters."""
     weight = ops.linear_weight(from_tensor(torch.randn(64, 96)), EXACT)
     adapter = AdapterLayout({"w": Target(weight, 0, 64)}, max_rank=8).pack({"w": delta(64, 96, 4)})
-    with pytest.raises(ValueError, match="a row with an adapter must have some of the 3 tokens"):
+    count = max(len(query_start) - 1, 2)
+    with pytest.raises(ValueError, match=message):
         ops.FlatRows(
             ids=np.zeros(3, int), positions=np.zeros(3, int), slots=np.zeros(3, int), query_start=query_start,
-            context_len=[2, 1], block_table=np.zeros((2, 1), np.int32), adapters=[None, adapter],
+            context_len=[5] * count, block_table=np.zeros((count, 1), np.int32),
+            adapters=[adapter, None, adapter][:count],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_generated", [-1, 1, 4])
+def test_generated_tokens_end_where_a_sequence_does(num_generated: int) -> None:
+    with pytest.raises(ValueError, match="`num_generated` must be"):
+        ops.FlatRows(
+            ids=np.zeros(3, int), positions=np.zeros(3, int), slots=np.zeros(3, int), query_start=[0, 2, 3],
+            context_len=[2, 1], block_table=np.zeros((2, 1), np.int32), num_generated=num_generated,
         )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from tests.reference import channel_scan as reference
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.state_steps import Shape, Steps
 from tgi_asgi import _C, ops
-from tgi_asgi.ops import ChannelScanWeight, Kind, Value
+from tgi_asgi.ops import ChannelScanWeight, Value
+from tgi_asgi.ops.recorder import Kind
 
 _PARTS, _GATES = 5, 3  # first columns of B and C, and of the gates
 

@@ -16,10 +16,12 @@ from tests.reference.layers import activate, linear, norm
 from tests.support import eager_ops
 from tests.support.eager_ops import norm_weight
 from tests.support.gguf_blocks import random_matrix
+from tests.support.open_program import OpenProgram
 from tests.support.quantised import Codes, ordered_source, random_codes
 from tgi_asgi import _C, ops
 from tgi_asgi.formats.gguf_converted import BY_NAME
 from tgi_asgi.ops import direct
+from tgi_asgi.ops.recorder import Kind
 from tgi_asgi.ops.tensors import from_tensor
 
 BY_KIND = ops.Packing(is_exact=False, has_float_prompts=True)
@@ -96,10 +98,10 @@ def test_prompt_tokens_have_their_own_precision(kernel_set: str, num_sampled: in
     matrix = matrix_of(64, 256, 3)
     weight = ops.linear_weight(ordered_source(matrix), BY_KIND)
     recorder = ops.Recorder()
-    a = recorder.value(ops.Kind.ACTIVATION, 256)
+    a = recorder.value(Kind.ACTIVATION, 256)
     out = ops.linear(a, weight)
     limits = ops.StepLimits(max_tokens=9, max_sequences=2, max_rows=1, max_context=9)
-    program = ops.CpuProgram(recorder, limits, inputs=[a], outputs=[out])
+    program = OpenProgram(recorder, limits, inputs=[a], outputs=[out])
     given = torch.randn(9, 256)
     program.write(a, given.numpy())
     program.run(eager_ops.step(9, num_sampled), [])
@@ -132,12 +134,12 @@ def test_readers_of_a_norm_get_it_each_in_its_order(kernel_set: str, tokens: int
     weights = [ops.linear_weight(source, EXACT) for source in sources]
     scale = norm_weight(torch.rand(96) + 0.5, 1e-5)
     recorder = ops.Recorder()
-    x = recorder.value(ops.Kind.RESIDUAL, 96)
+    x = recorder.value(Kind.RESIDUAL, 96)
     a = ops.norm(x, scale)
     outs = [ops.linear(a, weight) for weight in weights]
     limits = ops.StepLimits(max_tokens=tokens, max_sequences=1, max_rows=1, max_context=1)
-    program = ops.CpuProgram(recorder, limits, inputs=[x], outputs=outs)
-    assert program.num_calls == 1 + 2 + 4  # norm, an order each, products
+    program = OpenProgram(recorder, limits, inputs=[x], outputs=outs)
+    assert program.native.num_operators == 1 + 2 + 4  # norm, an order each, products
     for _ in range(3):  # a member that runs ahead must not change what another still reads
         given = torch.randn(tokens, 96)
         program.write(x, given.numpy())

@@ -14,7 +14,8 @@ from tests.reference import delta_rule as reference
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.state_steps import Shape, Steps
 from tgi_asgi import _C, ops
-from tgi_asgi.ops import DeltaRuleWeight, Kind
+from tgi_asgi.ops import DeltaRuleWeight
+from tgi_asgi.ops.recorder import Kind
 
 SIZES = [(1, 16, 1, 1, 1), (3, 16, 3, 5, 17), (4, 64, 2, 33, 40), (2, 80, 1, 16, 9), (6, 48, 2, 256, 33)]
 

@@ -17,9 +17,11 @@ from tests.reference import experts as reference
 from tests.reference.compare import assert_close, assert_same_bits, assert_within
 from tests.reference.experts import Mlp
 from tests.support import eager_ops
+from tests.support.open_program import OpenProgram
 from tests.support.random_weights import QUANTISED, decoded_values, random_weight
 from tgi_asgi import _C, ops
-from tgi_asgi.ops import ClampedGate, ExpertsWeight, Kind, RouteSpec, direct
+from tgi_asgi.ops import ClampedGate, ExpertsWeight, RouteSpec, direct
+from tgi_asgi.ops.recorder import Kind
 
 BY_KIND = ops.Packing(is_exact=False, has_float_prompts=True)
 
@@ -90,11 +92,11 @@ def run(
     elif layer is not None:
         out = ops.experts(values[1], routing, layer.weight, **options)
     room = max(num_tokens, 1)
-    program = ops.CpuProgram(
+    program = OpenProgram(
         recorder, ops.StepLimits(max_tokens=room, max_sequences=2, max_rows=1, max_context=1),
         inputs=values[: 1 if layer is None else 3], outputs=[routing, out][: 1 if layer is None else 2],
     )  # fmt: skip
-    buffers = program._calls.buffers
+    buffers = program.buffers
     buffers.rows_of(values[0]).array()[:] = np.nan
     program.write(values[0], logits.numpy())
     if layer is not None:

@@ -11,9 +11,11 @@ from torch import Tensor
 from tests.ops.helpers import EXACT, FAST, rounded, with_each_kernel_set
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.eager_ops import step
+from tests.support.open_program import OpenProgram
 from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
-from tgi_asgi.ops import HeadsWeight, Kind
+from tgi_asgi.ops import HeadsWeight
+from tgi_asgi.ops.recorder import Kind
 
 _BEHIND = 40  # columns of the rows that belong to no head
 
@@ -24,8 +26,8 @@ def run(x: Tensor, weight: HeadsWeight) -> Tensor:
     rows = recorder.value(Kind.ROWS, x.shape[1])
     out = ops.heads_linear(ops.activation(rows, weight.num_heads * weight.columns), weight)
     limits = ops.StepLimits(max_tokens=len(x), max_sequences=1, max_rows=1, max_context=1)
-    program = ops.CpuProgram(recorder, limits, inputs=[rows], outputs=[out])
-    program._calls.buffers.rows_of(out).array()[:] = math.nan
+    program = OpenProgram(recorder, limits, inputs=[rows], outputs=[out])
+    program.buffers.rows_of(out).array()[:] = math.nan
     program.write(rows, x.numpy())
     program.run(step(len(x)), ())
     return torch.from_numpy(program.read(out, len(x)))

@@ -16,7 +16,9 @@ from tests.reference.layers import rotate
 from tests.support.batches import flat_rows
 from tests.support.eager_ops import norm_weight
 from tests.support.kv import poisoned_pool
+from tests.support.open_program import OpenProgram
 from tgi_asgi import _C, ops
+from tgi_asgi.ops.recorder import Kind
 
 TABLE = 30  # positions of the rotary table
 LIMITS = ops.StepLimits(max_tokens=32, max_sequences=2, max_rows=4, max_context=32)
@@ -90,7 +92,7 @@ def test_what_does_not_fit_is_refused(given: dict[str, Any], message: str) -> No
     with pytest.raises(ValueError, match=message):
         graph.run([1, 2, 3, 4], images(values.pop("tokens"), values.pop("rows"), **values))
     with pytest.raises(ValueError, match="`level` must not be negative"):
-        ops.image_rows(ops.Recorder().value(ops.Kind.RESIDUAL, 32), -1)
+        ops.image_rows(ops.Recorder().value(Kind.RESIDUAL, 32), -1)
 
 
 class Heads:
@@ -105,9 +107,9 @@ class Heads:
         weight = ops.qkv_weight([source for _, source in parts], EXACT, heads)
         layer = poisoned_pool(num_blocks=2, num_kv_heads=1, head_dim=48, dtype="float32").layers[0]
         recorder = ops.Recorder()
-        a = recorder.value(ops.Kind.ACTIVATION, 32)
+        a = recorder.value(Kind.ACTIVATION, 32)
         self.q = ops.qkv(a, weight, layer, self.rope)
-        self.program = ops.CpuProgram(recorder, LIMITS, inputs=[a], outputs=[self.q])
+        self.program = OpenProgram(recorder, LIMITS, inputs=[a], outputs=[self.q])
         self.program.write(a, self.a.numpy())
 
     def run(self, given: Any = None) -> torch.Tensor:

@@ -15,9 +15,10 @@ from tests.reference.compare import assert_same_bits, assert_within
 from tests.reference.layers import norm, rotate
 from tests.support.batches import flat_rows, random_blocks
 from tests.support.kv import poison
+from tests.support.open_program import OpenProgram
 from tgi_asgi import _C, ops
 from tgi_asgi.models.config import CacheShape
-from tgi_asgi.ops import Kind
+from tgi_asgi.ops.recorder import Kind
 
 NUM_BLOCKS, POSITIONS = 64, 700
 SCALE = 0.3
@@ -69,7 +70,7 @@ class Layer:
             values[0], values[1], values[2], self.norm, self.rope, layer, rotary_column=self.first_column
         )
         out = ops.attention(q, layer, ops.AttentionSpec(scale))
-        program = ops.CpuProgram(
+        program = OpenProgram(
             recorder,
             ops.StepLimits(
                 max_tokens=len(rows[0]), max_sequences=len(spans), max_rows=1, max_context=POSITIONS
@@ -77,7 +78,7 @@ class Layer:
             inputs=values,
             outputs=[out],
         )
-        program._calls.buffers.rows_of(out).array()[:] = math.nan
+        program.buffers.rows_of(out).array()[:] = math.nan
         for value, given in zip(values, rows, strict=True):
             program.write(value, given.numpy())
         program.run(flat_rows(spans, blocks, self.block_size), ())

@@ -13,8 +13,10 @@ from tests.reference.compare import assert_close, assert_same_bits
 from tests.reference.layers import linear, norm, rms_norm
 from tests.support import eager_ops
 from tests.support.eager_ops import norm_weight
+from tests.support.open_program import OpenProgram
 from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
+from tgi_asgi.ops.recorder import Kind
 
 SIZES = [1, 3, 17, 32, 72, 129, 576]
 KINDS = pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -31,7 +33,7 @@ def test_the_activation_is_the_normed_residual(kernel_set: str, tokens: int, hid
     _C.set_num_threads(2)
     x, weight = torch.randn(tokens, hidden) * 3, weight_of(hidden, kind)
     assert_close(eager_ops.norm(x, weight), norm(x, weight), length=hidden + 8)
-    assert_same_bits(eager_ops.norm(x, weight, ops.Kind.ROWS), eager_ops.norm(x, weight))
+    assert_same_bits(eager_ops.norm(x, weight, Kind.ROWS), eager_ops.norm(x, weight))
 
 
 @KINDS
@@ -61,7 +63,7 @@ def test_columns_that_rows_lack_are_refused() -> None:
     recorder = ops.Recorder()
     for first in (-1, 46):
         with pytest.raises(ValueError, match=f"x has 77 columns, not 32 from {first} on"):
-            ops.norm_in_place(recorder.value(ops.Kind.ROWS, 77), weight_of(32, "rms"), first)
+            ops.norm_in_place(recorder.value(Kind.ROWS, 77), weight_of(32, "rms"), first)
 
 
 @pytest.mark.parametrize("packing", [EXACT, FAST], ids=["exact", "fast"])
@@ -130,9 +132,9 @@ class NormAndProduct:
         weight = ops.linear_weight(source, packing)
         self.precision: str = weight.made.precision
         recorder = ops.Recorder()
-        self.x = recorder.value(ops.Kind.RESIDUAL, hidden)
+        self.x = recorder.value(Kind.RESIDUAL, hidden)
         self.rows = ops.linear(ops.norm(self.x, norm_weight(norm, 1e-5)), weight)
-        self.program = ops.CpuProgram(
+        self.program = OpenProgram(
             recorder,
             ops.StepLimits(max_tokens=32, max_sequences=1, max_rows=1, max_context=32),
             inputs=[self.x],

@@ -16,8 +16,11 @@ from tests.support import eager_ops
 from tests.support.batches import flat_rows
 from tests.support.eager_ops import norm_weight
 from tests.support.kv import poisoned_pool, read_kv
+from tests.support.open_program import OpenProgram
 from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
+from tgi_asgi.ops.kv import KvLayer
+from tgi_asgi.ops.recorder import Kind
 from tgi_asgi.ops.tensors import from_tensor
 
 NUM_BLOCKS, POSITIONS = 12, 120
@@ -86,7 +89,7 @@ class Case:
 
     def run(
         self, a: Tensor, spans: list[tuple[int, int]], dtype: ops.KvDtype, block_size: int = 16
-    ) -> tuple[Tensor, ops.KvLayer, Tensor]:
+    ) -> tuple[Tensor, KvLayer, Tensor]:
         """Return queries [n_tokens, heads, head_dim], the layer written to, and the slots."""
         layer = poisoned_pool(
             num_layers=2, num_blocks=NUM_BLOCKS, num_kv_heads=self.kv_heads, head_dim=self.head_dim,
@@ -207,17 +210,17 @@ def test_only_the_slots_asked_for_are_written(
 
 def run_without_queries(
     case: Case, a: Tensor, spans: list[tuple[int, int]], dtype: ops.KvDtype, block_size: int
-) -> tuple[ops.KvLayer, Tensor]:
+) -> tuple[KvLayer, Tensor]:
     """Run qkv without returning queries, because those for an int8 cache cannot be read."""
     layer = poisoned_pool(
         num_layers=2, num_blocks=NUM_BLOCKS, num_kv_heads=case.kv_heads, head_dim=case.head_dim,
         block_size=block_size, dtype=dtype,
     ).layers[1]  # fmt: skip
     recorder = ops.Recorder()
-    given = recorder.value(ops.Kind.ACTIVATION, case.hidden)
+    given = recorder.value(Kind.ACTIVATION, case.hidden)
     ops.qkv(given, case.weight, layer, case.rope)
     limits = ops.StepLimits(max_tokens=len(a), max_sequences=len(spans), max_rows=1, max_context=POSITIONS)
-    program = ops.CpuProgram(recorder, limits, inputs=[given])
+    program = OpenProgram(recorder, limits, inputs=[given])
     program.write(given, a.numpy())
     free = torch.randperm(NUM_BLOCKS).tolist()
     blocks = [[free.pop() for _ in range(-(-stop // block_size))] for _, stop in spans]

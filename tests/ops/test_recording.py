@@ -18,13 +18,14 @@ from tests.support import eager_ops
 from tests.support.batches import flat_rows
 from tests.support.eager_ops import norm_weight
 from tests.support.kv import poison, poisoned_pool
+from tests.support.open_program import OpenProgram
 from tests.support.state_steps import Shape as StateShape
 from tgi_asgi import _C, ops
 from tgi_asgi.models.config import CacheShape
 from tgi_asgi.ops import calls, cpu_calls, cuda
 from tgi_asgi.ops.cuda_kv import CudaKvLayer
 from tgi_asgi.ops.cuda_modes import CudaModes
-from tgi_asgi.ops.recorder import Call
+from tgi_asgi.ops.recorder import Call, Kind
 from tgi_asgi.ops.tensors import from_tensor
 
 ODD = Shape(hidden=60, intermediate=100, heads=3, kv_heads=1, head_dim=20, rotary_dim=12)
@@ -45,9 +46,9 @@ class Values:
         self.activation = ops.norm(self.residual, self.ones)
         self.rows = ops.linear(self.activation, self.square)
         self.query = ops.qkv(self.activation, self.heads, self.layer, None)
-        self.gate = self.recorder.value(ops.Kind.ROWS, 1)
-        self.wide = self.recorder.value(ops.Kind.ROWS, 32)
-        self.steps = self.recorder.value(ops.Kind.ROWS, 2)
+        self.gate = self.recorder.value(Kind.ROWS, 1)
+        self.wide = self.recorder.value(Kind.ROWS, 32)
+        self.steps = self.recorder.value(Kind.ROWS, 2)
         self.route = ops.RouteSpec(48, 2)
         self.routing = ops.route(self.rows, self.route)
         expert = ops.gate_up_weight(random_source(32, 48)[1], random_source(32, 48)[1], EXACT)
@@ -58,12 +59,12 @@ class Values:
         one = np.ones(1, np.float32)
         self.scan = ops.SelectiveScanWeight(1, 16, 1, 16, -one, one, one)
         self.channels = ops.ChannelScanWeight(-np.ones((16, 16), np.float32), np.ones(16, np.float32))
-        self.channel, self.parts = (self.recorder.value(ops.Kind.ROWS, columns) for columns in (16, 32))
+        self.channel, self.parts = (self.recorder.value(Kind.ROWS, columns) for columns in (16, 32))
         self.rule = ops.DeltaRuleWeight(1, 16, 1, 16, -one, one)
         self.head = ops.HeadsWeight(1, 48, 48, self.square.made)
         shape = CacheShape(1, 64, 32, is_latent=True)
         self.latents = ops.KvPool([shape], num_blocks=1, block_size=16, dtype="float32").layers[0]
-        self.absorbed, self.latent = (self.recorder.value(ops.Kind.ROWS, columns) for columns in (32, 64))
+        self.absorbed, self.latent = (self.recorder.value(Kind.ROWS, columns) for columns in (32, 64))
         self.latent_norm, self.latent_rope = norm_weight(torch.ones(32), 1e-5), rope_table(32, 4)
 
 
@@ -188,14 +189,14 @@ def test_a_residual_is_refused_once_it_was_added_to(operator: str) -> None:
 def test_other_columns_are_refused_by_both_numbers(operator: str) -> None:
     wanted, call = OPERATORS[operator]
     values = Values()
-    kind = next(kind for kind in ops.Kind if kind.value == wanted)
+    kind = next(kind for kind in Kind if kind.value == wanted)
     with pytest.raises(ValueError, match=rf"`{operator}` takes 48 columns as `\w+`, not 40"):
         call(values, values.recorder.value(kind, 40))
 
 
-def made(recorder: ops.Recorder) -> ops.CpuProgram:
+def made(recorder: ops.Recorder) -> OpenProgram:
     limits = ops.StepLimits(max_tokens=4, max_sequences=1, max_rows=1, max_context=16)
-    return ops.CpuProgram(recorder, limits)
+    return OpenProgram(recorder, limits)
 
 
 def test_what_a_program_cannot_be_is_refused_when_it_is_made() -> None:
@@ -210,7 +211,7 @@ def test_what_a_program_cannot_be_is_refused_when_it_is_made() -> None:
     x = ops.linear_add(values.activation, values.square, values.residual)
     with pytest.raises(ValueError, match="`head` must be the last operator"):
         made(values.recorder)
-    assert x.kind is ops.Kind.RESIDUAL
+    assert x.kind is Kind.RESIDUAL
 
 
 def run_all(graph: Graph, program: ops.CpuProgram) -> Tensor:
@@ -316,12 +317,12 @@ def layers_with_norms_behind(graph: Graph, x: Twin) -> ops.CpuProgram:
 def test_a_query_that_was_given_is_that_of_the_rows_sampled_after(threads: int) -> None:
     _C.set_num_threads(threads)
     values = Values()
-    given = values.recorder.value(ops.Kind.QUERY, 48)
+    given = values.recorder.value(Kind.QUERY, 48)
     attended = ops.attention(given, values.layer, ops.AttentionSpec(0.25))
     x = ops.linear_add(attended, values.square, values.residual)
     ops.head(x, values.ones, values.square)
     limits = ops.StepLimits(max_tokens=9, max_sequences=1, max_rows=2, max_context=16)
-    program = ops.CpuProgram(values.recorder, limits, inputs=[given])
+    program = OpenProgram(values.recorder, limits, inputs=[given])
     batch, query = flat_rows([(0, 9)], [[3]], 16, ids=range(9)), torch.randn(9, 48)
     program.write(given, query.numpy())
     logits = program.run(batch, [4, 8])
@@ -349,7 +350,7 @@ def made_for_cuda(recorder: ops.Recorder) -> cuda.CudaProgram:
 def test_a_cuda_program_names_what_its_attention_lacks() -> None:
     recorder = ops.Recorder()
     layer = CudaKvLayer(torch.zeros(2, 2, 1, 16, 32))
-    ops.attention(recorder.value(ops.Kind.QUERY, 64), layer, ops.AttentionSpec(0.25, chunk=8))
+    ops.attention(recorder.value(Kind.QUERY, 64), layer, ops.AttentionSpec(0.25, chunk=8))
     with pytest.raises(ValueError, match="no CUDA kernel supports attention with `chunk`"):
         made_for_cuda(recorder)
 
@@ -357,14 +358,14 @@ def test_a_cuda_program_names_what_its_attention_lacks() -> None:
 def test_a_cuda_program_names_what_its_routing_lacks() -> None:
     recorder = ops.Recorder()
     spec = ops.RouteSpec(4, 2, expert_scales=np.ones(4, np.float32))
-    ops.route(recorder.value(ops.Kind.ROWS, 4), spec)
+    ops.route(recorder.value(Kind.ROWS, 4), spec)
     with pytest.raises(ValueError, match="no CUDA kernel supports routing with `expert_scales`"):
         made_for_cuda(recorder)
 
 
 def test_a_cuda_program_names_what_no_kernel_computes() -> None:
     recorder = ops.Recorder()
-    a, routing = (recorder.value(kind, 48) for kind in (ops.Kind.ACTIVATION, ops.Kind.ROUTING))
+    a, routing = (recorder.value(kind, 48) for kind in (Kind.ACTIVATION, Kind.ROUTING))
     ops.experts(a, routing, Values().experts)
     with pytest.raises(TypeError, match="Experts is computed on CPUs only, not on CUDA"):
         made_for_cuda(recorder)

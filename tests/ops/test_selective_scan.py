@@ -16,7 +16,8 @@ from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.eager_ops import array_of
 from tests.support.state_steps import Shape, Steps
 from tgi_asgi import _C, ops
-from tgi_asgi.ops import Kind, SelectiveScanWeight
+from tgi_asgi.ops import SelectiveScanWeight
+from tgi_asgi.ops.recorder import Kind
 
 _COLUMN = 5  # column of the heads' time steps
 
@@ -81,8 +82,7 @@ def gate(rows: Tensor, gates: Tensor, weight: Tensor | None, **options: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("is_gate_first", "is_sigmoid", "gate_scale"),
-    [(True, False, 1.0), (False, False, 0.3), (False, True, 1.0), (True, True, 2.5)],
+    ("is_gate_first", "gate_scale"), [(True, 1.0), (False, 0.3), (False, 1.0), (True, 2.5)]
 )
 @pytest.mark.parametrize("has_weight", [True, False])
 @pytest.mark.parametrize(
@@ -95,17 +95,12 @@ def test_gated_norms_are_those_of_the_reference(
     width: int,
     has_weight: bool,
     is_gate_first: bool,
-    is_sigmoid: bool,
     gate_scale: float,
 ) -> None:
     _C.set_num_threads(2)
     rows, gates = torch.randn(tokens, columns), torch.randn(tokens, columns + 3)
     weight = torch.randn(columns) if has_weight else None
-    kind: dict[str, Any] = {
-        "is_gate_first": is_gate_first,
-        "is_sigmoid": is_sigmoid,
-        "gate_scale": gate_scale,
-    }
+    kind: dict[str, Any] = {"is_gate_first": is_gate_first, "gate_scale": gate_scale}
     found = gate(rows, gates, weight, group_width=width, **kind)
     expected = reference.gated_norm(rows, gates[:, :columns], weight, width, 1e-5, **kind)
     assert_close(found, expected, length=width + 8)

@@ -20,7 +20,8 @@ from tests.support.state_steps import (
     assert_wrong_states_are_refused,
 )
 from tgi_asgi import _C, ops
-from tgi_asgi.ops import Kind, ShortConvWeight
+from tgi_asgi.ops import ShortConvWeight
+from tgi_asgi.ops.recorder import Kind
 
 
 def steps_of(weight: ShortConvWeight, columns: int, num_slots: int, **options: bool) -> Steps:

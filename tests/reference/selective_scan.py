@@ -38,11 +38,10 @@ def gated_norm(
     eps: float,
     *,
     is_gate_first: bool,
-    is_sigmoid: bool,
     gate_scale: float = 1.0,
 ) -> Tensor:
-    """Return norm(rows * f(s * gate)) or norm(rows) * f(s * gate), in float64."""
-    x, passed = rows.double(), (torch.sigmoid if is_sigmoid else silu)(gate_scale * gate.double())
+    """Return norm(rows * silu(s * gate)) or norm(rows) * silu(s * gate), in float64."""
+    x, passed = rows.double(), silu(gate_scale * gate.double())
     x = x * passed if is_gate_first else x
     if weight is not None:
         groups = x.view(len(x), -1, group_width)

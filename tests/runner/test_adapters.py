@@ -17,7 +17,7 @@ from tests.support.checkpoints import load_model, make_model, save
 from tests.support.letters import letters_grammar
 from tests.support.small_engine import serving_with, small_runner
 from tgi_asgi import ops
-from tgi_asgi.engine import Engine
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.family import Model
 from tgi_asgi.settings import Settings

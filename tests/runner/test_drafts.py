@@ -15,7 +15,7 @@ from tests.support.letters import AUTO, letters_grammar
 from tests.support.random_requests import answers_of, random_request
 from tests.support.small_engine import serving_with, small_runner
 from tgi_asgi import ops
-from tgi_asgi.engine import Engine
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.runner.drafts import speculation_of

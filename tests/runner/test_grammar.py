@@ -13,11 +13,10 @@ import pytest
 from tests.engine.helpers import Answer, collect, submit
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.letters import AUTO, EOS, MARK, letters_grammar
-from tests.support.small_engine import serving_with, small_runner
+from tests.support.small_engine import noting_runner, serving_with, small_runner
 from tgi_asgi import ops
-from tgi_asgi.engine import Engine
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.models.family import Model
-from tgi_asgi.runner.plan import StepPlan, StepResult
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import FinishReason, GenerationRequest, SamplingParams, StopConditions
@@ -119,22 +118,12 @@ async def test_free_text_is_what_it_would_be_under_masks(engine: Engine, model: 
 
 
 @pytest.mark.parametrize("is_free", [True, False])
-async def test_a_row_of_free_text_takes_no_step_to_python(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_free: bool
-) -> None:
+async def test_a_row_of_free_text_takes_no_step_to_python(tmp_path: Path, is_free: bool) -> None:
     files = save(make_model(num_attention_heads=2, num_key_value_heads=1), tmp_path)
     recorded = load_model(files, max_positions=256)
     size = recorded.config.vocab_size
     grammar = letters_grammar(AUTO if is_free else AUTO_MASKED, size)
-    runner = small_runner(recorded, 40)
-    plans: list[StepPlan] = []
-    run = runner.run
-
-    def noting(plan: StepPlan) -> StepResult:
-        plans.append(plan)
-        return run(plan)
-
-    monkeypatch.setattr(runner, "run", noting)
+    runner = noting_runner(recorded, 40)
     never = SamplingParams(seed=1, logit_bias=((MARK, -100.0), (EOS, -100.0)))
     auto = dataclasses.replace(request(1, grammar), sampling=never)
     async with serving_with(runner, size) as engine:
@@ -142,4 +131,4 @@ async def test_a_row_of_free_text_takes_no_step_to_python(
             *(collect(submit(engine, each)) for each in (auto, request(2, None), request(3, None)))
         )
     assert all(len(answer.tokens()) > 20 for answer in answers[:1])
-    assert any(not plan.starts for plan in plans) is not is_free
+    assert any(not plan.starts for plan in runner.plans) is not is_free

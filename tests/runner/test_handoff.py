@@ -13,6 +13,7 @@ import torch
 from tests.support.checkpoints import load_model, make_model, save
 from tests.support.memory import resident_bytes
 from tests.support.runner_driver import GREEDY, Job, generate
+from tests.support.small_engine import NotingRunner, noting_runner
 from tests.support.waiting import LONGEST_S, until
 from tgi_asgi import _C, ops
 from tgi_asgi.models.family import Model
@@ -49,16 +50,17 @@ def continue_plan(index: int, slot: int = 0) -> StepPlan:
     return StepPlan(1 + index, [row])
 
 
-def forbid_python(runner: HostRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(plan: StepPlan) -> StepResult:
-        raise AssertionError("this step went through Python")
+@pytest.fixture
+def noting(model: Model) -> Iterator[NotingRunner]:
+    runner = noting_runner(model, 64, max_context=256)
+    yield runner
+    runner.close()
 
-    monkeypatch.setattr(runner, "run", fail)
 
-
-async def test_steps_that_decode_need_no_python(runner: HostRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_steps_that_decode_need_no_python(noting: NotingRunner) -> None:
+    runner = noting
     await runner.submit(start_plan())
-    forbid_python(runner, monkeypatch)
+    runner.forbids_python = True
     results = [await runner.submit(continue_plan(index)) for index in range(3)]
     assert [result.step_id for result in results] == [1, 2, 3]
     for plan in (start_plan(1), StepPlan(4, continue_plan(3).rows, copies=[(0, 9)])):
@@ -66,13 +68,12 @@ async def test_steps_that_decode_need_no_python(runner: HostRunner, monkeypatch:
             await runner.submit(plan)
 
 
-async def test_the_second_chunk_of_a_prompt_needs_none(
-    runner: HostRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_second_chunk_of_a_prompt_needs_none(noting: NotingRunner) -> None:
+    runner = noting
     whole = await runner.submit(start_plan(sampling=SEEDED))
     start = SlotStart(1, SEEDED, 0, PROMPT)
     await runner.submit(StepPlan(0, [StepRow(1, PROMPT[:9], 0, [[4, 5]], samples=False)], [start]))
-    forbid_python(runner, monkeypatch)
+    runner.forbids_python = True
     middle = await runner.submit(StepPlan(1, [StepRow(1, PROMPT[9:16], 9, [[4, 5]], samples=False)]))
     assert middle.sampled == [None]
     last = await runner.submit(StepPlan(2, [StepRow(1, PROMPT[16:], 16, [[4, 5]], samples=True)]))

@@ -93,13 +93,14 @@ def test_limits_beyond_the_model_s_are_cut_and_logged(
 
 def test_a_small_cache_bounds_a_sequence(files: ModelFiles) -> None:
     loaded = load_closed(files, settings(max_batch_total_tokens=128))
-    assert (loaded.info.max_total_tokens, loaded.runner.max_context, loaded.num_blocks) == (128, 128, 8)
+    runner = loaded.runner
+    assert (loaded.info.max_total_tokens, runner.max_context, runner.traits.num_blocks) == (128, 128, 8)
 
 
 def test_the_cache_may_be_as_long_as_the_longest_sequence(files: ModelFiles) -> None:
     """TGI's own condition, of numbers that are no multiples of a block's size."""
     loaded = load_closed(files, settings(max_batch_total_tokens=100, max_total_tokens=100))
-    assert (loaded.info.max_total_tokens, loaded.num_blocks) == (100, 7)
+    assert (loaded.info.max_total_tokens, loaded.runner.traits.num_blocks) == (100, 7)
 
 
 def test_buffers_that_the_system_refuses_are_named_with_their_options(
@@ -241,4 +242,4 @@ def test_a_failed_load_leaves_no_thread(files: ModelFiles) -> None:
 def test_weights_are_unmapped_once_loaded(files: ModelFiles) -> None:
     loaded = load_closed(files, settings())
     assert str(files.path) not in Path("/proc/self/maps").read_text()
-    assert loaded.num_blocks > 0, "the model must still be in use"
+    assert loaded.runner.traits.num_blocks > 0, "the model must still be in use"

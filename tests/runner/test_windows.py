@@ -26,8 +26,8 @@ from tests.support.letters import letters_grammar
 from tests.support.random_requests import answers_of, random_request
 from tests.support.small_engine import serving_with, small_runner
 from tgi_asgi import ops
-from tgi_asgi.engine import Engine
 from tgi_asgi.engine.blocks import BlockPool
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel

@@ -14,18 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.support.open_program import OpenProgram
 from tgi_asgi import ops
-from tgi_asgi.ops import (
-    Cache,
-    FlatRows,
-    GateUpWeight,
-    Kind,
-    LinearWeight,
-    NormWeight,
-    QkvWeight,
-    RopeTable,
-    Value,
-)
+from tgi_asgi.ops import Cache, FlatRows, GateUpWeight, LinearWeight, NormWeight, QkvWeight, RopeTable, Value
+from tgi_asgi.ops.recorder import Kind
 
 
 def norm_weight(weight: Tensor, eps: float, bias: Tensor | None = None) -> NormWeight:
@@ -180,7 +172,7 @@ def _run(
     limits = ops.StepLimits(
         max_tokens=room, max_sequences=num_sequences, max_rows=room, max_context=max_context
     )
-    program = ops.CpuProgram(recorder, limits, inputs=values, outputs=[out])
+    program = OpenProgram(recorder, limits, inputs=values, outputs=[out])
     for value, (tensor, _) in zip(values, inputs, strict=True):
         program.write(value, tensor.numpy())
     logits = program.run(batch, range(num_tokens) if out.kind is Kind.LOGITS else ())

@@ -18,6 +18,7 @@ from tgi_asgi.models.generic.backend import CpuBackend
 from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.ops.adapters import NativeAdapter
 from tgi_asgi.runner.programs import Program
 
 BLOCK_SIZE, MAX_CONTEXT = 16, 64
@@ -88,7 +89,7 @@ def run_steps(
     *,
     max_context: int = MAX_CONTEXT,
     layout: ops.AdapterLayout | None = None,
-    adapters: Sequence[ops.NativeAdapter | None] = (),
+    adapters: Sequence[NativeAdapter | None] = (),
     kv_dtype: ops.KvDtype = "float32",
 ) -> float:
     """Run sequences in these steps, each with its adapter; return `Outcome.difference`, NaN made infinite."""
@@ -137,7 +138,7 @@ def batch_of(
     step: Sequence[tuple[int, int, int]],
     ids: Sequence[Sequence[int]],
     max_context: int = MAX_CONTEXT,
-    adapters: Sequence[ops.NativeAdapter | None] = (),
+    adapters: Sequence[NativeAdapter | None] = (),
     *,
     resumes: Sequence[int] = (),
     keeps: Sequence[tuple[int, int, int]] = (),

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.models.config import CacheShape
-from tgi_asgi.ops import KvDtype, KvLayer, KvPool, StepLimits, cached_head_dim, layout
+from tgi_asgi.ops import KvDtype, KvPool, StepLimits, cached_head_dim, layout
+from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.runner.groups import BlockNeeds
 from tgi_asgi.runner.kv import KvSize
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.engine.helpers import Answer, collect, submit
 from tests.support.letters import MARK
-from tgi_asgi.engine import Engine
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.text.stop_scope import ReasoningMarks
 from tgi_asgi.types import (

@@ -11,7 +11,7 @@ from typing import Any
 from tests.engine.helpers import Answer, collect, submit
 from tests.support.adapters import write_adapter
 from tests.support.letters import Letters
-from tgi_asgi.engine import Engine
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.load import load

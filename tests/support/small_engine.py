@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tests.support.kv import plain_limits, plain_size
 from tests.support.letters import Letters
-from tgi_asgi.engine import Engine
+from tgi_asgi.engine.engine import Engine
 from tgi_asgi.model_info import ModelInfo
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.ops import KvDtype
 from tgi_asgi.runner.kv import CacheSizes
+from tgi_asgi.runner.plan import StepPlan, StepResult
 from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.settings import Settings
 
@@ -21,15 +22,46 @@ if TYPE_CHECKING:
     from tgi_asgi.runner.cuda import CudaRunner
 
 _DEFAULTS = Settings()
+_Runner = TypeVar("_Runner", bound=HostRunner)
 
 
-def small_runner(
-    model: Model | GenericModel, num_blocks: int, *, dtype: KvDtype = "float32", max_tokens: int = 128,
-    max_context: int = 192, **features: Any,
-) -> HostRunner:  # fmt: skip
-    """Return a runner for eight sequences, with blocks of 16 tokens; `features` as in `HostRunner`."""
+class NotingRunner(HostRunner):
+    """A runner that notes the plans of the steps that go through Python.
+
+    Attributes:
+        plans: Those plans.
+        forbids_python: Whether such steps fail.
+    """
+
+    def __init__(self, *args: Any, **features: Any) -> None:
+        self.plans: list[StepPlan] = []
+        self.forbids_python = False
+        super().__init__(*args, **features)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute a step, as described in `HostRunner.run`."""
+        assert not self.forbids_python, "this step went through Python"
+        self.plans.append(plan)
+        return super().run(plan)
+
+
+def small_runner(model: Model | GenericModel, num_blocks: int, **options: Any) -> HostRunner:
+    """Return a runner for eight sequences, with blocks of 16 tokens; `options` as in `_small`."""
+    return _small(HostRunner, model, num_blocks, **options)
+
+
+def noting_runner(model: Model | GenericModel, num_blocks: int, **options: Any) -> NotingRunner:
+    """Return a small runner that notes plans."""
+    return _small(NotingRunner, model, num_blocks, **options)
+
+
+def _small(
+    kind: type[_Runner], model: Model | GenericModel, num_blocks: int, *, dtype: KvDtype = "float32",
+    max_tokens: int = 128, max_context: int = 192, **features: Any,
+) -> _Runner:  # fmt: skip
+    """Return a runner; `features` as in `HostRunner`."""
     limits = plain_limits(max_sequences=8, max_tokens=max_tokens, max_context=max_context)
-    return HostRunner(model, CacheSizes(plain_size(num_blocks, dtype)), limits, **features)
+    return kind(model, CacheSizes(plain_size(num_blocks, dtype)), limits, **features)
 
 
 @asynccontextmanager

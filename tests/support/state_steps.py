@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from tests.reference.compare import assert_same_bits
+from tests.support.open_program import OpenProgram
 from tgi_asgi import _C, ops
-from tgi_asgi.ops import Kind, Value
+from tgi_asgi.ops import Value
+from tgi_asgi.ops.recorder import Kind
 
 MAX_TOKENS = 64
 NUM_KEPT, NUM_DRAFTS = 3, 3
@@ -55,7 +57,7 @@ class Steps:
         self._inputs = [recorder.value(Kind.ROWS, count) for count in columns]
         self._out = operator(self._inputs, pool.layers[1])
         limits = ops.StepLimits(max_tokens=MAX_TOKENS, max_sequences=num_slots, max_rows=1, max_context=1000)
-        self._program = ops.CpuProgram(recorder, limits, inputs=self._inputs, outputs=[self._out])
+        self._program = OpenProgram(recorder, limits, inputs=self._inputs, outputs=[self._out])
 
     def run(
         self,
@@ -88,7 +90,7 @@ class Steps:
         return list(torch.from_numpy(self._program.read(self._out, total)).split(lengths))
 
     def _array(self, value: Value) -> np.ndarray:
-        found: np.ndarray = self._program._calls.buffers.of(value, "rows").array()
+        found: np.ndarray = self._program.buffers.of(value, "rows").array()
         return found
 
 

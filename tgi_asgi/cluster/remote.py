@@ -72,18 +72,11 @@ class RemoteEngine:
     Its capacity is that of all replicas together; without replicas its state is LOADING.
     """
 
-    def __init__(
-        self,
-        transport: Transport,
-        settings: Settings,
-        block_size: int,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, transport: Transport, settings: Settings, block_size: int) -> None:
         self.on_fatal: Callable[[TgiError], None] | None = None
         self.transport = transport
-        self.table = ReplicaTable(block_size, clock=clock)
-        self.admission = Admission(settings.max_concurrent_requests, clock)
+        self.table = ReplicaTable(block_size)
+        self.admission = Admission(settings.max_concurrent_requests, time.monotonic)
         self.channels: list[RemoteChannel] = []
         self._totals = Totals()
         self._max_per_replica = settings.max_concurrent_requests

@@ -109,7 +109,6 @@ def _check_attention(layer: LayerSpec, num_heads: int) -> None:
     check(layer.window is None or layer.window >= 1, f"a window must be positive, got {layer.window}")
     scale, cap, slopes = layer.scale, layer.soft_cap, layer.slopes
     check(math.isfinite(scale) and scale > 0, f"the scale of scores must be positive, got {scale!r}")
-    check(layer.chunk is None or layer.chunk >= 1, f"a chunk must be positive, got {layer.chunk}")
     check(cap is None or 0 < cap < math.inf, f"the cap of scores must be positive, got {cap!r}")
     check(
         slopes is None or (len(slopes) == num_heads and all(map(math.isfinite, slopes))),

@@ -42,7 +42,6 @@ class ExpertNames:
     shared: str = "mlp.shared_experts"
     shared_joined: str | None = None
     shared_down: str = "down_proj"
-    shared_gate: str = "mlp.shared_expert_gate"
     scales: str = ""
     latent_in: str = ""
     latent_out: str = ""
@@ -87,7 +86,7 @@ class Experts:
         if spec.shared_size:
             self._shared = _shared_of(weights, names, spec)
         if spec.has_shared_gate:
-            self._shared_gate = _gate_of(weights, names, hidden)
+            self._shared_gate = _gate_of(weights, hidden)
 
     def rows(self, routed: ops.Value, a: ops.Value) -> ops.Value:
         """Return the output for the activation a, as rows, of experts that another activation selects."""
@@ -155,9 +154,9 @@ def _shared_of(weights: LayerTensors, names: ExpertNames, spec: ExpertsSpec) -> 
     )
 
 
-def _gate_of(weights: LayerTensors, names: ExpertNames, hidden: int) -> ops.LinearWeight:
+def _gate_of(weights: LayerTensors, hidden: int) -> ops.LinearWeight:
     """Return the one-row product that gates the shared expert per token."""
-    source = weights.get(f"{names.shared_gate}.weight", 1, hidden)
+    source = weights.get("mlp.shared_expert_gate.weight", 1, hidden)
     return ops.router_weight(source, weights.arithmetic)
 
 

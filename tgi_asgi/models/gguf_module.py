@@ -202,15 +202,13 @@ def read_latent_attention(reader: Reader) -> dict[str, Any]:
     }
 
 
-def read_frequencies(
-    reader: Reader, file: GgufFile, rotary_dim: int, max_positions: int, theta: float = 10000.0
-) -> dict[str, Any]:
+def read_frequencies(reader: Reader, file: GgufFile, rotary_dim: int, max_positions: int) -> dict[str, Any]:
     """Return the `rope_parameters` of a file that may have a factor for each frequency.
 
     Llama 3's scaling becomes such factors in llama.cpp's converter. `transformers` calls any list of them
     LongRoPE, whose two lists are the same then.
     """
-    theta = reader.number("rope_theta", theta)
+    theta = reader.number("rope_theta", 10000.0)
     reader.require(**{"rope.scaling.type": "none", "rope.scaling.factor": 1.0})
     name = "rope_freqs.weight"
     if name not in reader.tensors:

@@ -112,7 +112,6 @@ class LayerSpec:
     rope: RopeSpec | None  # None: no rotation
     window: int | None  # positions a query attends to, its own included; None: all
     scale: float  # factor on the attention scores
-    chunk: int | None = None  # a query attends only within its own chunk of this many positions
     soft_cap: float | None = None  # scores become cap * tanh(score / cap)
     slopes: tuple[float, ...] | None = None  # per head: ALiBi bias per position
     has_sinks: bool = False  # whether each head has an attention sink

@@ -120,10 +120,9 @@ class Layer:
         spec = ops.AttentionSpec(
             given.scale,
             given.window,
-            given.chunk,
-            given.soft_cap,
-            self.sinks,
-            self.slopes,
+            soft_cap=given.soft_cap,
+            sinks=self.sinks,
+            slopes=self.slopes,
             sees_ahead=given.sees_ahead,
         )
         return ops.attention(q, cache, spec, gate=gate)

@@ -24,7 +24,6 @@ class Need(enum.StrEnum):
     QUERY_SCALES = "queries that grow with their positions"
     LATE_QK_NORM = "norms of rotated queries and keys"
     WINDOWS = "windows that differ between layers"
-    CHUNKS = "attention by chunks"
     SOFT_CAP = "soft caps of scores"
     SLOPES = "ALiBi"
     SINKS = "attention sinks"
@@ -56,7 +55,6 @@ def needs_of(config: ModelConfig) -> set[Need]:
         Need.QUERY_SCALES: any(layer.query_growth is not None for layer in layers),
         Need.LATE_QK_NORM: config.has_qk_norm and config.has_late_qk_norm,
         Need.WINDOWS: len({layer.window for layer in layers}) > 1,
-        Need.CHUNKS: any(layer.chunk is not None for layer in layers),
         Need.SOFT_CAP: any(layer.soft_cap is not None for layer in layers),
         Need.SLOPES: any(layer.slopes is not None for layer in layers),
         Need.SINKS: any(layer.has_sinks for layer in layers),

@@ -18,7 +18,6 @@ _REFUSED = {
     **dict.fromkeys(("plamo", "plamo2", "plamo3", "rwkv6", "rwkv7", "arwkv7", "rwkv6qwen2"), _NO_CODE),
     **dict.fromkeys(("t5", "t5encoder"), "encoder-decoders are served from a checkpoint directory"),
     "xverse": "they have no `tokenizer.ggml.scores`, and so do not say how text becomes tokens",
-    "llama4": "its experts and rotary factors are stored in another form: load a safetensors checkpoint",
 }
 
 
@@ -51,8 +50,8 @@ def find_by_architecture(name: str) -> Family:
 def _find(name: str) -> Family | None:
     stem = name.removesuffix("Model").removesuffix("ForSequenceClassification")
     names = (name, f"{stem}ForCausalLM")
-    families = (family for family in all_families() if not family.is_gguf_only)
-    return next((family for family in families if family.architecture in names), None)
+    of_checkpoints = (family for family in all_families() if not family.is_gguf_only)
+    return next((family for family in of_checkpoints if family.architecture in names), None)
 
 
 def find_by_gguf_name(name: str) -> Family:
@@ -64,8 +63,8 @@ def find_by_gguf_name(name: str) -> Family:
     for family in all_families():
         if name == family.gguf_name or name in family.other_gguf_names:
             return family
-    families = {name for each in all_families() for name in (each.gguf_name, *each.other_gguf_names) if name}
-    known = ", ".join(sorted(families | {each.gguf_name for each in all_modules()}))
+    native = {name for each in all_families() for name in (each.gguf_name, *each.other_gguf_names) if name}
+    known = ", ".join(sorted(native | {each.gguf_name for each in all_modules()}))
     reason = f" ({_REFUSED[name]})" if name in _REFUSED else ""
     raise ModelLoadError(
         f"GGUF files of architecture {name!r} are not supported{reason}; supported are {known}"

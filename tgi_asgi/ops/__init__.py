@@ -22,7 +22,7 @@ from tgi_asgi._C import Program as NativeProgram
 from tgi_asgi.ops.act_mul import act_mul
 from tgi_asgi.ops.activation import activation
 from tgi_asgi.ops.activation_names import ACTIVATIONS, GATED_ACTIVATIONS
-from tgi_asgi.ops.adapters import AdapterLayout, Delta, NativeAdapter, Target
+from tgi_asgi.ops.adapters import AdapterLayout, Delta, Target
 from tgi_asgi.ops.attention import attention
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.channel_scan import channel_scan
@@ -37,7 +37,7 @@ from tgi_asgi.ops.head import head
 from tgi_asgi.ops.heads_linear import heads_linear
 from tgi_asgi.ops.image_rows import ImageRows, image_rows
 from tgi_asgi.ops.kernel_set import KernelSet, kernel_set
-from tgi_asgi.ops.kv import Cache, KvDtype, KvLayer, KvPool, cached_head_dim, kv_bytes_per_token
+from tgi_asgi.ops.kv import Cache, KvDtype, KvPool, cached_head_dim, kv_bytes_per_token
 from tgi_asgi.ops.latent_qkv import latent_qkv
 from tgi_asgi.ops.layout import PANEL
 from tgi_asgi.ops.linear import linear, linear_add
@@ -49,7 +49,7 @@ from tgi_asgi.ops.product import Product
 from tgi_asgi.ops.prompt_time import bfloat16_time_ratio
 from tgi_asgi.ops.qkv import qkv
 from tgi_asgi.ops.qkv_heads import QkvHeads
-from tgi_asgi.ops.recorder import Kind, RecordedBatch, Recorder, Value
+from tgi_asgi.ops.recorder import RecordedBatch, Recorder, Value
 from tgi_asgi.ops.recurrent_weights import (
     ChannelScanWeight,
     DeltaRuleWeight,
@@ -128,12 +128,9 @@ __all__ = [
     "HeadsWeight",
     "ImageRows",
     "KernelSet",
-    "Kind",
     "KvDtype",
-    "KvLayer",
     "KvPool",
     "LinearWeight",
-    "NativeAdapter",
     "NativeProgram",
     "NormWeight",
     "Packing",

@@ -19,23 +19,13 @@ class Liveness:
 
     Args:
         recorded: The calls, in order.
-        inputs: Values that are written before the first call.
-        outputs: Values that are needed after the last call.
         forms_of: Function that returns the forms in which a call needs its activation.
     """
 
-    def __init__(
-        self,
-        recorded: Sequence[Call],
-        inputs: Sequence[Value],
-        outputs: Sequence[Value],
-        forms_of: Callable[[Call], list[Form]],
-    ) -> None:
+    def __init__(self, recorded: Sequence[Call], forms_of: Callable[[Call], list[Form]]) -> None:
         self._spans: dict[Value, tuple[int, int]] = {}  # by root: its first call and its last
         self._forms: dict[Value, list[Form]] = {}
         self._scales: dict[Value, float] = {}
-        for value in inputs:
-            self._touch(value, -1)
         for index, call in enumerate(recorded):
             for value in call.inputs:
                 self._touch(value, index)
@@ -47,11 +37,6 @@ class Liveness:
                 and self._scales.setdefault(call.q, call.spec.scale) != call.spec.scale
             ):
                 raise ValueError("a query can be used with only one scale")
-        for value in (*inputs, *outputs):
-            self._touch(value, len(recorded))
-        for value in outputs:
-            if value.kind is Kind.ACTIVATION:
-                self._want(value, ["float32"])
 
     def _touch(self, value: Value, index: int) -> None:
         first, _ = self._spans.get(value.root, (index, index))
@@ -181,11 +166,6 @@ class CpuBuffers(Buffers):
     def query_of(self, value: Value) -> _C.Query:
         """Return queries in the layout of a pool; raises as `of`."""
         found: _C.Query = self.of(value, "query")
-        return found
-
-    def find_query(self, value: Value) -> _C.Query | None:
-        """Return queries in the layout of a pool; None if they were given as rows."""
-        found: _C.Query | None = self.find(value, "query")
         return found
 
     def routing_of(self, value: Value) -> _C.Routing:

@@ -269,7 +269,7 @@ class DeltaRule(Call):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class GatedNorm(Call):
-    """out = norm(rows * f(s * gate)), or norm(rows) * f(s * gate), by groups of columns"""
+    """out = norm(rows * silu(s * gate)), or norm(rows) * silu(s * gate), by groups of columns"""
 
     rows: Value
     gate: Value
@@ -277,7 +277,6 @@ class GatedNorm(Call):
     group_width: int
     eps: float
     is_gate_first: bool
-    is_sigmoid: bool
     gate_scale: float
 
 

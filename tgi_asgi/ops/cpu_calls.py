@@ -43,8 +43,6 @@ class CpuCalls(StateCalls):
     Args:
         native: Program to append to.
         recorded: The recorded calls.
-        inputs: Values that no call computes.
-        outputs: Values that are needed after the last call.
         adapters: Adapters that may change the program's products.
         shard: The program's shard; None: the model is not split.
 
@@ -57,8 +55,6 @@ class CpuCalls(StateCalls):
         self,
         native: _C.Program,
         recorded: Sequence[Call],
-        inputs: Sequence[Value],
-        outputs: Sequence[Value],
         adapters: AdapterLayout | None = None,
         shard: Shard | None = None,
     ) -> None:
@@ -67,7 +63,7 @@ class CpuCalls(StateCalls):
         self.residual: _C.Rows | None = None
         self._native, self._recorded = native, recorded
         self._index = 0  # of the call that is being emitted
-        self._liveness = Liveness(recorded, inputs, outputs, _forms_of)
+        self._liveness = Liveness(recorded, _forms_of)
         self._tables: dict[int, tuple[RopeTable, Floats, Floats]] = {}
 
     def emit_all(self) -> None:
@@ -84,13 +80,6 @@ class CpuCalls(StateCalls):
             if index == last:
                 self._end_cache_writes(index)
             self.buffers.free(self._liveness.ending_at(index))
-
-    def take_input(self, value: Value, columns: int) -> None:
-        """Allocate an input that is given as rows; an activation is packed from them when a step begins."""
-        rows = self.buffers.assign_rows(value, columns)
-        if value.kind is Kind.ACTIVATION:
-            self._pack(rows, value)
-            self._reorder(value)
 
     def _embed(self, call: calls.Embed) -> None:
         made = _in_order(call.table.made)
@@ -201,7 +190,7 @@ class CpuCalls(StateCalls):
     def _attention(self, call: calls.Attention) -> None:
         layer = _layer_of(call.cache)
         shape: dict[str, Any] = {
-            "q": self._query_of(call, layer), "pool": layer.pool.native, "layer": layer.index,
+            "q": self.buffers.query_of(call.q), "pool": layer.pool.native, "layer": layer.index,
             "true_dim": call.value_dim, "spec": call.spec.native,
         }  # fmt: skip
         if call.out.kind is Kind.ROWS:
@@ -369,30 +358,11 @@ class CpuCalls(StateCalls):
         number = None if self._adapters is None else self._adapters.product(part)
         return _C.Product(weight=part.matrix, source=source, bias=part.bias, adapter=number)
 
-    def _query_of(self, call: calls.Attention, layer: KvLayer) -> _C.Query:
-        """Return the attention's queries; queries given as rows are converted to the pool's layout."""
-        found = self.buffers.find_query(call.q)
-        if found is not None:
-            return found
-        heads = call.q.columns // call.head_dim
-        query = self.buffers.assign_query(call.q, layer, heads)
-        shape = _C.Heads(
-            pool=layer.pool.native,
-            layer=layer.index,
-            num_heads=heads,
-            true_dim=call.head_dim,
-            scale=call.spec.scale,
-        )
-        rows = self.buffers.rows_of(call.q)
-        self._native.head_rows(rows=rows, heads=shape, has_keys=False, out=query)
-        return query
-
     def _end_cache_writes(self, index: int) -> None:
         """Declare what the rest of a step reads, so that only tokens that need logits continue."""
         alive = self._liveness.alive_after(index)
         can_gather = all(value.kind not in (Kind.ACTIVATION, Kind.ROUTING) for value in alive)
-        kept = [self.buffers.find_query(value) for value in alive if value.kind is Kind.QUERY]
-        queries = [query for query in kept if query is not None]  # the others were given as rows
+        queries = [self.buffers.query_of(value) for value in alive if value.kind is Kind.QUERY]
         found = [self.buffers.find_rows(value) for value in alive]
         rows = [each for each in found if each is not None]
         self._native.end_cache_writes(

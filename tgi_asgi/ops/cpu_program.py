@@ -8,20 +8,19 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi import _C
-from tgi_asgi.ops import calls, layout
+from tgi_asgi.ops import calls
 from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.cpu_calls import CpuCalls
-from tgi_asgi.ops.qkv_heads import QkvHeads
-from tgi_asgi.ops.recorder import Kind, Recorder, Value
+from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.ops.sample_state import SampleState
 from tgi_asgi.ops.shards import Shard
-from tgi_asgi.ops.sources import WeightSource, decode
 from tgi_asgi.ops.step_limits import StepLimits
+from tgi_asgi.ops.text_program import TextProgram
 
 
-class CpuProgram:
+class CpuProgram(TextProgram):
     """Runs steps of a recorded model on the team of threads.
 
         program = CpuProgram(recorder, limits)
@@ -30,8 +29,6 @@ class CpuProgram:
     It is built for the kernel set in use and at most the team's current number of threads.
 
     Args:
-        inputs: Values that no call computes; `write` sets them.
-        outputs: Values that `read` can return, in addition to the residual.
         adapters: Adapters that rows of a step may use.
         shard: The shard that it computes, if the model is split.
 
@@ -44,8 +41,6 @@ class CpuProgram:
         recorder: Recorder,
         limits: StepLimits,
         *,
-        inputs: Sequence[Value] = (),
-        outputs: Sequence[Value] = (),
         adapters: AdapterLayout | None = None,
         shard: Shard | None = None,
     ) -> None:
@@ -58,15 +53,11 @@ class CpuProgram:
         if shard is not None:
             self.native.set_shards(shard.group, shard.first_vocab_id)
         self._recorded = recorder.calls
-        self._calls = CpuCalls(self.native, recorder.calls, inputs, outputs, adapters, shard)
-        for value in inputs:
-            self._calls.take_input(value, self._columns(value))
+        self._calls = self._lower(adapters, shard)
         self._calls.emit_all()
 
-    @property
-    def num_calls(self) -> int:
-        """Number of kernel calls in a step."""
-        return self.native.num_operators
+    def _lower(self, adapters: AdapterLayout | None, shard: Shard | None) -> CpuCalls:
+        return CpuCalls(self.native, self._recorded, adapters, shard)
 
     @property
     def num_steps(self) -> int:
@@ -134,60 +125,3 @@ class CpuProgram:
         head = next(call for call in reversed(self._recorded) if isinstance(call, calls.Head))
         x = self.residual[start:stop, : head.norm.columns].astype(np.float64)
         return head.norm.apply(x).astype(np.float32)
-
-    def write(self, value: Value, rows: Floats) -> None:
-        """Set an input's rows [n_tokens, columns] float32."""
-        array = self._calls.buffers.rows_of(value).array()
-        if value.kind is Kind.QUERY:
-            rows = _packed_heads(rows, self._query_heads(value))
-        array[: rows.shape[0], : rows.shape[1]] = rows
-
-    def read(self, value: Value, num_tokens: int) -> Floats:
-        """Return an output [n_tokens, columns] float32, a copy."""
-        if value.kind is Kind.QUERY:
-            return self._read_query(value, num_tokens)
-        if value.kind is Kind.ACTIVATION:
-            read = self._calls.buffers.activation_of(value, "float32").array()
-        else:
-            read = self._calls.buffers.rows_of(value).array()
-        found: Floats = read[:num_tokens, : value.columns].copy()
-        return found
-
-    def _query_heads(self, value: Value) -> QkvHeads:
-        """Return the heads of a query; of keys and values it says nothing."""
-        for call in self._recorded:
-            if isinstance(call, calls.Qkv) and call.out is value:
-                return call.weight.heads
-            if isinstance(call, calls.Attention) and call.q is value:
-                dim = call.head_dim
-                return QkvHeads(value.columns // dim, 1, dim, call.rotary_dim or dim, has_keys=False)
-        raise ValueError("no call uses this query")
-
-    def _read_query(self, value: Value, num_tokens: int) -> Floats:
-        heads = self._query_heads(value)
-        array = np.ascontiguousarray(self._calls.buffers.query_of(value).array()[:num_tokens])
-        shape = (num_tokens, heads.rows[0])
-        name = {4: "F32", 2: "BF16"}.get(array.shape[1] // shape[1])
-        if name is None or array.shape[1] % shape[1]:
-            raise ValueError("queries for an int8 cache are integers: use a float cache")
-        dims = layout.cached_dims(
-            heads.head_dim, heads.rotary_dim, is_paired=name == "BF16", is_interleaved=heads.is_interleaved,
-            is_proportional=heads.is_proportional,
-        )  # fmt: skip
-        out = np.empty((num_tokens, heads.num_heads, heads.head_dim), np.float32)
-        out[..., dims] = decode(WeightSource(array.reshape(-1), name, shape)).reshape(out.shape)
-        return out.reshape(shape)
-
-    def _columns(self, value: Value) -> int:
-        """Return the columns of an input given as rows; query heads are padded to whole strips."""
-        if value.kind is not Kind.QUERY:
-            return value.columns
-        heads = self._query_heads(value)
-        return heads.num_heads * layout.round_up(heads.head_dim)
-
-
-def _packed_heads(rows: Floats, heads: QkvHeads) -> Floats:
-    """Convert queries [n_tokens, num_heads * head_dim] to packed row order, with zeros for padding rows."""
-    order = layout.qkv_orders(heads)[0]
-    found: Floats = np.where(order >= 0, rows[:, order], np.float32(0))
-    return found

@@ -82,7 +82,7 @@ class StateCalls:
         norm = _C.GatedNorm(
             width=call.out.columns, group_width=call.group_width, eps=call.eps,
             weight=call.weight,
-            is_gate_first=call.is_gate_first, is_sigmoid=call.is_sigmoid, gate_scale=call.gate_scale,
+            is_gate_first=call.is_gate_first, is_sigmoid=False, gate_scale=call.gate_scale,
         )  # fmt: skip
         rows, gate = (self.buffers.rows_of(value) for value in (call.rows, call.gate))
         out = self.buffers.assign_rows(call.out, call.out.columns)

@@ -105,7 +105,7 @@ class CudaProgram:
             is_streamed=modes.is_batch_invariant,
         )  # fmt: skip
         self._plans: dict[int, Tensor] = {}  # for decode attention, by window
-        liveness = Liveness(recorder.calls, (), (), lambda call: [])
+        liveness = Liveness(recorder.calls, lambda call: [])
         for index, call in enumerate(recorder.calls):
             _EMITTERS[type(call)](self, call)
             self._values.free(liveness.ending_at(index))

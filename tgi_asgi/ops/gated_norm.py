@@ -17,17 +17,15 @@ def gated_norm(
     group_width: int,
     eps: float,
     is_gate_first: bool = True,
-    is_sigmoid: bool = False,
     gate_scale: float = 1.0,
 ) -> Value:
-    """Return norm(rows * f(s * gate)), or norm(rows) * f(s * gate), [n_tokens, columns] as `rows`.
+    """Return norm(rows * silu(s * gate)), or norm(rows) * silu(s * gate), [n_tokens, columns] as `rows`.
 
     Args:
         gate: Rows whose first columns are the gates.
         weight: float32 [columns], weight of the RMSNorm, which normalises each group of `group_width` columns
             separately; None: no norm.
         is_gate_first: Whether the gate comes before the norm (Mamba-2), not after it.
-        is_sigmoid: Whether f is the sigmoid, not silu.
         gate_scale: s.
 
     Raises:
@@ -46,5 +44,5 @@ def gated_norm(
         raise TypeError(f"`weight` must be float32, got {weight.dtype}")
     out = recorder.value(Kind.ROWS, columns)
     return recorder.note(
-        calls.GatedNorm(out, rows, gate, weight, group_width, eps, is_gate_first, is_sigmoid, gate_scale)
+        calls.GatedNorm(out, rows, gate, weight, group_width, eps, is_gate_first, gate_scale)
     )

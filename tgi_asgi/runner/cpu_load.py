@@ -11,8 +11,8 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles, max_loaded_adapters
 from tgi_asgi.models.adapters import AdapterLoader
-from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
+from tgi_asgi.models.loading.watched import Watch
 from tgi_asgi.models.pooling import Dense, PoolingFiles
 from tgi_asgi.models.shard import ModelCut
 from tgi_asgi.runner import prompt_precision
@@ -80,7 +80,6 @@ class OnCpu:
         self.settings = replace(settings, max_batch_size=budget.batch, max_kept_states=budget.num_kept_states)
         self.max_context = budget.cache.longest_fitting(max_context)
         self.kernels = ops.kernel_set()
-        self.prompt_precision: str | None = None
         self.shards: Shards | None = None
         if cuts:
             opened.use_cut(cuts[0])
@@ -96,15 +95,13 @@ class OnCpu:
                     adapters.close()
                 raise
 
-    def load(self, weights: Weights) -> ServedModel:
+    def load(self, watch: Watch) -> ServedModel:
         """Load the model, as described in `Placement`."""
-        model = load_by_team(self._opened, self.arithmetic, self.max_context, weights)
+        model = load_by_team(self._opened, self.arithmetic, self.max_context, watch)
         if self.shards is not None:
             self.shards.others.wait_ready()
-        packing = self.arithmetic
         if self.settings.prompt_precision == "bfloat16":
-            prompt_precision.log_effect(packing)
-        self.prompt_precision = "bfloat16" if packing.has_float_prompts and packing.by_kind else None
+            prompt_precision.log_effect(self.arithmetic)
         return model
 
     def place(self, model: ServedModel, pooling: PoolingFiles) -> Placed:
@@ -119,11 +116,13 @@ class OnCpu:
             ) from error
 
     def _place(self, model: ServedModel, dense: Sequence[Dense]) -> Placed:
-        settings, budget = self.settings, self._budget
+        settings, budget, packing = self.settings, self._budget, self.arithmetic
+        prompts = "bfloat16" if packing.has_float_prompts and packing.by_kind else None
+        bits = f"{packing} {self.kernels.arithmetic}{f' prompts {prompts}' if prompts else ''}"
         limits = limits_of(settings, self.max_context)
         adapters: AdapterLoader[ops.AdapterLayout] | SplitAdapterLoader | None = None
         if settings.serves_adapters:
-            adapters = own = AdapterLoader(make_adapter_layout(model, settings, self.arithmetic))
+            adapters = own = AdapterLoader(make_adapter_layout(model, settings, packing))
             if self.shards is not None and self.shards.adapters is not None:
                 adapters = SplitAdapterLoader(own, self.shards.adapters)
             each = self._adapter_bytes(own)
@@ -133,7 +132,7 @@ class OnCpu:
 
             limits = replace(limits, max_tokens=settings.max_batch_prefill_tokens)
             encoder = EncoderRunner(model, budget.cache, limits, dense=dense)
-            return Placed(encoder, budget.cache)
+            return Placed(encoder, budget.cache, bits, prompts)
         cache, num_kept = budget.cache, budget.num_kept_states
         if num_kept and model.kind == "generic" and not model.keeps_states:
             cache, num_kept = budget.without_kept_states()
@@ -142,12 +141,12 @@ class OnCpu:
             CacheSizes(cache, num_kept, settings.image_cache),
             limits,
             dense=dense,
-            has_prompt_arithmetic=self.prompt_precision is not None,
+            has_prompt_arithmetic=prompts is not None,
             speculation=speculation_of(model, settings),
             adapters=None if adapters is None else adapters.layout,
             shards=self.shards,
         )
-        return Placed(runner, cache, adapters)
+        return Placed(runner, cache, bits, prompts, adapters)
 
     def _adapter_bytes(self, own: AdapterLoader[ops.AdapterLayout]) -> int:
         """Return the bytes of the largest adapter, in all shards together; `own` loads shard 0's parts."""
@@ -157,12 +156,6 @@ class OnCpu:
             self._opened.config, self.settings.max_lora_rank, is_exact=self.arithmetic.is_exact,
             num_shards=len(self._cuts), repeats=repeats_of(self._opened.config, self._cuts),
         )  # fmt: skip
-
-    @property
-    def bits(self) -> str:
-        """What decides output bits, as described in `Placement`."""
-        prompts = f" prompts {self.prompt_precision}" if self.prompt_precision else ""
-        return f"{self.arithmetic} {self.kernels.arithmetic}{prompts}"
 
     def is_batch_invariant(self, model: ServedModel) -> bool:
         """Return whether a sequence's bits depend on it alone, as described in `Placement`."""
@@ -235,7 +228,7 @@ def _divide(
         free -= reserved
     num_drafts = max_drafts_per_row(settings.speculation)
     batch = fitting_batch(config, settings.max_batch_size, free, num_drafts)
-    settings = replace(settings, max_batch_size=batch, cuda_memory_fraction=1.0)  # a CPU ignores it
+    settings = replace(settings, max_batch_size=batch)
     free -= batch * state_bytes(config, num_drafts)
     kv_dtype = choose_cpu_dtype(config, settings, is_exact=packing.is_exact)
     groups, repeats = groups_of(config, kv_dtype), repeats_of(config, cuts)

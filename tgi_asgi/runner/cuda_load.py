@@ -12,8 +12,8 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Model
-from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
+from tgi_asgi.models.loading.watched import Watch
 from tgi_asgi.models.needs import Need, needs_of
 from tgi_asgi.models.pooling import PoolingFiles
 from tgi_asgi.models.shard import ModelCut
@@ -29,7 +29,7 @@ from tgi_asgi.runner.cuda_device import CudaDevice, Device, must_fit, register_k
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
 from tgi_asgi.runner.cuda_steps import CudaStepSpec
 from tgi_asgi.runner.drafts import speculation_of
-from tgi_asgi.runner.kv import KvSize, choose_size, gpu_groups_of, kv_scales_of, limits_of
+from tgi_asgi.runner.kv import KvSize, choose_size, gpu_cure, gpu_groups_of, kv_scales_of, limits_of
 from tgi_asgi.runner.load_pooling import uses_logits
 from tgi_asgi.runner.memory import VISION_SHARE
 from tgi_asgi.runner.placement import Placed
@@ -121,8 +121,6 @@ class OnCuda:
         self._opened, self._device = opened, device
         device.limit_memory(settings.cuda_memory_fraction)
         self._kv_scales: list[tuple[float, float]] | None = None
-        self._prompts = ""  # what computes their attention, if not the native kernel
-        self.prompt_precision: str | None = None
         self._spec: CudaStepSpec | None = None  # as the other shards have it
         self.shards: CudaShards | None = None
         if cuts:
@@ -130,10 +128,10 @@ class OnCuda:
             self._spec = spec_of(settings, self._dtype, max_context, settings.speculation)
             self.shards = make_shards(files, settings, cuts, device, self._spec)
 
-    def load(self, weights: Weights) -> ServedModel:
+    def load(self, watch: Watch) -> ServedModel:
         """Load the model, as described in `Placement`."""
         with must_fit():
-            model = self._opened.load(self.arithmetic, self.max_context, weights, _has_kernels)
+            model = self._opened.load(self.arithmetic, self.max_context, watch, _has_kernels)
         if self.shards is not None:
             self.shards.others.wait_ready()
         self._kv_scales = kv_scales_of(self._opened, self.settings)
@@ -147,9 +145,10 @@ class OnCuda:
             if not self._is_checked:
                 _check_module_settings(self.settings, model.config.architecture)
             with must_fit():
-                return place_module(
+                module, size = place_module(
                     model, self.settings, self._device, self._dtype, self.max_context, pooling.dense
                 )
+            return Placed(module, size, self._bits())
         settings = self.settings
         adapters: AdapterLoader[CudaAdapterLayout] | SplitAdapterLoader | None = None
         spec = self._spec
@@ -164,29 +163,34 @@ class OnCuda:
             model, settings, self._device, spec, pooling, shards=self.shards,
             adapters=None if adapters is None else adapters.layout,
         )  # fmt: skip
-        if runner.prompts_by is not None:
-            which = "long prompts" if settings.prompt_attention == "auto" else "prompts"
-            self._prompts = f" {which} by {runner.prompts_by}"
-        self._note_float8_products(runner.num_float8_products)
-        return Placed(runner, runner.cache, adapters)
+        precision = self._prompt_precision(runner.num_float8_products)
+        return Placed(runner, runner.cache, self._bits(runner.prompts_by, precision), precision, adapters)
 
-    def _note_float8_products(self, count: int) -> None:
-        if count > 0:
-            logger.info("%d matrices multiply long steps in FP8", count)
-            self.prompt_precision = "fp8"
-        elif self.settings.prompt_precision == "fp8" and not self.settings.batch_invariant:
+    def _prompt_precision(self, num_float8_products: int) -> str | None:
+        """Return the precision of prompts if it is their own, and log what decided."""
+        if num_float8_products > 0:
+            logger.info("%d matrices multiply long steps in FP8", num_float8_products)
+            return "fp8"
+        if self.settings.prompt_precision == "fp8" and not self.settings.batch_invariant:
             logger.warning(
                 "--prompt-precision fp8 changes nothing: no matrix has FP8 weights with scales per row or "
                 "per 128 x 128 and the sizes such products need, or torch does not compute them on this GPU"
             )
+        return None
 
-    @property
-    def bits(self) -> str:
-        """What decides output bits, as described in `Placement`."""
+    def _bits(self, prompts_by: str | None = None, precision: str | None = None) -> str:
+        """Return what decides output bits, as described in `Placed`.
+
+        Args:
+            prompts_by: What computes the attention of prompts, if not the native kernel.
+            precision: That of prompts, if it is their own.
+        """
         scales = f" kv {self._kv_scales}" if self._kv_scales else ""
+        which = "long prompts" if self.settings.prompt_attention == "auto" else "prompts"
+        prompts = "" if prompts_by is None else f" {which} by {prompts_by}"
+        own = "" if precision is None else f" prompts {precision}"
         order = " batch-invariant" if self.settings.batch_invariant else ""
-        precision = f" prompts {self.prompt_precision}" if self.prompt_precision else ""
-        return f"{self.arithmetic}{scales}{self._prompts}{precision}{order}"
+        return f"{self.arithmetic}{scales}{prompts}{own}{order}"
 
     def is_batch_invariant(self, model: ServedModel) -> bool:
         """Return whether a sequence's bits depend on it alone, as described in `Placement`."""
@@ -371,7 +375,9 @@ def make_runner(
     def choose(free_bytes: int) -> KvSize:
         usable, name = bytes_for_cache(max(free_bytes - image_cache, 0)), dtype_name(kv_dtype)
         share = 1.0 if model.images is None else VISION_SHARE
-        return choose_size(model.config, settings, groups, name, max_context, usable, share=share)
+        return choose_size(
+            model.config, settings, groups, name, max_context, usable, share=share, cure=gpu_cure(settings)
+        )
 
     with must_fit():
         return CudaRunner(

@@ -21,9 +21,17 @@ from tgi_asgi.ops.cuda_kv import dtype_name
 from tgi_asgi.runner.cuda_device import Device
 from tgi_asgi.runner.drafts import speculation_of
 from tgi_asgi.runner.encoder import EncoderRunner
-from tgi_asgi.runner.kv import CacheSizes, choose_size, choose_sizes, gpu_groups_of, limits_of, step_tokens
+from tgi_asgi.runner.kv import (
+    CacheSizes,
+    KvSize,
+    choose_size,
+    choose_sizes,
+    gpu_cure,
+    gpu_groups_of,
+    limits_of,
+    step_tokens,
+)
 from tgi_asgi.runner.memory import VISION_SHARE, fitting_batch, state_bytes
-from tgi_asgi.runner.placement import Placed
 from tgi_asgi.runner.runner import HostRunner
 from tgi_asgi.runner.step_guard import StepGuard
 from tgi_asgi.settings import Settings
@@ -41,8 +49,8 @@ _OWN_CACHE_SHARE = 0.5  # of it for sequences whose cache is the model's own: st
 def place_module(
     model: GenericModel | EncoderModel, settings: Settings, device: Device, dtype: torch.dtype,
     max_context: int, dense: Sequence[Dense],
-) -> Placed:  # fmt: skip
-    """Create the cache and the runner of a module whose weights are on the device.
+) -> tuple[HostRunner | EncoderRunner, KvSize]:  # fmt: skip
+    """Create the runner of a module whose weights are on the device; return also its cache's size.
 
     Args:
         dtype: Type of keys and values.
@@ -53,9 +61,11 @@ def place_module(
         ModelLoadError: if the device has too little memory.
     """
     config, kv_name = model.config, dtype_name(dtype)
-    groups = gpu_groups_of(config, dtype.itemsize)
+    groups, cure = gpu_groups_of(config, dtype.itemsize), gpu_cure(settings)
     if model.kind == "encoder":
-        cache = choose_size(config, settings, groups, kv_name, max_context, device.free_bytes(), share=1.0)
+        cache = choose_size(
+            config, settings, groups, kv_name, max_context, device.free_bytes(), share=1.0, cure=cure
+        )
         encoder = EncoderRunner(
             model,
             cache,
@@ -63,7 +73,7 @@ def place_module(
             dense=dense,
             device=StepGuard(device),
         )
-        return Placed(encoder, replace(cache, bytes_per_token=0))
+        return encoder, replace(cache, bytes_per_token=0)
     rows = model.module.get_input_embeddings().weight.shape[0]
     if config.vocab_size > rows:  # a token without a row would end all work on the device
         raise ModelLoadError(f"the model has {rows} embeddings for {config.vocab_size} tokens")
@@ -71,7 +81,9 @@ def place_module(
     batch = fitting_batch(config, settings.max_batch_size, free)
     settings = replace(settings, max_batch_size=batch)
     free -= batch * state_bytes(config)
-    choose = partial(choose_size, config, settings, groups, kv_name, max_context, share=_cache_share(model))
+    choose = partial(
+        choose_size, config, settings, groups, kv_name, max_context, share=_cache_share(model), cure=cure
+    )
     cache, num_kept = choose_sizes(config, settings, free, choose, keeps_states=model.keeps_states)
     runner = HostRunner(
         model,
@@ -81,7 +93,7 @@ def place_module(
         speculation=speculation_of(model, settings),
         device=StepGuard(device),
     )
-    return Placed(runner, cache)
+    return runner, cache
 
 
 def _cache_share(model: GenericModel) -> float:

@@ -137,6 +137,7 @@ def choose_size(
     *,
     share: float = _SHARE,
     repeats: float = 1.0,
+    cure: str = "free memory",
 ) -> KvSize:
     """Choose the pool's size for sequences of up to `max_context`.
 
@@ -149,6 +150,7 @@ def choose_size(
         kv_dtype: Type of the keys and values.
         share: Share of the free memory that the pool may use.
         repeats: How many shards hold each KV head, on average.
+        cure: What the administrator can do about too little memory.
 
     Raises:
         ModelLoadError: if not even one block fits, or the administrator's limits contradict each other.
@@ -164,8 +166,6 @@ def choose_size(
         wanted = settings.max_batch_size * needs.total_for(max_context)
         num_blocks = min(wanted, int(free_bytes * share) // (per_token * size))
     if num_blocks < num_groups:
-        is_limited = settings.cuda_memory_fraction < 1
-        cure = "raise --cuda-memory-fraction" if is_limited else "free memory"
         raise ModelLoadError(
             f"there is no memory for a KV cache: a block of {size} tokens needs {all_bytes * size} bytes, "
             f"{free_bytes} are free; {cure}, or set --max-batch-total-tokens"
@@ -175,6 +175,11 @@ def choose_size(
     if settings.max_total_tokens is not None:
         _check_holds(chosen, max_context, settings, free_bytes)
     return chosen
+
+
+def gpu_cure(settings: Settings) -> str:
+    """Return what the administrator can do about too little memory of a GPU, for `choose_size`."""
+    return "raise --cuda-memory-fraction" if settings.cuda_memory_fraction < 1 else "free memory"
 
 
 def _check_holds(size: KvSize, max_context: int, settings: Settings, free_bytes: int) -> None:

@@ -24,14 +24,13 @@ from tgi_asgi.models.generation_config import sampling_defaults, suppressed_ids,
 from tgi_asgi.models.loading.open import OpenModel, ServedModel
 from tgi_asgi.runner.cpu_load import OnCpu
 from tgi_asgi.runner.free_memory import free_memory
-from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.load_pooling import score_tokens, with_pooling
 from tgi_asgi.runner.memory import check_rope_fits, choose_context, kept_state_bytes
 from tgi_asgi.runner.placement import Placed, Placement, Runner
 from tgi_asgi.runner.projector import with_usable_projector
 from tgi_asgi.runner.shard_adapters import SplitAdapterLoader
 from tgi_asgi.runner.shards import Shards
-from tgi_asgi.runner.tracked_weights import TrackedWeights
+from tgi_asgi.runner.weight_progress import WeightProgress
 from tgi_asgi.settings import Settings
 from tgi_asgi.system import num_processors, return_freed_memory
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -56,10 +55,6 @@ class LoadedModel:
     image_processor: ImageProcessor | None = None  # for models that accept images
     adapters: AdapterLoader[Any] | SplitAdapterLoader | None = None  # if adapters are served
     shards: Shards | CudaShards | None = None  # if the model is split
-
-    @property
-    def num_blocks(self) -> int:
-        return self.runner.traits.num_blocks
 
 
 def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedModel:
@@ -112,15 +107,15 @@ def _load(settings: Settings, files: ModelFiles, progress: Progress, failing: Ex
                 reading.result()
             progress(stage, done, total)
 
-        weights = TrackedWeights(opened.weights, report)
-        model = place.load(weights)
-        progress("loading weights", weights.num_bytes, weights.num_bytes)
+        reads = WeightProgress(opened.weights.num_bytes, report)
+        model = place.load(reads)
+        reads.end()
         if opened.is_generic or (model.kind == "native" and model.images is not None):
             _announce(model, opened.why_generic)
         tokenizer, chat_template, scored = reading.result()
         generation = opened.companions.generation_config()
     placed = place.place(model, pooling)
-    info = _describe(place, placed, opened, model, files, weights, tokenizer, num_threads)
+    info = _describe(place, placed, opened, model, files, reads, tokenizer, num_threads)
     info = with_pooling(info, opened, pooling, place.settings, scored, chat_template)
     info = _with_sampling(info, generation, place.settings)
     return LoadedModel(
@@ -150,7 +145,7 @@ def _place(
 
 def _describe(
     place: Placement, placed: Placed, opened: OpenModel, model: ServedModel, files: ModelFiles,
-    weights: TrackedWeights, tokenizer: Tokenizer, num_threads: int,
+    reads: WeightProgress, tokenizer: Tokenizer, num_threads: int,
 ) -> ModelInfo:  # fmt: skip
     """Return the API's description of the model, without how it is sampled, embeds and scores."""
     settings, config = place.settings, opened.config
@@ -175,9 +170,9 @@ def _describe(
         num_threads=num_threads,
         num_shards=settings.num_shard,
         kernel_set=None if kernels is None else kernels.name,
-        prompt_precision=place.prompt_precision,
+        prompt_precision=placed.prompt_precision,
         created=int(time.time()),
-        fingerprint=weights.fingerprint(_bits(place, cache, config)),
+        fingerprint=reads.fingerprint(_bits(place, placed, config)),
         implementation="transformers" if opened.is_generic else "native",
         encoder_decoder=config.encoder_decoder,
         is_batch_invariant=place.is_batch_invariant(model),
@@ -196,7 +191,7 @@ def _with_sampling(info: ModelInfo, generation_config: Mapping[str, Any], settin
     return replace(info, sampling=chosen, suppressed_ids=suppressed)
 
 
-def _bits(place: Placement, cache: KvSize, config: ServedConfig) -> str:
+def _bits(place: Placement, placed: Placed, config: ServedConfig) -> str:
     """Name what decides output bits besides the model's files.
 
     That is the arithmetic, the cache, the rotary tables, the order of sums and the code.
@@ -204,8 +199,8 @@ def _bits(place: Placement, cache: KvSize, config: ServedConfig) -> str:
     settings = place.settings
     is_stretched = config.longest_context > config.context_length
     parts = [
-        place.bits,
-        f"{cache.dtype} {cache.block_size}",
+        placed.bits,
+        f"{placed.cache.dtype} {placed.cache.block_size}",
         None if settings.given_rope is None else f"{settings.given_rope}",
         f"for {place.max_context}" if is_stretched else None,
         f"by {settings.num_shard}" if settings.num_shard > 1 else None,

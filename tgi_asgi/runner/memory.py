@@ -1,4 +1,8 @@
-"""Checks whether a model fits a CPU's memory before any of its weights are read."""
+"""What weights, rotary tables, adapters and recurrent states take, and what share of memory they may take.
+
+It is decided before any weight is read. Weights and adapters are those of a CPU; tables, states and contexts
+are alike on GPUs. The cache, which gets the rest, is in `kv.py`.
+"""
 
 from __future__ import annotations
 

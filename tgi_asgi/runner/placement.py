@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from tgi_asgi import ops
 from tgi_asgi.models.adapters import AdapterLoader
-from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import ServedModel
+from tgi_asgi.models.loading.watched import Watch
 from tgi_asgi.models.pooling import PoolingFiles
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.runner import HostRunner
@@ -26,10 +26,17 @@ Runner: TypeAlias = "HostRunner | CudaRunner | EncoderRunner"
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A model ready to compute, with its cache."""
+    """A model ready to compute, with its cache.
+
+    Attributes:
+        bits: What decides output bits besides the model's files and the cache.
+        prompt_precision: The arithmetic of prompts, if they have one of their own.
+    """
 
     runner: Runner
     cache: KvSize
+    bits: str
+    prompt_precision: str | None = None
     adapters: AdapterLoader[Any] | SplitAdapterLoader | None = None  # if adapters are served
 
 
@@ -65,19 +72,14 @@ class Placement(Protocol):
         """The CPU's kernel set; None on a GPU."""
 
     @property
-    def prompt_precision(self) -> str | None:
-        """The arithmetic of prompts if they have one of their own; known once the model is placed."""
-
-    @property
     def shards(self) -> Shards | CudaShards | None:
         """The other shards, if the model is split."""
 
-    @property
-    def bits(self) -> str:
-        """What decides output bits besides the model's files and the cache; known after `load`."""
-
-    def load(self, weights: Weights) -> ServedModel:
+    def load(self, watch: Watch) -> ServedModel:
         """Load the model, and wait until the other shards have loaded theirs.
+
+        Args:
+            watch: Follows the reading of the weights.
 
         Raises:
             ModelLoadError: if a tensor is missing or does not fit, or memory does not suffice.

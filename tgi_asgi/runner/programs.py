@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,23 +17,32 @@ from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.runner.groups import CacheGroups
 from tgi_asgi.runner.kv import EAGER_BYTES, KvSize, refusal
 from tgi_asgi.settings import Settings
+from tgi_asgi.types import Bidirectional, ImageInput
 
 if TYPE_CHECKING:
     from tgi_asgi.models.generic.backend import Pool
     from tgi_asgi.models.generic.model import GenericModel
-    from tgi_asgi.models.generic.program import ModuleProgram
-    from tgi_asgi.models.generic.vision.program import ImageProgram
 
 
 class Program(Protocol):
-    """Computes steps; the methods are those of `ops.CpuProgram`."""
+    """Computes steps; the methods are those of `ops.CpuProgram`, and `ImageProgram` for images."""
 
     @property
     def native(self) -> ops.NativeProgram | None:
         """The program in the extension, if steps can run without Python."""
 
     @property
+    def bidirectional(self) -> Bidirectional | None: ...
+
+    @property
+    def is_encoding(self) -> bool: ...
+
+    @property
     def num_steps(self) -> int: ...
+
+    def start(self, slot: int, prompt_ids: Sequence[int], images: Sequence[ImageInput]) -> None: ...
+
+    def advance(self, images: Sequence[ImageInput], seconds: float) -> tuple[list[bool], float]: ...
 
     def roll_back_to(self, num_steps: int) -> None: ...
 
@@ -132,14 +141,3 @@ def make_program(
     if model.images is not None:
         return model.images.program(model, caches, states, limits, adapters=adapters, image_cache=image_cache)
     return ops.CpuProgram(record(model, caches, states), limits, adapters=adapters, shard=shard)
-
-
-def module_program(program: Program, model: Model | GenericModel) -> ModuleProgram | None:
-    """Return the program as one that is written in Python; None if it is native."""
-    return None if model.kind == "native" else cast("ModuleProgram", program)
-
-
-def vision_program(program: Program, model: Model | GenericModel) -> ImageProgram | None:
-    """Return the program as one that encodes images; None if the model accepts none."""
-    images = model.images if model.kind == "native" else model.config.vision
-    return None if images is None else cast("ImageProgram", program)

@@ -24,7 +24,7 @@ from tgi_asgi.runner.kv import CacheSizes, groups_of, one_group
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import RunnerTraits, Sampled, StepPlan, StepResult
 from tgi_asgi.runner.pooling import Pooler
-from tgi_asgi.runner.programs import make_pool, make_program, module_program, vision_program
+from tgi_asgi.runner.programs import make_pool, make_program
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import StepSamples, start_slot
 from tgi_asgi.runner.shards import Shards
@@ -90,8 +90,6 @@ class HostRunner:
         self._copy_blocks = None if self._kv_pool is None else self._kv_pool.copy
         if shards is not None and self._program.native is not None:
             self._copy_blocks = self._program.native.copy_blocks
-        self._vision_program = vision_program(self._program, model)
-        self._starting = self._vision_program or module_program(self._program, model)
         self._begun = None if config.encoder_decoder is None else config.encoder_decoder.starts
         self.traits = RunnerTraits(
             num_blocks=kv_size.num_blocks,
@@ -101,7 +99,7 @@ class HostRunner:
             num_eager_blocks=None if device is not None else kv_size.num_eager_blocks,
             min_chunk=0 if device is None else device.min_chunk,
             num_kept_states=sizes.num_kept_states if config.has_states else None,
-            vision=None if self._vision_program is None else self._vision_program.bidirectional,
+            vision=self._program.bidirectional,
             has_prompt_arithmetic=has_prompt_arithmetic,
             drafts=None if self._drafts is None else self._drafts.limits,
             windows=groups.windows,
@@ -121,7 +119,7 @@ class HostRunner:
         self._handoff = StepHandoff(self._program.native, self._inputs.limits)
         if self._drafts is not None:
             self._handoff.steps.set_drafter(self._drafts.native)
-        self._thread = self._handoff.start(lambda plan: self.run(plan))  # looked up: tests replace it
+        self._thread = self._handoff.start(self.run)
 
     @property
     def num_threads(self) -> int:
@@ -183,8 +181,7 @@ class HostRunner:
 
         Each step is to know of it then, and to release an encoding that nobody needs any more.
         """
-        vision = self._vision_program
-        return self._was_encoding or (vision is not None and vision.encodings.is_encoding)
+        return self._was_encoding or self._program.is_encoding
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a step in the calling thread; no other thread may call this (tests, benchmarks).
@@ -225,15 +222,13 @@ class HostRunner:
             self._masks.start(start)
             if self._drafts is not None:
                 self._drafts.start(start)
-            if self._starting is not None:
-                self._starting.start(start.slot, start.prompt_ids, start.images)
+            self._program.start(start.slot, start.prompt_ids, start.images)
             self._scorer.forget(start.slot)
             self._vectors.forget(start.slot)
         if plan.starts:
             self._handoff.steps.set_sampling(self._sampling.arrays)
         result = self._compute(plan) if plan.rows else StepResult(plan.step_id, [])
-        if self._vision_program is not None:
-            result.is_encoded, result.image_s = self._vision_program.advance(plan.images, plan.image_budget_s)
+        result.is_encoded, result.image_s = self._program.advance(plan.images, plan.image_budget_s)
         return result
 
     def _compute(self, plan: StepPlan) -> StepResult:

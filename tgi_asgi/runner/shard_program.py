@@ -67,7 +67,7 @@ def load_program(job: CpuShardJob) -> ops.NativeProgram:
     limits = job.memory.limits
     with OpenModel(job.files, model_impl=settings.model_impl, rope=settings.given_rope) as opened:
         opened.use_cut(cut)
-        model = load_by_team(opened, job.packing, limits.max_context, opened.weights)
+        model = load_by_team(opened, job.packing, limits.max_context)
     pool = make_cpu_pool(opened.config, job.kv_size, groups_of(opened.config, job.kv_size.dtype))
     assert pool is not None and isinstance(model, Decoder)
     adapters = None

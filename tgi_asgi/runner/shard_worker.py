@@ -13,6 +13,8 @@ import sys
 import traceback
 from multiprocessing.connection import Connection
 
+from tgi_asgi.errors import TgiError
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -31,8 +33,12 @@ def main(pipe: int) -> int:
         return 1
     try:
         follow = job.load(connection)
-    except Exception as error:
+    except TgiError as error:
         connection.send(f"shard {job.rank}: {error}")
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(f"shard {job.rank}: {type(error).__name__}: {error}")
         return 1
     connection.send(None)
     try:

@@ -8,15 +8,29 @@ from pathlib import Path
 import pytest
 
 from tests.support import architectures, gguf_vision, vision_models
+from tests.support.call_count import CallCount, count_calls
 from tests.support.gguf_vision import Made
 from tgi_asgi import ops
 from tgi_asgi.models.generic.common import CommonDecoder
+from tgi_asgi.models.generic.vision.tower import Tower
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Use one thread: threads that wait for each other make tiny models ten times slower."""
     ops.configure_threads(1, nice=0, pin=False)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> CallCount:
+    """The number of images that towers have begun to encode."""
+    return count_calls(monkeypatch, Tower, "begin")
+
+
+@pytest.fixture
+def computed_pieces(monkeypatch: pytest.MonkeyPatch) -> CallCount:
+    """The number of pieces that towers have computed: after each, a tower asks whether it is late."""
+    return count_calls(monkeypatch, Tower, "_stop_if_late")
 
 
 @pytest.fixture

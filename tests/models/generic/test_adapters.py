@@ -18,6 +18,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.ops.adapters import NativeAdapter
 
 EXACT = 2e-5  # error of a logit, relative to the largest
 MIN_EFFECT = 0.02
@@ -71,7 +72,7 @@ def test_adapters_with_the_former_names_of_vision_models_load(
     new, pack = "model.language_model.", loader.layout.pack
     modules = [name for name in loader.layout.targets if name.startswith(new) and name.endswith("q_proj")]
 
-    def keep(deltas: Mapping[str, ops.Delta], number: int) -> ops.NativeAdapter:
+    def keep(deltas: Mapping[str, ops.Delta], number: int) -> NativeAdapter:
         packed.append(deltas)
         return pack(deltas)
 

@@ -12,6 +12,7 @@ import tokenizers
 import torch
 
 from tests.support import vision_models as vision
+from tests.support.call_count import CallCount
 from tests.support.vision_models import picture
 from tests.support.vision_runs import load, run
 from tgi_asgi import ops
@@ -107,16 +108,16 @@ def test_without_processor_files_it_takes_text_alone(tmp_path: Path) -> None:
     assert abs(found - wanted).max() < 1e-3 * abs(wanted).max()
 
 
-def test_a_tower_s_layers_encode_one_tile_at_a_time(tmp_path: Path) -> None:
+def test_a_tower_s_layers_encode_one_tile_at_a_time(tmp_path: Path, computed_pieces: CallCount) -> None:
     ops.configure_threads(1, nice=0, pin=False)
     vision.make("llama4", tmp_path)
     tower = load(tmp_path).tower
     assert tower is not None
     counts = []
     for size in ((20, 28), (50, 30)):  # one tile, five tiles
-        before = tower.num_pieces
+        before = computed_pieces.num
         tower.encode(vision.prompt_of("llama4", tmp_path, [picture(*size)]).images[0].payload)
-        counts.append(tower.num_pieces - before)
+        counts.append(computed_pieces.num - before)
     assert counts[1] > 3 * counts[0]
 
 

@@ -18,6 +18,7 @@ import transformers
 from transformers.models.mllama import modeling_mllama
 
 from tests.support import vision_models as vision
+from tests.support.call_count import CallCount
 from tests.support.vision_chats import Part, chatting, greedy, url_of
 from tests.support.vision_models import Prompt, picture
 from tests.support.vision_runs import load, program_of, run, served
@@ -78,19 +79,21 @@ def difference(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("chunks", [[1000] * 5, [7, 5, 3, 16, 2], [1, 1000, 2, 1, 1]], ids=str)
-def test_each_token_sees_what_it_sees_in_transformers(chunks: list[int], folder: Path) -> None:
+def test_each_token_sees_what_it_sees_in_transformers(
+    chunks: list[int], folder: Path, encoded: CallCount
+) -> None:
     prompts = prompts_of(folder)
     reference = vision.open_reference(folder)
     wanted = [vision.reference(folder, prompt, ANSWER, reference) for prompt in prompts]
     assert [[_num_tiles(image) for image in prompt.images] for prompt in prompts] == [
         [1, 4, 2], [], [3, 4, 1, 2], [4], [2],
     ]  # fmt: skip
-    found, program = run(load(folder), [(prompt, ANSWER) for prompt in prompts], chunks)
+    found, _ = run(load(folder), [(prompt, ANSWER) for prompt in prompts], chunks)
     for logits, expected in zip(found, wanted, strict=True):
         worst = difference(logits, expected)
         print(f"largest difference {worst:.2g}")
         assert worst < TOLERANCE
-    assert program.encodings.num_encoded == 5
+    assert encoded.num == 5
 
 
 def _num_tiles(image: Any) -> int:
@@ -180,9 +183,12 @@ TURNS: list[list[Part]] = [
     ],
     ids=str,
 )
-async def test_clients_get_the_probabilities_of_transformers(options: dict[str, Any], folder: Path) -> None:
+async def test_clients_get_the_probabilities_of_transformers(
+    options: dict[str, Any], folder: Path, encoded: CallCount
+) -> None:
     num_tokens = 50
     async with chatting(folder, **options) as (ask, app):
+        encoded.num = 0
         given = {
             "logprobs": True,
             "max_tokens": num_tokens,
@@ -192,7 +198,7 @@ async def test_clients_get_the_probabilities_of_transformers(options: dict[str, 
         found = await asyncio.gather(*asked)
         served: Any = app.context.served
         encodings, stats = program_of(app).encodings, served.engine.stats
-        assert encodings.num_encoded == 5
+        assert encoded.num == 5
         assert (stats.preemptions > 0) == ("max_batch_total_tokens" in options)
         await ask(["a step after which nothing is held"])
         assert encodings._held == {}
@@ -221,14 +227,14 @@ async def test_blocks_are_shared_only_by_prompts_with_the_same_images(folder: Pa
     assert [count > 0 for count in cached] == [False, True, False, False, False]
 
 
-async def test_a_turn_after_one_with_images_goes_on_from_it(folder: Path) -> None:
+async def test_a_turn_after_one_with_images_goes_on_from_it(folder: Path, encoded: CallCount) -> None:
     first: list[Part] = ["what is in this picture ", picture(50, 30), "?"]
-    async with chatting(folder, image_cache=1) as (ask, app):
+    async with chatting(folder, image_cache=1) as (ask, _):
+        encoded.num = 0
         answer = (await ask(first)).choices[0].message.content
         again = await ask(first, [answer], ["and now?"])
-        num_encoded = program_of(app).encodings.num_encoded
     assert again.usage.prompt_tokens_details.cached_tokens >= 32
-    assert num_encoded == 1  # the cache keeps the latest, however large
+    assert encoded.num == 1  # the cache keeps the latest, however large
     parts = [*first, f"\nassistant: {answer}\nuser: and now?"]
     assert again.choices[0].message.content == greedy(NAME, folder, parts, 6)
 

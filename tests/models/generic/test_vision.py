@@ -22,6 +22,7 @@ import torch
 import transformers
 
 from tests.support import vision_models as vision
+from tests.support.call_count import CallCount, count_calls
 from tests.support.vision_chats import Part, chatting, content_of, greedy, url_of
 from tests.support.vision_models import picture
 from tests.support.vision_runs import load, load_native, program_of, run, served
@@ -94,21 +95,26 @@ def check_logits(
     model: GenericModel | Model, prompts: Sequence[vision.Prompt], wanted: Sequence[np.ndarray]
 ) -> None:
     for chunks in ([1000, 1000, 1000], [7, 5, 16], [1, 1000, 3]):
-        found, program = run(model, [(prompt, ANSWER) for prompt in prompts], chunks)
+        with pytest.MonkeyPatch.context() as patch:
+            encoded = count_calls(patch, tower.Tower, "begin")
+            found, _ = run(model, [(prompt, ANSWER) for prompt in prompts], chunks)
         for logits, expected in zip(found, wanted, strict=True):
             assert distance(logits, expected) < TOLERANCE
-        assert program.encodings.num_encoded == 3
+        assert encoded.num == 3
 
 
-def test_a_slot_keeps_no_pixels_when_its_request_has_gone(folder_of: Callable[[str], Path]) -> None:
+def test_a_slot_keeps_no_pixels_when_its_request_has_gone(
+    folder_of: Callable[[str], Path], encoded: CallCount
+) -> None:
     folder = folder_of("qwen2_vl")
     prompt = vision.prompt_of("qwen2_vl", folder, ["a ", picture(50, 30)])
     pixels = weakref.ref(prompt.images[0].payload["pixel_values"])
     _, program = run(load(folder), [(prompt, ANSWER)], [7])
     del prompt
     gc.collect()
-    assert program.encodings.num_encoded == 1
+    assert encoded.num == 1
     assert pixels() is None
+    del program  # which lived until here
 
 
 @pytest.mark.parametrize("name", of_each(list(FAMILIES)))
@@ -121,35 +127,41 @@ def test_an_image_matters_and_which_one_it_is(name: str, folder_of: Callable[[st
 
 
 @pytest.mark.parametrize("name", of_each(WITH_TOWER))
-def test_a_tower_that_is_broken_off_gives_the_same(name: str, folder_of: Callable[[str], Path]) -> None:
+def test_a_tower_that_is_broken_off_gives_the_same(
+    name: str, folder_of: Callable[[str], Path], computed_pieces: CallCount
+) -> None:
     folder = folder_of(name)
     tower = load(folder).tower
     assert tower is not None
     (image,) = vision.prompt_of(name, folder, [picture(130, 90)]).images
     whole = tower.encode(image.payload)
     tower.begin(image.payload)
-    num_calls, before = 1, tower.num_pieces
+    num_calls, before = 1, computed_pieces.num
     while (encoding := tower.resume(0.0)) is None:
         num_calls += 1
-    assert 10 <= tower.num_pieces - before == num_calls - 1  # the last call finds every piece computed
+    assert 10 <= computed_pieces.num - before == num_calls - 1  # the last call finds every piece computed
     for found, wanted in zip((encoding.rows, *encoding.deep), (whole.rows, *whole.deep), strict=True):
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", of_each(WITH_TOWER))
 def test_attention_in_pieces_gives_the_same(
-    name: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    folder_of: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    computed_pieces: CallCount,
 ) -> None:
     folder = folder_of(name)
     encoder = load(folder).tower
     assert encoder is not None
     (image,) = vision.prompt_of(name, folder, [picture(130, 90)]).images
+    before = computed_pieces.num
     whole = encoder.encode(image.payload)
-    num_whole = encoder.num_pieces
+    num_whole = computed_pieces.num - before
     monkeypatch.setattr(encoder.backend, "attention_size", 1, raising=False)
     monkeypatch.setattr(tower, "_MIN_QUERIES", 3)
     cut = encoder.encode(image.payload)
-    assert encoder.num_pieces - num_whole > num_whole
+    assert computed_pieces.num - before > 2 * num_whole
     for found, wanted in zip((cut.rows, *cut.deep), (whole.rows, *whole.deep), strict=True):
         assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
@@ -293,22 +305,23 @@ async def test_images_side_by_side_are_refused_where_the_model_would_take_them_f
     ("name", "has_cache"), [("llava", True), ("llava", False), ("lfm2_vl", True), ("qwen3_5", True)]
 )
 async def test_an_image_of_the_turn_before_is_not_encoded_again(
-    name: str, has_cache: bool, folder_of: Callable[[str], Path]
+    name: str, has_cache: bool, folder_of: Callable[[str], Path], encoded: CallCount
 ) -> None:
     """The last two have recurrent layers, whose states are kept."""
-    async with chatting(folder_of(name), prefix_cache=has_cache) as (ask, app):
+    async with chatting(folder_of(name), prefix_cache=has_cache) as (ask, _):
+        encoded.num = 0
         first: list[Part] = ["what is ", picture(50, 30)]
         answer = (await ask(first)).choices[0].message.content
-        assert program_of(app).encodings.num_encoded == 1
+        assert encoded.num == 1
         again = await ask(first, [answer], ["and now?"])
-        assert program_of(app).encodings.num_encoded == 1
+        assert encoded.num == 1
         assert (again.usage.prompt_tokens_details.cached_tokens >= 16) == has_cache
         await ask(["what is ", picture(50, 30, 1)])
-        assert program_of(app).encodings.num_encoded == 2
+        assert encoded.num == 2
 
 
 async def test_streams_have_tokens_while_an_image_is_encoded(
-    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, computed_pieces: CallCount
 ) -> None:
     stacked = tower._stacked
 
@@ -321,7 +334,7 @@ async def test_streams_have_tokens_while_an_image_is_encoded(
         run_and_sample = program.run_and_sample
 
         def watched(*arguments: Any) -> Any:  # each step that samples a token for the stream
-            seen.add(program.encodings._tower.num_pieces)
+            seen.add(computed_pieces.num)
             return run_and_sample(*arguments)
 
         monkeypatch.setattr(tower, "_stacked", slowly)

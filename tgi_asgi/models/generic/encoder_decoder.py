@@ -34,6 +34,7 @@ from tgi_asgi.models.generic.positions import first_position
 from tgi_asgi.models.generic.program import ModuleProgram, spans
 from tgi_asgi.models.generic.states import SlotStates
 from tgi_asgi.ops.arrays import Floats
+from tgi_asgi.ops.text_program import TextProgram
 from tgi_asgi.types import ImageInput
 
 _Ints = npt.NDArray[np.int64]
@@ -145,7 +146,7 @@ def _route_all_tokens(model: Any) -> None:
             module.router_ignore_padding_tokens = True
 
 
-class EncoderDecoderProgram(ModuleProgram):
+class EncoderDecoderProgram(ModuleProgram, TextProgram):
     """A program that encodes prompts one by one, and computes the next tokens of all answers together.
 
     Args:

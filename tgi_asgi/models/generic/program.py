@@ -25,7 +25,7 @@ from tgi_asgi.models.generic.own_cache import own_cache
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
 from tgi_asgi.models.generic.states import RowSpan, SlotStates, empty_cache
 from tgi_asgi.ops.arrays import Floats
-from tgi_asgi.types import ImageInput
+from tgi_asgi.ops.text_program import TextProgram
 
 
 class ModuleProgram(Protocol):
@@ -48,10 +48,6 @@ class ModuleProgram(Protocol):
         """Discard the states of a slot after more than `num_tokens` tokens."""
         self._states.discard(slot, num_tokens)
 
-    def start(self, slot: int, prompt_ids: Sequence[int], images: Sequence[ImageInput]) -> None:
-        """Assign a slot to a sequence with this prompt."""
-        return None
-
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats: ...
 
     def run_head(self, rows: Sequence[int]) -> Floats: ...
@@ -69,7 +65,7 @@ class ModuleProgram(Protocol):
         return ops.sample(self.run(batch, rows), state, slots, mask=mask, drafts=drafts)
 
 
-class GenericProgram(ModuleProgram):
+class GenericProgram(ModuleProgram, TextProgram):
     """All sequences of a step in one call of the module.
 
     Args:
@@ -155,7 +151,7 @@ class GenericProgram(ModuleProgram):
         return states
 
 
-class SequentialProgram(ModuleProgram):
+class SequentialProgram(ModuleProgram, TextProgram):
     """One sequence after the other, on the model's own cache; without a cache, from its first token on.
 
     Args:

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from tgi_asgi.models.checkpoint import CheckpointLayout, is_of_layer
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.loading import WHOLE
 from tgi_asgi.models.loading.kv_scales import read_kv_scales
 from tgi_asgi.models.loading.recognise import produces_vectors
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.models.loading.weights import WHOLE
 from tgi_asgi.models.shard import CUT_COLUMNS
 from tgi_asgi.ops import WeightSource
 

@@ -10,13 +10,13 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import GGUF_NAMES, Family
-from tgi_asgi.models.loading import WHOLE, check_shape
 from tgi_asgi.models.loading.gguf_tensors import (
     GgufTensors,
     held_format,
     join_rotary_halves,
     without_ones,
 )
+from tgi_asgi.models.loading.weights import WHOLE, check_shape
 from tgi_asgi.ops import FORMATS, WeightSource
 
 # Parts of the tensor `attn_qkv`, which a file may have instead: rows of queries, of keys, then of values.

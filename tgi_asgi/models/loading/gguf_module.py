@@ -14,13 +14,13 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile, GgufTensor
 from tgi_asgi.models.gguf_module import GgufModule, layer_of
-from tgi_asgi.models.loading import WHOLE, check_shape
 from tgi_asgi.models.loading.gguf_tensors import (
     GgufTensors,
     held_format,
     join_rotary_halves,
     without_ones,
 )
+from tgi_asgi.models.loading.weights import WHOLE, check_shape
 from tgi_asgi.ops import WeightSource
 from tgi_asgi.ops.arrays import Floats
 

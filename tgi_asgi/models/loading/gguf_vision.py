@@ -16,7 +16,6 @@ from tgi_asgi.errors import ModelLoadError, check
 from tgi_asgi.formats.gguf import GgufFile, GgufTensor
 from tgi_asgi.models.gguf_vision.projector import MEANINGFUL, TextFile, TowerPart, VisionModel, find_projector
 from tgi_asgi.models.gguf_vision.texts import is_known, read_text, text_module
-from tgi_asgi.models.loading import WHOLE, NamedWeights, check_shape
 from tgi_asgi.models.loading.gguf_module import GgufModuleWeights
 from tgi_asgi.models.loading.gguf_tensors import (
     GgufTensors,
@@ -24,6 +23,7 @@ from tgi_asgi.models.loading.gguf_tensors import (
     join_rotary_halves,
     without_ones,
 )
+from tgi_asgi.models.loading.weights import WHOLE, NamedWeights, check_shape
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.ops import WeightSource
 from tgi_asgi.text import gguf_vocab

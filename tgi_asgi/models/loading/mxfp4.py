@@ -15,7 +15,7 @@ from typing import NamedTuple
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.small_floats import mxfp4_blocks
 from tgi_asgi.formats.weight_files import Checkpoint
-from tgi_asgi.models.loading import check_shape
+from tgi_asgi.models.loading.weights import check_shape
 from tgi_asgi.ops import WeightSource
 
 BLOCK = 32  # columns with one exponent

@@ -29,9 +29,9 @@ from tgi_asgi.formats.small_floats import (
     mxfp4_blocks,
 )
 from tgi_asgi.formats.weight_files import Checkpoint
-from tgi_asgi.models.loading import check_shape
 from tgi_asgi.models.loading.stored import TABLES, are_fp4_blocks, is_mxfp4, read_state, state_name
 from tgi_asgi.models.loading.tensors import FLOAT8, read_array, read_floats, read_number, read_scales
+from tgi_asgi.models.loading.weights import check_shape
 from tgi_asgi.ops import WeightSource
 
 

@@ -13,11 +13,11 @@ import numpy.typing as npt
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.weight_files import Checkpoint
-from tgi_asgi.models.loading import WHOLE, check_shape, matches
 from tgi_asgi.models.loading.mxfp4 import BLOCK, ExpertMatrix, find_expert, read_expert
 from tgi_asgi.models.loading.quantised import read_quantised
 from tgi_asgi.models.loading.stored import UNUSED, is_quantised, part_names, quantised_shape, stored_format
 from tgi_asgi.models.loading.tensors import have_equal_values, read_array, read_floats
+from tgi_asgi.models.loading.weights import WHOLE, check_shape, matches
 from tgi_asgi.ops import WeightSource
 from tgi_asgi.ops.formats import RUNS
 

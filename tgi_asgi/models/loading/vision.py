@@ -14,11 +14,11 @@ from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.gguf_module import find_module
-from tgi_asgi.models.loading import WHOLE, NamedWeights, Weights
 from tgi_asgi.models.loading.checkpoint import CheckpointWeights, with_its_head
 from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.recognise import is_native, read_config, read_gguf, read_gguf_module
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.models.loading.weights import WHOLE, NamedWeights
 from tgi_asgi.ops import WeightSource
 
 if TYPE_CHECKING:  # these import torch
@@ -42,7 +42,7 @@ class VisionWeights:
     """
 
     def __init__(
-        self, text: Weights, tower: NamedWeights, names: Collection[str],
+        self, text: CheckpointWeights | GgufWeights, tower: NamedWeights, names: Collection[str],
         layout: CheckpointLayout = _PLAIN, ignored: Collection[str] = (),
     ) -> None:  # fmt: skip
         self.layout, self._ignored = layout, set(ignored)
@@ -88,7 +88,6 @@ class VisionWeights:
 
     def block_columns(self, name: str) -> int:
         """Return how many columns of a matrix of the text must stay together when it is cut."""
-        assert isinstance(self.text, CheckpointWeights | GgufWeights)
         return self.text.block_columns(name)
 
     def close(self) -> None:

@@ -25,9 +25,6 @@ class EncodingCache:
 
     Args:
         max_bytes: Maximum bytes of the cache; the latest encoding is kept whatever its size.
-
-    Attributes:
-        num_encoded: Number of images that the tower has run for.
     """
 
     def __init__(self, tower: Tower, max_bytes: int) -> None:
@@ -39,7 +36,6 @@ class EncodingCache:
         self._in_progress: Key | None = None
         self._wanted_by: weakref.ref[ImageInput] | None = None  # request image of the encoding under way
         self._failed: OrderedDict[Key, None] = OrderedDict()
-        self.num_encoded = 0
 
     def advance(self, images: Sequence[ImageInput], seconds: float) -> list[bool]:
         """Encode images in turn until the time is up, at least one piece; return which need no more of this.
@@ -80,7 +76,6 @@ class EncodingCache:
         if encoding is None:
             logger.debug("an image is encoded within a step")
             self._end()
-            self.num_encoded += 1
             encoding = self._tower.encode(_inputs(image))
             self._keep(key, encoding)
         if key in self._cache:
@@ -103,7 +98,6 @@ class EncodingCache:
         try:
             if self._in_progress != key:
                 self._in_progress = key
-                self.num_encoded += 1
                 self._tower.begin(_inputs(image))
             encoding = self._tower.resume(seconds)
         except Exception:  # the tower's error fails the image's own request when its rows are due

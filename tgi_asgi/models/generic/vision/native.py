@@ -19,7 +19,7 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Model, record
 from tgi_asgi.models.generic.vision.encodings import EncodingCache
 from tgi_asgi.models.generic.vision.native_text import NativeText
-from tgi_asgi.models.generic.vision.program import BIDIRECTIONAL, ImageProgram
+from tgi_asgi.models.generic.vision.program import ImageProgram
 from tgi_asgi.models.generic.vision.running_images import Part, RunningImages, SeenRows, axes_of
 from tgi_asgi.models.generic.vision.text import Lookahead
 from tgi_asgi.models.generic.vision.tower import Tower
@@ -118,7 +118,6 @@ class NativeVisionProgram(ImageProgram, ops.CpuProgram):
     ) -> None:  # fmt: skip
         super().__init__(recorder, limits, adapters=adapters)
         self._parts, self._images = parts, images
-        self.bidirectional = BIDIRECTIONAL[parts.lookahead]
 
     def start(self, slot: int, prompt_ids: Sequence[int], images: Sequence[ImageInput]) -> None:
         """Assign a slot to a sequence with these images."""

@@ -23,23 +23,21 @@ from tgi_asgi.models.generic.vision.text import DecoderOutput, Lookahead, Vision
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.types import Bidirectional, ImageInput
 
-BIDIRECTIONAL = {
-    Lookahead.NOTHING: Bidirectional.NOTHING,
-    Lookahead.IMAGES: Bidirectional.IMAGES,
-    Lookahead.IMAGES_IN_WINDOWS: Bidirectional.IMAGES,
-    Lookahead.PROMPT: Bidirectional.PROMPT,
-}
-
 
 class ImageProgram:
-    """What programs have in common whose sequences have images.
+    """What programs have in common whose sequences have images."""
 
-    Attributes:
-        bidirectional: Which parts of a prompt must be in one step.
-    """
-
-    bidirectional: Bidirectional
     _images: RunningImages
+
+    @property
+    def bidirectional(self) -> Bidirectional:
+        """Which parts of a prompt must be in one step."""
+        return self._images.bidirectional
+
+    @property
+    def is_encoding(self) -> bool:
+        """Whether an image is partly encoded."""
+        return self.encodings.is_encoding
 
     @property
     def encodings(self) -> EncodingCache:
@@ -67,7 +65,6 @@ class VisionProgram(ImageProgram, GenericProgram):
             model, head, layers, recurrent, vocab_size=vocab_size, first_position=traits.first_position,
             decode=self._decode, mode=mode, native_states=native_states,
         )  # fmt: skip
-        self.bidirectional = BIDIRECTIONAL[traits.lookahead]
         self._traits, self._decoder, self._embed = traits, decoder_of(model), model.get_input_embeddings()
         self._images = RunningImages(model, traits, encodings)
         self._decoder_inputs = DecoderInputs(model, traits, self._images, self._device)
@@ -120,8 +117,6 @@ class VisionProgram(ImageProgram, GenericProgram):
 
 class SequentialVisionProgram(ImageProgram, SequentialProgram):
     """One sequence after the other, on the model's own cache, with images' rows in place of their tokens."""
-
-    bidirectional = Bidirectional.NOTHING
 
     def __init__(
         self, model: Any, head: Head, traits: VisionTraits, encodings: EncodingCache, *, vocab_size: int,

@@ -19,10 +19,16 @@ from tgi_asgi.models.generic.vision.sequence_images import (
     SequenceImages,
     sequence_images_of,
 )
-from tgi_asgi.models.generic.vision.text import VisionTraits
+from tgi_asgi.models.generic.vision.text import Lookahead, VisionTraits
 from tgi_asgi.models.generic.vision.tower import ImageEncoding
-from tgi_asgi.types import ImageInput
+from tgi_asgi.types import Bidirectional, ImageInput
 
+_BIDIRECTIONAL = {
+    Lookahead.NOTHING: Bidirectional.NOTHING,
+    Lookahead.IMAGES: Bidirectional.IMAGES,
+    Lookahead.IMAGES_IN_WINDOWS: Bidirectional.IMAGES,
+    Lookahead.PROMPT: Bidirectional.PROMPT,
+}
 Part = tuple[int, SequenceImages, Any]  # index of a sequence's first token, its images, and its positions
 
 
@@ -52,6 +58,11 @@ class RunningImages:
         self.encodings = encodings
         self._model, self._traits = model, traits
         self._sequences: dict[int, SequenceImages] = {}
+
+    @property
+    def bidirectional(self) -> Bidirectional:
+        """Which parts of a prompt must be in one step."""
+        return _BIDIRECTIONAL[self._traits.lookahead]
 
     def start(self, slot: int, prompt_ids: Sequence[int], images: Sequence[ImageInput]) -> SequenceImages:
         """Assign a slot to a sequence with these images; return them and where they are."""

@@ -73,11 +73,8 @@ class _TimeIsUp(BaseException):
 class Tower:
     """A model's vision tower, including the projection to the decoder's width.
 
-        tower.begin(inputs)
-        while (encoding := tower.resume(seconds)) is None: ...
-
-    Attributes:
-        num_pieces: Number of pieces computed so far, over all images.
+    tower.begin(inputs)
+    while (encoding := tower.resume(seconds)) is None: ...
     """
 
     def __init__(self, model: Any, mode: Mode) -> None:
@@ -95,7 +92,6 @@ class Tower:
         self._reads_layers = False  # the tower's code needs the results of all layers
         self._ends_at: float | None = None
         self._is_inside = False
-        self.num_pieces = 0
         decoder = decoder_of(model)
         _take_attention(self._inner, decoder)
         others: list[tuple[Any, nn.Module | None]] = [
@@ -193,10 +189,8 @@ class Tower:
             self._products.begin()
             self._parts.append(forward(*given[0], **given[1]))
             has_products = self._products.end()
-            if not has_products:
-                self.num_pieces += 1
-                if tile + 1 < num_tiles:
-                    self._stop_if_late(0.0)
+            if not has_products and tile + 1 < num_tiles:
+                self._stop_if_late(0.0)
         is_next = layers is not None and layers is self._last_of
         if is_next and not self._reads_layers and _is_in(self._known[-1], (*args, *kwargs.values())):
             self._known[-1], self._has_shapes = _shapes(self._known[-1]), True
@@ -214,7 +208,6 @@ class Tower:
         if known is not None:
             return known
         found = forward(*args, **kwargs)
-        self.num_pieces += 1
         self._stop_if_late(self._products.add(found))
         return found
 
