@@ -162,11 +162,11 @@ class CudaRunner:
         self._launched: dict[int, _Launched | Exception] = {}  # by number, those that were not prepared
         self._launcher = threading.Thread(target=self._launch_all, name="tgi-launcher", daemon=True)
         self._waiter = threading.Thread(target=self._wait_for_all, name="tgi-waiter", daemon=True)
-        self._prepared: Future[KvSize] = Future()
+        self._ready: Future[KvSize] = Future()
         if shards is not None:
             shards.others.watch(self._fail_to_prepare)
         self._launcher.start()
-        self.cache = self._prepared.result()
+        self.cache = self._ready.result()
         self.traits = RunnerTraits(
             num_blocks=self.cache.num_blocks,
             block_size=spec.kv.block_size,
@@ -243,7 +243,7 @@ class CudaRunner:
     def _fail_to_prepare(self, reason: str) -> None:
         """Fail the start; otherwise the launcher could wait forever for a shard that has ended."""
         with suppress(InvalidStateError):  # it has already ended
-            self._prepared.set_exception(ModelLoadError(reason))
+            self._ready.set_exception(ModelLoadError(reason))
 
     # The launcher's thread.
 
@@ -251,11 +251,11 @@ class CudaRunner:
         """Prepare the device, then launch steps until the handoff is closed."""
         try:
             with suppress(InvalidStateError):
-                self._prepared.set_result(self._prepare())
+                self._ready.set_result(self._prepare())
         except BaseException as error:
             self._steps.release()
             with suppress(InvalidStateError):
-                self._prepared.set_exception(error)
+                self._ready.set_exception(error)
             return
         while (taken := self._queue.take()) is not None:
             number, refusal = taken
