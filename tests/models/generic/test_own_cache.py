@@ -89,7 +89,7 @@ def test_a_table_of_integers_must_be_one(
 def test_a_run_without_weights_leaves_no_note_in_the_modules(checkpoint: Checkpoint) -> None:
     """RWKV halves its weights in its first call, and notes that it has."""
     with open_generic(checkpoint("rwkv")) as opened:
-        model = cast(Any, opened)._model._model
+        model = cast(Any, opened)._model.module._model
         discover.run_on_meta(model, use_cache=True)
         assert not model.rwkv.layers_are_rescaled
 
