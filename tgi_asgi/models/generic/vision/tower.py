@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 NAME = "tgi_tower"
 _MIN_QUERIES = 128  # with 4,096 keys, pieces of 64 would cost 40% more per query
+# Settings of LLaVA and its kin, and of Mllama.
+_LAYERS = ("vision_feature_layer", "intermediate_layers_indices")
 _running = threading.local()
 
 
@@ -89,7 +91,7 @@ class Tower:
         self._next = 0
         self._last_of: nn.Module | None = None  # the layers one of which has the last known result
         self._has_shapes = False  # of results that are no longer there
-        self._reads_layers = False  # the tower's code needs the results of all layers
+        self._reads_layers = _selects_layers(model)  # the tower's code needs the results of all layers
         self._ends_at: float | None = None
         self._is_inside = False
         decoder = decoder_of(model)
@@ -395,6 +397,13 @@ def _shapes(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_shapes, value))
     return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+
+
+def _selects_layers(model: Any) -> bool:
+    """Return whether a configuration names layers whose results are read; it is not the only way to do so."""
+    config = getattr(model, "config", None)
+    parts = (config, getattr(config, "vision_config", None))
+    return any(getattr(part, name, None) is not None for part in parts for name in _LAYERS)
 
 
 def _features_of(model: Any) -> Callable[..., Any]:
