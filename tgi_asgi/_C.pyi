@@ -1028,7 +1028,7 @@ class DeviceQueue:
     def close(self) -> None:
         """Accept no more steps; `take` returns None after those already queued."""
 
-    def done(self) -> list[tuple[int, _Outcome | None]]:
+    def done(self) -> list[tuple[int, _Outcome | Exception | None]]:
         """Return the numbers and outcomes of finished steps, as `StepQueue.done`."""
 
     def take(self) -> tuple[int, str | None] | None:

@@ -81,7 +81,7 @@ void DeviceQueue::Step::collect() {
 
 DeviceQueue::~DeviceQueue() = default;
 
-void DeviceQueue::push(int64_t number) { enqueue({number, nullptr, {}}); }
+void DeviceQueue::push(int64_t number) { queued_.push({number, nullptr, {}}); }
 
 void DeviceQueue::push_prepared(int64_t number, const DeviceCalls* calls, py::object owner,
                                 const DeviceRows& rows, int64_t num_decodes,
@@ -95,59 +95,32 @@ void DeviceQueue::push_prepared(int64_t number, const DeviceCalls* calls, py::ob
       Step{calls, std::move(owner), std::move(results), rows.num_rows(), rows.sampling, {}});
   for (const int64_t row : step->sampling)
     step->result_rows.push_back(row < rows.num_decodes ? row : row + gap);
-  enqueue({number, std::move(step), {}});
+  queued_.push({number, std::move(step), {}});
 }
 
-void DeviceQueue::enqueue(Item item) {
-  {
-    const std::lock_guard<std::mutex> guard(lock_);
-    if (is_closed_) throw std::runtime_error("the queue of steps is closed");
-    queued_.push_back(std::move(item));
-  }
-  has_more_.notify_one();
-}
-
-void DeviceQueue::close() {
-  {
-    const std::lock_guard<std::mutex> guard(lock_);
-    is_closed_ = true;
-  }
-  has_more_.notify_one();
-}
+void DeviceQueue::close() { queued_.close(); }
 
 std::optional<DeviceQueue::Item> DeviceQueue::take() {
-  for (;;) {
-    std::unique_lock<std::mutex> guard(lock_);
-    has_more_.wait(guard, [&] { return is_closed_ || !queued_.empty(); });
-    if (queued_.empty()) return std::nullopt;
-    Item item = std::move(queued_.front());
-    queued_.pop_front();
-    guard.unlock();
-    if (item.step == nullptr) return item;
-    item.error = call(*item.step->calls, item.step->calls->submit);
-    if (!item.error.empty()) return item;
-    enqueue_launched(std::move(item));
+  while (std::optional<Item> item = queued_.take()) {
+    if (item->step == nullptr) return item;
+    item->error = call(*item->step->calls, item->step->calls->submit);
+    if (!item->error.empty()) return item;
+    add_launched(std::move(*item));
   }
+  return std::nullopt;
 }
 
-void DeviceQueue::launched(int64_t number) { enqueue_launched({number, nullptr, {}}); }
+void DeviceQueue::launched(int64_t number) { add_launched({number, nullptr, {}}); }
 
-void DeviceQueue::enqueue_launched(Item item) {
+void DeviceQueue::add_launched(Item item) {
   {
     const std::lock_guard<std::mutex> guard(lock_);
     ++num_open_;
-    launched_.push_back(std::move(item));
   }
-  has_launched_.notify_one();
+  launched_.push(std::move(item));
 }
 
-void DeviceQueue::close_launched() {
-  {
-    const std::lock_guard<std::mutex> guard(lock_);
-    are_launches_closed_ = true;
-  }
-  has_launched_.notify_one();
-}
+void DeviceQueue::close_launched() { launched_.close(); }
 
 bool DeviceQueue::is_idle() {
   const std::lock_guard<std::mutex> guard(lock_);
@@ -160,24 +133,19 @@ void DeviceQueue::wait_until_idle() {
 }
 
 std::optional<DeviceQueue::Item> DeviceQueue::next() {
-  for (;;) {
-    std::unique_lock<std::mutex> guard(lock_);
-    has_launched_.wait(guard, [&] { return are_launches_closed_ || !launched_.empty(); });
-    if (launched_.empty()) return std::nullopt;
-    Item item = std::move(launched_.front());
-    launched_.pop_front();
-    guard.unlock();
-    if (item.step == nullptr) return item;
-    item.error = call(*item.step->calls, item.step->calls->wait);
-    if (!item.error.empty()) return item;
+  while (std::optional<Item> item = launched_.take()) {
+    if (item->step == nullptr) return item;
+    item->error = call(*item->step->calls, item->step->calls->wait);
+    if (!item->error.empty()) return item;
     try {
-      item.step->collect();
+      item->step->collect();
     } catch (const std::exception& error) {  // such as no memory
-      item.error = error.what();
+      item->error = error.what();
       return item;
     }
-    end(std::move(item));
+    end(std::move(*item));
   }
+  return std::nullopt;
 }
 
 void DeviceQueue::finish(int64_t number) { end({number, nullptr, {}}); }
@@ -186,33 +154,21 @@ void DeviceQueue::end(Item item) {
   {
     const std::lock_guard<std::mutex> guard(lock_);
     --num_open_;
-    done_.push_back(std::move(item));
   }
   is_idle_.notify_all();
-  signal_.raise();
+  done_.push(std::move(item));
 }
 
-py::list DeviceQueue::done() {
-  std::deque<Item> items;
-  signal_.clear();  // first: a step that ends from here on raises it again
-  {
-    const std::lock_guard<std::mutex> guard(lock_);
-    items.swap(done_);
-  }
-  py::list found;
-  for (const Item& item : items) {
-    py::object outcome = py::none();
-    if (item.step != nullptr) {
-      const Step& step = *item.step;
-      py::list rows(static_cast<size_t>(step.num_rows));
-      for (size_t row = 0; row < rows.size(); ++row) rows[row] = py::none();
-      for (size_t i = 0; i < step.sampling.size(); ++i)
-        rows[static_cast<size_t>(step.sampling[i])] = sampled_of(step.samples, i);
-      outcome = py::make_tuple(std::move(rows), py::dict(), py::make_tuple(0, 0));
-    }
-    found.append(py::make_tuple(item.number, std::move(outcome)));
-  }
-  return found;
+py::list DeviceQueue::done() { return outcomes(done_.take_all(), outcome_of); }
+
+py::object DeviceQueue::outcome_of(const Item& item) {
+  if (item.step == nullptr) return py::none();
+  const Step& step = *item.step;
+  py::list rows(static_cast<size_t>(step.num_rows));
+  for (size_t row = 0; row < rows.size(); ++row) rows[row] = py::none();
+  for (size_t i = 0; i < step.sampling.size(); ++i)
+    rows[static_cast<size_t>(step.sampling[i])] = sampled_of(step.samples, i);
+  return py::make_tuple(std::move(rows), py::dict(), py::make_tuple(0, 0));
 }
 
 namespace {

@@ -8,7 +8,6 @@
 #include <array>
 #include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -18,8 +17,8 @@
 #include "bindings/checks.h"
 #include "bindings/device_calls.h"
 #include "bindings/device_rows.h"
+#include "bindings/item_queue.h"
 #include "bindings/sample.h"
-#include "cpu/platform.h"
 
 namespace tgi {
 
@@ -59,7 +58,7 @@ class DeviceQueue {
   ~DeviceQueue();
 
   // Readable while there are finished steps that `done` has not returned.
-  int fileno() const { return signal_.fd(); }
+  int fileno() const { return done_.fd(); }
   // Queues a step that `take` returns.
   void push(int64_t number);
   // Queues a step that `take` launches and `next` completes.
@@ -92,16 +91,15 @@ class DeviceQueue {
   void finish(int64_t number);
 
  private:
-  void enqueue(Item item);
-  void enqueue_launched(Item item);
+  static pybind11::object outcome_of(const Item& item);
+  void add_launched(Item item);
   void end(Item item);
 
-  cpu::Signal signal_;
-  std::mutex lock_;  // guards the members below
-  std::condition_variable has_more_, has_launched_, is_idle_;
-  std::deque<Item> queued_, launched_, done_;
-  int64_t num_open_ = 0;  // launched, not finished
-  bool is_closed_ = false, are_launches_closed_ = false;
+  ItemQueue<Item> queued_, launched_;
+  EndedItems<Item> done_;
+  std::mutex lock_;  // guards `num_open_`
+  std::condition_variable is_idle_;
+  int64_t num_open_ = 0;  // steps that are launched and not finished
 };
 
 void bind_device_queue(pybind11::module_& module);

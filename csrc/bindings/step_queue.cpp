@@ -21,7 +21,7 @@ StepQueue::StepQueue(std::shared_ptr<Program> program, std::optional<RowLimits> 
         "a queue that computes needs a program and limits");
 }
 
-void StepQueue::push(int64_t number) { enqueue({number, nullptr}); }
+void StepQueue::push(int64_t number) { queued_.push({number, nullptr}); }
 
 void StepQueue::push_rows(int64_t number, py::handle rows, double cost_base, double cost_token) {
   check(program_ != nullptr, "this queue computes nothing");
@@ -29,55 +29,21 @@ void StepQueue::push_rows(int64_t number, py::handle rows, double cost_base, dou
   step->planned = read_rows(rows, *limits_);
   step->cost = {cost_base, cost_token};
   check(!step->planned.rows.empty(), "a step has rows");
-  enqueue({number, std::move(step)});
+  queued_.push({number, std::move(step)});
 }
 
-void StepQueue::enqueue(Item item) {
-  {
-    const std::lock_guard<std::mutex> guard(lock_);
-    if (is_closed_) throw std::runtime_error("the queue of steps is closed");
-    queued_.push_back(std::move(item));
-  }
-  has_more_.notify_one();
-}
-
-void StepQueue::close() {
-  {
-    const std::lock_guard<std::mutex> guard(lock_);
-    is_closed_ = true;
-  }
-  has_more_.notify_one();
-}
+void StepQueue::close() { queued_.close(); }
 
 std::optional<int64_t> StepQueue::compute_rows() {
-  for (;;) {
-    std::unique_lock<std::mutex> guard(lock_);
-    const auto has_more = [&] { return is_closed_ || !queued_.empty(); };
-    if (!has_more_.wait_for(guard, idle_, has_more)) {
-      guard.unlock();
-      return_free_rows();
-      guard.lock();
-      has_more_.wait(guard, has_more);
-    }
-    if (queued_.empty()) return std::nullopt;
-    Item item = std::move(queued_.front());
-    queued_.pop_front();
-    guard.unlock();
-    if (item.step == nullptr) return item.number;
-    compute(*item.step);
-    end(std::move(item));
+  while (std::optional<Item> item = queued_.take(idle_, return_free_rows)) {
+    if (item->step == nullptr) return item->number;
+    compute(*item->step);
+    done_.push(std::move(*item));
   }
+  return std::nullopt;
 }
 
-void StepQueue::finish(int64_t number) { end({number, nullptr}); }
-
-void StepQueue::end(Item item) {
-  {
-    const std::lock_guard<std::mutex> guard(lock_);
-    done_.push_back(std::move(item));
-  }
-  signal_.raise();
-}
+void StepQueue::finish(int64_t number) { done_.push({number, nullptr}); }
 
 void StepQueue::set_sampling(std::shared_ptr<SampleArrays> state) {
   check(!limits_ || state->num_slots() >= limits_->max_rows,
@@ -130,27 +96,7 @@ void StepQueue::run_and_sample(Step& step) {
   if (drafter_ != nullptr) observe(*drafter_, step.samples);
 }
 
-py::list StepQueue::done() {
-  std::deque<Item> items;
-  signal_.clear();  // first: a step that ends from here on raises it again
-  {
-    const std::lock_guard<std::mutex> guard(lock_);
-    items.swap(done_);
-  }
-  py::list found;
-  for (const Item& item : items) {
-    py::object outcome;
-    try {
-      outcome = outcome_of(item);
-    } catch (py::error_already_set& error) {
-      outcome = error.value();  // such as out of memory: the other results must not be lost
-    } catch (const std::exception& error) {
-      outcome = py::reinterpret_borrow<py::object>(PyExc_RuntimeError)(error.what());
-    }
-    found.append(py::make_tuple(item.number, std::move(outcome)));
-  }
-  return found;
-}
+py::list StepQueue::done() { return outcomes(done_.take_all(), outcome_of); }
 
 py::object StepQueue::outcome_of(const Item& item) {
   if (item.step == nullptr) return py::none();

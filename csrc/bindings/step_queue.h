@@ -6,19 +6,16 @@
 #include <pybind11/pybind11.h>
 
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 
+#include "bindings/item_queue.h"
 #include "bindings/program.h"
 #include "bindings/rows.h"
 #include "bindings/sample.h"
 #include "cpu/drafter.h"
-#include "cpu/platform.h"
 
 namespace tgi {
 
@@ -33,7 +30,7 @@ class StepQueue {
   StepQueue(std::shared_ptr<Program> program, std::optional<RowLimits> limits, double idle_s);
 
   // Readable while there are finished steps that `done` has not returned.
-  int fileno() const { return signal_.fd(); }
+  int fileno() const { return done_.fd(); }
   // Queues a step that `compute_rows` returns.
   void push(int64_t number);
   // Queues a step that `compute_rows` computes: none of its slots starts, and no row has a grammar.
@@ -75,8 +72,6 @@ class StepQueue {
     std::unique_ptr<Step> step;  // null: a step for Python
   };
 
-  void enqueue(Item item);
-  void end(Item item);
   void compute(Step& step);
   void run_and_sample(Step& step);
   // Does what HostRunner._discard_later_states does for a failed step.
@@ -88,11 +83,8 @@ class StepQueue {
   const std::chrono::duration<double> idle_;
   std::shared_ptr<SampleArrays> sampling_;
   std::shared_ptr<cpu::Drafter> drafter_;  // or null
-  cpu::Signal signal_;
-  std::mutex lock_;  // guards the members below
-  std::condition_variable has_more_;
-  std::deque<Item> queued_, done_;
-  bool is_closed_ = false;
+  ItemQueue<Item> queued_;
+  EndedItems<Item> done_;
 };
 
 void bind_step_queue(pybind11::module_& module);
