@@ -7,16 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from tests.cuda.emulated_device import DeviceCall, DeviceCalls
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import Prepared
-
-_Call = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
-
-
-class _DeviceCalls(ctypes.Structure):
-    """`DeviceCalls` of csrc/bindings/device_calls.h."""
-
-    _fields_ = (("self", ctypes.c_void_p), ("submit", _Call), ("wait", _Call))
 
 
 class _Timed:
@@ -24,9 +17,9 @@ class _Timed:
 
     def __init__(self, prepared: Prepared, times: list[float]) -> None:
         self._prepared = prepared  # keeps the calls
-        inner = _DeviceCalls.from_address(prepared.address)
-        self._calls = _DeviceCalls(
-            inner.self, _Call(timed(times, inner.submit)), ctypes.cast(inner.wait, _Call)
+        inner = DeviceCalls.from_address(prepared.address)
+        self._calls = DeviceCalls(
+            inner.self, DeviceCall(timed(times, inner.submit)), ctypes.cast(inner.wait, DeviceCall)
         )
         self.address = ctypes.addressof(self._calls)
 

@@ -28,20 +28,22 @@ class Event:
         pass
 
 
-_Call = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+DeviceCall = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 _libc = ctypes.CDLL(None)
 _libc.strdup.restype = ctypes.c_void_p
 
 
-class _DeviceCalls(ctypes.Structure):
-    _fields_ = (("self", ctypes.c_void_p), ("submit", _Call), ("wait", _Call))
+class DeviceCalls(ctypes.Structure):
+    """The struct of csrc/bindings/device_calls.h."""
+
+    _fields_ = (("self", ctypes.c_void_p), ("submit", DeviceCall), ("wait", DeviceCall))
 
 
 class Prepared:
     """Calls that submit commands, and then wait for the last, as native code makes them."""
 
     def __init__(self, submit: Callable[[], None], wait: Callable[[], None]) -> None:
-        self._calls = _DeviceCalls(None, _as_native(submit), _as_native(wait))
+        self._calls = DeviceCalls(None, _as_native(submit), _as_native(wait))
         self.address = ctypes.addressof(self._calls)
 
 
@@ -55,7 +57,7 @@ def _as_native(call: Callable[[], None]) -> Any:
             return _libc.strdup(str(error).encode())
         return None
 
-    return _Call(function)
+    return DeviceCall(function)
 
 
 class EmulatedDevice:

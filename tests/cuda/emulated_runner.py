@@ -66,6 +66,7 @@ def make_runner(
     device: EmulatedDevice,
     *,
     kv_dtype: torch.dtype = FP16,
+    max_sequences: int = 2,
     max_context: int = 256,
     adapters: CudaAdapterLayout | None = None,
 ) -> CudaRunner:
@@ -77,7 +78,8 @@ def make_runner(
         device,
         choose,
         spec_of_steps(
-            plain_limits(max_sequences=2, max_tokens=64, max_context=max_context), kv_dtype=kv_dtype
+            plain_limits(max_sequences=max_sequences, max_tokens=64, max_context=max_context),
+            kv_dtype=kv_dtype,
         ),
         adapters=adapters,
     )

@@ -10,9 +10,8 @@ import pytest
 import transformers
 
 from tests.cuda.emulated_device import EmulatedDevice
-from tests.cuda.emulated_runner import FP16, PROMPT, SHAPE, make_device, spec_of_steps
+from tests.cuda.emulated_runner import FP16, PROMPT, SHAPE, make_device, make_runner
 from tests.support.checkpoints import load_model, make_model, save
-from tests.support.kv import plain_limits, plain_size
 from tests.support.letters import letters_grammar
 from tests.support.runner_driver import GREEDY, Job, generate
 from tgi_asgi.models.family import Model
@@ -40,8 +39,7 @@ def device() -> EmulatedDevice:
 
 @pytest.fixture
 def runner(model: Model, device: EmulatedDevice) -> Iterator[CudaRunner]:
-    limits = plain_limits(max_sequences=5, max_tokens=64, max_context=256)
-    runner = CudaRunner(model, device, lambda free: plain_size(40, "float16"), spec_of_steps(limits))
+    runner = make_runner(model, device, max_sequences=5)
     yield runner
     runner.close()
 
@@ -158,8 +156,8 @@ async def test_a_step_that_fails_says_why(
     for step_id in (1, 2):
         with pytest.raises(kind, match=message):
             await runner.submit(StepPlan(step_id, [row]))
-        assert are_prepared == [False, *[True] * step_id][: len(are_prepared)]
     device.failure = None
+    assert are_prepared == ([False, True] if kind is DeviceLost else [False, True, True])
     if kind is DeviceLost:
         with pytest.raises(DeviceLost):
             await runner.submit(StepPlan(3, [row]))
@@ -169,8 +167,7 @@ async def test_a_step_that_fails_says_why(
 
 
 async def test_closing_finishes_what_is_in_flight(model: Model, device: EmulatedDevice) -> None:
-    limits = plain_limits(max_sequences=5, max_tokens=64, max_context=256)
-    runner = CudaRunner(model, device, lambda free: plain_size(40, "float16"), spec_of_steps(limits))
+    runner = make_runner(model, device, max_sequences=5)
     first = StepPlan(0, [StepRow(0, [5], 0, [[0]], samples=True)], [SlotStart(0, GREEDY, 0, [5])])
     await runner.submit(first)
     rows = [StepRow(0, None, position, [[0]], samples=True) for position in (1, 2)]
