@@ -21,6 +21,7 @@ from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.cuda_sample_state import MAX_IDS
 from tgi_asgi.runner import cuda_steps
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
+from tgi_asgi.runner.cuda_buffers import StepShape
 from tgi_asgi.runner.cuda_device import Command, Copy
 from tgi_asgi.runner.cuda_steps import CudaSteps, graph_shapes
 from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepRow
@@ -181,18 +182,18 @@ async def test_padding_that_is_none_would_be_felt(
     expected, found = short(), short()
     await generate(make_runner(EmulatedDevice()), expected, chunk=4)
     runner = make_runner(EmulatedDevice())
-    fill = runner._fill
+    copies = runner._steps.copies
 
-    def fill_all(plan: StepPlan, waits: bool, staging: Any) -> Any:
-        shape, layout, laid = fill(plan, waits, staging)
-        values = shape.sections.arrays(staging.array)[section]
+    def fill_all(shape: StepShape, staged: torch.Tensor) -> Any:
+        inputs = shape.sections.arrays(staged.numpy())
+        values = inputs[section]
         # Written where the first sequence's newest token is, or sampled for the first slot.
         values[values < 0] = values[0] if section == "slots" else 0
         if section == "query_start":  # as if the decodes had no padding
-            values -= shape.num_decodes - layout.rows.num_decodes
-        return shape, layout, laid
+            values -= np.count_nonzero(inputs["context_len"][: shape.num_decodes] == 0)
+        return copies(shape, staged)
 
-    monkeypatch.setattr(runner, "_fill", fill_all)
+    monkeypatch.setattr(runner._steps, "copies", fill_all)  # prepared steps have it, too
     await generate(runner, found, chunk=4)
     assert [job.sampled for job in found] != [job.sampled for job in expected]
 
