@@ -1,14 +1,16 @@
 """Host time of a GPU's steps: the time to launch operators that do nothing, and the parts of decode steps.
 
-    python -m bench.gpu_host [--batch 32] [--prompt 512] [--weights int4] [--pause-ms 4] [--busy-us 500]
+    python -m bench.gpu_host [--batch 32] [--prompt 512] [--weights int4] [--context 131072] [--pause-ms 4]
+                             [--busy-us 500]
     python -m bench.gpu_host --gpu          # the parts of decode steps, with a GPU and its driver
 
 The first needs no GPU, only g++: csrc/bindings/cuda is compiled together with operators, copies and graphs
 that cost nothing. Prints one JSON object: the number of operators in a mixed step of Llama-3-8B's shape and
 the median microseconds to launch them all; and for decode steps of 1 to 256 sequences the medians, with
 quartiles, of preparing the step on the event loop (`push`), from the plan until the device has the step
-(`reach`), and until the engine has its result (`turn`), on a device that takes no time. On a GPU, `submit`
-is what copies and graphs take on the launcher's thread. With `--busy-us`, the event loop has other work for
+(`reach`), and until the engine has its result (`turn`), on a device that takes no time. `--context` is the
+length of their sequences; `bytes` is the median of what a step uploads. On a GPU, `submit` is what copies and
+graphs take on the launcher's thread. With `--busy-us`, the event loop has other work for
 that long after each plan, as for the tokens of the step before. With `--pause-ms`, nothing happens for that
 long after each step, as while a GPU computes; the next step then takes several times as long, probably
 because caches are cold.
@@ -21,6 +23,7 @@ import asyncio
 import ctypes
 import dataclasses
 import importlib
+import itertools
 import json
 import statistics
 import time
@@ -39,7 +42,7 @@ from tgi_asgi.ops.cuda_kv import CudaKvFormat
 from tgi_asgi.ops.cuda_modes import CudaModes
 from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.runner.cuda import CudaRunner
-from tgi_asgi.runner.cuda_device import Command, CudaDevice, Device, Event, Prepared
+from tgi_asgi.runner.cuda_device import Command, Copy, CudaDevice, Device, Event, Prepared
 from tgi_asgi.runner.cuda_steps import CudaStepSpec
 from tgi_asgi.runner.groups import BlockNeeds
 from tgi_asgi.runner.kv import KvSize
@@ -79,18 +82,23 @@ void do_nothing(const c10::OperatorHandle& op, c10::Stack* stack) {
 _TORCH_S = ("mm.out", "mm.dtype_out", "addmm.dtype_out", "add_.Tensor", "copy_")
 _SIZED = ("attention_workspace_bytes", "sample_workspace_bytes", "experts_max_tiles")
 _BATCHES = (1, 16, 64, 256)
-_CONTEXT = 1024
+_CHUNK = 1024
 # A decode step's time on the host depends only on the number of kernels in its graphs.
 _NARROW = dataclasses.replace(SHAPE, hidden_size=256, intermediate_size=256, num_heads=4, num_kv_heads=1)
 
 
 class NoDevice:
-    """A `Device` whose copies are the host's, and whose graphs are empty."""
+    """A `Device` whose copies are the host's, and whose graphs are empty.
+
+    Attributes:
+        uploaded: Bytes of the inputs of the step that was prepared last.
+    """
 
     backend: ClassVar[str] = "gloo"
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cpu")
+        self.uploaded = 0
         self._extension: Any = importlib.import_module("tgi_asgi._cuda")
         library = ctypes.CDLL(self._extension.__file__)
         self._graph = ctypes.cast(library.note_reach, ctypes.c_void_p).value
@@ -116,6 +124,8 @@ class NoDevice:
         self._extension.submit(commands)
 
     def prepared(self, commands: Sequence[Command]) -> Prepared:
+        inputs = itertools.takewhile(lambda command: isinstance(command, Copy), commands)
+        self.uploaded = sum(cast(Copy, copy).num_bytes for copy in inputs)
         prepared: Prepared = self._extension.Prepared(commands)
         return prepared
 
@@ -179,15 +189,15 @@ def time_operators(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_decodes(
-    device: Device, layers: int, steps: int, pause_s: float = 0.0, busy_s: float = 0.0
+    device: Device, layers: int, steps: int, context: int, pause_s: float = 0.0, busy_s: float = 0.0
 ) -> list[dict[str, Any]]:
     """Time the parts of decode steps, one step in flight, with a pause after each."""
     config = dataclasses.replace(_NARROW, layers=SHAPE.layers[:1] * layers)
     gpu_timing.DEVICE = device.device
-    batch, longest = max(_BATCHES), _CONTEXT + steps + 64
+    batch, longest = max(_BATCHES), context + steps + 64
     needs = BlockNeeds((None,), gpu_model.BLOCK, longest)
     size = KvSize((batch + 1) * -(-longest // gpu_model.BLOCK), needs, 1, "bfloat16")
-    limits = StepLimits(max_tokens=_CONTEXT, max_sequences=batch, max_rows=batch, max_context=longest)
+    limits = StepLimits(max_tokens=_CHUNK, max_sequences=batch, max_rows=batch, max_context=longest)
     spec = CudaStepSpec(limits, CudaModes(), CudaKvFormat(gpu_model.BLOCK, torch.bfloat16))
     runner = CudaRunner(gpu_model.RandomLlama(config, longest), device, lambda free: size, spec)
     times: dict[str, list[float]] = {"push": [], "reach": [], "turn": []}
@@ -197,7 +207,7 @@ def time_decodes(
         times = {"push": [], "submit": [], "turn": []}
         gpu_prepared.watch(runner, times["push"], times["submit"])
     try:
-        return asyncio.run(_decode(runner, device, steps, times, pause_s, busy_s))
+        return asyncio.run(_decode(runner, device, steps, context, times, pause_s, busy_s))
     finally:
         runner.close()
 
@@ -206,6 +216,7 @@ async def _decode(
     runner: CudaRunner,
     device: Device,
     steps: int,
+    context: int,
     times: dict[str, list[float]],
     pause_s: float,
     busy_s: float,
@@ -213,11 +224,14 @@ async def _decode(
     info = SimpleNamespace(vocab_size=SHAPE.vocab_size)
     engine, rows = Engine(cast(LoadedModel, SimpleNamespace(runner=runner, info=info))), []
     for batch in _BATCHES:
-        sequences = engine.sequences(batch, _CONTEXT, steps + 20)
-        await engine.prefill(sequences, _CONTEXT)
+        sequences = engine.sequences(batch, _CHUNK, context - _CHUNK + steps + 20)
+        await engine.prefill(sequences, _CHUNK)
+        for sequence in sequences:  # their tables are longer; what the cache holds takes no time
+            sequence.num_computed = context
         await engine.decode(sequences, 20)
         for part in times.values():
             part.clear()
+        uploaded: list[int] = []
         for _ in range(steps):
             rows_of_step = engine.decode_rows(sequences)
             start = time.perf_counter()
@@ -227,8 +241,12 @@ async def _decode(
             times["turn"].append(time.perf_counter() - start)
             if isinstance(device, NoDevice):
                 times["reach"].append(device.reached_s - start)
+                uploaded.append(device.uploaded)
             await asyncio.sleep(pause_s)
-        rows.append({"batch": batch, "context": _CONTEXT} | {part: _median(us) for part, us in times.items()})
+        row: dict[str, Any] = {"batch": batch, "context": context}
+        if uploaded:
+            row["bytes"] = int(statistics.median(uploaded))
+        rows.append(row | {part: _median(us) for part, us in times.items()})
     return rows
 
 
@@ -252,18 +270,17 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--weights", default="bf16")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--pause-ms", type=float, default=0.0)
     parser.add_argument("--busy-us", type=float, default=0.0)
     parser.add_argument("--gpu", action="store_true", help="decode steps, with a GPU")
     options = parser.parse_args()
-    pause_s, busy_s = options.pause_ms / 1e3, options.busy_us / 1e6
+    given = (options.steps, options.context, options.pause_ms / 1e3, options.busy_us / 1e6)
     if options.gpu:
-        print(
-            json.dumps({"decode": time_decodes(CudaDevice(), options.layers, options.steps, pause_s, busy_s)})
-        )
+        print(json.dumps({"decode": time_decodes(CudaDevice(), options.layers, *given)}))
         return
     kept = install()
-    decodes = time_decodes(NoDevice(), 1, options.steps, pause_s, busy_s)
+    decodes = time_decodes(NoDevice(), 1, *given)
     print(json.dumps(time_operators(options) | {"decode": decodes}))
     del kept
 

@@ -443,8 +443,8 @@ class DeviceRows:
     @property
     def num_decodes(self) -> int: ...
     @property
-    def num_columns(self) -> int:
-        """Number of blocks of the longest sequence."""
+    def num_entries(self) -> int:
+        """Number of entries of block tables that the step brings."""
 
     @property
     def has_adapters(self) -> bool: ...

@@ -4,13 +4,10 @@
 #include <structmember.h>
 
 #include <algorithm>
-#include <cstring>
 #include <string>
-#include <tuple>
 
 #include "bindings/checks.h"
 #include "bindings/plan_values.h"
-#include "cpu/memory.h"
 
 namespace tgi {
 
@@ -26,16 +23,15 @@ Py_ssize_t offset_of(const py::type& type, const char* name) {
 
 // Checks that the inputs lie in memory of `num_bytes`, one behind the other.
 void check_inputs(const int64_t* firsts, const DeviceSizes& sizes, int64_t num_bytes) {
-  const auto [tokens, sequences, logits, decodes, columns] = sizes;
-  for (const int64_t size : {tokens, sequences, logits, decodes, columns}) {
+  const auto [tokens, sequences, logits, decodes, entries] = sizes;
+  for (const int64_t size : {tokens, sequences, logits, decodes, entries}) {
     check(size >= 0 && size < INT32_MAX, "a step's sizes must be in [0, ", INT32_MAX, "), got ",
           size);
   }
-  const int64_t tables = cpu::product_of_sizes({4, sequences, columns});
   const std::array<int64_t, kNumInputs> bytes = {
-      8 * tokens,          4 * tokens,    4 * tokens,  4 * tokens,
-      4 * (sequences + 1), 4 * sequences, 4 * decodes, 4 * logits,
-      4 * logits,          4 * logits,    tables};
+      8 * tokens,    4 * tokens,    4 * tokens,    4 * tokens,    4 * (sequences + 1),
+      4 * sequences, 4 * sequences, 4 * sequences, 4 * sequences, 4 * decodes,
+      4 * logits,    4 * logits,    4 * logits,    4 * entries};
   int64_t end = 0;
   for (size_t i = 0; i < bytes.size(); ++i) {
     check(firsts[i] >= end && firsts[i] % 8 == 0 && firsts[i] <= num_bytes, "`firsts`[", i,
@@ -57,7 +53,7 @@ std::vector<int32_t> masks_of_slots(const std::vector<int32_t>& masked, size_t n
 
 // The arrays of a step's inputs.
 struct DeviceRows::Inputs {
-  Inputs(uint8_t* memory, const int64_t* firsts, int64_t num_columns_) : num_columns(num_columns_) {
+  Inputs(uint8_t* memory, const int64_t* firsts) {
     const auto ints = [&](DeviceInput input) {
       return reinterpret_cast<int32_t*>(memory + firsts[static_cast<size_t>(input)]);
     };
@@ -67,11 +63,14 @@ struct DeviceRows::Inputs {
     adapters = ints(kInputAdapters);
     query_start = ints(kInputQueryStart);
     context_len = ints(kInputContextLen);
+    table_slots = ints(kInputTableSlots);
+    table_firsts = ints(kInputTableFirsts);
+    table_starts = ints(kInputTableStarts);
     from_slot = ints(kInputFromSlot);
     logits_tokens = ints(kInputRows);
     logits_slots = ints(kInputRowSlots);
     mask_rows = ints(kInputMaskRows);
-    tables = ints(kInputBlockTable);
+    entries = ints(kInputEntries);
   }
 
   void pad_tokens(int64_t first, int64_t end) const {
@@ -83,16 +82,21 @@ struct DeviceRows::Inputs {
 
   void pad_sequences(int64_t first, int64_t end) const {
     std::fill(context_len + first, context_len + end, 0);
-    std::fill(tables + first * num_columns, tables + end * num_columns, 0);
+    std::fill(table_slots + first, table_slots + end, -1);
+    std::fill(table_firsts + first, table_firsts + end, 0);
+    std::fill(table_starts + first, table_starts + end, 0);
   }
 
-  void write_sequence(int64_t index, int32_t length, const std::vector<int32_t>& blocks,
-                      int64_t block_size) const {
-    context_len[index] = length;
-    const int64_t num_blocks = (length + block_size - 1) / block_size;
-    int32_t* const table = tables + index * num_columns;
-    std::copy_n(blocks.data(), num_blocks, table);
-    std::fill(table + num_blocks, table + num_columns, 0);
+  // Writes a row's sequence, whose new entries come after those of the rows before it.
+  void write_sequence(int64_t index, const Row& row, const std::vector<int32_t>& blocks,
+                      int64_t& num_entries) const {
+    context_len[index] = row.start + row.num_tokens;
+    table_slots[index] = row.slot;
+    table_firsts[index] = row.first_entry;
+    table_starts[index] = static_cast<int32_t>(num_entries);
+    std::copy(blocks.begin() + row.first_entry, blocks.begin() + row.num_blocks,
+              entries + num_entries);
+    num_entries += row.num_blocks - row.first_entry;
   }
 
   void write_logits(int64_t index, int64_t token, int32_t slot, int32_t mask) const {
@@ -101,10 +105,10 @@ struct DeviceRows::Inputs {
     mask_rows[index] = mask;
   }
 
-  int64_t num_columns;
   int64_t* slots;
-  int32_t *ids, *positions, *adapters, *query_start, *context_len, *from_slot;
-  int32_t *logits_tokens, *logits_slots, *mask_rows, *tables;
+  int32_t *ids, *positions, *adapters, *query_start, *context_len;
+  int32_t *table_slots, *table_firsts, *table_starts, *from_slot;
+  int32_t *logits_tokens, *logits_slots, *mask_rows, *entries;
 };
 
 DeviceRows::DeviceRows(const py::type& row_type, const RowLimits& limits, bool is_batch_invariant)
@@ -120,15 +124,13 @@ DeviceRows::DeviceRows(const py::type& row_type, const RowLimits& limits, bool i
   Py_INCREF(row_type_);
 }
 
-DeviceRows::~DeviceRows() {
-  for (const Slot& slot : slots_) {
-    for (PyObject* const entry : slot.entries) Py_DECREF(entry);
-  }
-  Py_DECREF(row_type_);
-}
+DeviceRows::~DeviceRows() { Py_DECREF(row_type_); }
 
 void DeviceRows::start(int64_t slot, int64_t prompt_len) {
-  slots_.at(static_cast<size_t>(slot)).prompt_len = prompt_len;
+  Slot& started = slots_.at(static_cast<size_t>(slot));
+  started.prompt_len = prompt_len;
+  started.has_started = true;
+  started.num_written = 0;
 }
 
 PyObject* DeviceRows::field(PyObject* row, Field name) const {
@@ -145,7 +147,7 @@ void DeviceRows::read(py::handle rows) {
   sampling.clear();
   sampling_slots.clear();
   is_taken_.assign(slots_.size(), false);
-  num_tokens = num_decodes = num_columns = 0;
+  num_tokens = num_decodes = num_entries = 0;
   has_adapters = has_vectors = is_scored = has_stops = false;
   for (int64_t index = 0; index < items.size(); ++index) read_row(items[index]);
 }
@@ -164,7 +166,10 @@ void DeviceRows::read_row(PyObject* item) {
   const int64_t stop = read_tokens(field(item, kTokenIds), row);
   const int64_t num_blocks = (stop + limits_.block_size - 1) / limits_.block_size;
   read_table(field(item, kBlockTables), slots_[at], num_blocks);
-  num_columns = std::max(num_columns, num_blocks);
+  const int64_t first_entry = std::min(row.start / limits_.block_size, slots_[at].num_written);
+  row.first_entry = static_cast<int32_t>(first_entry);
+  row.num_blocks = static_cast<int32_t>(num_blocks);
+  num_entries += num_blocks - first_entry;
   // Decode and prefill attention add in different orders. For batch invariance, prompt tokens must
   // not use decode attention, since chunking decides whether a single one is left for a step of its
   // own.
@@ -220,20 +225,13 @@ void DeviceRows::read_table(PyObject* tables, Slot& slot, int64_t num_blocks) {
   if (table.size() < num_blocks)
     throw PlanError(std::to_string(num_blocks) + " blocks are needed, got " +
                     std::to_string(table.size()));
-  const auto count = static_cast<size_t>(num_blocks);
-  PyObject* const* const entries = table.data();
-  const size_t known = std::min(slot.entries.size(), count);
-  if (known > 0 && std::memcmp(slot.entries.data(), entries, known * sizeof(PyObject*)) != 0) {
-    const auto changed = std::mismatch(entries, entries + known, slot.entries.begin()).second;
-    std::for_each(changed, slot.entries.end(), [](PyObject* entry) { Py_DECREF(entry); });
-    slot.entries.erase(changed, slot.entries.end());
+  if (slot.table.ptr() != groups[0]) {
+    slot.table = py::reinterpret_borrow<py::object>(groups[0]);
+    slot.blocks.clear();
+    slot.num_written = 0;
   }
-  slot.blocks.resize(slot.entries.size());  // one more if memory ran out between the two
-  for (size_t i = slot.entries.size(); i < count; ++i) {
-    slot.blocks.push_back(static_cast<int32_t>(integer(entries[i], "block", limits_.num_blocks)));
-    slot.entries.push_back(entries[i]);
-    Py_INCREF(entries[i]);
-  }
+  for (int64_t i = static_cast<int64_t>(slot.blocks.size()); i < num_blocks; ++i)
+    slot.blocks.push_back(static_cast<int32_t>(integer(table[i], "block", limits_.num_blocks)));
 }
 
 std::vector<std::pair<int64_t, int64_t>> DeviceRows::prompt_lens() const {
@@ -245,24 +243,24 @@ std::vector<std::pair<int64_t, int64_t>> DeviceRows::prompt_lens() const {
 
 void DeviceRows::write(Array<uint8_t>& memory, const int64_t* firsts, const DeviceSizes& sizes,
                        const std::optional<std::vector<int64_t>>& needing,
-                       const std::vector<int32_t>& masked,
-                       const std::vector<int32_t>& adapters) const {
+                       const std::vector<int32_t>& masked, const std::vector<int32_t>& adapters) {
   const int64_t num_rows = static_cast<int64_t>(rows_.size());
   const int64_t gap = sizes.num_decodes - num_decodes;  // padding after the last that decodes
   check(gap >= 0 && num_rows + gap <= sizes.num_sequences && num_tokens + gap <= sizes.num_tokens &&
-            num_columns <= sizes.num_columns &&
+            num_entries <= sizes.num_entries &&
             (needing ? static_cast<int64_t>(needing->size()) <= sizes.num_logits
                      : sizes.num_logits == sizes.num_sequences),
         "the rows do not fit the sizes of the step");
   check_inputs(firsts, sizes, memory.nbytes());
   check(adapters.empty() || adapters.size() == rows_.size(), "`adapters` has an entry per row");
-  const Inputs inputs(memory.mutable_data(), firsts, sizes.num_columns);
+  const Inputs inputs(memory.mutable_data(), firsts);
   const std::vector<int32_t> masks = masks_of_slots(masked, slots_.size());
   write_padding(inputs, sizes);
   const auto write_logits = [&](int64_t at, const Row& row, int64_t end) {
     const int32_t slot = row.samples ? row.slot : -1;
     inputs.write_logits(at, end - 1, slot, row.samples ? masks[static_cast<size_t>(slot)] : -1);
   };
+  int64_t entries = 0;
   for (int64_t index = 0; index < num_rows; ++index) {
     const Row& row = rows_[static_cast<size_t>(index)];
     const int64_t sequence = index < num_decodes ? index : index + gap;
@@ -272,10 +270,11 @@ void DeviceRows::write(Array<uint8_t>& memory, const int64_t* firsts, const Devi
     } else {
       inputs.query_start[sequence] = static_cast<int32_t>(end) - row.num_tokens;
     }
-    const std::vector<int32_t>& blocks = slots_[static_cast<size_t>(row.slot)].blocks;
+    Slot& slot = slots_[static_cast<size_t>(row.slot)];
     const int32_t adapter = adapters.empty() ? -1 : adapters[static_cast<size_t>(index)];
-    write_tokens(inputs, end - row.num_tokens, row, blocks, adapter);
-    inputs.write_sequence(sequence, row.start + row.num_tokens, blocks, limits_.block_size);
+    write_tokens(inputs, end - row.num_tokens, row, slot.blocks, adapter);
+    inputs.write_sequence(sequence, row, slot.blocks, entries);
+    if (slot.has_started) slot.num_written = row.num_blocks;
     if (!needing) write_logits(sequence, row, end);
   }
   if (!needing) return;
@@ -320,7 +319,7 @@ void bind_device_rows(py::module_& module) {
       .def("read", &DeviceRows::read, py::arg("rows"))
       .def(
           "write",
-          [](const DeviceRows& self, Array<uint8_t> memory, const Array<int64_t>& firsts,
+          [](DeviceRows& self, Array<uint8_t> memory, const Array<int64_t>& firsts,
              const std::array<int64_t, 5>& sizes,
              const std::optional<std::vector<int64_t>>& needing, const std::vector<int32_t>& masked,
              const std::vector<int32_t>& adapters) {
@@ -332,7 +331,7 @@ void bind_device_rows(py::module_& module) {
           py::arg("needing"), py::arg("masked"), py::arg("adapters"))
       .def_readonly("num_tokens", &DeviceRows::num_tokens)
       .def_readonly("num_decodes", &DeviceRows::num_decodes)
-      .def_readonly("num_columns", &DeviceRows::num_columns)
+      .def_readonly("num_entries", &DeviceRows::num_entries)
       .def_readonly("has_adapters", &DeviceRows::has_adapters)
       .def_readonly("has_vectors", &DeviceRows::has_vectors)
       .def_readonly("is_scored", &DeviceRows::is_scored)

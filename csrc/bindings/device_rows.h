@@ -23,23 +23,28 @@ enum DeviceInput {
   kInputAdapters,
   kInputQueryStart,
   kInputContextLen,
+  kInputTableSlots,
+  kInputTableFirsts,
+  kInputTableStarts,
   kInputFromSlot,
   kInputRows,
   kInputRowSlots,
   kInputMaskRows,
-  kInputBlockTable,
+  kInputEntries,
   kNumInputs,
 };
 
 // Sizes of a step's inputs, which may be more than the rows need; the rest is padding.
 struct DeviceSizes {
-  int64_t num_tokens, num_sequences, num_logits, num_decodes, num_columns;
+  int64_t num_tokens, num_sequences, num_logits, num_decodes, num_entries;
 };
 
 // The rows of the step that is being launched, and what stays the same from step to step: the
-// length of each slot's prompt, and its block table. A table's entries are Python integers; the
-// same objects as in the slot's last step are not converted again. Of 64 tables for 1,024 tokens
-// each, one step in 16 changes one entry.
+// length of each slot's prompt, and its block table. The device keeps the tables, too, so a step
+// brings all entries of a sequence that starts, and later only those of the blocks that a row
+// writes to (csrc/cuda/begin_step.cu). The others are there: the steps that computed these blocks
+// brought them, and after a failed step its slots start again. Slots that never start, as those of
+// drafts, have nothing there.
 //
 // A step first reads its rows; then it chooses the sizes of its inputs and writes them.
 class DeviceRows {
@@ -50,7 +55,8 @@ class DeviceRows {
   DeviceRows(const DeviceRows&) = delete;
   DeviceRows& operator=(const DeviceRows&) = delete;
 
-  // Assigns a slot to a sequence with a prompt of this length.
+  // Assigns a slot to a sequence with a prompt of this length; nothing of its table is on the
+  // device.
   void start(int64_t slot, int64_t prompt_len);
 
   // Reads a sequence of rows. Throws PlanError if one names something that does not exist, if two
@@ -66,13 +72,13 @@ class DeviceRows {
   // adapters: the place of each plan row's adapter, -1 for none; or empty.
   void write(Array<uint8_t>& memory, const int64_t* firsts, const DeviceSizes& sizes,
              const std::optional<std::vector<int64_t>>& needing, const std::vector<int32_t>& masked,
-             const std::vector<int32_t>& adapters) const;
+             const std::vector<int32_t>& adapters);
 
   // Of the rows read last:
   int64_t num_rows() const { return static_cast<int64_t>(rows_.size()); }
   int64_t num_tokens = 0;
   int64_t num_decodes = 0;  // rows that decode attention computes; they come first
-  int64_t num_columns = 0;  // blocks of the longest sequence
+  int64_t num_entries = 0;  // of block tables, to be written
   bool has_adapters = false, has_vectors = false, is_scored = false;  // a row asks for it
   bool has_stops = false;                                             // a row has a `stop`
   std::vector<int64_t> sampling;                                      // rows that sample a token
@@ -99,16 +105,19 @@ class DeviceRows {
 
   struct Slot {
     int64_t prompt_len = 0;
-    std::vector<PyObject*> entries;  // of the block table, as far as it was read; owned
-    std::vector<int32_t> blocks;     // their values
+    bool has_started = false;
+    int64_t num_written = 0;      // entries of its table since then
+    pybind11::object table;       // a sequence whose entries do not change
+    std::vector<int32_t> blocks;  // its entries, as far as they were read
   };
 
   struct Row {
     int32_t slot, start, num_tokens;
-    int64_t end;        // of its tokens, among those of all rows
-    size_t first_id;    // in ids_
-    bool is_from_slot;  // its token is the one that its slot sampled last
-    bool samples;       // a token
+    int32_t first_entry, num_blocks;  // entries [first_entry, num_blocks) of its table are written
+    int64_t end;                      // of its tokens, among those of all rows
+    size_t first_id;                  // in ids_
+    bool is_from_slot;                // its token is the one that its slot sampled last
+    bool samples;                     // a token
   };
 
   struct Inputs;

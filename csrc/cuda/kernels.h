@@ -20,6 +20,31 @@ namespace tgi::cuda {
 
 enum class Type : int32_t { kBfloat16 = 0, kFloat16 = 1, kFloat8 = 2 };
 
+// Completes the inputs of a step. Of `num_sequences` sequences, the first `num_decodes` have one
+// token each, which are the first of `ids`: their slots' last, where they have one. The block table
+// of a sequence is the one that its slot keeps, up to column `table_firsts`; from there on it is
+// new, in `entries` from `table_starts` on, and the slot keeps it, too.
+struct BeginStepParams {
+  const ::tgi::SampleSlot* records;  // [num_slots], or null: no slots
+  const int32_t* from_slot;          // [num_decodes]; out of range: the token is in `ids` already
+  const int32_t* context_len;        // [num_sequences]
+  const int32_t* table_slots;        // [num_sequences], all different; out of range: no table
+  const int32_t* table_firsts;       // [num_sequences]
+  const int32_t* table_starts;       // [num_sequences]
+  const int32_t* entries;            // [num_entries], where indices are clamped to
+  int32_t* ids;                      // [num_decodes or more]
+  int32_t* kept;                     // [num_tables, stride]
+  int32_t* tables;                   // [num_sequences, stride]; written up to `context_len`
+  int64_t num_slots;
+  int64_t num_decodes;
+  int64_t num_sequences;
+  int64_t num_entries;  // at least 1
+  int64_t num_tables;
+  int64_t stride;
+  int64_t block_size;
+};
+cudaError_t begin_step(const BeginStepParams& p, cudaStream_t stream);
+
 struct EmbedParams {
   const int32_t* ids;  // [num_tokens], clamped to the table
   const void* table;   // [num_rows, hidden] of type

@@ -11,6 +11,7 @@ from tests.cuda import (
     test_attention_decode,
     test_attention_parts,
     test_attention_prefill,
+    test_begin_step,
     test_draft_slots,
     test_embed_and_activate,
     test_experts,
@@ -58,6 +59,7 @@ def small() -> Iterator[Case]:
     yield from routes(3)
     yield "sample", torch.float32, _of(_sample, 300)
     yield "draft_slots", torch.float32, _of(test_draft_slots.check_all)
+    yield "begin_step", torch.int32, _of(test_begin_step.check, 3)
 
 
 def large() -> Iterator[Case]:
@@ -91,6 +93,7 @@ def large() -> Iterator[Case]:
             )
             yield "experts_product", BF16, check
     yield "sample", torch.float32, _of(_sample, 32000)
+    yield "begin_step", torch.int32, _of(test_begin_step.check, 3, stride=8192)
 
 
 def attention(

@@ -133,12 +133,10 @@ class EmulatedDevice:
 
 
 def _make(copy: Copy) -> None:
-    shape = (copy.num_rows, copy.num_bytes)
-    rows = copy.source.view(torch.uint8).flatten()[copy.first : copy.first + shape[0] * shape[1]]
-    target = copy.target.view(torch.uint8)
-    target = target.flatten()[None] if copy.num_rows == 1 else target
+    target, source = (tensor.view(torch.uint8).flatten() for tensor in (copy.target, copy.source))
     assert target.data_ptr() == copy.target.data_ptr(), "a target without gaps"
-    target[: copy.num_rows, : copy.num_bytes].copy_(rows.view(shape))
+    assert copy.num_bytes <= min(len(target), len(source)), "within both"
+    target[: copy.num_bytes].copy_(source[: copy.num_bytes])
 
 
 class Graph(TorchDispatchMode):

@@ -81,6 +81,12 @@ class GpuDevice:
         for host, there in moved.values():
             host.copy_(there)
 
+    def _begin_step(self, p: Any) -> None:
+        _ops.begin_step(
+            p.records, p.from_slot, p.context_len, p.table_slots, p.table_firsts, p.table_starts, p.entries,
+            p.block_size, p.ids, p.kept, p.tables,
+        )  # fmt: skip
+
     def _embed(self, p: Any) -> None:
         _ops.embed(p.ids, p.table, p.out)
 

@@ -39,6 +39,7 @@ _FLAGS = [
 # Maximum registers per thread of each kernel: the number last measured plus a few for the next compiler.
 # 65,536 divided by this number and by the block's threads is the number of blocks that an SM holds.
 _REGISTERS = {
+    "begin_step_kernel": 36,
     "embed_kernel": 32,
     "norm_kernel": 56,
     "activate_kernel": 56,
@@ -81,6 +82,7 @@ _CALLS = {"part_stats_kernel": 5, "part_scores_kernel": 2, "sample_kernel": 4}
 # Maximum instructions of a loop, ending at its farthest backward branch: the number last counted plus a
 # tenth.
 _LOOPS = {
+    "begin_step_kernel": 8,
     "embed_kernel": 8,
     "norm_kernel": 41,
     "activate_kernel": 8,

@@ -141,12 +141,12 @@ async def test_a_step_is_submitted_at_once_unless_masks_are_computed_meanwhile(
 
     monkeypatch.setattr(device, "submit", note)
     await generate(runner, [Job([7, 8, 9], 2)], chunk=2)
-    whole = "copy copy graph graph copy event"
-    assert submitted == ["copy copy graph event", whole, whole], "inputs, tables; the results"
+    whole = "copy graph graph copy event"
+    assert submitted == ["copy graph event", whole, whole], "inputs; the results"
     submitted.clear()
     start = {"grammar": grammar, "masked_ids": (EOS,)}
     await generate(runner, [Job([7, 8, 9], 1, start=start), Job([7], 1)])
-    assert submitted == ["copy copy graph", "copy graph copy event"], "the mask after the forward pass"
+    assert submitted == ["copy graph", "copy graph copy event"], "the mask after the forward pass"
 
 
 def short() -> list[Job]:
@@ -182,7 +182,7 @@ async def test_padding_that_is_none_would_be_felt(
     expected, found = short(), short()
     await generate(make_runner(EmulatedDevice()), expected, chunk=4)
     runner = make_runner(EmulatedDevice())
-    copies = runner._steps.copies
+    copy = runner._steps.copy
 
     def fill_all(shape: StepShape, staged: torch.Tensor) -> Any:
         inputs = shape.sections.arrays(staged.numpy())
@@ -191,9 +191,28 @@ async def test_padding_that_is_none_would_be_felt(
         values[values < 0] = values[0] if section == "slots" else 0
         if section == "query_start":  # as if the decodes had no padding
             values -= np.count_nonzero(inputs["context_len"][: shape.num_decodes] == 0)
-        return copies(shape, staged)
+        return copy(shape, staged)
 
-    monkeypatch.setattr(runner._steps, "copies", fill_all)  # prepared steps have it, too
+    monkeypatch.setattr(runner._steps, "copy", fill_all)  # prepared steps have it, too
+    await generate(runner, found, chunk=4)
+    assert [job.sampled for job in found] != [job.sampled for job in expected]
+
+
+async def test_an_entry_of_a_block_table_that_did_not_go_up_would_be_felt(
+    make_runner: Callable[[EmulatedDevice], CudaRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, found = short(), short()
+    await generate(make_runner(EmulatedDevice()), expected, chunk=4)
+    runner = make_runner(EmulatedDevice())
+    copy = runner._steps.copy
+
+    def withhold(shape: StepShape, staged: torch.Tensor) -> Any:
+        inputs = shape.sections.arrays(staged.numpy())
+        for name in ("table_firsts", "table_starts"):
+            inputs[name] += 1
+        return copy(shape, staged)
+
+    monkeypatch.setattr(runner._steps, "copy", withhold)
     await generate(runner, found, chunk=4)
     assert [job.sampled for job in found] != [job.sampled for job in expected]
 

@@ -267,7 +267,7 @@ async def test_the_time_of_steps_is_not_the_tower_s(
         device.step_s = 0.0
         await beside
     assert len(found) < 12, "encoding takes a step for each piece"
-    assert min(found) > 0.09
+    assert min(found) > 0.03, "0.1 s, but a result may be late and the next one not"
 
 
 @pytest.mark.thorough

@@ -61,7 +61,7 @@ def test_a_share_that_would_leave_no_token_never_reaches_the_device(name: str) -
     state = CudaSampleState(1, VOCAB, torch.device("cpu"))
     with pytest.raises(ValueError, match=rf"{name} 1\.5"):
         state.start(0, SamplingParams(**{name: 1.5}), choice=0, prompt_ids=[1])  # type: ignore[arg-type]
-    assert not state._records.any()
+    assert not state.records.any()
 
 
 def test_tokens_are_scored_where_their_logits_are() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.emulation.structs import params_struct
 
 _STRUCTS = {
+    "begin_step": "BeginStepParams",
     "embed": "EmbedParams",
     "norm": "NormParams",
     "activate": "ActivateParams",

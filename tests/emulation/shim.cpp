@@ -9,6 +9,7 @@
     return sizeof(tgi::cuda::Params);                                                    \
   }
 
+OPERATOR(begin_step, BeginStepParams)
 OPERATOR(embed, EmbedParams)
 OPERATOR(norm, NormParams)
 OPERATOR(activate, ActivateParams)

@@ -49,7 +49,7 @@ class CudaSampleState:
         max_rows: Maximum number of rows that are sampled at once; None: one for each slot.
 
     Attributes:
-        last_ids: [num_slots + num_spares] int32 on the device, the token that each slot sampled last.
+        records: [num_slots + num_spares, bytes of a `SampleSlot` (csrc/params.h)] uint8 on the device.
         drafts: [3, num_spares] int32 on the device, of each spare slot: the slot that it continues (-1 if it
             is not used), its number among the drafts of that slot, from 1, and its draft. A slot's are
             adjacent and in order.
@@ -61,7 +61,7 @@ class CudaSampleState:
     ) -> None:  # fmt: skip
         self._host = SampleState(num_slots, vocab_size)
         num_all, rows = num_slots + num_spares, num_slots if max_rows is None else max_rows
-        self._records = torch.zeros(num_all, SLOT.itemsize, dtype=torch.uint8, device=device)
+        self.records = torch.zeros(num_all, SLOT.itemsize, dtype=torch.uint8, device=device)
         self._counts = torch.zeros(num_all, vocab_size, dtype=torch.int32, device=device)
         self._biased_ids, self._biased_values, self._masked_ids = (
             torch.zeros(num_all, MAX_IDS, dtype=part.dtype, device=device) for part in self._host_lists()
@@ -69,9 +69,6 @@ class CudaSampleState:
         self._scratch = torch.empty(rows, vocab_size, device=device)
         self._workspace = torch.empty(_kernels.sample_workspace_bytes(rows), dtype=torch.uint8, device=device)
         self.drafts = torch.full((3, num_spares), -1, dtype=torch.int32, device=device)
-        host_address = self._host.records.__array_interface__["data"][0]
-        offset = self._host.last_ids.__array_interface__["data"][0] - host_address
-        self.last_ids = self._records.view(torch.int32)[:, offset // 4]
 
     def start(self, slot: int, sampling: SamplingParams, **history: Any) -> None:
         """Assign the slot to a sequence; see `SampleState.start`.
@@ -85,7 +82,7 @@ class CudaSampleState:
             raise ValueError(f"at most {MAX_IDS} tokens may be biased, and as many masked")
         self._host.start(slot, sampling, **history)
         self._host.arrays.check_record(slot)  # on the device, nothing checks it
-        _put(self._records[slot], torch.from_numpy(self._host.record_bytes[slot]))
+        _put(self.records[slot], torch.from_numpy(self._host.record_bytes[slot]))
         if has_penalties(sampling):
             self._put_counts(slot)
         there = (self._biased_ids, self._biased_values, self._masked_ids)
@@ -115,7 +112,7 @@ class CudaSampleState:
         `mask_rows` [n_rows] int32 is each row's index in it, or -1 for none.
         """
         _kernels.sample(
-            logits, slots, self._records, self._counts, self._biased_ids, self._biased_values,
+            logits, slots, self.records, self._counts, self._biased_ids, self._biased_values,
             self._masked_ids, mask, mask_rows, self._scratch, self._workspace, result.token_ids,
             result.is_finite, result.logprobs, result.top_ids, result.top_logprobs, result.num_top,
         )  # fmt: skip
@@ -126,7 +123,7 @@ class CudaSampleState:
         `sample` then samples in them as it does in any slot. Capturable.
         """
         _kernels.draft_slots(
-            self._records, self._counts, self._biased_ids, self._biased_values, self._masked_ids, *self.drafts
+            self.records, self._counts, self._biased_ids, self._biased_values, self._masked_ids, *self.drafts
         )
 
     def accept_drafts(self) -> None:
@@ -134,7 +131,7 @@ class CudaSampleState:
 
         A slot itself has sampled one token. Nothing is left of tokens after a wrong draft. Capturable.
         """
-        _kernels.accept_drafts(self._records, self._counts, *self.drafts)
+        _kernels.accept_drafts(self.records, self._counts, *self.drafts)
 
     def _host_lists(self) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(map(torch.from_numpy, self._host.lists))  # type: ignore[return-value]

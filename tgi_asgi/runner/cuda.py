@@ -139,7 +139,7 @@ class CudaRunner:
         self._has_logits = outputs.has_logits
         self._generates = outputs.has_logits and model.config.generates
         self._steps = CudaSteps(
-            model, device, spec, last_ids=self._sampler.state.last_ids,
+            model, device, spec, records=self._sampler.state.records,
             sample=self._sample if self._generates else None,
             shard=None if shards is None else shards.join(device.device), adapters=adapters,
             has_logits=outputs.has_logits,
@@ -307,7 +307,7 @@ class CudaRunner:
             images = self._images.place(rows, drafted, layout, memory.array)
         result = StepResult(plan.step_id, [None] * len(rows))
         graphs, read, vectors = self._steps.graphs_of(shape, images), self._rows, None
-        commands: list[Command] = [*self._steps.upload(shape, memory.inputs), graphs.forward]
+        commands: list[Command] = [self._steps.upload(shape, memory.inputs), graphs.forward]
         # Usually all is submitted at once. Here the host needs the forward pass first, or works meanwhile.
         if waits or read.has_vectors or read.is_scored or self._shards is not None:
             with self._together(shape, memory.inputs[: shape.num_bytes]):

@@ -18,6 +18,7 @@ from tgi_asgi.ops.layout import round_up
 from tgi_asgi.ops.sample import SampleResult
 
 _ALIGNMENT = 16
+_ENTRY_BYTES = 4  # int32
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.int64: np.dtype(np.int64), torch.int32: np.dtype(np.int32), torch.float32: np.dtype(np.float32),
     torch.bool: np.dtype(np.bool_),
@@ -81,28 +82,23 @@ class StepShape(NamedTuple):
     num_decodes: int  # sequences that decode one token; they come first
     max_query_len: int  # longest query of the other sequences
     has_adapters: bool = False  # a token has one
-    num_columns: int = 0  # of the uploaded block tables: the blocks of the longest sequence
+    num_entries: int = 0  # of block tables, which are new
     prompt_lens: tuple[tuple[int, int], ...] = ()  # per other sequence: tokens in this step, and in total
 
     @property
     def sections(self) -> _Sections:
-        """The inputs, without the block tables, which are uploaded behind them."""
+        """The inputs, without the entries of block tables, which are uploaded behind them."""
         return _step_sections(self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes)
-
-    @property
-    def row_bytes(self) -> int:
-        """Size of a row of the uploaded block tables."""
-        return self.num_columns * 4  # int32
 
     @property
     def num_bytes(self) -> int:
         """Size of what is uploaded."""
-        return self.sections.num_bytes + self.num_sequences * self.row_bytes
+        return self.sections.num_bytes + self.num_entries * _ENTRY_BYTES
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
         """The sizes of the inputs, as `DeviceRows.write` takes them."""
-        return self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes, self.num_columns
+        return self.num_tokens, self.num_sequences, self.num_rows, self.num_decodes, self.num_entries
 
     @property
     def num_prompts(self) -> int:
@@ -110,7 +106,7 @@ class StepShape(NamedTuple):
 
     @property
     def graph(self) -> tuple[int, ...]:
-        """The sizes that choose a step's graphs, which read block tables from a fixed place."""
+        """The sizes that choose a step's graphs."""
         return self[:6]
 
 
@@ -125,6 +121,9 @@ def _step_sections(t: int, s: int, r: int, decodes: int) -> _Sections:
             ("adapters", (t,), torch.int32),
             ("query_start", (s + 1,), torch.int32),
             ("context_len", (s,), torch.int32),
+            ("table_slots", (s,), torch.int32),
+            ("table_firsts", (s,), torch.int32),
+            ("table_starts", (s,), torch.int32),
             ("from_slot", (decodes,), torch.int32),
             ("rows", (r,), torch.int32),
             ("row_slots", (r,), torch.int32),
@@ -144,21 +143,28 @@ class StepBuffers:
     adapters: Tensor  # [n_tokens] int32: slot of each token's adapter; -1: none
     query_start: Tensor  # [n_sequences + 1] int32
     context_len: Tensor  # [n_sequences] int32; 0: padding
+    table_slots: Tensor  # [n_sequences] int32: slots, which keep their sequences' block tables; -1: padding
+    table_firsts: Tensor  # [n_sequences] int32: the first column whose entry is new
+    table_starts: Tensor  # [n_sequences] int32: where in `entries` it is
     from_slot: Tensor  # [n_decodes] int32: slot to read the last token from; -1: use `ids`
     rows: Tensor  # [n_rows] int32: tokens whose logits are computed
     row_slots: Tensor  # [n_rows] int32: sampling slots; -1: none
     mask_rows: Tensor  # [n_rows] int32: rows of the grammar masks; -1: none
+    entries: Tensor  # int32, as far as the memory reaches
 
     @classmethod
     def view(cls, memory: Tensor, shape: StepShape) -> StepBuffers:
-        """Lay the inputs out in memory [num_bytes] uint8."""
-        return cls(shape, **shape.sections.tensors(memory))
+        """Lay the inputs out in memory [num_bytes or more] uint8."""
+        entries = memory[shape.sections.num_bytes :].view(torch.int32)
+        return cls(shape, **shape.sections.tensors(memory), entries=entries)
 
     def clear(self) -> None:
         """Make everything padding, which writes to no cache and samples for no slot."""
         for field in fields(self)[1:]:
             getattr(self, field.name).zero_()
-        for tensor in (self.slots, self.adapters, self.from_slot, self.row_slots, self.mask_rows):
+        for tensor in (
+            self.slots, self.adapters, self.table_slots, self.from_slot, self.row_slots, self.mask_rows
+        ):  # fmt: skip
             tensor.fill_(-1)
 
     def batch(self, block_tables: Tensor) -> CudaBatch:

@@ -34,17 +34,11 @@ class Event(Protocol):
 
 
 class Copy(NamedTuple):
-    """A copy between pinned memory and the device.
-
-    The source's rows of `num_bytes` lie one behind the other, from its byte `first` on. They are copied to
-    the beginnings of the target's rows; a single row may be longer than these.
-    """
+    """A copy of the first bytes of a tensor, between pinned memory and the device."""
 
     target: Tensor
     source: Tensor
     num_bytes: int
-    num_rows: int = 1
-    first: int = 0
 
 
 class Prepared(Protocol):

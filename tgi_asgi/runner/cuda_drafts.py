@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from tgi_asgi.ops import PlanError
 from tgi_asgi.runner.cuda_device import Command, Copy
 from tgi_asgi.runner.cuda_sampler import CudaSampler, SampleStaging
-from tgi_asgi.runner.drafts import SlotDrafts
+from tgi_asgi.runner.drafts import SlotDrafts, num_spares
 from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.sampling import collect
 from tgi_asgi.settings.speculation import Speculation
@@ -105,8 +105,8 @@ class CudaDrafts:
         self._slots = SlotDrafts(how, num_slots)
         self._first_spare = num_slots
         self._max_rows = max_rows
-        self.limits = limits = self._slots.limits
-        self.num_spares = min(limits.per_step, limits.per_row * num_slots)
+        self.limits = self._slots.limits
+        self.num_spares = num_spares(how, num_slots)
         self.are_in_flight = False
 
     def must_wait(self, plan: StepPlan) -> bool:

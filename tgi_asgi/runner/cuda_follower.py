@@ -164,7 +164,7 @@ class Follower:
                     taken[at].synchronize()  # the step before the last has read its inputs
                     connection.recv_bytes_into(staging[at].numpy())
                     upload = steps.upload(message, staging[at])
-                    device.submit([*upload, taken[at], steps.graphs_of(message, images).forward])
+                    device.submit([upload, taken[at], steps.graphs_of(message, images).forward])
                     images = None
                 case StepImages():
                     images = _receive(message, steps, shard)

@@ -46,7 +46,7 @@ class StepLayout(NamedTuple):
 
 def graph_layout(shape: StepShape, rows: DeviceRows) -> StepLayout:
     """Return the layout of a step in a graph's shape, whose decodes may be more than the step's."""
-    shape = StepShape(*shape[:5], rows.has_adapters, rows.num_columns)
+    shape = StepShape(*shape[:5], rows.has_adapters, rows.num_entries)
     return StepLayout(shape, rows, None if shape.num_rows else ())
 
 
@@ -60,6 +60,6 @@ def plain_layout(rows: DeviceRows, needing: Sequence[int]) -> StepLayout:
     longest = max((length for length, _ in lens), default=0)
     shape = StepShape(
         rows.num_tokens, rows.num_decodes + len(lens), len(needing), rows.num_decodes, longest,
-        rows.has_adapters, rows.num_columns, lens,
+        rows.has_adapters, rows.num_entries, lens,
     )  # fmt: skip
     return StepLayout(shape, rows, needing)

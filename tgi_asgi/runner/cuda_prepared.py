@@ -103,7 +103,7 @@ class PreparedSteps:
         samples = self._sampler.samples(shape.num_rows, memory.sampling, is_listing=is_listing)
         graphs = self._steps.graphs_of(shape)
         commands: list[Command] = [
-            *self._steps.copies(shape, memory.inputs), graphs.forward, graphs.sample, samples.copy,
+            self._steps.copy(shape, memory.inputs), graphs.forward, graphs.sample, samples.copy,
             memory.event,
         ]  # fmt: skip
         prepared = self._device.prepared(commands)

@@ -23,7 +23,7 @@ from tgi_asgi.ops.cuda_shards import CudaShard
 from tgi_asgi.ops.step_limits import StepLimits
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Copy, Device
-from tgi_asgi.runner.drafts import draft_limits
+from tgi_asgi.runner.drafts import draft_limits, num_spares
 from tgi_asgi.settings.speculation import Speculation
 
 # Decode-only batches are padded to one of these sizes; each size has graphs.
@@ -69,6 +69,12 @@ class CudaStepSpec:
         return replace(self.limits, max_sequences=max_rows, max_rows=max_rows)
 
     @property
+    def num_slots(self) -> int:
+        """Number of slots: those of sequences, then spare ones for drafts."""
+        num_slots = self.limits.max_sequences
+        return num_slots + (num_spares(self.speculation, num_slots) if self.speculation is not None else 0)
+
+    @property
     def max_blocks(self) -> int:
         """Number of block table columns."""
         return -(-self.limits.max_context // self.kv.block_size)
@@ -79,7 +85,7 @@ class CudaStepSpec:
         limits = self.step_limits
         return StepShape(
             limits.max_tokens, limits.max_sequences, limits.max_rows, limits.max_sequences, limits.max_tokens,
-            num_columns=self.max_blocks,
+            num_entries=limits.max_sequences * self.max_blocks,
         )  # fmt: skip
 
 
@@ -125,12 +131,12 @@ class CudaSteps:
         steps.make_cache(num_blocks)
         steps.capture()
         graphs = steps.graphs_of(shape)
-        device.submit([*steps.upload(shape, pinned), graphs.forward])
+        device.submit([steps.upload(shape, pinned), graphs.forward])
         steps.program.logits
 
     Args:
-        last_ids: [num_slots] int32 on the device: the token that each slot sampled last; None on a device
-            that gets them from shard 0's.
+        records: The slots' records of `CudaSampleState`, with the token that each sampled last; None on a
+            device that gets these from shard 0's.
         sample: Body of a shape's second graph; None on a device that does not sample.
         adapters: Adapters that rows may have. Every shape then has graphs with and without them.
         has_logits: Whether graphs compute logits; without, they do not read the head, which may be a third of
@@ -139,13 +145,14 @@ class CudaSteps:
 
     def __init__(
         self, model: Model, device: Device, spec: CudaStepSpec, *,
-        last_ids: Tensor | None = None, sample: Callable[[StepBuffers], None] | None = None,
+        records: Tensor | None = None, sample: Callable[[StepBuffers], None] | None = None,
         shard: CudaShard | None = None, adapters: CudaAdapterLayout | None = None, has_logits: bool = True,
     ) -> None:  # fmt: skip
         config, limits, modes = model.config, spec.step_limits, spec.modes
         torch.ops.tgi_cuda.set_dependent_launches(False)
         self._limits, self._modes = limits, modes
-        self._device, self._shard, self._last_ids = device, shard, last_ids
+        self._device, self._shard, self._records = device, shard, records
+        self._block_size = spec.kv.block_size
         self._sample = sample
         (num_kv_heads,) = {cache.num_kv_heads for cache in config.caches}
         self._make_pools = functools.partial(
@@ -158,11 +165,11 @@ class CudaSteps:
             record(model, self._kv), limits, modes, max_blocks=spec.max_blocks, device=device.device,
             shard=shard, adapters=adapters, turns_by=model.turns_by,
         )  # fmt: skip
-        self._inputs = torch.zeros(spec.largest.sections.num_bytes, dtype=torch.uint8, device=device.device)
-        # A step uploads only the columns that it has; later ones are left from earlier steps and are past
-        # every sequence's end.
-        self._tables = torch.zeros(
-            limits.max_sequences, spec.max_blocks, dtype=torch.int32, device=device.device
+        self._inputs = torch.zeros(spec.largest.num_bytes, dtype=torch.uint8, device=device.device)
+        # Block tables of the step's sequences, and of all slots; what is past a sequence's end is not read.
+        self._tables, self._kept_tables = (
+            torch.zeros(count, spec.max_blocks, dtype=torch.int32, device=device.device)
+            for count in (limits.max_sequences, spec.num_slots)
         )
         self._shape: StepShape | None = None  # of the last step
         has_mixed = modes.prompt_attention in (PromptAttention.PAGED, PromptAttention.AUTO)
@@ -251,18 +258,14 @@ class CudaSteps:
         """Copy blocks (from, to) of the cache as if simultaneously; no block is both source and target."""
         copy_cuda_blocks(self._kv, pairs)
 
-    def upload(self, shape: StepShape, staged: Tensor) -> tuple[Copy, Copy]:
-        """Return the copies of the next step's inputs to the device."""
+    def upload(self, shape: StepShape, staged: Tensor) -> Copy:
+        """Return the copy of the next step's inputs to the device."""
         self._shape = shape
-        return self.copies(shape, staged)
+        return self.copy(shape, staged)
 
-    def copies(self, shape: StepShape, staged: Tensor) -> tuple[Copy, Copy]:
-        """Return the copies of a step's inputs to the device; `staged` is pinned and large enough."""
-        num_bytes = shape.sections.num_bytes
-        return (
-            Copy(self._inputs, staged, num_bytes),
-            Copy(self._tables, staged, shape.row_bytes, shape.num_sequences, first=num_bytes),
-        )
+    def copy(self, shape: StepShape, staged: Tensor) -> Copy:
+        """Return the copy of a step's inputs to the device; `staged` is pinned and large enough."""
+        return Copy(self._inputs, staged, shape.num_bytes)
 
     def graphs_of(self, shape: StepShape, images: CudaImageRows | None = None) -> Graphs:
         """Return the graphs of a step of this shape; the plain calls if there are none, or it has images."""
@@ -284,18 +287,18 @@ class CudaSteps:
 
     def _forward(self, buffers: StepBuffers, images: CudaImageRows | None = None) -> None:
         """Compute a step up to its logits; capturable, as it uses fixed buffers and never waits."""
-        decodes = buffers.shape.num_decodes
         if self._modes.has_dependent_launches:
             is_small = buffers.shape.num_tokens <= MAX_DEPENDENT_TOKENS
             torch.ops.tgi_cuda.set_dependent_launches(is_small)
-        if decodes > 0:
-            ids = buffers.ids[:decodes]
-            if self._last_ids is not None:
-                last = self._last_ids.index_select(0, buffers.from_slot.clamp(min=0))
-                ids.copy_(torch.where(buffers.from_slot >= 0, last, ids))
-            if self._shard is not None:
-                self._shard.group.broadcast(ids)
         batch = replace(buffers.batch(self._tables), images=images)
+        torch.ops.tgi_cuda.begin_step(
+            self._records, buffers.from_slot, buffers.context_len, buffers.table_slots, buffers.table_firsts,
+            buffers.table_starts, buffers.entries, self._block_size, buffers.ids, self._kept_tables,
+            batch.block_table,
+        )  # fmt: skip
+        decodes = buffers.shape.num_decodes
+        if decodes > 0 and self._shard is not None:
+            self._shard.group.broadcast(buffers.ids[:decodes])
         if not self._needs_lengths(batch.prompt_lens):
             batch = replace(batch, prompt_lens=())  # one launch of the native kernel, by C++
         self.program.forward(batch)

@@ -42,6 +42,12 @@ def draft_limits(how: Speculation) -> DraftLimits:
     return DraftLimits(max_drafts_per_row(how), MAX_DRAFTS_PER_STEP)
 
 
+def num_spares(how: Speculation, num_slots: int) -> int:
+    """Return how many spare slots a GPU has, one for each draft of a step."""
+    limits = draft_limits(how)
+    return min(limits.per_step, limits.per_row * num_slots)
+
+
 def speculation_of(model: Model | GenericModel, settings: Settings) -> Speculation | None:
     """Return how to draft tokens; None, with a warning, if drafts cannot be computed safely."""
     speculation = settings.speculation

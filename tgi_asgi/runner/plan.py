@@ -62,8 +62,8 @@ class StepRow:
     token_ids: Sequence[int] | None  # None: one token, the one this slot sampled last, still on the device
     start: int  # position of the first token, which is the number of its tokens already in the KV cache
     # One for each of `RunnerTraits.windows`. Covers at least start + number of tokens; entries before the
-    # window of the first token may hold anything. The lists belong to the engine: while the step is in flight
-    # they may grow at their ends, but do not change otherwise.
+    # window of the first token may hold anything. The lists belong to the engine and may grow at their
+    # ends, but an entry never changes: runners read it once.
     block_tables: Sequence[Sequence[int]]
     samples: bool  # whether to sample a token after the last one
     prompt_logprobs: int | None = None  # k: return log-probabilities of this chunk's tokens and of the k best

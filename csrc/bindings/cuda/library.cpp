@@ -11,6 +11,10 @@
 
 TORCH_LIBRARY(tgi_cuda, m) {
   m.def("set_dependent_launches(bool is_on) -> ()", &tgi::cuda::set_dependent_launches);
+  m.def(
+      "begin_step(Tensor? records, Tensor from_slot, Tensor context_len, Tensor table_slots, "
+      "Tensor table_firsts, Tensor table_starts, Tensor entries, int block_size, Tensor(a!) ids, "
+      "Tensor(b!) kept, Tensor(c!) tables) -> ()");
   m.def("embed(Tensor ids, Tensor table, Tensor(a!) out) -> ()");
   m.def(
       "norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? rows, Tensor(a!) out) -> ()");

@@ -7,6 +7,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -56,11 +57,10 @@ struct Graph {
   cudaGraphExec_t graph;
 };
 
-// Rows of `num_bytes`; a single one may be longer than the target's rows are apart.
 struct Copy {
   void* target;
   const void* source;
-  size_t num_bytes, num_rows, pitch;
+  size_t num_bytes;
 };
 
 struct Call {
@@ -74,27 +74,17 @@ const Tensor& tensor(PyObject* value) {
   return THPVariable_Unpack(value);
 }
 
-// Reads (target, source, num_bytes, num_rows, first), the `Copy` of runner/cuda_device.py.
+// Reads (target, source, num_bytes), the `Copy` of runner/cuda_device.py.
 Copy read_copy(const py::tuple& values) {
-  if (values.size() != 5) throw py::type_error("a copy has five values");
+  if (values.size() != 3) throw py::type_error("a copy has three values");
   const Tensor& target = tensor(values[0].ptr());
   const Tensor& source = tensor(values[1].ptr());
-  const auto num_bytes = values[2].cast<int64_t>(), num_rows = values[3].cast<int64_t>(),
-             first = values[4].cast<int64_t>();
+  const auto num_bytes = values[2].cast<int64_t>();
   TORCH_CHECK(target.is_contiguous() && source.is_contiguous(), "copies are of contiguous tensors");
-  TORCH_CHECK(num_bytes >= 0 && num_rows >= 0 && first >= 0, "a copy has no negative sizes");
-  const auto room = static_cast<int64_t>(target.nbytes());
-  const int64_t room_rows = target.dim() == 0 ? 0 : target.size(0);
-  const int64_t pitch = room_rows == 0 ? 0 : room / room_rows;
-  TORCH_CHECK(num_rows == 1 ? num_bytes <= room : num_bytes <= pitch && num_rows <= room_rows,
-              num_rows, " rows of ", num_bytes, " bytes are copied to ", room, " bytes in rows of ",
-              pitch);
-  const auto available = static_cast<int64_t>(source.nbytes());
-  TORCH_CHECK(first <= available && num_bytes * num_rows <= available - first, num_bytes * num_rows,
-              " bytes from ", first, " on are copied from ", available);
-  return {target.mutable_data_ptr(), static_cast<const uint8_t*>(source.const_data_ptr()) + first,
-          static_cast<size_t>(num_bytes), static_cast<size_t>(num_rows),
-          static_cast<size_t>(pitch)};
+  const auto room = static_cast<int64_t>(std::min(target.nbytes(), source.nbytes()));
+  TORCH_CHECK(num_bytes >= 0 && num_bytes <= room, num_bytes, " bytes are copied from ",
+              source.nbytes(), " to ", target.nbytes());
+  return {target.mutable_data_ptr(), source.const_data_ptr(), static_cast<size_t>(num_bytes)};
 }
 
 Command read(const py::handle& value) {
@@ -111,13 +101,8 @@ struct Submit {
   cudaStream_t stream;
 
   void operator()(const Copy& copy) const {
-    if (copy.num_rows == 1) {
-      C10_CUDA_CHECK(
-          cudaMemcpyAsync(copy.target, copy.source, copy.num_bytes, cudaMemcpyDefault, stream));
-    } else if (copy.num_bytes > 0 && copy.num_rows > 0) {
-      C10_CUDA_CHECK(cudaMemcpy2DAsync(copy.target, copy.pitch, copy.source, copy.num_bytes,
-                                       copy.num_bytes, copy.num_rows, cudaMemcpyDefault, stream));
-    }
+    C10_CUDA_CHECK(
+        cudaMemcpyAsync(copy.target, copy.source, copy.num_bytes, cudaMemcpyDefault, stream));
   }
   void operator()(cudaGraphExec_t graph) const { C10_CUDA_CHECK(cudaGraphLaunch(graph, stream)); }
   void operator()(Event* event) const { event->record(stream); }

@@ -21,16 +21,6 @@ inline cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t coun
   return cudaSuccess;
 }
 
-inline cudaError_t cudaMemcpy2DAsync(void* target, size_t target_pitch, const void* source,
-                                     size_t source_pitch, size_t width, size_t height,
-                                     cudaMemcpyKind, cudaStream_t) {
-  for (size_t row = 0; row < height; ++row) {
-    std::memcpy(static_cast<char*>(target) + row * target_pitch,
-                static_cast<const char*>(source) + row * source_pitch, width);
-  }
-  return cudaSuccess;
-}
-
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
   if (graph == nullptr) return cudaErrorInvalidValue;
   graph();

@@ -52,6 +52,7 @@ namespace tgi::cuda {
 #define LAUNCHER(name, Params) \
   cudaError_t name(const Params& params, cudaStream_t) { return launch(#name, &params); }
 
+LAUNCHER(begin_step, BeginStepParams)
 LAUNCHER(embed, EmbedParams)
 LAUNCHER(norm, NormParams)
 LAUNCHER(activate, ActivateParams)
