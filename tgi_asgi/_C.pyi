@@ -405,6 +405,9 @@ class DeviceRows:
     def start(self, slot: int, prompt_len: int) -> None:
         """Assign a slot to a sequence with a prompt of this length."""
 
+    def forget(self) -> None:
+        """After a step that was written and failed: write all of each block table the next time."""
+
     def read(self, rows: Sequence[Any]) -> None:
         """Read the rows of a step; those with a `stop` as if they began at their `start`, without drafts.
 
@@ -425,7 +428,7 @@ class DeviceRows:
         """Write the inputs of the rows read last; what is larger than they need becomes padding.
 
         Args:
-            firsts: First bytes of the inputs (`StepShape.sections`), then of the block tables.
+            firsts: First bytes of the inputs (`StepShape.sections`), then of the entries of block tables.
             sizes: `StepShape.sizes`.
             needing: Rows that have a row of logits; None: every sequence has one.
             masked: Slots whose samples are masked, in the order of their masks.

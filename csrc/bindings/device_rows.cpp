@@ -129,8 +129,11 @@ DeviceRows::~DeviceRows() { Py_DECREF(row_type_); }
 void DeviceRows::start(int64_t slot, int64_t prompt_len) {
   Slot& started = slots_.at(static_cast<size_t>(slot));
   started.prompt_len = prompt_len;
-  started.has_started = true;
   started.num_written = 0;
+}
+
+void DeviceRows::forget() {
+  for (Slot& slot : slots_) slot.num_written = 0;
 }
 
 PyObject* DeviceRows::field(PyObject* row, Field name) const {
@@ -274,7 +277,7 @@ void DeviceRows::write(Array<uint8_t>& memory, const int64_t* firsts, const Devi
     const int32_t adapter = adapters.empty() ? -1 : adapters[static_cast<size_t>(index)];
     write_tokens(inputs, end - row.num_tokens, row, slot.blocks, adapter);
     inputs.write_sequence(sequence, row, slot.blocks, entries);
-    if (slot.has_started) slot.num_written = row.num_blocks;
+    slot.num_written = row.num_blocks;
     if (!needing) write_logits(sequence, row, end);
   }
   if (!needing) return;
@@ -316,6 +319,7 @@ void bind_device_rows(py::module_& module) {
       .def(py::init<const py::type&, const RowLimits&, bool>(), py::arg("row_type"),
            py::arg("limits"), py::arg("is_batch_invariant"))
       .def("start", &DeviceRows::start, py::arg("slot"), py::arg("prompt_len"))
+      .def("forget", &DeviceRows::forget)
       .def("read", &DeviceRows::read, py::arg("rows"))
       .def(
           "write",

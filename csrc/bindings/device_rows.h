@@ -43,8 +43,7 @@ struct DeviceSizes {
 // length of each slot's prompt, and its block table. The device keeps the tables, too, so a step
 // brings all entries of a sequence that starts, and later only those of the blocks that a row
 // writes to (csrc/cuda/begin_step.cu). The others are there: the steps that computed these blocks
-// brought them, and after a failed step its slots start again. Slots that never start, as those of
-// drafts, have nothing there.
+// brought them.
 //
 // A step first reads its rows; then it chooses the sizes of its inputs and writes them.
 class DeviceRows {
@@ -58,6 +57,8 @@ class DeviceRows {
   // Assigns a slot to a sequence with a prompt of this length; nothing of its table is on the
   // device.
   void start(int64_t slot, int64_t prompt_len);
+  // After a step that was written and failed: nothing of any table is on the device.
+  void forget();
 
   // Reads a sequence of rows. Throws PlanError if one names something that does not exist, if two
   // have the same slot, or if a row that decodes comes after one that does not. Rows with a `stop`
@@ -105,8 +106,7 @@ class DeviceRows {
 
   struct Slot {
     int64_t prompt_len = 0;
-    bool has_started = false;
-    int64_t num_written = 0;      // entries of its table since then
+    int64_t num_written = 0;      // entries of its table, which the device has
     pybind11::object table;       // a sequence whose entries do not change
     std::vector<int32_t> blocks;  // its entries, as far as they were read
   };

@@ -37,6 +37,8 @@ from tgi_asgi.runner import cuda_drafts
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import Command
 from tgi_asgi.runner.cuda_drafts import CudaDrafts, LaidStep, _decode
+from tgi_asgi.runner.cuda_sampler import CudaSampler
+from tgi_asgi.runner.handoff import PendingStep
 from tgi_asgi.runner.plan import StepPlan
 from tgi_asgi.settings import Settings
 from tgi_asgi.settings.speculation import Speculation
@@ -238,23 +240,65 @@ async def test_sequences_that_lose_their_blocks_resume_with_drafts(model: Model)
         assert engine.stats.accepted_draft_tokens > 10
 
 
+def wrong_tables(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Return the steps and places of rows that were computed with another block table than the plan's."""
+    found: list[tuple[int, int]] = []
+    launch, fill = CudaRunner._launch, CudaRunner._fill
+    laid_out: dict[int, Sequence[int]] = {}  # block tables by place in the step
+
+    def filled(runner: CudaRunner, plan: StepPlan, *given: Any) -> Any:
+        shape, layout, laid = fill(runner, plan, *given)
+        rows, num_decodes = (plan if laid is None else laid.plan).rows, layout.rows.num_decodes
+        gap = shape.num_decodes - num_decodes
+        laid_out.clear()
+        for at, row in enumerate(rows):
+            end = row.start + row.num_tokens  # if it may have drafts, and has none
+            blocks = row.block_tables[0][: -(-end // runner.traits.block_size)]
+            laid_out[at if at < num_decodes else at + gap] = list(blocks)
+        return shape, layout, laid
+
+    def launched(runner: CudaRunner, step: PendingStep) -> Any:
+        done = launch(runner, step)
+        for at, blocks in laid_out.items():
+            if runner._steps._tables[at, : len(blocks)].tolist() != blocks:
+                found.append((step.plan.step_id, at))
+        return done
+
+    monkeypatch.setattr(CudaRunner, "_fill", filled)
+    monkeypatch.setattr(CudaRunner, "_launch", launched)
+    return found
+
+
+@pytest.mark.parametrize("is_computed", [True, False])
 async def test_a_step_that_fails_with_drafts_loses_nothing(
-    model: Model, undrafted: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
+    model: Model, undrafted: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch, is_computed: bool
 ) -> None:
-    """Even if the device has computed it: its slots start again."""
+    """Whether or not the device has computed it: its slots start again, and all block tables go up."""
     device = make_device()
-    submit, counts = device.submit, itertools.count()
+    submit, drafted = device.submit, CudaSampler.drafted
+    counts = itertools.count()  # of steps with drafts
+    failing: list[int] = []
+    wrong = wrong_tables(monkeypatch)
+
+    def note(sampler: CudaSampler, *given: Any) -> Any:
+        if (number := next(counts)) in (0, 3):  # a row that fails alone would lose its request
+            failing.append(number)
+        return drafted(sampler, *given)
 
     def fail_at_times(commands: Sequence[Command]) -> None:
-        submit(commands)
-        if next(counts) in (6, 9):  # a row that fails alone would lose its request
+        if is_computed or not failing:
+            submit(commands)
+        if failing:
+            failing.clear()
             raise RuntimeError("a step failed")
 
     async with serving(model, Speculation(8), 80, device) as engine:
+        monkeypatch.setattr(CudaSampler, "drafted", note)
         monkeypatch.setattr(device, "submit", fail_at_times)
         assert await answers_of(engine, repetitive(), 4, LIMIT_S) == undrafted
         assert engine.stats.failed_steps == 2
         assert engine.stats.accepted_draft_tokens > 10
+    assert not wrong
 
 
 async def test_rows_with_drafts_have_the_adapters_of_their_sequences(
