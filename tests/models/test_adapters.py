@@ -21,6 +21,7 @@ from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import Reference, checkpoint, gguf_file, reference
 from tests.support.family_scores import differences
+from tests.support.family_states import STATE_CASES
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import Job, generate
 from tgi_asgi.errors import ModelLoadError
@@ -151,8 +152,9 @@ def test_a_family_gives_what_peft_gives_alone_and_among_others(
         run(loaded, mixed, chunk=31)
     finally:
         loaded.runner.close()
+    limit = 4 * EXACT if case in STATE_CASES else EXACT  # recurrences add up rounding
     for job, adapter in zip(alone, (None, *adapters), strict=True):
-        assert_matches_peft(job, files.path, adapter)
+        assert_matches_peft(job, files.path, adapter, limit)
     for job, which in zip(mixed, order, strict=True):
         assert job.sampled == alone[which].sampled, "others in the batch must not change a bit"
         assert job.prompt_logprobs == alone[which].prompt_logprobs

@@ -29,10 +29,10 @@ EXACT_OTHERWISE = 3e-4  # correct results are within 1.5e-4
 FLOATS = ("safetensors", "f32", "f16", "bf16")  # forms whose weights are multiplied as floats
 # The largest and the mean difference in default arithmetic. Floats differ by 0.035 and 0.02; codes differ by
 # more, because their activations are int8. Some models differ by more, but not by more than `transformers` in
-# bfloat16.
+# bfloat16, or twice that for codes.
 LOOSE_FLOATS, LOOSE_FLOATS_MEAN = 0.05, 0.03
 LOOSE_CODES, LOOSE_CODES_MEAN = 0.3, 0.08
-SLACK = 1.2
+SLACK, SLACK_OF_CODES = 1.2, 2.0
 # Codes differ by more if rounded values are multiplied with each other, as in the gates of short
 # convolutions and of Gemma 4's layers, and if the weights are rounded, too.
 MORE = 2.0
@@ -103,8 +103,9 @@ def test_default_arithmetic_stays_close(case: FamilyCase, form: str) -> None:
     usual_largest, usual_mean = _largest_and_mean(case, found.rounding)
     has_products = case in (*STATE_CASES, *GEMMA4_CASES, *PART_CASES, *CHANNEL_CASES)
     codes = MORE if has_products or form in case.rounded else 1.0
-    assert largest <= max(LOOSE_FLOATS if is_float else LOOSE_CODES * codes, usual_largest * SLACK)
-    assert mean <= max(LOOSE_FLOATS_MEAN if is_float else LOOSE_CODES_MEAN * codes, usual_mean * SLACK)
+    slack = SLACK if is_float else SLACK_OF_CODES
+    assert largest <= max(LOOSE_FLOATS if is_float else LOOSE_CODES * codes, usual_largest * slack)
+    assert mean <= max(LOOSE_FLOATS_MEAN if is_float else LOOSE_CODES_MEAN * codes, usual_mean * slack)
 
 
 def _largest_and_mean(case: FamilyCase, apart: np.ndarray) -> tuple[float, float]:
