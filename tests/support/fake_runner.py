@@ -181,6 +181,7 @@ class FakeRunner:
         self._store: list[_Written] = [_NOTHING] * size
         self._states = FakeStates(self.num_kept_states or 0, self._extent, self._require)
         self._slots: dict[int, _Slot] = {}
+        self._tables: dict[int, list[tuple[Sequence[int], list[int]]]] = {}  # by slot: tables, their entries
         self._guesses: dict[int, list[int]] = {}  # of the current step, by slot
         self._num_encodes: Counter[bytes] = Counter()  # by digest
         self._queue: deque[_Queued] = deque()
@@ -416,6 +417,7 @@ class FakeRunner:
     def _row(self, row: StepRow, is_tainted: bool) -> Sampled | None:
         slot = self._slots[row.slot]
         end = row.start + row.num_tokens
+        self._check_tables(row)
         if is_tainted:
             if row.pooling is not None:
                 return None
@@ -447,6 +449,14 @@ class FakeRunner:
         while num_output < slot.start.min_tokens and token in slot.start.masked_ids:
             token = (token + 1) % VOCAB_SIZE
         return token
+
+    def _check_tables(self, row: StepRow) -> None:
+        """Check that a block table has what it had when the slot's last row was run, and maybe more."""
+        known = {id(table): entries for table, entries in self._tables.get(row.slot, ())}
+        for table in row.block_tables:
+            entries = known.get(id(table), [])
+            self._require(list(table[: len(entries)]) == entries, "an entry of a block table has changed")
+        self._tables[row.slot] = [(table, list(table)) for table in row.block_tables]
 
     def _place(self, row: StepRow, position: int, group: int) -> int:
         index, offset = divmod(position, self.block_size)
