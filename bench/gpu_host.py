@@ -10,10 +10,9 @@ the median microseconds to launch them all; and for decode steps of 1 to 256 seq
 quartiles, of preparing the step on the event loop (`push`), from the plan until the device has the step
 (`reach`), and until the engine has its result (`turn`), on a device that takes no time. `--context` is the
 length of their sequences; `bytes` is the median of what a step uploads. On a GPU, `submit` is what copies and
-graphs take on the launcher's thread. With `--busy-us`, the event loop has other work for
-that long after each plan, as for the tokens of the step before. With `--pause-ms`, nothing happens for that
-long after each step, as while a GPU computes; the next step then takes several times as long, probably
-because caches are cold.
+graphs take on the launcher's thread. With `--busy-us`, the event loop has other work for that long after each
+plan, as for the tokens of the step before. With `--pause-ms`, nothing happens for that long after each step,
+as while a GPU computes; the next step then takes several times as long, probably because caches are cold.
 """
 
 from __future__ import annotations

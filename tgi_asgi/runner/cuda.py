@@ -269,7 +269,7 @@ class CudaRunner:
             except BaseException as error:  # as in StepHandoff.serve
                 logger.exception("step %s failed", step.plan.step_id)
                 outcome = self._guard.translated(error)
-                self._rows.forget()
+                self._rows.forget()  # sequences start again, but not the spare slots of drafts
             self._launched[number] = outcome
             self._queue.launched(number)
             del step, outcome
