@@ -46,6 +46,15 @@ def test_an_automatic_answer_may_begin_as_a_call_does(compiler: GrammarCompiler,
             assert not accepts(compiler, grammar, written), written
 
 
+@pytest.mark.parametrize(("name", "start"), [("llama3_json", "{"), ("xlam", "[{")])
+def test_an_object_with_another_name_is_shown_while_it_is_written(name: str, start: str) -> None:
+    """A long text under `name` would otherwise be held back, and searched again after each token."""
+    parser = AnswerParser(None, FORMATS[name], SPECS)
+    assert parser.push(f'{start}"name": "') == []
+    assert parser.push("Ada") == [Content(f'{start}"name": "Ada')]
+    assert parser.push(" Lovelace") == [Content(" Lovelace")]
+
+
 @pytest.mark.parametrize("name", ["llama3_json", "xlam"])
 def test_the_blanks_of_a_call_s_beginning_may_be_others(compiler: GrammarCompiler, name: str) -> None:
     grammar = answer_grammar(None, use(name))

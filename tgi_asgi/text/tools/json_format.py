@@ -118,10 +118,12 @@ class BareJsonFormat(JsonFormat):
         opening = self.head + _OPENING
         if not squeezed.startswith(opening):
             return None if opening.startswith(squeezed) else False
-        _, quote, rest = squeezed[len(opening) :].partition('"')
-        if not quote or any(head.startswith(rest) and head != rest for head in _ARGUMENTS):
+        name, quote, rest = squeezed[len(opening) :].partition('"')
+        if not quote:
+            return None if any(each.startswith(name) for each in names) else False
+        if name in names and any(head.startswith(rest) and head != rest for head in _ARGUMENTS):
             return None
-        return rest.startswith(_ARGUMENTS)
+        return name in names and rest.startswith(_ARGUMENTS)
 
 
 def _lexemes(text: str) -> list[str]:
