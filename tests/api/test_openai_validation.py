@@ -385,6 +385,18 @@ async def test_no_depth_of_nesting_is_a_500(padding: int) -> None:
         assert call.status < 500, depth
 
 
+@pytest.mark.parametrize("path", [CHAT, "/api/chat", "/tokenize"])
+async def test_no_depth_of_a_call_in_the_history_is_a_500(path: str) -> None:
+    """What the decoder barely accepts must not be copied deeper in the stack."""
+    app = scripted_app(ScriptedEngine())
+    limit = sys.getrecursionlimit()
+    for depth in range(limit - 140, limit):
+        arguments = b'{"a":' + b"[" * depth + b"]" * depth + b"}"
+        called = b'{"role":"assistant","tool_calls":[{"id":"1","function":{"name":"f","arguments":%b}}]}'
+        body = b'{"stream":false,"messages":[' + called % arguments + b"]}"
+        assert (await send(app, request("POST", path, body))).status < 500, depth
+
+
 @pytest.mark.parametrize(
     ("field", "most", "more"),
     [

@@ -256,7 +256,7 @@ def _messages(given: list[OllamaMessage], images: Images | None) -> list[ChatMes
             name = call.function.name
             call.id = ids[name] = call.id or name
         if message.tool_calls:
-            result["tool_calls"] = msgspec.to_builtins(message.tool_calls)
+            result["tool_calls"] = [call.for_template() for call in message.tool_calls]
         if message.role == "tool":
             result["name"] = name = message.tool_name or ""
             result["tool_call_id"] = message.tool_call_id or ids.get(name, name)

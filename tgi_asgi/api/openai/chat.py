@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-
 from tgi_asgi.api.call import Call, Generation, Renderer
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.job import Conversation, Job, ToolChoice
@@ -178,7 +176,7 @@ def _message(message: Message, index: int, images: Images | None, *, is_compat: 
         # The result gets the id, too (`add_call_ids`). It depends on nothing else, for the prefix cache.
         calls = [ToolCall(message.function_call, f"call_{index}")]
     if calls:
-        result["tool_calls"] = msgspec.to_builtins(calls)
+        result["tool_calls"] = [call.for_template() for call in calls]
     return result
 
 

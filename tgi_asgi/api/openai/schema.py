@@ -155,7 +155,7 @@ class ContentPart(Struct):
     image_url: ImageUrl | str | None = None
 
 
-class CalledFunction(Struct, omit_defaults=True, frozen=True):
+class CalledFunction(Struct, frozen=True):
     """A function and its arguments: JSON in a string; some clients send an object."""
 
     name: str
@@ -183,6 +183,13 @@ class ToolCall(Struct):
             self.type, self.custom = "function", UNSET
         if not self.function.name:
             raise ValueError("Object missing required field `function`")
+
+    def for_template(self) -> dict[str, Any]:
+        """Return it in the form that chat templates expect."""
+        # Not by `to_builtins`, which copies arguments, and may need more of the stack than reading them did.
+        given = self.function.arguments
+        arguments = {} if given is None else {"arguments": given}
+        return {"function": {"name": self.function.name, **arguments}, "id": self.id, "type": self.type}
 
 
 class Message(Struct):
