@@ -57,7 +57,8 @@ class Text:
 
     `needs_text`: whether its text is needed in addition to its tokens, even if it came as ids. The text has
     the model's placeholder for each of the images. `may_be_empty`: whether an empty text stands for the
-    beginning of a document, instead of being refused.
+    beginning of a document, instead of being refused. `suffix`: what follows the text that the model fills
+    in; only of a prompt that is text, and of a model that can (`Served.fill`).
     """
 
     content: str | list[int]
@@ -66,6 +67,7 @@ class Text:
     echoes: bool = False
     shows_special_tokens: bool = False
     may_be_empty: bool = False
+    suffix: str = ""
     field: Field = ("prompt",)
     images: Images | None = None
 

@@ -243,7 +243,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter
         request_id=exchange.request_id,
         prompt_ids=prompt.ids,
         sampling=job.sampling,
-        stop=_stop_conditions(job, budget, form, reading),
+        stop=_stop_conditions(job, budget, prompt, form, reading),
         n=job.n,
         priority=bounded_priority(job.priority, context.settings),
         cache_salt=salt,
@@ -268,12 +268,14 @@ def _reasoning_tokens(job: Job, settings: Settings) -> int | None:
             return num_tokens
 
 
-def _stop_conditions(job: Job, budget: int, form: AnswerForm, reading: Reading | None) -> StopConditions:
+def _stop_conditions(
+    job: Job, budget: int, prompt: Prompt, form: AnswerForm, reading: Reading | None
+) -> StopConditions:
     return StopConditions(
         max_tokens=budget,
         min_tokens=job.min_tokens,
         ignore_eos=job.ignore_eos,
-        stop_token_ids=job.stop_token_ids,
+        stop_token_ids=job.stop_token_ids | prompt.end_ids,
         stop=job.stop,
         include_stop=job.include_stop,
         skip_special_tokens=job.skip_special_tokens,

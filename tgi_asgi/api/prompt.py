@@ -14,13 +14,14 @@ from tgi_asgi.api.limits import Overflow, check_characters, tgi_too_long
 from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.api.prompt_images import Images
 from tgi_asgi.api.prompt_text import chat_text, echoed_text, plain_text
-from tgi_asgi.errors import ContextExceeded, InvalidRequest
+from tgi_asgi.errors import ContextExceeded, InvalidRequest, UnsupportedSuffix
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.images import locate_images
 from tgi_asgi.types import ImageInput
 
 if TYPE_CHECKING:
     from tgi_asgi.api.served import Served
+    from tgi_asgi.text.fill import Fill
 
 _TAIL_CHARS = 64
 MAX_COUNTED_CHARS = 4 * MIB  # of a text whose tokens are counted, if no longer prompt fits
@@ -38,6 +39,7 @@ class Prompt:
         num_characters: Length of the prompt's text, if it came as text.
         tail: End of a chat's prompt, which may open a reasoning section.
         images: Positions of its images in the tokens.
+        end_ids: Tokens that end its answer besides the model's own: of a text with a suffix.
     """
 
     ids: list[int]
@@ -46,6 +48,7 @@ class Prompt:
     num_characters: int = 0
     tail: str = ""
     images: tuple[ImageInput, ...] = ()
+    end_ids: frozenset[int] = frozenset()
 
 
 def make_prompt(job: Job, served: Served, settings: Settings) -> Prompt:
@@ -138,9 +141,13 @@ def _located(ids: Sequence[int], images: Images | None) -> tuple[ImageInput, ...
 
 
 def _text_prompt(prompt: Text, served: Served, keep: int | None) -> Prompt:
+    end_ids = frozenset[int]()
     if isinstance(prompt.content, str):
-        text = plain_text(prompt, served)
-        source = _bounded(text, len(text), served, None if prompt.images else keep)
+        text = source = plain_text(prompt, served)
+        if prompt.suffix:
+            fill = _fill(served)
+            source, end_ids = fill.marks.prompt(text, prompt.suffix), fill.end_ids
+        source = _bounded(source, len(source), served, None if prompt.images else keep)
         ids = served.tokenizer.encode(source, add_special_tokens=prompt.adds_special_tokens)
         if not ids and prompt.may_be_empty:
             ids = _beginning(served)
@@ -152,9 +159,17 @@ def _text_prompt(prompt: Text, served: Served, keep: int | None) -> Prompt:
         ids,
         echo=text if prompt.echoes else "",
         text=text if prompt.needs_text else None,
-        num_characters=len(text),
+        num_characters=len(text) + len(prompt.suffix),
         images=_located(ids, prompt.images),
+        end_ids=end_ids,
     )
+
+
+def _fill(served: Served) -> Fill:
+    if served.fill is None:
+        message = "`suffix` is not supported: the vocabulary has no tokens that mark it for the model"
+        raise UnsupportedSuffix(message, param="suffix", code="unsupported_parameter")
+    return served.fill
 
 
 def _beginning(served: Served) -> list[int]:

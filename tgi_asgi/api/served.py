@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # these import libraries that are not needed before the model
     from tgi_asgi.engine.stats import EngineStats
     from tgi_asgi.text.chat.template import ChatTemplate
     from tgi_asgi.text.constrain.compiler import GrammarCompiler
+    from tgi_asgi.text.fill import Fill
     from tgi_asgi.text.tokenizer import Tokenizer
 
 
@@ -46,6 +47,13 @@ class Served:
     def special_ids(self) -> dict[str, int]:
         """The model's special tokens, by text."""
         return {self.tokenizer.token_text(i): i for i in sorted(self.tokenizer.special_ids)}
+
+    @cached_property
+    def fill(self) -> Fill | None:
+        """How the model is asked for text between two others; None if its vocabulary has no marks."""
+        from tgi_asgi.text.fill import fill_of
+
+        return fill_of(self.tokenizer)
 
     @cached_property
     def for_scores(self) -> Served:

@@ -38,7 +38,6 @@ from tgi_asgi.text.chat.message import ChatMessage
 
 # As in Ollama, a model that recommends values replaces these.
 OLLAMA_DEFAULTS = SamplingDefaults(temperature=0.8, top_k=40, top_p=0.9)
-_UNSUPPORTED = ("suffix", "context")
 _NO_TIME = re.compile(r"[+-]?0+(\.0*)?([num]?s|m|h)?")  # how long to keep the model, as Go writes it
 _AS_GIVEN = ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty")
 
@@ -145,12 +144,13 @@ def parse_generate(body: bytes, exchange: Exchange) -> Call:
     served = exchange.context.ready()
     images = served.new_images()
     parts = _images(request.images, "images", images)
-    if request.raw or served.chat_template is None:
+    if request.raw or request.suffix or served.chat_template is None:
         if request.system:
-            refuse_field("system", "needs a chat template: `raw` uses none, or the model has none")
+            rule = "needs a chat template: `raw` and `suffix` use none, or the model has none"
+            refuse_field("system", rule)
         before = served.image_processor.placeholder * len(parts) if served.image_processor else ""
-        text = Text(before + request.prompt, images=images) if request.prompt else None
-        return _call(request, exchange, text)
+        text = Text(before + (request.prompt or ""), suffix=request.suffix or "", images=images)
+        return _call(request, exchange, text if request.prompt or request.suffix else None)
     given = (("system", request.system), ("user", [*parts, request.prompt] if parts else request.prompt))
     messages = [{"role": role, "content": content} for role, content in given if content]
     chat = Conversation(messages, variables=_variables(request), images=images)
@@ -192,9 +192,8 @@ def _check(request: _Request, options: OllamaOptions, limits: Limits) -> None:
     num_top = request.top_logprobs or 0
     if num_top > limits.top_logprobs:
         refuse_field("top_logprobs", f"must be at most {limits.top_logprobs}, got {num_top}")
-    for name in _UNSUPPORTED:
-        if getattr(request, name, None):
-            refuse_field(name, "is not supported", "unsupported_parameter")
+    if getattr(request, "context", None):
+        refuse_field("context", "is not supported", "unsupported_parameter")
 
 
 def _job(

@@ -129,6 +129,7 @@ def _known(served: Served) -> dict[str, Any]:
         "tools": template is not None and template.mentions("tools"),
         "thinking": template is not None and style_of(template.source) is not None,
         "vision": served.accepts_images,
+        "insert": served.fill is not None,
     }
     unknown = dict.fromkeys(("parent_model", "format", "parameter_size", "quantization_level"), "")
     return {

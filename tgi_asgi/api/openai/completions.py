@@ -43,6 +43,8 @@ def parse_completion(body: bytes, exchange: Exchange) -> Callable[[], Call]:
     check_common(request, limits, info, is_compat=is_compat)
     n = request.n or 1
     num_prompts = len(_listed(request.prompt)[0])
+    if request.suffix:
+        _check_suffix(request, is_compat=is_compat)
     best_of = _check_own(request, limits, num_prompts, n)
     exchange.is_large |= num_prompts > MANY_JOBS
     return partial(_call, request, exchange, best_of)
@@ -105,12 +107,6 @@ def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: 
             "is not supported: completions have no reasoning of their own",
             "unsupported_parameter",
         )
-    if request.suffix:
-        raise UnsupportedSuffix(
-            "Suffix is not supported and can be achieved by preprocessing the prompt.",
-            param="suffix",
-            code="unsupported_parameter",
-        )
     if num_prompts > limits.prompts:
         message = f"Number of prompts exceeds the maximum allowed batch size of {limits.prompts}"
         raise TooManyPrompts(message, param="prompt")
@@ -126,6 +122,17 @@ def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: 
     if request.logprobs is not None and request.logprobs > limits.top_logprobs:
         refuse_field("logprobs", f"must be at most {limits.top_logprobs}, got {request.logprobs}")
     return best_of
+
+
+def _check_suffix(request: CompletionRequest, *, is_compat: bool) -> None:
+    """Refuse what has no meaning beside a suffix; under compat, any suffix."""
+    if is_compat:
+        message = "Suffix is not supported and can be achieved by preprocessing the prompt."
+        raise UnsupportedSuffix(message, param="suffix")
+    if request.truncate_prompt_tokens is not None:
+        refuse_field("truncate_prompt_tokens", "and `suffix` exclude each other")
+    if request.echo and request.logprobs is not None:
+        refuse_field("echo", "cannot show log-probabilities of a prompt with a `suffix`")
 
 
 def _listed(prompt: str | list[Any] | None) -> tuple[Sequence[Any], bool]:
@@ -147,6 +154,8 @@ def _prompts(request: CompletionRequest, vocab_size: int, *, may_be_empty: bool)
         if not isinstance(item, str | list):
             refuse_field(path, "must be a string or a list of token ids")
         if isinstance(item, list):
+            if request.suffix:
+                refuse_field(path, "must be text if there is a `suffix`")
             check_ids(item, path, vocab_size)
         yield Text(
             item,
@@ -156,5 +165,6 @@ def _prompts(request: CompletionRequest, vocab_size: int, *, may_be_empty: bool)
             echoes=bool(request.echo),
             shows_special_tokens=request.skip_special_tokens is False,
             may_be_empty=may_be_empty,
+            suffix=request.suffix or "",
             field=field,
         )
