@@ -326,6 +326,27 @@ async def test_an_effort_lets_models_think_that_do_not_by_default(effort: str) -
     assert await prompt_of(HI, app={"chat_template": "{{ enable_thinking is defined }}"}) == "False"
 
 
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"enable_thinking": False}, "False False"),
+        ({"enable_thinking": True}, "True True"),
+        ({"thinking": {"type": "disabled"}}, "False False"),
+        ({"thinking": {"type": "enabled", "clear_thinking": False}}, "True True"),
+        ({"thinking": {"type": "adaptive"}}, "True True"),
+        ({"thinking": False}, "False False"),
+        ({"thinking": {"type": "auto"}, "enable_thinking": False}, "False False"),
+        ({"thinking": {"type": "disabled"}, "reasoning_effort": "high"}, "False False"),
+        ({"enable_thinking": False, "chat_template_kwargs": {"thinking": True}}, "False True"),
+        ({"enable_thinking": None, "thinking": None}, " "),
+        ({"thinking": {"type": "auto"}}, " "),
+    ],
+)
+async def test_switches_of_other_apis_turn_thinking_on_and_off(fields: dict[str, Any], shown: str) -> None:
+    app = {"chat_template": "{{ enable_thinking }} {{ thinking }}"}
+    assert await prompt_of(HI, app=app, **fields) == shown
+
+
 async def test_the_administrators_template_variables_hold_where_a_request_has_none() -> None:
     settings = Settings(default_chat_template_kwargs='{"enable_thinking": false, "x": 5}')
     app = {"chat_template": "{{ enable_thinking }} {{ x }}", "settings": settings}

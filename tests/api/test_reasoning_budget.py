@@ -49,6 +49,13 @@ async def test_a_chat_or_response_bounds_its_reasoning(name: str, path: str) -> 
     assert given == ReasoningBudget(5, (start,), (end,), is_open=False)
 
 
+async def test_a_switch_of_thinking_may_bound_it() -> None:
+    given, _ = await budget_of(thinking={"type": "enabled", "budget_tokens": 5})
+    assert given is not None and given.num_tokens == 5
+    given, _ = await budget_of(thinking={"type": "enabled", "budget_tokens": 5}, thinking_budget=7)
+    assert given is not None and given.num_tokens == 7
+
+
 async def test_a_call_ends_the_section_of_a_chat_with_tools() -> None:
     marks = ("<think>", "</think>", "<tool_call>")
     given, engine = await budget_of(marks=marks, tools=TOOLS, thinking_token_budget=5)

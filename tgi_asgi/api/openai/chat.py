@@ -14,9 +14,17 @@ from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import check_common, constraint_of, job_of, thinking_budget
 from tgi_asgi.api.openai.render import CompletionRenderer
-from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, ImageUrl, Message, ToolCall
+from tgi_asgi.api.openai.schema import (
+    CHAT_DECODER,
+    ChatRequest,
+    ContentPart,
+    ImageUrl,
+    Message,
+    Thinking,
+    ToolCall,
+)
 from tgi_asgi.api.openai.tools import add_call_ids, read_choice, read_tools
-from tgi_asgi.api.parse import OMITTED_IMAGE, decode_json, refuse_field
+from tgi_asgi.api.parse import OMITTED_IMAGE, check_ranges, decode_json, refuse_field
 from tgi_asgi.api.prompt_images import Images
 from tgi_asgi.api.prompt_text import leaves_open, thinking_variables
 from tgi_asgi.api.tools import Tool
@@ -81,7 +89,7 @@ def chat_job(request: ChatRequest, exchange: Exchange) -> Job:
         tools=choice,
         reads_reasoning=request.separate_reasoning is not False,
         shows_reasoning=request.include_reasoning is not False,
-        reasoning_budget=thinking_budget(request),
+        reasoning_budget=thinking_budget(request, request.thinking),
     )
 
 
@@ -218,8 +226,21 @@ def _is_continued(request: ChatRequest, messages: list[ChatMessage]) -> bool:
 
 def _variables(request: ChatRequest) -> dict[str, Any]:
     """Return the template's additional variables."""
-    efforts = template_variables(request.reasoning_effort, "reasoning_effort", request.chat_template_kwargs)
+    given = request.chat_template_kwargs or {}
+    thinks = _thinks(request)
+    if thinks is not None:
+        given = {**thinking_variables(thinks), **given}
+    efforts = template_variables(request.reasoning_effort, "reasoning_effort", given)
     return {"documents": request.documents, **efforts}
+
+
+def _thinks(request: ChatRequest) -> bool | None:
+    """Return whether a request's own switch turns thinking on; None if it has none."""
+    wanted = request.thinking
+    if isinstance(wanted, Thinking):
+        check_ranges(wanted, "thinking.")
+        wanted = None if wanted.type in (None, "auto") else wanted.type != "disabled"
+    return request.enable_thinking if wanted is None else wanted
 
 
 def template_variables(effort: str | None, field: str, given: Mapping[str, Any] | None) -> dict[str, Any]:

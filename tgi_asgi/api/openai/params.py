@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tgi_asgi.api.job import Constraint, Conversation, Job, Text
 from tgi_asgi.api.limits import MAX_IDS, Limits, Overflow, check_stops
-from tgi_asgi.api.openai.schema import CommonRequest, ResponseFormat, TextRequest
+from tgi_asgi.api.openai.schema import CommonRequest, ResponseFormat, TextRequest, Thinking
 from tgi_asgi.api.parse import check_ranges, check_refused, refuse, refuse_field
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.model_info import ModelInfo
@@ -132,9 +132,13 @@ def overflow_of(settings: Settings) -> Overflow:
     return Overflow.CLIPPED if settings.clip_max_tokens else Overflow.REFUSED
 
 
-def thinking_budget(request: TextRequest) -> int | Literal["any", "default"]:
-    """Return a request's `Job.reasoning_budget`."""
-    every = (getattr(request, name) for name in THINKING_BUDGETS)
+def thinking_budget(
+    request: TextRequest, thinking: Thinking | bool | None = None
+) -> int | Literal["any", "default"]:
+    """Return a request's `Job.reasoning_budget`; a chat's switch of `thinking` may have it, too."""
+    every = [getattr(request, name) for name in THINKING_BUDGETS]
+    if isinstance(thinking, Thinking):
+        every.append(thinking.budget_tokens)
     given: int | None = next((value for value in every if value is not None), None)
     if given is None:
         return "default"

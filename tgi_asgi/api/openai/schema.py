@@ -237,6 +237,13 @@ class ToolEntry(Struct):
     custom: CustomDefinition | None = None
 
 
+class Thinking(Struct):
+    """Whether the model should think, as the APIs of DeepSeek, GLM, Kimi and Doubao have it; and how much."""
+
+    type: Literal["enabled", "disabled", "adaptive", "auto"] | None = None
+    budget_tokens: TokenBudget | None = None
+
+
 class FunctionName(Struct):
     """The choice of a function."""
 
@@ -254,6 +261,8 @@ class ChatRequest(CommonRequest, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Natural | None = None
     reasoning_effort: str | None = None
+    enable_thinking: bool | None = None  # DashScope's and SiliconFlow's
+    thinking: bool | Thinking | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     echo: bool | None = None
