@@ -14,6 +14,7 @@ from tests.support.scripted_engine import CHATML, ScriptedEngine, say, scripted_
 from tests.support.tool_writers import write
 from tgi_asgi.api.tools import Tool, choose
 from tgi_asgi.settings import Settings
+from tgi_asgi.text.constrain import compiler_errors
 from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
 from tgi_asgi.text.tools import FORMATS, ToolSpec
 
@@ -84,3 +85,32 @@ def test_a_choice_that_names_tools_again_and_again_is_read_in_time() -> None:
     named = [Tool(index, f"tool_{index}") for index in range(1024)]
     choice = computed_within(1, lambda: choose(named, "auto", ["tool_1023"] * 400_000))
     assert choice is not None and [spec.name for spec in choice.specs] == ["tool_1023"]
+
+
+def unknown_tool(number: int, **more: Any) -> dict[str, Any]:
+    """Return a tool with a schema that no other test has had checked."""
+    properties = {"x": {"type": "string", "pattern": f"^a{number}$"}}
+    function = {"name": "f", "parameters": {"type": "object", "properties": properties}, **more}
+    return {"type": "function", "function": function}
+
+
+@pytest.mark.parametrize(("name", "number"), [("qwen3_coder", 4000), ("hermes", 5000)])
+async def test_tools_that_cannot_be_checked_in_time_may_have_any_arguments(
+    name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each distinct argument takes milliseconds in some formats, and a long prompt has ten thousand."""
+    invalid = {"type": "function", "function": {"name": "g", "parameters": {"type": 1}}}
+    await answer(name, {"tools": [invalid]})  # from here on, what stands for such a schema is known
+    monkeypatch.setattr(compiler_errors, "MAX_CHECKS_S", -1.0)
+    free = await answer(name, {"tools": [unknown_tool(number)]}, ("f", {"x": "a"}))
+    assert free.status_code == 200, free.text
+    assert "tools.f" in free.headers["x-tgi-ignored-keywords"].split(",")
+    strict = await answer(name, {"tools": [unknown_tool(number + 1, strict=True)]}, ("f", {}))
+    assert (strict.status_code, strict.json()["error"]["param"]) == (400, "tools")
+    assert "takes more than" in strict.json()["error"]["message"]
+    constraint = {"json": unknown_tool(number + 2)["function"]["parameters"]}
+    refused = await answer(name, {"structured_outputs": constraint})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "structured_outputs")
+    monkeypatch.undo()
+    later = await answer(name, {"tools": [unknown_tool(number)]}, ("f", {"x": f"a{number}"}))
+    assert later.status_code == 200 and "tools.f" not in later.headers.get("x-tgi-ignored-keywords", "")

@@ -18,6 +18,7 @@ from tgi_asgi.api.job import Constraint, Conversation, Job, Text
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.answer_grammar import ToolUse, answer_grammar
+from tgi_asgi.text.constrain.compiler_errors import limited_checks
 from tgi_asgi.text.constrain.harmony import harmony_grammar
 from tgi_asgi.text.constrain.source import GrammarSource, after_a_space, literal
 from tgi_asgi.text.stop_scope import HarmonyMarks, ReasoningMarks
@@ -251,7 +252,8 @@ def _compile(compiler: GrammarCompiler, job: Job, form: AnswerForm) -> tuple[Gra
     """
     for frees_tools in (False, True) if form.may_free_tools else (False,):
         try:
-            source = form.grammar_source(frees_tools=frees_tools)
+            with limited_checks():
+                source = form.grammar_source(frees_tools=frees_tools)
             return compiler.compile(source), source.ignored
         except InvalidRequest as error:
             refusal = error

@@ -1,17 +1,20 @@
-"""llguidance's messages about grammars and schemas, reworded in the terms of JSON Schema."""
+"""llguidance's checks of grammars and schemas, with a limit of time, and its messages in our own words."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
 
+MAX_CHECKS_S = 5.0  # an agent's 200 tools take one or two the first time, and 10,000 arguments half a minute
 _MAX_KNOWN = 1024  # schemas; agents send hundreds of tools with every request
 
 _PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
@@ -65,6 +68,40 @@ def refuse_panics() -> Iterator[None]:
         raise InvalidRequest("grammar is not valid: the compiler cannot read it") from None
 
 
+class _Clock(threading.local):
+    ends_s = math.inf
+
+
+_clock = _Clock()
+
+
+@contextmanager
+def limited_checks() -> Iterator[None]:
+    """Let this thread check schemas and patterns for `MAX_CHECKS_S` of its own processor time.
+
+    Each argument of each tool may be checked alone. Beyond the limit, a check refuses what is not known yet.
+    """
+    _clock.ends_s = time.thread_time() + MAX_CHECKS_S
+    try:
+        yield
+    finally:
+        _clock.ends_s = math.inf
+
+
+def checked(grammar: Mapping[str, Any], limits: Any = None) -> tuple[bool, list[str]]:
+    """Return whether a grammar is refused, and the compiler's messages, without a vocabulary.
+
+    Raises:
+        InvalidRequest: if the compiler panics, or the time of `limited_checks` is used up.
+    """
+    from llguidance import LLMatcher
+
+    if time.thread_time() > _clock.ends_s:
+        raise InvalidRequest(f"checking the schemas takes more than {MAX_CHECKS_S:g} s")
+    with refuse_panics():
+        return LLMatcher.validate_grammar_with_warnings(json.dumps(grammar), limits=limits)
+
+
 def problem_of(schema: Mapping[str, Any]) -> str | None:
     """Return why a schema cannot be compiled, or None."""
     is_refused, messages = _validate(json.dumps(schema))
@@ -105,9 +142,7 @@ def _validate(schema: str) -> tuple[bool, list[str]]:
 
 def _compiled(schema: str) -> tuple[bool, list[str]]:
     """Compile a schema without a vocabulary."""
-    from llguidance import LLMatcher, LLParserLimits
+    from llguidance import LLParserLimits
 
     limits = LLParserLimits(initial_lexer_fuel=300_000, max_grammar_size=200_000, verbose_errors=False)
-    grammar = json.dumps({"grammars": [{"json_schema": json.loads(schema)}]})
-    with refuse_panics():
-        return LLMatcher.validate_grammar_with_warnings(grammar, limits=limits)
+    return checked({"grammars": [{"json_schema": json.loads(schema)}]}, limits)

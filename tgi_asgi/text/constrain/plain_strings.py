@@ -6,12 +6,11 @@ r"""Strings of a JSON schema as plain text, without quotes: regexes of the gramm
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from tgi_asgi.text.constrain.compiler_errors import refuse_panics
+from tgi_asgi.text.constrain.compiler_errors import checked
 from tgi_asgi.text.constrain.formats import PLAIN_PATTERNS
 from tgi_asgi.text.constrain.patterns import begins_a_class_with_its_end, lark_regex
 
@@ -92,11 +91,7 @@ def whole_pattern(pattern: str) -> str | None:
 
 
 def _is_valid(lark: str) -> bool:
-    from llguidance import LLMatcher
-
-    grammar = json.dumps({"grammars": [{"lark_grammar": f"start: TEXT\nTEXT: {lark}"}]})
-    with refuse_panics():
-        is_refused, _ = LLMatcher.validate_grammar_with_warnings(grammar)
+    is_refused, _ = checked({"grammars": [{"lark_grammar": f"start: TEXT\nTEXT: {lark}"}]})
     return not is_refused
 
 
