@@ -119,6 +119,17 @@ def test_a_certain_control_character_is_refused(pattern: str) -> None:
         sources.json_schema({"type": "string", "pattern": pattern})
 
 
+@pytest.mark.parametrize("pattern", ["\\", "a\\", "a" + 3 * "\\", "[a]\\"])
+def test_a_lone_backslash_at_the_end_is_refused(pattern: str) -> None:
+    """llguidance's converter drops it, and the answer would match another regex."""
+    with pytest.raises(InvalidRequest, match="ends with a lone"):
+        sources.regex(pattern)
+
+
+def test_an_escaped_backslash_at_the_end_is_one(compiler: GrammarCompiler) -> None:
+    assert accepts(compiler, sources.regex("a\\\\"), "a\\")
+
+
 def test_classes_without_an_end_are_read_once() -> None:
     with at_most(1):
         assert rust_regex(r"\p{" * 100_000) == r"\p\{" * 100_000

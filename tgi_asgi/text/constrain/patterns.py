@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 
+from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain.compiler_errors import refuse_panics
 
 # An escaped character, the beginning of a count without a minimum, a brace that no count follows, or a class:
@@ -35,10 +36,12 @@ def lark_regex(pattern: str) -> str:
     What is not `\s`, though, is not a blank of Unicode either: the client's regex would refuse it.
 
     Raises:
-        InvalidRequest: if the compiler cannot read it.
+        InvalidRequest: if the compiler cannot read it, or would read another.
     """
     from llguidance import regex_to_lark
 
+    if (len(pattern) - len(pattern.rstrip("\\"))) % 2:  # which the function below would drop
+        raise InvalidRequest("grammar is not valid: the regex ends with a lone `\\`")
     translated = _translated(pattern, rf"[^\s{_BLANKS}]", rf"\s{_BLANKS}")
     with refuse_panics():
         return f"/{regex_to_lark(translated, 'dws')}/"
