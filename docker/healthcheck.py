@@ -18,7 +18,7 @@ TIMEOUT_S = 4
 
 def health_url(arguments: Sequence[str], environ: Mapping[str, str]) -> str:
     """Return the health URL of a server with this command line and environment, or `unix:PATH`."""
-    line = "\0".join(arguments)
+    line = "\0".join(map(_with_dashes, arguments))
     path = _last(r"--uds[=\0]([^\0]+)", line) or environ.get("UDS")
     if path:
         return f"unix:{path}"
@@ -44,6 +44,12 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return ipaddress.ip_address(host)
     except ValueError:
         return None
+
+
+def _with_dashes(argument: str) -> str:
+    """Return an argument with its flag as this program spells it; the server also takes underscores."""
+    flag, equals, value = argument.partition("=")
+    return f"{flag.replace('_', '-')}{equals}{value}" if flag.startswith("--") else argument
 
 
 def _last(pattern: str, line: str) -> str | None:

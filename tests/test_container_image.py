@@ -120,6 +120,7 @@ def test_scripts_parse_and_stop_at_the_first_error(script: Path) -> None:
         (["tgi-asgi"], {"PORT": "80", "HOSTNAME": "localhost"}, "http://localhost:80/health"),
         (["tgi-asgi"], {"PORT": "80", "SSL_CERTFILE": "c"}, "https://127.0.0.1:80/health"),
         (["tgi-asgi", "--ssl-certfile=c"], {"PORT": "80"}, "https://127.0.0.1:80/health"),
+        (["tgi-asgi", "--ssl_certfile", "a_c"], {"PORT": "80"}, "https://127.0.0.1:80/health"),
         (["tgi-asgi", "--uds", "/run/s"], {"PORT": "80"}, "unix:/run/s"),
         (["tgi-asgi"], {"PORT": "80", "UDS": "/run/s"}, "unix:/run/s"),
     ],

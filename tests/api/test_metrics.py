@@ -238,6 +238,8 @@ inter_token_latency_seconds histogram
 e2e_request_latency_seconds histogram
 request_queue_time_seconds histogram
 request_inference_time_seconds histogram
+request_prefill_time_seconds histogram
+request_decode_time_seconds histogram
 request_prompt_tokens histogram
 request_generation_tokens histogram
 request_max_num_generation_tokens histogram
@@ -296,6 +298,19 @@ async def test_choices_are_counted_by_their_ends_under_vllms_name() -> None:
     assert ends == {"stop": 4, "length": 1, "abort": 3}
     counts = {of.name: of.value for of in found["vllm:e2e_request_latency_seconds"].samples}
     assert counts["vllm:e2e_request_latency_seconds_count"] == 2
+
+
+async def test_the_times_of_prefill_and_decode_add_up_to_that_of_inference() -> None:
+    engine = ScriptedEngine(say("a", "b"))
+    app = scripted_app(engine)
+    await post(app, "/generate", {"inputs": "hi"})
+    engine.script = fail_with(GenerationFailed("x"), say("a", "b"))
+    await post(app, "/generate", {"inputs": "hi"})
+    found = await scrape(app)
+    parts = [f"tgi_request_{phase}_duration" for phase in ("prefill", "decode")]
+    assert [found[f"{name}_count"] for name in parts] == [1, 1]
+    sums = [found[f"{name}_sum"] for name in (*parts, "tgi_request_inference_duration")]
+    assert sums[0] + sums[1] == pytest.approx(sums[2])
 
 
 async def test_usage_is_counted_by_key() -> None:

@@ -56,6 +56,8 @@ async def test_ollamas_clients_may_name_a_tag(dispatcher: ModelDispatcher) -> No
         dispatcher, "/api/chat", {**chat("org/b:latest"), "options": {"num_predict": 3}, "stream": False}
     )
     assert (answer.status, answer.json()["model"]) == (200, "org/b")
+    for field in ("model", "name"):
+        assert (await post(dispatcher, "/api/show", {field: "org/b:latest"})).status == 200
 
 
 async def test_a_name_that_is_not_served_is_refused(dispatcher: ModelDispatcher) -> None:
@@ -69,6 +71,13 @@ async def test_all_models_are_listed_and_described(dispatcher: ModelDispatcher) 
     described = (await send(dispatcher, request("GET", "/v1/models/org/b", headers=KEY))).json()
     assert [each["id"] for each in listed["data"]] == ["org/a", "org/b"]
     assert described["id"] == "org/b"
+
+
+@pytest.mark.parametrize("path", ["/api/tags", "/api/ps"])
+async def test_all_models_are_listed_in_ollama_s_form(dispatcher: ModelDispatcher, path: str) -> None:
+    listed = (await send(dispatcher, request("GET", path, headers=KEY))).json()
+    names = [each["name"].removesuffix(":latest") for each in listed["models"]]
+    assert names == ["org/a", "org/b"]
 
 
 async def test_all_models_are_listed_in_anthropic_s_form(dispatcher: ModelDispatcher) -> None:

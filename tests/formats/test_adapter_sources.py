@@ -74,11 +74,18 @@ def test_a_location_is_a_directory_or_an_id_with_a_revision(
 ) -> None:
     asked: list[tuple[str, str | None]] = []
 
-    def fetch(repository: str, revision: str | None, *_: object, patterns: object) -> tuple[Path, str]:
-        assert patterns == hub.ADAPTER_PATTERNS
+    def list_files(repository: str, revision: str | None) -> hub.Listing:
         asked.append((repository, revision))
+        return hub.Listing(frozenset(hub.ADAPTER_PATTERNS), is_cached=True)
+
+    def fetch(
+        repository: str, revision: str | None, *_: object, patterns: object, is_cached: bool
+    ) -> tuple[Path, str]:
+        assert patterns == hub.ADAPTER_PATTERNS and is_cached
+        assert asked[-1] == (repository, revision)
         return tmp_path, "commit"
 
+    monkeypatch.setattr(hub, "list_files", list_files)
     monkeypatch.setattr(hub, "fetch", fetch)
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "here@v1").mkdir()

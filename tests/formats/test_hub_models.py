@@ -5,10 +5,13 @@ Each process resolves several names, because the client reads its environment wh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socketserver
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +164,46 @@ def test_a_gguf_file_is_fetched_with_its_projector_and_found_again_without_netwo
     # An unreachable Hub is treated like working offline.
     (again,), _ = find(tmp_path, "http://127.0.0.1:9", "org/m-GGUF:Q4_K_M", REVISION="v2")
     assert again[1:] == found[1:]
+
+
+@contextlib.contextmanager
+def not_the_hub(answer: bytes | None) -> Iterator[tuple[str, list[bytes]]]:
+    """Answer every request with these bytes, or with silence; yield the address and the requests' starts."""
+    requests: list[bytes] = []
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            requests.append(self.request.recv(4096).partition(b"\r")[0])
+            if answer is None:
+                self.request.recv(1)  # until the client gives up
+            else:
+                self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", requests
+        server.shutdown()
+        thread.join()
+
+
+PORTAL = b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 6\r\n\r\nlog in"
+
+
+@pytest.mark.parametrize("answer", [None, b"", PORTAL], ids=["silence", "a closed connection", "a portal"])
+def test_what_is_in_the_cache_is_served_although_something_stands_between_server_and_hub(
+    hub: Hub, tmp_path: Path, answer: bytes | None
+) -> None:
+    """A firewall may drop what is sent, or a proxy answer in the Hub's place; the Hub is asked only once."""
+    before, _ = find(tmp_path, hub.address, "org/sharded", "org/m-GGUF")
+    with not_the_hub(answer) as (address, requests):
+        after, log = find(tmp_path, address, "org/sharded", "org/m-GGUF", HF_HUB_ETAG_TIMEOUT="1")
+        assert after == before
+        asked = [line for line in requests if b"/api/models/" in line]
+        assert len(asked) == 2
+        assert log.count("the Hub cannot be asked") == 2
+        (unknown,), _ = find(tmp_path, address, "org/unknown", HF_HUB_ETAG_TIMEOUT="1")
+    assert "org/unknown is no file or directory here and not in the Hub's cache" in unknown
 
 
 def test_a_gguf_file_is_fetched_alone_if_it_is_to_read_texts_only(hub: Hub, tmp_path: Path) -> None:

@@ -84,6 +84,15 @@ def test_a_pip_too_old_to_report_progress_works_without(
     assert pypi.fetch("tiny-model==1.0", ignore_progress)[1] == DIGEST
 
 
+def test_a_file_in_the_working_directory_does_not_run_in_pip_s_place(
+    wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pip.py").write_text("raise SystemExit('not pip')")
+    monkeypatch.chdir(tmp_path)
+    make_wheel(wheels)
+    assert pypi.fetch("tiny-model==1.0", ignore_progress)[1] == DIGEST
+
+
 def test_a_file_that_changed_on_disk_is_fetched_again(wheels: Path) -> None:
     make_wheel(wheels)
     path, _ = pypi.fetch("tiny-model==1.0", ignore_progress)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import trustme
 
 from tests.support.server_process import ROOT, START_TIMEOUT_S, ServerProcess, free_port
 
@@ -153,6 +155,32 @@ def test_keys_are_read_again_on_a_hangup(tmp_path: Path) -> None:
         while _status_with(server, "new") != 200:
             assert server.process.poll() is None
         assert _status_with(server, "old") == 401
+
+
+def test_a_renewed_certificate_is_used_after_a_hangup(tmp_path: Path) -> None:
+    chain, key, authority = tmp_path / "chain.pem", tmp_path / "key.pem", trustme.CA()
+
+    def renew(kind: trustme.KeyType) -> None:
+        issued = authority.issue_cert("127.0.0.1", key_type=kind)
+        chain.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        issued.private_key_pem.write_to_path(str(key))
+
+    renew(trustme.KeyType.RSA)
+    with _server("ok", "--ssl-certfile", str(chain), "--ssl-keyfile", str(key)) as server:
+        server.url = server.url.replace("http:", "https:")
+        server.wait_until_healthy()
+        address = ("127.0.0.1", server.port)
+        first = ssl.get_server_certificate(address)
+        key.write_text("half of a key")
+        server.signal(signal.SIGHUP)
+        while "keeping the current certificate" not in server.output():
+            assert server.process.poll() is None
+        assert ssl.get_server_certificate(address) == first
+        renew(trustme.KeyType.ECDSA)
+        server.signal(signal.SIGHUP)
+        while (second := ssl.get_server_certificate(address)) == first:
+            assert server.process.poll() is None
+        assert chain.read_text().startswith(second.strip())
 
 
 def _status_with(server: ServerProcess, key: str) -> int:

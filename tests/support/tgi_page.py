@@ -46,6 +46,7 @@ VARIABLES = (
     "HF_HUB_OFFLINE", "HF_HUB_ENABLE_HF_TRANSFER", "HF_HUB_USER_AGENT_ORIGIN", "CUDA_VISIBLE_DEVICES",
     "COMPUTE_TYPE", "HF_MODEL_ID", "HF_MODEL_REVISION", "SM_NUM_GPUS", "HF_MODEL_QUANTIZE",
     "HF_MODEL_TRUST_REMOTE_CODE", "AIP_HTTP_PORT", "AIP_PREDICT_ROUTE", "AIP_HEALTH_ROUTE",
+    "AIP_STORAGE_URI",
 )  # fmt: skip
 METRICS = (
     "tgi_request_count", "tgi_request_success", "tgi_request_failure", "tgi_request_duration",
@@ -146,7 +147,7 @@ def _meaning(name: str) -> str:
         return f"read as `{renamed[name]}`, where that is not set"
     option = next((each for each in OPTIONS if each.variable == name), None)
     if option is not None:
-        return f"ignored: {option.reason}"
+        return f"{'refused' if option.is_refused else 'ignored'}: {option.reason}"
     for spec in dataclasses.fields(Settings):
         if spec.name.upper() == name:
             return f"the same as `{flag_of(spec.name)}`: {spec.metadata['help']}"

@@ -35,14 +35,17 @@ from tgi_asgi.types import EngineState
 
 _PROBES = frozenset({"/health", "/ping", "/livez", "/readyz"})
 _READS = frozenset({"GET", "HEAD"})  # others, such as a browser's preflight, go to the first application
+# Lists of models, by path, with the key of the list in the answer: OpenAI's and Anthropic's, and Ollama's.
+_LISTS = {"/v1/models": "data", "/api/tags": "models", "/api/ps": "models"}
 _SAMPLE = re.compile(r"([\w:]+)(?:\{(.*)\})? (\S+)")
 _LARGE = 32 * 1024
 
 
 class _Named(msgspec.Struct):
-    """Fields of a body that name its model: `model`, or the `parameters` with TGI's adapter."""
+    """Fields of a body that name its model: `model`, Ollama's older `name`, or TGI's adapter's parameters."""
 
     model: Any = None
+    name: Any = None
     parameters: Any = None
 
 
@@ -71,8 +74,8 @@ class ModelDispatcher:
             await self._apps[0](scope, receive, send)
             return
         method, path = scope["method"], _path_below(scope)
-        if path == "/v1/models" and method in _READS:
-            await self._list(scope, receive, send)
+        if path in _LISTS and method in _READS:
+            await self._list(_LISTS[path], scope, receive, send)
         elif path == "/metrics" and method in _READS:
             await self._measure(scope, send)
         elif path in _PROBES:
@@ -149,7 +152,7 @@ class ModelDispatcher:
 
         await self._serving(name)(scope, replay, send)
 
-    async def _list(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _list(self, key: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with the models of all applications, except those still loading."""
         answers = [await _answer_of(app, scope) for app in self._apps]
         listed = [answer for answer in answers if answer.status == 200]
@@ -157,7 +160,7 @@ class ModelDispatcher:
             await self._apps[0](scope, receive, send)
             return
         lists = [orjson.loads(answer.body) for answer in listed]
-        joined = lists[0] | {"data": [model for each in lists for model in each["data"]]}
+        joined = lists[0] | {key: [model for each in lists for model in each[key]]}
         if "last_id" in joined:  # Anthropic's form
             joined["last_id"] = lists[-1]["last_id"]
         await _respond(scope, send, listed[0], orjson.dumps(joined))
@@ -184,7 +187,7 @@ def _name_in(messages: Sequence[Message]) -> object:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     adapter = named.parameters.get("adapter_id") if isinstance(named.parameters, dict) else None
-    return adapter if named.model is None else named.model
+    return next((name for name in (named.model, adapter, named.name) if name is not None), None)
 
 
 def merged_metrics(texts: dict[str, str]) -> str:

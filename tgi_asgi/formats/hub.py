@@ -7,6 +7,7 @@ HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT and HF_HUB_OFFLINE have the same me
 from __future__ import annotations
 
 import io
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.types import Progress
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.safetensors")
 _NOTHING = ("?*\n",)  # a pattern that matches no file name
@@ -35,23 +38,62 @@ def list_files(repo_id: str, revision: str | None) -> Listing:
         ModelLoadError: as `fetch`.
     """
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
-        found = huggingface_hub.HfApi().model_info(repo_id, revision=revision)
+        # Without a limit the client waits for ever, and a firewall may drop everything that is sent.
+        found = huggingface_hub.HfApi().model_info(
+            repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
         return Listing(frozenset(each.rfilename for each in found.siblings or ()), is_cached=False)
     except errors.RevisionNotFoundError:
         raise _no_revision(repo_id, revision) from None
-    except Exception:  # after any other error, the client falls back on its cache, or says why it cannot
+    except errors.HfHubHTTPError:  # the client falls back on its cache, or says why it cannot
         folder, _ = fetch(repo_id, revision, lambda stage, done, total: None, patterns=_NOTHING)
+    except Exception as error:
+        folder = _cached_folder(repo_id, revision, error)
+        if not constants.HF_HUB_OFFLINE:
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            logger.warning("%s: the Hub cannot be asked (%s), its cache is used", repo_id, reason)
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return Listing(frozenset(names), is_cached=True)
 
 
+def _cached_folder(repo_id: str, revision: str | None, error: Exception) -> Path:
+    """Return the folder of a repository in the cache, after an error that is not the Hub's answer.
+
+    The client itself looks there only after some of these: not after those of a proxy, and not if the
+    connection is reset or another program answers. And it would wait for the Hub again, without a limit.
+
+    Raises:
+        ModelLoadError: if there is none.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        found = huggingface_hub.snapshot_download(
+            repo_id, revision=revision, allow_patterns=list(_NOTHING), local_files_only=True
+        )
+    except errors.LocalEntryNotFoundError:
+        raise _unreachable(repo_id, revision, error) from None
+    except Exception as refused:  # the id is none
+        raise ModelLoadError(f"cannot look for {repo_id} on the Hub: {_first_line(refused)}") from refused
+    return Path(found)
+
+
 def fetch(
-    repo_id: str, revision: str | None, progress: Progress, *, patterns: Sequence[str]
+    repo_id: str,
+    revision: str | None,
+    progress: Progress,
+    *,
+    patterns: Sequence[str],
+    is_cached: bool = False,
 ) -> tuple[Path, str]:
     """Download the missing files of a repository that match these patterns.
+
+    Args:
+        is_cached: Whether they are known to be in the cache: the Hub is not asked again.
 
     Returns:
         The snapshot's directory, and its commit.
@@ -62,12 +104,13 @@ def fetch(
     import huggingface_hub
     from huggingface_hub import errors
 
-    where = f"{repo_id} at {revision}" if revision else repo_id
+    where = _where(repo_id, revision)
     try:
         path = huggingface_hub.snapshot_download(
             repo_id,
             revision=revision,
             allow_patterns=list(patterns),
+            local_files_only=is_cached,
             tqdm_class=_reporting_bar(f"downloading {where}", progress),
         )
     except errors.GatedRepoError:
@@ -82,16 +125,24 @@ def fetch(
             "(a private one needs HF_TOKEN)"
         ) from None
     except errors.LocalEntryNotFoundError as error:
-        raise ModelLoadError(
-            f"{where} is no file or directory here and not in the Hub's cache, and the Hub cannot be reached "
-            f"(no network, or HF_HUB_OFFLINE is set): {_first_line(error)}"
-        ) from None
+        raise _unreachable(repo_id, revision, error) from None
     # `huggingface_hub` changes its network exceptions with each major version; none of them is a bug here.
     except Exception as error:
         raise ModelLoadError(f"cannot download {where} from the Hub: {_first_line(error)}") from error
     if not Path(path).is_dir():
         raise ModelLoadError(f"{where} has none of the files that are wanted ({', '.join(patterns)})")
     return Path(path), Path(path).name
+
+
+def _where(repo_id: str, revision: str | None) -> str:
+    return f"{repo_id} at {revision}" if revision else repo_id
+
+
+def _unreachable(repo_id: str, revision: str | None, error: Exception) -> ModelLoadError:
+    return ModelLoadError(
+        f"{_where(repo_id, revision)} is no file or directory here and not in the Hub's cache, and the Hub "
+        f"cannot be reached (no network, or HF_HUB_OFFLINE is set): {_first_line(error)}"
+    )
 
 
 def _no_revision(repo_id: str, revision: str | None) -> ModelLoadError:

@@ -67,7 +67,9 @@ def fetch_model(
             raise ModelLoadError(f"{where} lacks {model.num_missing} of the parts of {model.files[0]}")
         projector = projector_of(model.files[0], listing.names) if with_projector else None
         wanted = [*model.files, *([] if projector is None else [projector])]
-        folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly(wanted))
+        folder, commit = hub.fetch(
+            repo_id, revision, progress, patterns=_exactly(wanted), is_cached=listing.is_cached
+        )
         tower = None if projector is None else folder / projector
         return Fetched("gguf", folder / model.files[0], commit, tower)
     small = _matching(listing, (*_CONFIGURATION, *(_CODE if with_code else ())))
@@ -78,14 +80,18 @@ def fetch_model(
             raise ModelLoadError(f"{where} is an adapter without {hub.ADAPTER_PATTERNS[1]}{pickled}")
         small += hub.ADAPTER_PATTERNS
     if small:
-        folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly(small))
+        folder, commit = hub.fetch(
+            repo_id, revision, progress, patterns=_exactly(small), is_cached=listing.is_cached
+        )
     if is_adapter(listing.names):
         return Fetched("adapter", folder, commit)
     if "config.json" in small and is_draft_heads(read_config_file(folder)):
         return Fetched("draft heads", folder, commit)
     Quantisation.from_json(servable_config(repo_id, listing.names, folder))
     weights = [*_weights(where, listing, folder), *_matching(listing, (_DENSE,))]
-    folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly([*small, *weights]))
+    folder, commit = hub.fetch(
+        repo_id, revision, progress, patterns=_exactly([*small, *weights]), is_cached=listing.is_cached
+    )
     return Fetched("directory", folder, commit)
 
 

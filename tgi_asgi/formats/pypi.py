@@ -153,8 +153,9 @@ def _download(requirement: str, folder: Path, expected: str | None, progress: Pr
 
 def _run_pip(requirement: str, destination: Path, progress: Progress) -> Path:
     """Download the wheel; report the progress from pip's `raw` progress lines."""
+    # -P: a `pip.py` in the working directory, which in the image is the writable /data, must not run instead.
     command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
+        sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
         "--disable-pip-version-check", f"--progress-bar={'raw' if _pip_reports_progress() else 'off'}",
         "--dest", str(destination), requirement,
     ]  # fmt: skip

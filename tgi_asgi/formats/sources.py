@@ -104,8 +104,13 @@ def resolve_adapter(source: AdapterSource) -> Path:
         raise ModelLoadError(f"no such directory: {_shown(source.location)}")
     from tgi_asgi.formats import hub
 
+    listing = hub.list_files(repository, revision)
     directory, _ = hub.fetch(
-        repository, revision, lambda stage, done, total: None, patterns=hub.ADAPTER_PATTERNS
+        repository,
+        revision,
+        lambda stage, done, total: None,
+        patterns=hub.ADAPTER_PATTERNS,
+        is_cached=listing.is_cached,
     )
     return directory
 

@@ -47,6 +47,8 @@ _VLLM_ALIASES = {
     "e2e_request_latency_seconds": "tgi_request_duration",
     "request_queue_time_seconds": "tgi_request_queue_duration",
     "request_inference_time_seconds": "tgi_request_inference_duration",
+    "request_prefill_time_seconds": "tgi_request_prefill_duration",
+    "request_decode_time_seconds": "tgi_request_decode_duration",
     "request_prompt_tokens": "tgi_request_input_length",
     "request_generation_tokens": "tgi_request_generated_tokens",
     "request_max_num_generation_tokens": "tgi_request_max_new_tokens",
@@ -130,6 +132,10 @@ class Metrics:
         self.validation_duration = duration("tgi_request_validation_duration", "Validation and tokenisation.")
         self.queue_duration = duration("tgi_request_queue_duration", "Waiting for the first step.")
         self.inference_duration = duration("tgi_request_inference_duration", "From first step to end.")
+        self.phase_durations = {
+            "prefill": duration("tgi_request_prefill_duration", "From first step to first token."),
+            "decode": duration("tgi_request_decode_duration", "From first token to end."),
+        }
         self.mean_time_per_token = duration(
             "tgi_request_mean_time_per_token_duration", "Inference time over generated tokens."
         )
@@ -222,6 +228,9 @@ class Metrics:
         self.duration.observe(summary.total_s)
         self.validation_duration.observe(summary.validation_s)
         self.inference_duration.observe(summary.inference_s)
+        for name, begin_s, end_s in summary.phases:
+            if name in self.phase_durations:
+                self.phase_durations[name].observe(end_s - begin_s)
         self.mean_time_per_token.observe(summary.inference_s / max(summary.generated_tokens, 1))
         self.generated_tokens.observe(summary.generated_tokens)
 

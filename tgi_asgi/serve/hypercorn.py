@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
 from functools import partial
 from importlib.metadata import version
 
@@ -27,7 +28,50 @@ _NOT_PEM = "there is no certificate or no key in PEM's form, or the key is encry
 _MAX_PER_TURN = 8  # reads parsed per turn of the event loop
 
 
-def make_config(listener: socket.socket, settings: Settings) -> Config:
+logger = logging.getLogger(__name__)
+
+
+class ServerConfig(Config):
+    """hypercorn's configuration, with a certificate that can be read again while it is used."""
+
+    _tls: ssl.SSLContext | None = None
+
+    def create_ssl_context(self) -> ssl.SSLContext | None:
+        """Return the context of the listening socket, each of whose connections gets the newest one.
+
+        Raises:
+            ModelLoadError: if the certificate or its key cannot be used.
+        """
+        if (context := self._read_certificate()) is not None:
+            self._tls = context
+            context.sni_callback = self._renew
+        return context
+
+    def reload_certificate(self) -> None:
+        """Read the certificate and its key again for later connections; if they are broken, keep the old."""
+        try:
+            self._tls = self._read_certificate()
+        except ModelLoadError as error:
+            logger.error("keeping the current certificate: %s", error)
+            return
+        if self._tls is not None:
+            logger.info("the certificate has been read again")
+
+    def _read_certificate(self) -> ssl.SSLContext | None:
+        try:
+            return super().create_ssl_context()
+        except OSError as error:
+            files = f"{self.certfile} and {self.keyfile}"
+            reason = _NOT_PEM if "PEM lib" in str(error) else error.strerror or error
+            raise ModelLoadError(f"--ssl-certfile, --ssl-keyfile: cannot use {files}: {reason}") from None
+
+    def _renew(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        """Use the newest certificate. To load it into the context would keep the old one of another type."""
+        if self._tls is not None:
+            connection.context = self._tls
+
+
+def make_config(listener: socket.socket, settings: Settings) -> ServerConfig:
     """Return hypercorn's configuration for long streams; its defaults suit short answers.
 
     Takes ownership of the listener.
@@ -35,7 +79,7 @@ def make_config(listener: socket.socket, settings: Settings) -> Config:
     Raises:
         ModelLoadError: if the certificate or its key cannot be used.
     """
-    config = Config()
+    config = ServerConfig()
     config.bind = [f"fd://{listener.detach()}"]
     config.backlog = BACKLOG
     config.keep_alive_timeout = settings.keep_alive_timeout_s
@@ -51,12 +95,7 @@ def make_config(listener: socket.socket, settings: Settings) -> Config:
         config.certfile = settings.ssl_certfile
         config.keyfile = settings.ssl_keyfile or settings.ssl_certfile
         config.keyfile_password = ""  # without a password, OpenSSL would ask at the terminal
-        try:
-            config.create_ssl_context()
-        except OSError as error:
-            files = f"{config.certfile} and {config.keyfile}"
-            reason = _NOT_PEM if "PEM lib" in str(error) else error.strerror or error
-            raise ModelLoadError(f"--ssl-certfile, --ssl-keyfile: cannot use {files}: {reason}") from None
+        config.create_ssl_context()
     return config
 
 

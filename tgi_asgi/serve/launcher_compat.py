@@ -52,8 +52,8 @@ def _switch(name: str, reason: str) -> CompatOption:
     return CompatOption(name, reason, is_switch=True, neutral=_OFF)
 
 
-def _refused(name: str, reason: str, *neutral: str) -> CompatOption:
-    return CompatOption(name, reason, is_refused=True, neutral=frozenset(neutral))
+def _refused(name: str, reason: str, *neutral: str, is_flag: bool = True) -> CompatOption:
+    return CompatOption(name, reason, is_refused=True, is_flag=is_flag, neutral=frozenset(neutral))
 
 
 _UNCOUNTED = "GPUs are not counted for it: use --num-shard N, at least 2"
@@ -74,6 +74,11 @@ OPTIONS: tuple[CompatOption, ...] = (
     *_ignored("limited by pixels instead: --max-image-pixels", "max_image_fetch_size", is_flag=False),
     *_ignored("the engine chooses", "attention", "prefill_chunking", "use_flash_attention", is_flag=False),
     *_ignored("memory is measured, not guessed", "tgi_wiggle_room", is_flag=False),
+    _refused(
+        "aip_storage_uri",
+        "models are not fetched from Cloud Storage: leave out artifact_uri and set MODEL_ID",
+        is_flag=False,
+    ),
     *_ignored("/invocations recognises chats by their `messages`", "messages_api_enabled", is_flag=False),
 )
 

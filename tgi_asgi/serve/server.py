@@ -9,11 +9,11 @@ import asyncio
 import gc
 import logging
 import signal
+from collections.abc import Callable
 from functools import partial
 from typing import NoReturn, cast
 
 from hypercorn.asyncio import serve as hypercorn_serve
-from hypercorn.config import Config
 from hypercorn.typing import ASGIFramework
 
 from tgi_asgi.api.served import Served
@@ -22,7 +22,7 @@ from tgi_asgi.assembly import load_model
 from tgi_asgi.errors import ModelLoadError, TgiError
 from tgi_asgi.serve.connections import ConnectionLimit
 from tgi_asgi.serve.console import Console
-from tgi_asgi.serve.hypercorn import install, make_config
+from tgi_asgi.serve.hypercorn import ServerConfig, install, make_config
 from tgi_asgi.serve.listening import listen, new_event_loop, url_of
 from tgi_asgi.serve.notify import notify
 from tgi_asgi.serve.process import end_process, raise_file_limit, shorten_waits_for_gil
@@ -71,9 +71,9 @@ class Server:
         self._signalled_at = 0.0  # by the loop's clock
         self._stage = ""
 
-    async def serve(self, config: Config, limit: ConnectionLimit) -> int:
+    async def serve(self, config: ServerConfig, limit: ConnectionLimit) -> int:
         """Serve as configured until the process is to end; return its exit code."""
-        self.handle_signals()
+        self.handle_signals(config.reload_certificate)
         install(limit)
         app = cast(ASGIFramework, self._app)  # hypercorn types each message, ASGI uses a mapping
         await hypercorn_serve(app, config, shutdown_trigger=self._stop.wait, mode="asgi")
@@ -84,12 +84,17 @@ class Server:
             raise failure
         raise ModelLoadError(f"{type(failure).__name__}: {failure}") from failure
 
-    def handle_signals(self) -> None:
-        """Drain on SIGTERM and SIGINT, reload on SIGHUP."""
+    def handle_signals(self, reload_certificate: Callable[[], None]) -> None:
+        """Drain on SIGTERM and SIGINT; on SIGHUP, read the API keys and the certificate again."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        loop.add_signal_handler(signal.SIGHUP, self._app.reload)
+
+        def reload() -> None:
+            self._app.reload()
+            reload_certificate()
+
+        loop.add_signal_handler(signal.SIGHUP, reload)
 
     def _load(self, settings: Settings, progress: Progress) -> Served:
         def report(stage: str, done: int, total: int | None) -> None:
