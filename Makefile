@@ -19,7 +19,7 @@ CONSTRAINTS ?= constraints.txt
 INSTALL = $(PIP_INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SOURCES = setup.py pyproject.toml requirements.txt constraints.txt $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: serve test test-all test-install test-lowest test-image test-agents test-models test-page test-deploy test-cluster test-offline cuda-link constraints picture docs soak sanitize nightly install lint format cuda-check bench clean
+.PHONY: serve test test-all test-faults test-install test-lowest test-image test-agents test-models test-page test-deploy test-cluster test-offline cuda-link constraints picture docs soak sanitize nightly install lint format cuda-check bench clean
 
 # Kernels for this machine's processor are enough, which takes a third of the time; the other targets compile all.
 serve: $(VENV)/.native
@@ -30,8 +30,8 @@ serve: $(VENV)/.native
 test: $(VENV)/.test-tools
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-# With the tests that are marked `thorough`, as in CI: whole models on the emulated GPU, faults planted in its kernels,
-# the commands of all documents, kernels in plain C++, and others that take long for what they add.
+# With the tests that are marked `thorough`, as in CI: whole models on the emulated GPU, the commands of all documents,
+# kernels in plain C++, and others that take long for what they add.
 test-all:
 	$(MAKE) test PYTEST_ARGS='-m "thorough or not thorough" $(PYTEST_ARGS)'
 
@@ -39,6 +39,10 @@ test-all:
 # the container's steps. build/install.json records how long each took.
 test-install: $(VENV)/.package-tools
 	$(if $(TORCH_FLAGS),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) $(BIN)/python -m pytest -m install $(PYTEST_ARGS)
+
+# Faults planted in the CUDA kernels, each of which is compiled for the emulated GPU: its tests must find them.
+test-faults: $(VENV)/.test-tools
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 tests/cuda -m faults $(PYTEST_ARGS)
 
 # The oldest versions that requirements.txt allows (except torch's), in a separate environment.
 test-lowest: $(VENV)/.package-tools
@@ -105,12 +109,12 @@ test-offline: $(VENV)/.test-tools
 	  'ip link set lo up && exec $(abspath $(BIN))/python -m pytest -m "not demo and (thorough or not thorough)" $(PYTEST_ARGS)'
 
 # Everything that takes too long for `make test`, one part after the other whatever fails, with a table at the end: the
-# thorough tests, storms, the kernels of x86-64 and, under qemu, of Arm (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed),
-# every model family, the pages in Chromium, the files of deploy/, a Ray cluster, packages in clean environments, the
-# oldest dependencies, the image, agents, a run without network, the documentation site, the sanitizers, and the CUDA
-# kernels compiled and linked.
-NIGHTLY = test-all soak test-models test-page test-deploy test-cluster test-install test-lowest test-image test-agents \
-  test-offline docs sanitize cuda-check cuda-link
+# thorough tests, faults planted in the CUDA kernels, storms, the kernels of x86-64 and, under qemu, of Arm
+# (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed), every model family, the pages in Chromium, the files of
+# deploy/, a Ray cluster, packages in clean environments, the oldest dependencies, the image, agents, a run without
+# network, the documentation site, the sanitizers, and the CUDA kernels compiled and linked.
+NIGHTLY = test-all test-faults soak test-models test-page test-deploy test-cluster test-install test-lowest test-image \
+  test-agents test-offline docs sanitize cuda-check cuda-link
 nightly:
 	$(PYTHON) .ci/nightly $(NIGHTLY)
 

@@ -361,7 +361,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.thorough
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_planted_fault_is_caught(fault: Fault) -> None:
     if fault.file.endswith(".cuh") and not fault.kernel:

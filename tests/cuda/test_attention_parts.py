@@ -110,13 +110,13 @@ MERGE = [
 ]
 
 
-@pytest.mark.thorough
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", GATHER, ids=str)
 def test_a_fault_planted_in_the_gathering_is_caught(fault: Fault) -> None:
     assert_caught(fault, lambda device: check_gather(device, Shape([37], [1]), 11))
 
 
-@pytest.mark.thorough
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", MERGE, ids=str)
 def test_a_fault_planted_in_the_merge_is_caught(fault: Fault) -> None:
     assert_caught(fault, lambda device: check_merge(device, 7, 3, 64, 2, BF16))

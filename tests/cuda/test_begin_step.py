@@ -166,7 +166,7 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.thorough
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_planted_fault_is_caught(fault: Fault) -> None:
     def check_both(device: Device) -> None:

@@ -278,7 +278,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.thorough
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_planted_fault_is_found(fault: Fault) -> None:
     assert_caught(fault, check_all)

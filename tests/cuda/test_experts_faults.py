@@ -12,7 +12,7 @@ from tests.cuda.faults import Fault, assert_caught
 from tests.emulation.device import Device
 from tgi_asgi.ops import ClampedGate
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.faults
 
 
 def check_routes(device: Device) -> None:

@@ -184,7 +184,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.thorough
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_planted_fault_is_caught(fault: Fault) -> None:
     assert_caught(fault, lambda device: check(device, 9, 35, 1320, is_added=True))

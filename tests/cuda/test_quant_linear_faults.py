@@ -8,7 +8,7 @@ import torch
 from tests.cuda import test_quant_linear
 from tests.cuda.faults import Fault, assert_caught
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.faults
 
 
 def fault(what: str, old: str, new: str, kind: str, file: str = "quant_linear.cuh") -> Fault:

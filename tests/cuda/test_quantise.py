@@ -105,7 +105,7 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.thorough
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_planted_fault_is_caught(fault: Fault) -> None:
     def both(device: Device) -> None:

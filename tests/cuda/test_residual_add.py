@@ -37,7 +37,7 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.thorough
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_planted_fault_is_caught(fault: Fault) -> None:
     assert_caught(fault, lambda device: check(device, 3, 24, torch.bfloat16, factor=0.5))

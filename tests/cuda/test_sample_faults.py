@@ -12,7 +12,7 @@ from tests.cuda.test_sample import WAYS, check, run
 from tests.emulation.device import Device
 from tgi_asgi.types import SamplingParams
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.faults
 
 FAULTS = [
     Fault(

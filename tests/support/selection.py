@@ -1,9 +1,9 @@
 """Select the tests of a run: many only if `-m` names their marker, tests that need the network by a marker.
 
 `pytest` runs no test that takes minutes, `pytest -m soak` only such tests, and `pytest -m "not demo"` all
-tests that also run without network. Tests with the marker `thorough` also run if the command names their
-file. A test gets the marker `demo` if it uses a fixture that fetches. A connection to another machine from
-any other test fails, so no test can lack the marker.
+tests that also run without network. Tests with the markers `thorough` and `faults` also run if the command
+names their file. A test gets the marker `demo` if it uses a fixture that fetches. A connection to another
+machine from any other test fails, so no test can lack the marker.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Generator
 import pytest
 
 THOROUGH = "thorough"
+RUN_BY_FILE = frozenset({THOROUGH, "faults"})
 # The results of these fixtures are fetched once and then kept in the user's cache or in build/.
 FETCHING = frozenset({"demo_files", "llama_cpp", "llama_cpp_package", "json_schema_suite", "vllm_examples"})
 
@@ -41,7 +42,7 @@ class Selection:
                 item.add_marker("demo")
             names = {marker.name for marker in item.iter_markers()}
             if item.path in named:
-                names.discard(THOROUGH)
+                names -= RUN_BY_FILE
             (dropped if names & left_out else kept).append(item)
         if dropped:
             config.hook.pytest_deselected(items=dropped)
