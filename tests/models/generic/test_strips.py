@@ -7,11 +7,12 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import transformers
+from torch import Tensor
 from transformers.image_processing_backends import PilBackend
 
 from tests.support import vision_models as vision
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.models.generic.vision import strips
+from tgi_asgi.models.generic.vision import strips, without_torchvision
 from tgi_asgi.models.generic.vision.strips import check_strip
 from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images
 from tgi_asgi.types import Image
@@ -84,14 +85,14 @@ def test_a_client_is_told_which_image_it_is(
 
 
 def test_lfm2_refuses_a_strip_before_it_is_resized(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tgi_asgi.models.generic.vision import without_torchvision
-
     seen: list[int] = []
     resized = without_torchvision._resized
-    monkeypatch.setattr(
-        without_torchvision, "_resized",
-        lambda pixels, size: (seen.append(size[0] * size[1]), resized(pixels, size))[1],
-    )  # fmt: skip
+
+    def noted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        seen.append(size[0] * size[1])
+        return resized(pixels, size)
+
+    monkeypatch.setattr(without_torchvision, "_resized", noted)
     with pytest.raises(ValueError, match="it is too long and narrow"):
         Lfm2Images({})([PIL.Image.new("RGB", (1, 400_000))])
     assert max(seen) <= 10 * 512**2  # the tiles
