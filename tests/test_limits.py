@@ -10,6 +10,7 @@ from tgi_asgi.api import asgi, images, limits, parse, pool_call, pooled, sse
 from tgi_asgi.api.openai import response_store, responses
 from tgi_asgi.engine import delivery, sequence
 from tgi_asgi.images import fetch, headers
+from tgi_asgi.models.generic.vision import strips
 from tgi_asgi.runner import kv
 from tgi_asgi.serve import connections, process
 from tgi_asgi.settings import MIB, Settings
@@ -66,6 +67,7 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("answers that are kept", [Settings().max_answer_memory // MIB]),
         ("bytes that a prompt has fetched", [Settings().payload_limit // MIB]),
         ("time for all that a prompt has fetched", [images.FETCH_TIMEOUT_S]),
+        ("pixels to which a processor enlarges or pads", [strips.MAX_PIXELS]),
         ("fetched at a time", [images.MAX_FETCHES]),
         ("redirects of a URL", [fetch.MAX_REDIRECTS]),
         ("chunks of the image host's response", [fetch.MAX_SMALL_PARTS]),

@@ -22,6 +22,7 @@ from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.formats.files import read_optional_json
 from tgi_asgi.models.generic.vision.bicubic import CohereImages, Gemma4UnifiedImages
 from tgi_asgi.models.generic.vision.llama4_images import Llama4Images
+from tgi_asgi.models.generic.vision.strips import check_strip
 from tgi_asgi.models.generic.vision.without_torchvision import Lfm2Images, PixtralImages
 from tgi_asgi.types import Image, ProcessedImage
 
@@ -105,6 +106,9 @@ class VisionProcessor:
 
     def _process(self, image: Image, is_one_of_several: bool) -> ProcessedImage:
         try:
+            check_strip(
+                self._processor.image_processor, *image.pixels.size, is_one_of_several=is_one_of_several
+            )
             # Two copies tell the processor that there are several images. One per image of the prompt would
             # make the work and the memory grow with the square of their number.
             given = [image.pixels] * (2 if is_one_of_several else 1)

@@ -119,7 +119,7 @@ class Lfm2Images:
         height, width = pixels.shape[-2:]
         size = self._fitting(height, width)
         if not (self._has_tiles and self._is_large(height, width)):
-            return [_resized(pixels, size)], 1, 1, size
+            return [self._whole(pixels, size)], 1, 1, size
         columns, rows = self._grid(height, width)
         side = self.tile_size
         whole = _resized(pixels, (side * rows, side * columns))
@@ -129,8 +129,17 @@ class Lfm2Images:
             for column in range(columns)
         ]
         if self.use_thumbnail and rows * columns > 1:
-            tiles.append(_resized(pixels, size))
+            tiles.append(self._whole(pixels, size))
         return tiles, rows, columns, size
+
+    def _whole(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return an image in this size, unless that has more patches than the tower accepts.
+
+        A strip is at least as wide as a token, whatever that makes of its length.
+        """
+        if math.prod(size) > self._num_patches * self.encoder_patch_size**2:
+            raise ValueError("it is too long and narrow")
+        return _resized(pixels, size)
 
     def _is_large(self, height: int, width: int) -> bool:
         side = self._token_side
@@ -170,19 +179,13 @@ class Lfm2Images:
         return sorted(found, key=lambda grid: grid[0] * grid[1])
 
     def _patches(self, tile: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Return a tile's padded patches, a mask of the valid ones, and their rows and columns.
-
-        Raises:
-            ValueError: if there are more than the tower accepts.
-        """
+        """Return a tile's padded patches, a mask of the valid ones, and their rows and columns."""
         values, side = self._values, self.encoder_patch_size
         mean, std = (torch.tensor(values[name]).view(-1, 1, 1) for name in ("image_mean", "image_std"))
         normal = (tile[0] * values["rescale_factor"] - mean) / std
         rows, columns = normal.shape[1] // side, normal.shape[2] // side
         cut = normal.reshape(3, rows, side, columns, side).permute(1, 3, 2, 4, 0)
         patches = cut.reshape(rows * columns, -1)
-        if len(patches) > self._num_patches:
-            raise ValueError("it is too long and narrow")
         mask = torch.zeros(self._num_patches, dtype=torch.int32)
         mask[: len(patches)] = 1
         return pad(patches, (0, 0, 0, self._num_patches - len(patches))), mask, (rows, columns)
