@@ -32,12 +32,20 @@ from setuptools.command.build_ext import build_ext
 CXX_FLAGS = [
     "-O3", "-std=c++20", "-g0", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-pthread",
 ]  # fmt: skip
-# The software model of AMX's tiles, which only tests run: its bits are those of -O3, its tiles as fast, and
-# the compiler takes 20 s instead of 55.
-FLAGS_OF_SOURCES = {"csrc/cpu/step/step_amx_model.cpp": "-O1"}
+# Optimised less, which takes the compiler a third less time. The model of AMX's tiles only runs in tests.
+LIGHT_FLAG = "-O1"
+LIGHT_SOURCES = {"csrc/cpu/step/step_amx_model.cpp"}
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--fmad=true"]
-BINDING_GROUPS = 6
+# Bindings with loops over weights, or over a step's rows and blocks. The others call what does the work.
+LOOPING_BINDINGS = {
+    f"csrc/bindings/{name}.cpp"
+    for name in (
+        "device_rows", "formats", "integer_codes", "matrix", "paged_attention", "program", "rows",
+        "state_pool",
+    )
+}  # fmt: skip
+LIGHT_GROUPS = 3
 SET_PREFIX = "csrc/cpu/step/step_"  # of the sources with one kernel set each
 # Sets whose results have the same bits: a process uses the one that it measures as the fastest.
 ALIKE = ("avx2", "avx_vnni", "avx512_vnni")
@@ -98,19 +106,21 @@ def _compiler() -> str:
 def _translation_units(sources: list[str], folder: Path) -> list[str]:
     """Return the files to compile, slowest first: kernel sets, bindings, the rest.
 
-    pybind11's headers take the compiler 5 s, half of the time of most bindings. Several bindings are
-    therefore compiled at once, through files in `folder` that include them: 122 s on one core instead of 280
-    s. Names in their unnamed namespaces must differ between files.
+    pybind11's headers take the compiler 10 s, as long as most bindings. Several bindings are therefore
+    compiled at once, through files in `folder` that include them. Names in their unnamed namespaces must
+    differ between files.
     """
     bindings = [source for source in sources if source.startswith("csrc/bindings/")]
-    groups = []
-    for index in range(BINDING_GROUPS):
-        group = folder / f"bindings-{index}.cpp"
-        lines = [f'#include "{source.removeprefix("csrc/")}"\n' for source in bindings[index::BINDING_GROUPS]]
-        _write_if_new(group, "".join(lines))
-        groups.append(str(group))
+    light = [source for source in bindings if source not in LOOPING_BINDINGS]
+    groups = {f"light-bindings-{index}": light[index::LIGHT_GROUPS] for index in range(LIGHT_GROUPS)}
+    groups["looping-bindings"] = [source for source in bindings if source in LOOPING_BINDINGS]
+    paths = []
+    for name, group in groups.items():
+        path = folder / f"{name}.cpp"
+        _write_if_new(path, "".join(f'#include "{source.removeprefix("csrc/")}"\n' for source in group))
+        paths.append(str(path))
     sets = [source for source in sources if source.startswith(SET_PREFIX)]
-    return sets + groups + [source for source in sources if source not in sets and source not in bindings]
+    return sets + paths + [source for source in sources if source not in sets and source not in bindings]
 
 
 def _sets_left_out(folder: Path) -> set[str]:
@@ -173,8 +183,8 @@ def _ninja_file(sources: list[str], target: Path) -> str:
     for source in sources:
         name = f"{os.path.relpath(source).removesuffix('.cpp').replace('/', '.')}.o"
         lines.append(f"build {name}: compile {_escaped(os.path.abspath(source))}")
-        if source in FLAGS_OF_SOURCES:
-            lines.append(f"  cflags = $cflags {FLAGS_OF_SOURCES[source]}")
+        if source in LIGHT_SOURCES or Path(source).name.startswith("light-"):
+            lines.append(f"  cflags = $cflags {LIGHT_FLAG}")
         objects.append(name)
     lines += [f"build {_escaped(target)}: link {' '.join(objects)}", f"default {_escaped(target)}", ""]
     return "\n".join(lines)

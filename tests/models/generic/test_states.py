@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -53,6 +54,19 @@ def advance(states: SlotStates[Any], slot: int, start: int, length: int) -> Any:
     state.cache.layers[0].state += length
     state.cache.seen[0] += length
     return state.cache
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Callable[[str], Path]) -> Callable[[str], GenericModel]:
+    """Return a function that loads each model once: most of the time of these tests would go into it."""
+
+    @functools.cache
+    def load_once(model_type: str) -> GenericModel:
+        model = load_generic(checkpoint(model_type))
+        assert isinstance(model, GenericModel)
+        return model
+
+    return load_once
 
 
 def test_a_state_goes_on_where_it_was() -> None:
@@ -192,16 +206,16 @@ def test_a_step_that_fails_keeps_no_state() -> None:
     [*JOINED, "zaya"],
 )
 def test_rows_resume_from_states_kept_within_and_between_rows(
-    model_type: str, checkpoint: Callable[[str], Path]
+    model_type: str, checkpoint: Callable[[str], Path], loaded: Callable[[str], GenericModel]
 ) -> None:
     """Keep two states within a row and one before a row; the slot's own state is elsewhere each time."""
     folder = checkpoint(model_type)
     ids = [architectures.random_ids(37, 0), architectures.random_ids(9, 1)]
     expected = architectures.reference(folder, ids[0])
-    loaded = load_generic(folder)
-    assert isinstance(loaded, GenericModel) and loaded.keeps_states
-    assert loaded.config.other_kept_bytes * 2 == loaded.config.other_state_bytes > 0
-    with program_of(loaded, num_sequences=2) as program:
+    model = loaded(model_type)
+    assert model.keeps_states
+    assert model.config.other_kept_bytes * 2 == model.config.other_state_bytes > 0
+    with program_of(model, num_sequences=2) as program:
         keeps = [(0, 5, 2), (0, 17, 0), (0, 17, 3)]  # as for other choices, after a block's last token
         program.run(batch_of([(0, 0, 20), (1, 0, 9)], ids, keeps=keeps), [0])
         program.run(batch_of([(0, 20, 1)], ids, keeps=[(0, 20, 1)]), [0])
@@ -212,15 +226,15 @@ def test_rows_resume_from_states_kept_within_and_between_rows(
 
 @pytest.mark.parametrize("model_type", [*JOINED, "falcon_mamba", "jamba", "recurrent_gemma", "zamba"])
 def test_sequences_with_one_token_each_are_run_together(
-    model_type: str, checkpoint: Callable[[str], Path]
+    model_type: str, checkpoint: Callable[[str], Path], loaded: Callable[[str], GenericModel]
 ) -> None:
     """Run such a step twice, as after one that was void, and beside a prompt, and keep a state before it."""
     folder = checkpoint(model_type)
     ids = [architectures.random_ids(20, 0), architectures.random_ids(14, 1), architectures.random_ids(9, 2)]
     expected = architectures.references(folder, ids)
-    loaded = load_generic(folder)
-    assert isinstance(loaded, GenericModel) and loaded.recurrent is not None and loaded.recurrent.joins_tokens
-    keeps = [(1, 12, 0)] if loaded.keeps_states else []
+    model = loaded(model_type)
+    assert model.recurrent is not None and model.recurrent.joins_tokens
+    keeps = [(1, 12, 0)] if model.keeps_states else []
     steps: list[tuple[list[tuple[int, int, int]], dict[str, Any]]] = [
         ([(0, 0, 18), (1, 0, 12)], {}),
         ([(0, 18, 1), (1, 12, 1)], {"keeps": keeps}),
@@ -229,7 +243,7 @@ def test_sequences_with_one_token_each_are_run_together(
         ([(2, 8, 1)], {}),
         *([([(1, 12, 2)], {"resumes": [0]})] if keeps else []),
     ]
-    with program_of(loaded, num_sequences=3) as program:
+    with program_of(model, num_sequences=3) as program:
         for step, moves in steps:
             batch = batch_of(step, ids, **moves)
             logits, at = program.run(batch, range(len(batch.ids))), 0
@@ -241,12 +255,14 @@ def test_sequences_with_one_token_each_are_run_together(
 
 
 @pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "jamba", "kimi_linear", "rembert", *OWN_KINDS])
-def test_a_step_that_fails_may_be_run_again(model_type: str, checkpoint: Callable[[str], Path]) -> None:
+def test_a_step_that_fails_may_be_run_again(
+    model_type: str, checkpoint: Callable[[str], Path], loaded: Callable[[str], GenericModel]
+) -> None:
     """Let the second sequence fail after the first is computed; the slot's earlier owner leaves nothing."""
     folder = checkpoint(model_type)
     ids = [architectures.random_ids(20, 0), architectures.random_ids(9, 1)]
     expected = architectures.reference(folder, ids[0])
-    with program_of(load_generic(folder), num_sequences=2) as program:
+    with program_of(loaded(model_type), num_sequences=2) as program:
         program.run(batch_of([(0, 0, 5), (1, 0, 7)], ids), [0])  # another sequence's tokens: slot 0 is reused
         program.run(batch_of([(0, 0, 12)], ids), [0])
         with pytest.raises(RuntimeError, match="slot 1 has no state of 3 tokens"):
@@ -257,13 +273,13 @@ def test_a_step_that_fails_may_be_run_again(model_type: str, checkpoint: Callabl
 
 @pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "kimi_linear", "rembert", *OWN_KINDS])
 def test_a_row_may_be_computed_again_once_its_step_was_void(
-    model_type: str, checkpoint: Callable[[str], Path]
+    model_type: str, checkpoint: Callable[[str], Path], loaded: Callable[[str], GenericModel]
 ) -> None:
     folder = checkpoint(model_type)
     ids = [architectures.random_ids(20, 0)]
     other = [[*ids[0][:13], 7, *ids[0][14:]]]
     expected = architectures.reference(folder, ids[0])
-    with program_of(load_generic(folder), num_sequences=1) as program:
+    with program_of(loaded(model_type), num_sequences=1) as program:
         program.run(batch_of([(0, 0, 13)], ids), [0])
         program.run(batch_of([(0, 13, 1)], other), [0])
         found = program.run(batch_of([(0, 13, 7)], ids), range(7))
