@@ -13,7 +13,15 @@ from pydantic import BaseModel
 
 from tests.support.asgi import request, send
 from tests.support.client import client_of
-from tests.support.scripted_engine import CHATML, Script, ScriptedEngine, fail_with, say, scripted_app
+from tests.support.scripted_engine import (
+    CHATML,
+    Script,
+    ScriptedEngine,
+    at_once,
+    fail_with,
+    say,
+    scripted_app,
+)
 from tests.support.tool_app import CALLS, CITY, THINKING, app_of, sdk, sdk_of
 from tgi_asgi.api.openai.response_input import read_items
 from tgi_asgi.errors import GenerationFailed, InvalidRequest, Overloaded, TgiError
@@ -247,8 +255,8 @@ async def test_log_probabilities_travel_with_the_text() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_log_probabilities_are_those_of_their_item(stream: bool) -> None:
-    script = say("a", *CALLS, "b")
+@pytest.mark.parametrize("script", [say("a", *CALLS, "b"), at_once(say("a", *CALLS, "b"))])
+async def test_log_probabilities_are_those_of_their_item(script: Script, stream: bool) -> None:
     include = ["message.output_text.logprobs"]
     _, body = await post(script, tools=TOOLS, include=include, stream=stream)
     output = (body[-1]["response"] if stream else body)["output"]

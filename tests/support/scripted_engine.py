@@ -196,6 +196,19 @@ class ScriptedEngine:
         return num_blocks
 
 
+def at_once(script: Script) -> Script:
+    """Deliver all tokens in one batch, as to a client that reads slowly."""
+
+    async def play(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
+        events: list[TokenEvent] = []
+        async for batch in script(channel):
+            assert not isinstance(batch, TgiError)
+            events += batch
+        yield events
+
+    return play
+
+
 def say(*tokens: str | bytes, finish: FinishReason | None = FinishReason.EOS) -> Script:
     """Return a script in which every choice samples these tokens, one per step, and then EOS.
 

@@ -64,9 +64,7 @@ class ResponseRenderer(Renderer):
     def whole(self, job_choices: Sequence[Choices]) -> bytes:
         """Return the response."""
         [[events]] = job_choices
-        # Log-probabilities that arrive together are one item's.
-        for some in [events] if self._tracker is None else ([event] for event in events):
-            self._take(some)
+        self._take(events)
         return orjson.dumps(self._response)
 
     def render(self, job_index: int, events: Sequence[TokenEvent]) -> bytes:
@@ -96,7 +94,11 @@ class ResponseRenderer(Renderer):
             self._emit("in_progress", response=self._response)
 
     def _take(self, events: Sequence[TokenEvent]) -> None:
-        """Parse new tokens."""
+        """Parse new tokens; one by one if they have log-probabilities, which may belong to several items."""
+        for some in [events] if self._tracker is None else ([event] for event in events):
+            self._take_together(some)
+
+    def _take_together(self, events: Sequence[TokenEvent]) -> None:
         self._num_generated += len(events)
         pieces = self._reader.push(events, self._tracker)
         logprobs = self._tracker.take_entries() if self._tracker is not None else JsonList()
