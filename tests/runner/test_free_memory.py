@@ -17,6 +17,8 @@ STAT = "anon 1000\nfile 3500\ninactive_file 2000\nactive_file 1000\nshmem 500\n"
     [
         ({"memory.max": "5000000", "memory.current": "2000000"}, 3000000),
         ({"memory.max": "max", "memory.current": "2000000"}, None),
+        ({"memory.max": "9000000", "memory.high": "5000000", "memory.current": "2000000"}, 3000000),
+        ({"memory.max": "5000000", "memory.high": "max", "memory.current": "2000000"}, 3000000),
         ({"memory/memory.limit_in_bytes": "700", "memory/memory.usage_in_bytes": "900"}, 0),
         ({"memory.max": "5000", "memory.current": "4500", "memory.stat": STAT}, 5000 - 4500 + 3000),
         ({"a/b/memory.max": "max", "a/memory.max": "700", "a/memory.current": "100"}, 600),

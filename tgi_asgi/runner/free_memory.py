@@ -11,8 +11,10 @@ _CGROUP = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _OWN_SIZES = Path("/proc/self/statm")  # in pages; the first is the address space
 # cgroup versions 2 and 1: the hierarchy's name, the limit and usage files, the prefix of the statistics.
+# Beyond memory.high (systemd's MemoryHigh, Kubernetes' MemoryQoS) nothing is killed, but everything waits.
 _CONTROLLERS = (
     ("", ("memory.max", "memory.current", "")),
+    ("", ("memory.high", "memory.current", "")),
     ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")),
 )
 
