@@ -170,6 +170,7 @@ def test_windows_line_ends_are_read() -> None:
     [
         (_event("a"), "no usage or no text"),
         (USAGE, "no usage or no text"),
+        (_event("a", usage={"prompt_tokens": 5}), "no usage or no text"),
         (_event("a") + b'data: {"error": {"message": "gone"}}\n\n', "gone"),
         (b'data: {"error": "Model is overloaded", "error_type": "overloaded"}\n\n', "Model is overloaded"),
     ],

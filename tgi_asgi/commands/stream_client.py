@@ -126,7 +126,7 @@ class Recording:
             usage = message.get("usage") or usage
             if any(choice.get("text") for choice in message.get("choices") or ()):
                 text_s.append(at_s)
-        if usage is None or not text_s:
+        if not usage or not text_s or not {"prompt_tokens", "completion_tokens"} <= usage.keys():
             raise RequestFailed("the stream has no usage or no text")
         counts = usage["prompt_tokens"], usage["completion_tokens"]
         return Answer(self.sent_s, tuple(text_s), self.end_s, *counts)
