@@ -4,9 +4,9 @@ tgi_asgi._C, the CPU arithmetic, needs a C++ compiler and pybind11, and works wi
 the CUDA kernels, is built if torch has CUDA and an nvcc of its version is found; it is tied to that torch.
 
 Environment: MAX_JOBS limits parallel compilers. TGI_KERNEL_SETS=native leaves out the kernels for other
-processors than this machine's, half of the time. TGI_CUDA=1 requires the CUDA kernels, TGI_CUDA=0 omits them,
-and TORCH_CUDA_ARCH_LIST selects their targets. TGI_SANITIZE=1 builds with the address and undefined behaviour
-sanitizers (`make sanitize`).
+processors than this machine's, two thirds of the time. TGI_CUDA=1 requires the CUDA kernels, TGI_CUDA=0
+omits them, and TORCH_CUDA_ARCH_LIST selects their targets. TGI_SANITIZE=1 builds with the address and
+undefined behaviour sanitizers (`make sanitize`).
 """
 
 from __future__ import annotations
