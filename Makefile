@@ -40,7 +40,7 @@ test-all:
 test-install: $(VENV)/.package-tools
 	$(if $(TORCH_FLAGS),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) $(BIN)/python -m pytest -m install $(PYTEST_ARGS)
 
-# Faults planted in the CUDA kernels, each of which is compiled for the emulated GPU: its tests must find them.
+# Each of some hundred faults, planted in a CUDA kernel that is then compiled for the emulated GPU: its tests must find it.
 test-faults: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 tests/cuda -m faults $(PYTEST_ARGS)
 

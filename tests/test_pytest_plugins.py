@@ -33,6 +33,7 @@ testpaths = .
 asyncio_mode = auto
 markers =
     thorough: ..
+    faults: ..
     soak: ..
     page: ..
     demo: ..
@@ -247,6 +248,9 @@ MARKED = """
     @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.soak)])
     def test_size(size): ...
 
+    @pytest.mark.faults
+    def test_fault(): ...
+
     @pytest.mark.thorough
     def test_more(): ...
 
@@ -264,7 +268,8 @@ MARKED = """
         ("-m 'soak or not soak'", {"test_plain", "test_fetches", "test_size[1]", "test_size[2]"}),
         ("-m 'thorough or not thorough'", {"test_plain", "test_fetches", "test_size[1]", "test_more"}),
         ("-m 'page and demo'", {"test_page"}),
-        ("test_it.py -m 'not demo'", {"test_plain", "test_size[1]", "test_more"}),
+        ("-m faults", {"test_fault"}),
+        ("test_it.py -m 'not demo'", {"test_plain", "test_size[1]", "test_more", "test_fault"}),
         ("test_it.py::test_more", {"test_more"}),
     ],
 )

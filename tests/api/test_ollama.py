@@ -17,7 +17,6 @@ from tests.support.client import client_of
 from tests.support.scripted_engine import CHATML, Script, ScriptedChannel, ScriptedEngine, fail_with, say
 from tests.support.serving import serving
 from tests.support.tool_app import CALLS, CITY, THINKING, app_of
-from tests.support.toy_tokenizer import ToyTokenizer
 from tests.support.waiting import LONGEST_S
 from tgi_asgi.api.ollama.request import OllamaOptions
 from tgi_asgi.errors import GenerationFailed, Overloaded
@@ -489,17 +488,3 @@ async def test_leaving_a_stream_frees_the_request() -> None:
         await asyncio.wait_for(engine.channels[0].ended.wait(), LONGEST_S)
     assert engine.channels[0].is_cancelled
     assert engine.num_permits == 128
-
-
-async def test_a_model_of_code_writes_what_goes_before_a_suffix() -> None:
-    engine = ScriptedEngine(say("1"))
-    engine.tokenizer = ToyTokenizer(marks=("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
-    async with sdk(engine) as client:
-        shown = await client.show("m")
-        made = await client.generate("m", "a = ", suffix="\n")
-    [asked] = engine.requests
-    prompt = engine.tokenizer.decode(asked.prompt_ids, skip_special_tokens=False)
-    assert prompt == "<fim_prefix>a = <fim_suffix>\n<fim_middle>"
-    assert made.response == "1"
-    assert len(asked.stop.stop_token_ids) == 3
-    assert shown.capabilities is not None and "insert" in shown.capabilities

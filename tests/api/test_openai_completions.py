@@ -339,51 +339,6 @@ async def test_an_empty_suffix_and_best_of_n_are_fine() -> None:
     assert (await complete(prompt="x", suffix="", best_of=1, stream=True)).status == 200
 
 
-MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
-
-
-def filling_engine(*words: str) -> ScriptedEngine:
-    """Return the engine of a model of code, which knows what is between two texts."""
-    engine = ScriptedEngine(say(*words))
-    engine.tokenizer = ToyTokenizer(adds_bos=True, marks=MARKS)
-    return engine
-
-
-@pytest.mark.parametrize("prompt", ["a = ", "", None])
-async def test_a_model_of_code_writes_what_goes_before_a_suffix(prompt: str | None) -> None:
-    engine = filling_engine("1", " + ", "2")
-    call = await complete(engine, prompt=prompt, suffix=" + 3\n", logprobs=0, echo=False)
-    [choice], [asked] = call.json()["choices"], engine.requests
-    shown = engine.tokenizer.decode(asked.prompt_ids, skip_special_tokens=False)
-    assert shown == f"<s><|fim_prefix|>{prompt or ''}<|fim_suffix|> + 3\n<|fim_middle|>"
-    assert choice["text"] == "1 + 2"
-    assert choice["logprobs"]["text_offset"][0] == len(prompt or "")
-    assert {engine.tokenizer.token_text(i) for i in asked.stop.stop_token_ids} == {*MARKS}
-
-
-async def test_several_prompts_have_one_suffix_and_their_own_echoes() -> None:
-    engine = filling_engine("x")
-    body = (await complete(engine, prompt=["a", "b"], suffix="c", echo=True, stop_token_ids=[7])).json()
-    assert [choice["text"] for choice in body["choices"]] == ["ax", "bx"]
-    assert 7 in engine.requests[0].stop.stop_token_ids
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"prompt": [97]}, "prompt"),
-        ({"prompt": [[97], [98]]}, "prompt[0]"),
-        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
-        ({"echo": True, "logprobs": 1}, "echo"),
-    ],
-)
-async def test_what_has_no_meaning_beside_a_suffix_is_refused(fields: dict[str, Any], param: str) -> None:
-    engine = filling_engine("x")
-    call = await complete(engine, **{"prompt": "a", "suffix": "b", **fields})
-    assert (call.status, call.json()["error"]["param"]) == (400, param)
-    assert engine.channels == []
-
-
 @pytest.mark.parametrize(
     ("fields", "error", "error_type"),
     [

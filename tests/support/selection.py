@@ -15,8 +15,8 @@ from collections.abc import Generator
 
 import pytest
 
-THOROUGH = "thorough"
-RUN_BY_FILE = frozenset({THOROUGH, "faults"})
+# Left out unless `-m` names them or the command names the file; otherwise tests like all others.
+SELDOM = frozenset({"thorough", "faults"})
 # The results of these fixtures are fetched once and then kept in the user's cache or in build/.
 FETCHING = frozenset({"demo_files", "llama_cpp", "llama_cpp_package", "json_schema_suite", "vllm_examples"})
 
@@ -32,7 +32,7 @@ class Selection:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Apply the markers, then deselect tests whose marker was not named."""
-        left_out = (self._nightly | {THOROUGH}) - set(re.findall(r"\w+", config.option.markexpr or ""))
+        left_out = (self._nightly | SELDOM) - set(re.findall(r"\w+", config.option.markexpr or ""))
         folder = config.invocation_params.dir
         named = {(folder / argument.partition("::")[0]).resolve() for argument in config.args}
         kept: list[pytest.Item] = []
@@ -42,7 +42,7 @@ class Selection:
                 item.add_marker("demo")
             names = {marker.name for marker in item.iter_markers()}
             if item.path in named:
-                names -= RUN_BY_FILE
+                names -= SELDOM
             (dropped if names & left_out else kept).append(item)
         if dropped:
             config.hook.pytest_deselected(items=dropped)

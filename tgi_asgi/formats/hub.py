@@ -77,7 +77,7 @@ def _cached_folder(repo_id: str, revision: str | None, error: Exception) -> Path
         )
     except errors.LocalEntryNotFoundError:
         raise _unreachable(repo_id, revision, error) from None
-    except Exception as refused:  # the id is none
+    except Exception as refused:  # the id cannot be that of a repository
         raise ModelLoadError(f"cannot look for {repo_id} on the Hub: {_first_line(refused)}") from refused
     return Path(found)
 
