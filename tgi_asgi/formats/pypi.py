@@ -82,14 +82,17 @@ def fetch(requirement: str, progress: Progress) -> tuple[Path, str]:
 
 
 def cache_dir() -> Path:
-    """Return the folder for downloads, which need not exist."""
-    chosen = os.environ.get("TGI_ASGI_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    import platformdirs
+    """Return the folder for downloads, which need not exist.
 
+    Raises:
+        ModelLoadError: if it is below a user's home directory that is not known.
+    """
     try:
-        chosen = os.environ.get("TGI_ASGI_CACHE") or platformdirs.user_cache_dir("tgi-asgi")
+        chosen = os.environ.get("TGI_ASGI_CACHE")
+        if not chosen:
+            import platformdirs
+
+            chosen = platformdirs.user_cache_dir("tgi-asgi")
         return Path(chosen).expanduser().absolute()
     except RuntimeError:
         raise ModelLoadError(
