@@ -95,6 +95,7 @@ OUTPUTS: dict[str, list[tuple[str, list[Any]]]] = {
         ('<tool_call>[{"name": "f", "arguments": {"a": 1}}]', [F]),
         ("<tool_call>{'name': 'f', 'arguments': {'a': b'x'}}", ["<tool_call>{'name': 'f', 'arguments': {'a': b'x'}}"]),
         ('<|tool_call|>{"name": "f", "arguments": {"a": 1}}}}', [F]),
+        ('<tool_call>{"arguments": {"a": 1e999}, "name": "f"}', ['<tool_call>{"arguments": {"a": 1e999}, "name": "f"}']),
         ('<|tool_call|> [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]</tool_call>', [F, G]),
         ("<|tool_call|>[]", ["<|tool_call|>[]"]),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from typing import Any
 
 from tgi_asgi.text.surrogates import dumped
@@ -69,7 +70,7 @@ class JsonStrings:
 def literal_value(text: str) -> Any:
     """Return the value that a text stands for; None if JSON has no such value. Strings may span lines."""
     try:
-        return json.loads(text, strict=False, parse_constant=_refuse_constant)
+        return json.loads(text, strict=False, parse_float=_finite, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         pass
     try:
@@ -77,6 +78,14 @@ def literal_value(text: str) -> Any:
         json.dumps(value, allow_nan=False)  # refuses what only Python has: bytes, sets
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None
+    return value
+
+
+def _finite(number: str) -> float:
+    """Return a number; refuse 1e999, which Python reads as infinite and would write as `Infinity`."""
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{number} is too large")
     return value
 
 

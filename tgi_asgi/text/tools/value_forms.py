@@ -12,12 +12,13 @@ are not. The grammar need then exclude nothing, unless the schema restricts more
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tgi_asgi.text.surrogates import dumped
-from tgi_asgi.text.tools.literals import as_json, literal_value
+from tgi_asgi.text.tools.literals import as_json
 
 # Keywords that restrict no value.
 _ANNOTATIONS = frozenset({"description", "title", "default", "examples", "$comment", "deprecated"})
@@ -99,7 +100,7 @@ class Forms:
         found = as_json(text)
         if found is None or (found != text and not text.startswith(_PYTHON_S)):
             return dumped(written)
-        value = literal_value(text)
+        value = json.loads(found)
         is_quoted = isinstance(value, str) and not self.may_be_null
         is_other = any(_allows(schema, value) for schema in self.others)
         return found if is_quoted or is_other else dumped(written)
