@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
 
 import pytest
@@ -17,18 +17,24 @@ from tgi_asgi.cluster.dispatcher import ModelDispatcher, merged_metrics
 from tgi_asgi.settings import Settings
 
 
-@pytest.fixture
-async def dispatcher() -> AsyncIterator[ModelDispatcher]:
-    """Yield a dispatcher with two models, one key, and CORS for any origin."""
+@asynccontextmanager
+async def dispatching(*names: str) -> AsyncIterator[ModelDispatcher]:
+    """Yield a dispatcher with models of these names, one key, and CORS for any origin."""
     async with AsyncExitStack() as stack:
         apps = []
-        for name in ("org/a", "org/b"):
+        for name in names:
             settings = Settings(
                 model_id=name, api_key=("k",), strict_model_names=True, payload_limit=5000,
                 cors_allow_origin=("*",),
             )  # fmt: skip
             apps.append((await stack.enter_async_context(LocalCluster(1, settings))).app)
         yield ModelDispatcher(apps)
+
+
+@pytest.fixture
+async def dispatcher() -> AsyncIterator[ModelDispatcher]:
+    async with dispatching("org/a", "org/b") as made:
+        yield made
 
 
 KEY = {"authorization": "Bearer k"}
@@ -71,6 +77,13 @@ async def test_all_models_are_listed_and_described(dispatcher: ModelDispatcher) 
     described = (await send(dispatcher, request("GET", "/v1/models/org/b", headers=KEY))).json()
     assert [each["id"] for each in listed["data"]] == ["org/a", "org/b"]
     assert described["id"] == "org/b"
+
+
+async def test_a_path_is_decoded_only_once() -> None:
+    """A server decodes the path that it puts in the scope: `c%2Fd` there came as `c%252Fd`."""
+    async with dispatching("a/b", "c%2Fd") as dispatcher:
+        described = await send(dispatcher, request("GET", "/v1/models/c%2Fd", headers=KEY))
+    assert (described.status, described.json()["id"]) == (200, "c%2Fd")
 
 
 @pytest.mark.parametrize("path", ["/api/tags", "/api/ps"])

@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 import msgspec
 import orjson
@@ -81,7 +80,7 @@ class ModelDispatcher:
         elif path in _PROBES:
             await self._best(path)(scope, receive, send)
         elif path.startswith("/v1/models/"):
-            await self._serving(unquote(path.removeprefix("/v1/models/")))(scope, receive, send)
+            await self._serving(path.removeprefix("/v1/models/"))(scope, receive, send)
         elif method == "POST":
             await self._by_body(scope, receive, send)
         else:
