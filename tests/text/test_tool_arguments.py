@@ -70,6 +70,20 @@ def test_arguments_may_have_names_that_no_list_at_the_top_has(
     assert takes(tokenizer, grammar_of(name, ToolSpec("f", schema), mark=tokenizer.mark), text)
 
 
+@pytest.mark.parametrize("name", TAGS)
+@pytest.mark.parametrize(
+    "reference", ["#/$defs/List%3CT%3E", "#/$defs/List<T>", "#/$defs/Either/anyOf/0"], ids=str
+)
+def test_a_text_is_one_however_its_schema_is_referred_to(
+    compiler: GrammarCompiler, name: str, reference: str
+) -> None:
+    definitions = {"List<T>": B, "Either": {"anyOf": [B, A]}}
+    schema = {"properties": {"s": {"$ref": reference}}, "required": ["s"], "$defs": definitions}
+    text = write(name, [("f", {"s": "12"})])
+    assert accepts(compiler, grammar_of(name, ToolSpec("f", schema)), text)
+    assert read(name, text, schema) == {"s": "12"}
+
+
 @pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("key", ["anyOf", "oneOf"])
 def test_arguments_of_alternatives_are_all_allowed_and_needed_if_all_need_them(

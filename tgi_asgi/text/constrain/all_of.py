@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import unquote
+
+from tgi_asgi.text.constrain.references import Schema, resolver
 
 DATA = ("const", "enum", "default", "examples")  # values that only look like schemas
 BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -36,29 +37,6 @@ _MAX_CHAIN = 32  # references that are followed one after the other
 _MAX_PROPERTIES = 2_000  # of all merged objects together
 _MAX_PARTS = 2_000  # that are looked at; definitions that name the next one twice have 2^n
 _MAX_CHARS = 256 * 1024  # of the definitions that are copied, each time that one is
-
-Schema = Mapping[str, Any]
-Resolve = Callable[[str], Schema | None]
-
-
-def resolver(document: Schema) -> Resolve:
-    """Return a function that finds the schema of a reference like `#/$defs/name`, or None."""
-
-    def resolve(reference: str) -> Schema | None:
-        if reference != "#" and not reference.startswith("#/"):
-            return None
-        found: Any = document
-        for part in reference.split("/")[1:]:
-            name = unquote(part).replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
-                found = found[int(name)]
-            elif isinstance(found, Mapping) and name in found:
-                found = found[name]
-            else:
-                return None
-        return found if isinstance(found, Mapping) else None
-
-    return resolve
 
 
 def merge_all_of(document: Schema) -> Schema:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
-from tgi_asgi.text.constrain.all_of import Resolve
 from tgi_asgi.text.constrain.exact import is_number
+from tgi_asgi.text.constrain.references import Resolve
 
 _MAX_BRANCHES = 50  # all pairs are compared
 _MAX_CHAIN = 16  # references that are followed one after the other

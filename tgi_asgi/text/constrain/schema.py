@@ -13,14 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.constrain.all_of import (
-    BY_NAME,
-    DATA,
-    Resolve,
-    incomplete_objects,
-    merge_all_of,
-    resolver,
-)
+from tgi_asgi.text.constrain.all_of import BY_NAME, DATA, incomplete_objects, merge_all_of
 from tgi_asgi.text.constrain.compiler_errors import problem_of, warnings_of
 from tgi_asgi.text.constrain.disjoint import are_disjoint
 from tgi_asgi.text.constrain.exact import (
@@ -34,6 +27,7 @@ from tgi_asgi.text.constrain.exact import (
 )
 from tgi_asgi.text.constrain.formats import PATTERNS
 from tgi_asgi.text.constrain.patterns import has_control_literal, rust_regex
+from tgi_asgi.text.constrain.references import Resolve, resolver
 
 _FORMATS = frozenset({"ipv4", "ipv6", "uuid"})  # besides PATTERNS
 _UNENFORCEABLE = frozenset(

@@ -11,8 +11,9 @@ from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain.plain_strings import string_regexes
+from tgi_asgi.text.constrain.references import Resolve, resolver
 from tgi_asgi.text.constrain.source import SPACED, check_schema, inline_json, literal
-from tgi_asgi.text.tools.parameters import Parameters, definition, parameters_of, resolved
+from tgi_asgi.text.tools.parameters import Parameters, parameters_of, resolved
 from tgi_asgi.text.tools.value_forms import Forms
 
 _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -53,7 +54,7 @@ class ToolSpec:
             return {"type": "object"}
         if not self.parameters:
             return _NO_ARGUMENTS
-        schema = {**resolved(self.parameters, self.parameters), "type": "object"}
+        schema = {**resolved(self.parameters, resolver(self.parameters)), "type": "object"}
         has_no_rules = not (schema.get("required") or schema.keys() - _WITHOUT_RULES)
         if schema.get("properties") == {} and has_no_rules:
             schema["additionalProperties"] = False
@@ -64,9 +65,10 @@ class ToolSpec:
         """What its schema says about each argument alone; read when the grammar is made, before any call."""
         return parameters_of(self.schema)
 
-    def definition(self, reference: str) -> Any:
-        """Return the part of its schema that `#/...` refers to, or None."""
-        return definition(reference, self.schema)
+    @cached_property
+    def resolve(self) -> Resolve:
+        """Finds the part of its schema that a reference names."""
+        return resolver(self.schema)
 
 
 def freed(specs: Sequence[ToolSpec]) -> list[ToolSpec]:
@@ -181,9 +183,10 @@ class ToolArguments:
             raise InvalidRequest(f"the definitions of `{self.name}` are too large to be used so often")
         return shared
 
-    def definition(self, reference: str) -> Any:
-        """Return the part of the tool's schema that `#/...` refers to, or None."""
-        return self._spec.definition(reference)
+    @property
+    def resolve(self) -> Resolve:
+        """Finds the part of the tool's schema that a reference names."""
+        return self._spec.resolve
 
     def leave_out(self, keywords: Collection[str]) -> None:
         """Record keywords that a format cannot enforce.

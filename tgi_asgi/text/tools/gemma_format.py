@@ -155,8 +155,8 @@ class _Values:
         reference = schema.get("$ref")
         if not isinstance(reference, str):
             return schema
-        found = self._tool.definition(reference)
-        return found if isinstance(found, Mapping) and "$ref" not in found else {}
+        found = self._tool.resolve(reference)
+        return found if found is not None and "$ref" not in found else {}
 
     def _written(self, value: Any) -> str:
         """Return the only way to write a value."""

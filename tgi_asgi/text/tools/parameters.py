@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tgi_asgi.text.constrain.references import Resolve, Schema, resolver
+
 # Keywords of a schema that each argument alone can obey; none relates several arguments.
 _OF_EACH = frozenset(
     {
@@ -44,7 +46,7 @@ class Parameters:
         return listed if listed is not None else self.others or {}
 
 
-def parameters_of(schema: Mapping[str, Any]) -> Parameters:
+def parameters_of(schema: Schema) -> Parameters:
     """Read the schema of all arguments together.
 
     Arguments of all members of `allOf` are merged, and so are those of `anyOf` and `oneOf`, of which an
@@ -52,7 +54,7 @@ def parameters_of(schema: Mapping[str, Any]) -> Parameters:
     the schema forbids them. Beside listed arguments they are free only if the schema describes their values:
     a model that begins to invent arguments does not stop.
     """
-    found = _Found(schema, [_MAX_MEMBERS])
+    found = _Found(resolver(schema), [_MAX_MEMBERS])
     found.add(schema)
     others = found.of_others[0] if len(found.of_others) == 1 else {"anyOf": found.of_others}
     if not found.of_others:
@@ -61,35 +63,24 @@ def parameters_of(schema: Mapping[str, Any]) -> Parameters:
     return Parameters(found.properties, frozenset(found.required), others, frozenset(found.beyond))
 
 
-def resolved(schema: Mapping[str, Any], whole: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a schema that is no mere reference to a definition of the whole, as zod-to-json-schema's is."""
+def resolved(schema: Schema, resolve: Resolve) -> Schema:
+    """Return a schema, or what it refers to if it is only a reference, as zod-to-json-schema's are."""
     for _ in range(_MAX_REFERENCES):
         reference = schema.get("$ref")
         if not isinstance(reference, str) or schema.keys() - _BESIDE_REFERENCE:
             break
-        found = definition(reference, whole)
-        if not isinstance(found, Mapping):
+        found = resolve(reference)
+        if found is None:
             break
         schema = {**found, **{name: value for name, value in schema.items() if name != "$ref"}}
     return schema
 
 
-def definition(reference: str, whole: Mapping[str, Any]) -> Any:
-    """Return the part of a schema that `#/...` refers to, or None."""
-    if not reference.startswith("#/"):
-        return None
-    found: Any = whole
-    for part in reference.removeprefix("#/").split("/"):
-        name = part.replace("~1", "/").replace("~0", "~")
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
-
-
 class _Found:
     """What has been read so far; see `Parameters`."""
 
-    def __init__(self, whole: Mapping[str, Any], left: list[int]) -> None:
-        self._whole = whole
+    def __init__(self, resolve: Resolve, left: list[int]) -> None:
+        self._resolve = resolve
         self._left = left  # how many members may still be read, shared by all
         self.properties: dict[str, Any] = {}
         self.required: set[str] = set()
@@ -97,7 +88,7 @@ class _Found:
         self.beyond: set[str] = set()
         self.is_closed = False
 
-    def add(self, schema: Mapping[str, Any]) -> None:
+    def add(self, schema: Schema) -> None:
         """Add what a schema says, and its members."""
         self.beyond |= schema.keys() - _OF_EACH - {"allOf"}
         self._list(schema.get("properties"), "allOf")
@@ -108,7 +99,7 @@ class _Found:
         for key in ("anyOf", "oneOf"):
             branches = []
             for part in self._members(schema, key):
-                branches.append(_Found(self._whole, self._left))
+                branches.append(_Found(self._resolve, self._left))
                 branches[-1].add(part)
             for branch in branches:
                 self._list(branch.properties, "anyOf")
@@ -123,7 +114,7 @@ class _Found:
             known = self.properties.get(name, value)
             self.properties[name] = value if _are_equal(known, value) else {together: [known, value]}
 
-    def _describe_others(self, schema: Mapping[str, Any]) -> None:
+    def _describe_others(self, schema: Schema) -> None:
         rest, patterns = schema.get("additionalProperties"), schema.get("patternProperties")
         self.is_closed |= rest is False
         described = list(patterns.values()) if isinstance(patterns, Mapping) else []
@@ -141,7 +132,7 @@ class _Found:
                 return
             self.of_others.append(schema)
 
-    def _members(self, schema: Mapping[str, Any], key: str) -> Iterator[Mapping[str, Any]]:
+    def _members(self, schema: Schema, key: str) -> Iterator[Schema]:
         """Yield the members of a combination that may describe objects, as long as there are not too many."""
         parts = schema.get(key)
         for part in parts if isinstance(parts, list) else ():
@@ -149,7 +140,7 @@ class _Found:
             if self._left[0] < 0:
                 self.beyond.add(key)
                 return
-            member = resolved(part, self._whole) if isinstance(part, Mapping) else {"type": None}
+            member = resolved(part, self._resolve) if isinstance(part, Mapping) else {"type": None}
             if member.get("type", "object") == "object":
                 yield member
 

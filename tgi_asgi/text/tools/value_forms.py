@@ -13,10 +13,11 @@ are not. The grammar need then exclude nothing, unless the schema restricts more
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tgi_asgi.text.constrain.references import Resolve
 from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.literals import as_json
 
@@ -119,8 +120,8 @@ class Forms:
         return {kind for schema in self.others for kind in _kinds_of(schema)}
 
 
-def forms_of(schema: Any, resolve: Callable[[str], Any]) -> Forms:
-    """Divide the values that a schema allows; `resolve` finds the definition that `#/...` refers to."""
+def forms_of(schema: Any, resolve: Resolve) -> Forms:
+    """Divide the values that a schema allows; `resolve` finds the definitions that it refers to."""
     try:
         return _Division(resolve).forms(schema)
     except _TooManyParts:
@@ -134,7 +135,7 @@ class _TooManyParts(Exception):
 class _Division:
     """The division of one schema."""
 
-    def __init__(self, resolve: Callable[[str], Any]) -> None:
+    def __init__(self, resolve: Resolve) -> None:
         self._resolve = resolve
         self._num_left = _MAX_PARTS
 
@@ -157,7 +158,7 @@ class _Division:
             return Forms(texts, others) if texts else Forms(others=(schema,))
         if isinstance(reference := rules.get("$ref"), str):
             found = self._resolve(reference)
-            is_alone = rules.keys() == {"$ref"} and isinstance(found, Mapping)
+            is_alone = rules.keys() == {"$ref"} and found is not None
             referred = self.forms(found) if is_alone else Forms()
             return referred if referred.texts else Forms(others=(schema,))
         for key in ("const", "enum"):

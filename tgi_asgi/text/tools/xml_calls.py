@@ -193,7 +193,7 @@ class XmlArguments:
             return
         self._cut(found.end() + (len(quote) if is_quoted else 0))
         self._name, self._kind = found[1], found[2]
-        self._forms = forms_of(self._listed.schema(found[1]), self._spec.definition)
+        self._forms = forms_of(self._listed.schema(found[1]), self._spec.resolve)
         if is_quoted and not quote.isspace():
             self._kind = "true"
         is_undecided = not self._kind and self._forms.may_be_null

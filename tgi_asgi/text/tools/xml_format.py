@@ -111,7 +111,7 @@ class XmlFormat(ToolFormat):
     def _value(self, tool: ToolArguments, schema: Any, texts: PlainTexts, then: Then) -> str:
         """Return the expression of an argument's value after its name, and of what follows it."""
         (_, middle, behind), spell = self.argument, texts.spell
-        forms = forms_of(schema, tool.definition)
+        forms = forms_of(schema, tool.resolve)
         is_named = "%t" in middle or not self.quotes_all
         values = []
         if forms.texts:
