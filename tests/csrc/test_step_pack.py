@@ -12,7 +12,7 @@ import torch
 from tests.ops.helpers import FAST
 from tests.support.random_weights import decoded_values, random_weight
 from tgi_asgi import _C, ops
-from tgi_asgi.ops.layout import STRIP, cached_dims, head_order, interleaved_order, ordered, padded, row_order
+from tgi_asgi.ops.layout import STRIP, head_order, interleaved_order, ordered, padded, row_order
 
 HEADS = [(64, 64), (80, 32), (20, 12), (6, 2), (256, 128), (112, 112)]
 
@@ -39,21 +39,6 @@ def test_values_stay_in_order_and_padding_is_behind_each_head() -> None:
     assert order[:40].tolist() == list(range(40))
     assert (order[40:64] == -1).all()
     assert order[64:104].tolist() == list(range(40, 80))
-
-
-@pytest.mark.parametrize(("head_dim", "rotary_dim"), HEADS)
-@pytest.mark.parametrize("is_paired", [False, True])
-def test_a_cache_keeps_the_packed_rows_without_their_padding(
-    head_dim: int, rotary_dim: int, is_paired: bool
-) -> None:
-    kept = cached_dims(head_dim, rotary_dim, is_paired=is_paired)
-    packed = head_order(1, head_dim, rotary_dim)
-    assert sorted(kept.tolist()) == list(range(head_dim))
-    if not is_paired:
-        assert kept.tolist() == packed[packed >= 0].tolist()
-    else:
-        pairs = kept[: rotary_dim // 2 * 2].reshape(-1, 2)
-        assert (pairs[:, 1] - pairs[:, 0] == rotary_dim // 2).all()
 
 
 @pytest.mark.parametrize("rows", [64, 40])

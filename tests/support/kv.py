@@ -90,6 +90,27 @@ def write_kv(
         _store(layer, slots, which, rows)
 
 
+def cached_dims(
+    head_dim: int,
+    rotary_dim: int | None,
+    *,
+    is_paired: bool,
+    is_interleaved: bool = False,
+    is_proportional: bool = False,
+) -> layout.Order:
+    """Return, for each position of a head in a float cache or query, the dim that it holds.
+
+    The order is that of the packed rows without padding; bfloat16 (`is_paired`) stores both dims of a pair in
+    one word.
+    """
+    one = layout.head_order(
+        1, head_dim, rotary_dim, is_interleaved=is_interleaved, is_proportional=is_proportional
+    )
+    strips = one.reshape(-1, 2, layout.PANEL)
+    places = (strips.swapaxes(1, 2) if is_paired else strips).reshape(-1)
+    return places[places >= 0]
+
+
 def _kept_dims(
     layer: KvLayer, which: int, rotary_dim: int | None, *, is_interleaved: bool = False
 ) -> layout.Order:
@@ -102,7 +123,7 @@ def _kept_dims(
     if which == 1:
         return np.arange(layer.head_dim)
     is_paired = layer.pool.dtype == "bfloat16"
-    return layout.cached_dims(
+    return cached_dims(
         layer.head_dim, rotary_dim or layer.head_dim, is_paired=is_paired, is_interleaved=is_interleaved
     )
 

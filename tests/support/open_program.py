@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tests.support.kv import cached_dims
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import Value, calls, layout
 from tgi_asgi.ops.adapters import AdapterLayout
@@ -72,7 +73,7 @@ class OpenProgram(ops.CpuProgram):
         name = {4: "F32", 2: "BF16"}.get(array.shape[1] // shape[1])
         if name is None or array.shape[1] % shape[1]:
             raise ValueError("queries for an int8 cache are integers: use a float cache")
-        dims = layout.cached_dims(
+        dims = cached_dims(
             heads.head_dim, heads.rotary_dim, is_paired=name == "BF16", is_interleaved=heads.is_interleaved,
             is_proportional=heads.is_proportional,
         )  # fmt: skip

@@ -61,25 +61,6 @@ def head_order(
     return np.where(one >= 0, starts + one, -1).reshape(-1)
 
 
-def cached_dims(
-    head_dim: int,
-    rotary_dim: int | None,
-    *,
-    is_paired: bool,
-    is_interleaved: bool = False,
-    is_proportional: bool = False,
-) -> Order:
-    """Return, for each position of a head in a float cache or query, the dim that it holds.
-
-    The order is that of the packed rows without padding; bfloat16 (`is_paired`) stores both dims of a pair in
-    one word.
-    """
-    one = head_order(1, head_dim, rotary_dim, is_interleaved=is_interleaved, is_proportional=is_proportional)
-    strips = one.reshape(-1, 2, PANEL)
-    places = (strips.swapaxes(1, 2) if is_paired else strips).reshape(-1)
-    return places[places >= 0]
-
-
 def interleaved_order(rows: int) -> Order:
     """Return alternating panels of gate and up: two strips give 32 outputs, one block of the next input."""
     panels = row_order(rows).reshape(-1, PANEL)
