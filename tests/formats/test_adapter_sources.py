@@ -8,6 +8,7 @@ import pytest
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import hub
+from tgi_asgi.formats.peft_config import ADAPTER_FILES
 from tgi_asgi.formats.sources import AdapterSource, adapter_sources, max_loaded_adapters, resolve_adapter
 from tgi_asgi.settings import Settings
 
@@ -76,12 +77,12 @@ def test_a_location_is_a_directory_or_an_id_with_a_revision(
 
     def list_files(repository: str, revision: str | None) -> hub.Listing:
         asked.append((repository, revision))
-        return hub.Listing(frozenset(hub.ADAPTER_PATTERNS), is_cached=True)
+        return hub.Listing(frozenset(ADAPTER_FILES), is_cached=True)
 
     def fetch(
         repository: str, revision: str | None, *_: object, patterns: object, is_cached: bool
     ) -> tuple[Path, str]:
-        assert patterns == hub.ADAPTER_PATTERNS and is_cached
+        assert patterns == ADAPTER_FILES and is_cached
         assert asked[-1] == (repository, revision)
         return tmp_path, "commit"
 

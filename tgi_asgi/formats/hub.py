@@ -19,7 +19,6 @@ from tgi_asgi.types import Progress
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.safetensors")
 _NOTHING = ("?*\n",)  # a pattern that matches no file name
 
 

@@ -17,6 +17,7 @@ from tgi_asgi.formats import hub
 from tgi_asgi.formats.config_file import read_config_file
 from tgi_asgi.formats.gguf_names import choose, models_of, projector_of
 from tgi_asgi.formats.kinds import is_adapter, is_draft_heads, servable_config
+from tgi_asgi.formats.peft_config import ADAPTER_FILES, ADAPTER_WEIGHTS
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.weight_files import INDEX_NAME, choose_files, read_index, weight_names
 from tgi_asgi.types import Progress
@@ -75,10 +76,10 @@ def fetch_model(
     small = _matching(listing, (*_CONFIGURATION, *(_CODE if with_code else ())))
     folder, commit = Path(), ""
     if is_adapter(listing.names):
-        if not set(hub.ADAPTER_PATTERNS) <= listing.names:
+        if not set(ADAPTER_FILES) <= listing.names:
             pickled = "; pickles are never read" if "adapter_model.bin" in listing.names else ""
-            raise ModelLoadError(f"{where} is an adapter without {hub.ADAPTER_PATTERNS[1]}{pickled}")
-        small += hub.ADAPTER_PATTERNS
+            raise ModelLoadError(f"{where} is an adapter without {ADAPTER_WEIGHTS}{pickled}")
+        small += ADAPTER_FILES
     if small:
         folder, commit = hub.fetch(
             repo_id, revision, progress, patterns=_exactly(small), is_cached=listing.is_cached

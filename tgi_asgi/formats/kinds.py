@@ -16,9 +16,10 @@ from typing import Any
 from tgi_asgi.errors import ModelLoadError, check
 from tgi_asgi.formats.config_file import read_config_file
 from tgi_asgi.formats.files import read_json
+from tgi_asgi.formats.peft_config import ADAPTER_CONFIG
 from tgi_asgi.formats.weight_files import weight_names
 
-ADAPTER, _CONFIG = "adapter_config.json", "config.json"
+_CONFIG = "config.json"
 _BASE = "base_model_name_or_path"
 _USE_ANOTHER = "use the original model, or one in GGUF"
 # Weight formats that are never read, by file-name patterns; the first match gives the message.
@@ -62,7 +63,7 @@ _HEARS = re.compile(
 
 def is_adapter(names: Collection[str]) -> bool:
     """Return whether the files of a folder or repository, by name, are an adapter's and no model's."""
-    return ADAPTER in names and not weight_names(names)
+    return ADAPTER_CONFIG in names and not weight_names(names)
 
 
 def base_of(model_id: str, directory: Path) -> tuple[str, str | None]:
@@ -71,11 +72,11 @@ def base_of(model_id: str, directory: Path) -> tuple[str, str | None]:
     Raises:
         ModelLoadError: if it names none.
     """
-    config = read_json(directory / ADAPTER)
+    config = read_json(directory / ADAPTER_CONFIG)
     base, revision = (config.get(key) for key in (_BASE, "revision"))
     if not isinstance(base, str) or not base:
         raise ModelLoadError(
-            f"{model_id} is an adapter whose {ADAPTER} names no base model ({_BASE}): serve that with "
+            f"{model_id} is an adapter whose {ADAPTER_CONFIG} names no base model ({_BASE}): serve that with "
             f"--lora-adapters {model_id}"
         )
     _refuse_elsewhere(f"{model_id} is an adapter of", base)

@@ -19,11 +19,9 @@ import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.files import map_file, parse_json_object, read_file
-from tgi_asgi.formats.peft_config import PeftConfig
+from tgi_asgi.formats.peft_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PeftConfig
 from tgi_asgi.formats.safetensors import SafeTensor, SafetensorsFile, read_header
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # absent if saved by `transformers` with save_peft_format=False
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _EMBEDDING_DOWN, _EMBEDDING_UP = ".lora_embedding_A", ".lora_embedding_B"
@@ -107,14 +105,14 @@ class PeftAdapter:
             ModelLoadError: if a file is missing, too large or damaged, or the adapter is of an unsupported
                 kind.
         """
-        where = directory / CONFIG_NAME
+        where = directory / ADAPTER_CONFIG
         text = read_file(where, _MAX_CONFIG_BYTES)
         try:
             self._config = config = PeftConfig(parse_json_object(text.tobytes()), is_merged=is_merged)
         except ModelLoadError as error:
             raise ModelLoadError(f"{where}: {error}") from None
         self.base, self.parameters = config.base, config.parameters
-        path = directory / WEIGHTS_NAME
+        path = directory / ADAPTER_WEIGHTS
         data = _map_weights(path) if is_merged else _read_weights(path, max_bytes, why, config)
         self._file = SafetensorsFile(path, data)
         try:
@@ -169,7 +167,7 @@ def _read_weights(path: Path, max_bytes: int, why: str, config: PeftConfig) -> n
 
 def _refuse_pickle(path: Path) -> None:
     if os.path.exists(path.with_suffix(".bin")) and not os.path.exists(path):
-        raise ModelLoadError(f"{path.parent}: pickled adapters are never read, save {WEIGHTS_NAME}")
+        raise ModelLoadError(f"{path.parent}: pickled adapters are never read, save {ADAPTER_WEIGHTS}")
 
 
 def _check_names(path: Path, config: PeftConfig) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.patterns import Patterns
 
+ADAPTER_FILES = ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
 # Keys about training, or made redundant by the file's matrices, whose names say where they belong.
 _IGNORED = frozenset({
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",

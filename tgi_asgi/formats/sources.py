@@ -21,6 +21,7 @@ from tgi_asgi.formats import kinds
 from tgi_asgi.formats.config_file import read_config_file
 from tgi_asgi.formats.gguf_names import models_of, projector_of
 from tgi_asgi.formats.peft import PeftAdapter
+from tgi_asgi.formats.peft_config import ADAPTER_CONFIG, ADAPTER_FILES
 from tgi_asgi.formats.weight_files import weight_names
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import MAX_ADAPTER_NAME, Progress, is_adapter_name
@@ -109,7 +110,7 @@ def resolve_adapter(source: AdapterSource) -> Path:
         repository,
         revision,
         lambda stage, done, total: None,
-        patterns=hub.ADAPTER_PATTERNS,
+        patterns=ADAPTER_FILES,
         is_cached=listing.is_cached,
     )
     return directory
@@ -274,7 +275,7 @@ def _with_base(found: _FoundAdapter, settings: Settings, progress: Progress) -> 
     try:
         base = _find(replace(settings, model_id=name, revision=revision), progress)
     except ModelLoadError as error:
-        named = f"the base model of {found.model_id} (base_model_name_or_path in {kinds.ADAPTER})"
+        named = f"the base model of {found.model_id} (base_model_name_or_path in {ADAPTER_CONFIG})"
         raise ModelLoadError(f"{named}: {error}") from error
     if not isinstance(base, ModelFiles) or base.kind != "directory":
         what = "a GGUF file" if isinstance(base, ModelFiles) else "an adapter itself"
