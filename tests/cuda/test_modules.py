@@ -232,7 +232,7 @@ def test_the_kernels_that_serve_are_tried_at_load(
     save(make_model(**SHAPE), tmp_path)
     monkeypatch.setattr(CudaDirect, "_product", product)
     if fault == "no numbers":
-        with pytest.raises(ModelLoadError, match="logits are no numbers in 16 bits"):
+        with pytest.raises(ModelLoadError, match="logits are not finite in 16 bits"):
             load(tmp_path, Repacking(torch.float16, device))
         return
     load(tmp_path, Repacking(torch.float16, device))

@@ -85,7 +85,7 @@ def test_a_model_s_code_is_fetched_for_those_who_trust_it(hub: str, tmp_path: Pa
         ("org/model", "v3", {"HF_TOKEN": "secret"}, "has no revision 'v3' on the Hub"),
         ("org/other", "", {"HF_TOKEN": "secret"}, "no model 'org/other'"),
         ("org/model", "", {}, "a private one needs HF_TOKEN"),
-        ("org/model", "", {"HF_HUB_OFFLINE": "1"}, "not in the Hub's cache"),
+        ("org/model", "", {"HF_HUB_OFFLINE": "1"}, "nor in the Hub's cache"),
         ("org/model", "", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the Hub cannot be reached"),
     ],
 )

@@ -160,7 +160,7 @@ def test_a_gguf_file_is_fetched_with_its_projector_and_found_again_without_netwo
     )
     assert named[1:] == unnamed[1:] == found[1:]
     assert absent == "the Hub's cache of org/m-GGUF has no 'Q8_0'; it has Q4_K_M"
-    assert "not in the Hub's cache" in unknown
+    assert "nor in the Hub's cache" in unknown
     # An unreachable Hub is treated like working offline.
     (again,), _ = find(tmp_path, "http://127.0.0.1:9", "org/m-GGUF:Q4_K_M", REVISION="v2")
     assert again[1:] == found[1:]
@@ -202,7 +202,7 @@ def test_what_is_in_the_cache_is_served_although_something_stands_between_server
     assert after == before
     assert len([line for line in requests if b"/api/models/" in line]) == len(names)
     assert log.count("the Hub cannot be asked") == len(before)
-    assert "org/unknown is no file or directory here and not in the Hub's cache" in unknown
+    assert "org/unknown is neither a file or directory here nor in the Hub's cache" in unknown
 
 
 def test_a_gguf_file_is_fetched_alone_if_it_is_to_read_texts_only(hub: Hub, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_the_scale_is_pefts(config: dict[str, Any], scale: float, tmp_path: Path
         ({"alpha_pattern": {".*.*.*zz": 1}}, "alpha_pattern: a pattern that is not read: '.*.*.*zz'"),
         ({"alpha_pattern": {"(a|.)" * 9: 1}}, "pattern that is not read"),
         ({"alpha_pattern": {f"layer{at}": 1 for at in range(4097)}}, "4097 patterns, 4096 are read"),
-        ({"alpha_pattern": {f".*{at}": 1 for at in range(65)}}, "65 patterns that are no plain names"),
+        ({"alpha_pattern": {f".*{at}": 1 for at in range(65)}}, "65 patterns that are not plain names"),
         ({"alpha_pattern": {"q_proj": "8"}}, "'q_proj' must be a positive number"),
         ({"init_lora_weights": "pissa"}, "begin as 'pissa' (init_lora_weights)"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),

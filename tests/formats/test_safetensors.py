@@ -164,7 +164,7 @@ def test_an_index_cannot_name_a_file_outside_the_directory(tmp_path: Path, name:
     index = make_shards(tmp_path)
     index["weight_map"]["a"] = name
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelLoadError, match=r"is no plain \.safetensors name"):
+    with pytest.raises(ModelLoadError, match=r"not a plain \.safetensors name"):
         Checkpoint.open(tmp_path)
 
 

@@ -124,7 +124,7 @@ def test_columns_of_a_matrix_are_those_of_its_values(format: str) -> None:
 
 def test_columns_within_a_block_are_refused() -> None:
     made = random_matrix("Q8_0", 2, 64, 1.0, np.random.default_rng(1))
-    with pytest.raises(ValueError, match="no whole blocks of Q8_0"):
+    with pytest.raises(ValueError, match="not whole blocks of Q8_0"):
         ops.WeightSource(made.data.reshape(-1), "Q8_0", (2, 64)).columns(0, 48)
 
 

@@ -203,7 +203,7 @@ def test_a_mask_of_the_model_s_own_is_a_reason_to_leave_it_to_its_code() -> None
     probe = _Probe(16)
     states = torch.zeros(1, 2, 4, 8)
     probe.attend(torch.nn.Identity(), states, states, states, torch.full((1, 1, 4, 4), float("-inf")))
-    assert probe.problems == ["a layer has a mask that is no window, or that its own code makes"]
+    assert probe.problems == ["a layer has a mask that is not a window, or that its own code makes"]
 
 
 def test_the_layers_of_a_step_must_be_those_that_were_found() -> None:

@@ -40,8 +40,8 @@ def test_a_grammar_means_what_it_says(
     ("grammar", "words"),
     [
         (r'root ::= "\d"', r"escape \\d is not known"),
-        (r'root ::= "\ud800"', r"\\ud800 is no character"),
-        (r"root ::= [\UFFFFFFFF]", r"\\UFFFFFFFF is no character"),
+        (r'root ::= "\ud800"', r"\\ud800 is not a character"),
+        (r"root ::= [\UFFFFFFFF]", r"\\UFFFFFFFF is not a character"),
         ('root ::= "a', "Unexpected end of input at line 1"),
         ('other ::= "a"', "No 'root' rule"),
         ("hello world", "grammar is not valid"),

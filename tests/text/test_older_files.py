@@ -267,7 +267,7 @@ def test_ranks_of_tiktoken_are_read_as_its_rule_says(
 def test_damaged_ranks_are_refused(tmp_path: Path, data: bytes) -> None:
     config = {"tokenizer_class": "QWenTokenizer"}
     folder = checkpoint(tmp_path, "qwen", qwen_tiktoken=data, tokenizer_config_json=config)
-    assert "qwen.tiktoken is no vocabulary of tiktoken" in refusal(folder)
+    assert "qwen.tiktoken is not a tiktoken vocabulary" in refusal(folder)
 
 
 @pytest.mark.parametrize("data", [b" \n", b"\n", b"QQ== 0 1\n", b""])
@@ -365,7 +365,7 @@ def test_mistral_s_tekken_is_read(tmp_path: Path) -> None:
     [
         ({}, "tokenizer.json, nor another that has a vocabulary; AutoTokenizer"),
         ({"vocab_json": {"a": 0}}, "nor another that has a vocabulary"),
-        ({"tokenizer_model": b"damaged"}, "tokenizer.model is no model of sentencepiece"),
+        ({"tokenizer_model": b"damaged"}, "tokenizer.model is not a sentencepiece model"),
         ({"tokenizer_model": b"\x0a\x05\x0a\x01a\x18\x01" * 2}, "the vocabulary has the same token twice"),
         ({"tokenizer_model": b"\x0a\x03\x0a\x01a\x12\x02\x18\x03"}, "into words or characters"),
         ({"tokenizer_model": b"\x0a\x03\x0a\x01a\x12\x03\xc0\x01\x01"}, "treat_whitespace_as_suffix"),

@@ -139,8 +139,8 @@ def _where(repo_id: str, revision: str | None) -> str:
 
 def _unreachable(repo_id: str, revision: str | None, error: Exception) -> ModelLoadError:
     return ModelLoadError(
-        f"{_where(repo_id, revision)} is no file or directory here and not in the Hub's cache, and the Hub "
-        f"cannot be reached (no network, or HF_HUB_OFFLINE is set): {_first_line(error)}"
+        f"{_where(repo_id, revision)} is neither a file or directory here nor in the Hub's cache, and the "
+        f"Hub cannot be reached (no network, or HF_HUB_OFFLINE is set): {_first_line(error)}"
     )
 
 

@@ -47,7 +47,7 @@ class Patterns:
                 self._searches.append((index, _compiled(pattern)))
         if len(self._searches) > _MAX_SEARCHES:
             raise ModelLoadError(
-                f"there are {len(self._searches)} patterns that are no plain names, {_MAX_SEARCHES} are read"
+                f"there are {len(self._searches)} patterns that are not plain names; {_MAX_SEARCHES} are read"
             )
 
     def find(self, path: str, default: float) -> float:

@@ -263,7 +263,7 @@ def _without_draft_heads(found: _FoundDraftHeads, settings: Settings, progress: 
     except ModelLoadError as error:
         raise ModelLoadError(f"the model that {found.model_id} has draft heads for: {error}") from error
     if not isinstance(base, ModelFiles):
-        raise ModelLoadError(f"{found.model_id} has draft heads for {name}, which is no model itself")
+        raise ModelLoadError(f"{found.model_id} has draft heads for {name}, which is not a model itself")
     return replace(base, model_id=found.model_id)
 
 

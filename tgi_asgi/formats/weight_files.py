@@ -110,7 +110,7 @@ def read_index(path: Path) -> dict[str, str]:
             or name.startswith(".")
             or any(character in name for character in "/\\\0")
         ):
-            raise ModelLoadError(f"{path}: {tensor!r} lies in {name!r}, which is no plain .safetensors name")
+            raise ModelLoadError(f"{path}: {tensor!r} lies in {name!r}, not a plain .safetensors name")
     return weight_map
 
 

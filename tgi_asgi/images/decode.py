@@ -220,4 +220,5 @@ def _digest_of(picture: PIL.Image.Image) -> bytes:
 
 
 def _refusal(param: str, why: str) -> InvalidRequest:
-    return InvalidRequest(f"`{param}` is no image that can be read: {why}", param=param, code="invalid_image")
+    message = f"`{param}` is not an image that can be read: {why}"
+    return InvalidRequest(message, param=param, code="invalid_image")

@@ -73,7 +73,7 @@ class WeightSource:
         source = self.in_order()
         info = FORMATS[source.format]
         if start % info.block_columns or stop % info.block_columns:
-            raise ValueError(f"columns {start} to {stop} are no whole blocks of {source.format}")
+            raise ValueError(f"columns {start} to {stop} are not whole blocks of {source.format}")
         blocks = source.data.reshape(self.shape[0], -1, info.block_bytes)
         found = blocks[:, start // info.block_columns : stop // info.block_columns]
         return replace(

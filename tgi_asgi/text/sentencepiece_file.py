@@ -90,7 +90,7 @@ def read_model(path: Path) -> SentencepieceModel:
     try:
         return _read(data)
     except (IndexError, UnicodeDecodeError, ValueError, struct.error):
-        raise ModelLoadError(f"{path} is no model of sentencepiece") from None
+        raise ModelLoadError(f"{path} is not a sentencepiece model") from None
 
 
 def _read(data: bytes) -> SentencepieceModel:

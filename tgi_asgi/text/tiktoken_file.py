@@ -73,7 +73,7 @@ def read_tiktoken(path: Path, kind: TiktokenClass) -> tokenizers.Tokenizer:
     try:
         tokens = _read_tokens(data)
     except (ValueError, binascii.Error):
-        raise ModelLoadError(f"{path} is no vocabulary of tiktoken") from None
+        raise ModelLoadError(f"{path} is not a tiktoken vocabulary") from None
     letters = {byte: letter for letter, byte in byte_alphabet().items()}
     texts = ["".join(map(letters.__getitem__, token)) for token in tokens]
     merges = merges_by_score(texts, [NORMAL] * len(texts), range(0, -len(texts), -1))

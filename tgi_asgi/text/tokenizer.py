@@ -271,7 +271,7 @@ class Tokenizer:
         try:
             encoding: tokenizers.Encoding = encode_batch([text], add_special_tokens=add_special_tokens)[0]
         except TypeError:  # raised for a string that has no UTF-8
-            raise InvalidRequest("the text holds half a surrogate pair, which is no character") from None
+            raise InvalidRequest("the text holds half a surrogate pair, which is not a character") from None
         return encoding
 
 

@@ -45,7 +45,7 @@ def floats(*shape: int) -> np.ndarray:
     ("name", "metadata", "tensors", "reason"),
     [
         ("smolvlm", {"clip.projector_type": "adapter"}, {}, "type 'adapter' are not supported, only gemma3"),
-        ("smolvlm", {"general.architecture": "llama"}, {}, "is no file of a vision tower"),
+        ("smolvlm", {"general.architecture": "llama"}, {}, "is not the file of a vision tower"),
         ("smolvlm", {f"{VISION}block_count": 1000}, {}, "there are fewer layers"),
         ("smolvlm", {f"{VISION}block_count": 1 << 30}, {}, "block_count must be in"),
         ("smolvlm", {f"{VISION}block_count": 2}, {}, "'v.blk.2.*' is|'v.blk.2.*', which this server"),

@@ -140,7 +140,7 @@ def _check_served(model: GenericModel) -> None:
     worst, where = _difference(model, 0, kv_dtype=kv)
     if not np.isfinite(worst):
         raise ModelLoadError(
-            f"{model.config.architecture} fails its self-check: logits are no numbers in 16 bits ({where})"
+            f"{model.config.architecture} fails its self-check: logits are not finite in 16 bits ({where})"
         )
     if worst > _LARGEST_SERVED:
         logger.warning(

@@ -104,7 +104,7 @@ class _Probe:
         elif kwargs.get("is_causal", getattr(module, "is_causal", True)):
             reach = Reach(after=0)
         if reach is None:
-            self.problems.append("a layer has a mask that is no window, or that its own code makes")
+            self.problems.append("a layer has a mask that is not a window, or that its own code makes")
         self.layers.append(
             WholeLayer(query.shape[1], key.shape[1], query.shape[3], value.shape[3], reach or Reach())
         )

@@ -326,7 +326,7 @@ def find_projector(file: GgufFile) -> Projector:
         ModelLoadError: if it is none, is of an unsupported kind, or is for sound only.
     """
     metadata = file.metadata
-    check(metadata.get("general.architecture") == "clip", "it is no file of a vision tower")
+    check(metadata.get("general.architecture") == "clip", "it is not the file of a vision tower")
     kind = metadata.get("clip.projector_type", metadata.get("clip.vision.projector_type"))
     if kind is None:
         is_audio = "clip.audio.projector_type" in metadata

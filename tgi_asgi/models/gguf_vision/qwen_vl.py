@@ -53,7 +53,7 @@ def read_qwen2_vl(reader: Reader, file: GgufFile, text: TextFile) -> VisionModel
     sizes = read_sizes(reader, file)
     check(
         sizes.mlp_width % sizes.width == 0,
-        f"an MLP of {sizes.mlp_width} is no multiple of the width {sizes.width}",
+        f"an MLP of {sizes.mlp_width} is not a multiple of the width {sizes.width}",
     )
     mlp = {"mlp.fc1": "v.blk.{}.ffn_up", "mlp.fc2": "v.blk.{}.ffn_down"}
     vision = {

@@ -91,7 +91,7 @@ def _meant(escape: str) -> str:
     if len(escape) > 1:
         number = int(escape[1:], 16)
         if number > 0x10FFFF or 0xD800 <= number < 0xE000:
-            raise ValueError(f"\\{escape} is no character")
+            raise ValueError(f"\\{escape} is not a character")
         return chr(number)
     if escape in _LETTERS:
         return _LETTERS[escape]
