@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from tgi_asgi.api.openai.tool_search import KIND, ToolSearch, is_client_s
+from tgi_asgi.api.openai.tool_search import KIND, ToolSearch, is_run_by_client
 from tgi_asgi.api.parse import refuse
 from tgi_asgi.api.tools import Tool, whole_arguments
 
@@ -232,6 +232,6 @@ def client_tool(given: Fields) -> ClientTool | ToolSearch | None:
     environment = given.get("environment")
     if isinstance(environment, dict) and environment.get("type", "local") != "local":
         return None
-    if given["type"] == KIND and not is_client_s(given):
+    if given["type"] == KIND and not is_run_by_client(given):
         return None
     return CLIENT_TOOLS.get(given["type"])

@@ -15,7 +15,7 @@ from tgi_asgi.api.openai.client_tools import CALLS, OUTPUTS
 from tgi_asgi.api.openai.response_schema import ConfigurationUpdate, Item, ResponsesRequest, TextFormat
 from tgi_asgi.api.openai.response_tools import tools_of
 from tgi_asgi.api.openai.tool_search import OUTPUT as SEARCH_OUTPUT
-from tgi_asgi.api.openai.tool_search import found_in, is_client_s, result_text
+from tgi_asgi.api.openai.tool_search import found_in, is_run_by_client, result_text
 from tgi_asgi.api.openai.tools import add_call_ids
 from tgi_asgi.api.parse import (
     NO_IMAGES,
@@ -184,7 +184,7 @@ class _Messages:
         match kind := item.get("type") or "message":
             case "reasoning":
                 self.thoughts.append(_reasoning(item, path))
-            case "tool_search_call" | "tool_search_output" if not is_client_s(item):
+            case "tool_search_call" | "tool_search_output" if not is_run_by_client(item):
                 self.skipped.append(kind)
             case str() if kind in _CALLS:
                 self._call(_call(item, kind, path, self.names))

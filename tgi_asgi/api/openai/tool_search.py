@@ -59,7 +59,7 @@ class ToolSearch:
         return arguments
 
 
-def is_client_s(given: Fields) -> bool:
+def is_run_by_client(given: Fields) -> bool:
     """Return whether the client runs the search of an entry of `tools`, or of an item."""
     return given.get("execution") == "client"
 
@@ -67,7 +67,7 @@ def is_client_s(given: Fields) -> bool:
 def found_in(item: Fields) -> list[Any]:
     """Return the tools in the output of a client's search, as entries of `tools`; none in other items."""
     found = item.get("tools")
-    if item.get("type") == OUTPUT and is_client_s(item) and isinstance(found, list):
+    if item.get("type") == OUTPUT and is_run_by_client(item) and isinstance(found, list):
         return found
     return []
 

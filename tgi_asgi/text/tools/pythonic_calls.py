@@ -21,7 +21,7 @@ _ESCAPE = re.compile(
     rf"\\(?:[0-7]{{1,3}}|x{_HEX}{{2}}|u{_HEX}{{4}}|U{_HEX}{{8}}|N\{{[\w -]+\}}|[^0-7xuUN])", re.DOTALL
 )
 _IN_ESCAPE = re.compile(rf"\\(?:[0-7]{{0,3}}|x{_HEX}?|u{_HEX}{{0,3}}|U{_HEX}{{0,7}}|N(?:\{{[\w -]{{0,80}})?)")
-_ONLY_PYTHON_S = "'\n01234567xUNav"  # what may follow the backslash
+_PYTHON_ESCAPES = "'\n01234567xUNav"  # what may follow the backslash, and not in JSON
 
 
 class PythonicCallParser(CallReader):
@@ -215,7 +215,7 @@ def _unescaped(escape: str, quote: str) -> str:
     if _ESCAPE.fullmatch(escape):
         if kind in '"\\bfnrtu' or (kind == "/" and quote == '"'):  # as in JSON
             return escape
-        if kind in _ONLY_PYTHON_S:
+        if kind in _PYTHON_ESCAPES:
             with contextlib.suppress(SyntaxError):  # if there is no such character
                 escape = ast.literal_eval(f'"{escape}"')
     return dumped(escape)[1:-1]

@@ -33,7 +33,7 @@ _BLANKS = " \t\r\n"  # JSON's
 # literals are texts: +49 30 1234, 0x1F, 1_000, (none).
 _NUMBER = "-0123456789"
 _BEGINNINGS = {"object": "{", "array": "[", "number": _NUMBER, "integer": _NUMBER}
-_PYTHON_S = ("{", "[", "True", "False", "None")
+_PYTHON_BEGINNINGS = ("{", "[", "True", "False", "None")
 # Keywords that restrict the values of one type only.
 _OF_NUMBERS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
 _OF_ARRAYS = frozenset(
@@ -99,7 +99,7 @@ class Forms:
             return dumped(written) if found is None else found
         text = written.strip(_BLANKS)
         found = as_json(text)
-        if found is None or (found != text and not text.startswith(_PYTHON_S)):
+        if found is None or (found != text and not text.startswith(_PYTHON_BEGINNINGS)):
             return dumped(written)
         value = json.loads(found)
         is_quoted = isinstance(value, str) and not self.may_be_null
