@@ -12,7 +12,7 @@ _MAX_START = 256  # characters, of which most would be blanks
 _HEX = "[0-9a-fA-F]"
 _HIGH, _LOW = rf"\\u[dD][89abAB]{_HEX}{{2}}", rf"\\u[dD][c-fC-F]{_HEX}{{2}}"
 # Characters and complete escapes. The first half of a surrogate pair is complete with what follows it, and
-# `\u` with something else than digits after it is no escape.
+# `\u` without digits after it is not an escape.
 _COMPLETE = re.compile(
     rf'(?:[^"\\]++|\\[^u]|{_HIGH}(?=[^\\]|\\[^u]|\\u{_HEX}{{4}}|\\u{_HEX}{{0,3}}[^0-9a-fA-F])'
     rf"|(?!{_HIGH})\\u{_HEX}{{4}}|\\u(?={_HEX}{{0,3}}[^0-9a-fA-F]))*+"

@@ -72,7 +72,7 @@ class GgufFile:
             path: The file, or any of several parts.
 
         Raises:
-            ModelLoadError: if one cannot be read, is no GGUF file, or its header contradicts itself; if a
+            ModelLoadError: if one cannot be read, is not a GGUF file, or its header contradicts itself; if a
                 part is missing or belongs to another model.
         """
         path = Path(path)

@@ -76,7 +76,7 @@ class SafetensorsFile:
         """Map a file and read its header.
 
         Raises:
-            ModelLoadError: if it cannot be read, is no safetensors file, or its header is inconsistent.
+            ModelLoadError: if it cannot be read, is not a safetensors file, or its header is inconsistent.
         """
         return cls(Path(path), map_file(Path(path)))
 

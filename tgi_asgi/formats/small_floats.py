@@ -19,7 +19,7 @@ from tgi_asgi.errors import ModelLoadError, check
 from tgi_asgi.formats.codes import Bytes, Floats
 from tgi_asgi.formats.files import parse_json_object
 
-_MAX_OFFSET = 1e30  # of bitsandbytes' nested scales; what is not less is no float32
+_MAX_OFFSET = 1e30  # of bitsandbytes' nested scales; a float32 holds little more
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1 = np.array([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], np.float32)
 

@@ -198,7 +198,7 @@ def _add_listed(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Non
 
 
 def _put_before(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
-    """Put those of the tokens that the vocabulary has before each text."""
+    """Put these tokens before each text, except for those that the vocabulary lacks."""
     known = [(text, token_id) for text in tokens if (token_id := backend.token_to_id(text)) is not None]
     if known:
         before = [f"{text}:0" for text, _ in known]

@@ -107,7 +107,8 @@ class ClientTool:
     """A type of tool, and what its items contain.
 
     Attributes:
-        kind: The function's name, too. Calls have the type `{kind}_call`, their outputs that and `_output`.
+        kind: Its type, and the function's name. Calls have the type `{kind}_call`, and their outputs
+            `{kind}_call_output`.
         prefix: Beginning of the ids of its calls' items.
         key: A call's field that contains the arguments.
         arguments: What the model is asked for.

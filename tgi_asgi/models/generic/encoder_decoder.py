@@ -43,7 +43,7 @@ _USUAL = 1024  # tokens of a prompt, and of an answer, if the configuration name
 
 
 def describe(model: Any, config: Mapping[str, Any], generation: Mapping[str, Any]) -> EncoderDecoder | None:
-    """Return the facts about a module that is an encoder-decoder; None if it is none.
+    """Return the facts about a module that is an encoder-decoder; None if it is not one.
 
     Args:
         config: The contents of config.json.

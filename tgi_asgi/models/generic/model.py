@@ -49,7 +49,7 @@ class GenericConfig:
     is_dynamic: bool = False  # rotary tables are computed for the context served
     other_state_bytes: int = 0  # bytes of a running sequence's states
     other_kept_bytes: int = 0  # bytes of a state kept for other sequences; 0: states cannot be kept
-    encoder_decoder: EncoderDecoder | None = None  # what sets an encoder-decoder apart; None: it is none
+    encoder_decoder: EncoderDecoder | None = None  # what sets an encoder-decoder apart; None: it is not one
 
     @property
     def other_bytes_per_token(self) -> int:

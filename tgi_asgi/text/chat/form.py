@@ -32,8 +32,8 @@ class MessageForm:
     def with_arguments(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """Return messages with the arguments of calls as objects or as JSON.
 
-        Arguments that are no object, as those of a call that was cut, count as an empty one, so that the
-        conversation can go on.
+        Arguments that are not an object, such as those of a call that was cut off, become an empty one, so
+        that the conversation can go on.
         """
         convert = _with_parsed_arguments if self.takes_objects else _with_text_arguments
         return [

@@ -134,11 +134,11 @@ class ChatTemplate:
         """Return the prompt of a conversation of plain dicts, lists and strings, which is not changed.
 
         Tool-call arguments given as a string with a JSON object reach the template as the object, or as text
-        if the template concatenates them with text (DeepSeek's). Arguments that are no object, as those of a
-        call that was cut, count as an empty one, so that the conversation can go on. A call's text joins its
-        reasoning if the template refuses both (gpt-oss's). With `continue_final_message` the prompt ends
-        right after the last message's content. If the template would refuse or drop system messages that are
-        not a single one at the front, they are joined into one there.
+        if the template concatenates them with text (DeepSeek's). Arguments that are not an object, such as
+        those of a call that was cut off, become an empty one, so that the conversation can go on. A call's
+        text joins its reasoning if the template refuses both (gpt-oss's). With `continue_final_message` the
+        prompt ends right after the last message's content. If the template would refuse or drop system
+        messages that are not a single one at the front, they are joined into one there.
 
         Raises:
             TemplateError: if the template refused the messages, failed on them, or wrote too much.

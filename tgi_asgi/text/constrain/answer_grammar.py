@@ -40,7 +40,7 @@ def answer_grammar(
     """Return the grammar of an answer; None if nothing constrains it.
 
     Args:
-        content: Grammar of everything that is no call.
+        content: Grammar of everything that is not a call.
         reasoning: Style of the reasoning section, which is free, that may come first; None if there is none.
         is_reasoning_open: Whether the prompt has opened the reasoning section.
         mark: Writes a marker as a grammar expression; some tokenizers have single tokens for markers.
@@ -114,8 +114,8 @@ def _free_text(
 
     Args:
         opening, ending: Marks of the reasoning; empty if there is none, or if it is already open.
-        has_marked_wrapper: Whether tokens wrap the answer's text: they are no text, and no single token
-            separates them from it.
+        has_marked_wrapper: Whether tokens wrap the answer's text: they are not part of it, and no single
+            token separates them from it.
     """
     if has_marked_wrapper or " <[" in ending:  # free text must end at a single token
         return (), ""

@@ -88,7 +88,7 @@ def bound_fraction(schema: dict[str, Any]) -> None:
         return
     schema["multipleOf"] = _FINEST
     for names, limit in ((_LOWER, lower), (_UPPER, upper)):
-        if not schema.keys() & names:  # what is no number there is the compiler's to refuse
+        if not schema.keys() & names:  # the compiler refuses what is not a number there
             schema[names[0]] = limit
 
 

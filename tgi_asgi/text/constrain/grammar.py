@@ -57,8 +57,8 @@ class Grammar:
         """Return the state of a choice after the tokens that it already has.
 
         Args:
-            skips_free_text: Whether the choice wrote free text without masks, so it may be none that the
-                grammar allows: it is skipped. Otherwise it is read, as it may end inside a character.
+            skips_free_text: Whether the choice wrote its free text without masks. The grammar may not allow
+                all of it, so it is skipped. Free text under masks is read: it may end inside a character.
         """
         if self.free is not None and skips_free_text:
             token_ids = self.free.constrained(token_ids)

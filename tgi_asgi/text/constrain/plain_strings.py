@@ -41,7 +41,9 @@ def string_regexes(schema: Mapping[str, Any]) -> tuple[list[str], frozenset[str]
 
 
 def without(text: str) -> str:
-    """Return a regex of texts that do not contain a text, or not its end if its first characters come again.
+    """Return a regex of texts that do not contain a text.
+
+    If its first character comes again, only its end from there on counts: the regex excludes more.
 
         without("</a>")   /[^<]*(<([^<\\/][^<]*|\\/([^<a][^<]*|a([^<>][^<]*)?)?)?)*/
 

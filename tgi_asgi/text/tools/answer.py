@@ -231,7 +231,7 @@ class AnswerParser:
         return len(before)
 
     def _take_anchored(self, pieces: list[Piece], tools: ToolFormat, is_end: bool) -> bool:
-        """Read an answer whose beginning decides if it is text (possibly JSON) or calls; return if it has."""
+        """Read an answer whose beginning tells text (perhaps JSON) from calls; return whether it has."""
         head = self._held.text.lstrip()
         is_call: bool | None = False
         if not self._has_begun and not head:

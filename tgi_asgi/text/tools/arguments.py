@@ -145,7 +145,7 @@ class ToolArguments:
         return self._expression(described, otherwise={})
 
     def others_of(self, forms: Forms) -> str:
-        """Return those of an argument's values that are no texts."""
+        """Return the expression of those of an argument's values that are not texts."""
         if forms.may_be_null:
             return literal("null")
         return self.value(forms.others[0] if len(forms.others) == 1 else {"anyOf": list(forms.others)})

@@ -56,7 +56,7 @@ class CallParser(Protocol):
     """A parser of calls as models write them, starting after the marker.
 
     Models omit end markers, add blanks and fences, write several calls in one section, call unknown tools,
-    and continue with text. Everything that is no call of a known tool is returned as text.
+    and continue with text. Everything that is not a call of a known tool is returned as text.
 
     Attributes:
         rest: The text after the calls, once it is known; all text read if there is no call.

@@ -147,7 +147,7 @@ class GemmaArguments:
         return True
 
     def _read_quoted_value(self) -> bool:
-        """Read a value that the schema wants to be no text: FunctionGemma quotes numbers, too."""
+        """Read a value that, by the schema, is not a text: FunctionGemma quotes numbers, too."""
         at = self._buffer.find(self._quote, self._num_known)
         if at < 0:
             self._num_known = max(0, len(self._buffer) - len(self._quote) + 1)

@@ -158,7 +158,7 @@ class HarmonyParser:
         return [between] if is_first and type(between) in self._shown else []
 
     def _call(self, pieces: list[Piece], text: str, *, is_end: bool, rest: int) -> None:
-        """Emit a piece of a call; a call whose arguments are no object is text."""
+        """Emit a piece of a call; a call whose arguments are not an object is text."""
         if self._name is not None:
             begun = text.lstrip()
             if not begun and not is_end:

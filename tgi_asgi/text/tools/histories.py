@@ -65,7 +65,7 @@ def with_single_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 
 def _named(call: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Return a call's name and arguments; those that are no object count as none, as in templates."""
+    """Return a call's name and arguments; if these are not an object, there are none, as in templates."""
     function = call["function"]
     arguments = function.get("arguments")
     if isinstance(arguments, str):

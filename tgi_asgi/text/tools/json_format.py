@@ -38,7 +38,7 @@ class JsonFormat(ToolFormat):
         closers: Texts that models write after a call, or after the last one.
         object_head: Beginning of a call that is an object: group 1 is the name, group 2 the start of the
             arguments.
-        name_head: Beginning of a call that is no object, if there are such calls.
+        name_head: Beginning of a call that is not an object, if there are such calls.
     """
 
     call: tuple[str, str, str] = OBJECT

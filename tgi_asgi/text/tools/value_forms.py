@@ -29,7 +29,7 @@ _KINDS = ("object", "array", "number", "integer", "boolean", "null")
 NULLS = ("null", "None")  # Qwen 3.5's template writes null as Python does
 _MAX_PARTS = 64  # of a schema, with those that it refers to
 _BLANKS = " \t\r\n"  # JSON's
-# What values that are no texts begin with, and which of them may be written as in Python, too. Other Python
+# What values that are not texts begin with, and which of them may be written as in Python, too. Other Python
 # literals are texts: +49 30 1234, 0x1F, 1_000, (none).
 _NUMBER = "-0123456789"
 _BEGINNINGS = {"object": "{", "array": "[", "number": _NUMBER, "integer": _NUMBER}
@@ -67,7 +67,7 @@ class Forms:
 
     @property
     def may_be_null(self) -> bool:
-        """Whether the only value that is no text is null."""
+        """Whether the only value that is not a text is null."""
         return bool(self.texts and self.others) and self._kinds() == {"null"}
 
     @property
@@ -201,7 +201,7 @@ def _types(rules: Mapping[str, Any], otherwise: list[Any]) -> list[Any]:
 
 
 def _kinds_of(schema: Any) -> list[str]:
-    """Return the types of the values that are no texts."""
+    """Return the types of the values that are not texts."""
     if not isinstance(schema, Mapping):
         return list(_KINDS)
     if (values := _listed(schema)) is not None:
