@@ -435,7 +435,7 @@ def test_part_of_a_head_may_turn() -> None:
             "must not be negative",
         ),
         ({"rope_scaling": {"type": "yarn", "factor": 2}, "rope_theta": 1.0}, "rope_theta above 1"),
-        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor must be in 1..1e6, got inf"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor must be in 1..1000000, got inf"),
         ({"activation": "tanh"}, "activation 'tanh' is not supported"),
         ({"hidden_act": "silu", "activation": "gelu"}, "several activation functions"),
         (

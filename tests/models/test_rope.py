@@ -6,6 +6,7 @@ one call with the whole served context.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,20 @@ def test_a_scaling_added_to_a_configuration_lengthens_its_context(
     with OpenModel(files, model_impl=impl, rope=GivenRope("linear", 3.0)) as opened:
         first = (scaling or {}).get("original_max_position_embeddings", ORIGINAL)
         assert opened.config.context_length == 3 * first
+
+
+@pytest.mark.parametrize("impl", ["native", "transformers"])
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+@pytest.mark.parametrize("factor", [1e308, -1e308])
+def test_a_factor_that_makes_no_context_is_refused(
+    tmp_path: Path, impl: str, kind: str, factor: float
+) -> None:
+    files = save(make_model(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": kind, "rope_theta": 1e4, "factor": factor}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelLoadError, match="rope scaling factor must be"):
+        OpenModel(files, model_impl=impl)
 
 
 def test_a_dynamic_context_is_as_long_as_it_is_asked_for() -> None:

@@ -14,6 +14,7 @@ from tgi_asgi.models.layer_spec import ExpertsSpec, LayerSizes, LayerSpec, RopeS
 from tgi_asgi.models.recurrent_specs import ChannelsSpec, GatedDeltaSpec, MambaSpec, RecurrentSpec
 
 MAX_CONTEXT = 1 << 24
+MAX_STRETCH = 1_000_000  # factor by which a scaling of positions extends the context
 MAX_HEADS = 1 << 10
 MAX_LAYERS = 1 << 10
 _MAX_EXPERTS = 1 << 10  # per layer; limit of the kernels
@@ -234,7 +235,10 @@ def _check_rope(rope: RopeSpec, head_dim: int) -> None:
 
 
 def _check_scaling(scaling: RopeScaling) -> None:
-    check(1.0 <= scaling.factor <= 1e6, f"the rope scaling factor must be in 1..1e6, got {scaling.factor}")
+    check(
+        1.0 <= scaling.factor <= MAX_STRETCH,
+        f"the rope scaling factor must be in 1..{MAX_STRETCH}, got {scaling.factor}",
+    )
     check(
         0 < scaling.low_freq_factor < scaling.high_freq_factor < 1e6,
         "rope scaling needs 0 < low_freq_factor < high_freq_factor",

@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.errors import ModelLoadError, check
+from tgi_asgi.models.config_bounds import MAX_CONTEXT, MAX_STRETCH
 from tgi_asgi.settings import GivenRope
 
 _MAX_BYTES = 256 << 20  # limit for all tables of a model
@@ -58,14 +58,21 @@ def stretched_context(config: Any, context: int) -> int:
     """Return the context to which a configuration's linear or YaRN scaling extends `context`.
 
     See `models/rope.py`, which does the same for native families.
+
+    Raises:
+        ModelLoadError: if the factor is not a positive number, or larger than native families accept.
     """
     found = getattr(config, "rope_parameters", None)
     given: dict[str, Any] = found if isinstance(found, dict) else {}
     kind, factor = given.get("rope_type"), given.get("factor")
     if kind not in ("linear", "yarn") or not isinstance(factor, int | float):
         return context
+    check(
+        0 < factor <= MAX_STRETCH,
+        f"the rope scaling factor must be positive and at most {MAX_STRETCH}, got {factor}",
+    )
     original = given.get("original_max_position_embeddings") or context
-    return int(original * factor) if type(original) is int and math.isfinite(factor) else context
+    return int(max(min(original, MAX_CONTEXT), 0) * factor) if type(original) is int else context
 
 
 def _scaled(given: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
