@@ -32,17 +32,16 @@ Ints = npt.NDArray[np.int64]
 class NativeImages:
     """How a native model reads images.
 
+    Args:
+        module: The model of `transformers`, without weights of its decoder.
+        text: What is known of its text model.
+        model: The text model.
+
     Attributes:
         tower: The vision tower.
     """
 
     def __init__(self, module: Any, tower: Tower, text: NativeText, model: Decoder) -> None:
-        """Keep what the steps need.
-
-        Args:
-            module: The class of `transformers`, without weights of its decoder.
-            model: The text model.
-        """
         self.tower = tower
         self._module, self._traits, self._axis_of = module, text.traits, text.axis_of
         self._factor, self._rope = text.rows_factor, model.turns_by

@@ -85,20 +85,20 @@ def _axes(
     model: Any, ids: Ints, seen: Sequence[PromptImage], images: Sequence[ImageInput]
 ) -> tuple[Tensor, int]:
     """Return the positions [axes, n] that the model's own function computes for a prompt, and its delta."""
-    compute, num_tokens = model.model.get_rope_index, len(ids)
+    compute = model.model.get_rope_index
     known = inspect.signature(compute).parameters
     # The numbers of patches, [images, 3] in time, height and width; MiniCPM-V's are [tiles, 2], without time.
     name = next(name for name in SIZES if name in known)
     sizes = torch.cat([image.payload[name] for image in images])
-    if "mm_token_type_ids" in known:
-        kinds = np.zeros((1, len(ids)), np.int32)
-        for each in seen:
-            kinds[0, each.places] = 1
-        given = {"mm_token_type_ids": torch.from_numpy(kinds)}
-    else:
+    if "mm_token_type_ids" not in known:
         return _axes_by_marks(model, ids, seen, {name: sizes})
-    positions, deltas = compute(torch.from_numpy(ids)[None], **given, **{name: sizes})
-    return positions[:, 0, :num_tokens], int(deltas.reshape(-1)[0])
+    kinds = np.zeros((1, len(ids)), np.int32)
+    for each in seen:
+        kinds[0, each.places] = 1
+    positions, deltas = compute(
+        torch.from_numpy(ids)[None], mm_token_type_ids=torch.from_numpy(kinds), **{name: sizes}
+    )
+    return positions[:, 0, : len(ids)], int(deltas.reshape(-1)[0])
 
 
 def _axes_by_marks(

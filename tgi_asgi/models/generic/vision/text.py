@@ -49,6 +49,7 @@ _VISION_LOOKAHEAD = {"Gemma4UnifiedForConditionalGeneration": Lookahead.IMAGES}
 _READS_IMAGE_IDS = frozenset({"Gemma3nForConditionalGeneration"})
 # Of images, as the functions call them that compute positions.
 SIZES = ("image_grid_thw", "target_sizes")
+_TOKEN_NAMES = ("image_token_id", "image_token_index")  # of the placeholder, in configurations
 _FIRST_POSITION = {"PaliGemmaForConditionalGeneration": 1}
 
 
@@ -62,6 +63,7 @@ class VisionTraits:
         num_axes: Number of axes of positions: 1, 3, or 4 in Hunyuan-VL.
         has_layer_inputs: Whether layers receive an extra input for each token id.
         pad_token_id: Id that replaces placeholder tokens where ids are read.
+        first_position: Position of a sequence's first token.
         mark_ids: Ids of tokens around images that the class replaces by rows in prompts with images only.
         routed_ids: Ids of tokens in prompts that have experts of their own: of images, and around them.
         deep_layers: The decoder's layers before which an image's deep rows are added; empty: after the first.
@@ -158,30 +160,26 @@ def vision_traits(model: Any) -> VisionTraits | None:
     token = next((getattr(config, key, None) for key in _TOKEN_NAMES if getattr(config, key, None)), None)
     if token is None:
         raise ModelLoadError(f"{name} has no image placeholder token")
-    counts = getattr(inner, "get_rope_index", None)
-    if counts is not None and not {*inspect.signature(counts).parameters} & {*SIZES}:
+    positions_of = getattr(inner, "get_rope_index", None)
+    if positions_of is not None and not {*inspect.signature(positions_of).parameters} & {*SIZES}:
         raise ModelLoadError(f"{name} cannot be served: it computes the positions of images in its own way")
     decoder = decoder_of(model)
     lookahead = _LOOKAHEAD.get(name, Lookahead.NOTHING)
     if getattr(text, "use_bidirectional_attention", None) == "vision":
         lookahead = _VISION_LOOKAHEAD.get(name, Lookahead.IMAGES_IN_WINDOWS)
+    padding = int(token) if name in _READS_IMAGE_IDS else max(getattr(text, "pad_token_id", None) or 0, 0)
     return VisionTraits(
         image_token_id=int(token),
         lookahead=lookahead,
-        num_axes=1 if counts is None else _num_axes(text),
+        num_axes=1 if positions_of is None else _num_axes(text),
         has_layer_inputs=takes_layer_inputs(decoder),
-        pad_token_id=int(token)
-        if name in _READS_IMAGE_IDS
-        else max(getattr(text, "pad_token_id", None) or 0, 0),
+        pad_token_id=padding,
         first_position=_FIRST_POSITION.get(name, 0),
         mark_ids=tuple(getattr(config, "visual_indicator_token_ids", None) or ()),
         routed_ids=_routed_ids(config, int(token), decoder),
         deep_layers=_deep_layers(config),
         has_cross_attention=bool(getattr(text, "cross_attention_layers", None)),
     )
-
-
-_TOKEN_NAMES = ("image_token_id", "image_token_index")
 
 
 def _deep_layers(config: Any) -> tuple[int, ...]:
