@@ -146,7 +146,7 @@ class App:
             engine.start()
         except asyncio.CancelledError:
             raise
-        except BaseException as error:  # a panic in a library written in Rust is no `Exception`
+        except BaseException as error:  # a panic in a library written in Rust is not an `Exception`
             if isinstance(error, MemoryError):  # of numpy or the extension; where it ran out does not matter
                 error = ModelLoadError(f"the system refuses memory for the model: {error or 'none is left'}")
             context.failure = error

@@ -283,7 +283,7 @@ async def test_a_stream_that_is_cut_off_while_a_thread_renders_sends_nothing_mor
 
     async def run_slowly(*args: Any) -> Any:
         result = await run(*args)
-        if engine.channels:  # it is no step of the request's preparation
+        if engine.channels:  # it is not a step of the request's preparation
             has_rendered.set()
             await may_end.wait()
         return result

@@ -139,7 +139,7 @@ async def test_a_name_that_is_added_twice_at_once_keeps_the_first_adapter() -> N
 
 
 class Panic(BaseException):
-    """What a library written in Rust raises; it is no `Exception`."""
+    """What a library written in Rust raises; it is not an `Exception`."""
 
 
 @pytest.mark.parametrize("wrong", [MemoryError("400 MiB"), Panic(), None], ids=["memory", "panic", "answer"])

@@ -100,7 +100,7 @@ async def test_long_prompts_are_in_float8(tmp_path: Path, device: EmulatedDevice
 async def test_products_by_block_are_padded_in_graphs_and_without(
     tmp_path: Path, device: EmulatedDevice
 ) -> None:
-    """Steps have a number of tokens that is no multiple of four; the largest has most of all."""
+    """Steps have a number of tokens that is not a multiple of four; the largest has most of all."""
     stand_in = None if ON_GPU else ScaledMmStandIn()
     shape = SHAPE | {
         "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2,

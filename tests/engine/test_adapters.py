@@ -409,7 +409,7 @@ async def test_a_failed_add_whose_caller_has_gone_leaves_no_name() -> None:
 
 
 class Panic(BaseException):
-    """What a library written in Rust raises; it is no `Exception`."""
+    """What a library written in Rust raises; it is not an `Exception`."""
 
 
 async def test_one_whose_reader_panics_leaves_no_name() -> None:

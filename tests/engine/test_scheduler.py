@@ -276,7 +276,7 @@ def test_only_prompts_that_fit_are_computed_for_a_second_while_nothing_decodes()
         prompt = range(500 * arrival, 500 * arrival + 500)  # begins otherwise than all others
         add_request(scheduler, make_request(prompt, max_tokens=1), arrival=arrival)
     sizes = [step.num_prefill_tokens for step in run_all(scheduler, runner)]
-    assert sizes == [400, 400, 400, 396, 904]  # the first one's last part is no whole prompt
+    assert sizes == [400, 400, 400, 396, 904]  # the first one's last part is not a whole prompt
 
 
 def test_a_preempted_sequence_forgets_what_a_step_in_flight_samples_for_it() -> None:

@@ -69,8 +69,8 @@ def _cleared(work: Callable[[], T]) -> T:
     """Run some work; if it fails, free its frames' objects in this thread, not in the event loop.
 
     Raises:
-        RuntimeError: for a panic in a library written in Rust, such as `tokenizers`: it is no `Exception`,
-            which is what a failed request's handlers catch.
+        RuntimeError: for a panic in a library written in Rust, such as `tokenizers`: it is not an
+            `Exception`, which is what a failed request's handlers catch.
     """
     try:
         return work()

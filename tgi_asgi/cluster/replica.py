@@ -191,7 +191,7 @@ async def _error_of(work: Awaitable[None]) -> TgiError | None:
         return error
     except asyncio.CancelledError:
         raise
-    except BaseException as error:  # a panic in a library written in Rust is no `Exception`
+    except BaseException as error:  # a panic in a library written in Rust is not an `Exception`
         # The ingress undoes the change on the other replicas.
         logger.exception("changing an adapter failed")
         return TgiError(f"A replica failed with {type(error).__name__}; its log says why")

@@ -190,7 +190,7 @@ class StepHandoff(Handoff):
 def _outcome(compute: Callable[[StepPlan], StepResult], plan: StepPlan) -> StepResult | Exception:
     try:
         return compute(plan)
-    except BaseException as error:  # a panic in a library written in Rust is no `Exception`
+    except BaseException as error:  # a panic in a library written in Rust is not an `Exception`
         logger.exception("step %s failed", plan.step_id)
         if _is_out_of_memory(error):
             return MemoryError(str(error))

@@ -190,7 +190,7 @@ def apply_paths(options: dict[str, Any], environ: MutableMapping[str, str]) -> N
 def simple_level(text: str) -> str:
     """Return the level of TGI's router in a Rust tracing filter: info for `info,hyper=debug`.
 
-    A word that is no level is returned as it is, for the settings to refuse.
+    A word that is not a level is returned as it is, for the settings to refuse.
     """
     levels = {"": "info"}
     for part in text.lower().split(","):

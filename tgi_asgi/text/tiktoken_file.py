@@ -67,7 +67,7 @@ def read_tiktoken(path: Path, kind: TiktokenClass) -> tokenizers.Tokenizer:
     is a token stays whole.
 
     Raises:
-        ModelLoadError: if it cannot be read, or is no such vocabulary.
+        ModelLoadError: if it cannot be read, or is not such a vocabulary.
     """
     data = read_file(path, _MAX_BYTES).tobytes()
     try:

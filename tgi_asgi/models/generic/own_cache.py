@@ -108,7 +108,7 @@ def cache_name(model: Any) -> str | None:
 
 
 def makes_own_kind(model: Any) -> bool:
-    """Return whether a model's cache is none of `transformers`: lists of tensors, or a class of its own."""
+    """Return whether a model's cache is not one of `transformers`: lists of tensors, or its own class."""
     from transformers import Cache
     from transformers.cache_utils import CacheLayerMixin
 

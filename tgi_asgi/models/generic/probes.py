@@ -109,7 +109,7 @@ def is_layer_norm(module: nn.Module) -> bool:
 
 
 def activation_of(module: nn.Module) -> str | None:
-    """Return the name of the activation function that a module is; None if it is none of `ops`'."""
+    """Return the name of the activation function that a module is; None if `ops` does not have it."""
     if _has_more_than(module, set()):
         return None
     x = torch.linspace(-30, 30, 4096).reshape(2, 2048)  # beyond the limits of clipped ones

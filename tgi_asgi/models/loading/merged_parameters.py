@@ -61,7 +61,7 @@ class Parameters:
         self._name_in = name_in
 
     def resolve(self, target: PeftTarget) -> tuple[PeftTarget, list[Part]]:
-        """Return a target with its scale, and the tensors that it changes: none if it is no parameter.
+        """Return a target with its scale, and the tensors that it changes: none if it is not a parameter.
 
         Raises:
             ModelLoadError: if the base has no such parameter.

@@ -34,7 +34,7 @@ export function saveMarkdown(conversation) {
 /** Return the conversations in a file's text; throws if the file was not written by this page. */
 export function readJson(text) {
   const { format, conversations } = JSON.parse(text);
-  if (format !== FORMAT || !Array.isArray(conversations)) throw new Error("It is no file of conversations.");
+  if (format !== FORMAT || !Array.isArray(conversations)) throw new Error("It is not a file of conversations.");
   return conversations.map(restored);
 }
 
