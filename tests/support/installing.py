@@ -47,7 +47,7 @@ class Way:
 
 # The documents' commands verbatim (tests/test_install.py checks this).
 WAYS = {
-    "pip": Way(f"{_COPY} && {_ENVIRONMENT} && cd source && pip install ."),
+    "pip": Way(f"{_COPY} && {_ENVIRONMENT} && cd source && TGI_KERNEL_SETS=native pip install ."),
     "git": Way(f"{_ENVIRONMENT} && pip install git+file://$REPOSITORY"),
     "uv": Way(
         f"{_COPY} && {_TOOLS} uv && uv venv env && export UV_CONSTRAINT=$PIP_CONSTRAINT"
