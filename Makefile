@@ -168,7 +168,11 @@ define INSTALL_EDITABLE
 $(INSTALL) 'setuptools>=77' 'ninja>=1.11' 'pybind11>=2.13'
 @echo 'Compiling the kernels, without further output: two to five minutes on two free cores.'
 TGI_KERNEL_SETS=$(1) $(INSTALL) --no-build-isolation --editable .
+PYTHONDONTWRITEBYTECODE= $(BIN)/python -c '$(IMPORT)'
 endef
+# What the server imports is compiled here: where the environment keeps Python from writing that, each start would
+# compile it, which takes as long as the rest of a start.
+IMPORT = import compileall, tgi_asgi.runner.load, tgi_asgi.serve.server; compileall.compile_dir("tgi_asgi", quiet=1)
 
 $(VENV)/.native: $(VENV)/.torch $(SOURCES)
 	$(call INSTALL_EDITABLE,native)
