@@ -69,7 +69,7 @@ def test_sets_that_setup_takes_for_alike_have_the_same_bits() -> None:
     )  # fmt: skip
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="this machine is no x86_64")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="this machine is not x86_64")
 @pytest.mark.parametrize(
     ("has", "expected"),
     [

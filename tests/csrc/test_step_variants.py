@@ -42,7 +42,7 @@ def test_variants_compile_without_a_warning_and_have_the_portable_ones_bits(
     if platform.machine() == machine:
         compiler, emulator = "c++", []
     elif not emulator:
-        pytest.skip(f"this machine is no {machine}")
+        pytest.skip(f"this machine is not {machine}")
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
     compile = [compiler, *FLAGS, f"-I{ROOT / 'csrc'}"]

@@ -26,7 +26,7 @@ from tgi_asgi.api.asgi import (
     header,
 )
 from tgi_asgi.api.errors import NATIVE
-from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.exchange import LARGE_BODY, Exchange
 from tgi_asgi.api.routes import path_of
 from tgi_asgi.app import App
 from tgi_asgi.errors import TgiError
@@ -37,7 +37,6 @@ _READS = frozenset({"GET", "HEAD"})  # others, such as a browser's preflight, go
 # Lists of models, by path, with the key of the list in the answer: OpenAI's and Anthropic's, and Ollama's.
 _LISTS = {"/v1/models": "data", "/api/tags": "models", "/api/ps": "models"}
 _SAMPLE = re.compile(r"([\w:]+)(?:\{(.*)\})? (\S+)")
-_LARGE = 32 * 1024
 
 
 class _Named(msgspec.Struct):
@@ -136,7 +135,7 @@ class ModelDispatcher:
                     size += num_bytes
                     if not message.get("more_body", False):
                         break
-            name = _name_in(messages) if size < _LARGE else await asyncio.to_thread(_name_in, messages)
+            name = _name_in(messages) if size < LARGE_BODY else await asyncio.to_thread(_name_in, messages)
         except TgiError:
             name = None  # the application raises and reports the same error
         except TimeoutError:

@@ -34,7 +34,6 @@ from tgi_asgi.models.generic.positions import first_position
 from tgi_asgi.models.generic.program import ModuleProgram, spans
 from tgi_asgi.models.generic.states import SlotStates
 from tgi_asgi.ops.arrays import Floats
-from tgi_asgi.ops.text_program import TextProgram
 from tgi_asgi.types import ImageInput
 
 _Ints = npt.NDArray[np.int64]
@@ -146,7 +145,7 @@ def _route_all_tokens(model: Any) -> None:
             module.router_ignore_padding_tokens = True
 
 
-class EncoderDecoderProgram(ModuleProgram, TextProgram):
+class EncoderDecoderProgram(ModuleProgram):
     """A program that encodes prompts one by one, and computes the next tokens of all answers together.
 
     Args:
@@ -156,8 +155,6 @@ class EncoderDecoderProgram(ModuleProgram, TextProgram):
         is_batched: Whether answers are computed together; some models have no positions for that.
         backend: The device that computes them.
     """
-
-    native = None
 
     def __init__(
         self, model: Any, head: Head, starts: Sequence[int], *, vocab_size: int, is_batched: bool,

@@ -7,9 +7,10 @@ other, each on a cache kept by the model's own code.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +29,10 @@ from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.text_program import TextProgram
 
 
-class ModuleProgram(Protocol):
+class ModuleProgram(TextProgram, ABC):
     """A `Program` of the runner that is written in Python."""
 
-    native: None
+    native = None
     _states: SlotStates[Any] | NativeStates
 
     @property
@@ -48,9 +49,13 @@ class ModuleProgram(Protocol):
         """Discard the states of a slot after more than `num_tokens` tokens."""
         self._states.discard(slot, num_tokens)
 
-    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats: ...
+    @abstractmethod
+    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats:
+        """Compute a step; return the logits [n_rows, vocab] of `rows`, indices of tokens."""
 
-    def run_head(self, rows: Sequence[int]) -> Floats: ...
+    @abstractmethod
+    def run_head(self, rows: Sequence[int]) -> Floats:
+        """Compute the logits of other rows of the last step."""
 
     def run_and_sample(
         self,
@@ -65,7 +70,7 @@ class ModuleProgram(Protocol):
         return ops.sample(self.run(batch, rows), state, slots, mask=mask, drafts=drafts)
 
 
-class GenericProgram(ModuleProgram, TextProgram):
+class GenericProgram(ModuleProgram):
     """All sequences of a step in one call of the module.
 
     Args:
@@ -78,8 +83,6 @@ class GenericProgram(ModuleProgram, TextProgram):
         mode: Shared settings of its products, including the step.
         decode: See `Caller`.
     """
-
-    native = None
 
     def __init__(
         self, model: Any, head: Head, layers: PagedLayers, recurrent: RecurrentLayers | None, *,
@@ -97,7 +100,7 @@ class GenericProgram(ModuleProgram, TextProgram):
         self._output: Any = None
 
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats:
-        """Compute a step; return the logits [n_rows, vocab] of `rows`, indices of tokens."""
+        """Compute a step; see `ModuleProgram.run`."""
         ids = torch.from_numpy(batch.ids.astype(np.int64))[None].to(self._device)
         positions = torch.from_numpy(batch.positions.astype(np.int64) + self._first_position)[None]
         self._output, self._batch = None, batch
@@ -151,7 +154,7 @@ class GenericProgram(ModuleProgram, TextProgram):
         return states
 
 
-class SequentialProgram(ModuleProgram, TextProgram):
+class SequentialProgram(ModuleProgram):
     """One sequence after the other, on the model's own cache; without a cache, from its first token on.
 
     Args:
@@ -159,8 +162,6 @@ class SequentialProgram(ModuleProgram, TextProgram):
         device: Where it is.
         decode: See `Caller`.
     """
-
-    native = None
 
     def __init__(
         self, model: Any, head: Head, *, vocab_size: int, device: torch.device,
@@ -174,7 +175,7 @@ class SequentialProgram(ModuleProgram, TextProgram):
         self._computed: list[_Computed] = []
 
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Floats:
-        """Compute a step; see `GenericProgram.run`."""
+        """Compute a step; see `ModuleProgram.run`."""
         wanted = list(rows)
         ids = torch.from_numpy(batch.ids.astype(np.int64)).to(self._device)
         parts = spans(batch)
