@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.api.test_response_store import prompts
 from tests.api.test_responses import ALL, post
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, say
@@ -136,3 +137,31 @@ async def test_a_call_that_a_stop_string_cuts_is_incomplete(
     call = body["output"][0]
     assert (call["name"], call["status"], body["status"]) == ("f", status, status)
     assert body["incomplete_details"] == (None if status == "completed" else {"reason": "stop"})
+
+
+PREWARM: dict[str, Any] = {"prompt_cache_options": {"prewarm": True}}
+
+
+async def test_a_response_that_prewarms_the_cache_only_reads_its_prompt() -> None:
+    _, body = await post(say("a"), **PREWARM, tools=[{"type": "function", "name": "f"}], top_logprobs=1)
+    assert (body["status"], body["output"], body["usage"]["output_tokens"]) == ("completed", [], 0)
+    assert body["usage"]["input_tokens"] > 0 and body["incomplete_details"] is None
+    _, events = await post(say("a"), **PREWARM, stream=True, include=["message.output_text.logprobs"])
+    assert [event["type"].split(".")[1] for event in events] == ["created", "in_progress", "completed"]
+    assert events[-1]["response"]["usage"]["output_tokens"] == 0
+
+
+async def test_a_prewarmed_response_can_be_continued_and_leaves_conversations_alone() -> None:
+    engine = ScriptedEngine(say("a"))
+    async with client_of(app_of(engine)) as client:
+
+        async def body_of(path: str, **fields: Any) -> Any:
+            return (await client.post(path, json=fields)).json()
+
+        made = await body_of("/v1/conversations")
+        first = await body_of("/v1/responses", input="hi", max_output_tokens=9, **PREWARM)
+        await body_of("/v1/responses", previous_response_id=first["id"], input="you")
+        await body_of("/v1/responses", conversation=made["id"], input="hi", **PREWARM)
+        listed = (await client.get(f"/v1/conversations/{made['id']}/items")).json()
+    assert [each.stop.max_tokens for each in engine.requests][::2] == [1, 1]
+    assert "you" in prompts(engine)[1] and listed["data"] == []

@@ -32,6 +32,7 @@ class ResponseRenderer(Renderer):
         tools: Tools that may be called.
         tracker: Collects the log-probabilities, if requested.
         recorders: Called with the finished response, in order.
+        hides_tokens: Whether only the prompt was to be read, so the one sampled token is not shown.
         seals_thoughts: Whether reasoning items have `encrypted_content`.
         has_summary: Whether reasoning items have their text as `summary`, too: many clients show only that.
     """
@@ -44,10 +45,12 @@ class ResponseRenderer(Renderer):
         tracker: ChatLogprobs | None,
         recorders: Sequence[Callable[[dict[str, Any]], None]],
         *,
+        hides_tokens: bool = False,
         seals_thoughts: bool = False,
         has_summary: bool = False,
     ) -> None:
         self._generation = generation
+        self._hides_tokens = hides_tokens
         self._seals_thoughts, self._has_summary = seals_thoughts, has_summary
         self._response = base
         self._tools = {tool.name: tool for tool in tools}
@@ -63,6 +66,8 @@ class ResponseRenderer(Renderer):
 
     def whole(self, job_choices: Sequence[Choices]) -> bytes:
         """Return the response."""
+        if self._hides_tokens:
+            self._generation.num_shown = 0
         [[events]] = job_choices
         self._take(events)
         return orjson.dumps(self._response)
@@ -95,6 +100,9 @@ class ResponseRenderer(Renderer):
 
     def _take(self, events: Sequence[TokenEvent]) -> None:
         """Parse new tokens; one by one if they have log-probabilities, which may belong to several items."""
+        if self._hides_tokens:
+            self._finish(None)
+            return
         for some in [events] if self._tracker is None else ([event] for event in events):
             self._take_together(some)
 
@@ -116,6 +124,10 @@ class ResponseRenderer(Renderer):
             why = "max_output_tokens"
         elif reason is FinishReason.STOP and self._open is not None and self._open.lacks_end():
             why = "stop"  # OpenAI's responses have no stop strings; clients run the calls of completed ones
+        self._finish(why)
+
+    def _finish(self, why: str | None) -> None:
+        """End the response; `why` says what cut it off, if anything did."""
         status = "completed" if why is None else "incomplete"
         self._close_item(status)
         ended = int(time.time()) if why is None else None

@@ -44,6 +44,12 @@ class TextOptions(Struct):
     verbosity: str | None = None  # echoed, but not used
 
 
+class PromptCacheOptions(Struct):
+    """How the prompt is cached: always as far as there is room; only `prewarm` makes a difference."""
+
+    prewarm: bool | None = None
+
+
 class ConfigurationUpdate(Struct):
     """An item that sets the format or the effort of all answers after it, up to the next such item."""
 
@@ -85,6 +91,7 @@ class ResponsesRequest(TextRequest, kw_only=True):
     conversation: str | ConversationName | None = None
     max_tool_calls: Natural | None = None  # of hosted tools, which are never called
     prompt_cache_key: str | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
     safety_identifier: str | None = None
     user: str | None = None
 
@@ -112,6 +119,11 @@ class ResponsesRequest(TextRequest, kw_only=True):
     audio: Foreign = None
     prompt_token_ids: Foreign = None
     input_ids: Foreign = None
+
+    @property
+    def only_prewarms(self) -> bool:
+        """Whether the prompt shall only be read into the cache, without an answer."""
+        return self.prompt_cache_options is not None and self.prompt_cache_options.prewarm is True
 
     def includes(self, what: str) -> bool:
         """Return whether the answer should have something that it has only if it is asked for."""

@@ -131,7 +131,7 @@ def _call(
     if is_stored:
         full_input = (*history, msgspec.json.encode(items))
         recorders.append(_Recorder(context.responses, full_input, exchange.tenant))
-    if conversation is not None:
+    if conversation is not None and not request.only_prewarms:
         asked = stored_form(items)
         recorders.append(partial(_add_turn, context.conversations, conversation, asked))
     shows_logprobs = job.sampling.logprobs is not None
@@ -144,6 +144,7 @@ def _call(
             tools,
             ChatLogprobs(TokenNames(generation.served.tokenizer)) if shows_logprobs else None,
             recorders,
+            hides_tokens=request.only_prewarms,
             seals_thoughts=request.includes("reasoning.encrypted_content"),
             has_summary=summary not in (None, "none"),
         )
@@ -193,7 +194,7 @@ def _job(
     )
     return dataclasses.replace(
         job,
-        max_tokens=request.max_output_tokens,
+        max_tokens=1 if request.only_prewarms else request.max_output_tokens,
         tools=choice,
         reads_reasoning=request.separate_reasoning is not False,
         shows_reasoning=request.include_reasoning is not False,
