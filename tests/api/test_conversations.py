@@ -171,6 +171,7 @@ async def post(app: App, path: str, body: dict[str, Any]) -> httpx.Response:
         ("/v1/conversations", {"items": [ONE, {"type": "thing"}]}, 400, "items[1].type"),
         ("/v1/conversations", {"items": [{"type": "item_reference", "id": "x"}]}, 400, "items[0].id"),
         ("/v1/conversations", {"metadata": {"a": 5}}, 400, "metadata"),
+        ("/v1/conversations/conv_1", {}, 400, "metadata"),
         ("/v1/conversations/conv_1", {"metadata": {}}, 404, "id"),
         ("/v1/conversations/conv_1/items", {"items": [ONE]}, 404, "id"),
     ],

@@ -149,9 +149,9 @@ class ConversationRequest(Struct):
 
 
 class ConversationUpdate(Struct):
-    """Body of `POST /v1/conversations/{id}`."""
+    """Body of `POST /v1/conversations/{id}`: the new metadata; null means none."""
 
-    metadata: Metadata | None = None
+    metadata: Metadata | None
 
 
 class NewItems(Struct):
