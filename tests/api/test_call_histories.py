@@ -63,6 +63,20 @@ async def test_several_calls_are_shown_one_by_one_where_the_template_refuses_the
     assert text.endswith('{"a": 1}of c0{"a": 2}of c1')
 
 
+@pytest.mark.parametrize("template", [SINGLE, SHOWING])
+async def test_results_are_shown_in_the_order_of_their_calls(template: str) -> None:
+    history = called('{"a": 1}', '{"a": 2}', '{"a": 3}')
+    sent = [*history[:2], history[4], history[2], history[3]]
+    assert await prompt_of(template, sent) == await prompt_of(template, history)
+
+
+async def test_results_stay_in_their_order_if_one_names_no_call() -> None:
+    history = called("{}", "{}")
+    history[2]["tool_call_id"] = "other"
+    text, _ = await prompt_of(SHOWING, history)
+    assert text.endswith("of c0of c1")
+
+
 @pytest.mark.parametrize(
     ("template", "is_parallel"), [(SINGLE, False), (SHOWING + "{# <tool_call> #}", True)]
 )

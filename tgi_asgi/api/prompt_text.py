@@ -23,6 +23,7 @@ from tgi_asgi.text.tools import (
     with_fitting_ids,
     with_listed_tools,
     with_own_tools,
+    with_results_in_order,
     with_single_calls,
 )
 
@@ -111,7 +112,8 @@ def _with_spelled_images(
 
 def _fitted(chat: Conversation, template: ChatTemplate, settings: Settings) -> list[ChatMessage]:
     """Return a conversation's messages in a form that the template accepts, and of which it drops nothing."""
-    messages = template.arranged([_shown(message, template, settings) for message in chat.messages])
+    messages = with_results_in_order([_shown(message, template, settings) for message in chat.messages])
+    messages = template.arranged(messages)
     tools = chat.tools if chat.offers_tools else None
     if not (template.mentions("tools") or template.mentions("tool_calls")):
         messages = spell_out(messages, tools, accepts_system=template.accepts_system)

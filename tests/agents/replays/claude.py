@@ -125,9 +125,9 @@ REPLAYS = [
         ),
         in_prompt=[
             "The folder is /tmp.",
-            "Fetch",
+            "[image omitted]",  # the results in the order of their calls
+            "[tool: Fetch]",
             "No such tool",
-            "[image omitted]",
             "Go on.",
         ],
         not_in_prompt=[PIXEL],

@@ -24,14 +24,14 @@ from tgi_asgi.text.tools.generic import (
     with_listed_tools,
     with_own_tools,
 )
-from tgi_asgi.text.tools.histories import with_calls_in_text, with_single_calls
+from tgi_asgi.text.tools.histories import with_calls_in_text, with_results_in_order, with_single_calls
 from tgi_asgi.text.tools.type_names import with_json_types
 
 __all__ = [
     "FORMATS", "CallArguments", "CallParser", "CallStart", "Content", "Mark", "Piece", "Reasoning",
     "ToolFormat", "ToolSpec", "add_tool_prompt", "assumption", "choose_format", "harmony",
     "recognised_format", "spell_out", "with_calls_in_text", "with_fitting_ids", "with_json_types",
-    "with_listed_tools", "with_own_tools", "with_single_calls",
+    "with_listed_tools", "with_own_tools", "with_results_in_order", "with_single_calls",
 ]  # fmt: skip
 
 

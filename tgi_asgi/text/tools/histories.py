@@ -34,6 +34,28 @@ def with_calls_in_text(
     return result
 
 
+def with_results_in_order(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Return messages in which the results of calls come in the order of the calls.
+
+        assistant: f, g       assistant: f, g
+        tool: result of g     tool: result of f
+        tool: result of f     tool: result of g
+
+    Clients that run calls at a time may send results as they end, and most templates show no ids. Results
+    stay as they are if one of them names no call.
+    """
+    result: list[ChatMessage] = []
+    places: dict[str | None, int] = {}  # of the last message's calls, by id
+    for is_result, some in itertools.groupby(messages, lambda message: message["role"] == "tool"):
+        group = [*some]
+        if not is_result:
+            places = {call.get("id"): i for i, call in enumerate(group[-1].get("tool_calls") or ())}
+        elif all(message.get("tool_call_id") in places for message in group):
+            group.sort(key=lambda message: places[message.get("tool_call_id")])
+        result += group
+    return result
+
+
 def with_single_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """Return messages of which none has several calls; each call's result follows it.
 
