@@ -75,13 +75,13 @@ async def post(app_settings: Settings, path: str, body: Any) -> None:
         assert ("error" in call.json()) == (call.status >= 400)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(APPS, CHATS)
 def test_random_chats(app_settings: Settings, body: Any) -> None:
     asyncio.run(post(app_settings, "/v1/chat/completions", body))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(APPS, COMPLETIONS)
 def test_random_completions(app_settings: Settings, body: Any) -> None:
     asyncio.run(post(app_settings, "/v1/completions", body))
@@ -112,7 +112,7 @@ MODELS = st.sampled_from(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     st.sampled_from(list(VECTORS)).flatmap(lambda path: st.tuples(st.just(path), VECTORS[path] | ANYTHING)),
     MODELS,
@@ -129,7 +129,7 @@ def test_random_requests_for_vectors(asked: tuple[str, Any], model: dict[str, An
     asyncio.run(ask())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/responses"]),
     st.binary(max_size=60) | ANYTHING,

@@ -9,7 +9,7 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.api.test_fuzz import ANYTHING, SCALARS
@@ -333,7 +333,6 @@ REQUESTS = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(REQUESTS)
 def test_parts_of_any_shape_are_answered(request: tuple[str, Any]) -> None:
     async def run() -> None:

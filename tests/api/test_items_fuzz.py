@@ -97,19 +97,19 @@ async def post(path: str, body: Any) -> None:
     await post_and_check(app, engine, path, body)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(bodies(ResponsesRequest, {"input": st.lists(ITEMS, max_size=4) | TEXT | ANYTHING}))
 def test_random_responses(body: Any) -> None:
     asyncio.run(post("/v1/responses", body))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(bodies(MessagesRequest, {"messages": st.lists(TURNS, max_size=3), "max_tokens": st.just(9)}))
 def test_random_messages(body: Any) -> None:
     asyncio.run(post("/v1/messages", body))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(CONSTRAINTS)
 def test_random_constraints(fields: dict[str, Any]) -> None:
     asyncio.run(post("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], **fields}))

@@ -31,7 +31,7 @@ CHATS = bodies(OllamaChat, {"messages": st.lists(TURNS, max_size=3) | ANYTHING})
 PROMPTS = bodies(OllamaGenerate, {"prompt": TEXT | ANYTHING})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.builds(lambda body, more: {**body, **more}, CHATS | PROMPTS, OPTIONS), st.sampled_from([CHATML, None])
 )
@@ -47,7 +47,7 @@ def test_random_requests(body: dict[str, Any], template: str | None) -> None:
     asyncio.run(send())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.sampled_from(["chat", "generate", "show"]), st.binary(max_size=60) | ANYTHING)
 def test_random_bodies(path: str, body: Any) -> None:
     engine = ScriptedEngine()

@@ -70,25 +70,25 @@ async def post(path: str, body: Any) -> None:
         assert "error" not in call.json()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(["/", "/generate", "/generate_stream"]), GENERATES)
 def test_random_generate_requests(path: str, body: Any) -> None:
     asyncio.run(post(path, body))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(["/invocations", "/tokenize", "/chat_tokenize", "/detokenize"]), ANY_KIND)
 def test_random_requests_to_routes_of_several_kinds(path: str, body: Any) -> None:
     asyncio.run(post(path, body))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.fixed_dictionaries({"instances": st.lists(ANY_KIND, max_size=3) | ANYTHING}))
 def test_random_vertex_calls(body: Any) -> None:
     asyncio.run(post("/vertex", body))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.sampled_from(["/", "/generate_stream", "/invocations", "/vertex", "/tokenize", "/detokenize"]),
     st.binary(max_size=60),

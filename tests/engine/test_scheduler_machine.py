@@ -340,4 +340,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 # When a run fails, hypothesis may search for a shorter one for five minutes.
 TestScheduler = pytest.mark.time_limit(900)(SchedulerMachine.TestCase)
-TestScheduler.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestScheduler.settings = settings(max_examples=100, stateful_step_count=40)

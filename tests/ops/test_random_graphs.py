@@ -216,7 +216,7 @@ def test_a_graph_means_the_same_recorded_cut_and_sampled(scale: Scale) -> None:
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
     errors: list[float] = []
 
-    @settings(max_examples=examples, deadline=None, suppress_health_check=quiet)
+    @settings(max_examples=examples, suppress_health_check=quiet)
     @given(PLANS)
     def check_plan(plan: Plan) -> None:
         errors.append(check(plan))

@@ -18,7 +18,7 @@ def for_all(num_examples: int, *strategies: SearchStrategy[object]) -> Callable[
     """
 
     def run(check: Callable[..., None]) -> None:
-        settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck))(
+        settings(max_examples=num_examples, suppress_health_check=list(HealthCheck))(
             given(*strategies)(check)
         )()
 

@@ -64,7 +64,7 @@ CALLS = st.lists(st.tuples(st.just("f"), ARGUMENTS) | NOTHING, min_size=1, max_s
 
 @pytest.mark.parametrize("name", FORMATS)
 @given(CALLS, st.integers(1, 40), st.sampled_from(("", "Let me see.", "\n")))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_random_calls_come_back_equal(name: str, calls: list[Call], size: int, before: str) -> None:
     form = FORMATS[name]
     if name in BOUND and any(BOUND[name] in str(value) for _, given in calls for value in texts_of(given)):
@@ -106,7 +106,7 @@ def test_gemma_s_texts_within_others_are_passed_on_while_they_are_written(writte
 
 @pytest.mark.parametrize("name", OWN_FORMS)
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_arguments_that_end_are_json_whatever_a_model_wrote(name: str, data: st.DataObject) -> None:
     form = FORMATS[name]
     head, quote = ("call:f{text:", form.markers[2]) if isinstance(form, GemmaFormat) else ("[f(text=", '"')
@@ -193,7 +193,7 @@ def texts_of(value: Any) -> list[str]:
 
 
 @given(ARGUMENTS, st.integers(1, 40), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_random_call_in_a_channel_comes_back_equal(
     given: dict[str, Any], size: int, is_early: bool
 ) -> None:
