@@ -114,6 +114,24 @@ def test_the_logits_are_those_of_peft(
     assert run_steps(model, ids, expected) <= EXACT
 
 
+@pytest.mark.parametrize("is_copy", [True, False])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_stored_head_has_the_rows_of_the_embedding_that_it_is_tied_to(
+    is_tied: bool, is_copy: bool, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base", tie_word_embeddings=is_tied)
+    tensors = load_file(base / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.clone() if is_copy else embedding.flip(0).contiguous()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter(base, tmp_path / "adapter", seed=1, trainable_token_indices=[7, 90])
+    ids = [[7, 11, 90, 34, 8, 120]]
+    expected = peft_logits(base, adapter, *ids)
+    with OpenModel(find(adapter)) as opened:
+        model: Any = opened.load(ops.Packing(is_exact=True), 256)
+    assert run_steps(model, ids, expected, [[(0, 0, 6)]]) <= EXACT
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"trainable_token_indices": [3, 90, 4]}])
 def test_any_part_of_a_merged_matrix_is_what_peft_saves(

@@ -24,6 +24,7 @@ from tgi_asgi.formats.safetensors import SafeTensor
 from tgi_asgi.formats.weight_files import Checkpoint
 from tgi_asgi.models.loading.merged_parameters import Parameters, Part
 from tgi_asgi.models.loading.recognise import architecture_of
+from tgi_asgi.models.loading.tensors import have_equal_values
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.sources import WORDS
 
@@ -237,7 +238,7 @@ class MergedCheckpoint(Checkpoint):
         self._changes[name] = _Change(target, is_transposed, part)
 
     def _replace_rows(self, rows: PeftRows) -> None:
-        """Take rows of an embedding; a head that is the same tensor has them, too, as in `peft`."""
+        """Take rows of an embedding; a head that is tied to it has them, too, as in `peft`."""
         what = f"tensor {rows.rows.name!r}"
         name = self._find(f"{rows.module}.weight")
         if name is None or self.tensor(name).dtype not in WORDS:
@@ -248,6 +249,16 @@ class MergedCheckpoint(Checkpoint):
                 f"{what}: it has rows that the base's {name!r}, {list(shape)}, does not have"
             )
         self._rows[name] = rows
+        head = next((each for each in self._base if _is_table(each, _HEADS)), None)
+        if head is not None and head not in self._whole and self._is_tied(name, head):
+            self._rows.setdefault(head, rows)
+
+    def _is_tied(self, name: str, head: str) -> bool:
+        """Return whether `transformers` ties a head that the base stores, too, to this embedding."""
+        if not _is_table(name, _EMBEDDINGS) or self.tensor(name).shape != self.tensor(head).shape:
+            return False
+        given = self._config.get("tie_word_embeddings", self._text_config().get("tie_word_embeddings"))
+        return have_equal_values(self._base, name, head) if given is None else given is True
 
     def _has_experts_transposed(self, shape: tuple[int, ...], adapter: tuple[int, int]) -> bool:
         """Return whether each expert's matrix is [columns, rows]; a square one does not say."""
