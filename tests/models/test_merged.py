@@ -91,6 +91,7 @@ def save_base(folder: Path, **changes: Any) -> Path:
         ("gemma", "native", {"trainable_token_indices": {"embed_tokens": [7, 300]}}),  # the head's, too
         ("qwen2", "native", {"bias": "all"}),
         ("gpt2", "native", {"bias": "all", "target_modules": ["c_attn"], "fan_in_fan_out": True}),
+        ("nemotron", "native", {"bias": "all", "modules_to_save": ["input_layernorm"]}),  # one bias thrice
         ("qwen3_moe", "native", {"target_modules": "all-linear"}),  # experts and router, too
         ("mixtral", "native", {"target_modules": "all-linear", "use_rslora": True}),
         ("dots1", "transformers", {"target_modules": ["o_proj", *MLP]}),  # beside dense layers

@@ -31,6 +31,8 @@ _MERGED_OTHERS = {**_OTHERS, _EMBEDDING_DOWN: _EMBEDDING_UP, _EMBEDDING_UP: _EMB
 _ROWS = ".token_adapter.trainable_tokens_delta"
 _BASE = ".base_layer"
 _MAGNITUDE = ".lora_magnitude_vector"  # older versions of `peft` append .weight
+# With `bias: all`, peft saves the bias of a whole module (`modules_to_save`) under these names, too.
+_WRAPPED = (".modules_to_save.", ".original_module.")
 _DTYPES = ("F32", "F16", "BF16")
 # Parts of the names of tensors other than the two matrices, with what they belong to.
 _UNSUPPORTED_TENSORS = {
@@ -201,6 +203,8 @@ def _split(tensors: Mapping[str, SafeTensor]) -> _Parts:
     matrices: dict[str, SafeTensor] = {}
     parts = _Parts(matrices, {}, {}, {})
     for name, tensor in tensors.items():
+        if any(part in name and name.replace(part, ".") in tensors for part in _WRAPPED):
+            continue
         base_name = name.removeprefix(_PREFIX)
         stem = base_name.removesuffix(".weight")
         if stem.endswith(_MAGNITUDE):
