@@ -1,6 +1,6 @@
 """The benefit of native routing on Ray Serve: times to first tokens, cache hits, and a lost replica's cost.
 
-    python -m bench.cluster [--out bench/results/cluster.json]          # needs pip install 'tgi-asgi[ray]'
+    python -m bench.cluster [--out bench/results/cluster.json]          # needs pip install '.[ray]'
 
 Three measurements, each on a local Ray that is started and stopped:
 

@@ -2,9 +2,9 @@
 
     python -m bench.kernel_sets --out bench/results/kernels-zen4.json
 
-Runs `bench.kernels` for each set (TGI_ISA) and model: the default one, and Llama 1B's shape in Q8_0 and
-Q4_K_M. Sets take turns, `--rounds` times; for each operator the fastest round is kept, with that round's peak
-and bandwidth. Unknown flags go to `bench.kernels`.
+Runs `bench.kernels` for each set (TGI_ISA) and model: the default one, and Llama 1B's shape in several
+formats (--models). Sets take turns, `--rounds` times; for each operator the fastest round is kept, with that
+round's peak and bandwidth. Unknown flags go to `bench.kernels`.
 """
 
 from __future__ import annotations

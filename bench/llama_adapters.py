@@ -1,4 +1,7 @@
-"""The same through llama-server's API, which computes one request's adapters at a time while others wait."""
+"""The speed of llama.cpp's server with LoRA adapters, for `bench.adapters`.
+
+It computes the requests of one set of adapters at a time, while others wait.
+"""
 
 from __future__ import annotations
 

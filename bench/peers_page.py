@@ -7,6 +7,7 @@ A test compares the page with the record.
 
 from __future__ import annotations
 
+import argparse
 import html
 import json
 import math
@@ -153,6 +154,7 @@ def made() -> tuple[str, str]:
 
 def main() -> None:
     """Write both."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     for path, text in zip((PAGE, PLOT), made(), strict=True):
         path.write_text(text, encoding="utf-8")
 
