@@ -203,7 +203,7 @@ class ChatChoice(TextChoice):
             yield from self._more_of_call(self._given(piece.text))
 
     def _more_of_call(self, text: str) -> Iterator[Fields]:
-        """Yield the delta of a text that the last call is given, if it is given any."""
+        """Yield the delta that adds a text to the last call's arguments or input, if there is any."""
         if not text:
             return
         kind, field = self._call_form()
@@ -227,7 +227,7 @@ class ChatChoice(TextChoice):
         return self._calls[-1]
 
     def _call_form(self) -> tuple[str, str]:
-        """Return the type of the last call, and the name of what its function or tool is given."""
+        """Return the type of the last call, and the field that has its arguments or input."""
         kind = self._calls[-1]["type"]
         return kind, "input" if kind == "custom" else "arguments"
 
@@ -236,7 +236,7 @@ class ChatChoice(TextChoice):
         return arguments if self._input is None else self._input.push(arguments)
 
     def _rest_of_call(self) -> str:
-        """Return what the last call, which ends, is given besides."""
+        """End the last call; return its input if that could not be read while the arguments came."""
         text = "" if self._input is None else self._input.finish()
         self._input = None
         return text
