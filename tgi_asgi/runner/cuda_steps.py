@@ -93,7 +93,7 @@ def graph_shapes(limits: StepLimits, *, has_mixed: bool, has_logits: bool = True
     """Return the shapes of steps that are replayed as graphs, those with the fewest tokens first.
 
     Each has one logits row per sequence, or none without `has_logits`. Up to 28 are for decode-only batches
-    (16 if they have at most 256 sequences) and, with `has_mixed`, up to 18 for batches that also have short
+    (15 if they have at most 256 sequences) and, with `has_mixed`, up to 18 for batches that also have short
     prompts.
     """
     max_size = limits.max_sequences
