@@ -12,8 +12,10 @@ import pytest
 
 from bench import peers_page
 from tests.support.documents import ROOT, blocks_of, lines_of, pages
+from tests.support.scripted_engine import toy_info
 from tgi_asgi.models.gguf_module import all_modules
 from tgi_asgi.models.gguf_vision.projector import all_projectors
+from tgi_asgi.observe.metrics import Metrics
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.tools import FORMATS, harmony
 from tgi_asgi.text.tools.reasoning import STYLES
@@ -118,6 +120,14 @@ def test_metrics_of_the_operating_page_are_those_of_the_dashboard_or_wire() -> N
             base = re.sub(r"_(bucket|sum|count)$", "", name)
             stem = base.removesuffix("_failure") if "batch" in base else base
             assert f'"{base}"' in metrics or f'"{stem}"' in metrics or f'"{name}"' in metrics, name
+
+
+def test_each_metric_is_on_the_page_of_the_wire_or_among_those_of_tgi() -> None:
+    metrics = Metrics()
+    metrics.model_loaded(toy_info())
+    names = re.findall(r"^# TYPE (\S+)", metrics.render().decode(), re.MULTILINE)
+    pages_text = _text("docs/wire.md") + _text("docs/coming-from-tgi.md")
+    assert [name for name in names if not re.search(rf"`{name}\b", pages_text)] == []
 
 
 def test_the_performance_page_is_what_the_record_says() -> None:
