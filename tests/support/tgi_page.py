@@ -62,7 +62,7 @@ METRICS = (
 # Descriptions that cannot be read from the code.
 _WHERE_READ = {
     "HF_TOKEN": "read by the Hub's library, as there",
-    "HF_API_TOKEN": "goes before HF_TOKEN, as there",
+    "HF_API_TOKEN": "takes precedence over HF_TOKEN, as there",
     "HF_HOME": "read by the Hub's library; in the image `/data`, as there",
     "HF_HUB_CACHE": "read by the Hub's library",
     "HF_HUB_OFFLINE": "read by the Hub's library",

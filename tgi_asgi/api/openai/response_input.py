@@ -107,7 +107,7 @@ def current_settings(
 ) -> tuple[tuple[str, TextFormat | None], tuple[str, str | None]]:
     """Return the format and the effort of the answer, each after the path of the field that sets it.
 
-    An item that updates a setting goes before the request.
+    An item that updates a setting takes precedence over the request.
 
     Args:
         num_before: Number of leading items from earlier responses.
