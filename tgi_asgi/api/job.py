@@ -55,10 +55,12 @@ class Conversation:
 class Text:
     """A prompt that is not a chat: text, or checked token ids.
 
-    `needs_text`: whether its text is needed in addition to its tokens, even if it came as ids. The text has
-    the model's placeholder for each of the images. `may_be_empty`: whether an empty text stands for the
-    beginning of a document, instead of being refused. `suffix`: what follows the text that the model fills
-    in; only of a prompt that is text, and of a model that can (`Served.fill`).
+    Attributes:
+        content: The text, with the model's placeholder for each of the images; or the ids.
+        needs_text: Whether its text is needed in addition to its tokens, even if it came as ids.
+        may_be_empty: Whether an empty text stands for the beginning of a document, instead of being refused.
+        suffix: The text after the one that the model fills in; only of a prompt that is text, for a model
+            that can (`Served.fill`).
     """
 
     content: str | list[int]

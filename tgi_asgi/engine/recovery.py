@@ -138,7 +138,7 @@ class Recovery:
         self._loop.fail_request(sequence, reason, cause)
 
     def note_lost_row(self) -> None:
-        """Note that a row has failed; `probe_engine` counts those in a row."""
+        """Note that a row has failed; `probe_engine` counts how many fail in succession."""
         self.num_lost_rows += 1
 
     def note_good_row(self) -> None:
@@ -146,7 +146,7 @@ class Recovery:
         self.num_lost_rows = 0
 
     async def probe_engine(self) -> None:
-        """Run a probe step once several rows in a row have failed, and give up only if that fails as well.
+        """Run a probe step once several rows have failed in succession; give up only if it fails, too.
 
         A client whose every prompt fails affects only itself; an engine that cannot compute affects everyone.
 

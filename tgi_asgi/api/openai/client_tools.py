@@ -135,7 +135,7 @@ class ClientTool:
         return Tool(index, self.kind, description, parameters, own_type=self.kind)
 
     def call(self, arguments: str) -> Fields | None:
-        """Return a call's type and arguments as the item has them; None if they are cut off or misshaped."""
+        """Return a call's type and arguments as the item has them; None if they are cut off or malformed."""
         try:
             return {"type": f"{self.kind}_call", self.key: self.wrap(self._read(whole_arguments(arguments)))}
         except msgspec.ValidationError:

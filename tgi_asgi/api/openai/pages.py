@@ -53,7 +53,7 @@ def listed(item: dict[str, Any], owner: str, index: int) -> dict[str, Any]:
     """Return an input item in the form of lists: with an id, a type, a status, and content in parts.
 
     Args:
-        owner: What the id of an item without one is made of, together with its index.
+        owner: Id from which, with its index, the id of an item without one is made.
     """
     kind, content = item.get("type") or "message", item.get("content")
     is_own = item.get("role") == "assistant"
