@@ -63,7 +63,7 @@ class KeptAnswer:
     refuse: Callable[[TgiError], None] = field(init=False)
 
     def begin(self, refuse: Callable[[TgiError], None]) -> None:
-        """Count the prompts; `refuse` is called once, maybe at once, if the request must end: with the error."""
+        """Count the prompts; `refuse` is called once with the error if the request must end."""
         self.refuse = refuse
         self.memory.begin(self)
         self.memory.add(self, self.prompt_bytes)
