@@ -144,13 +144,14 @@ def test_the_operating_page_names_each_alert() -> None:
 
 def test_the_table_of_operators_has_each_and_marks_those_that_gpus_lack() -> None:
     from tgi_asgi.ops import calls, cuda  # torch takes seconds to import
+    from tgi_asgi.ops.recorder import Call
 
     table = _text("docs/kernels.md").partition("| operator | CPU | CUDA |\n")[2].partition("\n\n")[0]
     rows = [row.strip("| ").split(" | ") for row in table.splitlines()[1:]]
     lacking = {_snake_case(kind.__name__) for kind in cuda._CPU_ONLY}
     assert {name.strip("`") for name, _, on_gpu in rows if on_gpu == "-"} == lacking
-    kinds = [kind for kind in vars(calls).values() if isinstance(kind, type) and issubclass(kind, calls.Call)]
-    operators = {_snake_case(kind.__name__) for kind in kinds if kind is not calls.Call}
+    kinds = [kind for kind in vars(calls).values() if isinstance(kind, type) and issubclass(kind, Call)]
+    operators = {_snake_case(kind.__name__) for kind in kinds if kind is not Call}
     assert {name.strip("`") for name, *_ in rows} == {*operators, "sample"}
 
 
