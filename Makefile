@@ -170,8 +170,8 @@ $(INSTALL) 'setuptools>=77' 'ninja>=1.11' 'pybind11>=2.13'
 TGI_KERNEL_SETS=$(1) $(INSTALL) --no-build-isolation --editable .
 PYTHONDONTWRITEBYTECODE= $(BIN)/python -c '$(IMPORT)'
 endef
-# What the server imports is compiled here: where the environment keeps Python from writing that, each start would
-# compile it, which takes as long as the rest of a start.
+# Compiles the Python modules that the server imports. Where PYTHONDONTWRITEBYTECODE is set, each start would otherwise
+# compile them, which takes about as long as the rest of a start.
 IMPORT = import compileall, tgi_asgi.runner.load, tgi_asgi.serve.server; compileall.compile_dir("tgi_asgi", quiet=1)
 
 $(VENV)/.native: $(VENV)/.torch $(SOURCES)

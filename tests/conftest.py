@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # The other worker's tests need the cores: with the usual millisecond, tests of operators took 1.7 times
     # the processor time (bench/results/team-yield.json).
     _C.team_yield_after(20)
-    # Nor do the other worker's tests leave each example the 200 ms that hypothesis allows it.
+    # Beside another worker's tests, an example may take longer than the 200 ms that hypothesis allows it.
     hypothesis.settings.register_profile("tgi_asgi", deadline=None)
     hypothesis.settings.load_profile("tgi_asgi")
     nightly = config.getini("nightly_markers")

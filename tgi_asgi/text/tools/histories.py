@@ -41,7 +41,7 @@ def with_results_in_order(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         tool: result of g     tool: result of f
         tool: result of f     tool: result of g
 
-    Clients that run calls at a time may send results as they end, and most templates show no ids. Results
+    Clients that run calls at the same time may send results as they end; most templates show no ids. Results
     stay as they are if one of them names no call.
     """
     result: list[ChatMessage] = []
