@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.server_process import ServerProcess
+from tests.support.server_process import NEW_INTERPRETER, ServerProcess
 from tgi_asgi import _C
 
 # Integer arithmetic only (weight codes, an int8 KV cache), so that all sets compute the same logits.
@@ -21,7 +21,8 @@ SETS = [name for name in _C.kernel_sets() if name != "amx_model"]  # AMX's softw
 
 def answer_of(name: str) -> Any:
     """Return the text that a server with this kernel set generates, with its log-probabilities."""
-    with ServerProcess("tgi_asgi", "--hostname", "127.0.0.1", *INTEGERS, environ={"TGI_ISA": name}) as server:
+    command = ("tgi_asgi", "--hostname", "127.0.0.1", *INTEGERS)
+    with ServerProcess(*command, environ={"TGI_ISA": name}, program=NEW_INTERPRETER) as server:
         server.wait_until_healthy()
         assert f"on cpu ({name})" in server.output()
         with httpx.Client(base_url=server.url, timeout=120) as client:
