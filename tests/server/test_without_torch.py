@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.adapters import write_adapter
 from tests.support.checkpoints import make_model, save, save_tokenizer
-from tests.support.server_process import NEW_INTERPRETER, ServerProcess
+from tests.support.server_process import NEW_INTERPRETER, PLAIN_CLIENT, ServerProcess
 
 STAND_IN = 'raise ImportError("no torch here")\n'
 
@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         ServerProcess(
             "tgi_asgi", *options, environ={"PYTHONPATH": str(stand_in)}, program=NEW_INTERPRETER
         ) as process,
-        httpx.Client(base_url=process.url, timeout=60) as client,
+        PLAIN_CLIENT(base_url=process.url, timeout=60) as client,
     ):
         process.wait_until_healthy()
         yield client
