@@ -15,7 +15,8 @@ import pytest
 
 from tests.serve.conftest import ListeningAddress
 from tests.server.conftest import require_program
-from tests.support.server_process import ROOT, ServerProcess
+from tests.support.forked import ROOT
+from tests.support.server_process import PLAIN_CLIENT, ServerProcess
 
 CHAT = {"model": "tgi", "messages": [{"role": "user", "content": "go"}], "stream": True}
 PATH = "/v1/chat/completions"
@@ -39,13 +40,13 @@ def server(address: ListeningAddress) -> Iterator[ServerProcess]:
 def _client(address: ListeningAddress) -> httpx.Client:
     """Return a client for the server at that address."""
     if address.settings.uds is None:
-        return httpx.Client(verify=address.tls or True)
+        return httpx.Client(verify=address.tls) if address.tls else PLAIN_CLIENT()
     with socket.socket(socket.AF_UNIX) as probe:  # httpcore leaks a socket that cannot connect
         try:
             probe.connect(address.settings.uds)
         except OSError as error:
             raise httpx.ConnectError("no server listens yet") from error
-    return httpx.Client(transport=httpx.HTTPTransport(uds=address.settings.uds))
+    return httpx.Client(transport=httpx.HTTPTransport(uds=address.settings.uds, verify=False))
 
 
 def _metric(client: httpx.Client, server: ServerProcess, name: str) -> float:

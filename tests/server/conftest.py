@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from tests.support.server_process import ServerProcess
+from tests.support.server_process import NEW_INTERPRETER, ServerProcess
 
 _NODE = Path(__file__).parent / "node"
 
@@ -29,7 +29,7 @@ def _collected() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def demo(demo_gguf: Path) -> Iterator[ServerProcess]:
     """Yield a server of the demonstration model, started as `make serve` starts it."""
-    with ServerProcess("tgi_asgi", "--hostname", "127.0.0.1") as server:
+    with ServerProcess("tgi_asgi", "--hostname", "127.0.0.1", program=NEW_INTERPRETER) as server:
         server.wait_until_healthy()
         yield server
 

@@ -7,7 +7,6 @@ import json
 import subprocess
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -142,7 +141,7 @@ def test_a_bad_request_is_a_400_and_the_server_lives(client: OpenAI, body: dict[
 
 
 def test_a_body_that_is_no_json_is_a_400(demo: ServerProcess) -> None:
-    answer = httpx.post(demo.url + "/v1/chat/completions", content=b"{oops")
+    answer = demo.post("/v1/chat/completions", content=b"{oops")
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
 

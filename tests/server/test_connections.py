@@ -9,12 +9,12 @@ import os
 import resource
 import socket
 import time
+from collections.abc import Sequence
 
-import httpx
 import pytest
 
 from tests.support.scripted_engine import ScriptedEngine, scripted_app
-from tests.support.server_process import ServerProcess
+from tests.support.server_process import NEW_INTERPRETER, ServerProcess
 from tests.support.serving import connect, serving
 from tests.support.waiting import LONGEST_S
 from tgi_asgi.serve.process import MAX_FILES
@@ -22,8 +22,8 @@ from tgi_asgi.serve.process import MAX_FILES
 REQUEST = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
-def _serve(*arguments: str) -> ServerProcess:
-    return ServerProcess("tests.server.fake_server", "--model-id", "fake", *arguments)
+def _serve(*arguments: str, program: Sequence[str] = ()) -> ServerProcess:
+    return ServerProcess("tests.server.fake_server", "--model-id", "fake", *arguments, program=program)
 
 
 def _num_sockets(server: ServerProcess) -> int:
@@ -59,7 +59,7 @@ def test_one_address_has_as_many_connections_as_it_may() -> None:
             client.sendall(REQUEST)
             assert client.recv(4096).startswith(b"HTTP/1.1 200")
             clients.append(client)
-        refused = httpx.get(server.url + "/health")
+        refused = server.get("/health")
         assert refused.status_code == 429
         assert refused.headers["retry-after"] == "1"
         assert refused.json()["error_type"] == "overloaded"
@@ -116,7 +116,7 @@ def test_a_server_takes_more_file_descriptors_than_shells_give() -> None:
     low = min(256, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))  # the server inherits it
     try:
-        server = _serve()
+        server = _serve(program=NEW_INTERPRETER)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     with server:

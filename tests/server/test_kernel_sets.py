@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.support.server_process import ServerProcess
+from tests.support.server_process import NEW_INTERPRETER, PLAIN_CLIENT, ServerProcess
 from tgi_asgi import _C
 
 # Integer arithmetic only (weight codes, an int8 KV cache), so that all sets compute the same logits.
@@ -21,10 +20,11 @@ SETS = [name for name in _C.kernel_sets() if name != "amx_model"]  # AMX's softw
 
 def answer_of(name: str) -> Any:
     """Return the text that a server with this kernel set generates, with its log-probabilities."""
-    with ServerProcess("tgi_asgi", "--hostname", "127.0.0.1", *INTEGERS, environ={"TGI_ISA": name}) as server:
+    command = ("tgi_asgi", "--hostname", "127.0.0.1", *INTEGERS)
+    with ServerProcess(*command, environ={"TGI_ISA": name}, program=NEW_INTERPRETER) as server:
         server.wait_until_healthy()
         assert f"on cpu ({name})" in server.output()
-        with httpx.Client(base_url=server.url, timeout=120) as client:
+        with PLAIN_CLIENT(base_url=server.url, timeout=120) as client:
             assert client.get("/info").json()["kernel_set"] == name
             asked = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "logprobs": 3}
             answer = client.post("/v1/completions", json=asked)

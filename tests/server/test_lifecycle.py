@@ -18,7 +18,14 @@ import httpx
 import pytest
 import trustme
 
-from tests.support.server_process import ROOT, START_TIMEOUT_S, ServerProcess, free_port
+from tests.support.forked import ROOT
+from tests.support.server_process import (
+    NEW_INTERPRETER,
+    PLAIN_CLIENT,
+    START_TIMEOUT_S,
+    ServerProcess,
+    free_port,
+)
 
 MODULE = "tests.server.fake_server"
 ENDLESS = {
@@ -47,16 +54,16 @@ def test_the_port_answers_503_with_progress_while_the_model_loads(tmp_path: Path
         health = server.wait_until(503)
         assert health.headers["retry-after"].isdigit()
         assert health.json()["state"] == "loading"
-        answer = httpx.post(server.url + "/v1/chat/completions", json=ENDLESS)
+        answer = server.post("/v1/chat/completions", json=ENDLESS)
         assert (answer.status_code, answer.headers["retry-after"].isdigit()) == (503, True)
         assert "loading" in answer.json()["error"]["message"]
         fifo.write_bytes(b"")  # lets the loader continue
         server.wait_until_healthy()
-        assert httpx.get(server.url + "/info").status_code == 200
+        assert server.get("/info").status_code == 200
 
 
 def test_start_up_says_what_is_served_and_how_to_try_it() -> None:
-    with _server() as server:
+    with ServerProcess(MODULE, "--model-id", "fake", program=NEW_INTERPRETER) as server:
         server.wait_until_healthy()
         server.signal()
         assert server.wait() == 0
@@ -69,7 +76,7 @@ def test_start_up_says_what_is_served_and_how_to_try_it() -> None:
 
 
 def _metric(server: ServerProcess, name: str) -> float:
-    lines = httpx.get(server.url + "/metrics").text.splitlines()
+    lines = server.get("/metrics").text.splitlines()
     return float(next(line.split()[-1] for line in lines if line.startswith(name + " ")))
 
 
@@ -77,7 +84,7 @@ def test_a_client_that_leaves_frees_its_blocks_within_two_steps() -> None:
     steps = 'tgi_batch_inference_count{method="decode"}'
     with ServerProcess(MODULE, "--model-id", "fake", environ={"FAKE_STEP_S": "0.2"}) as server:
         server.wait_until_healthy()
-        with httpx.stream("POST", server.url + "/v1/chat/completions", json=ENDLESS, timeout=60) as stream:
+        with server.stream("/v1/chat/completions", ENDLESS) as stream:
             lines = stream.iter_lines()
             next(lines)
             assert _metric(server, "tgi_kv_cache_usage_ratio") > 0
@@ -90,17 +97,14 @@ def test_a_client_that_leaves_frees_its_blocks_within_two_steps() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_running_streams_finish_and_refuses_new_requests(number: signal.Signals) -> None:
     body = {**ENDLESS, "max_tokens": 200}
-    with (
-        _server() as server,
-        httpx.Client(timeout=60) as client,
-    ):
+    with _server() as server:
         server.wait_until_healthy()
-        with client.stream("POST", server.url + "/v1/chat/completions", json=body) as stream:
+        with server.stream("/v1/chat/completions", body) as stream:
             events = _events(stream.iter_lines())
             next(events)
             server.signal(number)
             server.wait_until(503)
-            refused = httpx.post(server.url + "/v1/chat/completions", json=body)
+            refused = server.post("/v1/chat/completions", json=body)
             assert (refused.status_code, refused.headers["retry-after"].isdigit()) == (503, True)
             rest = list(events)
         assert rest[-1] == "[DONE]"
@@ -111,7 +115,7 @@ def test_a_signal_lets_running_streams_finish_and_refuses_new_requests(number: s
 def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event_and_done() -> None:
     with _server("ok", "--graceful-termination-timeout", "0") as server:
         server.wait_until_healthy()
-        with httpx.stream("POST", server.url + "/v1/chat/completions", json=ENDLESS, timeout=60) as stream:
+        with server.stream("/v1/chat/completions", ENDLESS) as stream:
             events = _events(stream.iter_lines())
             next(events)
             server.signal()
@@ -126,7 +130,7 @@ def test_connections_that_the_end_cuts_off_are_no_errors() -> None:
         server.wait_until_healthy()
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
             client.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
-            httpx.get(server.url + "/health")  # the partial request has been read by then
+            server.get("/health")  # the partial request has been read by then
             server.signal()
             assert server.wait() == 0
         assert "Traceback" not in server.output() and "ERROR" not in server.output()
@@ -135,11 +139,11 @@ def test_connections_that_the_end_cuts_off_are_no_errors() -> None:
 def test_a_server_that_leaves_is_not_ready_and_still_answers() -> None:
     with _server("ok", "--drain-delay", "3600") as server:
         server.wait_until_healthy()
-        assert httpx.get(server.url + "/readyz").status_code == 200
+        assert server.get("/readyz").status_code == 200
         server.signal()
-        while httpx.get(server.url + "/readyz").status_code != 503:
+        while server.get("/readyz").status_code != 503:
             assert server.process.poll() is None
-        assert httpx.post(server.url + "/generate", json=SHORT, timeout=60).status_code == 200
+        assert server.post("/generate", json=SHORT).status_code == 200
         _insist(server)
         assert server.wait() == 128 + signal.SIGTERM
 
@@ -184,13 +188,13 @@ def test_a_renewed_certificate_is_used_after_a_hangup(tmp_path: Path) -> None:
 
 
 def _status_with(server: ServerProcess, key: str) -> int:
-    return httpx.get(server.url + "/info", headers={"authorization": f"Bearer {key}"}).status_code
+    return server.get("/info", headers={"authorization": f"Bearer {key}"}).status_code
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
     with _server() as server:
         server.wait_until_healthy()
-        with httpx.stream("POST", server.url + "/v1/chat/completions", json=ENDLESS, timeout=60) as stream:
+        with server.stream("/v1/chat/completions", ENDLESS) as stream:
             lines = stream.iter_lines()
             next(lines)
             server.signal()
@@ -213,7 +217,7 @@ def test_a_signal_that_is_sent_twice_is_one() -> None:
     with _server() as server:
         server.wait_until_healthy()
         body = {**ENDLESS, "max_tokens": 50}
-        with httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=60) as stream:
+        with server.stream("/v1/chat/completions", body) as stream:
             events = _events(stream.iter_lines())
             next(events)
             server.signal()
@@ -259,7 +263,7 @@ def test_a_failed_load_exits_with_1_and_the_reason_last(model: str, reason: str)
 def test_a_dead_engine_ends_its_streams_and_then_the_process() -> None:
     with _server("dies") as server:
         server.wait_until_healthy()
-        answer = httpx.post(server.url + "/generate", json={"inputs": "go"}, timeout=60)
+        answer = server.post("/generate", json={"inputs": "go"})
         assert answer.status_code in (424, 500, 503)
         assert answer.json()["error_type"]
         assert server.wait() == 1
@@ -271,7 +275,7 @@ def test_an_engine_that_dies_while_it_drains_is_no_success() -> None:
     arguments = ("--model-id", "fake", "--step-timeout-s", "1")
     with ServerProcess(MODULE, *arguments, environ=environ) as server:
         server.wait_until_healthy()
-        with httpx.stream("POST", server.url + "/v1/chat/completions", json=ENDLESS, timeout=60) as stream:
+        with server.stream("/v1/chat/completions", ENDLESS) as stream:
             events = _events(stream.iter_lines())
             next(events)
             server.signal()
@@ -296,13 +300,13 @@ def test_a_port_that_is_taken_is_one_line_and_exit_code_1() -> None:
 def _under_hypercorn(app: str, *flags: str, **environ: str) -> ServerProcess:
     port = free_port()
     command = ("hypercorn", *(flags or ("--workers", "0")), app, "--bind", f"127.0.0.1:{port}")
-    return ServerProcess(*command, port=port, environ=environ)
+    return ServerProcess(*command, port=port, environ=environ, program=NEW_INTERPRETER)
 
 
 def test_under_hypercorn_s_command_it_serves_and_dies_with_its_engine() -> None:
     with _under_hypercorn("tests.server.fake_app:app", MODEL_ID="fake", FAKE_MODEL="dies") as server:
         server.wait_until_healthy()
-        answer = httpx.post(server.url + "/generate", json={"inputs": "go"}, timeout=60)
+        answer = server.post("/generate", json={"inputs": "go"})
         assert answer.status_code in (424, 500, 503)
         assert server.wait() == 1
 
@@ -332,13 +336,14 @@ def test_the_port_answers_before_the_code_of_models_is_imported(demo_gguf: Path,
     """With the real command and model. It takes 0.7 to 1.2 s of processor time on a Zen 3 at work."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    with ServerProcess("tests.server.gated_server", environ={"GATE": str(gate)}) as server:
+    command, environ = "tests.server.gated_server", {"GATE": str(gate)}
+    with ServerProcess(command, environ=environ, program=NEW_INTERPRETER) as server:
         answer = server.wait_until(503)
         assert answer.json()["state"] == "loading"
         assert _processor_s(server) < 1.5
         gate.write_bytes(b"")
         server.wait_until_healthy()
-        assert httpx.post(server.url + "/generate", json=SHORT, timeout=60).status_code == 200
+        assert server.post("/generate", json=SHORT).status_code == 200
 
 
 def _processor_s(server: ServerProcess) -> float:
@@ -355,7 +360,7 @@ def test_a_server_that_was_killed_comes_back_on_its_port_and_answers_while_it_lo
     os.mkfifo(fifo)
     with ServerProcess(MODULE, "--model-id", "fake", port=port) as first:
         first.wait_until_healthy()
-        with httpx.stream("POST", first.url + "/v1/chat/completions", json=ENDLESS, timeout=60) as stream:
+        with first.stream("/v1/chat/completions", ENDLESS) as stream:
             next(stream.iter_lines())
             first.signal(signal.SIGKILL)
             assert first.wait() == -signal.SIGKILL
@@ -364,7 +369,7 @@ def test_a_server_that_was_killed_comes_back_on_its_port_and_answers_while_it_lo
                 assert second.wait_until(503).json()["state"] == "loading"
                 fifo.write_bytes(b"")
                 second.wait_until_healthy()
-                answer = httpx.post(second.url + "/generate", json=SHORT, timeout=60)
+                answer = second.post("/generate", json=SHORT)
                 assert answer.status_code == 200
                 assert _metric(second, "tgi_requests_running") == 0
 
@@ -395,8 +400,8 @@ def test_it_serves_from_a_read_only_file_system_without_privileges() -> None:
 
 
 def _is_healthy(url: str) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(url + "/health", timeout=5).status_code == 200
+    with contextlib.suppress(httpx.TransportError), PLAIN_CLIENT(timeout=5) as client:
+        return client.get(url + "/health").status_code == 200
     return False
 
 
@@ -404,6 +409,6 @@ def test_a_server_without_standard_streams_serves_and_ends_well() -> None:
     shell = ("sh", "-c", 'exec "$0" -m "$@" <&- >&- 2>&-', sys.executable)
     with ServerProcess(MODULE, "--model-id", "fake", program=shell) as server:
         server.wait_until_healthy()
-        assert httpx.post(server.url + "/generate", json=SHORT).status_code == 200
+        assert server.post("/generate", json=SHORT).status_code == 200
         server.signal()
         assert server.wait() == 0

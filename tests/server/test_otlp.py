@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as messages
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as service
@@ -66,9 +65,9 @@ def test_a_collector_gets_each_request_with_its_parts_in_its_clients_trace(colle
         server.wait_until_healthy()
         body = {"prompt": "a secret", "max_tokens": 5, "temperature": 0}
         traceparent = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "mine"}
-        ok = httpx.post(server.url + "/v1/completions", json=body, headers=traceparent, timeout=60)
+        ok = server.post("/v1/completions", json=body, headers=traceparent)
         assert ok.status_code == 200
-        assert httpx.post(server.url + "/v1/completions", json=FAILED, timeout=60).status_code == 400
+        assert server.post("/v1/completions", json=FAILED).status_code == 400
         server.signal()  # spans that wait for the next export are sent before the process ends
         assert server.wait() == 0
     assert {attributes_of(of.resource)["service.name"] for of in collector.received} == {"my-llm"}
@@ -108,7 +107,7 @@ def test_a_collector_that_is_not_there_costs_nothing_but_log_lines() -> None:
     ) as server:
         server.wait_until_healthy()
         body = {"prompt": "hello", "max_tokens": 5}
-        assert httpx.post(server.url + "/v1/completions", json=body, timeout=60).status_code == 200
+        assert server.post("/v1/completions", json=body).status_code == 200
         server.signal()
         assert server.wait() == 0
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.adapters import make_adapter, peft_logprobs
 from tests.support.checkpoints import make_model, save, save_tokenizer
-from tests.support.server_process import ServerProcess
+from tests.support.server_process import PLAIN_CLIENT, ServerProcess
 from tgi_asgi.formats.sources import ModelFiles
 
 LONG = {"model": "tgi", "prompt": "abc", "stream": True, "ignore_eos": True}
@@ -71,7 +71,7 @@ def wait_for(holds: Callable[[], bool]) -> None:
 def stream(server: ServerProcess, max_tokens: int = 8000) -> Iterator[Iterator[str]]:
     """Start a long answer; yield its lines after the first."""
     with (
-        httpx.Client(timeout=60) as client,
+        PLAIN_CLIENT(timeout=60) as client,
         client.stream(
             "POST", f"{server.url}/v1/completions", json={**LONG, "max_tokens": max_tokens}
         ) as answer,
@@ -136,7 +136,7 @@ def test_adapters_named_at_start_and_loaded_later_answer_as_with_peft(
     flags.append("--enable-prefill-logprobs")
     with (
         serving(model, *flags, LORA_ADAPTERS=f"one={one}") as (server, _),
-        httpx.Client(base_url=server.url, headers={"authorization": "Bearer root"}, timeout=60) as client,
+        PLAIN_CLIENT(base_url=server.url, headers={"authorization": "Bearer root"}, timeout=60) as client,
     ):
 
         def load(name: str, path: Path) -> httpx.Response:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.adapters import write_adapter
 from tests.support.checkpoints import make_model, save, save_tokenizer
-from tests.support.server_process import ServerProcess
+from tests.support.server_process import NEW_INTERPRETER, PLAIN_CLIENT, ServerProcess
 
 STAND_IN = 'raise ImportError("no torch here")\n'
 
@@ -30,8 +30,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         "--speculate", "2", "--kv-cache-dtype", "auto", "--quantize", "q8_0", "--num-threads", "1",
     )  # fmt: skip
     with (
-        ServerProcess("tgi_asgi", *options, environ={"PYTHONPATH": str(stand_in)}) as process,
-        httpx.Client(base_url=process.url, timeout=60) as client,
+        ServerProcess(
+            "tgi_asgi", *options, environ={"PYTHONPATH": str(stand_in)}, program=NEW_INTERPRETER
+        ) as process,
+        PLAIN_CLIENT(base_url=process.url, timeout=60) as client,
     ):
         process.wait_until_healthy()
         yield client
@@ -57,8 +59,8 @@ def test_a_model_that_computes_in_torch_says_so(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text(STAND_IN, encoding="utf-8")
     save(make_model("GPTJ"), tmp_path / "model")
     save_tokenizer(tmp_path / "model")
-    with ServerProcess(
-        "tgi_asgi", "--model-id", str(tmp_path / "model"), environ={"PYTHONPATH": str(tmp_path)}
-    ) as process:
+    command = ("tgi_asgi", "--model-id", str(tmp_path / "model"))
+    environ = {"PYTHONPATH": str(tmp_path)}
+    with ServerProcess(*command, environ=environ, program=NEW_INTERPRETER) as process:
         assert process.wait() != 0
         assert "no torch here" in process.output()

@@ -51,7 +51,7 @@ async def test_adapters_that_come_and_go_change_no_answer_and_leave_nothing(
         "--max-loras", "2", "--max-cpu-loras", "3", "--max-batch-total-tokens", "2048", is_real=True,
     )  # fmt: skip
     alone: dict[tuple[str, int], str] = {}
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=60, verify=False) as client:
         await _until_listed(client, {"a", "b"})
         names = ["demo", "a", "b"]
         for name in names:

@@ -20,8 +20,9 @@ from pathlib import Path
 import httpx
 
 from tests.support.documents import ROOT, Block, blocks_of
+from tests.support.forked import KEPT_VARIABLES
 from tests.support.hub_stand_ins import StandIns
-from tests.support.server_process import KEPT_VARIABLES, ServerProcess, free_port
+from tests.support.server_process import ServerProcess, free_port
 
 _TIMEOUT_S = 240  # the machine may be busy
 _NODE = ROOT / "tests/server/node/node_modules"

@@ -16,20 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.support.forked import KEPT_VARIABLES, ROOT, Process, start_forked
+
+NEW_INTERPRETER = (sys.executable, "-m")  # as `program`: for tests of what a start imports or reads
 START_TIMEOUT_S = 120.0  # the machine may be busy; a start takes 2 seconds
 EXIT_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 60.0
 # httpx reads the machine's certificates for each client, also for plain HTTP: 47 ms of processor time each.
 PLAIN_CLIENT = partial(httpx.Client, verify=False)
-KEPT_VARIABLES = frozenset({"PATH", "HOME", "LANG", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME", "LD_LIBRARY_PATH"})
 
 
 def free_port() -> int:
@@ -45,7 +47,7 @@ class ServerProcess:
 
     It does not inherit settings from this process's environment; pass them in `environ`. `client` makes the
     HTTP client, for servers not reached over plain TCP. `program` is the program that runs the command, in
-    the folder `cwd`.
+    the folder `cwd`; without one, the command runs in a fork of a process that has imported the server.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class ServerProcess:
         environ: dict[str, str] | None = None,
         port: int | None = None,
         client: Callable[[], httpx.Client] = PLAIN_CLIENT,
-        program: Sequence[str] = (sys.executable, "-m"),
+        program: Sequence[str] = (),
         cwd: Path = ROOT,
     ) -> None:
         self.client = client
@@ -65,14 +67,15 @@ class ServerProcess:
             for name, value in os.environ.items()
             if name in KEPT_VARIABLES or name.startswith("PIP_")
         }
+        environ = {**base, "PYTHONUNBUFFERED": "1", "PORT": str(self.port), **(environ or {})}
         self._output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
-        self.process = subprocess.Popen(
-            [*program, *command],
-            cwd=cwd,
-            env={**base, "PYTHONUNBUFFERED": "1", "PORT": str(self.port), **(environ or {})},
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-        )
+        self.process: Process
+        if program:
+            self.process = subprocess.Popen(
+                [*program, *command], cwd=cwd, env=environ, stdout=self._output, stderr=subprocess.STDOUT
+            )
+        else:
+            self.process = start_forked(command, environ, stdout=self._output, stderr=self._output)
 
     def __enter__(self) -> Self:
         return self
@@ -107,6 +110,25 @@ class ServerProcess:
     def wait_until_healthy(self) -> None:
         """Wait until the model is loaded."""
         self.wait_until(200)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        """Send a request on a connection of its own."""
+        with self.client() as client:
+            return client.get(self.url + path, timeout=ANSWER_TIMEOUT_S, **options)
+
+    def post(self, path: str, **options: Any) -> httpx.Response:
+        """Send a request on a connection of its own."""
+        with self.client() as client:
+            return client.post(self.url + path, timeout=ANSWER_TIMEOUT_S, **options)
+
+    @contextlib.contextmanager
+    def stream(self, path: str, body: object) -> Iterator[httpx.Response]:
+        """Post a body on a connection of its own; yield the answer, which has begun."""
+        with (
+            self.client() as client,
+            client.stream("POST", self.url + path, json=body, timeout=ANSWER_TIMEOUT_S) as answer,
+        ):
+            yield answer
 
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Send a signal."""
