@@ -194,16 +194,22 @@ def greedy(folder: Path, ids: list[int], num_tokens: int) -> tuple[list[int], fl
 
 
 @one_thread()
-def clear_prompt(folder: Path, length: int, num_tokens: int) -> tuple[list[int], list[int]]:
-    """Return a prompt and its greedy continuation, with clear gaps and without special tokens."""
+def clear_prompts(folder: Path, lengths: Iterable[int], num_tokens: int) -> list[tuple[list[int], list[int]]]:
+    """Return prompts and their greedy continuations, with clear gaps and without special tokens."""
     model = open_reference(folder)
+    return [_clear_prompt(model, length, num_tokens) for length in lengths]
+
+
+def _clear_prompt(
+    model: transformers.PreTrainedModel, length: int, num_tokens: int
+) -> tuple[list[int], list[int]]:
     last = getattr(model.config, "unpadded_vocab_size", VOCAB_SIZE) - 1  # Inkling pads its vocabulary
     for seed in range(100):
         ids = [min(each, last) for each in random_ids(length, seed)]
         found, gap = _greedy(model, ids, num_tokens)
         if gap > _MIN_GAP and min(found) >= len(_SPECIAL_TOKENS):
             return ids, found
-    raise AssertionError(f"{folder}: no prompt whose answer is clear")
+    raise AssertionError(f"{type(model).__name__}: no prompt whose answer is clear")
 
 
 @one_thread()

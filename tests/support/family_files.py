@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,16 +130,27 @@ def convert(model: Path, kinds: tuple[str, ...], folder: Path) -> None:
 
     The converter's process takes seconds to import llama.cpp's own gguf, torch and transformers.
     """
-    files = sorted(path for path in model.iterdir() if path.is_file())
-    contents = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
-    kept = STORE / "converted" / _key(RELEASE, _CONVERTER.read_text("utf-8"), kinds, *contents)
-    if not kept.exists():
-        with _made_at(kept) as partial:
-            _run_converter(model, kinds, partial)
-        _discard_old(kept.parent)
-    os.utime(kept)
+    kept = converted(model, (_CONVERTER, kinds), lambda partial: _run_converter(model, kinds, partial))
     for kind in kinds:
         shutil.copyfile(kept / f"{kind}.gguf", folder / f"{kind}.gguf")
+
+
+def converted(model: Path, how: Sequence[object], make: Callable[[Path], None]) -> Path:
+    """Return the folder that `make` filled for a model with the same files; it is to be read only.
+
+    Args:
+        how: What else decides the result; files count by their text.
+    """
+    files = sorted(path for path in model.iterdir() if path.is_file())
+    contents = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
+    parts = [each.read_text("utf-8") if isinstance(each, Path) else each for each in how]
+    kept = STORE / "converted" / _key(RELEASE, *parts, *contents)
+    if not kept.exists():
+        with _made_at(kept) as partial:
+            make(partial)
+        _discard_old(kept.parent)
+    os.utime(kept)
+    return kept
 
 
 def _discard_old(converted: Path) -> None:

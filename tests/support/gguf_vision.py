@@ -28,7 +28,7 @@ import torch
 import transformers
 
 from tests.support import vision_models
-from tests.support.family_files import convert
+from tests.support.family_files import convert, converted
 from tests.support.gguf_bytes import Tensor, gguf_bytes
 from tests.support.llama_cpp import llama_cpp_source
 from tests.support.vision_family import Family
@@ -382,17 +382,18 @@ def make(name: str, folder: Path, kinds: tuple[str, str] = (KIND, KIND)) -> Made
     names = (kinds[0], f"mmproj-{kinds[1]}")
     if name.startswith("llava"):
         convert(published, names[:1], folder)
-        _convert_clip(published, folder / f"{names[1]}.gguf")
+        how = (Path(__file__), _CLIP)
+        kept = converted(published, how, lambda partial: _convert_clip(published, partial))
+        shutil.copyfile(kept / "mmproj-model-f32.gguf", folder / f"{names[1]}.gguf")
     else:
         convert(published, names, folder)
     text, projector = (folder / f"{name}.gguf" for name in names)
     return Made(checkpoint, ModelFiles(name, None, "gguf", text, projector, is_projector_named=True))
 
 
-def _convert_clip(published: Path, output: Path) -> None:
-    """Write a LLaVA's projector file; the script's other half takes tower and projector apart."""
-    source, folder = llama_cpp_source(), published.parent / "clip"
-    folder.mkdir()
+def _convert_clip(published: Path, folder: Path) -> None:
+    """Write a LLaVA's projector file to `folder`; the script's other half takes tower and projector apart."""
+    source = llama_cpp_source()
     config = json.loads((published / "config.json").read_text())
     tensors = safetensors.torch.load_file(published / "model.safetensors")
     tower = {
@@ -415,7 +416,6 @@ def _convert_clip(published: Path, output: Path) -> None:
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"llama.cpp's converter failed:\n{done.stderr[-3000:]}")
-    (folder / "mmproj-model-f32.gguf").rename(output)
 
 
 def changed(

@@ -12,13 +12,14 @@ import pytest
 from tests.support import architectures
 from tests.support.adapters import make_adapter, peft_logits, write_adapter
 from tests.support.generic import LENGTHS, load_generic, run_steps
-from tests.support.vision_models import make
 from tests.support.vision_runs import load_native
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.adapters import AdapterLoader, targets_of
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.ops.adapters import NativeAdapter
+
+Checkpoint = Callable[[str], Path]
 
 EXACT = 2e-5  # error of a logit, relative to the largest
 MIN_EFFECT = 0.02
@@ -39,10 +40,9 @@ DELTA_NET = [f"in_proj_{name}" for name in ("qkv", "z", "b", "a")] + ["out_proj"
     ],
 )
 def test_a_model_gives_what_peft_gives(
-    model_type: str, targets: list[str], is_generic: bool, tmp_path: Path
+    model_type: str, targets: list[str], is_generic: bool, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    base = tmp_path / "base"
-    architectures.make(model_type, base)
+    base = checkpoint(model_type)
     changes: dict[str, Any] = {"target_modules": targets, "fan_in_fan_out": model_type == "gpt2"}
     folders = [make_adapter(base, tmp_path / str(seed), seed=seed, **changes) for seed in (1, 2)]
     model = load_generic(base)
@@ -62,13 +62,12 @@ def test_a_model_gives_what_peft_gives(
 @pytest.mark.parametrize("open_model", [load_generic, load_native], ids=["module", "native"])
 @pytest.mark.parametrize(("family", "old"), [("gemma3", "language_model.model."), ("qwen2_5_vl", "model.")])
 def test_adapters_with_the_former_names_of_vision_models_load(
-    family: str, old: str, open_model: Callable[[Path], Any], tmp_path: Path,
+    family: str, old: str, open_model: Callable[[Path], Any], folder_of: Checkpoint, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Before transformers 4.52, the text model's modules had other names."""
     packed: list[Mapping[str, ops.Delta]] = []
-    make(family, tmp_path / "base")
-    loader = AdapterLoader(ops.AdapterLayout(targets_of(open_model(tmp_path / "base")), max_rank=8))
+    loader = AdapterLoader(ops.AdapterLayout(targets_of(open_model(folder_of(family))), max_rank=8))
     new, pack = "model.language_model.", loader.layout.pack
     modules = [name for name in loader.layout.targets if name.startswith(new) and name.endswith("q_proj")]
 
@@ -89,30 +88,28 @@ def test_adapters_with_the_former_names_of_vision_models_load(
         np.testing.assert_array_equal(today[name].down, former[name].down)
 
 
-def test_adapters_of_nemotron_s_own_code_are_those_of_transformers(tmp_path: Path) -> None:
+def test_adapters_of_nemotron_s_own_code_are_those_of_transformers(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     """NVIDIA's code, on which adapters are trained, calls `backbone` what `transformers` calls `model`."""
-    architectures.make("nemotron_h", tmp_path / "base")
-    targets = targets_of(load_generic(tmp_path / "base"))
+    targets = targets_of(load_generic(checkpoint("nemotron_h")))
     loader = AdapterLoader(ops.AdapterLayout(targets, max_rank=8))
     name = next(each for each in targets if each.startswith("model.") and each.endswith("q_proj"))
     former = f"base_model.model.backbone.{name.removeprefix('model.')}"
     assert loader.load(write_adapter(tmp_path / "former", {former: targets[name].shape})).rank == 4
 
 
-def test_experts_are_refused_by_name(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    architectures.make("olmoe", base)
-    loader = AdapterLoader(ops.AdapterLayout(targets_of(load_generic(base)), max_rank=8))
+def test_experts_are_refused_by_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    loader = AdapterLoader(ops.AdapterLayout(targets_of(load_generic(checkpoint("olmoe"))), max_rank=8))
     name = "base_model.model.model.layers.0.mlp.experts.3.up_proj"
     write_adapter(tmp_path / "a", {name: (32, 64)})
     with pytest.raises(ModelLoadError, match=rf"'{name}.lora_A.weight': experts of a mixture"):
         loader.load(tmp_path / "a")
 
 
-def test_products_of_layers_with_states_are_refused_by_name(tmp_path: Path) -> None:
+def test_products_of_layers_with_states_are_refused_by_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Check the products that are computed sequence by sequence, which a step calls several times."""
-    base = tmp_path / "base"
-    architectures.make("lfm2", base)
+    base = checkpoint("lfm2")
     model = load_generic(base)
     assert isinstance(model, GenericModel)
     targets = targets_of(model)
@@ -130,9 +127,7 @@ def test_products_of_layers_with_states_are_refused_by_name(tmp_path: Path) -> N
     [("roformer", "one sequence at a time"), ("mamba", "it has no product that they can change")],
 )
 def test_a_model_without_products_for_them_takes_no_adapters(
-    family: str, reason: str, tmp_path: Path
+    family: str, reason: str, checkpoint: Checkpoint
 ) -> None:
-    base = tmp_path / "base"
-    architectures.make(family, base)
     with pytest.raises(ModelLoadError, match=f"takes no adapters.*{reason}"):
-        AdapterLoader(ops.AdapterLayout(targets_of(load_generic(base)), max_rank=8))
+        AdapterLoader(ops.AdapterLayout(targets_of(load_generic(checkpoint(family))), max_rank=8))

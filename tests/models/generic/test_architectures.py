@@ -46,7 +46,7 @@ def test_a_reference_does_not_depend_on_how_the_sequence_is_cut(model_type: str,
 
 def test_a_clear_prompt_has_one_greedy_answer(tmp_path: Path) -> None:
     architectures.make("llama", tmp_path)
-    prompt, answer = architectures.clear_prompt(tmp_path, 10, 5)
+    [(prompt, answer)] = architectures.clear_prompts(tmp_path, [10], 5)
     logits = architectures.reference(tmp_path, prompt + answer)[9:-1]
     assert answer == logits.argmax(-1).tolist()
     second, best = np.sort(logits)[:, -2:].T

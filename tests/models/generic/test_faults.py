@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.support import architectures
 from tests.support.generic import MAX_CONTEXT, load_generic, measure, open_generic, run_steps
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic import caller, check, program, recurrent
+from tgi_asgi.models.generic import caller, check, program, recurrent, zeros
 from tgi_asgi.models.generic import discover as discovery
 from tgi_asgi.models.generic import open as opening
 from tgi_asgi.models.generic.common import CommonDecoder
@@ -204,7 +204,7 @@ def test_positions_that_do_not_arrive_refuse_the_model(
     def without_positions(module: Any, **given: Any) -> dict[str, Any]:
         return arguments(module, **{name: value for name, value in given.items() if name != "position_ids"})
 
-    arguments = discovery.arguments
+    arguments = zeros.arguments
     monkeypatch.setattr(caller, "arguments", without_positions)
     with pytest.raises(ModelLoadError, match=REFUSAL):
         load_generic(checkpoint(model_type))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.models.generic.test_experts import CODES, with_quantised_experts
 from tests.support import architectures
-from tests.support.generic import batch_of, load_generic, open_generic, program_of
+from tests.support.generic import MAX_CONTEXT, batch_of, open_generic, program_of
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
@@ -125,11 +125,12 @@ def test_tables_of_a_model_take_no_more_than_is_allowed_together(
     ["mamba2", "lfm2", "jamba", "kimi_linear", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm"],
 )
 def test_what_the_states_of_a_sequence_take_is_foretold(model_type: str, checkpoint: Checkpoint) -> None:
-    folder = checkpoint(model_type)
-    with open_generic(folder) as opened:
+    with open_generic(checkpoint(model_type)) as opened:
         predicted = opened.config.other_state_bytes
+        model = opened.load(EXACT, MAX_CONTEXT)
+    assert isinstance(model, GenericModel)
     ids = [architectures.random_ids(20, 0)]
-    with program_of(load_generic(folder), num_sequences=1) as program:
+    with program_of(model, num_sequences=1) as program:
         for start, count in ((0, 9), (9, 1), (10, 10)):
             program.run(batch_of([(0, start, count)], ids), [0])
         kept = cast(Any, program)._states._states[0]
@@ -141,11 +142,12 @@ def test_what_the_states_of_a_sequence_take_is_foretold(model_type: str, checkpo
 def test_what_a_token_takes_in_a_cache_of_the_model_s_own_is_foretold(
     model_type: str, checkpoint: Checkpoint
 ) -> None:
-    folder = checkpoint(model_type)
-    with open_generic(folder) as opened:
+    with open_generic(checkpoint(model_type)) as opened:
         predicted = opened.config.other_bytes_per_token
+        model = opened.load(EXACT, MAX_CONTEXT)
+    assert isinstance(model, GenericModel)
     ids = [architectures.random_ids(20, 0)]
-    with program_of(load_generic(folder), num_sequences=1) as program:
+    with program_of(model, num_sequences=1) as program:
         program.run(batch_of([(0, 0, 20)], ids), [0])
         kept = cast(Any, program)._states._states[0][-1].cache
     tensors = states.tensors_of(kept, with_tokens=True)

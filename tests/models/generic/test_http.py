@@ -90,13 +90,13 @@ def test_prompts_and_answers_have_the_log_probabilities_of_transformers(
     model_type: str, checkpoint: Callable[[str], Path]
 ) -> None:
     folder = checkpoint(model_type)
-    asked = [architectures.clear_prompt(folder, length, NUM_TOKENS) for length in LENGTHS]
+    asked = architectures.clear_prompts(folder, LENGTHS, NUM_TOKENS)
+    references = architectures.references(folder, [prompt + answer for prompt, answer in asked])
     with serving(folder) as client, ThreadPoolExecutor(len(asked)) as threads:
         assert client.get("/info").json()["model_impl"] == "transformers"
         found = list(threads.map(lambda each: complete(client, each[0]), asked))
-    for choice, (prompt, answer) in zip(found, asked, strict=True):
-        ids = prompt + answer
-        expected = log_probabilities(architectures.reference(folder, ids), ids)
+    for choice, (prompt, answer), logits in zip(found, asked, references, strict=True):
+        expected = log_probabilities(logits, prompt + answer)
         first, *scores = choice["logprobs"]["token_logprobs"]
         assert first is None
         assert choice["token_ids"] == answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import PIL.Image
 import pytest
 import transformers
 
+from tests.models.generic.test_http import serving
 from tests.support import vision_models as vision
 from tests.support.vision_chats import url_of
 from tests.support.vision_models import picture
-from tests.support.vision_runs import served
 from tgi_asgi import ops
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.types import Image
@@ -45,11 +46,15 @@ def pictures(count: int) -> list[PIL.Image.Image]:
     return [picture(50, 30 + 9 * seed, seed) for seed in range(count)]
 
 
-async def ids_of(folder: Path, path: str, body: dict[str, Any]) -> list[int]:
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[httpx.Client]:
+    with serving(folder, model_impl="auto", max_total_tokens=4096) as client:
+        yield client
+
+
+def ids_of(client: httpx.Client, path: str, body: dict[str, Any]) -> list[int]:
     """Return the tokens of a request's prompt."""
-    async with served(folder) as (url, _), httpx.AsyncClient(base_url=url, timeout=60) as http:
-        response = await http.post(path, json=body)
-    found: list[Any] = response.raise_for_status().json()
+    found: list[Any] = client.post(path, json=body).raise_for_status().json()
     return found["tokens"] if isinstance(found, dict) else [each["id"] for each in found]
 
 
@@ -59,12 +64,12 @@ async def ids_of(folder: Path, path: str, body: dict[str, Any]) -> list[int]:
      "{} <fake_token_around_image>x<fake_token_around_image>{}", "{}<fake_token_around_image>x",
      "{}é {}<x {}<s>"],
 )  # fmt: skip
-async def test_a_prompt_has_the_tokens_of_its_own_processor(text: str, folder: Path) -> None:
+def test_a_prompt_has_the_tokens_of_its_own_processor(text: str, folder: Path, client: httpx.Client) -> None:
     given = pictures(text.count(IMAGE))
     own: Any = vision.processor_of(folder)._processor
     (wanted,) = own(images=given, text=[text.replace(IMAGE, "<image>")])["input_ids"]
     inputs = text.format(*(f"![]({url_of(each)})" for each in given))
-    assert await ids_of(folder, "/tokenize", {"inputs": inputs}) == list(wanted)
+    assert ids_of(client, "/tokenize", {"inputs": inputs}) == list(wanted)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +81,8 @@ async def test_a_prompt_has_the_tokens_of_its_own_processor(text: str, folder: P
         [[None, "\nwhat is <this>?"]],
     ],
 )
-async def test_a_chat_has_the_tokens_of_its_own_processor(
-    turns: list[list[str | None]], folder: Path
+def test_a_chat_has_the_tokens_of_its_own_processor(
+    turns: list[list[str | None]], folder: Path, client: httpx.Client
 ) -> None:
     given = iter(pictures(sum(turn.count(None) for turn in turns)))
     messages: list[dict[str, Any]] = [
@@ -99,10 +104,10 @@ async def test_a_chat_has_the_tokens_of_its_own_processor(
             {"type": "image_url", "image_url": {"url": url_of(part["image"])}} if "image" in part else part
             for part in message["content"]
         ]
-    assert await ids_of(folder, "/tokenize", {"messages": messages}) == list(wanted)
+    assert ids_of(client, "/tokenize", {"messages": messages}) == list(wanted)
 
 
-async def test_tokens_that_a_client_writes_are_plain_text(folder: Path) -> None:
+def test_tokens_that_a_client_writes_are_plain_text(folder: Path, client: httpx.Client) -> None:
     """They neither merge with the image's nor count as one."""
     text = "<fake_token_around_image><image>x"
     content = [
@@ -110,7 +115,7 @@ async def test_tokens_that_a_client_writes_are_plain_text(folder: Path) -> None:
         {"type": "image_url", "image_url": {"url": url_of(picture(40, 30))}},
         {"type": "text", "text": text},
     ]
-    found = await ids_of(folder, "/tokenize", {"messages": [{"role": "user", "content": content}]})
+    found = ids_of(client, "/tokenize", {"messages": [{"role": "user", "content": content}]})
     tokenizer: Any = vision.processor_of(folder)._processor.tokenizer
     image, fence = (
         tokenizer.convert_tokens_to_ids(each) for each in ("<image>", "<fake_token_around_image>")

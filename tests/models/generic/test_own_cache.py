@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from tests.support import architectures
 from tests.support.generic import batch_of, load_generic, open_generic, program_of
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic import discover
 from tgi_asgi.models.generic.open import OpenGeneric
 from tgi_asgi.models.generic.states import copy_cache
+from tgi_asgi.models.generic.zeros import run_on_zeros
 
 Checkpoint = Callable[[str], Path]
 
@@ -90,7 +90,7 @@ def test_a_run_without_weights_leaves_no_note_in_the_modules(checkpoint: Checkpo
     """RWKV halves its weights in its first call, and notes that it has."""
     with open_generic(checkpoint("rwkv")) as opened:
         model = cast(Any, opened)._model.module._model
-        discover.run_on_meta(model, use_cache=True)
+        run_on_zeros(model, 3, use_cache=True)
         assert not model.rwkv.layers_are_rescaled
 
 

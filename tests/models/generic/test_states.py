@@ -34,6 +34,8 @@ JOINED = (
     "nemotron_h", "olmo_hybrid", "qwen3_5_text", "zamba2",
 )  # fmt: skip
 
+IDS = [architectures.random_ids(length, seed) for seed, length in enumerate((37, 14, 9))]
+
 
 class Layer:
     """A layer's cache as in `transformers`: a state that changes in place, and keys that are replaced."""
@@ -67,6 +69,12 @@ def loaded(checkpoint: Callable[[str], Path]) -> Callable[[str], GenericModel]:
         return model
 
     return load_once
+
+
+@pytest.fixture(scope="module")
+def reference_of(checkpoint: Callable[[str], Path]) -> Callable[[str], list[np.ndarray]]:
+    """Return a function that computes the logits of `IDS` once for each model."""
+    return functools.cache(lambda model_type: architectures.references(checkpoint(model_type), IDS))
 
 
 def test_a_state_goes_on_where_it_was() -> None:
@@ -206,33 +214,27 @@ def test_a_step_that_fails_keeps_no_state() -> None:
     [*JOINED, "zaya"],
 )
 def test_rows_resume_from_states_kept_within_and_between_rows(
-    model_type: str, checkpoint: Callable[[str], Path], loaded: Callable[[str], GenericModel]
+    model_type: str, loaded: Callable[[str], GenericModel], reference_of: Callable[[str], list[np.ndarray]]
 ) -> None:
     """Keep two states within a row and one before a row; the slot's own state is elsewhere each time."""
-    folder = checkpoint(model_type)
-    ids = [architectures.random_ids(37, 0), architectures.random_ids(9, 1)]
-    expected = architectures.reference(folder, ids[0])
-    model = loaded(model_type)
+    expected, model = reference_of(model_type)[0], loaded(model_type)
     assert model.keeps_states
     assert model.config.other_kept_bytes * 2 == model.config.other_state_bytes > 0
     with program_of(model, num_sequences=2) as program:
         keeps = [(0, 5, 2), (0, 17, 0), (0, 17, 3)]  # as for other choices, after a block's last token
-        program.run(batch_of([(0, 0, 20), (1, 0, 9)], ids, keeps=keeps), [0])
-        program.run(batch_of([(0, 20, 1)], ids, keeps=[(0, 20, 1)]), [0])
+        program.run(batch_of([(0, 0, 20), (1, 0, 9)], IDS, keeps=keeps), [0])
+        program.run(batch_of([(0, 20, 1)], IDS, keeps=[(0, 20, 1)]), [0])
         for place, start in ((0, 17), (2, 5), (1, 20), (0, 17), (3, 17)):
-            found = program.run(batch_of([(0, start, 37 - start)], ids, resumes=[place]), range(37 - start))
+            found = program.run(batch_of([(0, start, 37 - start)], IDS, resumes=[place]), range(37 - start))
             assert np.abs(found - expected[start:]).max() < 1e-4 * np.abs(expected).max(), (place, start)
 
 
 @pytest.mark.parametrize("model_type", [*JOINED, "falcon_mamba", "jamba", "recurrent_gemma", "zamba"])
 def test_sequences_with_one_token_each_are_run_together(
-    model_type: str, checkpoint: Callable[[str], Path], loaded: Callable[[str], GenericModel]
+    model_type: str, loaded: Callable[[str], GenericModel], reference_of: Callable[[str], list[np.ndarray]]
 ) -> None:
     """Run such a step twice, as after one that was void, and beside a prompt, and keep a state before it."""
-    folder = checkpoint(model_type)
-    ids = [architectures.random_ids(20, 0), architectures.random_ids(14, 1), architectures.random_ids(9, 2)]
-    expected = architectures.references(folder, ids)
-    model = loaded(model_type)
+    expected, model = reference_of(model_type), loaded(model_type)
     assert model.recurrent is not None and model.recurrent.joins_tokens
     keeps = [(1, 12, 0)] if model.keeps_states else []
     steps: list[tuple[list[tuple[int, int, int]], dict[str, Any]]] = [
@@ -245,7 +247,7 @@ def test_sequences_with_one_token_each_are_run_together(
     ]
     with program_of(model, num_sequences=3) as program:
         for step, moves in steps:
-            batch = batch_of(step, ids, **moves)
+            batch = batch_of(step, IDS, **moves)
             logits, at = program.run(batch, range(len(batch.ids))), 0
             for sequence, start, count in step:
                 wanted = expected[sequence]
@@ -256,34 +258,30 @@ def test_sequences_with_one_token_each_are_run_together(
 
 @pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "jamba", "kimi_linear", "rembert", *OWN_KINDS])
 def test_a_step_that_fails_may_be_run_again(
-    model_type: str, checkpoint: Callable[[str], Path], loaded: Callable[[str], GenericModel]
+    model_type: str, loaded: Callable[[str], GenericModel], reference_of: Callable[[str], list[np.ndarray]]
 ) -> None:
     """Let the second sequence fail after the first is computed; the slot's earlier owner leaves nothing."""
-    folder = checkpoint(model_type)
-    ids = [architectures.random_ids(20, 0), architectures.random_ids(9, 1)]
-    expected = architectures.reference(folder, ids[0])
+    expected = reference_of(model_type)[0]
     with program_of(loaded(model_type), num_sequences=2) as program:
-        program.run(batch_of([(0, 0, 5), (1, 0, 7)], ids), [0])  # another sequence's tokens: slot 0 is reused
-        program.run(batch_of([(0, 0, 12)], ids), [0])
+        program.run(batch_of([(0, 0, 5), (1, 0, 7)], IDS), [0])  # another sequence's tokens: slot 0 is reused
+        program.run(batch_of([(0, 0, 12)], IDS), [0])
         with pytest.raises(RuntimeError, match="slot 1 has no state of 3 tokens"):
-            program.run(batch_of([(0, 12, 8), (1, 3, 1)], ids), [0])
-        found = program.run(batch_of([(0, 12, 8)], ids), range(8))
-    assert np.abs(found - expected[12:]).max() < 1e-4 * np.abs(expected).max()
+            program.run(batch_of([(0, 12, 8), (1, 3, 1)], IDS), [0])
+        found = program.run(batch_of([(0, 12, 8)], IDS), range(8))
+    assert np.abs(found - expected[12:20]).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "kimi_linear", "rembert", *OWN_KINDS])
 def test_a_row_may_be_computed_again_once_its_step_was_void(
-    model_type: str, checkpoint: Callable[[str], Path], loaded: Callable[[str], GenericModel]
+    model_type: str, loaded: Callable[[str], GenericModel], reference_of: Callable[[str], list[np.ndarray]]
 ) -> None:
-    folder = checkpoint(model_type)
-    ids = [architectures.random_ids(20, 0)]
-    other = [[*ids[0][:13], 7, *ids[0][14:]]]
-    expected = architectures.reference(folder, ids[0])
+    other = [[*IDS[0][:13], 7, *IDS[0][14:]]]
+    expected = reference_of(model_type)[0]
     with program_of(loaded(model_type), num_sequences=1) as program:
-        program.run(batch_of([(0, 0, 13)], ids), [0])
+        program.run(batch_of([(0, 0, 13)], IDS), [0])
         program.run(batch_of([(0, 13, 1)], other), [0])
-        found = program.run(batch_of([(0, 13, 7)], ids), range(7))
-    assert np.abs(found - expected[13:]).max() < 1e-4 * np.abs(expected).max()
+        found = program.run(batch_of([(0, 13, 7)], IDS), range(7))
+    assert np.abs(found - expected[13:20]).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_rows_may_fail_in_the_middle_of_a_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import json
 import shutil
@@ -60,6 +61,12 @@ def of_each(names: Sequence[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in FEW else pytest.mark.models) for name in names]
 
 
+@pytest.fixture(scope="module")
+def loaded(folder_of: Callable[[str], Path]) -> Callable[[str], GenericModel]:
+    """Return a function that loads each family's module once."""
+    return functools.cache(lambda name: load(folder_of(name)))
+
+
 def distance(found: np.ndarray, wanted: np.ndarray) -> float:
     assert found.shape == wanted.shape
     assert np.isfinite(found).all()
@@ -77,7 +84,7 @@ def prompts_of(name: str, folder: Path) -> list[vision.Prompt]:
 
 @pytest.mark.parametrize("name", of_each(list(FAMILIES)))
 def test_logits_are_those_of_transformers_however_prompts_are_cut(
-    name: str, folder_of: Callable[[str], Path]
+    name: str, folder_of: Callable[[str], Path], loaded: Callable[[str], GenericModel]
 ) -> None:
     """Both ways to compute the text, if there are two, give the logits of `transformers`."""
     folder = folder_of(name)
@@ -86,7 +93,7 @@ def test_logits_are_those_of_transformers_however_prompts_are_cut(
     wanted = [vision.reference(folder, prompt, ANSWER, reference) for prompt in prompts]
     native = load_native(folder)
     assert (native is not None) == (name in NATIVE)
-    check_logits(load(folder), prompts, wanted)
+    check_logits(loaded(name), prompts, wanted)
     if native is not None:
         check_logits(native, prompts, wanted)
 
@@ -118,22 +125,25 @@ def test_a_slot_keeps_no_pixels_when_its_request_has_gone(
 
 
 @pytest.mark.parametrize("name", of_each(list(FAMILIES)))
-def test_an_image_matters_and_which_one_it_is(name: str, folder_of: Callable[[str], Path]) -> None:
-    folder = folder_of(name)
-    model = load(folder)
-    prompts = [vision.prompt_of(name, folder, ["a ", picture(50, 30, seed), "?"]) for seed in (3, 4)]
-    (one, other), _ = run(model, [(prompt, []) for prompt in prompts], [1000, 1000])
+def test_an_image_matters_and_which_one_it_is(
+    name: str, folder_of: Callable[[str], Path], loaded: Callable[[str], GenericModel]
+) -> None:
+    parts: list[list[Part]] = [["a ", picture(50, 30, seed), "?"] for seed in (3, 4)]
+    prompts = [vision.prompt_of(name, folder_of(name), each) for each in parts]
+    (one, other), _ = run(loaded(name), [(prompt, []) for prompt in prompts], [1000, 1000])
     assert distance(one[-1:], other[-1:]) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", of_each(WITH_TOWER))
 def test_a_tower_that_is_broken_off_gives_the_same(
-    name: str, folder_of: Callable[[str], Path], computed_pieces: CallCount
+    name: str,
+    folder_of: Callable[[str], Path],
+    loaded: Callable[[str], GenericModel],
+    computed_pieces: CallCount,
 ) -> None:
-    folder = folder_of(name)
-    tower = load(folder).tower
+    tower = loaded(name).tower
     assert tower is not None
-    (image,) = vision.prompt_of(name, folder, [picture(130, 90)]).images
+    (image,) = vision.prompt_of(name, folder_of(name), [picture(130, 90)]).images
     whole = tower.encode(image.payload)
     tower.begin(image.payload)
     num_calls, before = 1, computed_pieces.num
@@ -148,13 +158,13 @@ def test_a_tower_that_is_broken_off_gives_the_same(
 def test_attention_in_pieces_gives_the_same(
     name: str,
     folder_of: Callable[[str], Path],
+    loaded: Callable[[str], GenericModel],
     monkeypatch: pytest.MonkeyPatch,
     computed_pieces: CallCount,
 ) -> None:
-    folder = folder_of(name)
-    encoder = load(folder).tower
+    encoder = loaded(name).tower
     assert encoder is not None
-    (image,) = vision.prompt_of(name, folder, [picture(130, 90)]).images
+    (image,) = vision.prompt_of(name, folder_of(name), [picture(130, 90)]).images
     before = computed_pieces.num
     whole = encoder.encode(image.payload)
     num_whole = computed_pieces.num - before
@@ -236,7 +246,12 @@ def test_a_strip_that_the_processor_refuses_is_a_client_s_mistake(folder_of: Cal
         processor.process([Image(picture(4000, 3), b"d" * 32, "image_url")])
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "llava", "qwen2_vl", "llama4", "idefics2_split", "qwen4_exp"])
+# A native text with one axis and with several, a module, and a module that runs one sequence at a time.
+@pytest.mark.parametrize(
+    "name",
+    ["smolvlm", "qwen2_vl", "llama4", "qwen4_exp"]
+    + [pytest.param(name, marks=pytest.mark.models) for name in ("llava", "idefics2_split")],
+)
 async def test_a_client_gets_what_transformers_would_answer(
     name: str, folder_of: Callable[[str], Path]
 ) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgi_asgi.models.generic.discover import arguments
 from tgi_asgi.models.generic.modules import Head
+from tgi_asgi.models.generic.zeros import arguments
 
 
 class Caller:

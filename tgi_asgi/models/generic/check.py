@@ -20,9 +20,10 @@ from torch import Tensor
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.caller import of_vocabulary
-from tgi_asgi.models.generic.discover import arguments, implementation
+from tgi_asgi.models.generic.discover import implementation
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.generic.steps import BLOCK, flat_rows, make_pool
+from tgi_asgi.models.generic.zeros import arguments
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,10 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Model, record
 from tgi_asgi.models.generic.canonical_weights import CanonicalWeights
-from tgi_asgi.models.generic.discover import AttentionLayer, arguments
+from tgi_asgi.models.generic.discover import AttentionLayer
 from tgi_asgi.models.generic.probes import activation_of, eps_of, norm_offset
 from tgi_asgi.models.generic.weights import owner_of
+from tgi_asgi.models.generic.zeros import arguments
 from tgi_asgi.models.layer_spec import LayerSpec, RopeScaling, RopeSpec
 from tgi_asgi.models.loading import NamedWeights
 from tgi_asgi.ops.tensors import plain_tensor

@@ -1,8 +1,8 @@
-"""Properties of each attention layer of a module, found by running it once without weights.
+"""Properties of each attention layer of a module, found by running it once on zeros instead of weights.
 
-The module runs on the meta device with an attention function that records its calls, and a mask function that
-reads the rule from the mask's predicate. A layer is identified by the order of calls: one module may be
-called for several layers, and `layer_idx` is not always present.
+The module runs with an attention function that records its calls, and a mask function that reads the rule
+from the mask's predicate. A layer is identified by the order of calls: one module may be called for several
+layers, and `layer_idx` is not always present.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.rules import LONGEST, Rule, UnknownRule, decode_rule, rule_of
+from tgi_asgi.models.generic.zeros import NotProbed, run_on_zeros
 
 PROBE = "tgi_probe"
 PROBE_TOKENS = 3
@@ -74,17 +75,13 @@ def run_with_cache(model: Any, name: str, make: Callable[[], Any], num_tokens: i
     Raises:
         NotProbed: if it does not run without weights.
     """
-    cause: NotProbed | None = None
     with installed(_NoProbe()), implementation(model, PROBE, PROBE), torch.no_grad():
-        for run in (run_on_meta, run_on_zeros):
-            cache = make()
-            try:
-                found = run(model, num_tokens, **{name: cache, "use_cache": True})
-            except NotProbed as error:
-                cause = error
-            else:
-                return getattr(found, name, None) if cache is None else cache
-    raise NotProbed(f"{type(model).__name__} does not run without weights: {cause}")
+        cache = make()
+        try:
+            found = run_on_zeros(model, num_tokens, **{name: cache, "use_cache": True})
+        except NotProbed as error:
+            raise NotProbed(f"{type(model).__name__} does not run without weights: {error}") from None
+        return getattr(found, name, None) if cache is None else cache
 
 
 class Probe(Protocol):
@@ -97,9 +94,6 @@ class Probe(Protocol):
 
     def mask(self, *, q_length: int, kv_length: int, mask_function: Any) -> Tensor:
         """Return a mask filled with a number that stands for its function."""
-
-    def forget(self) -> None:
-        """Discard all records."""
 
 
 @contextlib.contextmanager
@@ -122,95 +116,16 @@ def installed(probe: Probe) -> Iterator[None]:
 
 
 def run_probe(model: Any, probe: Probe) -> None:
-    """Run a module with an installed probe: on the meta device, or on zeros if its code needs values.
+    """Run a module with an installed probe.
 
     Raises:
         ModelLoadError: if it does not run without weights.
     """
     with implementation(model, PROBE, PROBE), torch.no_grad():
         try:
-            run_on_meta(model)
-        except NotProbed:
-            probe.forget()
-            try:
-                run_on_zeros(model)
-            except NotProbed as error:
-                raise ModelLoadError(
-                    f"{type(model).__name__} does not run without weights: {error}"
-                ) from None
-
-
-class NotProbed(Exception):
-    """Raised when a module cannot run without weights."""
-
-
-def run_on_meta(model: nn.Module, num_tokens: int = PROBE_TOKENS, **more: Any) -> Any:
-    """Call a module on a few tokens of the meta device, with `more` arguments; return its output.
-
-    Raises:
-        NotProbed: if the module raises.
-    """
-    buffers = [(owner, name, value) for owner in model.modules() for name, value in owner._buffers.items()]
-    try:
-        for owner, name, value in buffers:
-            owner._buffers[name] = None if value is None else value.to("meta")
-        return _run_on(torch.device("meta"), model, num_tokens, more)
-    finally:
-        for owner, name, value in buffers:
-            owner._buffers[name] = value
-
-
-def run_on_zeros(model: nn.Module, num_tokens: int = PROBE_TOKENS, **more: Any) -> Any:
-    """Call a module on a few tokens, with `more` arguments; each parameter is a single zero, expanded.
-
-    For code that needs tensor values, such as which experts are chosen. Slower, because products copy their
-    matrices.
-
-    Raises:
-        NotProbed: if the module raises.
-    """
-    parameters = [
-        (owner, name, value) for owner in model.modules() for name, value in owner._parameters.items()
-    ]
-    zero = torch.zeros(1)
-    try:
-        for owner, name, value in parameters:
-            if value is not None:
-                owner._parameters[name] = nn.Parameter(zero.expand(value.shape), requires_grad=False)
-        return _run_on(torch.device("cpu"), model, num_tokens, more)
-    finally:
-        for owner, name, value in parameters:
-            owner._parameters[name] = value
-
-
-def _run_on(device: torch.device, model: nn.Module, num_tokens: int, more: Mapping[str, Any]) -> Any:
-    ids = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
-    positions = torch.arange(num_tokens, device=device)[None]
-    given = {"input_ids": ids, "position_ids": positions, "use_cache": False, **more}
-    try:
-        with _unchanged(model):
-            return model(**arguments(model, **given))
-    except Exception as error:
-        raise NotProbed(f"{type(error).__name__}: {error}") from error
-
-
-@contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore modules' attributes afterwards: RWKV notes there that it has rescaled its weights."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, values in before:
-            vars(module).clear()
-            vars(module).update(values)
-
-
-def arguments(model: nn.Module, **given: Any) -> dict[str, Any]:
-    """Return the arguments that a module's `forward` accepts, or may pass on to its decoder."""
-    parameters = inspect.signature(model.forward).parameters
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    return {name: value for name, value in given.items() if takes_any or name in parameters}
+            run_on_zeros(model, PROBE_TOKENS)
+        except NotProbed as error:
+            raise ModelLoadError(f"{type(model).__name__} does not run without weights: {error}") from None
 
 
 def require_positions(model: Any) -> None:
@@ -246,10 +161,6 @@ class _Probe:
         self.problems: list[str] = []
         self.has_slopes = False  # linear biases: positions have no other effect
         self._length = length
-
-    def forget(self) -> None:
-        """Discard all records."""
-        self.layers, self.problems, self.has_slopes = [], [], False
 
     def mask(self, *, q_length: int, kv_length: int, mask_function: Any, **_: Any) -> Tensor:
         """Return a mask filled with the number of its rule."""
@@ -292,16 +203,11 @@ class _Probe:
 
 
 class _NoProbe:
-    """Records nothing, so that masks may be on the meta device: an index adds them to scores there."""
+    """Records nothing."""
 
-    def forget(self) -> None:
-        """Do nothing: there are no records."""
-
-    def mask(
-        self, *, q_length: int, kv_length: int, mask_function: Any, device: Any = None, **_: Any
-    ) -> Tensor:
+    def mask(self, *, q_length: int, kv_length: int, mask_function: Any, **_: Any) -> Tensor:
         """Return a mask that hides nothing."""
-        return torch.zeros(1, 1, q_length, kv_length, device=device)
+        return torch.zeros(1, 1, q_length, kv_length)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any

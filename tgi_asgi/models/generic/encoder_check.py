@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.discover import arguments, implementation
+from tgi_asgi.models.generic.discover import implementation
 from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.encoder_program import Prompt
+from tgi_asgi.models.generic.zeros import arguments
 from tgi_asgi.ops.arrays import Floats
 
 _LENGTHS = (27, 14)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.models.generic.caller import decoders_of
-from tgi_asgi.models.generic.discover import PROBE_TOKENS, NotProbed, run_with_cache
+from tgi_asgi.models.generic.discover import PROBE_TOKENS, run_with_cache
 from tgi_asgi.models.generic.source_code import class_source
 from tgi_asgi.models.generic.states import FLOAT_BYTES, KEPT, copy_cache, empty_cache, tensors_of
+from tgi_asgi.models.generic.zeros import NotProbed
 
 _LISTS = ("state", "mems")  # of tensors: RWKV's, XLNet's
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", *_LISTS)  # the first since transformers 5.24

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.discover import NotProbed, run_with_cache
+from tgi_asgi.models.generic.discover import run_with_cache
+from tgi_asgi.models.generic.zeros import NotProbed
 
 KEPT = 2  # states per slot, see `SlotStates`
 FLOAT_BYTES = 4

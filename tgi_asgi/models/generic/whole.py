@@ -79,10 +79,6 @@ class _Probe:
         self._length = length
         self._reaches: list[Reach | None] = []
 
-    def forget(self) -> None:
-        """Discard all records."""
-        self.layers, self.problems, self._reaches = [], [], []
-
     def mask(self, *, q_length: int, kv_length: int, mask_function: Any, **_: Any) -> Tensor:
         """Return a mask filled with the number of its reach."""
         self._reaches.append(reach_of(mask_function, self._length))

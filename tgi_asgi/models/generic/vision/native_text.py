@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tgi_asgi.errors import NotInFamily
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.generic.caller import decoders_of
-from tgi_asgi.models.generic.discover import arguments
 from tgi_asgi.models.generic.vision.text import (
     DecoderOutput,
     Lookahead,
@@ -29,6 +28,7 @@ from tgi_asgi.models.generic.vision.text import (
     has_token_rows,
     takes_token_ids,
 )
+from tgi_asgi.models.generic.zeros import arguments
 from tgi_asgi.models.layer_spec import ImageSpec
 from tgi_asgi.ops.arrays import Floats
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.caller import decoders_of
-from tgi_asgi.models.generic.discover import arguments
+from tgi_asgi.models.generic.zeros import arguments
 
 
 class Lookahead(enum.Enum):
