@@ -15,6 +15,7 @@ import torch
 from tests.support.checkpoints import make_model, our_logits, save, save_gguf, save_tokenizer
 from tests.support.load_memory import measure
 from tests.support.runner_driver import Job, generate
+from tests.support.scale import Scale
 from tests.support.sparse_files import HOLE_BYTES, sparse_checkpoint, sparse_gguf, stretch
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
@@ -33,12 +34,12 @@ IDS = [(7 * index + 3) % 160 for index in range(50)]
 WIDE: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
-    "vocab_size": 32768,
-    "num_hidden_layers": 6,
+    "vocab_size": 16384,
+    "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
 }
-WIDE_BYTES = 2 * (2 * 32768 * 1024 + 6 * (3 * 4096 * 1024 + 4 * 1024 * 1024))  # of matrices: 320 MiB
+WIDE_BYTES = 2 * (2 * 16384 * 1024 + 3 * (3 * 4096 * 1024 + 4 * 1024 * 1024))  # of matrices: 160 MiB
 BEYOND: dict[str, Any] = {  # Llama 2 with 7 billion parameters
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -48,7 +49,7 @@ BEYOND: dict[str, Any] = {  # Llama 2 with 7 billion parameters
     "num_key_value_heads": 32,
 }
 
-PROMPT_LENGTH, NUM_COMPARED, CHUNK = 8192, 64, 1000
+NUM_COMPARED, CHUNK = 64, 1000
 EXACT = 1e-3  # of a log-probability
 LLAMA3 = {
     "rope_type": "llama3",
@@ -136,7 +137,7 @@ def largest_difference(files: ModelFiles, ids: list[int], expected: torch.Tensor
         thread_nice=0,
         max_batch_size=NUM_COMPARED,  # logits are computed for this many rows at a time
         max_batch_prefill_tokens=CHUNK,
-        max_batch_total_tokens=PROMPT_LENGTH,
+        max_batch_total_tokens=len(ids),
     )
     job = Job(ids, 0, SamplingParams(temperature=0.0), wants_prompt_logprobs=5)
     runner = load_module.load(settings, files, lambda stage, done, total: None).runner
@@ -144,7 +145,7 @@ def largest_difference(files: ModelFiles, ids: list[int], expected: torch.Tensor
         asyncio.run(generate(runner, [job], chunk=CHUNK))
     finally:
         runner.close()
-    assert len(job.prompt_logprobs) == PROMPT_LENGTH
+    assert len(job.prompt_logprobs) == len(ids)
     apart = [
         abs(logprob - float(truth[token_id]))
         for token, (own, top), truth in zip(
@@ -160,20 +161,22 @@ def largest_difference(files: ModelFiles, ids: list[int], expected: torch.Tensor
 @pytest.mark.parametrize(
     ("kind", "rope"), [("Llama", LLAMA3), ("Phi3", LONGROPE)], ids=["llama3", "longrope"]
 )
-def test_a_prompt_of_8192_tokens_is_that_of_transformers(
-    tmp_path: Path, kind: str, rope: dict[str, Any]
+def test_a_prompt_of_thousands_of_tokens_is_that_of_transformers(
+    tmp_path: Path, kind: str, rope: dict[str, Any], scale: Scale
 ) -> None:
+    """Use more than one chunk, and at least three times the context before scaling."""
+    length = scale(3072, 8192)
     model = make_model(
         kind,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=PROMPT_LENGTH,
+        max_position_embeddings=8192,
         rope_parameters=rope,
         **({"original_max_position_embeddings": 1024, "pad_token_id": None} if kind == "Phi3" else {}),
     )
-    model.config._attn_implementation = "sdpa"  # it needs no [8192, 8192] scores
-    ids = torch.randint(160, (PROMPT_LENGTH,), generator=torch.Generator().manual_seed(1)).tolist()
+    model.config._attn_implementation = "sdpa"  # it needs no [length, length] scores
+    ids = torch.randint(160, (length,), generator=torch.Generator().manual_seed(1)).tolist()
     files = save(model, tmp_path / "model")
     save_tokenizer(files.path)
     expected = logprobs_of_transformers(model, ids)

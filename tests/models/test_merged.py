@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -34,11 +35,19 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 MadeOnce = Callable[[str], Path]
+further = functools.partial(pytest.param, marks=pytest.mark.models)  # of what a case without it proves
+IDS = [architectures.random_ids(length, seed) for seed, length in enumerate(LENGTHS)]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
     return architectures.made_once(tmp_path_factory.mktemp("architectures"), architectures.make)
+
+
+@pytest.fixture(scope="module")
+def logits_of_base() -> Callable[[Path], np.ndarray]:
+    """Return a function that gives a checkpoint's logits without an adapter, computed once."""
+    return functools.cache(lambda base: peft_logits(base, None, IDS[0])[0])
 
 
 def find(adapter: Path) -> ModelFiles:
@@ -72,17 +81,19 @@ def save_base(folder: Path, **changes: Any) -> Path:
         ("llama", "transformers", {"target_modules": ["q_proj", "lm_head"]}),
         ("gemma", "native", {"target_modules": ["q_proj", "lm_head"]}),  # whose head is the embedding
         ("gemma", "native", {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]}),
-        ("gemma", "transformers", {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]}),
+        further("gemma", "transformers", {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]}),
         ("gemma", "native", {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}),
         ("mamba", "transformers", {"target_modules": ["x_proj"], "modules_to_save": ["embeddings"]}),
         ("qwen2", "native", {"target_modules": "all-linear", "alpha_pattern": {"o_proj": 3}}),
         ("gpt2", "native", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
-        ("gpt2", "transformers", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+        further(
+            "gpt2", "transformers", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
+        ),
         ("gemma2", "transformers", {"target_modules": [*ATTENTION, *MLP], "use_dora": True}),
-        ("olmoe", "transformers", {"target_modules": ATTENTION}),
+        further("olmoe", "transformers", {"target_modules": ATTENTION}),
         ("hy_v3", "transformers", {"target_modules": ["o_proj", "down_proj"]}),  # renamed by transformers
-        ("kimi_linear", "transformers", {"target_modules": MLP, "use_dora": True}),
-        ("nemotron_h", "transformers", {"target_modules": ["in_proj", "o_proj", "down_proj"]}),
+        further("kimi_linear", "transformers", {"target_modules": MLP, "use_dora": True}),
+        further("nemotron_h", "transformers", {"target_modules": ["in_proj", "o_proj", "down_proj"]}),
         ("llama", "native", {"target_modules": ["q_proj", "embed_tokens"]}),
         ("gemma", "native", {"target_modules": ["embed_tokens"]}),  # whose head stays as it was
         ("gpt2", "transformers", {"target_modules": ["wte", "c_attn"]}),
@@ -93,26 +104,25 @@ def save_base(folder: Path, **changes: Any) -> Path:
         ("gpt2", "native", {"bias": "all", "target_modules": ["c_attn"], "fan_in_fan_out": True}),
         ("nemotron", "native", {"bias": "all", "modules_to_save": ["input_layernorm"]}),  # one bias thrice
         ("qwen3_moe", "native", {"target_modules": "all-linear"}),  # experts and router, too
-        ("mixtral", "native", {"target_modules": "all-linear", "use_rslora": True}),
-        ("dots1", "transformers", {"target_modules": ["o_proj", *MLP]}),  # beside dense layers
+        further("mixtral", "native", {"target_modules": "all-linear", "use_rslora": True}),
+        further("dots1", "transformers", {"target_modules": ["o_proj", *MLP]}),  # beside dense layers
         ("gpt_oss", "native", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
         ("granitemoe", "transformers", {"target_modules": [], "target_parameters": EXPERTS}),
         ("gpt_oss", "native", {"target_parameters": EXPERTS[1:], "rank_pattern": {"down_proj": 3}}),
     ],
 )
 def test_the_logits_are_those_of_peft(
-    model_type: str, implementation: str, changes: dict[str, Any], tmp_path: Path, checkpoint: MadeOnce
-) -> None:
+    model_type: str, implementation: str, changes: dict[str, Any], tmp_path: Path, checkpoint: MadeOnce,
+    logits_of_base: Callable[[Path], np.ndarray],
+) -> None:  # fmt: skip
     base = checkpoint(model_type)
     adapter = make_adapter(base, tmp_path / "adapter", seed=1, is_rounded=False, **changes)
-    ids = [architectures.random_ids(length, seed) for seed, length in enumerate(LENGTHS)]
-    expected = peft_logits(base, adapter, *ids)
-    [without] = peft_logits(base, None, ids[0])
+    expected, without = peft_logits(base, adapter, *IDS), logits_of_base(base)
     assert np.abs(expected[0] - without).max() > MIN_EFFECT * np.abs(without).max()
     with OpenModel(find(adapter), model_impl=implementation) as opened:
         assert opened.is_generic is (implementation == "transformers")
         model: Any = opened.load(ops.Packing(is_exact=True), 256)
-    assert run_steps(model, ids, expected) <= EXACT
+    assert run_steps(model, IDS, expected) <= EXACT
 
 
 @pytest.mark.parametrize("is_copy", [True, False])
@@ -133,8 +143,20 @@ def test_a_stored_head_has_the_rows_of_the_embedding_that_it_is_tied_to(
     assert run_steps(model, ids, expected, [[(0, 0, 6)]]) <= EXACT
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"trainable_token_indices": [3, 90, 4]}])
+@pytest.mark.parametrize(
+    ("dtype", "changes"),
+    [
+        (torch.bfloat16, {}),
+        (torch.float16, {"use_dora": True}),
+        (torch.float32, {"trainable_token_indices": [3, 90, 4]}),
+        (torch.bfloat16, {"trainable_token_indices": [3, 90, 4]}),
+        further(torch.float16, {}),
+        further(torch.float32, {}),
+        further(torch.bfloat16, {"use_dora": True}),
+        further(torch.float32, {"use_dora": True}),
+        further(torch.float16, {"trainable_token_indices": [3, 90, 4]}),
+    ],
+)
 def test_any_part_of_a_merged_matrix_is_what_peft_saves(
     dtype: torch.dtype, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

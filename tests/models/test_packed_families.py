@@ -10,6 +10,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,17 +63,32 @@ def write_both(
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("recipe", CONFIGS)
-@pytest.mark.parametrize(
-    "name", ["granite_hybrid-dense", "granite_hybrid", "granitemoeshared", "qwen3_next", "gpt2"]
-)
+def families_and_recipes() -> list[Any]:
+    """Return the pairs; `make test` has both recipes, and each family once."""
+    names = ["granite_hybrid-dense", "granite_hybrid", "granitemoeshared", "qwen3_next", "gpt2"]
+    return [
+        pytest.param(name, recipe, marks=() if (at + turn) % 2 == 0 else pytest.mark.models)
+        for at, name in enumerate(names)
+        for turn, recipe in enumerate(CONFIGS)
+    ]
+
+
+@pytest.mark.parametrize(("name", "recipe"), families_and_recipes())
 def test_packed_matrices_are_found(name: str, recipe: str, tmp_path: Path) -> None:
     (case,) = (case for case in CASES if case.name == name)
     both = write_both(checkpoint(case).path, recipe, tmp_path, is_turned=name == "gpt2")
     check_same(case, both, reference(case))
 
 
-@pytest.mark.parametrize("name", ["internlm2-biases", "chatglm", "qwen", "deepseek-renormalised"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "internlm2-biases",
+        "chatglm",
+        "deepseek-renormalised",
+        pytest.param("qwen", marks=pytest.mark.models),
+    ],
+)
 def test_packed_matrices_of_models_with_code_of_their_own_are_found(name: str, tmp_path: Path) -> None:
     (case,) = (case for case in LIKE_LLAMA if case.name == name)
     found = make(replace(case, same=replace(case.same, gguf=())), tmp_path)

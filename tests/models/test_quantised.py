@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +52,33 @@ def load(files: ModelFiles, quantise: str | None = None, *, is_exact: bool = Fal
     return model
 
 
-@pytest.mark.parametrize(("recipe", "options", "format"), RECIPES)
-def test_logits_equal_transformers(
-    tmp_path: Path, recipe: str, options: dict[str, Any], format: str | None
-) -> None:
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint and what `transformers` makes of its decoded weights."""
+
+    files: ModelFiles
+    reference: torch.Tensor
+    recipe: str
+    format: str | None  # that holds the codes as they are, if there is one
+
+
+@pytest.fixture(scope="module", params=[pytest.param(each.values, id=each.id) for each in RECIPES])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    recipe, options, format = request.param
     model = make_model(**SHAPE)
-    files = save_quantised(model, tmp_path, recipe, **options)
+    files = save_quantised(model, tmp_path_factory.mktemp(recipe), recipe, **options)
     is_rounded = format is None and recipe == "gptq"  # to float16, as AutoGPTQ computes
     if is_rounded:
         for name, parameter in model.named_parameters():
             if ".layers." in name and parameter.dim() == 2:
                 parameter.data = parameter.data.half().float()
-    reference = reference_logits(model, IDS)
+    return Saved(files, reference_logits(model, IDS), recipe, format)
+
+
+def test_logits_equal_transformers(saved: Saved) -> None:
+    reference = saved.reference
     assert float(reference.std()) > 0.5, "flat logits prove nothing"
-    ours = our_logits(files, IDS)
+    ours = our_logits(saved.files, IDS)
     assert torch.isfinite(ours).all()
     assert float((ours - reference).abs().max()) < TOLERANCE
 
@@ -85,14 +99,9 @@ def test_older_checkpoints_say_in_a_file_beside_how_they_are_quantised(
     assert float((our_logits(files, IDS) - reference_logits(model, IDS)).abs().max()) < TOLERANCE
 
 
-@pytest.mark.parametrize(("recipe", "options", "format"), RECIPES)
-def test_codes_stay_codes_where_a_format_holds_them(
-    tmp_path: Path, recipe: str, options: dict[str, Any], format: str | None
-) -> None:
-    files = save_quantised(make_model(**SHAPE), tmp_path, recipe, **options)
-    model = load(files)
-    (part,) = model.layers[0].up.made.parts
-    expected = format or ("F16" if recipe == "gptq" else "BF16")
+def test_codes_stay_codes_where_a_format_holds_them(saved: Saved) -> None:
+    (part,) = load(saved.files).layers[0].up.made.parts
+    expected = saved.format or ("F16" if saved.recipe == "gptq" else "BF16")
     precision = {"F16": "float32", "BF16": "bfloat16"}.get(expected, "int8")
     assert (part.matrix.format, part.precision) == (expected, precision)
 

@@ -73,7 +73,17 @@ def quantised(tensors: Tensors) -> tuple[Tensors, Tensors]:
     return packed, decoded
 
 
-@pytest.mark.parametrize("name", ["mixtral", "phimoe", "granitemoe", "granitemoeshared", "gpt_oss", "phi3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral",
+        "granitemoe",
+        "gpt_oss",
+        "phi3",
+        pytest.param("phimoe", marks=pytest.mark.models),  # named like mixtral's
+        pytest.param("granitemoeshared", marks=pytest.mark.models),
+    ],
+)
 def test_what_was_taken_apart_is_what_is_in_the_publisher_s_file(name: str, tmp_path: Path) -> None:
     (case,) = (case for case in CASES if case.name == name)
     source, expected = checkpoint(case).path, reference(case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,21 +43,20 @@ def seen(a: Tensor, precision: str, seed: int, group: int = 32) -> Tensor:
 
 @pytest.mark.parametrize("packing", [EXACT, FAST], ids=["exact", "fast"])
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 128), (8, 64)])
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("threads", [1, 3])
 def test_products_equal_those_of_the_plain_matrix(
-    kernel_set: str, packing: ops.Packing, bits: int, group: int, tokens: int, threads: int
+    kernel_set: str, packing: ops.Packing, bits: int, group: int
 ) -> None:
-    _C.set_num_threads(threads)
     matrix, bias = matrix_of(100, 384, 5, bits=bits, group=group), torch.randn(100)
     weight = ops.linear_weight(ordered_source(matrix, bits=bits), packing, bias=from_tensor(bias))
     assert weight.made.matrix.format == (f"INT4_{group}" if bits == 4 else "Q8_0")
-    a, x = torch.randn(tokens, 384), torch.randn(tokens, 100)
-    expected = linear(seen(a, weight.made.precision, 5, group), matrix.weights(), bias)
-    assert_close(eager_ops.linear(a, weight), expected, length=384)
-    assert_close(eager_ops.linear_add(a, weight, x, -0.4), x.double() - 0.4 * expected, length=385)
-    assert_close(eager_ops.up(a, weight, "gelu"), activate(expected, "gelu"), length=4 * 384)
-    assert_close(direct.linear(weight, a), expected, length=384)
+    for tokens, threads in itertools.product(TOKENS, (1, 3)):
+        _C.set_num_threads(threads)
+        a, x = torch.randn(tokens, 384), torch.randn(tokens, 100)
+        expected = linear(seen(a, weight.made.precision, 5, group), matrix.weights(), bias)
+        assert_close(eager_ops.linear(a, weight), expected, length=384)
+        assert_close(eager_ops.linear_add(a, weight, x, -0.4), x.double() - 0.4 * expected, length=385)
+        assert_close(eager_ops.up(a, weight, "gelu"), activate(expected, "gelu"), length=4 * 384)
+        assert_close(direct.linear(weight, a), expected, length=384)
 
 
 @pytest.mark.parametrize("packing", [EXACT, FAST], ids=["exact", "fast"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,12 +205,12 @@ def test_experts_of_any_size_equal_the_reference(
     assert_close(run(a, logits, spec, layer, is_added=False)[1], expected, length=length)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 29])
 @pytest.mark.parametrize("format", [*QUANTISED, "F16", "BF16"])
-def test_experts_in_every_format(kernel_set: str, format: str, tokens: int) -> None:
+def test_experts_in_every_format(kernel_set: str, format: str) -> None:
     columns = size = ops.FORMATS[format].block_columns if ops.FORMATS[format].block_columns > 32 else 96
     layer = make_layer(6, columns, size, FAST, [format] * 3)
-    check_fast(layer, tokens, columns)
+    for tokens in (1, 2, 29):
+        check_fast(layer, tokens, columns)
 
 
 def check_fast(layer: Layer, tokens: int, columns: int) -> None:
@@ -279,9 +280,8 @@ LAYERS: dict[str, tuple[ops.Packing, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_token_has_the_same_bits_in_any_step_and_team(kernel_set: str, name: str, threads: int) -> None:
+def test_a_token_has_the_same_bits_in_any_step_and_team(kernel_set: str, name: str) -> None:
     packing, formats = LAYERS[name]
     layer, spec = make_layer(12, 64, 96, packing, formats, has_biases=True), RouteSpec(12, 3)
     a, x, logits = torch.randn(40, 64), torch.randn(40, 64), torch.randn(40, 12)
@@ -292,22 +292,21 @@ def test_a_token_has_the_same_bits_in_any_step_and_team(kernel_set: str, name: s
         for num_sampled in (1, 0)
     )
     assert "by kind" in name or torch.equal(sampled, of_prompts)
-    _C.set_num_threads(threads)
-    for size, num_sampled in ((2, 2), (2, 1), (2, 0), (7, 3), (40, 40), (40, 0), (40, 17)):
+    steps = ((2, 2), (2, 1), (2, 0), (7, 3), (40, 40), (40, 0), (40, 17))
+    for threads, (size, num_sampled) in itertools.product((1, 3), steps):
+        _C.set_num_threads(threads)
         found = run(a[:size], logits[:size], spec, layer, x[:size], num_sampled)[1]
         assert_same_bits(found, torch.cat([sampled[:num_sampled], of_prompts[num_sampled:size]]))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_sum_of_experts_has_the_bits_that_are_added_to_zero(
-    kernel_set: str, name: str, threads: int
-) -> None:
+def test_a_sum_of_experts_has_the_bits_that_are_added_to_zero(kernel_set: str, name: str) -> None:
     packing, formats = LAYERS[name]
     layer, spec = make_layer(12, 64, 96, packing, formats, has_biases=True), RouteSpec(12, 3)
     a, logits = torch.randn(40, 64), torch.randn(40, 12)
-    _C.set_num_threads(threads)
-    for size, num_sampled in ((0, 0), (1, 1), (1, 0), (2, 1), (7, 3), (40, 17)):
+    steps = ((0, 0), (1, 1), (1, 0), (2, 1), (7, 3), (40, 17))
+    for threads, (size, num_sampled) in itertools.product((1, 3), steps):
+        _C.set_num_threads(threads)
         operands = (a[:size], logits[:size], spec, layer, None, num_sampled)
         assert_same_bits(run(*operands, is_added=False)[1], run(*operands)[1])
 

@@ -104,7 +104,7 @@ SHAPES = {
     "a few": {"heads": 5, "rank": 96, "rotary_dim": 64, "first_column": 24},
     "DeepSeek's": {"heads": 16, "rank": 512, "rotary_dim": 64},
     "more than a tile": {"heads": 21, "rank": 32, "rotary_dim": 32},
-    "MiniCPM's": {"heads": 40, "rank": 256, "rotary_dim": 32, "block_size": 32},
+    "MiniCPM's, of fewer heads": {"heads": 20, "rank": 256, "rotary_dim": 32, "block_size": 32},
 }
 
 

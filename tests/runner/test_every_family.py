@@ -45,6 +45,7 @@ ALIASES = {
 }
 MORE_CASES = {"gemma4-shared"}  # layers without keys of their own
 USUAL = {"LlamaForCausalLM", "BloomForCausalLM", "StableLmForCausalLM", "Lfm2ForCausalLM"}
+USUAL_IN_FLOAT32 = {"BloomForCausalLM", "Lfm2ForCausalLM"}
 
 # Layers that overwrite their state of a sequence.
 RECURRENT = {
@@ -123,8 +124,17 @@ def requests_of(case: FamilyCase, adapters: list[Adapter | None]) -> list[Genera
     return made
 
 
-@pytest.mark.parametrize("dtype", ["float32", "auto"])
-@pytest.mark.parametrize("case", one_case_each())
+def in_both_arithmetics() -> list[Any]:
+    """Return the cases in both, of which the default one is usual, and float32 for two models."""
+    found = []
+    for case, dtype in itertools.product(one_case_each(), ["auto", "float32"]):
+        is_usual = dtype == "auto" or case.values[0].served_as in USUAL_IN_FLOAT32
+        marks = case.marks if is_usual else [pytest.mark.models]
+        found.append(pytest.param(*case.values, dtype, id=f"{case.id}-{dtype}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("case", "dtype"), in_both_arithmetics())
 async def test_an_answer_is_that_of_the_lone_request(case: FamilyCase, dtype: str, tmp_path: Path) -> None:
     files = checkpoint(case)
     settings: dict[str, Any] = {"dtype": dtype, "max_total_tokens": 160}

@@ -317,15 +317,17 @@ def test_a_context_split_over_threads_changes_no_bit(context: int, kv_dtype: ops
 
 @pytest.mark.usefixtures("num_threads")
 @pytest.mark.parametrize("config", [CONFIG, ODD], ids=["plain", "odd"])
-@pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(
-    "rows",
+    ("rows", "threads"),
     [
-        pytest.param([0, 1, 2], id="the first"),  # already in place
-        pytest.param([0, 1, 44, 351], id="last tokens"),  # of each piece: 352 tokens in all
-        pytest.param([351], id="one"),
-        pytest.param([1, 44, 20, 351], id="not ascending"),
-        pytest.param([10, 20, 350], id="inside pieces"),
+        pytest.param([0, 1, 2], 2, id="the first"),  # already in place
+        pytest.param([0, 1, 44, 351], 1, id="last tokens"),  # of each piece: 352 tokens in all
+        pytest.param([0, 1, 44, 351], 5, id="last tokens, many threads"),
+        pytest.param([351], 1, id="one"),
+        pytest.param([351], 2, id="one, two threads"),
+        pytest.param([1, 44, 20, 351], 1, id="not ascending"),
+        pytest.param([1, 44, 20, 351], 5, id="not ascending, many threads"),
+        pytest.param([10, 20, 350], 2, id="inside pieces"),
     ],
 )
 def test_sampling_computes_of_its_rows_what_a_whole_step_does(

@@ -61,9 +61,18 @@ async def scored(files: ModelFiles, num_shard: int, num_tokens: int = 8, **chang
     return first
 
 
+@pytest.mark.thorough
 async def test_two_shards_of_the_demonstration_model_write_what_one_does(demo_files: ModelFiles) -> None:
     """Use a model whose 9 heads split into 6 and 3, and whose 3 KV heads split into 2 and 1."""
     compare(await scored(demo_files, 2), await scored(demo_files, 1))
+
+
+async def test_two_shards_of_unequal_sizes_write_what_one_does(tmp_path: Path) -> None:
+    """Use 9 heads and 3 KV heads, as the demonstration model has, and an MLP of 24 strips."""
+    shape = {"hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 384}
+    files = save(make_model(**shape), tmp_path)
+    save_tokenizer(tmp_path)
+    compare(await scored(files, 2), await scored(files, 1))
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,8 @@ def decoded_values(format: str, data: Bytes) -> Floats:
         scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
         signs = 2.0 * np.unpackbits(blocks[:, 2:], axis=1, bitorder="little") - 1
         return (scales * signs).astype(np.float32).reshape(len(data), -1)
-    values: Floats = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[format])
+    # As one row, because `gguf` takes rows in groups of sixteen, each of which costs as much as all.
+    values: Floats = gguf.quants.dequantize(data.reshape(1, -1), gguf.GGMLQuantizationType[format])
     return values.astype(np.float32).reshape(len(data), -1)
 
 
