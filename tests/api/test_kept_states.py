@@ -28,7 +28,13 @@ def cached(answer: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("speculate", "model_impl"), [(0, "native"), (4, "native"), (0, "transformers"), (4, "transformers")]
+    ("speculate", "model_impl"),
+    [
+        (0, "native"),
+        (4, "native"),
+        (0, "transformers"),
+        pytest.param(4, "transformers", marks=pytest.mark.models),
+    ],
 )
 async def test_the_second_turn_of_a_conversation_is_found_up_to_the_answers_end(
     speculate: int, model_impl: str

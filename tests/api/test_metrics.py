@@ -256,12 +256,17 @@ def families(text: bytes) -> dict[str, Metric]:
     return {family.name: family for family in found}
 
 
-@pytest.mark.parametrize("line", VLLM.strip().splitlines())
-def test_vllms_dashboards_find_their_series(line: str) -> None:
+@pytest.fixture(scope="module")
+def of_a_new_server() -> dict[str, Metric]:
     metrics = Metrics()
     metrics.model_loaded(toy_info())
+    return families(metrics.render())
+
+
+@pytest.mark.parametrize("line", VLLM.strip().splitlines())
+def test_vllms_dashboards_find_their_series(of_a_new_server: dict[str, Metric], line: str) -> None:
     name, kind, *labels = line.split()
-    family = families(metrics.render())[f"vllm:{name}"]
+    family = of_a_new_server[f"vllm:{name}"]
     assert family.type == kind
     suffix = {"gauge": "", "counter": "_total", "histogram": "_bucket"}[kind]
     shown = [sample.labels for sample in family.samples if sample.name == f"vllm:{name}{suffix}"]

@@ -9,9 +9,12 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
+import pytest_asyncio
 
 from tests.api.test_embeddings import TEXTS, Embedder
 from tests.support.pooling_server import PooledServer, pooled_server
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +22,7 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
     return Embedder(tmp_path_factory.mktemp("similarity"), "lasttoken", prompts={"query": "find-"})
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server(embedder: Embedder) -> AsyncIterator[PooledServer]:
     async with pooled_server(embedder.directory) as found:
         yield found

@@ -59,11 +59,16 @@ def _of_class(node: ast.ClassDef) -> inspect.Signature | None:
 
 
 @cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def _signatures() -> dict[str, list[inspect.Signature | None]]:
     """Return the signatures of all classes and module functions by name; two may have the same name."""
     found: dict[str, list[inspect.Signature | None]] = {}
     for path in FILES:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in _tree(path).body:
             if isinstance(node, ast.ClassDef):
                 found.setdefault(node.name, []).append(_of_class(node))
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -73,7 +78,7 @@ def _signatures() -> dict[str, list[inspect.Signature | None]]:
 
 def _calls(path: Path) -> Iterator[ast.Call]:
     """Yield the calls in the examples of a file's docstrings."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(_tree(path)):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         for example in _EXAMPLE.findall(f"{ast.get_docstring(node) or ''}\n"):

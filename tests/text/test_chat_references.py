@@ -234,10 +234,12 @@ def test_every_template_gives_the_prompt_or_the_refusal_that_it_gives_in_transfo
     monkeypatch.setattr(sandbox, "datetime", _Clock)
     messages, options = CONVERSATIONS[title]
     options = {"add_generation_prompt": True, **options}
+    as_text = with_text_arguments(messages)
+    forms = [messages] if as_text == messages else [messages, as_text]
     different = {}
     for name, source in sources.items():
         expected = reference_render(source, adapted_messages(messages, name, source), options)
-        for sent in (messages, with_text_arguments(messages)):
+        for sent in forms:
             got = native_render(templates[name], sent, options)
             if got != expected:
                 different[name] = (got, expected)

@@ -153,6 +153,16 @@ UNPARSABLE = {
     "tool_chat_template_llama4_pythonic": "no quotes are escaped within strings, and numbers are quoted",
     "tool_chat_template_toolace": "no quotes around strings",
 }
+# Nearly the same words, in the same order, as another template of the same format.
+REPEATED = {
+    "GLM-4.7-Flash", "GigaChat3-10B-A1.8B", "MiMo-VL", "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
+    "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "deepseek-ai-DeepSeek-V4-Flash-0731",
+    "ibm-granite-granite-4.1", "meta-llama-Llama-3.2-3B-Instruct", "meta-llama-Llama-3.3-70B-Instruct",
+    "poolside-Laguna-XS.2", "tool_chat_template_apertus", "tool_chat_template_deepseekv31",
+    "tool_chat_template_gemma4", "tool_chat_template_hermes", "tool_chat_template_llama3.2_json",
+    "tool_chat_template_mistral_parallel", "tool_chat_template_muse_glimmer",
+    "tool_chat_template_qwen3coder",
+}  # fmt: skip
 # Formats that none of these templates writes as `tool_writers` does, with the source of that form.
 FORMATS_FROM_DOCS = {
     "mistral": "calls in the history have ids, those in answers do not",
@@ -298,18 +308,24 @@ def calls_of(pieces: list[Piece]) -> list[tuple[str, Any]]:
     return result
 
 
+def as_parameter(name: str) -> Any:
+    """Return the parameter of a template; the repeated ones are left to `make test-models`."""
+    return pytest.param(name, marks=pytest.mark.models if name in REPEATED else ())
+
+
 def with_calls(source: str) -> list[Turn]:
     """Return the turns of a template that contain a call's name."""
     return [turn for turn in turns(source) if "weather" in turn.text]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [as_parameter(name) for name in MODELS])
 def test_the_table_knows_which_templates_render_no_call(name: str, sources: dict[str, str]) -> None:
     assert (not with_calls(sources[name])) == (name in RENDER_NO_CALL)
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, (form, _) in MODELS.items() if form is not None and name not in UNPARSABLE]
+    "name",
+    [as_parameter(name) for name, (form, _) in MODELS.items() if form is not None and name not in UNPARSABLE],
 )
 def test_a_turn_with_calls_is_read_as_it_was_rendered(name: str, sources: dict[str, str]) -> None:
     rendered = with_calls(sources[name])
@@ -343,7 +359,7 @@ def test_calls_are_written_as_the_formats_writers_write_them(sources: dict[str, 
 
     written = set()
     for name, (form, _) in MODELS.items():
-        for turn in turns(sources[name]) if form in FORMATS else ():
+        for turn in turns(sources[name]) if form in FORMATS and name not in REPEATED else ():
             if form is not None and bare(write(form, CALLS[: turn.num_calls])) in bare(turn.text):
                 written.add(form)
     assert FORMATS.keys() - written == FORMATS_FROM_DOCS.keys()

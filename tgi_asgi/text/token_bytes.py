@@ -114,5 +114,5 @@ def _fill_sentencepiece(
     table: list[bytes], pieces: Mapping[int, str], changes: Sequence[Callable[[str], str]]
 ) -> None:
     for token_id, text in pieces.items():
-        byte = _BYTE_PIECE.fullmatch(text)
+        byte = _BYTE_PIECE.fullmatch(text) if len(text) == 6 else None  # the length is faster to compare
         table[token_id] = bytes([int(byte[1], 16)]) if byte else _changed(text, changes)
