@@ -24,19 +24,23 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 ROOT = Path(__file__).parent.parent.parent
 KEPT_VARIABLES = frozenset({"PATH", "HOME", "LANG", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME", "LD_LIBRARY_PATH"})
-# What the commands import. The Hub's library is not among them: it reads variables when it is imported.
+# What the commands import. The Hub's library is not among them, only what it needs itself: it reads variables
+# when it is imported.
 _IMPORTED = (
     "hypercorn.asyncio", "tgi_asgi.app", "tgi_asgi.cli", "tgi_asgi.commands.benchmark",
     "tgi_asgi.commands.download_weights", "tgi_asgi.runner.load", "tgi_asgi.serve.server",
     "tests.support.fake_runner", "tests.support.scripted_engine", "tests.support.toy_tokenizer",
+    "filelock", "yaml",
 )  # fmt: skip
 _LONGEST_REQUEST = 1 << 20
+_LONGEST_RUN_S = 300
 
 
 class Process(Protocol):
@@ -105,6 +109,20 @@ def start_forked(
         files = [theirs.fileno(), stdin.fileno(), stdout.fileno(), stderr.fileno()]
         socket.send_fds(_parent(), [request], files)
     return ForkedProcess(command, ours)
+
+
+def run_forked(command: Sequence[str], **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, with the variables in `KEPT_VARIABLES` and those in `environ`."""
+    kept = {name: text for name, text in os.environ.items() if name in KEPT_VARIABLES}
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = start_forked(command, {**kept, **environ}, stdout=stdout, stderr=stderr)
+        try:
+            code = process.wait(_LONGEST_RUN_S)
+        finally:
+            process.kill()
+        stdout.seek(0)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(command, code, stdout.read(), stderr.read())
 
 
 @functools.cache
