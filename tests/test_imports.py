@@ -61,22 +61,29 @@ PURE = (
 
 
 @functools.cache
+def _import_nodes(path: Path) -> tuple[list[ast.Import | ast.ImportFrom], set[int]]:
+    """Return a file's imports, and the ids of those under `if TYPE_CHECKING`."""
+    found: list[ast.Import | ast.ImportFrom] = []
+    for_types: set[int] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found.append(node)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for_types.update(id(inner) for inner in ast.walk(node))
+    return found, for_types
+
+
+@functools.cache
 def _imports(path: Path) -> list[str]:
     """Return the modules that a file imports anywhere except under `if TYPE_CHECKING`."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
-    }
+    nodes, for_types = _import_nodes(path)
     found: list[str] = []
-    for node in ast.walk(tree):
-        if id(node) in skipped:
+    for node in nodes:
+        if id(node) in for_types:
             continue
         if isinstance(node, ast.Import):
             found += (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, f"{path}: a relative import"
             assert node.module is not None
             found.append(node.module)
@@ -132,10 +139,10 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         if path.name == "__init__.py":
             continue  # a package's file hands on the names of those in it, which its own files may use
         found = graph[name] = set[str]()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in _import_nodes(path)[0]:
             if isinstance(node, ast.Import):
                 found.update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
+            else:
                 found.add(str(node.module))
                 found.update(f"{node.module}.{alias.name}" for alias in node.names)
     graph = {name: found & graph.keys() for name, found in graph.items()}
@@ -179,11 +186,9 @@ def test_ray_stays_in_two_files_that_the_server_does_not_know() -> None:
             assert not any(name.startswith("tgi_asgi.cluster") for name in imported), path
 
 
-@pytest.mark.parametrize(
-    "module", ["tgi_asgi.app", "tgi_asgi.serve.server", "tgi_asgi.cli", "tgi_asgi.runner.load"]
-)
-def test_importing_the_server_loads_neither_torch_nor_pillow(module: str) -> None:
-    assert not _loaded_by(f"import {module}", {"torch", "transformers", "PIL"})
+def test_importing_the_server_loads_neither_torch_nor_pillow() -> None:
+    code = "import tgi_asgi.app, tgi_asgi.serve.server, tgi_asgi.cli, tgi_asgi.runner.load"
+    assert not _loaded_by(code, {"torch", "transformers", "PIL"})
 
 
 def test_native_families_load_no_torch() -> None:
