@@ -59,4 +59,10 @@ def test_every_nightly_part_is_a_target_and_every_nightly_marker_has_one() -> No
     assert markers is not None
     for marker in re.findall(r'"(\w+)"', markers[1]):
         recipes = [text.split(f"\n{part}:", 1)[1].split("\n\n")[0] for part in parts]
-        assert any(f"-m {marker} " in recipe or f"-m '{marker} or" in recipe for recipe in recipes), marker
+        commands = [re.search(rf"-m pytest (\S*) ?-m '?{marker} ", recipe) for recipe in recipes]
+        folders = [command[1] for command in commands if command]
+        assert len(folders) == 1, marker
+        for path in (ROOT / "tests").rglob("test_*.py"):
+            writes_tests = path.name == "test_pytest_plugins.py"  # its marks are in their sources
+            if not writes_tests and re.search(rf"mark\.{marker}\b", path.read_text("utf-8")):
+                assert path.is_relative_to(ROOT / folders[0]), f"no part runs {path}"

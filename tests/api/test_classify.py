@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytest_asyncio
 import torch
 import transformers
 
@@ -18,6 +19,7 @@ from tgi_asgi.text.tokenizer import Tokenizer
 
 LABELS = ["dull", "fine", "great"]
 TEXTS = ["a-good-one", "no", "what-is-it-" * 4]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, transfor
     return directory, save_encoder(directory, "Bert", "ForSequenceClassification", None, **names)
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server(classifier: tuple[Path, Any]) -> AsyncIterator[PooledServer]:
     async with pooled_server(classifier[0]) as found:
         yield found

@@ -13,6 +13,7 @@ import numpy as np
 import ollama
 import openai
 import pytest
+import pytest_asyncio
 import torch
 
 from tests.support.pooling_models import EOS, pooled, save_embedder, states
@@ -22,6 +23,9 @@ from tgi_asgi.engine.engine import Engine
 from tgi_asgi.text.tokenizer import Tokenizer
 
 TEXTS = ["short", "a-much-longer-text-" * 8, "another", "x"]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+# For what does not depend on how a text's tokens become a vector.
+ONE_EMBEDDER = pytest.mark.parametrize("embedder", ["lasttoken"], indirect=True)
 
 
 class Embedder:
@@ -47,7 +51,7 @@ def embedder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Embedder(directory, request.param, prompts={"query": "find-", "empty": ""})
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server(embedder: Embedder) -> AsyncIterator[PooledServer]:
     async with pooled_server(embedder.directory) as found:
         yield found
@@ -113,6 +117,7 @@ async def test_base64_is_little_endian_float32(embedder: Embedder, server: Poole
     np.testing.assert_allclose(found, embedder.expected("text"), atol=1e-4)
 
 
+@ONE_EMBEDDER
 @pytest.mark.parametrize("field", [{"embed_dtype": "float16"}, {"endianness": "big"}])
 async def test_numbers_of_another_form_are_refused(server: PooledServer, field: dict[str, str]) -> None:
     answer = await server.post("/v1/embeddings", input="text", encoding_format="base64", **field)
@@ -171,6 +176,7 @@ async def test_vectors_do_not_depend_on_what_runs_beside_them(embedder: Embedder
     np.testing.assert_allclose(entries[1]["embedding"], other.expected(TEXTS[1]), atol=1e-4)
 
 
+@ONE_EMBEDDER
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -225,6 +231,7 @@ async def test_prompts_with_other_salts_share_no_cached_prefix(
     assert hits[0] == hits[1] != hits[2]
 
 
+@ONE_EMBEDDER
 async def test_a_thousand_inputs_run_a_few_at_a_time(embedder: Embedder) -> None:
     async with pooled_server(embedder.directory, max_concurrent_requests=8) as server:
         answer = await server.post("/v1/embeddings", input=["a", "bc"] * 200, encoding_format="base64")
@@ -235,6 +242,7 @@ async def test_a_thousand_inputs_run_a_few_at_a_time(embedder: Embedder) -> None
         assert "tgi_request_success 1" in metrics
 
 
+@ONE_EMBEDDER
 async def test_a_full_server_says_so_at_once(embedder: Embedder) -> None:
     async with pooled_server(embedder.directory, max_concurrent_requests=4) as server:
         assert server.app.context.served is not None
@@ -246,6 +254,7 @@ async def test_a_full_server_says_so_at_once(embedder: Embedder) -> None:
         assert (await server.post("/v1/embeddings", input="a")).status_code == 200
 
 
+@ONE_EMBEDDER
 async def test_many_calls_with_many_inputs_share_the_room(embedder: Embedder) -> None:
     async with pooled_server(embedder.directory, max_concurrent_requests=8) as server:
         context = server.app.context
@@ -267,6 +276,7 @@ async def test_many_calls_with_many_inputs_share_the_room(embedder: Embedder) ->
         assert (await alone).status_code == 200
 
 
+@ONE_EMBEDDER
 async def test_a_call_with_much_text_needs_more_room(embedder: Embedder) -> None:
     async with pooled_server(embedder.directory, max_concurrent_requests=16) as server:
         assert server.app.context.served is not None
@@ -279,6 +289,7 @@ async def test_a_call_with_much_text_needs_more_room(embedder: Embedder) -> None
         assert (await server.post("/embed", inputs=many)).status_code == 200
 
 
+@ONE_EMBEDDER
 async def test_a_call_that_is_aborted_or_left_frees_its_room(embedder: Embedder) -> None:
     async with pooled_server(embedder.directory, max_concurrent_requests=8) as server:
         body, named = {"input": ["y" * 400] * 400}, {"x-request-id": "long"}
@@ -296,6 +307,7 @@ async def test_a_call_that_is_aborted_or_left_frees_its_room(embedder: Embedder)
         engine.acquire(8).release()
 
 
+@ONE_EMBEDDER
 async def test_an_accepted_call_is_finished_while_the_server_drains(embedder: Embedder) -> None:
     async with pooled_server(embedder.directory, max_concurrent_requests=8) as server:
         call = asyncio.create_task(server.post("/v1/embeddings", input=["y" * 40] * 400))
@@ -310,6 +322,7 @@ async def test_an_accepted_call_is_finished_while_the_server_drains(embedder: Em
         await draining
 
 
+@ONE_EMBEDDER
 async def test_keys_are_asked_for(embedder: Embedder) -> None:
     async with pooled_server(embedder.directory, api_key=("right",)) as server:
         for path in ("/v1/embeddings", "/embed", "/api/embed", "/rerank", "/score"):
@@ -320,6 +333,7 @@ async def test_keys_are_asked_for(embedder: Embedder) -> None:
         assert answer.status_code == 200
 
 
+@ONE_EMBEDDER
 async def test_a_model_that_embeds_does_not_generate(server: PooledServer) -> None:
     for path, body in (
         ("/v1/completions", {"prompt": "a"}),
@@ -366,6 +380,7 @@ async def test_tei_answers_a_plain_array(embedder: Embedder, server: PooledServe
     assert len((await server.post("/embed", inputs="one", dimensions=4)).json()[0]) == 4
 
 
+@ONE_EMBEDDER
 async def test_tei_s_statuses(server: PooledServer) -> None:
     long = "y" * 600
     for body, status in (
@@ -435,6 +450,7 @@ async def _embed_with(client: ollama.AsyncClient, embedder: Embedder) -> None:
     assert "embedding" in ((await client.show("tiny")).capabilities or ())
 
 
+@ONE_EMBEDDER
 @pytest.mark.parametrize(("path", "field"), [("/api/embed", "input"), ("/api/embeddings", "prompt")])
 async def test_ollamas_tag_is_no_other_model(server: PooledServer, path: str, field: str) -> None:
     assert server.app.context.served is not None
@@ -443,6 +459,7 @@ async def test_ollamas_tag_is_no_other_model(server: PooledServer, path: str, fi
     assert answer.status_code == 200 and "x-tgi-model" not in answer.headers
 
 
+@ONE_EMBEDDER
 async def test_the_paths_of_a_list_s_texts_have_their_index(server: PooledServer) -> None:
     long = "y" * 600
     one = await server.post("/api/embed", input=[long], truncate=False)

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 import torch
 
 from tests.support.pooling_models import edit, save_classifier, save_embedder
 from tests.support.pooling_server import PooledServer, pooled_server
-from tgi_asgi.api.vectors import probability
-from tgi_asgi.runner.load_pooling import RANKING
-from tgi_asgi.text.chat.template import ChatTemplate
+from tests.support.ranking import CARD, INSTRUCTION
 from tgi_asgi.text.tokenizer import Tokenizer
 
 QUERY, DOCUMENTS = "what-is-it", ["a-thing", "no-idea", "it-is-what-it-is" * 3]
-# The format from Qwen3-Reranker's model card.
-CARD = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
-    'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
-    "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}<|im_end|>\n<|im_start|>assistant\n"
-    "<think>\n\n</think>\n\n"
-)
-INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +34,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable
     return directory, expected
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server(classifier: tuple[Path, Any]) -> AsyncIterator[PooledServer]:
     async with pooled_server(classifier[0]) as found:
         yield found
@@ -197,13 +188,6 @@ async def test_a_query_that_leaves_no_room_is_what_is_too_long(server: PooledSer
     assert "`documents[0]` has 513 with its query" in answer.json()["error"]["message"]
 
 
-def test_bad_scores_are_told_apart() -> None:
-    scores = [probability(logit) for logit in (-700.0, -60.0, -50.0, -40.0, 0.0, 30.0, 800.0)]
-    assert scores == sorted(set(scores))
-    assert scores[2] == pytest.approx(math.exp(-50), rel=1e-12, abs=0)
-    assert (probability(-800), scores[-1]) == (0, 1)
-
-
 async def test_two_labels_are_weighed_against_each_other(tmp_path: Path) -> None:
     model = save_classifier(tmp_path, 2)
     ids = Tokenizer.from_directory(tmp_path).encode_pair("a", "b")[0]
@@ -255,15 +239,6 @@ async def test_yes_is_weighed_against_no_behind_the_model_cards_prompt(tmp_path:
             body = {"text_1": QUERY + "a" * more, "text_2": "\u00a3" * 900}
             cut = await server.post("/score", **body, truncate_prompt_tokens=-1)
             assert cut.json()["usage"]["prompt_tokens"] == 512 - (room - more) % 2
-
-
-def test_the_prompt_is_the_model_cards_to_the_last_newline() -> None:
-    messages = [{"role": "query", "content": "q?"}, {"role": "document", "content": "d.\nd"}]
-    template = ChatTemplate(RANKING, {})
-    for instruction in (None, "Find"):
-        system = [] if instruction is None else [{"role": "system", "content": instruction}]
-        expected = CARD.format(instruction=instruction or INSTRUCTION, query="q?", document="d.\nd")
-        assert template.render([*system, *messages]) == expected
 
 
 async def test_a_model_s_own_template_makes_the_prompt(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 
@@ -69,6 +70,7 @@ class Marked(ToyTokenizer):
 
     def __init__(self, texts: list[str]) -> None:
         super().__init__()
+        self.texts = tuple(texts)
         self._special = {**self._special, **{_FIRST + index: text for index, text in enumerate(texts)}}
         self.special_ids = frozenset(self._special)
 
@@ -85,10 +87,16 @@ class Marked(ToyTokenizer):
         return [i for part in parts for i in ([ids[part]] if part in known else list(part.encode()))]
 
 
+@functools.lru_cache(maxsize=64)
+def _compiler(texts: tuple[str, ...]) -> GrammarCompiler:
+    """Return the compiler of a vocabulary; it starts threads, and its trie takes longer than a grammar."""
+    return GrammarCompiler(Marked([*texts]), VOCAB_SIZE)
+
+
 def takes(tokenizer: Marked, source: GrammarSource | None, text: str) -> bool:
     """Return whether a grammar accepts a whole text; check that skipping its free text changes nothing."""
     assert source is not None
-    compiled = GrammarCompiler(tokenizer, VOCAB_SIZE).compile(source)
+    compiled = _compiler(tokenizer.texts).compile(source)
     matcher = compiled.matcher()
     for token_id in tokenizer.ids(text):
         if not allows(matcher, token_id):

@@ -12,6 +12,7 @@ fails. It may await, so a test can hold a request open.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
@@ -287,6 +288,12 @@ def toy_info(**changes: Any) -> ModelInfo:
     return ModelInfo(**(values | changes))
 
 
+@functools.lru_cache
+def _compiled(source: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
+    """Return a chat template, which takes longer to compile than the app to make, and does not change."""
+    return ChatTemplate(source, dict(special_tokens))
+
+
 def scripted_app(
     engine: ScriptedEngine,
     settings: Settings | None = None,
@@ -297,7 +304,8 @@ def scripted_app(
     adapters: Adapters | None = None,
 ) -> App:
     """Return the real application around the engine, already loaded; running a lifespan is optional."""
-    template = ChatTemplate(chat_template, engine.tokenizer.special_tokens) if chat_template else None
+    special_tokens = tuple(engine.tokenizer.special_tokens.items())
+    template = _compiled(chat_template, special_tokens) if chat_template else None
     served = Served(
         engine,  # type: ignore[arg-type]
         engine.tokenizer,  # type: ignore[arg-type]

@@ -251,16 +251,17 @@ UNRESTRICTED = [
 
 
 @pytest.mark.parametrize("name", TAGS)
-@pytest.mark.parametrize("schema", UNRESTRICTED, ids=json.dumps)
-def test_a_text_may_begin_as_a_value_of_another_type_does(
-    compiler: GrammarCompiler, name: str, schema: dict[str, Any]
-) -> None:
-    parameters = {"properties": {"s": schema}}
-    grammar = grammar_of(name, ToolSpec("f", parameters))
-    for text in LIKE_OTHERS:
-        call = write(name, [("f", {"s": text})])
-        assert accepts(compiler, grammar, call), text
-        assert read(name, call, parameters) == {"s": text}
+def test_a_text_may_begin_as_a_value_of_another_type_does(compiler: GrammarCompiler, name: str) -> None:
+    calls = {text: write(name, [("f", {"s": text})]) for text in LIKE_OTHERS}
+    grammars = set()  # several schemas have the same
+    for schema in UNRESTRICTED:
+        parameters = {"properties": {"s": schema}}
+        grammars.add(grammar_of(name, ToolSpec("f", parameters)))
+        for text, call in calls.items():
+            assert read(name, call, parameters) == {"s": text}, schema
+    for grammar in grammars:
+        for call in calls.values():
+            assert accepts(compiler, grammar, call), (call, grammar)
 
 
 @pytest.mark.parametrize("name", TAGS)
@@ -277,11 +278,11 @@ def test_arguments_that_may_be_anything_may_be_any_text(compiler: GrammarCompile
 
 
 @pytest.mark.parametrize("name", [name for name in TAGS if "%t" not in FORMATS[name].argument[1]])  # type: ignore[attr-defined]
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_what_is_allowed_for_values_of_several_types_is_valid(
     compiler: GrammarCompiler, name: str, seed: int
 ) -> None:
-    rng = random.Random(seed)
+    rng = random.Random(f"{name} {seed}")  # other schemas for each format
     texts = rng.choice(
         [{"type": "string"}, {"type": "string", "minLength": 3}, {"enum": ["5", "a", "null", "[1]"]}]
     )
@@ -324,9 +325,9 @@ def test_what_is_allowed_for_values_of_several_types_is_valid(
 
 
 @pytest.mark.parametrize("name", TAGS)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_values_of_several_types_are_valid(compiler: GrammarCompiler, name: str, seed: int) -> None:
-    rng = random.Random(seed)
+    rng = random.Random(f"{name} {seed}")
     leaves = [
         {"type": "string", "maxLength": 6},
         {"type": "string", "pattern": '^[x-z\\[{"0-9]{1,3}$'},

@@ -220,9 +220,10 @@ def test_reasoning_is_split_off(text: str, is_open: bool, pieces: list[Piece], s
 @names
 @pytest.mark.parametrize("seed", range(4))
 def test_random_arguments_are_valid_for_their_schema(compiler: GrammarCompiler, name: str, seed: int) -> None:
-    rng = random.Random(seed)
-    schema = random_schema(rng)
     is_strict = name not in LOOSELY_CONSTRAINED
+    # Random bytes hardly ever end a text of the others, so that their schemas are some without such texts.
+    rng = random.Random(f"{name} {seed}" if is_strict else seed)
+    schema = random_schema(rng)
     use_specs = [ToolSpec("f", schema, is_strict)]
     grammar = answer_grammar(None, ToolUse(FORMATS[name], use_specs, must_call=True, is_parallel=False))
     assert grammar is not None

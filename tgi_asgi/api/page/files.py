@@ -6,6 +6,7 @@ The files contain no secrets and need no key: the pages fetch their data like an
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,13 +68,16 @@ class StaticFile:
         await exchange.respond(status, self.body, self.content_type, [(b"etag", self.etag), *_HEADERS])
 
 
+@functools.cache
+def _read_files() -> Mapping[str, StaticFile]:
+    return {path.name: StaticFile.read(path) for path in FOLDER.iterdir() if path.suffix in TYPES}
+
+
 class Pages:
-    """All files of the pages, read once at server start."""
+    """All files of the pages, read once in a process, at server start."""
 
     def __init__(self) -> None:
-        self._files: Mapping[str, StaticFile] = {
-            path.name: StaticFile.read(path) for path in FOLDER.iterdir() if path.suffix in TYPES
-        }
+        self._files = _read_files()
 
     async def file(self, exchange: Exchange) -> None:
         """Answer with the file that the path names.

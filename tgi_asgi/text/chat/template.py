@@ -299,8 +299,12 @@ def _cut_at_end(text: str, final: ChatMessage) -> str:
 
 
 def _words(tree: jinja2.nodes.Template) -> Iterator[str]:
-    yield from (node.name for node in tree.find_all(jinja2.nodes.Name))
-    yield from (node.attr for node in tree.find_all(jinja2.nodes.Getattr))
-    for node in tree.find_all(jinja2.nodes.Const):
-        if isinstance(node.value, str):
-            yield node.value
+    kinds: Any = (jinja2.nodes.Name, jinja2.nodes.Getattr, jinja2.nodes.Const)
+    for node in tree.find_all(kinds):
+        match node:
+            case (
+                jinja2.nodes.Name(name=word)
+                | jinja2.nodes.Getattr(attr=word)
+                | jinja2.nodes.Const(value=str(word))
+            ):
+                yield word

@@ -112,10 +112,9 @@ class ToolArguments:
                 f"`{beyond[0]}` cannot be enforced for the arguments of `{self.name}` as a whole"
             )
         self.ignored.update(beyond)
-        for name, value in arguments.properties.items():
-            yield name, {} if is_free else value, name in arguments.required and not is_free
-        for name in sorted(arguments.required - arguments.properties.keys()) if not is_free else ():
-            yield name, {}, True
+        for name in arguments.properties if is_free else arguments.names:
+            value = {} if is_free else arguments.properties.get(name, {})
+            yield name, value, name in arguments.required and not is_free
 
     def others(self) -> Any:
         """Return the schema of arguments that are not listed, which may come after those; None: none may."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tgi_asgi.text.surrogates import dumped
@@ -11,11 +11,12 @@ from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import Piece, num_held
 from tgi_asgi.text.tools.call_reader import CallReader
 from tgi_asgi.text.tools.literals import as_json, literal_value
-from tgi_asgi.text.tools.parameters import Parameters
+from tgi_asgi.text.tools.odd_names import OddNames
 
 _CALL = "call:"
 _END_OF_SCALAR = re.compile(r"[,}\]]")
 _BETWEEN = " \t\r\n,]"  # characters to skip before a key; a stray bracket is one of them
+_NAME = r'[^\s{}:,"\]]([^{}:]*[^\s{}:"])?'  # of an argument, as it is read up to the colon
 
 
 class GemmaCallParser(CallReader):
@@ -30,8 +31,7 @@ class GemmaCallParser(CallReader):
         text = self._held.lstrip()
         name, brace, _ = text.removeprefix(_CALL).partition("{")
         if text.startswith(_CALL) and brace and name in self._specs:
-            arguments = GemmaArguments(self._quote, self._end, self._specs[name].arguments)
-            self._begin_call(name, arguments, pieces)
+            self._begin_call(name, GemmaArguments(self._quote, self._end, self._specs[name]), pieces)
         elif text in (self._marker, self._end):
             return self._skip(len(self._held), may_be_text=text == self._marker or not self._has_called)
         elif not (
@@ -50,15 +50,16 @@ class GemmaArguments:
 
     Args:
         end: Text after the call, which also ends a string in plain quotes whose second quote is missing.
-        listed: Schemas of the arguments; they decide whether a text stands for a number.
+        spec: The tool, whose schema decides whether a text stands for a number.
 
     Attributes:
         have_ended: Whether the closing bracket has been read.
     """
 
-    def __init__(self, quote: str, end: str, listed: Parameters) -> None:
+    def __init__(self, quote: str, end: str, spec: ToolSpec) -> None:
         self.have_ended = False
-        self._quote, self._end, self._listed = quote, end, listed
+        self._quote, self._end, self._listed = quote, end, spec.arguments
+        self._odd_names = OddNames(_names_in(spec.schema), _NAME, behind=":")
         self._buffer = ""
         self._num_known = 0  # leading characters of the buffer that have been searched
         self._closers = ["}"]  # of the open containers
@@ -82,6 +83,12 @@ class GemmaArguments:
     def _read_key(self) -> bool:
         if not self._num_known:
             self._buffer = self._buffer.lstrip(_BETWEEN)
+            if self._odd_names.may_begin(self._buffer):
+                return False
+            if (name := self._odd_names.match(self._buffer)) is not None:
+                self._take(len(name))
+                self._begin_value(name)
+                return True
             if self._buffer.startswith("}"):
                 self._take(1)
                 self._close()
@@ -96,14 +103,17 @@ class GemmaArguments:
         if at < 0:
             self._num_known = len(self._buffer)
             return False
-        key = self._take(at).strip().strip('"')
+        self._begin_value(self._take(at).strip().strip('"'))
+        return True
+
+    def _begin_value(self, key: str) -> None:
+        """Take the colon after a key."""
         self._take(1)
         if len(self._closers) == 1:
             self._schema = self._listed.schema(key)
         self._begin_item()
         self._write(f"{dumped(key)}: ")
         self._read = self._read_value
-        return True
 
     def _read_value(self) -> bool:
         is_in_list = self._closers[-1] == "]"
@@ -221,6 +231,21 @@ class GemmaArguments:
     def _write(self, text: str) -> None:
         self._out.append(self._opening + text)
         self._opening = ""
+
+
+def _names_in(schema: Mapping[str, Any]) -> Iterable[str]:
+    """Return the names of the items of all objects that a schema describes, however deep."""
+    names: dict[str, None] = {}
+    parts: list[Any] = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, Mapping):
+            properties = part.get("properties")
+            names |= dict.fromkeys(properties) if isinstance(properties, Mapping) else {}
+            parts += part.values()
+    return names
 
 
 def _unmatched(text: str) -> int | None:

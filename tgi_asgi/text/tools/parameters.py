@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tgi_asgi.text.constrain.references import Resolve, Schema, resolver
@@ -24,7 +25,7 @@ _MAX_OTHERS = 64  # different schemas of arguments that are not listed, which ar
 _MAX_MEMBERS = 64  # of all combinations: references may be circular, and double at each level
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Parameters:
     """The arguments of a tool.
 
@@ -39,6 +40,11 @@ class Parameters:
     required: frozenset[str]
     others: Any
     beyond: frozenset[str]
+
+    @cached_property
+    def names(self) -> Sequence[str]:
+        """The names of all arguments that are listed or required, in the order in which they are written."""
+        return [*self.properties, *sorted(self.required - self.properties.keys())]
 
     def schema(self, name: str | None) -> Any:
         """Return an argument's schema; {} if nothing is known of it."""

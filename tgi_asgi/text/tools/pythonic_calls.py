@@ -12,10 +12,13 @@ from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import Piece
 from tgi_asgi.text.tools.call_reader import CallReader
 from tgi_asgi.text.tools.literals import Nesting, as_json
+from tgi_asgi.text.tools.odd_names import OddNames
+from tgi_asgi.text.tools.parameters import Parameters
 
 _BEFORE = re.compile(r"[\s\[,]*([\w.-]+)\(")
 _IN_BEFORE = re.compile(r"[\s\[,]*[\w.-]*")
 _MAX_HEAD = 256  # characters before a call's arguments; after each, all of them are matched again
+_NAME = r"""[^\s=,()\[\]{}"'\\]([^=,()\[\]{}"'\\]*[^\s=,()\[\]{}"'\\])?"""  # of an argument
 _HEX = "[0-9a-fA-F]"
 _ESCAPE = re.compile(
     rf"\\(?:[0-7]{{1,3}}|x{_HEX}{{2}}|u{_HEX}{{4}}|U{_HEX}{{8}}|N\{{[\w -]+\}}|[^0-7xuUN])", re.DOTALL
@@ -30,7 +33,7 @@ class PythonicCallParser(CallReader):
     def __init__(self, tools: Sequence[ToolSpec], closers: Sequence[str]) -> None:
         super().__init__()
         self._closers = closers
-        self._names = {tool.name for tool in tools}
+        self._specs = {tool.name: tool for tool in tools}
 
     def finish(self) -> str:
         """Return the text that resembled a call but is none; nothing of a call that has begun."""
@@ -42,8 +45,9 @@ class PythonicCallParser(CallReader):
         if len(self._held) > _MAX_HEAD:
             self._give_up()
         elif found := _BEFORE.fullmatch(self._held):
-            if found[1] in self._names:
-                self._begin_call(found[1], PythonicArguments(), pieces)
+            if found[1] in self._specs:
+                arguments = PythonicArguments(self._specs[found[1]].arguments)
+                self._begin_call(found[1], arguments, pieces)
             else:
                 self._give_up()
         elif self._has_called and any(each.startswith(self._held.strip()) for each in self._closers):
@@ -66,19 +70,22 @@ class PythonicArguments:
         have_ended: Whether the closing bracket has been read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, listed: Parameters) -> None:
         self.have_ended = False
+        self._odd_names = OddNames(listed.names, _NAME, behind="=")
+        self._begun_name = ""  # what has been read of one of these
         self._opening = "{"
         self._key = ""
         self._held: list[str] = []  # characters that are not yet written
-        self._nesting = Nesting()
         self._quote = ""  # of the string that is being read
         self._escape = ""
         self._out: list[str] = []
-        self._read: Callable[[str, int], int] = self._read_key
+        self._read: Callable[[str, int], int]
+        self._begin_key()
 
     def push(self, text: str) -> tuple[str, str]:
         """Return the JSON that is certain now, and what follows the call."""
+        text, self._begun_name = self._begun_name + text, ""
         at = 0
         while at < len(text) and not self.have_ended:
             at = self._read(text, at)
@@ -86,6 +93,19 @@ class PythonicArguments:
         return written, text[at:]
 
     # Each of these reads one element and returns where the text goes on.
+
+    def _read_odd_name(self, text: str, at: int) -> int:
+        rest = text[at:].lstrip()
+        if self._odd_names.may_begin(rest):
+            self._begun_name = rest
+            return len(text)
+        name = self._odd_names.match(rest)
+        if name is None:
+            self._read = self._read_key
+            return at
+        self._key = name
+        self._read = self._read_value
+        return len(text) - len(rest) + len(name) + 1
 
     def _read_key(self, text: str, at: int) -> int:
         character = text[at]
@@ -198,7 +218,7 @@ class PythonicArguments:
 
     def _begin_key(self) -> None:
         self._nesting = Nesting()
-        self._read = self._read_key
+        self._read = self._read_odd_name if self._odd_names.longest_first else self._read_key
 
     def _write_key(self) -> None:
         self._out.append(f"{self._opening or ', '}{dumped(self._key)}: ")

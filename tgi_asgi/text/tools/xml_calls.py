@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import Piece, num_held
 from tgi_asgi.text.tools.call_reader import CallReader
 from tgi_asgi.text.tools.literals import JsonStrings, as_json
+from tgi_asgi.text.tools.odd_names import OddNames
 from tgi_asgi.text.tools.value_forms import NULLS, Forms, forms_of
 
 _FENCES = ("```xml", "```")
 _MAX_NAME = 128
 _MAX_HEAD = 1024  # characters of a call's head, which is read again at each of them
 _MAX_FOLLOWING = 256  # arguments whose start ends a value that has no end, each of which is searched for
-_MAX_ARGUMENT_NAME = 1024  # characters; the regex reads the whole name again at each of them
+# An argument's name, which is read again at each of its characters. It neither begins nor ends with a blank;
+# otherwise the regex would try every way to divide a run of blanks, and a run of a few hundred would hang the
+# server.
+_ARGUMENT_NAME = r'[^<>"\s](?:[^<>"\n]{0,1024}[^<>"\s])?'
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +63,18 @@ class XmlTags:
         ends = [wrap for wrap in self.wraps if middle.strip()]  # instead of its own end
         return [tag for each in (self.argument[0], behind, *ends) if (tag := each.strip())]
 
-    def head_argument(self) -> re.Pattern[str]:
+    def odd_names(self, names: Iterable[str]) -> OddNames:
+        """Return those of a tool's arguments that are not written like other names."""
+        before, middle, _ = self.argument
+        return OddNames(names, _ARGUMENT_NAME, before=before, behind=re.split("%t|%n|\n", middle)[0])
+
+    def head_argument(self, odd_names: Sequence[str]) -> re.Pattern[str]:
         """Return a pattern for the start of an argument: its name, and its type if there is one."""
         before, middle, _ = self.argument
         kind = "" if "%t" in middle else "()"
         value = _loose(middle).replace("%t", "(true|false)") + kind
-        # A name neither begins nor ends with a blank. Otherwise the regex would try every way to divide a run
-        # of blanks, and a run of a few hundred would hang the server.
-        name = rf"[^<>\"\s](?:[^<>\"\n]{{0,{_MAX_ARGUMENT_NAME}}}[^<>\"\s])?"
-        return re.compile(rf"\s*{_loose(before)}\s*({name})\s*{value}")
+        name = "|".join([*map(re.escape, odd_names), _ARGUMENT_NAME])
+        return re.compile(rf"\s*{_loose(before)}\s*?({name})\s*{value}")
 
     def end(self) -> re.Pattern[str]:
         """Return a pattern for the end of a call: its own tag, or what follows if that is missing."""
@@ -141,7 +147,8 @@ class XmlArguments:
     def __init__(self, tags: XmlTags, spec: ToolSpec) -> None:
         self.have_ended = False
         self._tags, self._spec, self._listed = tags, spec, spec.arguments
-        self._argument, self._end = tags.head_argument(), tags.end()
+        self._odd_names = tags.odd_names(spec.arguments.names)
+        self._argument, self._end = tags.head_argument(self._odd_names.longest_first), tags.end()
         self._buffer = ""
         self._num_arguments = 0
         self._out: list[str] = []
@@ -175,6 +182,8 @@ class XmlArguments:
     def _read_tag(self) -> None:
         """Look for the next argument's start, or the call's end."""
         self._buffer = self._buffer.lstrip()  # otherwise a run of blanks is read again at each of them
+        if self._odd_names.may_begin(self._buffer):
+            return
         found = self._argument.match(self._buffer)
         end = self._end.match(self._buffer) if not found else None
         if found:
@@ -211,7 +220,7 @@ class XmlArguments:
         behind, (before, middle, end) = self._tags.call[2], self._tags.argument
         tag = middle.partition("%t")[0]
         line = "\n" if quote != "]]>" else ""
-        names = islice(self._listed.properties, _MAX_FOLLOWING)
+        names = self._listed.names[:_MAX_FOLLOWING]
         follows = [f"{line}{before}{name}{tag}" for name in names]
         follows += [f"{line}{behind}{wrap}" for wrap in self._tags.wraps if wrap not in (behind, "")]
         follows += [f"{line}{behind}\n{wrap}" for wrap in self._tags.wraps if wrap not in (behind, "")]
