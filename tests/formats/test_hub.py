@@ -25,7 +25,7 @@ def hub() -> Iterator[str]:
 
 def fetch(tmp_path: Path, endpoint: str, model_id: str, revision: str = "", **environ: str) -> Any:
     where = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "REVISION": revision}
-    run = run_forked(["tests.formats.resolve_names", model_id], **{**where, **environ})
+    run = run_forked(["tests.formats.resolve_names", model_id], {**where, **environ})
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     if folder := found.get("path"):

@@ -111,7 +111,7 @@ def hub() -> Iterator[Hub]:
 def find(tmp_path: Path, endpoint: str, *names: str, **environ: str) -> tuple[list[Any], str]:
     """Resolve names in one process; return the outcome of each, and the log."""
     where = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf")}
-    run = run_forked(["tests.formats.resolve_names", *names], **{**where, **environ})
+    run = run_forked(["tests.formats.resolve_names", *names], {**where, **environ})
     assert run.returncode == 0, run.stderr
     found = [json.loads(line) for line in run.stdout.splitlines()]
     return [_outcome(**each) for each in found], run.stderr

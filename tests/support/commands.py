@@ -9,4 +9,4 @@ from tests.support.forked import run_forked
 
 def run_command(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end with the variables in `KEPT_VARIABLES` and those in `environ`."""
-    return run_forked(["tgi_asgi", *arguments], **environ)
+    return run_forked(["tgi_asgi", *arguments], environ)

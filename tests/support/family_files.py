@@ -10,8 +10,6 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,11 +20,16 @@ from pathlib import Path
 import numpy as np
 
 from tests.support.family_case import FamilyCase, Fault
+from tests.support.forked import Parent, run_forked
 from tests.support.llama_cpp import RELEASE, llama_cpp_source
 from tgi_asgi.formats.sources import ModelFiles
 
 STORE = Path(__file__).parents[2] / "build" / "families"
 _CONVERTER = Path(__file__).with_name("convert_gguf.py")
+_CONVERTER_IMPORTS = (
+    "convert_hf_to_gguf", "torch._dynamo", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+)  # fmt: skip
 _KEPT_S = 30 * 24 * 3600.0
 _MIN_EFFECT = 0.03  # least effect of a fault, in `transformers`, on one token's log-probability
 
@@ -128,7 +131,7 @@ def convert(model: Path, kinds: tuple[str, ...], folder: Path) -> None:
 
     A kind is a type of weights, or that of a vision tower: mmproj-f32.
 
-    The converter's process takes seconds to import llama.cpp's own gguf, torch and transformers.
+    The converter runs in a fork, because it takes 5 s to import llama.cpp's own gguf, torch and transformers.
     """
     files = sorted(path for path in model.iterdir() if path.is_file())
     contents = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
@@ -152,11 +155,7 @@ def _discard_old(converted: Path) -> None:
 def _run_converter(model: Path, kinds: tuple[str, ...], folder: Path) -> None:
     source = llama_cpp_source()
     outputs = [word for kind in kinds for word in (kind, str(folder / f"{kind}.gguf"))]
-    done = subprocess.run(
-        [sys.executable, str(_CONVERTER), str(model), *outputs],
-        env={**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{source / 'gguf-py'}"},
-        capture_output=True,
-        text=True,
-    )
+    parent = Parent(imported=_CONVERTER_IMPORTS, path=(str(source), str(source / "gguf-py")))
+    done = run_forked(["tests.support.convert_gguf", str(model), *outputs], {}, parent)
     if done.returncode:
         raise RuntimeError(f"llama.cpp's converter failed:\n{done.stderr[-3000:]}")
