@@ -18,6 +18,7 @@ from tests.emulation import library
 from tests.support.garbage import Garbage
 from tests.support.llama_cpp import package_source
 from tests.support.loggers import Loggers
+from tests.support.reports import Reports
 from tests.support.scale import Scale
 from tests.support.selection import Selection
 from tests.support.skips import Skips
@@ -48,6 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # only pytest-xdist's controller sees all tests
         config.pluginmanager.register(Skips())
         config.add_cleanup(library.discard_old)
+    elif not Reports.are_all_wanted(config):
+        config.pluginmanager.register(Reports())
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The rules of a run, tested by small runs: time limits, skips, nightly markers, network access."""
+"""The rules of a run, tested by small runs: time limits, skips, nightly markers, network access, reports."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).parents[1]
 CONFTEST = """
+from tests.support.reports import Reports
 from tests.support.selection import Selection
 from tests.support.skips import Skips
 from tests.support.time_limit import TimeLimit
@@ -24,11 +25,14 @@ from tests.support.time_limit import TimeLimit
 def pytest_configure(config):
     config.pluginmanager.register(Selection(["soak", "page"]))
     config.pluginmanager.register(TimeLimit(["soak"], grace_s=GRACE_S))
-    config.pluginmanager.register(Skips(config.rootpath / "expected.txt"))
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Skips(config.rootpath / "expected.txt"))
+    elif not Reports.are_all_wanted(config):
+        config.pluginmanager.register(Reports())
 """
 INI = """
 [pytest]
-addopts = -p no:cacheprovider -ra
+addopts = -p pytest_asyncio.plugin -p no:cacheprovider -ra
 testpaths = .
 asyncio_mode = auto
 markers =
@@ -50,7 +54,8 @@ def run(
     (folder / "expected.txt").write_text(textwrap.dedent(expected))
     (folder / "test_it.py").write_text("import asyncio, pytest, socket, time\n" + textwrap.dedent(tests))
     environ = {name: value for name, value in os.environ.items() if name != "CI"}
-    environ |= {"PYTHONPATH": str(ROOT), **({"CI": "1"} if ci else {})}
+    # Of the installed plugins, runs load those that they use, which takes half of the time.
+    environ |= {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **({"CI": "1"} if ci else {})}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments], cwd=folder, env=environ, capture_output=True, text=True
     )
@@ -279,6 +284,59 @@ def test_what_takes_minutes_must_be_named_and_what_fetches_is_marked(
     _, output = run(tmp_path, MARKED, "--collect-only", "-q", *shlex.split(chosen))
     found = {line.partition("::")[2] for line in output.splitlines() if "::" in line}
     assert found == names
+
+
+OUTCOMES = """
+    @pytest.fixture
+    def fails():
+        raise ValueError("in the setup")
+
+    @pytest.fixture
+    def fails_late():
+        yield
+        raise ValueError("in the teardown")
+
+    def test_passes(): ...
+
+    def test_fails():
+        assert False
+
+    def test_skips():
+        pytest.skip("no such thing")
+
+    @pytest.mark.xfail
+    def test_fails_as_expected():
+        assert False
+
+    def test_lacks_its_setup(fails): ...
+
+    def test_has_a_bad_end(fails_late): ...
+    """
+
+
+COUNTING = """
+reports = []
+
+def pytest_runtest_logreport(report):
+    reports.append(report)
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"{len(reports)} reports")
+"""
+
+
+@pytest.mark.parametrize(("arguments", "num_reports"), [([], 7), (["--durations=3"], 17)])
+def test_a_worker_reports_every_outcome_and_no_setup_that_passed(
+    tmp_path: Path, arguments: list[str], num_reports: int
+) -> None:
+    (tmp_path / "counting.py").write_text(COUNTING)
+    distributed = ["-p", "xdist.plugin", "-p", "counting", "-n", "1"]
+    expected = "always | test_it.py::test_skips | no such thing"
+    status, output = run(tmp_path, OUTCOMES, *distributed, *arguments, expected=expected)
+    assert status == 1
+    assert "1 failed, 2 passed, 1 skipped, 1 xfailed, 2 errors" in output
+    assert "in the setup" in output and "in the teardown" in output
+    assert f"{num_reports} reports" in output
 
 
 def test_only_tests_that_are_marked_reach_other_machines(tmp_path: Path) -> None:

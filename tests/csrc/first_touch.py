@@ -1,6 +1,6 @@
 """Pack weights, multiply by them, and print which thread touched each page first (page_watch.cpp preloaded).
 
-python -m tests.csrc.first_touch page_watch.so <threads> <case>...
+python -m tests.csrc.first_touch page_watch.so <threads>:<case>...
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ CASES: dict[str, Callable[[Watch, ops.Packing], list[int]]] = {
 
 def main() -> None:
     """Print a line for each case: the pages' threads when packed and when read."""
-    library, threads, *cases = sys.argv[1:]
-    _C.configure_team(int(threads), 0, False)
+    library, *cases = sys.argv[1:]
     watch = Watch(library)
-    for case in cases:
+    for threads, case in (each.split(":") for each in cases):
+        _C.configure_team(int(threads), 0, False)
         packed = CASES[case](watch, ops.Packing(is_exact=False))
         print(json.dumps([packed, watch.take()]))
 

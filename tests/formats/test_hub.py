@@ -6,9 +6,6 @@ Each case runs in its own process, because huggingface_hub reads its environment
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,22 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.fake_hub import COMMIT, FILES, fake_hub
-
-SCRIPT = """
-import json, sys
-from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.sources import resolve
-from tgi_asgi.settings import Settings
-steps = []
-try:
-    settings = Settings.from_environ(model_id=sys.argv[1], revision=sys.argv[2] or None)
-    files = resolve(settings, lambda *step: steps.append(step))
-except ModelLoadError as error:
-    print(json.dumps({"error": str(error)}))
-else:
-    names = sorted(str(path.relative_to(files.path)) for path in files.path.rglob("*") if path.is_file())
-    print(json.dumps({"revision": files.revision, "kind": files.kind, "names": names, "steps": steps}))
-"""
+from tests.support.forked import run_forked
 
 
 @pytest.fixture
@@ -42,17 +24,14 @@ def hub() -> Iterator[str]:
 
 
 def fetch(tmp_path: Path, endpoint: str, model_id: str, revision: str = "", **environ: str) -> Any:
-    kept = {name: text for name, text in os.environ.items() if not name.startswith("HF_")}
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, model_id, revision],
-        env={**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), **environ},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return json.loads(run.stdout)
+    where = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "REVISION": revision}
+    run = run_forked(["tests.formats.resolve_names", model_id], {**where, **environ})
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    if folder := found.get("path"):
+        paths = Path(folder).rglob("*")
+        found["names"] = sorted(str(path.relative_to(folder)) for path in paths if path.is_file())
+    return found
 
 
 def test_what_a_model_needs_is_fetched_with_token_revision_and_progress(hub: str, tmp_path: Path) -> None:

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socketserver
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +18,8 @@ import pytest
 from safetensors.numpy import save
 
 from tests.support.fake_hub import COMMIT, FILES, Hub, Repository, running_hub
+from tests.support.forked import run_forked
 
-SCRIPT = """
-import json, logging, sys
-from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.sources import resolve
-from tgi_asgi.settings import Settings
-logging.basicConfig(level="INFO", format="%(message)s")
-for name in sys.argv[1:]:
-    try:
-        files = resolve(Settings.from_environ(model_id=name), lambda *step: None)
-    except ModelLoadError as error:
-        print(json.dumps(str(error)))
-    else:
-        more = [str(each) for each in (files.adapter, files.projector) if each is not None]
-        print(json.dumps([files.model_id, files.kind, str(files.path), files.revision, *more]))
-"""
 WHISPER = b'{"is_encoder_decoder": true, "num_mel_bins": 80}'
 LLAMA = {**FILES, "config.json": b'{"architectures": ["LlamaForCausalLM"]}'}
 GGUFS = {
@@ -127,17 +110,16 @@ def hub() -> Iterator[Hub]:
 
 def find(tmp_path: Path, endpoint: str, *names: str, **environ: str) -> tuple[list[Any], str]:
     """Resolve names in one process; return the outcome of each, and the log."""
-    kept = {name: text for name, text in os.environ.items() if not name.startswith("HF_")}
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *names],
-        env={**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), **environ},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return [json.loads(line) for line in run.stdout.splitlines()], run.stderr
+    where = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf")}
+    run = run_forked(["tests.formats.resolve_names", *names], {**where, **environ})
+    assert run.returncode == 0, run.stderr
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    return [_outcome(**each) for each in found], run.stderr
+
+
+def _outcome(error: str | None = None, more: Sequence[str] = (), **found: Any) -> Any:
+    """Return why a name has no model, or the model's name, kind, path and revision, and its other files."""
+    return error or [*(found[name] for name in ("model_id", "kind", "path", "revision")), *more]
 
 
 def snapshot(tmp_path: Path, repo_id: str) -> Path:

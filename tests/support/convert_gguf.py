@@ -1,9 +1,6 @@
 """Run llama.cpp's own converter, with its sources on PYTHONPATH.
 
-Each line of stdin is a JSON list: the checkpoint, then pairs of type and output; `mmproj-` before a type asks
-for the vision tower. The answer is a line of stdout: a JSON string, empty or what the converter printed when
-it failed. Each line is served by a fork of this process, which imports torch and transformers once: that
-takes three times as long as a small model.
+Arguments: the checkpoint, then pairs of type and output; `mmproj-` before a type asks for the vision tower.
 
 The converter identifies a tokenizer by a hash of its output for a fixed text and rejects test tokenizers.
 Here every tokenizer is therefore declared as one that splits text like GPT-2's, even if the family uses
@@ -14,10 +11,7 @@ nothing from this project.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +27,6 @@ from conversion.internlm import InternLM2Model, InternLM3Model  # type: ignore[i
 from conversion.jamba import JambaModel  # type: ignore[import-not-found]
 from conversion.qwen import Qwen3NextModel, QwenModel  # type: ignore[import-not-found]
 from conversion.stablelm import StableLMModel  # type: ignore[import-not-found]
-from transformers import AutoConfig, AutoTokenizer  # noqa: F401  (imported here for all forks)
 
 _LOAD, _MODIFY = ModelBase.load_hparams, StableLMModel.modify_tensors
 _MODIFY_GEMMA3, _MODIFY_BAICHUAN = Gemma3Model.modify_tensors, BaichuanModel.modify_tensors
@@ -79,7 +72,7 @@ def _modify_baichuan(model: Any, tensor: Any, name: str, layer: Any) -> Iterator
     yield from modify(model, tensor, name, layer)
 
 
-def _patch() -> None:
+if __name__ == "__main__":
     TextModel.get_vocab_base_pre = _name_pre_tokenizer
     TextModel._set_vocab_sentencepiece = lambda model, *_: model._set_vocab_gpt2()
     ModelBase.load_hparams = staticmethod(_load_hparams)
@@ -91,28 +84,9 @@ def _patch() -> None:
     internlm = (InternLM2Model, InternLM3Model)
     for model in (ChatGLMModel, Gemma4Model, Glm4Model, HunYuanMoEModel, *internlm, JambaModel, QwenModel):
         model.set_vocab = TextModel._set_vocab_gpt2
-
-
-def _convert(job: list[str], log: int) -> None:
-    """Write the outputs of a job; whatever is printed goes to the file `log`."""
-    for descriptor in (1, 2):
-        os.dup2(log, descriptor)
-    checkpoint, *outputs = job
+    checkpoint, *outputs = sys.argv[1:]
     for kind, output in zip(outputs[::2], outputs[1::2], strict=True):
         plain = kind.removeprefix("mmproj-")
         sys.argv[1:] = [checkpoint, "--outtype", plain, "--outfile", output]
         sys.argv += ["--mmproj"] * (plain != kind)
         convert_hf_to_gguf.main()
-
-
-if __name__ == "__main__":
-    _patch()
-    for line in sys.stdin:
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
-            fork = multiprocessing.get_context("fork").Process(
-                target=_convert, args=(json.loads(line), log.fileno())
-            )
-            fork.start()
-            fork.join()
-            log.seek(0)
-            print(json.dumps(log.read() if fork.exitcode else ""), flush=True)

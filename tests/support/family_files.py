@@ -5,16 +5,11 @@ All are made on first use, by `family_maker` and llama.cpp's converter, and kept
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +20,16 @@ from pathlib import Path
 import numpy as np
 
 from tests.support.family_case import FamilyCase, Fault
+from tests.support.forked import Parent, run_forked
 from tests.support.llama_cpp import RELEASE, llama_cpp_source
 from tgi_asgi.formats.sources import ModelFiles
 
 STORE = Path(__file__).parents[2] / "build" / "families"
 _CONVERTER = Path(__file__).with_name("convert_gguf.py")
+_CONVERTER_IMPORTS = (
+    "convert_hf_to_gguf", "torch._dynamo", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+)  # fmt: skip
 _KEPT_S = 30 * 24 * 3600.0
 _MIN_EFFECT = 0.03  # least effect of a fault, in `transformers`, on one token's log-probability
 
@@ -130,6 +130,8 @@ def convert(model: Path, kinds: tuple[str, ...], folder: Path) -> None:
     """Write `folder`/<kind>.gguf for each kind; what was written for the same files before is copied.
 
     A kind is a type of weights, or that of a vision tower: mmproj-f32.
+
+    The converter runs in a fork, because it takes 5 s to import llama.cpp's own gguf, torch and transformers.
     """
     kept = converted(model, (_CONVERTER, kinds), lambda partial: _run_converter(model, kinds, partial))
     for kind in kinds:
@@ -161,44 +163,10 @@ def _discard_old(converted: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Converter:
-    """llama.cpp's converter in a process that imports for seconds what it needs, then takes many jobs."""
-
-    def __init__(self) -> None:
-        source = llama_cpp_source()
-        self._process = subprocess.Popen(
-            [sys.executable, str(_CONVERTER)],
-            env={**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{source / 'gguf-py'}"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def run(self, *job: str) -> None:
-        """Convert a checkpoint; `job` is described in convert_gguf.py."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            print(json.dumps(job), file=self._process.stdin, flush=True)
-            error = json.loads(self._process.stdout.readline())
-        except BaseException:  # such as the test's time limit: the answer might come in the next test
-            self.close()
-            raise
-        if error:
-            raise RuntimeError(f"llama.cpp's converter failed:\n{error[-3000:]}")
-
-    def close(self) -> None:
-        """End the process; the next job starts another."""
-        _converter.cache_clear()
-        with self._process:  # closes the pipes and waits
-            self._process.kill()
-
-
-@functools.cache
-def _converter() -> _Converter:
-    """Return the converter that serves until this process ends."""
-    made = _Converter()
-    atexit.register(made.close)
-    return made
-
-
 def _run_converter(model: Path, kinds: tuple[str, ...], folder: Path) -> None:
+    source = llama_cpp_source()
     outputs = [word for kind in kinds for word in (kind, str(folder / f"{kind}.gguf"))]
-    _converter().run(str(model), *outputs)
+    parent = Parent(imported=_CONVERTER_IMPORTS, path=(str(source), str(source / "gguf-py")))
+    done = run_forked(["tests.support.convert_gguf", str(model), *outputs], {}, parent)
+    if done.returncode:
+        raise RuntimeError(f"llama.cpp's converter failed:\n{done.stderr[-3000:]}")

@@ -7,6 +7,8 @@ read from variables when they start. Tests of these start a new interpreter.
 
     process = start_forked(["tgi_asgi", "--version"], environ, stdout=file, stderr=file)
     assert process.wait(10) == 0
+
+Programs other than the server are forks of a `Parent` with their own imports.
 """
 
 from __future__ import annotations
@@ -24,19 +26,43 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 ROOT = Path(__file__).parent.parent.parent
 KEPT_VARIABLES = frozenset({"PATH", "HOME", "LANG", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME", "LD_LIBRARY_PATH"})
-# What the commands import. The Hub's library is not among them: it reads variables when it is imported.
-_IMPORTED = (
-    "hypercorn.asyncio", "tgi_asgi.app", "tgi_asgi.cli", "tgi_asgi.commands.benchmark",
-    "tgi_asgi.commands.download_weights", "tgi_asgi.runner.load", "tgi_asgi.serve.server",
-    "tests.support.fake_runner", "tests.support.scripted_engine", "tests.support.toy_tokenizer",
-)  # fmt: skip
 _LONGEST_REQUEST = 1 << 20
+_LONGEST_RUN_S = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A process whose forks run commands.
+
+    Attributes:
+        imported: The modules that it imports.
+        late: The modules that it must not have imported, because each fork imports them if it needs them.
+        path: Folders of modules, which come before those of the installed packages.
+    """
+
+    imported: tuple[str, ...]
+    late: tuple[str, ...] = ()
+    path: tuple[str, ...] = ()
+
+
+SERVER = Parent(
+    imported=(
+        "hypercorn.asyncio", "tgi_asgi.app", "tgi_asgi.cli", "tgi_asgi.commands.benchmark",
+        "tgi_asgi.commands.download_weights", "tgi_asgi.runner.load", "tgi_asgi.serve.server",
+        "tests.support.fake_runner", "tests.support.scripted_engine", "tests.support.toy_tokenizer",
+        "filelock", "yaml",  # the Hub's library needs them
+    ),
+    # The Hub's library reads variables when it is imported; most models are served without torch.
+    late=("huggingface_hub", "torch"),
+)  # fmt: skip
 
 
 class Process(Protocol):
@@ -94,7 +120,12 @@ class ForkedProcess:
 
 
 def start_forked(
-    command: Sequence[str], environ: Mapping[str, str], *, stdout: IO[Any], stderr: IO[Any]
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    stdout: IO[Any],
+    stderr: IO[Any],
+    parent: Parent = SERVER,
 ) -> ForkedProcess:
     """Run `python -m` with a command in the repository's root, with these variables and no others."""
     early = {name for name in environ if name.startswith("PYTHON") and name != "PYTHONUNBUFFERED"}
@@ -103,20 +134,36 @@ def start_forked(
     request = json.dumps({"command": list(command), "environ": dict(environ)}).encode()
     with theirs, open(os.devnull, "rb") as stdin:
         files = [theirs.fileno(), stdin.fileno(), stdout.fileno(), stderr.fileno()]
-        socket.send_fds(_parent(), [request], files)
+        socket.send_fds(_started(parent), [request], files)
     return ForkedProcess(command, ours)
 
 
+def run_forked(
+    command: Sequence[str], environ: Mapping[str, str], parent: Parent = SERVER
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, with the variables in `KEPT_VARIABLES` and those in `environ`."""
+    kept = {name: text for name, text in os.environ.items() if name in KEPT_VARIABLES}
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = start_forked(command, {**kept, **environ}, stdout=stdout, stderr=stderr, parent=parent)
+        try:
+            code = process.wait(_LONGEST_RUN_S)
+        finally:
+            process.kill()
+        stdout.seek(0)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(command, code, stdout.read(), stderr.read())
+
+
 @functools.cache
-def _parent() -> socket.socket:
-    """Start the process whose forks the commands are, which ends with this one; return its socket."""
+def _started(parent: Parent) -> socket.socket:
+    """Start a parent, which ends with this process; return the socket for requests."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environ = {name: value for name, value in os.environ.items() if name in KEPT_VARIABLES}
-    environ["OMP_NUM_THREADS"] = "1"  # a fork would lose numpy's threads
+    environ["OMP_NUM_THREADS"] = "1"  # a fork would lose numpy's and torch's threads
     with theirs:
-        number = str(theirs.fileno())
+        words = [str(theirs.fileno()), json.dumps(asdict(parent))]
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "tests.support.forked", number],
+            [sys.executable, "-u", "-m", "tests.support.forked", *words],
             cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
         )  # fmt: skip
 
@@ -171,16 +218,17 @@ def _reap() -> None:
             pass
 
 
-def _main() -> None:
-    for name in _IMPORTED:
+def _main(number: str, parent: Parent) -> None:
+    sys.path[1:1] = parent.path
+    for name in parent.imported:
         importlib.import_module(name)
-    assert not {"huggingface_hub", "torch"} & sys.modules.keys()
+    assert sys.modules.keys().isdisjoint(parent.late)
     gc.collect()
     gc.freeze()  # otherwise each fork would look at, and thereby copy, all that was imported
-    module, *arguments = _fork_on_request(socket.socket(fileno=int(sys.argv[1])))
+    module, *arguments = _fork_on_request(socket.socket(fileno=int(number)))
     sys.argv = [sys.argv[0], *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
-    _main()
+    _main(sys.argv[1], Parent(**json.loads(sys.argv[2])))
