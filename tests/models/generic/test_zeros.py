@@ -31,6 +31,8 @@ class _Product(nn.Module):
     "multiply",
     [
         nn.functional.linear,
+        lambda rows, matrix: nn.functional.linear(input=rows, weight=matrix),
+        lambda rows, matrix: nn.functional.linear(matrix[:_TOKENS], weight=matrix),
         lambda rows, matrix: rows @ matrix.T,
         lambda rows, matrix: torch.matmul(rows, matrix),
         lambda rows, matrix: rows.mm(matrix),
@@ -40,7 +42,19 @@ class _Product(nn.Module):
         lambda rows, matrix: torch.einsum("ti,oi->to", rows, matrix),
         lambda rows, matrix: rows @ matrix.div_(2),
     ],
-    ids=["linear", "@", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "div_"],
+    ids=[
+        "linear",
+        "linear by name",
+        "linear of a matrix",
+        "@",
+        "matmul",
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "einsum",
+        "div_",
+    ],
 )
 @torch.no_grad()
 def test_a_product_needs_no_memory_for_its_matrix(multiply: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -123,15 +123,20 @@ class _ExpandedZeros(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        named = kwargs or {}
         if func in _FACTORS and _is_expanded(args[0]):
             return args[0]  # torch refuses to write to it
-        if func not in _PRODUCTS or not any(map(_is_expanded, args)):
-            return func(*args, **(kwargs or {}))
-        if func is nn.functional.linear:
+        if func not in _PRODUCTS or not any(map(_is_expanded, (*args, *named.values()))):
+            return func(*args, **named)
+        if func is nn.functional.linear and len(args) > 1:  # nearly all of them
             rows, matrix = args[:2]
             return rows.new_zeros(*rows.shape[:-1], matrix.shape[0])
-        shapes = [each.to("meta") if isinstance(each, Tensor) else each for each in args]
-        return torch.zeros_like(func(*shapes, **(kwargs or {})), device="cpu")
+        shapes = func(*map(_on_meta, args), **{name: _on_meta(value) for name, value in named.items()})
+        return torch.zeros_like(shapes, device="cpu")
+
+
+def _on_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def _is_expanded(value: Any) -> bool:
