@@ -22,6 +22,12 @@ MODEL_TYPES = ("qwen3_5_text", "qwen3_5_moe_text")
 EQUAL = 1e-5  # of the largest logit
 
 
+@pytest.fixture(scope="module")
+def qwen(checkpoint: Checkpoint) -> GenericModel:
+    """Qwen 3.5's module, whose states each test makes anew."""
+    return loaded_of(checkpoint("qwen3_5_text"))
+
+
 def loaded_of(folder: Path) -> GenericModel:
     loaded = load_generic(folder)
     assert isinstance(loaded, GenericModel)
@@ -62,15 +68,14 @@ def test_a_net_that_computes_something_else_runs_its_own_code(
     assert run_steps(loaded, ids, architectures.references(folder, ids)) < EQUAL
 
 
-def test_a_tokens_bits_do_not_depend_on_how_its_sequence_was_split(checkpoint: Checkpoint) -> None:
-    loaded = loaded_of(checkpoint("qwen3_5_text"))
-    assert loaded.delta_nets is not None
-    net, rng = loaded.delta_nets.nets[0], np.random.default_rng(0)
+def test_a_tokens_bits_do_not_depend_on_how_its_sequence_was_split(qwen: GenericModel) -> None:
+    assert qwen.delta_nets is not None
+    net, rng = qwen.delta_nets.nets[0], np.random.default_rng(0)
     qkv = torch.from_numpy(rng.normal(size=(30, net.num_channels)).astype(np.float32))
     steps = torch.from_numpy(rng.normal(size=(30, net.num_steps)).astype(np.float32))
     found = []
     for parts in ([(0, 30)], [(0, 7), (7, 1), (8, 22)], [(at, 1) for at in range(30)]):
-        states = NativeStates(loaded.delta_nets, num_slots=2, num_kept=1)
+        states = NativeStates(qwen.delta_nets, num_slots=2, num_kept=1)
         rows = []
         for start, count in parts:
             states.begin(batch_of([(1, start, count)], [[], [5] * 30]))
@@ -80,11 +85,10 @@ def test_a_tokens_bits_do_not_depend_on_how_its_sequence_was_split(checkpoint: C
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_rows_of_another_shape_or_before_a_step_are_refused(checkpoint: Checkpoint) -> None:
-    loaded = loaded_of(checkpoint("qwen3_5_text"))
-    assert loaded.delta_nets is not None
-    net = loaded.delta_nets.nets[0]
-    states = NativeStates(loaded.delta_nets, num_slots=2, num_kept=0)
+def test_rows_of_another_shape_or_before_a_step_are_refused(qwen: GenericModel) -> None:
+    assert qwen.delta_nets is not None
+    net = qwen.delta_nets.nets[0]
+    states = NativeStates(qwen.delta_nets, num_slots=2, num_kept=0)
     qkv, steps = torch.zeros(3, net.num_channels), torch.zeros(3, net.num_steps)
     with pytest.raises(ValueError, match="no step has begun"):
         states._rows.delta_net(0, net, qkv, steps)
@@ -103,12 +107,10 @@ def test_rows_of_another_shape_or_before_a_step_are_refused(checkpoint: Checkpoi
         states.begin(batch_of([(1, 4, 1)], [[], [5] * 5]))
 
 
-def test_a_step_that_fails_or_is_void_leaves_the_states(checkpoint: Checkpoint) -> None:
-    folder = checkpoint("qwen3_5_text")
+def test_a_step_that_fails_or_is_void_leaves_the_states(checkpoint: Checkpoint, qwen: GenericModel) -> None:
     ids = [architectures.random_ids(20, 0)]
-    expected = architectures.reference(folder, ids[0])
-    loaded = loaded_of(folder)
-    with program_of(loaded, num_sequences=1) as program:
+    expected = architectures.reference(checkpoint("qwen3_5_text"), ids[0])
+    with program_of(qwen, num_sequences=1) as program:
         program.run(batch_of([(0, 0, 12)], ids), [0])
         program.run(batch_of([(0, 12, 2)], [[*ids[0][:12], 7, 7]]), [0])  # in vain
         program.roll_back_to(program.num_steps - 1)
@@ -118,11 +120,10 @@ def test_a_step_that_fails_or_is_void_leaves_the_states(checkpoint: Checkpoint) 
     assert np.abs(found - expected[12:]).max() < EQUAL * np.abs(expected).max()
 
 
-def test_the_pool_takes_the_memory_that_is_forecast(checkpoint: Checkpoint) -> None:
-    loaded = loaded_of(checkpoint("qwen3_5_text"))
-    assert loaded.delta_nets is not None
-    nets = loaded.delta_nets.nets
+def test_the_pool_takes_the_memory_that_is_forecast(qwen: GenericModel) -> None:
+    assert qwen.delta_nets is not None
+    nets = qwen.delta_nets.nets
     used = sum(ops.kept_state_bytes(net) for net in nets)
     # The module's code keeps as many tokens as its convolution has taps, one more than the kernels.
     window = sum(4 * net.num_channels for net in nets)
-    assert used == loaded.config.other_kept_bytes - window
+    assert used == qwen.config.other_kept_bytes - window

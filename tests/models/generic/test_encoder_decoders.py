@@ -211,7 +211,7 @@ def test_a_short_prompt_does_not_change_the_attention_of_a_long_one(tmp_path: Pa
     assert np.abs(short - expected).max() / np.abs(expected).max() < EQUAL
 
 
-@pytest.mark.parametrize("model_type", ["pegasus", "marian"])
+@pytest.mark.parametrize("model_type", ["marian", pytest.param("pegasus", marks=pytest.mark.models)])
 def test_a_table_of_sines_is_computed_if_the_files_lack_it(
     model_type: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

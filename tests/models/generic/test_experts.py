@@ -95,8 +95,15 @@ def with_quantised_experts(source: Path, folder: Path, recipe: str) -> tuple[Pat
     return folder / "codes", folder / "floats"
 
 
-@pytest.mark.parametrize("recipe", list(CODES))
-@pytest.mark.parametrize("model_type", ["olmoe", "mixtral"])
+# How a model names and orders the matrices of its experts does not depend on how each is written.
+@pytest.mark.parametrize(
+    ("model_type", "recipe"),
+    [("mixtral", recipe) for recipe in CODES]
+    + [
+        pytest.param("olmoe", recipe, marks=() if recipe == "gptq" else pytest.mark.models)
+        for recipe in CODES
+    ],
+)
 def test_quantised_experts_keep_their_codes(
     model_type: str, recipe: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

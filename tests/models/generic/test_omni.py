@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from tests.support import vision_models as vision
 from tests.support.vision_chats import Part, chatting, greedy, url_of
 from tests.support.vision_runs import served
-from tgi_asgi import ops
 from tgi_asgi.models.generic.vision.sequence_images import PromptImage, _axes_by_marks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
@@ -30,34 +31,31 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
     ],
 )
 async def test_a_published_checkpoint_answers_as_the_part_that_writes(
-    name: str, kind: str, architecture: str, tmp_path: Path
+    name: str, kind: str, architecture: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    ops.configure_threads(1, nice=0, pin=False)
-    vision.make(name, tmp_path)
+    folder = shutil.copytree(folder_of(name), tmp_path / "published")
     parts: list[Part] = ["what is ", vision.picture(50, 30), " and ", vision.picture(40, 70, 1), " this?"]
-    wanted = greedy(name, tmp_path, parts, 6)
-    config = json.loads((tmp_path / "config.json").read_text())
+    wanted = greedy(name, folder, parts, 6)
+    config = json.loads((folder / "config.json").read_text())
     whole = {"architectures": [architecture], "model_type": kind, "thinker_config": config}
-    (tmp_path / "config.json").write_text(json.dumps(whole))
-    weights = {f"thinker.{key}": value for key, value in load_file(tmp_path / "model.safetensors").items()}
+    (folder / "config.json").write_text(json.dumps(whole))
+    weights = {f"thinker.{key}": value for key, value in load_file(folder / "model.safetensors").items()}
     weights["talker.codec_head.weight"] = torch.ones(2, 2)
-    save_file(weights, tmp_path / "model.safetensors")
-    async with chatting(tmp_path) as (ask, _):
+    save_file(weights, folder / "model.safetensors")
+    async with chatting(folder) as (ask, _):
         found = await ask(parts)
     assert found.choices[0].message.content == wanted
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni"])
-async def test_prompts_need_no_marks_around_images(name: str, tmp_path: Path) -> None:
+async def test_prompts_need_no_marks_around_images(name: str, folder_of: Callable[[str], Path]) -> None:
     """The model's own function of positions raises, or takes an image for text, where they are missing."""
-    ops.configure_threads(1, nice=0, pin=False)
-    vision.make(name, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    texts = {
-        int(token_id): text
-        for text, token_id in json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"].items()
-    }
-    for token in json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]:
+    folder = folder_of(name)
+    config, tokenizer = (
+        json.loads((folder / file).read_text()) for file in ("config.json", "tokenizer.json")
+    )
+    texts = {int(token_id): text for text, token_id in tokenizer["model"]["vocab"].items()}
+    for token in tokenizer["added_tokens"]:
         texts[token["id"]] = token["content"]
     begin, sound = (texts.get(config.get(f"{each}_start_token_id")) for each in ("vision", "audio"))
     image = f"![]({url_of(vision.picture(50, 30))})"
@@ -65,7 +63,7 @@ async def test_prompts_need_no_marks_around_images(name: str, tmp_path: Path) ->
         f"a {begin}{image}{begin}{image}", f"{image} b {begin}{image} c", f"{image} {image} {image}",
         *([f"a {sound} b {image}"] if sound else []),
     ]  # fmt: skip
-    async with served(tmp_path) as (url, _), httpx.AsyncClient(base_url=url, timeout=60) as http:
+    async with served(folder) as (url, _), httpx.AsyncClient(base_url=url, timeout=60) as http:
         for prompt in prompts:
             body = {"inputs": prompt, "parameters": {"max_new_tokens": 3}}
             answer = await http.post("/generate", json=body)
@@ -73,9 +71,10 @@ async def test_prompts_need_no_marks_around_images(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni"])
-def test_marked_images_get_the_positions_of_the_model_s_own_function(name: str, tmp_path: Path) -> None:
-    vision.make(name, tmp_path)
-    model = transformers.AutoModelForMultimodalLM.from_pretrained(tmp_path)
+def test_marked_images_get_the_positions_of_the_model_s_own_function(
+    name: str, folder_of: Callable[[str], Path]
+) -> None:
+    model = transformers.AutoModelForMultimodalLM.from_pretrained(folder_of(name))
     config, grid = model.config, torch.tensor([[1, 4, 6], [1, 2, 4]])
     start, image = config.vision_start_token_id, config.image_token_id
     sizes = [int(each.prod()) // model.config.vision_config.spatial_merge_size**2 for each in grid]
