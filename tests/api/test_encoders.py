@@ -22,7 +22,7 @@ ORACLE = Path(__file__).parents[1] / "models/oracle/sentence-transformers-encode
 BURST = ["a", "of three words", "letter " * 12, "x" * 90, "some-dashes"]
 
 
-@pytest.mark.parametrize("kind", ["Bert", "ModernBert", "MPNet"])
+@pytest.mark.parametrize("kind", ["Bert", "ModernBert", pytest.param("MPNet", marks=pytest.mark.models)])
 async def test_openais_sdk_gets_vectors_of_a_burst_as_of_each_alone(tmp_path: Path, kind: str) -> None:
     model = save_encoder(tmp_path, kind)
     tokenizer = Tokenizer.from_directory(tmp_path)

@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 _EXAMPLE = re.compile(r"^\n((?: {4}.*\n|\n)+)", re.MULTILINE)  # indented after an empty line
 _REST = re.compile(r"(?<=[(,]) ?\.\.\.(?=[),])")  # `...` for arguments that the example leaves out
 _Kind = inspect.Parameter
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _ANYTHING = inspect.Signature([_Kind("a", _Kind.VAR_POSITIONAL), _Kind("k", _Kind.VAR_KEYWORD)])
 
 
@@ -76,11 +77,17 @@ def _signatures() -> dict[str, list[inspect.Signature | None]]:
     return found
 
 
+def _documented(node: _Documented) -> Iterator[_Documented]:
+    """Yield a module, class or function and those that are defined directly in it."""
+    yield node
+    for each in node.body:
+        if isinstance(each, _Documented):
+            yield from _documented(each)
+
+
 def _calls(path: Path) -> Iterator[ast.Call]:
     """Yield the calls in the examples of a file's docstrings."""
-    for node in ast.walk(_tree(path)):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
+    for node in _documented(_tree(path)):
         for example in _EXAMPLE.findall(f"{ast.get_docstring(node) or ''}\n"):
             code = _REST.sub("**_rest", textwrap.dedent(example))
             try:

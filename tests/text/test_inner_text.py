@@ -34,10 +34,25 @@ GRAMMARS: dict[str, tuple[GrammarSource, str]] = {
 }
 
 
-def of_gguf(name: str, **changes: object) -> tokenizers.Tokenizer:
+PREFIX = "tokenizer.ggml."
+# How many tokens remain of a vocabulary's beginning and end, where its bytes, letters and special tokens are.
+KEPT = {"gpt-2": (4000, 1), "llama-spm": (4000, 2200)}
+
+
+def of_gguf(name: str, *, is_whole: bool = False, **changes: object) -> tokenizers.Tokenizer:
+    """Return a vocabulary, or a part of it: how it changes texts does not depend on the number of tokens."""
     with GgufFile.open(llama_cpp_source() / "models" / f"ggml-vocab-{name}.gguf") as file:
-        changed = {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
-        return build({**file.metadata, **changed}).backend
+        metadata = {**file.metadata, **{f"{PREFIX}{key}": value for key, value in changes.items()}}
+    if name in KEPT and not is_whole:
+        first, last = KEPT[name]
+        tokens = [*metadata[f"{PREFIX}tokens"][:first], *metadata[f"{PREFIX}tokens"][-last:]]
+        known = set(tokens)
+        pairs = [merge.split(" ") for merge in metadata.get(f"{PREFIX}merges", ())]
+        merges = [" ".join(pair) for pair in pairs if known.issuperset((*pair, "".join(pair)))]
+        metadata |= {f"{PREFIX}tokens": tokens, f"{PREFIX}merges": merges}
+        for key in {f"{PREFIX}scores", f"{PREFIX}token_type"} & metadata.keys():
+            metadata[key] = np.delete(metadata[key], slice(first, -last))
+    return build(metadata).backend
 
 
 def metaspace() -> tokenizers.Tokenizer:
@@ -109,7 +124,7 @@ def test_ids_have_exactly_the_text_s_bytes(tokenizer: Tokenizer, text: str) -> N
 
 def test_ids_are_those_of_the_text_within_a_longer_one() -> None:
     """Nothing merges with Llama's token for a line break, so the text after it is split as on its own."""
-    tokenizer = Tokenizer(of_gguf("llama-spm"), {"eos_token": "</s>"})
+    tokenizer = Tokenizer(of_gguf("llama-spm", is_whole=True), {"eos_token": "</s>"})
     for text in ('{"name": "', "yes", " yes", "def f(x):", "Zürich"):
         around = tokenizer.encode("x\n" + text, add_special_tokens=False)
         assert tokenizer.encode_inside(text) == around[2:]

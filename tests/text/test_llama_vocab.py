@@ -25,6 +25,8 @@ WITH_VECTORS = (
 )  # fmt: skip
 # They split texts as one of the others does; `test_each_name_of_a_pre_tokenizer...` compares all splits.
 REPEATED = ("command-r", "deepseek-llm", "phi-3", "qwen35", "refact")
+# Its 262,000 tokens take two seconds; test_gguf_vocab.py has a small vocabulary of its kind.
+MARKS = {**dict.fromkeys(REPEATED, pytest.mark.models), "gemma-4": pytest.mark.thorough}
 WITHOUT_VECTORS = ("baichuan",)
 OF_ENCODERS = ("bert-bge", "nomic-bert-moe")
 REFUSED = {
@@ -73,10 +75,7 @@ def test_every_vocabulary_is_accounted_for() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.models if name in REPEATED else ()) for name in WITH_VECTORS],
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in WITH_VECTORS])
 def test_text_becomes_the_ids_of_the_models_own_tokenizer(name: str) -> None:
     tokenizer = open_vocabulary(name)
     for text, ids in vectors(name):

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.template_names import REPEATED
 from tests.support.tool_calls import parse
 from tests.support.tool_writers import write
 from tgi_asgi.errors import TemplateError
@@ -153,16 +154,6 @@ UNPARSABLE = {
     "tool_chat_template_llama4_pythonic": "no quotes are escaped within strings, and numbers are quoted",
     "tool_chat_template_toolace": "no quotes around strings",
 }
-# Nearly the same words, in the same order, as another template of the same format.
-REPEATED = {
-    "GLM-4.7-Flash", "GigaChat3-10B-A1.8B", "MiMo-VL", "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
-    "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "deepseek-ai-DeepSeek-V4-Flash-0731",
-    "ibm-granite-granite-4.1", "meta-llama-Llama-3.2-3B-Instruct", "meta-llama-Llama-3.3-70B-Instruct",
-    "poolside-Laguna-XS.2", "tool_chat_template_apertus", "tool_chat_template_deepseekv31",
-    "tool_chat_template_gemma4", "tool_chat_template_hermes", "tool_chat_template_llama3.2_json",
-    "tool_chat_template_mistral_parallel", "tool_chat_template_muse_glimmer",
-    "tool_chat_template_qwen3coder",
-}  # fmt: skip
 # Formats that none of these templates writes as `tool_writers` does, with the source of that form.
 FORMATS_FROM_DOCS = {
     "mistral": "calls in the history have ids, those in answers do not",
