@@ -17,6 +17,7 @@ def nvcc() -> str:
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.time_limit(1800)  # five minutes from scratch on two cores
 def test_every_kernel_compiles_within_its_bounds(nvcc: str) -> None:
     kernels, complaints = nvcc_check.compile_all(nvcc)
@@ -27,6 +28,7 @@ def test_every_kernel_compiles_within_its_bounds(nvcc: str) -> None:
         assert [kernel.name for kernel in tuned if kernel.code is None] == []
 
 
+@pytest.mark.thorough
 def test_the_adapters_compile_against_torch(nvcc: str) -> None:
     assert not nvcc_check.check_bindings(nvcc)
 
