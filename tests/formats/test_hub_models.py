@@ -169,7 +169,8 @@ def not_the_hub(answer: bytes | None) -> Iterator[tuple[str, list[bytes]]]:
         thread.join()
 
 
-PORTAL = b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 6\r\n\r\nlog in"
+# It closes each connection and says so: otherwise the next request might be sent into a closed one.
+PORTAL = b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\nconnection: close\r\ncontent-length: 6\r\n\r\nlog in"
 
 
 @pytest.mark.parametrize("answer", [None, b"", PORTAL], ids=["silence", "a closed connection", "a portal"])
