@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from tests.support.llama_cpp import llama_cpp_source
 from tgi_asgi.formats.gguf import GgufFile
@@ -129,6 +129,34 @@ def test_ids_are_those_of_the_text_within_a_longer_one() -> None:
         around = tokenizer.encode("x\n" + text, add_special_tokens=False)
         assert tokenizer.encode_inside(text) == around[2:]
         assert tokenizer.encode(text, add_special_tokens=False) != around[2:], "the vocabulary adds nothing"
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "pre_tokenizer", "decoder"),
+    [
+        (normalizers.Prepend("▁"), None, decoders.Metaspace()),
+        (normalizers.Sequence([normalizers.Prepend("▁")]), None, decoders.Metaspace()),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="always"), decoders.Metaspace()),
+        (None, pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()),
+    ],
+    ids=["prepend", "prepend in a sequence", "metaspace", "byte-level"],
+)
+def test_the_merges_decide_though_the_vocabulary_puts_a_space_before_texts(
+    normalizer: normalizers.Normalizer | None,
+    pre_tokenizer: pre_tokenizers.PreTokenizer | None,
+    decoder: decoders.Decoder,
+) -> None:
+    """The longest tokens of "abc" are "ab" and "c", but "b" and "c" are merged first."""
+    vocab = {text: token_id for token_id, text in enumerate(["▁", "Ġ", "a", "b", "c", "bc", "ab"])}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("b", "c"), ("a", "b")]))
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if pre_tokenizer is not None:
+        backend.pre_tokenizer = pre_tokenizer
+    backend.decoder = decoder
+    tokenizer = Tokenizer(backend, {})
+    assert tokenizer.encode("abc", add_special_tokens=False)[-2:] == [vocab["a"], vocab["bc"]]
+    assert tokenizer.encode_inside("abc") == [vocab["a"], vocab["bc"]]
 
 
 @pytest.mark.parametrize("name", GRAMMARS)
