@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 PYTEST_ARGS ?=
+# One process per core, at most four, each running whole files.
+SPREAD = -n auto --maxprocesses 4 --dist loadfile
 TORCH ?= torch==2.13.0
 # PyTorch's CPU builds if no NVIDIA GPU is found, because PyPI's builds include gigabytes of CUDA. Empty: no extra index.
 TORCH_INDEX ?= $(if $(wildcard /dev/nvidia[0-9]*),,https://download.pytorch.org/whl/cpu)
@@ -25,10 +27,10 @@ SOURCES = setup.py pyproject.toml requirements.txt constraints.txt $(wildcard cs
 serve: $(VENV)/.native
 	$(BIN)/tgi-asgi $(ARGS)
 
-# One process per core, at most four, each running whole files. For a single process: PYTEST_ARGS="-n 0". The tests and
-# the hundreds of programs that they start are compiled once, even where the environment keeps Python from writing that.
+# For a single process: PYTEST_ARGS="-n 0". The tests and the hundreds of programs that they start are compiled once,
+# even where the environment keeps Python from writing that.
 test: $(VENV)/.test-tools
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 # With the tests that are marked `thorough`, as in CI: whole models on the emulated GPU, the commands of all documents,
 # kernels in plain C++, and others that take long for what they add.
@@ -84,8 +86,8 @@ docs: $(VENV)/.docs-tools
 # no test of one run (pytest's status 5), the other decides.
 MODEL_FILES = tests/models tests/*/test_*famil*.py tests/*/test_encoders.py tests/*/test_shards.py
 test-models: $(VENV)/.test-tools
-	$(BIN)/python -m pytest -m 'models and (thorough or not thorough)' $(PYTEST_ARGS) || test $$? -eq 5
-	$(BIN)/python -m pytest $(MODEL_FILES) -m 'not models and (thorough or not thorough)' $(PYTEST_ARGS) || test $$? -eq 5
+	$(BIN)/python -m pytest $(SPREAD) -m 'models and (thorough or not thorough)' $(PYTEST_ARGS) || test $$? -eq 5
+	$(BIN)/python -m pytest $(SPREAD) $(MODEL_FILES) -m 'not models and (thorough or not thorough)' $(PYTEST_ARGS) || test $$? -eq 5
 
 soak: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
@@ -110,7 +112,7 @@ test-offline: $(VENV)/.test-tools
 	cd build/offline && git init --quiet && git add .
 	cp tgi_asgi/*.so build/offline/tgi_asgi/
 	cd build/offline && XDG_CACHE_HOME=$(abspath build/offline)/cache unshare --net --map-root-user sh -c \
-	  'ip link set lo up && exec $(abspath $(BIN))/python -m pytest -m "not demo and (thorough or not thorough)" $(PYTEST_ARGS)'
+	  'ip link set lo up && exec $(abspath $(BIN))/python -m pytest $(SPREAD) -m "not demo and (thorough or not thorough)" $(PYTEST_ARGS)'
 
 # Everything that takes too long for `make test`, one part after the other whatever fails, with a table at the end: the
 # thorough tests, faults planted in the CUDA kernels, storms, the kernels of x86-64 and, under qemu, of Arm
