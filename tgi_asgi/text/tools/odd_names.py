@@ -20,6 +20,9 @@ class OddNames:
         usual: Regex of the names that the rule reads.
         before: Text before a name.
         behind: Text that ends a name.
+
+    Attributes:
+        longest_first: These names, of which the first `_MAX_NAMES` that are listed are known.
     """
 
     def __init__(self, names: Iterable[str], usual: str, *, before: str = "", behind: str) -> None:
