@@ -13,6 +13,7 @@ import msgspec
 from tgi_asgi.api.anthropic.documents import document_text, plain_text, result_text, search_text
 from tgi_asgi.api.anthropic.render import MessageRenderer
 from tgi_asgi.api.anthropic.schema import ClientTool, CountRequest, MessagesRequest, Turn
+from tgi_asgi.api.anthropic.summaries import find_summary, is_only_summary
 from tgi_asgi.api.anthropic.tools import CHANGES, is_hosted, read_tools
 from tgi_asgi.api.call import Call
 from tgi_asgi.api.exchange import Exchange
@@ -39,7 +40,7 @@ _THINKING = ("adaptive", "between_tools", "disabled", "enabled")
 _BILLING = "x-anthropic-billing-header:"
 _UNSEEN = (  # blocks of the assistant's turns that only Anthropic's servers read
     "redacted_thinking", "fallback", "server_tool_use", "mcp_tool_use", "mcp_tool_listing",
-    "container_upload",
+    "container_upload", "compaction",
 )  # fmt: skip
 FAILED = "[the tool failed]"  # stands for the result of a failed call without a text
 
@@ -106,11 +107,15 @@ def read_conversation(request: CountRequest, tools: list[Tool], images: Images |
 def _shown(turns: Sequence[Turn]) -> Iterator[tuple[str, Turn]]:
     """Yield the turns that the model is shown, with their paths.
 
-    These are all turns but two kinds of system turns: reminders that end with the next turn of the user, and
-    those that only set the effort, which is not used here. Changes of the tools outlive their turn.
+    A summary replaces all turns before it. Two kinds of system turns are left out: reminders that end with
+    the next turn of the user, and those that only set the effort, which is not used here. Changes of the
+    tools outlive their turn.
     """
     last_user = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=0)
-    for i, turn in enumerate(turns):
+    first, summary = find_summary(turns)
+    if summary:
+        yield f"messages[{first}]", Turn("user", summary)
+    for i, turn in enumerate(turns[first:], first):
         path = f"messages[{i}]"
         if turn.role == "system":
             if turn.clear_at == "next_user_message" and i < last_user:
@@ -121,7 +126,8 @@ def _shown(turns: Sequence[Turn]) -> Iterator[tuple[str, Turn]]:
             refuse_field(f"{path}.clear_at", "is only permitted with role `system`")
         if turn.content is None:
             refuse_field(f"{path}.content", "is required")
-        yield path, turn
+        if not is_only_summary(turn):
+            yield path, turn
 
 
 def _turns(turns: list[tuple[str, Turn]], images: Images | None) -> list[ChatMessage]:
