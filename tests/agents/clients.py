@@ -47,11 +47,12 @@ def install() -> None:
 
 
 def codex(
-    url: str, home: Path, project: Path, prompt: str, *options: str, takes_it_for_ollama: bool = False
-) -> Run:
-    """Run Codex CLI in a project until it has answered."""
+    url: str, home: Path, project: Path, prompt: str, *options: str,
+    provider_name: str = "local", takes_it_for_ollama: bool = False,
+) -> Run:  # fmt: skip
+    """Run Codex CLI in a project until it has answered; it takes a provider called OpenAI for OpenAI's."""
     last = home / "last.txt"
-    provider = f'{{name="local", base_url="{url}/v1", env_key="LOCAL_KEY", wire_api="responses"}}'
+    provider = f'{{name="{provider_name}", base_url="{url}/v1", env_key="LOCAL_KEY", wire_api="responses"}}'
     settings = ['model_provider="local"', f"model_providers.local={provider}"]
     command = [_BIN / "codex", "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
     command += ["-m", "toy/model", "-C", project, "-o", last]

@@ -149,7 +149,8 @@ def test_codex_gives_a_task_to_another_agent(workspace: Workspace) -> None:
 
 
 @pytest.mark.agents
-def test_codex_summarises_before_its_history_fills_the_context(workspace: Workspace) -> None:
+@pytest.mark.parametrize("provider", ["local", "OpenAI"])  # the latter shall summarise itself
+def test_codex_summarises_before_its_history_fills_the_context(workspace: Workspace, provider: str) -> None:
     """After the summary it begins the list of calls again, and finds the parts gone."""
     install()
     for number in range(8):  # each shorter than the tenth of the context that Codex keeps free
@@ -157,9 +158,13 @@ def test_codex_summarises_before_its_history_fills_the_context(workspace: Worksp
     steps = [call("exec_command", cmd=f"cat part{number}; unlink part{number}") for number in range(8)]
     steps += [call("exec_command", cmd="sed -i s/apples/pears/ fruit.txt; cat fruit.txt")]
     option = f"model_context_window={CONTEXT}"
-    run = codex(workspace.url, workspace.home, workspace.project, play_of(steps), "-c", option)
+    play = play_of(steps)
+    run = codex(workspace.url, workspace.home, workspace.project, play, "-c", option, provider_name=provider)
     workspace.check(run, "pears")
-    assert len(workspace.seen()) > len(steps) + 1
+    bodies = [seen["body"] for seen in workspace.seen() if seen["body"]]
+    assert len(bodies) > len(steps) + 1
+    triggers = [body for body in bodies if body["input"][-1]["type"] == "compaction_trigger"]
+    assert bool(triggers) == (provider == "OpenAI")
 
 
 @pytest.mark.agents

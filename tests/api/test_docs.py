@@ -29,7 +29,7 @@ async def test_the_document_lists_exactly_the_routes() -> None:
     assert {row.path for row in rows if not row.summary} == REFUSING
 
 
-REFUSING = {"/v1/responses/compact", "/v1/responses/{response}/cancel"}  # only to say why
+REFUSING = {"/v1/responses/{response}/cancel"}  # only to say why
 
 
 async def test_admin_routes_are_told_of_only_where_they_can_be_called() -> None:

@@ -280,7 +280,6 @@ async def test_anthropic_s_header_carries_the_key() -> None:
         ({"tool_choice": {"type": "tool", "name": "absent"}}, "tool_choice"),
         ({"tool_choice": {"type": ["auto"]}}, "tool_choice.type"),
         ({"temperature": 3}, "temperature"),
-        ({"compaction": {"type": "summarize"}}, "`compaction`"),
         ({"output_config": {"format": {"type": "text"}}}, "`output_config.format`"),
         ({"output_format": {"type": "json_schema", "schema": {"type": "some"}}}, "`output_format`"),
     ],

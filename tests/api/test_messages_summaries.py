@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import anthropic
 import pytest
 
 from tests.support.client import client_of
-from tests.support.scripted_engine import ScriptedEngine, say
+from tests.support.scripted_engine import Script, ScriptedEngine, say
+from tests.support.serving import serving
 from tests.support.tool_app import app_of
+from tgi_asgi.api import summary
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"
 FAILED: dict[str, Any] = {"type": "compaction", "content": None}
@@ -79,3 +82,67 @@ async def test_what_is_no_summary_is_refused_by_its_path(messages: list[dict[str
     async with client_of(app_of(ScriptedEngine(say("a")))) as client:
         answer = await client.post("/v1/messages", json={"messages": messages, "max_tokens": 5})
     assert answer.status_code == 400 and path in answer.json()["error"]["message"]
+
+
+def asked(engine: ScriptedEngine) -> str:
+    return engine.tokenizer.decode(list(engine.requests[-1].prompt_ids), skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_request_for_a_summary_gets_it_as_its_only_block(is_stream: bool) -> None:
+    engine = ScriptedEngine(say("<think>", "hm", "</think>", "They ", "met."))
+    options: dict[str, Any] = {
+        "model": "m", "max_tokens": 50, "messages": [turn("user", "Hi"), turn("assistant", "Ho")],
+        "compaction": {"type": "summarize"}, "tools": [{"name": "t", "input_schema": {"type": "object"}}],
+        "tool_choice": {"type": "any"},
+    }  # fmt: skip
+    app = app_of(engine, chat_template=f"{TEMPLATE}{{# <think> </think> #}}")
+    async with (
+        serving(app) as url,
+        anthropic.AsyncAnthropic(base_url=url, api_key="k", max_retries=0) as client,
+    ):
+        if is_stream:
+            async with client.beta.messages.stream(**options) as stream:
+                message = await stream.get_final_message()
+        else:
+            message = await client.beta.messages.create(**options)
+        block: dict[str, Any] = message.content[0].to_dict()
+        assert len(message.content) == 1
+        assert (block["type"], block["content"]) == ("compaction", "They met.")
+        assert message.stop_reason == "compaction"
+        assert asked(engine).endswith(f"assistant: Ho;user: {summary.asking()['content']};")
+        # The next request has the block in place of the messages.
+        options = {**options, "messages": [turn("assistant", [block]), USER]}
+        del options["compaction"], options["tools"], options["tool_choice"]
+        await client.beta.messages.create(**options)
+    assert asked(engine) == "user: They met.\nAnd Venus?;"
+
+
+@pytest.mark.parametrize(("given", "is_own"), [("Sum up.", True), (" ", False), (None, False)])
+async def test_the_client_may_say_how_to_summarise(given: str | None, is_own: bool) -> None:
+    engine = ScriptedEngine(say("a"))
+    body = {"messages": [USER], "max_tokens": 5, "compaction": {"type": "summarize", "instructions": given}}
+    async with client_of(app_of(engine, chat_template=TEMPLATE)) as client:
+        assert (await client.post("/v1/messages", json=body)).status_code == 200
+    assert ("Sum up." in asked(engine)) == is_own != (str(summary.asking()["content"]) in asked(engine))
+
+
+@pytest.mark.parametrize(
+    ("script", "limit", "reason"),
+    [(say("They ", "met ", "again."), 2, "max_tokens"), (say(" ", "\n"), 50, "compaction")],
+)
+async def test_a_summary_without_an_end_or_text_has_no_content(
+    script: Script, limit: int, reason: str
+) -> None:
+    body = {"messages": [USER], "max_tokens": limit, "compaction": {"type": "summarize"}}
+    async with client_of(app_of(ScriptedEngine(script))) as client:
+        answer = (await client.post("/v1/messages", json=body)).json()
+    assert answer["content"] == [{"type": "compaction", "content": None}]
+    assert answer["stop_reason"] == reason
+
+
+async def test_only_summaries_are_made() -> None:
+    body = {"messages": [USER], "max_tokens": 5, "compaction": {"type": "erase"}}
+    async with client_of(app_of(ScriptedEngine(say("a")))) as client:
+        answer = await client.post("/v1/messages", json=body)
+    assert answer.status_code == 400 and "compaction.type" in answer.json()["error"]["message"]

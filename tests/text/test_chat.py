@@ -283,6 +283,35 @@ def test_system_messages_stay_where_the_template_shows_them(source: str) -> None
     assert text.index("Be  brief.") < text.index("Hello.") < text.index("And kind.")
 
 
+HELLO = {"role": "user", "content": "Hello."}
+PARTS: dict[str, Any] = {"role": "user", "content": [{"type": "text", "text": "And?"}]}
+
+
+@pytest.mark.parametrize(
+    ("messages", "joined"),
+    [
+        ([HELLO, HELLO], ["Hello.\n\nHello."]),
+        ([SYSTEM, HELLO, REMINDER, HELLO, ASSISTANT, HELLO], ["Hello.\n\nHello.", "Hello."]),
+        ([HELLO, {"role": "user", "content": ""}, {"role": "user", "content": None}], ["Hello."]),
+        ([HELLO, PARTS], [[{"type": "text", "text": "Hello."}, *PARTS["content"]]]),
+    ],
+)
+def test_the_users_successive_messages_are_joined_where_turns_must_alternate(
+    messages: list[dict[str, Any]], joined: list[Any]
+) -> None:
+    template, before = ChatTemplate(MISTRAL, SPECIAL), json.dumps(messages)
+    assert not template.accepts_successive_users
+    arranged = template.arranged(messages)
+    assert [message["content"] for message in arranged if message["role"] == "user"] == joined
+    assert json.dumps(messages) == before
+
+
+@pytest.mark.parametrize("source", [CHATML, LLAMA3, QWEN])
+def test_the_users_messages_stay_apart_where_the_template_shows_all(source: str) -> None:
+    template = ChatTemplate(source, SPECIAL)
+    assert template.accepts_successive_users and template.arranged([USER, USER]) == [USER, USER]
+
+
 def test_a_template_may_write_the_date() -> None:
     """As those of Llama 3 do; a template that finds no such function writes one of years ago."""
     template = ChatTemplate("{{ strftime_now('%Y') if strftime_now is defined else '26 Jul 2024' }}", {})
@@ -297,7 +326,7 @@ def test_a_tool_use_template_serves_requests_with_tools_only() -> None:
 
 def test_the_exception_of_a_template_is_the_message() -> None:
     with pytest.raises(TemplateError, match=r"^roles must alternate$"):
-        ChatTemplate(MISTRAL, SPECIAL).render([USER, USER])
+        ChatTemplate(MISTRAL, SPECIAL).render([USER, ASSISTANT, ASSISTANT])
 
 
 @pytest.mark.parametrize(

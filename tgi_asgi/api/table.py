@@ -27,7 +27,7 @@ from tgi_asgi.api.openai.response_schema import (
     NewItems,
     ResponsesRequest,
 )
-from tgi_asgi.api.openai.responses import RESPONSES, count_input, parse_response
+from tgi_asgi.api.openai.responses import RESPONSES, count_input, parse_compaction, parse_response
 from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
 from tgi_asgi.api.page.files import Pages
 from tgi_asgi.api.pooled import pooling
@@ -96,8 +96,11 @@ def _openai() -> list[Route]:
             "POST", "/v1/responses/input_tokens", tokenising(count_input), "Length of a prompt",
             dialect=RESPONSES, requests=(ResponsesRequest,),
         ),
-        row("POST", "/v1/responses/compact", stored.compact, ""),  # refused with the reason
-        row("POST", "/v1/responses/{response}/cancel", stored.cancel, ""),  # the same
+        row(
+            "POST", "/v1/responses/compact", generating(parse_compaction), "Summarise a conversation",
+            dialect=RESPONSES, requests=(ResponsesRequest,), generates=True,
+        ),
+        row("POST", "/v1/responses/{response}/cancel", stored.cancel, ""),  # refused with the reason
         row("GET", "/v1/responses/{response}/input_items", stored.list_input, "The input of a response"),
         row("GET", "/v1/responses/{response}", stored.retrieve, "A stored response"),
         row("DELETE", "/v1/responses/{response}", stored.delete, "Delete a response"),

@@ -115,11 +115,15 @@ class MessageRenderer(Renderer):
         last = events[-1]
         if last.finish is None:
             return made
-        if not self._blocks:
-            made += self._open(Content(""))
+        made += self._end(last)
+        return [*made, self._delta(), {"type": "message_stop"}]
+
+    def _end(self, last: TokenEvent) -> list[Event]:
+        """Close the last block, after the last token."""
+        made = [] if self._blocks else self._open(Content(""))
         made += self._close()
         self._stop = self._stop_of(last)
-        return [*made, self._delta(), {"type": "message_stop"}]
+        return made
 
     def _delta(self) -> Event:
         return {"type": "message_delta", "delta": self._stop, "usage": self._usage()}

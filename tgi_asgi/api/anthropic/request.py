@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from tgi_asgi.api import summary
 from tgi_asgi.api.anthropic.documents import document_text, plain_text, result_text, search_text
 from tgi_asgi.api.anthropic.render import MessageRenderer
 from tgi_asgi.api.anthropic.schema import ClientTool, CountRequest, MessagesRequest, Turn
-from tgi_asgi.api.anthropic.summaries import find_summary, is_only_summary
+from tgi_asgi.api.anthropic.summaries import SummaryRenderer, find_summary, is_only_summary
 from tgi_asgi.api.anthropic.tools import CHANGES, is_hosted, read_tools
 from tgi_asgi.api.call import Call
 from tgi_asgi.api.exchange import Exchange
@@ -62,8 +63,9 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
         refuse_field("thread", rule, "thread_unsupported_request")
     tools = read_tools(request.tools, request.messages)
     info = context.ready().info
+    conversation = read_conversation(request, tools, context.ready().new_images())
     job = Job(
-        prompt=read_conversation(request, tools, context.ready().new_images()),
+        prompt=conversation,
         sampling=sampling(
             info, info.sampling, temperature=request.temperature, top_p=request.top_p, top_k=request.top_k
         ),
@@ -75,8 +77,14 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
         tools=_choice(request.tool_choice, tools, request.tools or ()),
         cache_salt=request.cache_salt,
     )
+    renderer = MessageRenderer
+    if request.compaction is not None:
+        renderer = SummaryRenderer
+        conversation.messages.append(summary.asking(request.compaction.instructions))
+        conversation.offers_tools = conversation.is_continued = False
+        job.tools = job.constraint = None
     hides_thoughts = (request.thinking or {}).get("display") == "omitted"
-    render = partial(MessageRenderer, hides_tokens=request.max_tokens == 0, hides_thoughts=hides_thoughts)
+    render = partial(renderer, hides_tokens=request.max_tokens == 0, hides_thoughts=hides_thoughts)
     return Call(jobs=[job], render=render, model=request.model, stream=bool(request.stream))
 
 

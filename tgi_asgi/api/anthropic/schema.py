@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from tgi_asgi.api.parse import Fraction, Natural, Refused, Salt
+from tgi_asgi.api.parse import Fraction, Natural, Salt
 
 
 class ClientTool(Struct):
@@ -40,6 +40,13 @@ class CountRequest(Struct, kw_only=True):
     thinking: dict[str, Any] | None = None
 
 
+class Compaction(Struct):
+    """A request for a summary of the conversation instead of an answer."""
+
+    type: Literal["summarize"]
+    instructions: str | None = None  # what to ask the model instead of this server's own request
+
+
 class MessagesRequest(CountRequest, kw_only=True):
     """Body of `POST /v1/messages`."""
 
@@ -53,5 +60,4 @@ class MessagesRequest(CountRequest, kw_only=True):
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None  # older name of `output_config.format`
     cache_salt: Salt | None = None
-
-    compaction: Refused = None  # asks for a summary of the conversation instead of an answer
+    compaction: Compaction | None = None

@@ -35,8 +35,10 @@ MANY_REFERENCES = 100  # reading what these refer to takes a millisecond
 _ROLES = ("assistant", "developer", "system", "user")
 _TEXTS = ("input_text", "output_text", "text", "refusal")
 # Suffixes of hosted tools' item types.
-_HOSTED = ("_call", "_output", "_list_tools", "_approval_request", "_approval_response", "compaction")
+_HOSTED = ("_call", "_output", "_list_tools", "_approval_request", "_approval_response")
+_UNSEEN = ("additional_tools", "compaction", "program")  # a compaction of OpenAI's can only be read there
 _OMITTED = ("input_image", "input_file")  # named in tool outputs, but not shown
+_SUMMARY = "A summary of the conversation so far:"
 _CALLS = ("function_call", "custom_tool_call", *CALLS)
 _RESULTS = ("function_call_output", "custom_tool_call_output", SEARCH_OUTPUT, *OUTPUTS)
 
@@ -197,12 +199,19 @@ class _Messages:
                 if role not in _ROLES:
                     refuse_field(f"{path}.role", f"must be one of {', '.join(_ROLES)}, got {role[:40]!r}")
                 self._message(role, item.get("content"), f"{path}.content")
-            case "configuration_update":
-                pass  # `current_settings` reads it
-            case str() if kind in ("additional_tools", "program") or kind.endswith(_HOSTED):
+            case "compaction" if text := unsealed(item.get("encrypted_content")):
+                self._summary(text)
+            case "configuration_update" | "compaction_trigger":
+                pass  # `current_settings` and `is_triggered` read them
+            case str() if kind in _UNSEEN or kind.endswith(_HOSTED):
                 self.skipped.append(kind)
             case _:
                 refuse_field(f"{path}.type", f"{str(kind)[:40]!r} is not supported", "invalid_value")
+
+    def _summary(self, text: str) -> None:
+        """Add a summary in place of all that the assistant and its tools said before it."""
+        self.found = [message for message in self.found if message["role"] not in ("assistant", "tool")]
+        self._message("user", f"{_SUMMARY}\n\n{text}", "")
 
     def _call(self, call: dict[str, Any]) -> None:
         if not self.found or self.found[-1]["role"] != "assistant":

@@ -115,8 +115,11 @@ class ResponseRenderer(Renderer):
             if isinstance(piece, Content):
                 logprobs = JsonList()
         reason = events[-1].finish
-        if reason is None:
-            return
+        if reason is not None:
+            self._conclude(reason)
+
+    def _conclude(self, reason: FinishReason) -> None:
+        """End the response after the last token of the answer."""
         if not self._output:
             self._begin_item(Content(""))
         why = None

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import orjson
 
+from tgi_asgi.api import summary
 from tgi_asgi.api.call import Call, Generation, Renderer
 from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.errors import OPENAI, Dialect
@@ -20,6 +21,13 @@ from tgi_asgi.api.exchange import LARGE_BODY, Exchange
 from tgi_asgi.api.job import Constraint, Conversation, Job
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.chat import template_variables
+from tgi_asgi.api.openai.compaction import (
+    TRIGGER,
+    CompactionRenderer,
+    SummaryRenderer,
+    is_triggered,
+    user_messages,
+)
 from tgi_asgi.api.openai.conversation_store import ConversationStore, StoredConversation, stored_form
 from tgi_asgi.api.openai.conversations import find_conversation
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
@@ -87,6 +95,29 @@ def parse_response(body: bytes, exchange: Exchange) -> Callable[[], Call]:
     """Parse a request for a response; return a function that also parses the stored answers it continues."""
     request = decode_json(body, DECODER)
     _check(request)
+    return _parse(request, exchange)
+
+
+def parse_compaction(body: bytes, exchange: Exchange) -> Callable[[], Call]:
+    """Parse a request for a compacted conversation; return what `parse_response` does."""
+    request = decode_json(body, DECODER)
+    _check(request)
+    if request.model is None:
+        refuse_field("model", "is required")
+    if request.stream:
+        refuse_field("stream", "is not supported: a compacted conversation comes as a whole")
+    if is_triggered(items_of(request.input)):
+        refuse_field("input", "asks for a summary, as this route does anyway")
+    request.input = [*items_of(request.input), TRIGGER]
+    return _parse(request, exchange, is_compact=True)
+
+
+def _parse(request: ResponsesRequest, exchange: Exchange, *, is_compact: bool = False) -> Callable[[], Call]:
+    """Find what a checked request continues or refers to; return a function that parses that, too.
+
+    Args:
+        is_compact: Whether the answer is the compacted conversation instead of a response.
+    """
     conversation = None
     if request.conversation_id is not None:
         conversation = find_conversation(exchange, request.conversation_id)
@@ -99,7 +130,7 @@ def parse_response(body: bytes, exchange: Exchange) -> Callable[[], Call]:
     if size > MAX_BYTES:  # 400,000 references to one item fit into a body
         refuse_field("input", f"goes on from more than {MAX_BYTES} bytes")
     exchange.is_large |= size > LARGE_BODY or len(found) > MANY_REFERENCES
-    return partial(_call, request, history, found, exchange, conversation)
+    return partial(_call, request, history, found, exchange, conversation, is_compact=is_compact)
 
 
 def _call(
@@ -108,6 +139,8 @@ def _call(
     found: Mapping[int, bytes],
     exchange: Exchange,
     conversation: StoredConversation | None,
+    *,
+    is_compact: bool,
 ) -> Call:
     """Return the call of a checked request.
 
@@ -115,6 +148,7 @@ def _call(
         history: The conversation that it continues, as in `StoredResponse`.
         found: The stored items that its input refers to, by index in the input.
         conversation: The conversation that `history` is, if it is one.
+        is_compact: As in `_parse`.
     """
     context = exchange.context
     info, limits = context.ready().info, Limits.of(context.settings)
@@ -126,27 +160,36 @@ def _call(
     earlier = decode_items(history)
     tools = read_tools(request, [*earlier, *items])
     job = _job(request, earlier, items, tools, context)
-    is_stored = request.store is not False and context.responses.is_on
+    is_stored = request.store is not False and context.responses.is_on and not is_compact
     recorders: list[Callable[[dict[str, Any]], None]] = []
     if is_stored:
         full_input = (*history, msgspec.json.encode(items))
         recorders.append(_Recorder(context.responses, full_input, exchange.tenant))
-    if conversation is not None and not request.only_prewarms:
+    if conversation is not None and not request.only_prewarms and not is_compact:
         asked = stored_form(items)
         recorders.append(partial(_add_turn, context.conversations, conversation, asked))
     shows_logprobs = job.sampling.logprobs is not None
-    summary = request.reasoning.summary if request.reasoning is not None else None
+    wanted_summary = request.reasoning.summary if request.reasoning is not None else None
+
+    kind = ResponseRenderer
+    if is_compact:
+        kind = CompactionRenderer
+    elif is_triggered(items) and not request.only_prewarms:
+        kind = SummaryRenderer
 
     def render(generation: Generation) -> Renderer:
-        return ResponseRenderer(
+        base = _base(request, generation.model, info.sampling) | {"store": is_stored}
+        if is_compact:
+            base["output"] += user_messages([*earlier, *items], base["id"].removeprefix("resp_"))
+        return kind(
             generation,
-            _base(request, generation.model, info.sampling) | {"store": is_stored},
+            base,
             tools,
             ChatLogprobs(TokenNames(generation.served.tokenizer)) if shows_logprobs else None,
             recorders,
             hides_tokens=request.only_prewarms,
             seals_thoughts=request.includes("reasoning.encrypted_content"),
-            has_summary=summary not in (None, "none"),
+            has_summary=wanted_summary not in (None, "none"),
         )
 
     return Call(
@@ -168,12 +211,15 @@ def _job(
     form, (effort_field, effort) = current_settings(request, whole, len(earlier), paths)
     images = served.new_images()
     messages = read_items(whole, len(earlier), images, tools, paths)
+    asks_for_summary = is_triggered(items)
+    if asks_for_summary:
+        messages.append(summary.asking())
     if request.instructions:
         messages.insert(0, {"role": "system", "content": request.instructions})
     conversation = Conversation(
         messages,
         tools=[tool.for_template() for tool in tools] or None,
-        offers_tools=request.tool_choice != "none",
+        offers_tools=request.tool_choice != "none" and not asks_for_summary,
         variables=template_variables(effort, effort_field, request.chat_template_kwargs),
         adds_special_tokens=request.add_special_tokens,
         images=images,
@@ -190,13 +236,13 @@ def _job(
         served.info,
         context.settings,
         logprobs=request.num_logprobs,
-        constraint=_constraint(request, *form),
+        constraint=None if asks_for_summary else _constraint(request, *form),
     )
     return dataclasses.replace(
         job,
         max_tokens=1 if request.only_prewarms else request.max_output_tokens,
-        tools=choice,
-        reads_reasoning=request.separate_reasoning is not False,
+        tools=None if asks_for_summary else choice,
+        reads_reasoning=request.separate_reasoning is not False or asks_for_summary,
         shows_reasoning=request.include_reasoning is not False,
         reasoning_budget=thinking_budget(request),
     )

@@ -24,11 +24,6 @@ async def cancel(exchange: Exchange) -> None:
     refuse("id", f"Response with id '{stored.id}' is finished; only background responses can be cancelled")
 
 
-async def compact(exchange: Exchange) -> None:
-    """Refuse to compact a conversation."""
-    raise NotFound(f"Unknown URL: {exchange.method} {exchange.path}: this server compacts no conversations")
-
-
 async def list_input(exchange: Exchange) -> None:
     """Answer with a page of a stored response's input items, including those of earlier responses."""
     stored = _stored(exchange)

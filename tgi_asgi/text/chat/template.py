@@ -20,6 +20,11 @@ from tgi_asgi.text.chat.probes import USER, Probes
 from tgi_asgi.text.chat.sandbox import MAX_CHARS, make_environment
 from tgi_asgi.text.chat.system import accepts_scattered, is_scattered, merge_system_messages
 from tgi_asgi.text.chat.time_limit import limited_time
+from tgi_asgi.text.chat.users import (
+    accepts_successive_users,
+    has_successive_users,
+    merge_successive_users,
+)
 
 _SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space shows whether the template trims content
 # Errors that a template can raise: jinja's own, and those of Python operations on values of the wrong type.
@@ -43,6 +48,8 @@ class ChatTemplate:
             system one.
         accepts_scattered_system: Whether system messages may come anywhere; otherwise `render` joins them
             into one at the front.
+        accepts_successive_users: Whether a message of the user may follow another; otherwise `render` joins
+            them.
         accepts_system: Whether a system message is shown, not refused or dropped.
         shows_tools: Whether the tools are shown, given as the variable `tools` or in the system message.
         takes_several_calls: Whether an answer may have several calls; otherwise it is refused, or only the
@@ -70,6 +77,7 @@ class ChatTemplate:
         self._drops_texts = "user" in self.part_roles and not probes.shows(user)
         self.accepts_developer = self.mentions("developer") and probes.shows(developer, USER)
         self.accepts_scattered_system = accepts_scattered(self._probe, has_developer=self.accepts_developer)
+        self.accepts_successive_users = accepts_successive_users(self._probe)
         self.accepts_system = probes.shows({"role": "system", "content": "PROBE"}, USER)
         self.shows_tools = probes.shows_tools()
         self._drops_calls = {has_text: probes.drops_call(has_text=has_text) for has_text in (False, True)}
@@ -101,9 +109,12 @@ class ChatTemplate:
         return self._shows_images[placeholder]
 
     def arranged(self, messages: list[ChatMessage]) -> list[ChatMessage]:
-        """Return messages in an order that the template accepts; several system messages may become one."""
-        is_refused = is_scattered(messages) and not self.accepts_scattered_system
-        return merge_system_messages(messages) if is_refused else messages
+        """Return messages in an order that the template accepts; several of one role may become one."""
+        if not self.accepts_scattered_system and is_scattered(messages):
+            messages = merge_system_messages(messages)
+        if not self.accepts_successive_users and has_successive_users(messages):
+            messages = merge_successive_users(messages)
+        return messages
 
     def with_arguments(self, messages: list[ChatMessage]) -> list[ChatMessage]:
         """Return messages with the arguments of calls as the template takes them; see `render`."""
@@ -138,7 +149,8 @@ class ChatTemplate:
         those of a call that was cut off, become an empty one, so that the conversation can go on. A call's
         text joins its reasoning if the template refuses both (gpt-oss's). With `continue_final_message` the
         prompt ends right after the last message's content. If the template would refuse or drop system
-        messages that are not a single one at the front, they are joined into one there.
+        messages that are not a single one at the front, they are joined into one there; if it would refuse or
+        drop a message of the user that follows another, these are joined, too.
 
         Raises:
             TemplateError: if the template refused the messages, failed on them, or wrote too much.
