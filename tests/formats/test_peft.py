@@ -90,7 +90,6 @@ def test_the_scale_is_pefts(config: dict[str, Any], scale: float, tmp_path: Path
         ({"init_lora_weights": "corda"}, "init_lora_weights"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights"),
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
-        ({"init_lora_weights": "mica"}, "init_lora_weights"),
         ({"init_lora_weights": ["eva"]}, "init_lora_weights"),
         ({"init_lora_weights": 1}, "init_lora_weights"),
         ({"alpha_pattern": {"(q_proj": 1}}, "damaged"),
@@ -106,7 +105,7 @@ def test_what_is_not_computed_is_refused_by_name(
     assert message in str(refused.value)
 
 
-@pytest.mark.parametrize("first", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("first", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])
 def test_beginnings_that_leave_the_base_alone_are_served(first: object, tmp_path: Path) -> None:
     assert PeftAdapter(write(tmp_path, init_lora_weights=first)).targets[0].scale == 2.0
 

@@ -47,7 +47,7 @@ _READ = frozenset({
 # Initialisations of the matrices that leave the base unchanged. With others (PiSSA, OLoRA, CorDA, LoftQ,
 # ...), `peft` changes the base when it loads the adapter: `LoraLayer.update_layer`, 0.21. Adapters converted
 # by `path_initial_model_for_weight_conversion` are saved as plain ones, with true.
-_PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal")
+_PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 class PeftConfig:
@@ -111,7 +111,7 @@ def _check(config: Mapping[str, Any], allowed: Collection[str]) -> None:
         given = str(config["bias"])[:100]
         raise ModelLoadError(f"adapters with biases (bias: {given!r}) are not served{_CURE}")
     first = config.get("init_lora_weights")
-    # `peft` accepts "gaussian" in any case, and the other two only as written.
+    # `peft` accepts "gaussian" in any case, and most others only as written.
     is_plain = first is None or type(first) is bool or first in _PLAIN_BEGINNINGS
     if not is_plain and not (isinstance(first, str) and first.lower() == _PLAIN_BEGINNINGS[0]):
         raise ModelLoadError(
