@@ -320,8 +320,10 @@ class TestConfiguration:
             Tokenizer.from_directory(tmp_path)
 
     def test_a_vocabulary_of_another_family_is_refused(self, tmp_path: Path) -> None:
-        Backend(models.WordLevel({"a": 0})).save(str(tmp_path / "tokenizer.json"))
-        with pytest.raises(ModelLoadError, match=r"decoder \(none\) is not supported"):
+        backend = Backend(models.BPE({"a</w>": 0}, [], end_of_word_suffix="</w>"))
+        backend.decoder = decoders.BPEDecoder()
+        backend.save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(ModelLoadError, match=r"decoder \(BPEDecoder\) is not supported"):
             Tokenizer.from_directory(tmp_path)
 
 
@@ -381,13 +383,15 @@ def sentencepiece(*steps: Any) -> Any:
         ),
         (decoders.WordPiece(cleanup=False), ["a", "##b", "c", "@@d"], "ab c @@d"),
         (decoders.WordPiece(prefix="@@", cleanup=False), ["a", "@@b", "c", "##d"], "ab c ##d"),
+        (None, ["a", "b", "##c"], "a b ##c"),
     ],
 )
 def test_a_stream_has_the_decoder_s_marks_of_spaces_and_pieces(
     decoder: Any, pieces: list[str], text: str
 ) -> None:
     backend = Backend(models.WordPiece({piece: at for at, piece in enumerate(pieces)}, unk_token=pieces[0]))
-    backend.decoder = decoder
+    if decoder is not None:
+        backend.decoder = decoder
     tokenizer = Tokenizer(backend, {})
     ids = range(len(pieces))
     assert tokenizer.decode(ids, skip_special_tokens=False) == text

@@ -25,6 +25,8 @@ from tgi_asgi.text.inner_text import InnerText
 from tgi_asgi.text.token_bytes import token_byte_table
 from tgi_asgi.text.tokenizer_files import read_tokenizer
 
+_LONGEST_WORD = 100  # characters; BERT's limit
+
 
 class Tokenizer:
     """A model's tokenizer.
@@ -76,6 +78,8 @@ class Tokenizer:
         self.longest_token = max(map(len, self._bytes), default=1)  # in bytes, so no fewer than characters
         if isinstance(backend.model, tokenizers.models.WordPiece):  # an unknown word is one token
             self.longest_token = max(self.longest_token, backend.model.max_input_chars_per_word)
+        elif isinstance(backend.model, tokenizers.models.WordLevel):  # likewise, however long it is
+            self.longest_token = max(self.longest_token, _LONGEST_WORD)
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
         known = {token_id for token_id in eos_ids if 0 <= token_id < self.vocab_size}
