@@ -202,6 +202,24 @@ def test_a_gguf_file_says_how_it_pools(tmp_path: Path, number: int, kind: Poolin
     assert read_gguf_pooling(GgufFile.open(path.path)).kind is kind
 
 
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ({}, PoolingKind.MEAN),
+        ({"pooling_mode_cls_token": False}, PoolingKind.MEAN),
+        ({"pooling_mode": ["max"]}, PoolingKind.MAX),
+        ({"pooling_mode": "cls", "pooling_mode_mean_tokens": True}, PoolingKind.CLS),
+        ({"pooling_mode": ["cls", "mean"]}, None),  # joined vectors
+    ],
+)
+def test_a_pooling_is_read_as_by_sentence_transformers(
+    tmp_path: Path, config: dict[str, Any], kind: PoolingKind | None
+) -> None:
+    save_embedder(tmp_path, "mean_tokens")
+    (tmp_path / "1_Pooling/config.json").write_text(json.dumps(config))
+    assert read_pooling(tmp_path).kind is kind
+
+
 def test_a_pooling_that_is_not_known_is_a_reason_and_no_failure(tmp_path: Path) -> None:
     save_embedder(tmp_path, "attention")
     with loaded(tmp_path) as (found, _):

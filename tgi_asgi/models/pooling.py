@@ -36,14 +36,22 @@ ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
 # By llama.cpp's numbers; 0: none, 4: a rank.
 _GGUF_KINDS = {1: PoolingKind.MEAN, 2: PoolingKind.CLS, 3: PoolingKind.LAST}
 _GGUF_DENSE = ("dense_2.weight", "dense_3.weight")
-# The flags of `1_Pooling/config.json`; from version 5.4 on, `pooling_mode` holds the name.
+# The names of `pooling_mode` in `1_Pooling/config.json`; before version 5.4, each had a flag.
 _MODES = {
-    "cls": ("pooling_mode_cls_token", PoolingKind.CLS),
-    "mean": ("pooling_mode_mean_tokens", PoolingKind.MEAN),
-    "max": ("pooling_mode_max_tokens", PoolingKind.MAX),
-    "mean_sqrt_len_tokens": ("pooling_mode_mean_sqrt_len_tokens", PoolingKind.MEAN_SQRT_LEN),
-    "weightedmean": ("pooling_mode_weightedmean_tokens", PoolingKind.WEIGHTED_MEAN),
-    "lasttoken": ("pooling_mode_lasttoken", PoolingKind.LAST),
+    "cls": PoolingKind.CLS,
+    "mean": PoolingKind.MEAN,
+    "max": PoolingKind.MAX,
+    "mean_sqrt_len_tokens": PoolingKind.MEAN_SQRT_LEN,
+    "weightedmean": PoolingKind.WEIGHTED_MEAN,
+    "lasttoken": PoolingKind.LAST,
+}
+_MODE_OF_FLAG = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
 }
 # Keys of `sentence_bert_config.json`; "args" is their name before version 5.4.
 _TOKENIZER_OPTIONS = ("processor_kwargs", "tokenizer_args")
@@ -206,14 +214,13 @@ def _inside(directory: Path, name: str) -> Path:
 
 
 def _pooling_kind(config: Mapping[str, Any]) -> PoolingKind:
-    named = config.get("pooling_mode")
-    if isinstance(named, str):
-        kinds = [_MODES[named][1]] if named in _MODES else []
-    else:
-        kinds = [kind for flag, kind in _MODES.values() if config.get(flag) is True]
-    if len(kinds) != 1:
-        raise _Unsupported(f"the pooling {str(named or [kind.value for kind in kinds])[:100]} is not known")
-    return kinds[0]
+    """Return what a Pooling's configuration says; like sentence-transformers, the mean if it says nothing."""
+    flags = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+    named = config.get("pooling_mode", [_MODE_OF_FLAG.get(flag, flag) for flag in flags] or "mean")
+    names = named if isinstance(named, list) else [named]
+    if len(names) != 1 or not isinstance(names[0], str) or names[0] not in _MODES:
+        raise _Unsupported(f"the pooling {str(named)[:100]} is not known")
+    return _MODES[names[0]]
 
 
 def _read_dense(path: Path) -> Dense:
