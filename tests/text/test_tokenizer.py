@@ -396,3 +396,13 @@ def test_a_stream_has_the_decoder_s_marks_of_spaces_and_pieces(
     ids = range(len(pieces))
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert b"".join(map(tokenizer.token_bytes, ids)).decode() == f" {text}"
+
+
+def test_characters_are_joined_without_spaces() -> None:
+    backend = Backend(models.WordLevel({"a": 0, " ": 1, "é": 2}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = Tokenizer(backend, {})
+    ids = tokenizer.encode("é aa", add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "é aa"
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == "é aa"

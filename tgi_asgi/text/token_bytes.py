@@ -1,9 +1,9 @@
 """The bytes that each token stands for in running text, so that a stream needs no decoder.
 
-Four families are supported: byte-level vocabularies (GPT-2's alphabet, one printable character per byte),
+Four kinds are supported: byte-level vocabularies (GPT-2's alphabet, one printable character per byte),
 sentencepiece vocabularies ("▁" for a space, "<0x0A>" for a byte), BERT's word pieces ("##" if no word
-begins), and whole words, whose tokenizer has no decoder. The decoder names the marks of a space and of a word
-piece.
+begins), and vocabularies without marks: of words, whose tokenizer has no decoder, and of characters, whose
+decoder is "Fuse". Other decoders name the marks of a space and of a word piece.
 """
 
 from __future__ import annotations
@@ -58,13 +58,14 @@ def token_byte_table(backend: tokenizers.Tokenizer) -> list[bytes]:
         for token_id, text in pieces.items():
             inside = text.removeprefix(prefix)
             table[token_id] = (f" {text}" if inside == text else inside).encode("utf-8", "replace")
-    elif not kinds:  # `tokenizers` joins the tokens with spaces
+    elif kinds <= {"Fuse"}:
+        space = "" if kinds else " "  # without a decoder, `tokenizers` joins tokens with spaces
         for token_id, text in pieces.items():
-            table[token_id] = f" {text}".encode("utf-8", "replace")
+            table[token_id] = f"{space}{text}".encode("utf-8", "replace")
     else:
         raise ModelLoadError(
             f"the tokenizer's decoder ({', '.join(sorted(kinds))}) is not supported; byte-level and "
-            "sentencepiece vocabularies, word pieces and words are"
+            "sentencepiece vocabularies, word pieces, words and characters are"
         )
     return table
 
