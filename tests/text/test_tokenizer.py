@@ -353,6 +353,28 @@ def test_a_pair_loses_of_its_second_text_what_tokenizers_cuts(has_types: bool, s
     assert tokenizer.encode_pair(*texts, keep=2)[0] == [0, 2, 3, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("config", "start"),
+    [
+        ({}, 2),
+        ({"tokenizer_class": "BertTokenizer"}, 2),
+        ({"tokenizer_class": "TokenizersBackend"}, None),
+        ({"tokenizer_class": "TokenizersBackend", "model_input_names": ["input_ids", "token_type_ids"]}, 2),
+        ({"tokenizer_class": "BertTokenizer", "model_input_names": ["input_ids", "attention_mask"]}, None),
+    ],
+)
+def test_token_types_are_given_where_transformers_gives_them(
+    tmp_path: Path, config: dict[str, Any], start: int | None
+) -> None:
+    backend = Backend(models.WordLevel({"[SEP]": 0, "a": 1, "b": 2}, unk_token="[SEP]"))
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A [SEP]", pair="$A [SEP] $B:1 [SEP]:1", special_tokens=[("[SEP]", 0)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path / "tokenizer_config.json", config)
+    assert Tokenizer.from_directory(tmp_path).encode_pair("a", "b", keep=None) == ([1, 0, 2, 0], start)
+
+
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
 def test_sentence_transformers_may_lower_the_case_of_texts(
     first_tokens: str, tmp_path: Path, kind: str

@@ -76,7 +76,8 @@ def read_tokenizer(directory: Path, model_directory: Path) -> TokenizerFiles:
     older_files.surround_by_flags(backend, config)
     older_files.check_ids(backend, listed)
     inputs = config.get("model_input_names")  # the tokenizer's outputs that the model gets
-    has_token_types = not isinstance(inputs, list) or "token_type_ids" in inputs
+    is_plain = config.get("tokenizer_class") == "TokenizersBackend"  # of transformers 5: no types by default
+    has_token_types = "token_type_ids" in inputs if isinstance(inputs, list) else not is_plain
     end_ids = [token_id for text in ends if (token_id := backend.token_to_id(text)) is not None]
     return TokenizerFiles(backend, named, [*_read_eos_ids(model_directory), *end_ids], has_token_types)
 
