@@ -256,6 +256,22 @@ def test_sequences_with_one_token_each_are_run_together(
                 at += count
 
 
+def test_a_recurrent_layer_may_be_wider_than_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begin with one token, where RecurrentGemma's own code makes a state as wide as the model."""
+    monkeypatch.setitem(cast(Any, architectures.CONFIG), "recurrent_gemma", {"lru_width": 96})
+    architectures.make("recurrent_gemma", tmp_path)
+    expected = architectures.references(tmp_path, IDS[:2])
+    with program_of(load_generic(tmp_path), num_sequences=2) as program:
+        for step in ([(0, 0, 1)], [(0, 1, 1), (1, 0, 1)], [(0, 2, 9), (1, 1, 1)]):
+            found, at = program.run(batch_of(step, IDS), range(sum(count for *_, count in step))), 0
+            for sequence, start, count in step:
+                wanted = expected[sequence][start : start + count]
+                assert np.abs(found[at : at + count] - wanted).max() < 1e-4 * np.abs(wanted).max()
+                at += count
+
+
 @pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "jamba", "kimi_linear", "rembert", *OWN_KINDS])
 def test_a_step_that_fails_may_be_run_again(
     model_type: str, loaded: Callable[[str], GenericModel], reference_of: Callable[[str], list[np.ndarray]]

@@ -46,6 +46,7 @@ def keep_states_in_caches(model: nn.Module) -> None:
     for index, module in enumerate(modules):
         if type(module).__name__ == "RecurrentGemmaRecurrentBlock":
             module.layer_idx = _OTHERS + index
+            module.hidden_size = module.lru_width  # read only for a new convolution's state, of this width
             module.forward = functools.partial(_with_state_of, module, module.forward, module.layer_idx)
 
 
