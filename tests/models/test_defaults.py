@@ -23,14 +23,13 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_head": 16, "mamba_n_heads": 64},
 }
 _COMPOSITE = ("qwen3_5", "qwen3_5_moe")  # their keys are in a nested object
-_LLAMA_BY_ANOTHER_NAME = ("internlm3", "iquestcoder")  # own defaults, but Llama's code
 _NOT_NATIVE = ("exaone", "sarvam_mla", "sarvam_moe")  # a family's class, with defaults of their own
 
 
 def _types() -> Iterator[str]:
     ours = {family.architecture for family in all_families() if not family.is_gguf_only}
     for kind, architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        if architecture in ours and kind not in _COMPOSITE + _LLAMA_BY_ANOTHER_NAME + _NOT_NATIVE:
+        if architecture in ours and kind not in _COMPOSITE + _NOT_NATIVE:
             yield kind
 
 

@@ -9,11 +9,23 @@ from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import read_biases, read_layers, read_sizes, read_window
 from tgi_asgi.models.reading_experts import everywhere, read_mixtral_experts, with_experts
 
+# By model type, what a file's missing keys mean where `transformers` has a configuration of its own for
+# Llama's class.
+_DEFAULTS: dict[str, dict[str, float]] = {
+    "internlm3": {
+        "num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 32768,
+    },
+    "iquestcoder": {
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072,
+    },
+}  # fmt: skip
+
 
 def read_llama(reader: Reader, architecture: str) -> ModelConfig:
     """Read Llama's configuration: biases as the file says, and no window even if config.json has one."""
     # A GGUF file of this architecture may be Mistral's, which has a window.
     windows = read_window(reader) if reader.is_gguf else None
+    reader.defaults(**_DEFAULTS.get(str(reader.get("model_type")), {}))
     reader.ignore("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
     sizes = read_sizes(reader)
     layers = read_layers(reader, sizes, windows=windows)
