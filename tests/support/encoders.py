@@ -36,6 +36,11 @@ _OF_KIND: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 9, "use_bidirectional_attention": True,
     },
     "Albert": {"embedding_size": 32},
+    "OlmoHybrid": {
+        "num_key_value_heads": 2, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4, "pad_token_id": 0,
+    },
     "DebertaV2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "T5": {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
 }  # fmt: skip

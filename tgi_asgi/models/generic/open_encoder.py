@@ -18,6 +18,7 @@ from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.discover import configurations
 from tgi_asgi.models.generic.encoder import EncoderConfig, EncoderModel
 from tgi_asgi.models.generic.positions import context_length, first_position
+from tgi_asgi.models.generic.recurrent import recurrent_modules
 from tgi_asgi.models.generic.replace import Replaced, packed_names, vocabulary_sizes
 from tgi_asgi.models.generic.rope import fix_rotary_tables, table_bytes, tabulate
 from tgi_asgi.models.generic.weights import Filler
@@ -68,6 +69,8 @@ class OpenEncoder:
         layers: list[WholeLayer] = []
         reason = ""
         try:
+            if recurrent_modules(base):
+                raise ModelLoadError(f"{self.architecture} carries a state from token to token")
             layers = discover_whole(base, context)
             if is_classifier and isinstance(getattr(base, "pooler", None), nn.Linear):
                 raise ModelLoadError(f"{self.architecture} pools within its own code")

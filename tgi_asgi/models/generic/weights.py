@@ -299,7 +299,8 @@ class Filler:
         tensor = tensor.reshape(wanted.shape)
         # 16 bits round what a class computes when it is created. MiniMax's tables of decays then contradict
         # each other, and a text continued from a state differs from one computed at once.
-        if leaf in owner._buffers and torch.equal(wanted.to(tensor.dtype), tensor):
+        is_made = leaf in owner._buffers and not wanted.is_meta
+        if is_made and torch.equal(wanted.to(tensor.dtype), tensor):
             return
         tensor = tensor.to(wanted.dtype, copy=True)
         if leaf in owner._buffers:
