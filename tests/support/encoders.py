@@ -36,6 +36,11 @@ _OF_KIND: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 9, "use_bidirectional_attention": True,
     },
     "Albert": {"embedding_size": 32},
+    "EmbeddingGemma2Text": {
+        "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32, "sliding_window": 9,
+        "hidden_size_per_layer_input": 16, "embedding_dim": 80, "pad_token_id": 0,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "OlmoHybrid": {
         "num_key_value_heads": 2, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 4,

@@ -82,7 +82,7 @@ class OpenEncoder:
         return EncoderConfig(
             architecture=self.architecture,
             vocab_size=int(rows),
-            hidden_size=int(getattr(text, "hidden_size", columns)),
+            hidden_size=_width(base, int(getattr(text, "hidden_size", columns))),
             vocabulary_sizes=vocabulary_sizes(self._model),
             context_length=context,
             num_labels=int(model.config.num_labels) if is_classifier else 0,
@@ -143,6 +143,12 @@ def _built(directory: Path | None, config: Mapping[str, Any], name: str, *, trus
     if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
         model.pooler = None  # vectors do not need it, and many checkpoints lack it
     return model
+
+
+def _width(base: Any, hidden_size: int) -> int:
+    """Return the width of a module's states: EmbeddingGemma 2 projects them to another."""
+    projection = getattr(base, "embedding_projection", None)
+    return projection.out_features if isinstance(projection, nn.Linear) else hidden_size
 
 
 def _parts(module: nn.Module) -> set[str]:
