@@ -147,7 +147,7 @@ def _built(directory: Path | None, config: Mapping[str, Any], name: str, *, trus
 
 def _width(base: Any, hidden_size: int) -> int:
     """Return the width of a module's states: EmbeddingGemma 2 projects them to another."""
-    projection = getattr(base, "embedding_projection", None)
+    projection = getattr(getattr(base, "language_model", base), "embedding_projection", None)
     return projection.out_features if isinstance(projection, nn.Linear) else hidden_size
 
 
