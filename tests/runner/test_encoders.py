@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import transformers
 
 from tests.support.encoders import logits_of, random_ids, save_encoder, states_of
 from tests.support.pooling_models import edit, files_of, pooled, save_embedder, states
@@ -80,14 +79,7 @@ def agree(found: np.ndarray, expected: torch.Tensor) -> None:
         ("MPNet", "Model", "mean_tokens"),
         ("IBert", "Model", "mean_tokens"),  # tables of integers, for arithmetic that it does not use
         ("OlmoHybrid", "Model", "lasttoken"),  # carries states, which prompts in one row would share
-        pytest.param(
-            "EmbeddingGemma2Text",
-            "Model",
-            "mean_tokens",
-            marks=pytest.mark.skipif(
-                not hasattr(transformers, "EmbeddingGemma2TextModel"), reason="since transformers 5.24"
-            ),
-        ),
+        ("EmbeddingGemma2Text", "Model", "mean_tokens"),
         ("DebertaV2", "Model", "mean_tokens"),
         pytest.param("T5", "EncoderModel", "mean_tokens", marks=pytest.mark.models),
     ],
