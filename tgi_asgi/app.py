@@ -174,9 +174,9 @@ class App:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = path_of(scope["path"])
+        path = path_of(scope)
         if path != scope["path"]:
-            scope = {**scope, "path": path}
+            scope = {**scope, "path": path, "root_path": ""}
         exchange = Exchange(self.context, scope, receive, send, NATIVE)
         try:
             await self._answer(exchange)

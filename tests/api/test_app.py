@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.asgi import request, send
+from tests.support.asgi import Call, request, send
 from tests.support.scripted_engine import ScriptedEngine, scripted_app, toy_info
 from tests.support.waiting import LONGEST_S
 from tgi_asgi.api.asgi import Message
@@ -214,6 +214,30 @@ async def test_a_trailing_slash_is_the_same_path() -> None:
     app = scripted_app(ScriptedEngine())
     assert (await send(app, request("POST", CHAT + "/", HI))).status == 200
     assert (await send(app, request("GET", "/v1/models/"))).json()["object"] == "list"
+
+
+@pytest.mark.parametrize("root", ["/llm", "/llm/", "/v1"])
+async def test_an_app_may_be_mounted_below_a_prefix(root: str) -> None:
+    app, prefix = scripted_app(ScriptedEngine()), root.rstrip("/")
+
+    async def answer(method: str, path: str) -> Call:
+        call = request(method, prefix + path)
+        call.scope["root_path"] = root
+        return await send(app, call)
+
+    for path in ("", "/", "/health", "/v1/models/", "/v1/models/toy/model", "/llm/health"):
+        call = await answer("GET", path)
+        assert call.status == (404 if path == "/llm/health" else 200), path
+    assert (await answer("HEAD", "/health")).status == 200
+    call = await answer("PUT", "/v1/chat/completions")
+    assert (call.status, call.headers["allow"]) == (405, "POST")
+    assert "base URL" not in (await answer("GET", "/v1/nothing")).json()["error"]["message"]
+    assert "Take /openai from" in (await answer("GET", "/openai/v1/models")).json()["error"]["message"]
+
+
+async def test_a_path_with_a_placeholder_for_its_parameter_is_an_ordinary_one() -> None:
+    call = await send(scripted_app(ScriptedEngine()), request("GET", "/v1/responses/{response}"))
+    assert (call.status, call.json()["error"]["code"]) == (404, "response_not_found")
 
 
 async def test_compat_mode_speaks_tgis_envelope_on_v1() -> None:

@@ -72,8 +72,10 @@ class RouteTable:
         by_path: dict[str, dict[str, Route]] = {}
         for row in self.rows:
             by_path.setdefault(row.path, {})[row.method] = row
-        endpoints = [routing.Route(path, _Endpoint(own, check)) for path, own in by_path.items()]
-        self._router = routing.Router(endpoints, redirect_slashes=False, default=self._not_found)
+        endpoints = {path: _Endpoint(own, check) for path, own in by_path.items()}
+        with_parameters = [routing.Route(path, app) for path, app in endpoints.items() if "{" in path]
+        self._exact = {path: app for path, app in endpoints.items() if "{" not in path}
+        self._router = routing.Router(with_parameters, redirect_slashes=False, default=self._not_found)
 
     async def handle(self, exchange: Exchange) -> None:
         """Find the request's route and run its handler.
@@ -81,8 +83,9 @@ class RouteTable:
         Raises:
             NotFound, MethodNotAllowed: if there is none.
         """
-        exchange.scope[_EXCHANGE] = exchange
-        await self._router(exchange.scope, exchange.receive, exchange.send)
+        scope = exchange.scope
+        scope[_EXCHANGE] = exchange
+        await self._exact.get(scope["path"], self._router)(scope, exchange.receive, exchange.send)
 
     async def _not_found(self, scope: Scope, _receive: object, _send: object) -> None:
         """Refuse an unknown path in the dialect of neighbouring routes; suggest another base URL."""
@@ -150,13 +153,17 @@ def _effective_dialect(dialect: Dialect, exchange: Exchange) -> Dialect:
     return dialect.with_tgi_errors() if any(name in agent for name in _TGI_CLIENTS) else dialect
 
 
-def path_of(target: str) -> str:
-    """Return the path of a request's target, without trailing slashes, scheme and host.
+def path_of(scope: Scope) -> str:
+    """Return a request's path below the prefix where the app is mounted, without trailing slashes.
 
     Clients of proxies send targets with scheme and host (RFC 9112, section 3.2.2). Repeated slashes count as
     one, because clients join a base URL with a trailing slash and a path.
     """
-    if not target.startswith("/"):
-        _, scheme_ends, rest = target.partition("://")
-        target = "/" + rest.partition("/")[2] if scheme_ends else target
-    return _SLASHES.sub("/", target).rstrip("/") or "/"
+    path, root = scope["path"], scope.get("root_path", "").rstrip("/")
+    if not path.startswith("/"):
+        _, scheme_ends, rest = path.partition("://")
+        path = "/" + rest.partition("/")[2] if scheme_ends else path
+    path = _SLASHES.sub("/", path).rstrip("/")
+    if f"{path}/".startswith(f"{root}/"):
+        path = path[len(root) :]
+    return path or "/"

@@ -71,7 +71,7 @@ class ModelDispatcher:
         if scope["type"] != "http":
             await self._apps[0](scope, receive, send)
             return
-        method, path = scope["method"], _path_below(scope)
+        method, path = scope["method"], path_of(scope)
         if path in _LISTS and method in _READS:
             await self._list(_LISTS[path], scope, receive, send)
         elif path == "/metrics" and method in _READS:
@@ -170,12 +170,6 @@ class ModelDispatcher:
         texts = [answer.body.decode() for answer in answers]
         body = await asyncio.to_thread(merged_metrics, dict(zip(names, texts, strict=True)))
         await _respond(scope, send, answers[0], body.encode())
-
-
-def _path_below(scope: Scope) -> str:
-    """Return a request's path below the prefix under which Serve routes to this application."""
-    path, root = path_of(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
-    return (path.removeprefix(root) or "/") if f"{path}/".startswith(f"{root}/") else path
 
 
 def _name_in(messages: Sequence[Message]) -> object:

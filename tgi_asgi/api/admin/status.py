@@ -153,7 +153,7 @@ def models_of(exchange: Exchange) -> list[dict[str, Any]]:
     base = _model_object(served.info)
     adapters = [] if served.adapters is None else served.adapters.names
     models = [base, *(base | {"id": name, "root": name, "parent": base["id"]} for name in adapters)]
-    name = exchange.scope["path_params"].get("model")
+    name = exchange.scope.get("path_params", {}).get("model")
     if name is None:
         return models
     named = [model for model in models if model["id"] == name]

@@ -26,7 +26,7 @@ def in_own_form(other: Handler, list_models: Callable[[Exchange], Models]) -> Ha
             await other(exchange)
             return
         models = [_model(model) for model in list_models(exchange)]
-        if "model" in exchange.scope["path_params"]:
+        if "model" in exchange.scope.get("path_params", ()):
             await exchange.respond_json(models[0])
             return
         ends = {"first_id": models[0]["id"], "last_id": models[-1]["id"]}
