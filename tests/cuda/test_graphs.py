@@ -20,10 +20,10 @@ from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.cuda_sample_state import MAX_IDS
 from tgi_asgi.runner import cuda_steps
-from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
+from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_buffers import StepShape
 from tgi_asgi.runner.cuda_device import Command, Copy
-from tgi_asgi.runner.cuda_steps import CudaSteps, graph_shapes
+from tgi_asgi.runner.cuda_steps import MAX_TOP, CudaSteps, graph_shapes
 from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepRow
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar

@@ -31,8 +31,9 @@ from tests.support.pooling_server import pooled_server
 from tests.support.runner_driver import GREEDY, Job, generate
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_quant import Repacking
-from tgi_asgi.runner.cuda import CudaOutputs, CudaRunner
+from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_layout import plain_layout
+from tgi_asgi.runner.cuda_steps import CudaOutputs
 from tgi_asgi.runner.inputs import PlanError
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow

@@ -80,8 +80,9 @@ class KeptAnswer:
 class AnswerMemory:
     """Counts the bytes of all answers that are kept until they are sent. Used on the event loop only.
 
-    They are counted as tokens arrive, because nobody knows how long an answer will be. If there are too many,
-    the largest answer fails, of the key that holds most. Small answers never fail, however much others hold.
+    They are counted as tokens arrive, because the length of an answer is not known before. If they exceed the
+    limit, the largest answer of the key that holds most fails. Small answers never fail, however much others
+    hold.
 
     Attributes:
         held: Bytes of all of them together.

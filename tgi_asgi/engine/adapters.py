@@ -94,7 +94,7 @@ class _Entry:
 
     @property
     def is_read_first(self) -> bool:
-        """Whether nobody knows yet if it can be read."""
+        """Whether it has not been read yet, so that it may turn out to be unreadable."""
         is_coming = self.state in (_State.QUEUED, _State.READING)
         return is_coming and self.key is None and self.failure is None
 

@@ -235,6 +235,19 @@ def _rows(config: PeftConfig, module: str, rows: SafeTensor) -> PeftRows:
     return PeftRows(module, token_ids, rows)
 
 
+def _check_matrix(tensor: SafeTensor, other: str, tensors: Mapping[str, SafeTensor]) -> None:
+    """Refuse one of a pair of LoRA matrices if it, or the `other` one, is not as the reader needs it."""
+    name = tensor.name
+    if f"{_PREFIX}{name}" in tensors:
+        raise ModelLoadError(f"tensor {name!r} is also present with the prefix {_PREFIX!r}")
+    if other not in tensors:
+        raise ModelLoadError(f"tensor {name!r} has no matching {other!r}")
+    if tensor.dtype not in _DTYPES:
+        raise ModelLoadError(f"tensor {name!r} is of dtype {tensor.dtype}: {', '.join(_DTYPES)} are read")
+    if len(tensor.shape) != 2:
+        raise ModelLoadError(f"tensor {name!r} must be a matrix, it has the shape {list(tensor.shape)}")
+
+
 def _check_rank(tensor: SafeTensor, rank: float) -> None:
     if tensor.shape[0] != rank:
         raise ModelLoadError(
@@ -257,15 +270,8 @@ def _targets(
             what = next((what for part, what in _UNSUPPORTED_TENSORS.items() if part in name), None)
             reason = "is not a LoRA matrix" if what is None else f"belongs to {what}"
             raise ModelLoadError(f"tensor {name!r} {reason}, which is not supported")
-        if f"{_PREFIX}{name}" in tensors:
-            raise ModelLoadError(f"tensor {name!r} is also present with the prefix {_PREFIX!r}")
         other = name.removesuffix(end) + others[end]
-        if other not in tensors:
-            raise ModelLoadError(f"tensor {name!r} has no matching {other!r}")
-        if tensor.dtype not in _DTYPES:
-            raise ModelLoadError(f"tensor {name!r} is of dtype {tensor.dtype}: {', '.join(_DTYPES)} are read")
-        if len(tensor.shape) != 2:
-            raise ModelLoadError(f"tensor {name!r} must be a matrix, it has the shape {list(tensor.shape)}")
+        _check_matrix(tensor, other, tensors)
         if end in (_UP, _EMBEDDING_UP):
             continue
         module = name.removeprefix(_PREFIX).removesuffix(end)

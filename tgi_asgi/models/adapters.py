@@ -217,50 +217,58 @@ def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
     """Return a decoder's products: single matrices, and fused ones under their usual names."""
     found = {name: ops.Target.whole(weight) for name, weight in model.products.items()}
     for index, layer in enumerate(model.layers):
-        config = layer.config
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        inner = config.intermediate_size
-        ends = (0, queries, queries + keys, queries + 2 * keys)
         of_layer = {name: ops.Target.whole(weight) for name, weight in layer.products.items()}
         if layer.recurrent is not None:
             of_layer |= layer.recurrent.targets
         if layer.latent is not None:
-            output = ops.Target(layer.output, 0, config.hidden_size)
+            output = ops.Target(layer.output, 0, layer.config.hidden_size)
             of_layer |= {**layer.latent.targets, "self_attn.o_proj": output}
         elif layer.spec.attends:
-            of_layer |= {
-                "self_attn.q_proj": ops.Target(layer.qkv, ends[0], ends[1]),
-                "self_attn.k_proj": ops.Target(layer.qkv, ends[1], ends[2]),
-                "self_attn.v_proj": ops.Target(layer.qkv, ends[2], ends[3]),
-                "self_attn.qkv_proj": ops.Target(layer.qkv, 0, ends[3]),
-                "self_attn.o_proj": ops.Target(layer.output, 0, config.hidden_size),
-            }
-            if not layer.spec.has_cache or layer.spec.values_are_keys:
-                for name in ("k_proj", "v_proj", "qkv_proj"):
-                    del of_layer[f"self_attn.{name}"]
-            if layer.spec.values_are_keys:
-                both = np.tile(np.arange(keys), 2)
-                of_layer["self_attn.k_proj"] = ops.Target(layer.qkv, ends[1], ends[3], both)
-            if layer.gate is not None and config.has_output_gate:
-                del of_layer["self_attn.qkv_proj"]
-                of_layer["self_attn.q_proj"] = _gated_queries(layer.qkv, layer.gate, config)
+            of_layer |= _attention_targets(layer)
         if layer.has_mlp:
-            of_layer |= {
-                "mlp.up_proj": ops.Target(layer.up, 0, inner),
-                "mlp.down_proj": ops.Target(layer.down, 0, config.hidden_size),
-            }
-        if layer.has_mlp and isinstance(layer.up, ops.GateUpWeight):
-            of_layer |= {
-                "mlp.gate_proj": ops.Target(layer.up, 0, inner),
-                "mlp.up_proj": ops.Target(layer.up, inner, 2 * inner),
-                "mlp.gate_up_proj": ops.Target(layer.up, 0, 2 * inner),
-            }
+            of_layer |= _mlp_targets(layer)
         found |= {f"model.layers.{index}.{name}": target for name, target in of_layer.items()}
     whole = dict(_under_path(model, name, target) for name, target in found.items())
     if model.config.cut is None:
         return whole
     cut = TargetCut(model.layers, model.config.cut)
     return {path: cut(target) for path, target in whole.items()}
+
+
+def _attention_targets(layer: Layer) -> dict[str, ops.Target]:
+    config, spec = layer.config, layer.spec
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    ends = (0, queries, queries + keys, queries + 2 * keys)
+    found = {
+        "self_attn.q_proj": ops.Target(layer.qkv, ends[0], ends[1]),
+        "self_attn.k_proj": ops.Target(layer.qkv, ends[1], ends[2]),
+        "self_attn.v_proj": ops.Target(layer.qkv, ends[2], ends[3]),
+        "self_attn.qkv_proj": ops.Target(layer.qkv, 0, ends[3]),
+        "self_attn.o_proj": ops.Target(layer.output, 0, config.hidden_size),
+    }
+    if not spec.has_cache or spec.values_are_keys:
+        for name in ("k_proj", "v_proj", "qkv_proj"):
+            del found[f"self_attn.{name}"]
+    if spec.values_are_keys:
+        both = np.tile(np.arange(keys), 2)
+        found["self_attn.k_proj"] = ops.Target(layer.qkv, ends[1], ends[3], both)
+    if layer.gate is not None and config.has_output_gate:
+        del found["self_attn.qkv_proj"]
+        found["self_attn.q_proj"] = _gated_queries(layer.qkv, layer.gate, config)
+    return found
+
+
+def _mlp_targets(layer: Layer) -> dict[str, ops.Target]:
+    inner = layer.config.intermediate_size
+    down = ops.Target(layer.down, 0, layer.config.hidden_size)
+    if not isinstance(layer.up, ops.GateUpWeight):
+        return {"mlp.up_proj": ops.Target(layer.up, 0, inner), "mlp.down_proj": down}
+    return {
+        "mlp.gate_proj": ops.Target(layer.up, 0, inner),
+        "mlp.up_proj": ops.Target(layer.up, inner, 2 * inner),
+        "mlp.gate_up_proj": ops.Target(layer.up, 0, 2 * inner),
+        "mlp.down_proj": down,
+    }
 
 
 def _gated_queries(qkv: ops.QkvWeight, gate: ops.LinearWeight, config: ModelConfig) -> ops.Target:

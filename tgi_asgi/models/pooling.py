@@ -127,22 +127,14 @@ def read_pooling(directory: Path) -> PoolingFiles:
     modules = _read_list(directory / "modules.json")
     found = read_sentence_config(directory)
     about = read_optional_json(directory / "config_sentence_transformers.json")
-    longest = found.get("max_seq_length")
-    for name in _TOKENIZER_OPTIONS:
-        if isinstance(options := found.get(name), dict):
-            longest = options.get("model_max_length", longest)
+    longest = _longest(found)
     if longest is None and modules:
         longest = read_optional_json(directory / "tokenizer_config.json").get("model_max_length")
     if modules:
         _warn_of_unread(found, about)
-    prompts = about.get("prompts")
     result: dict[str, Any] = {
         "max_tokens": longest if type(longest) is int and longest > 0 else None,
-        "prompts": {
-            name: text
-            for name, text in (prompts.items() if isinstance(prompts, dict) else ())
-            if isinstance(text, str)
-        },
+        "prompts": _prompts(about),
         "is_normalized": not modules,
     }
     dense: list[Dense] = []
@@ -170,6 +162,22 @@ def read_pooling(directory: Path) -> PoolingFiles:
     except _Unsupported as error:
         return PoolingFiles(reason=str(error))
     return PoolingFiles(dense=tuple(dense), **result)
+
+
+def _longest(sentence_config: Mapping[str, Any]) -> Any:
+    """Return the length at which sentence-transformers cuts texts, as the file has it; None: not there."""
+    longest = sentence_config.get("max_seq_length")
+    for name in _TOKENIZER_OPTIONS:
+        if isinstance(options := sentence_config.get(name), dict):
+            longest = options.get("model_max_length", longest)
+    return longest
+
+
+def _prompts(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the texts that may precede a text, by the names of their tasks."""
+    prompts = config.get("prompts")
+    named = prompts.items() if isinstance(prompts, dict) else ()
+    return {name: text for name, text in named if isinstance(text, str)}
 
 
 def _warn_of_unread(found: Mapping[str, Any], about: Mapping[str, Any]) -> None:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.family import Model
-from tgi_asgi.models.pooling import Dense
 from tgi_asgi.ops import DeviceQueue, DeviceRows
 from tgi_asgi.ops.cuda_adapters import CudaAdapter, CudaAdapterLayout
 from tgi_asgi.ops.cuda_sample_state import token_logprobs
@@ -37,7 +36,7 @@ from tgi_asgi.runner.cuda_pooling import CudaPooler, StepVectors
 from tgi_asgi.runner.cuda_prepared import PreparedSteps, StepMemory
 from tgi_asgi.runner.cuda_sampler import CudaSampler, FetchedSamples
 from tgi_asgi.runner.cuda_shards import CudaShards
-from tgi_asgi.runner.cuda_steps import CudaSteps, CudaStepSpec
+from tgi_asgi.runner.cuda_steps import CudaOutputs, CudaSteps, CudaStepSpec
 from tgi_asgi.runner.handoff import Handoff, PendingStep
 from tgi_asgi.runner.inputs import PlanError, StepInputs
 from tgi_asgi.runner.kv import KvSize
@@ -51,25 +50,6 @@ if TYPE_CHECKING:  # imports transformers
     from tgi_asgi.models.generic.vision.native import NativeImages
 
 logger = logging.getLogger(__name__)
-
-MAX_TOP = 20  # most probable tokens listed per sampled one: the limit of OpenAI's API
-
-
-@dataclass(frozen=True, slots=True)
-class CudaOutputs:
-    """What steps compute from the states after the last layer.
-
-    Attributes:
-        has_logits: Whether they compute logits; a model that only embeds needs none.
-        max_top: Maximum number of log-probabilities that a sequence can request besides its token's.
-        dense: Dense layers applied to pooled vectors.
-    """
-
-    has_logits: bool = True
-    max_top: int = MAX_TOP
-    dense: Sequence[Dense] = ()
-
-
 _DEFAULT_OUTPUTS = CudaOutputs()
 
 
@@ -284,18 +264,7 @@ class CudaRunner:
         if plan.copies:
             with self._together(Copies(plan.copies)):
                 self._steps.copy_blocks(plan.copies)
-        # The tokens that earlier steps sample advance grammars: those of this step's rows, and those that a
-        # start replaces or sets.
-        waits = self._sampler.constrains(start.slot for start in plan.starts)
-        for start in plan.starts:
-            self._sampler.start(start)
-            self._scorer.forget(start.slot)
-            self._vectors.forget(start.slot)
-            self._rows.start(start.slot, len(start.prompt_ids))
-            if self._images is not None:
-                self._images.start(start)
-        waits = waits or self._sampler.constrains(start.slot for start in plan.starts)
-        waits = waits or self._sampler.constrains(row.slot for row in plan.rows if row.samples)
+        waits = self._start_slots(plan)
         if not plan.rows:
             self._start_grammars(plan, waits)
             self._device.submit([memory.event])
@@ -335,6 +304,23 @@ class CudaRunner:
             launched.laid = laid = laid or LaidStep(plan, plan.starts)
             self._drafts.are_in_flight = laid.masked is not None
         return launched
+
+    def _start_slots(self, plan: StepPlan) -> bool:
+        """Start a plan's slots, except for their grammars; return whether these wait for earlier steps.
+
+        The tokens that earlier steps sample advance grammars: those of this step's rows, and those that a
+        start replaces or sets.
+        """
+        waits = self._sampler.constrains(start.slot for start in plan.starts)
+        for start in plan.starts:
+            self._sampler.start(start)
+            self._scorer.forget(start.slot)
+            self._vectors.forget(start.slot)
+            self._rows.start(start.slot, len(start.prompt_ids))
+            if self._images is not None:
+                self._images.start(start)
+        waits = waits or self._sampler.constrains(start.slot for start in plan.starts)
+        return waits or self._sampler.constrains(row.slot for row in plan.rows if row.samples)
 
     def _lay_out(self, plan: StepPlan, waits: bool, memory: StepMemory) -> LaidStep:
         """Choose the drafts of a step whose rows have a `stop`, and replace these rows.
@@ -469,7 +455,7 @@ class CudaRunner:
     def _finish(
         self, step: PendingStep, launched: _Launched | None, failure: str | None
     ) -> StepResult | Exception:
-        """Return the result of a step; of a prepared one, only how it failed is to be told."""
+        """Return the result of a step, or why it failed; prepared steps come here only if they failed."""
         try:
             if launched is None:
                 raise RuntimeError(failure)

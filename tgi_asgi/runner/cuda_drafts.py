@@ -98,7 +98,8 @@ class CudaDrafts:
     Attributes:
         limits: Maximum numbers of drafts, for the engine.
         num_spares: Number of spare slots, which come after those of sequences.
-        are_in_flight: Whether the step launched last has drafts: nobody knows yet where its slots are.
+        are_in_flight: Whether the step launched last has drafts, so that the positions of its slots are not
+            known yet.
     """
 
     def __init__(self, how: Speculation, *, num_slots: int, max_rows: int) -> None:

@@ -23,11 +23,11 @@ from tgi_asgi.ops.cuda_experts import has_kernels
 from tgi_asgi.ops.cuda_kv import HEAD_DIMS, MAX_GROUP, CudaKvFormat, dtype_name
 from tgi_asgi.ops.cuda_modes import CudaModes
 from tgi_asgi.ops.cuda_quant import Repacking
-from tgi_asgi.runner.cuda import MAX_TOP, CudaOutputs, CudaRunner
+from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_adapters import make_adapter_layout
 from tgi_asgi.runner.cuda_device import CudaDevice, Device, must_fit, register_kernels
 from tgi_asgi.runner.cuda_shards import CudaShards, check_cuts
-from tgi_asgi.runner.cuda_steps import CudaStepSpec
+from tgi_asgi.runner.cuda_steps import MAX_TOP, CudaOutputs, CudaStepSpec
 from tgi_asgi.runner.drafts import speculation_of
 from tgi_asgi.runner.kv import KvSize, choose_size, gpu_cure, gpu_groups_of, kv_scales_of, limits_of
 from tgi_asgi.runner.load_pooling import uses_logits

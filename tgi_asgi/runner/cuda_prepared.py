@@ -116,6 +116,6 @@ class PreparedSteps:
     def _is_encoding(self) -> bool:
         """Return whether an image is being encoded, or may be by a step in flight.
 
-        Each step is to know of it then, and to release an encoding that nobody needs any more.
+        Then each step must run Python, which also frees encodings that no request needs any more.
         """
         return self._was_encoding or (self._images is not None and self._images.is_encoding)

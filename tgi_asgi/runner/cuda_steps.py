@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.models.family import Model, record
+from tgi_asgi.models.pooling import Dense
 from tgi_asgi.ops.cuda import CudaProgram
 from tgi_asgi.ops.cuda_adapters import CudaAdapterLayout
 from tgi_asgi.ops.cuda_attention import PromptAttention
@@ -36,6 +37,7 @@ MIXED_PROMPTS = 4
 # Maximum number of tokens of a step whose kernels may begin early. On an H200 (Llama-3-8B's shape) that takes
 # 0.97 to 0.99 of the time for 1 to 8 sequences in bfloat16, 1.03 for 16; with 4-bit weights 0.89 to 0.91.
 MAX_DEPENDENT_TOKENS = 8
+MAX_TOP = 20  # most probable tokens listed per sampled one: the limit of OpenAI's API
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,21 @@ class CudaStepSpec:
             limits.max_tokens, limits.max_sequences, limits.max_rows, limits.max_sequences, limits.max_tokens,
             num_entries=limits.max_sequences * self.max_blocks,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class CudaOutputs:
+    """What steps compute from the states after the last layer.
+
+    Attributes:
+        has_logits: Whether they compute logits; a model that only embeds needs none.
+        max_top: Maximum number of log-probabilities that a sequence can request besides its token's.
+        dense: Dense layers applied to pooled vectors.
+    """
+
+    has_logits: bool = True
+    max_top: int = MAX_TOP
+    dense: Sequence[Dense] = ()
 
 
 def graph_shapes(limits: StepLimits, *, has_mixed: bool, has_logits: bool = True) -> list[StepShape]:

@@ -211,7 +211,10 @@ class Runner(Protocol):
 
     @property
     def progress(self) -> int | None:
-        """A number that changes again and again while a step is computed; None: nobody knows."""
+        """A number that keeps changing while a step is computed, so that it can be told from a hung one.
+
+        None: the runner cannot tell.
+        """
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step (from the event loop); the future fails if the step raised."""

@@ -139,9 +139,12 @@ class HostRunner:
         """
         future = self._handoff.submit(plan, self._push_rows)
         self._was_encoding = bool(plan.images)
-        for start in plan.starts:
-            for slots, is_in in ((self._constrained, start.grammar), (self._seeing, start.images)):
-                (slots.add if is_in else slots.discard)(start.slot)
+        started = {start.slot for start in plan.starts}
+        if started:
+            self._constrained -= started
+            self._constrained |= {start.slot for start in plan.starts if start.grammar is not None}
+            self._seeing -= started
+            self._seeing |= {start.slot for start in plan.starts if start.images}
         return future
 
     def close(self) -> None:
@@ -179,7 +182,7 @@ class HostRunner:
     def _is_encoding(self) -> bool:
         """Return whether an image is being encoded, or may be by a step in flight.
 
-        Each step is to know of it then, and to release an encoding that nobody needs any more.
+        Then each step must run Python, which also frees encodings that no request needs any more.
         """
         return self._was_encoding or self._program.is_encoding
 

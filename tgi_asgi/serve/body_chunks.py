@@ -61,7 +61,7 @@ class Stream(HTTPStream):
         return self.response["status"] == 200 and b"content-length" not in names
 
     def _find_protocol(self) -> H11Protocol | None:
-        """Return hypercorn's side of this connection, unless it speaks another protocol than HTTP/1."""
+        """Return hypercorn's side of this connection, or None if its protocol is not HTTP/1."""
         protocol = getattr(self.send, "__self__", None)
         is_http1 = isinstance(protocol, H11Protocol) and isinstance(protocol.connection, h11.Connection)
         return protocol if is_http1 else None

@@ -115,7 +115,7 @@ class _Row:
     """A sequence's part of a step.
 
     Attributes:
-        answer: What it has left, which this step goes on with.
+        answer: State of the answer so far, which this step continues.
         start: Position of the first of `ids`.
         places: Where its logits are among those of the step.
         wanted: Which of `ids` have them, [n_places].

@@ -23,7 +23,7 @@ TOKEN_HEADS = ("ForMaskedLM", "ForPreTraining")  # of encoders, which are served
 # Types for which transformers uses a family's class, but with other defaults, and names in published files.
 _BORROWING = frozenset({"exaone", "sarvam_mla", "sarvam_moe"})
 
-# By model type, the class of the part that reads and writes; the others speak its answer.
+# By model type, the class of the part that generates text; the other parts turn it into speech.
 _THINKERS = {
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
@@ -31,15 +31,19 @@ _THINKERS = {
 
 
 def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config.json that names an architecture; older ones may only have a model type.
+    """Return a config.json whose architecture is the class of `transformers` that serves its `model_type`.
 
-    The architecture is the text-generating one that `transformers` maps the type to. So it is if the file has
-    another name that is just the type's: K-EXAONE's ExaoneMoEForCausalLM is `transformers`' ExaoneMoe, and
-    IQuest's own class is Llama there. So it is, too, if the file has the name of another type's class, as
-    after a merge of Llama and Mistral: `transformers` goes by the type. Other names stay: they may be of
-    models that compute something else. A Mistral that lists the kinds of its layers is Ministral, as for
-    `AutoConfig`. An encoder-decoder is the class with a head, even if its file names the one without. Of a
-    model that speaks, it is the part that writes.
+    The name in the file is replaced by that class if
+
+    - there is none, as in older files;
+    - it is spelled after the type: ExaoneMoEForCausalLM (K-EXAONE) is ExaoneMoeForCausalLM in `transformers`,
+      and the class that IQuest names is Llama's;
+    - it is the class of another type, as after a merge of Llama and Mistral: `transformers` follows the type;
+    - it is an encoder-decoder's class without a head;
+    - the type is that of a model that also speaks: the class is that of the part that generates text;
+    - the file is a Mistral's with `layer_types`, which `AutoConfig` takes for Ministral.
+
+    Any other name stays, because its model may compute something else.
     """
     kind, names = config.get("model_type"), config.get("architectures")
     if isinstance(kind, str) and kind in _THINKERS:

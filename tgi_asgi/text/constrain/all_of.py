@@ -114,7 +114,7 @@ class _Merger:
         return {**_joined(plain), **kept}
 
     def _plain(self, schema: Schema, depth: int) -> Schema | None:
-        """Return what a schema says of its object, if it says nothing but which properties there are."""
+        """Return a schema of an object that only lists properties, merged and without references, or None."""
         self._num_parts += 1
         if depth > _MAX_CHAIN or self._num_parts > _MAX_PARTS:
             return None
