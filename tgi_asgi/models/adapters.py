@@ -19,6 +19,7 @@ from tgi_asgi.formats.safetensors import SafeTensor
 from tgi_asgi.models.adapter_cut import TargetCut
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.layers import Layer
 from tgi_asgi.models.loading.open import ServedModel
 from tgi_asgi.ops.arrays import Floats
 
