@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.block_pool import check_pool
 from tests.support.fake_runner import FakeRunner, FakeTokenizer, fake_info
 from tgi_asgi.engine.engine import Engine
 from tgi_asgi.settings import Settings
@@ -39,6 +40,6 @@ async def make_engine() -> AsyncIterator[MakeEngine]:
         stats = engine.stats
         assert stats.accepted == stats.finished + stats.failed + stats.cancelled
         assert engine.admission.num_taken == 0
-        engine.scheduler.pool.check()
+        check_pool(engine.scheduler.pool)
         assert engine.scheduler.pool.num_used == 0
         assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0

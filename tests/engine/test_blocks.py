@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.block_pool import check_pool
 from tgi_asgi.engine.blocks import BlockPool
 
 
@@ -26,7 +27,7 @@ def test_a_shared_block_is_free_when_its_last_holder_lets_go() -> None:
     assert pool.num_holders(block) > 0
     pool.release([block])
     assert pool.num_holders(block) == 0
-    pool.check()
+    check_pool(pool)
 
 
 def test_contents_are_found_up_to_the_first_that_are_gone() -> None:
@@ -59,7 +60,7 @@ def test_a_freed_block_is_found_by_its_contents_and_revived() -> None:
     assert pool.find(digest("a")) == block
     pool.take(block)
     assert pool.num_used == 1
-    pool.check()
+    check_pool(pool)
 
 
 def test_cached_blocks_are_reused_last_and_the_longest_unused_first() -> None:
@@ -93,7 +94,7 @@ def test_a_reused_block_forgets_what_it_held() -> None:
     pool.release([block])
     assert pool.allocate() == block
     assert pool.find(digest("a")) is None
-    pool.check()
+    check_pool(pool)
 
 
 def test_the_same_contents_twice_keep_their_first_block() -> None:
@@ -102,7 +103,7 @@ def test_the_same_contents_twice_keep_their_first_block() -> None:
     pool.register(first, digest("a"))
     pool.register(second, digest("a"))
     assert pool.find(digest("a")) == first
-    pool.check()
+    check_pool(pool)
 
 
 def test_forgotten_contents_are_not_found_and_the_block_stays_with_its_holder() -> None:
@@ -112,7 +113,7 @@ def test_forgotten_contents_are_not_found_and_the_block_stays_with_its_holder() 
     pool.forget([block])
     assert pool.find(digest("a")) is None
     assert pool.num_used == 1
-    pool.check()
+    check_pool(pool)
 
 
 def fill(pool: BlockPool, name: str) -> int:
@@ -131,7 +132,7 @@ def test_new_blocks_are_touched_only_as_far_as_that_pays() -> None:
     assert pool.num_free == 100
     assert pool.find(digest("49")) is not None
     assert pool.find(digest("45")) is None
-    pool.check()
+    check_pool(pool)
 
 
 def test_blocks_that_are_needed_at_once_are_there() -> None:
@@ -139,7 +140,7 @@ def test_blocks_that_are_needed_at_once_are_there() -> None:
     held = [pool.allocate() for _ in range(10)]
     assert sorted(held) == list(range(10))
     pool.release(held)
-    pool.check()
+    check_pool(pool)
     for index in range(30):
         fill(pool, str(index))
     assert pool.num_touched == 10
@@ -159,7 +160,7 @@ def test_the_cache_grows_while_what_it_gave_up_is_wanted_again() -> None:
         else:
             pool.take(block)
             pool.release([block])
-        pool.check()
+        check_pool(pool)
     assert all(hits[-20:])
     assert pool.num_touched <= 8
     assert not pool.miss(digest("never seen"))

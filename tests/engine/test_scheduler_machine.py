@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.engine.helpers import WatchedGrammar, add_request, make_request, make_scheduler
+from tests.support.block_pool import check_pool
 from tests.support.fake_runner import FakeRunner, expected_tokens
 from tgi_asgi.engine.sequence import Sequence, Stage
 from tgi_asgi.engine.step import Step
@@ -277,7 +278,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         pool = self.scheduler.pool
-        pool.check()
+        check_pool(pool)
         holders: Counter[int] = Counter()
         writable: Counter[int] = Counter()
         for sequence in self.scheduler.running:
@@ -298,7 +299,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler") or self.scheduler.tables.states is None:
             return
         states = self.scheduler.tables.states
-        states.pool.check()
+        check_pool(states.pool)
         holders = Counter(keep.place for step, _ in self.flights for keep in step.keeps)
         for sequence in self.scheduler.running:
             use = sequence.recurrent

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tests.support.block_pool import check_pool
 from tests.support.kv import plain_limits, plain_size
 from tests.support.letters import Letters
 from tgi_asgi.engine.engine import Engine
@@ -77,6 +78,6 @@ async def serving_with(
         yield engine
         await engine.stop()
         assert engine.scheduler.pool.num_used == 0
-        engine.scheduler.pool.check()
+        check_pool(engine.scheduler.pool)
     finally:
         runner.close()

@@ -198,15 +198,3 @@ class BlockPool:
                 self._free[block] = None
                 if self._digests[block] is None:
                     self._free.move_to_end(block, last=False)
-
-    def check(self) -> None:
-        """Assert every invariant of the pool; for tests."""
-        used = sum(count > 0 for count in self._references)
-        assert used == self.num_used
-        assert used + self.num_free == self.num_blocks
-        assert all(self._references[block] == 0 for block in self._free)
-        assert not any(self._references[self.num_touched :])
-        assert all(block < self.num_touched for block in self._free)
-        assert not self._evicted.keys() & self._by_digest.keys()
-        registered = {block: digest for block, digest in enumerate(self._digests) if digest is not None}
-        assert registered == {block: digest for digest, block in self._by_digest.items()}
