@@ -33,10 +33,10 @@ def write(folder: Path, tensors: dict[str, np.ndarray] | None = None, **config: 
 
 
 def test_a_plain_adapter_is_read(tmp_path: Path) -> None:
-    adapter = PeftAdapter(write(tmp_path, base_model_name_or_path="org/base"))
+    adapter = PeftAdapter(write(tmp_path))
     [target] = adapter.targets
     assert (target.module, target.rank, target.scale) == ("model.layers.0.self_attn.q_proj", 4, 2.0)
-    assert (target.down.shape, target.up.shape, adapter.base) == ((4, 32), (64, 4), "org/base")
+    assert (target.down.shape, target.up.shape) == ((4, 32), (64, 4))
     assert len(adapter.digest) == 16
     adapter.close()
     assert PeftAdapter(write(tmp_path, lora_alpha=9)).digest != adapter.digest

@@ -295,7 +295,7 @@ class Shard:
     def load(self, directory: Path, number: int) -> Any:
         if self.reason is not None:
             raise self.reason
-        return LoadedAdapter(number, self.digest, 1, 100, None)
+        return LoadedAdapter(number, self.digest, 1, 100)
 
     def keep(self, number: int) -> None:
         self.kept.append(number)
@@ -316,7 +316,7 @@ class Own:
     layout = None
 
     def load(self, directory: Path, number: int) -> Any:
-        return LoadedAdapter(Weights(), b"same", 1, 100, None)
+        return LoadedAdapter(Weights(), b"same", 1, 100)
 
 
 @contextmanager

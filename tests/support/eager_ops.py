@@ -151,14 +151,17 @@ def attention(
     spec = ops.AttentionSpec(scale, **arrays_of(rules))
 
     def attend(_: ops.Recorder, q: ops.Value, gate: ops.Value | None = None) -> ops.Value:
-        return ops.attention(q, cache, spec, rotary_dim=rotary_dim, gate=gate)
+        return ops.attention(q, cache, spec, gate=gate)
 
     gates = [] if gate is None else [(gate, Kind.ROWS)]
-    return _run(attend, (q, Kind.QUERY), *gates, batch=batch)
+    return _run(attend, (q, Kind.QUERY), *gates, batch=batch, rotary_dim=rotary_dim)
 
 
 def _run(
-    operator: Callable[..., Value], *inputs: tuple[Tensor, Kind], batch: FlatRows | None = None
+    operator: Callable[..., Value],
+    *inputs: tuple[Tensor, Kind],
+    batch: FlatRows | None = None,
+    rotary_dim: int | None = None,
 ) -> Tensor:
     """Record `operator(recorder, *values)`, run it and return its output; the inputs stay unchanged."""
     recorder = ops.Recorder()
@@ -172,7 +175,7 @@ def _run(
     limits = ops.StepLimits(
         max_tokens=room, max_sequences=num_sequences, max_rows=room, max_context=max_context
     )
-    program = OpenProgram(recorder, limits, inputs=values, outputs=[out])
+    program = OpenProgram(recorder, limits, inputs=values, outputs=[out], rotary_dim=rotary_dim)
     for value, (tensor, _) in zip(values, inputs, strict=True):
         program.write(value, tensor.numpy())
     logits = program.run(batch, range(num_tokens) if out.kind is Kind.LOGITS else ())

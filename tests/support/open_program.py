@@ -26,6 +26,8 @@ class OpenProgram(ops.CpuProgram):
     Args:
         inputs: Values that no call computes; `write` sets them.
         outputs: Values that `read` can return.
+        rotary_dim: How many dims of a head are rotated, in keys and in queries that are inputs, because the
+            cache stores dims in the order of their rotation pairs; None: whole heads.
     """
 
     def __init__(
@@ -35,12 +37,13 @@ class OpenProgram(ops.CpuProgram):
         *,
         inputs: Sequence[Value] = (),
         outputs: Sequence[Value] = (),
+        rotary_dim: int | None = None,
     ) -> None:
-        self._inputs, self._outputs = inputs, outputs
+        self._inputs, self._outputs, self._rotary_dim = inputs, outputs, rotary_dim
         super().__init__(recorder, limits)
 
     def _lower(self, adapters: AdapterLayout | None, shard: Shard | None) -> CpuCalls:
-        return _OpenCalls(self.native, self._recorded, self._inputs, self._outputs)
+        return _OpenCalls(self.native, self._recorded, self._inputs, self._outputs, self._rotary_dim)
 
     @property
     def buffers(self) -> CpuBuffers:
@@ -51,7 +54,7 @@ class OpenProgram(ops.CpuProgram):
         """Set an input's rows [n_tokens, columns] float32."""
         array = self.buffers.rows_of(value).array()
         if value.kind is Kind.QUERY:
-            order = layout.qkv_orders(_heads_of(value, self._recorded))[0]
+            order = layout.qkv_orders(_heads_of(value, self._recorded, self._rotary_dim))[0]
             rows = np.where(order >= 0, rows[:, order], np.float32(0))  # padding rows are zero
         array[: rows.shape[0], : rows.shape[1]] = rows
 
@@ -67,7 +70,7 @@ class OpenProgram(ops.CpuProgram):
         return found
 
     def _read_query(self, value: Value, num_tokens: int) -> Floats:
-        heads = _heads_of(value, self._recorded)
+        heads = _heads_of(value, self._recorded, self._rotary_dim)
         array = np.ascontiguousarray(self.buffers.query_of(value).array()[:num_tokens])
         shape = (num_tokens, heads.rows[0])
         name = {4: "F32", 2: "BF16"}.get(array.shape[1] // shape[1])
@@ -86,10 +89,15 @@ class _OpenCalls(CpuCalls):
     """Calls whose inputs have rows, and whose outputs outlive the last call."""
 
     def __init__(
-        self, native: _C.Program, recorded: Sequence[Call], inputs: Sequence[Value], outputs: Sequence[Value]
+        self,
+        native: _C.Program,
+        recorded: Sequence[Call],
+        inputs: Sequence[Value],
+        outputs: Sequence[Value],
+        rotary_dim: int | None,
     ) -> None:
         super().__init__(native, recorded)
-        self._inputs, alive = inputs, self._liveness
+        self._inputs, self._rotary_dim, alive = inputs, rotary_dim, self._liveness
         for value in (*inputs, *outputs):
             alive._touch(value, len(recorded))
         for value in inputs:
@@ -112,7 +120,7 @@ class _OpenCalls(CpuCalls):
 
     def _take_query(self, value: Value) -> None:
         """Convert queries, whose heads are padded to whole strips, to the layout of a pool."""
-        heads = _heads_of(value, self._recorded)
+        heads = _heads_of(value, self._recorded, self._rotary_dim)
         rows = self.buffers.assign_rows(value, heads.num_heads * layout.round_up(heads.head_dim))
         call = next(each for each in self._recorded if isinstance(each, calls.Attention) and each.q is value)
         layer = call.cache
@@ -125,12 +133,12 @@ class _OpenCalls(CpuCalls):
         self._native.head_rows(rows=rows, heads=shape, has_keys=False, out=query)
 
 
-def _heads_of(value: Value, recorded: Sequence[Call]) -> QkvHeads:
+def _heads_of(value: Value, recorded: Sequence[Call], rotary_dim: int | None) -> QkvHeads:
     """Return the heads of a query; of keys and values it says nothing."""
     for call in recorded:
         if isinstance(call, calls.Qkv) and call.out is value:
             return call.weight.heads
         if isinstance(call, calls.Attention) and call.q is value:
             dim = call.head_dim
-            return QkvHeads(value.columns // dim, 1, dim, call.rotary_dim or dim, has_keys=False)
+            return QkvHeads(value.columns // dim, 1, dim, rotary_dim or dim, has_keys=False)
     raise ValueError("no call uses this query")

@@ -89,7 +89,6 @@ class Dialect:
         client_header: Header that only its clients send, if there is one.
     """
 
-    name: str
     envelope: Callable[[BaseException], Envelope]
     status: Callable[[BaseException], int] = lambda error: rule_of(error).status
     names: Mapping[str, str] = field(default_factory=dict)
@@ -196,10 +195,8 @@ _NATIVE_NAMES = {
     "max_tokens": "parameters.max_new_tokens",
     "logprobs": "parameters.top_n_tokens",
 }
-NATIVE = Dialect("native", _native_envelope, _native_status, _NATIVE_NAMES, is_json_only=True)
+NATIVE = Dialect(_native_envelope, _native_status, _NATIVE_NAMES, is_json_only=True)
 # Events in the streams of TGI's own /v1. TGI's code was 422 whatever the error.
-TGI_CHUNKS = Dialect("tgi-chunks", _tgi_chunk_envelope, _native_status, _NATIVE_NAMES)
-OPENAI = Dialect("openai", _openai_envelope, nests_tools=True)
-CHAT = Dialect(
-    "chat", _openai_envelope, names={"prompt": "messages", "logprobs": "top_logprobs"}, nests_tools=True
-)
+TGI_CHUNKS = Dialect(_tgi_chunk_envelope, _native_status, _NATIVE_NAMES)
+OPENAI = Dialect(_openai_envelope, nests_tools=True)
+CHAT = Dialect(_openai_envelope, names={"prompt": "messages", "logprobs": "top_logprobs"}, nests_tools=True)

@@ -88,7 +88,6 @@ class PeftAdapter:
         rows: Rows of embeddings that replace the base model's; only if it is merged.
         digest: Digest of all its bytes; of its configuration alone if it is merged.
         num_bytes: Size of its matrices.
-        base: The base model named in its configuration, or None.
         parameters: The ends of the paths of the parameters that it changes (`target_parameters`). The file
             does not say which of its targets are parameters; only the base does (`of_parameter`).
     """
@@ -113,7 +112,7 @@ class PeftAdapter:
             self._config = config = PeftConfig(parse_json_object(text.tobytes()), is_merged=is_merged)
         except ModelLoadError as error:
             raise ModelLoadError(f"{where}: {error}") from None
-        self.base, self.parameters = config.base, config.parameters
+        self.parameters = config.parameters
         path = directory / ADAPTER_WEIGHTS
         data = _map_weights(path) if is_merged else _read_weights(path, max_bytes, why, config)
         self._file = SafetensorsFile(path, data)

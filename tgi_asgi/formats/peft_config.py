@@ -54,7 +54,6 @@ class PeftConfig:
     """An adapter's configuration; ranks and alphas are those of the first pattern that matches a module.
 
     Attributes:
-        base: The base model that it names, or None.
         is_dora: Whether each module has magnitudes.
         parameters: The ends of the paths of the parameters that the adapter changes (`target_parameters`).
     """
@@ -69,8 +68,6 @@ class PeftConfig:
             ModelLoadError: if it asks for something unsupported or unknown.
         """
         _check(config, _MERGEABLE if is_merged else ())
-        base = config.get("base_model_name_or_path")
-        self.base = base if isinstance(base, str) else None
         self.is_dora = bool(config.get("use_dora"))
         self.parameters = _parameters(config)
         self._is_rslora = bool(config.get("use_rslora"))

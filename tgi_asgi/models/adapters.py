@@ -76,7 +76,6 @@ class LoadedAdapter:
     digest: bytes
     rank: int
     num_bytes: int
-    base: str | None
 
 
 class AdapterLoader(Generic[_Layout]):
@@ -126,7 +125,7 @@ class AdapterLoader(Generic[_Layout]):
         finally:
             adapter.close()
         rank = max(target.rank for target in targets)
-        return LoadedAdapter(weights, adapter.digest, rank, weights.num_bytes, adapter.base)
+        return LoadedAdapter(weights, adapter.digest, rank, weights.num_bytes)
 
     def _renamed(self, target: PeftTarget) -> PeftTarget:
         """Return a target with today's name of its module, if the model only knows that one."""

@@ -14,15 +14,12 @@ def attention(
     cache: Cache,
     spec: AttentionSpec,
     *,
-    rotary_dim: int | None = None,
     gate: Value | None = None,
 ) -> Value:
     """Attend the queries to the cache.
 
-    `rotary_dim` is that of the keys. It is needed for queries that are an input of the program (None: whole
-    heads), because the cache stores dims in the order of their rotation pairs. `gate` is rows [n_tokens,
-    num_heads * value_dim], or [n_tokens, num_heads] if value_dim is a multiple of 32; the result is
-    multiplied by their sigmoid.
+    `gate` is rows [n_tokens, num_heads * value_dim], or [n_tokens, num_heads] if value_dim is a multiple of
+    32; the result is multiplied by their sigmoid.
 
     Returns an activation [n_tokens, num_heads * value_dim]; from a latent cache, rows for `heads_linear`. A
     row's bits depend only on its own sequence, not on the batch, on how its prompt was split, on block ids or
@@ -44,4 +41,4 @@ def attention(
         recorder = recorder_of("attention", q=(q, Kind.QUERY, None), gate=(gate, Kind.ROWS, wanted))
     kind = Kind.ROWS if isinstance(cache, KvLayer) and cache.is_latent else Kind.ACTIVATION
     out = recorder.value(kind, columns)
-    return recorder.note(calls.Attention(out, q, cache, head_dim, value_dim, rotary_dim, spec, gate))
+    return recorder.note(calls.Attention(out, q, cache, head_dim, value_dim, spec, gate))

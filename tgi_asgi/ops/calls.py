@@ -126,7 +126,6 @@ class Attention(Call):
     cache: KvCache
     head_dim: int
     value_dim: int
-    rotary_dim: int | None  # of queries that no `qkv` call computed
     spec: AttentionSpec
     gate: Value | None
 

@@ -56,10 +56,6 @@ class Placement(Protocol):
         """The type that products compute in, by its name."""
 
     @property
-    def arithmetic(self) -> ops.Arithmetic:
-        """The layout of packed weights."""
-
-    @property
     def max_context(self) -> int:
         """Maximum number of tokens in a sequence."""
 

@@ -49,8 +49,6 @@ class HarmonyMarks:
 class StopScope(Protocol):
     """Splits a growing answer into text in which stop strings are searched, and text before it."""
 
-    is_searched: bool  # whether the last text, and so the next, is part of what is searched
-
     def push(self, text: str) -> tuple[str, str]:
         """Return the text that is not searched, and what follows it and is; undecided text is held back."""
 
@@ -68,10 +66,10 @@ class _Section:
         self._held: list[str] = []  # texts that may open a section
         self._is_blank = True  # whether they are nothing but blanks
         self._seen = ""  # inside: the end of the text so far, in which the end marker may have begun
-        self.is_searched = False
+        self._is_searched = False  # whether the last text, and so the next, is part of what is searched
 
     def push(self, text: str) -> tuple[str, str]:
-        if self.is_searched:
+        if self._is_searched:
             return "", text
         before: list[str] = []
         while text:
@@ -104,7 +102,7 @@ class _Section:
         if not self._is_inside and self._marks.start.startswith(head):
             self._held = [text]
             return ""
-        self.is_searched = not self._is_inside
+        self._is_searched = not self._is_inside
         return text
 
     def _size_inside(self, text: str) -> int:
@@ -126,14 +124,14 @@ class _Messages:
     def __init__(self, marks: HarmonyMarks) -> None:
         self._parser = HarmonyParser(is_reasoning_open=marks.is_open)
         self._num_read = 0
-        self.is_searched = False
+        self._is_searched = False  # whether the last text, and so the next, is part of what is searched
 
     def push(self, text: str) -> tuple[str, str]:
-        was_searched, begun = self.is_searched, self._num_read
+        was_searched, begun = self._is_searched, self._num_read
         self._num_read += len(text)
         pieces = self._parser.push(text)
-        self.is_searched = self._parser.is_content
-        if not self.is_searched:
+        self._is_searched = self._parser.is_content
+        if not self._is_searched:
             return text, ""
         size = 0  # of the text before the content, if this token begins it
         if not was_searched:

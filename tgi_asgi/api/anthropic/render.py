@@ -38,7 +38,6 @@ def _envelope(error: BaseException) -> dict[str, Any]:
 
 
 ANTHROPIC = Dialect(
-    "anthropic",
     _envelope,
     names={"prompt": "messages"},
     request_id_header=b"request-id",

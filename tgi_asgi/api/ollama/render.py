@@ -31,12 +31,11 @@ def _envelope(error: BaseException) -> Line:
 
 
 GENERATE = Dialect(
-    "ollama",
     _envelope,
     names={"max_tokens": "options.num_predict", "logprobs": "top_logprobs"},
     nests_tools=True,
 )
-CHAT = Dialect("ollama", _envelope, names={**GENERATE.names, "prompt": "messages"}, nests_tools=True)
+CHAT = Dialect(_envelope, names={**GENERATE.names, "prompt": "messages"}, nests_tools=True)
 
 
 class LineRenderer(Renderer):

@@ -74,9 +74,8 @@ from tgi_asgi.settings import MIB
 from tgi_asgi.settings.sampling import SamplingDefaults
 
 RESPONSES = Dialect(
-    "responses",
     OPENAI.envelope,
-    names=dict(prompt="input", max_tokens="max_output_tokens", logprobs="top_logprobs"),
+    names={"prompt": "input", "max_tokens": "max_output_tokens", "logprobs": "top_logprobs"},
 )
 _ECHOED = ("text", "reasoning", "tools", "tool_choice")  # fields echoed in the answer, of any length and form
 MAX_ECHOED_BYTES = MIB  # of these together: a stream contains them three times

@@ -45,7 +45,7 @@ def _envelope(error: BaseException) -> dict[str, Any]:
     return {**NATIVE.envelope(error), "error_type": kind}
 
 
-TEI = Dialect("tei", _envelope, _status, NATIVE.names, is_json_only=True)
+TEI = Dialect(_envelope, _status, NATIVE.names, is_json_only=True)
 Side = Literal["left", "right", "Left", "Right"]
 
 

@@ -46,11 +46,6 @@ class CheckpointWeights:
             layout.prefix,
         )
 
-    @property
-    def files(self) -> SafetensorsWeights:
-        """The weights by the files' names."""
-        return self._weights
-
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.stored_name(name) in self._weights
 
