@@ -138,7 +138,7 @@ class CudaSampleState:
 
 
 def token_logprobs(logits: Tensor, token_ids: Ints, num_top: int) -> TokenLogprobs:
-    """Score logits on the device, as `logprobs.token_logprobs` does; only the results are copied to the host.
+    """Score logits [n, vocab] on the device, as `logprobs.token_logprobs` does; the results are on the host.
 
     Raises:
         ValueError: if a token id is out of range, or `num_top` is more than the vocabulary.

@@ -17,6 +17,7 @@ from tgi_asgi.ops.layout import round_up
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.packing import PackedExperts, PackedGateUp, PackedLinear, stacked
 from tgi_asgi.ops.routing import ClampedGate
+from tgi_asgi.ops.tensors import float_array
 from tgi_asgi.ops.weights import ExpertsWeight, GateUpWeight, LinearWeight
 
 # The functions of `ops.GATED_ACTIVATIONS`.
@@ -73,7 +74,7 @@ def gate_up(
     out = new_rows(x.shape[0], part.matrix.num_stored_rows // 2)
     precision = "float32" if is_exact else part.precision
     changed = _changed(part, step, adapters)
-    _C.gate_up_rows(part.matrix, part.bias, _array(x), out.numpy(), precision, activation, *changed)
+    _C.gate_up_rows(part.matrix, part.bias, float_array(x), out.numpy(), precision, activation, *changed)
     return without_padding(out, weight.intermediate_size)
 
 
@@ -104,7 +105,9 @@ def experts(
     )  # fmt: skip
     precisions = ("float32", "float32") if is_exact else (made.precision, made.inner_precision)
     narrow = ids.clamp(-1, _MAX_ID - 1).to(torch.int32).contiguous()
-    _C.experts_rows(native, narrow.numpy(), weights.contiguous().numpy(), _array(x), out.numpy(), *precisions)
+    _C.experts_rows(
+        native, narrow.numpy(), weights.contiguous().numpy(), float_array(x), out.numpy(), *precisions
+    )
     return without_padding(out, weight.columns)
 
 
@@ -131,12 +134,12 @@ class LinearStack:
         _check_columns(x, self.columns)
         out = new_rows(x.shape[0], round_up(self.rows))
         precision = "float32" if is_exact else self._precision
-        _C.rows_by_expert(self._native, sizes.to(torch.int32).numpy(), _array(x), out.numpy(), precision)
+        _C.rows_by_expert(self._native, sizes.to(torch.int32).numpy(), float_array(x), out.numpy(), precision)
         return without_padding(out, self.rows)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, clamped: ClampedGate | None) -> Tensor:
-    """Return gates times ups as the kernels combine them, computed by torch."""
+    """Return activated gates times ups [n, size], computed by torch as the kernels do."""
     if clamped is None:
         return ACTIVATION_FUNCTIONS[activation](gate) * up
     gate, up = gate.clamp(max=clamped.limit), up.clamp(-clamped.limit, clamped.limit)
@@ -171,7 +174,7 @@ def _product(
     out = new_rows(x.shape[0], made.matrix.num_stored_rows)
     precision = "float32" if is_exact else made.precision
     changed = _changed(made, step, adapters)
-    _C.linear_rows(made.matrix, made.bias, _array(x), out.numpy(), precision, *changed)
+    _C.linear_rows(made.matrix, made.bias, float_array(x), out.numpy(), precision, *changed)
     return without_padding(out, num_rows)
 
 
@@ -209,7 +212,7 @@ def norm(x: Tensor, weight: NormWeight) -> Tensor:
         TypeError: if one of them is not float32.
     """
     out = new_rows(*x.shape)
-    _C.norm_rows(_array(x), weight.weight, weight.bias, weight.eps, out.numpy())
+    _C.norm_rows(float_array(x), weight.weight, weight.bias, weight.eps, out.numpy())
     return out
 
 
@@ -221,26 +224,22 @@ def activate(x: Tensor, activation: str) -> Tensor:
         TypeError: if x is not float32.
     """
     out = new_rows(*x.shape)
-    _C.activate_rows(_array(x), activation, out.numpy())
+    _C.activate_rows(float_array(x), activation, out.numpy())
     return out
 
 
 def new_rows(num_rows: int, columns: int) -> Tensor:
-    """Return rows whose values are arbitrary."""
+    """Return rows [num_rows, columns] float32 with arbitrary values."""
     if num_rows * columns < _RECYCLED_FLOATS:
         return torch.empty(num_rows, columns, dtype=torch.float32)
     return torch.from_numpy(_C.new_rows(num_rows, columns))
 
 
 def without_padding(rows: Tensor, columns: int) -> Tensor:
-    """Return the first columns: a view, unless these are all."""
+    """Return the first columns of rows [n, padded columns]: a view, or `rows` itself if these are all."""
     return rows if rows.shape[1] == columns else rows[:, :columns]
 
 
 def _check_columns(x: Tensor, columns: int) -> None:
     if x.dim() != 2 or x.shape[1] != columns:
         raise ValueError(f"`x` must be [n, {columns}], got {tuple(x.shape)}")
-
-
-def _array(x: Tensor) -> _C.FloatArray:
-    return (x if x.stride(-1) == 1 else x.contiguous()).numpy()

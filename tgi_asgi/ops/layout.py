@@ -74,7 +74,7 @@ def ordered(vector: Floats, order: Order) -> Floats:
 
 
 def padded(vector: Floats) -> Floats:
-    """Return a vector, or rows, padded with zeros to a multiple of 32 columns."""
+    """Return a vector [columns], or rows [n, columns], padded with zeros to a multiple of 32 columns."""
     return pad_columns(vector, -vector.shape[-1] % STRIP)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from tgi_asgi import _C
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.kv import KvLayer
+from tgi_asgi.ops.tensors import float_array
 
 
 class PagedAttention:
@@ -53,9 +54,9 @@ class PagedAttention:
         self._native.run(
             layer.pool.native,
             layer.index,
-            _array(q),
-            None if k is None else _array(k),
-            None if v is None else _array(v),
+            float_array(q),
+            None if k is None else float_array(k),
+            None if v is None else float_array(v),
             out.numpy(),
             spec.native,
         )
@@ -67,8 +68,4 @@ class PagedAttention:
         Raises:
             ValueError, TypeError: as for `run`.
         """
-        self._native.write(layer.pool.native, layer.index, _array(k), _array(v))
-
-
-def _array(heads: Tensor) -> _C.FloatArray:
-    return (heads if heads.stride(-1) == 1 else heads.contiguous()).numpy()
+        self._native.write(layer.pool.native, layer.index, float_array(k), float_array(v))

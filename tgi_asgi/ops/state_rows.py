@@ -9,6 +9,7 @@ from tgi_asgi.ops import layout
 from tgi_asgi.ops.direct import new_rows, without_padding
 from tgi_asgi.ops.recurrent_weights import DeltaRuleWeight, ShortConvWeight
 from tgi_asgi.ops.states import StatePool
+from tgi_asgi.ops.tensors import float_array
 
 
 class DeltaNet:
@@ -84,9 +85,5 @@ class StateRows:
             TypeError: if a tensor is not float32.
         """
         out = new_rows(qkv.shape[0], layout.round_up(net.width))
-        self._native.delta_net(layer, net.conv, net.rule, _array(qkv), _array(steps), out.numpy())
+        self._native.delta_net(layer, net.conv, net.rule, float_array(qkv), float_array(steps), out.numpy())
         return without_padding(out, net.width)
-
-
-def _array(rows: Tensor) -> _C.FloatArray:
-    return (rows if rows.stride(-1) == 1 else rows.contiguous()).numpy()

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tgi_asgi import _C
 from tgi_asgi.ops.sources import WeightSource, decode
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -37,6 +38,11 @@ def as_tensor(data: npt.NDArray[np.uint8]) -> Tensor:
     interface["data"] = (interface["data"][0], False)
     view = _Borrowed(interface, data)
     return torch.as_tensor(np.asarray(view).reshape(-1))
+
+
+def float_array(rows: Tensor) -> _C.FloatArray:
+    """Return a float32 tensor of the host as an array; a view, unless its last dimension has gaps."""
+    return (rows if rows.stride(-1) == 1 else rows.contiguous()).numpy()
 
 
 class _Borrowed:

@@ -123,15 +123,22 @@ class _Adapter:
                 self._drop(schema, name, "of what cannot be written exactly")
         if is_number(step := schema.get("multipleOf")) and not is_small_multiple(step):
             self._drop(schema, "multipleOf", f"{step}: at most 4 significant digits are")
+        self._leave_out_format(schema)
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and not reference.startswith("#") and not self._is_strict:
+            self._drop(schema, "$ref", reference)  # it may refer to an `$id`, which the compiler knows
+        self._leave_out_patterns(schema)
+
+    def _leave_out_format(self, schema: dict[str, Any]) -> None:
         form, kinds = schema.get("format"), schema.get("type")
         is_string = kinds == "string" or not isinstance(kinds, str | list) or "string" in kinds
         if not is_string or form == "password":
             schema.pop("format", None)  # says nothing of the value: OpenAPI's int32, or how to show it
         elif isinstance(form, str) and form not in _FORMATS and form not in PATTERNS:
             self._drop(schema, "format", form)
-        reference = schema.get("$ref")
-        if isinstance(reference, str) and not reference.startswith("#") and not self._is_strict:
-            self._drop(schema, "$ref", reference)  # it may refer to an `$id`, which the compiler knows
+
+    def _leave_out_patterns(self, schema: dict[str, Any]) -> None:
+        """Write patterns as the compiler reads them; remove those that it refuses."""
         pattern, names = schema.get("pattern"), schema.get("patternProperties")
         if isinstance(pattern, str):
             schema["pattern"] = rust_regex(pattern)
