@@ -88,6 +88,36 @@ def _joined_place(first: GgufTensor, second: GgufTensor) -> _Place:
     return _Place(first, below=second)
 
 
+def _places_of(stored: str, file: GgufFile, module: GgufModule, head_dim: int | None) -> dict[str, _Place]:
+    """Return the module's tensors that a file's tensor holds, by their names, and where each is."""
+    info = file.tensor(stored)
+    if joined := module.joined_of(stored):
+        own, *pair = joined
+        return {own: _joined_place(*map(file.tensor, pair))}
+    if merged := module.merged_of(stored):
+        own, how, pair = merged
+        first, second = map(file.tensor, pair)
+        shape = how.shape(first.shape, second.shape)
+        return {own: _Place(first, restore=how.make, restored=shape, beside=second)}
+    if parts := module.parts_of(stored):
+        if info.shape[0] % len(parts):
+            raise ModelLoadError(f"tensor {stored!r} must have a multiple of {len(parts)} rows")
+        return {name: _Place(info, index, len(parts)) for index, name in enumerate(parts)}
+    name = module.name_of(stored)
+    if name is None:
+        if _is_scale_of_nvfp4(file, stored):
+            return {}  # read with its matrix
+        name = stored  # which is refused, as the model has no place for it
+    if "*" in name:
+        return {name.replace("*", str(index)): _Place(info, index) for index in range(info.shape[0])}
+    rows, columns = module.orders_of(stored)
+    place = _Place(
+        info, restore=module.restore_of(stored), restored=module.shape_of(stored, info.shape),
+        pair_dim=head_dim if module.is_paired(stored) else None, rows_of=rows, columns_of=columns,
+    )  # fmt: skip
+    return {name: place}
+
+
 class GgufModuleWeights(GgufTensors):
     """The `NamedWeights` of an open GGUF file, which `close` closes.
 
@@ -105,39 +135,7 @@ class GgufModuleWeights(GgufTensors):
             if stored in module.unused or (layer_of(stored) or 0) >= num_layers:
                 self._unread.discard(stored)
                 continue
-            info = file.tensor(stored)
-            if joined := module.joined_of(stored):
-                own, *pair = joined
-                self._places[own] = _joined_place(*map(file.tensor, pair))
-                continue
-            if merged := module.merged_of(stored):
-                own, how, pair = merged
-                first, second = map(file.tensor, pair)
-                shape = how.shape(first.shape, second.shape)
-                self._places[own] = _Place(first, restore=how.make, restored=shape, beside=second)
-                continue
-            if parts := module.parts_of(stored):
-                if info.shape[0] % len(parts):
-                    raise ModelLoadError(f"tensor {stored!r} must have a multiple of {len(parts)} rows")
-                self._places |= {name: _Place(info, index, len(parts)) for index, name in enumerate(parts)}
-                continue
-            name = module.name_of(stored)
-            if name is None:
-                if _is_scale_of_nvfp4(file, stored):
-                    continue  # read with its matrix
-                name = stored  # which is refused, as the model has no place for it
-            if "*" in name:
-                for index in range(info.shape[0]):
-                    self._places[name.replace("*", str(index))] = _Place(info, index)
-            else:
-                restored = module.shape_of(stored, info.shape)
-                pair_dim = head_dim if module.is_paired(stored) else None
-                restore = module.restore_of(stored)
-                rows, columns = module.orders_of(stored)
-                self._places[name] = _Place(
-                    info, restore=restore, restored=restored, pair_dim=pair_dim, rows_of=rows,
-                    columns_of=columns,
-                )  # fmt: skip
+            self._places |= _places_of(stored, file, module, head_dim)
         tensors = [
             each for place in self._places.values() for each in (place.info, place.below, place.beside)
         ]
