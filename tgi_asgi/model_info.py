@@ -48,7 +48,7 @@ class Scoring:
 class Activation(enum.Enum):
     """How a classifier's logits become scores."""
 
-    SOFTMAX = "softmax"  # probabilities of labels of which a text has exactly one
+    SOFTMAX = "softmax"  # probabilities of labels that exclude each other
     SIGMOID = "sigmoid"  # a probability for each label by itself
     IDENTITY = "identity"  # a regression's numbers
 

@@ -8,7 +8,7 @@ import re
 from tgi_asgi.api.tools import CUSTOM_INPUT, whole_arguments
 
 _START = re.compile(rf'\s*\{{\s*"{CUSTOM_INPUT}"\s*:\s*"')
-_MAX_START = 256  # characters, of which most would be blanks
+_MAX_START = 256  # characters, most of them blanks
 _HEX = "[0-9a-fA-F]"
 _HIGH, _LOW = rf"\\u[dD][89abAB]{_HEX}{{2}}", rf"\\u[dD][c-fC-F]{_HEX}{{2}}"
 # Characters and complete escapes. The first half of a surrogate pair is complete with what follows it, and

@@ -111,7 +111,7 @@ def _with_spelled_images(
 
 
 def _fitted(chat: Conversation, template: ChatTemplate, settings: Settings) -> list[ChatMessage]:
-    """Return a conversation's messages in a form that the template accepts, and of which it drops nothing."""
+    """Return a conversation's messages in a form that the template accepts and writes without omissions."""
     messages = with_results_in_order([_shown(message, template, settings) for message in chat.messages])
     messages = template.arranged(messages)
     tools = chat.tools if chat.offers_tools else None

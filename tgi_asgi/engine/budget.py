@@ -16,8 +16,9 @@ _STRETCH = (1.0, 1.3)  # multiple of the target
 _WHOLE_S = 1.0
 _PART_S = 0.4
 _ALONE_TOKENS = 256
-_AVERAGED_STEPS = 8  # steps of one size to average, as learning takes 17 us and each teaches little
-_TELLING_S = 0.25  # a longer step teaches alone: while eight run, a prompt's parts grow much dearer
+_AVERAGED_STEPS = 8  # steps of one size to average, as learning takes 17 us and one step says little
+# A longer step is learnt from alone: while eight of them run, the parts of a prompt become much slower.
+_TELLING_S = 0.25
 _PROBE_EVERY = 128  # steps, of which the first eight assume cheap drafts: see `cost_s`
 _PROBED_SHARE = 0.25  # upper bound of a row's cost in those eight, as a share of a one-row step
 

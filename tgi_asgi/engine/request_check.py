@@ -59,7 +59,7 @@ def _check_images(request: GenerationRequest, traits: RunnerTraits, scheduler: S
 def _check_cache_fits(
     request: GenerationRequest, num_tokens: int, traits: RunnerTraits, scheduler: Scheduler
 ) -> None:
-    """Raise if the whole KV cache does not hold a sequence of which `num_tokens` tokens are computed."""
+    """Raise if a sequence with `num_tokens` computed tokens needs more than the whole KV cache."""
     needs, num_blocks = scheduler.tables.needs, traits.num_blocks
     needed = needs.total_for(num_tokens)
     if request.needs_all:

@@ -237,7 +237,7 @@ class CpuCalls(StateCalls):
             self._native.linear_add(product=product, factor=call.factor, x=x)
 
     def _sum(self, product: _C.Product, factor: float, *, adds: bool, x: _C.Rows) -> None:
-        """Emit a product of which each shard computes a partial sum, and the sum of these."""
+        """Emit a product whose partial sums the shards compute, and the addition of these."""
         partial_sum = self._native.partial_sum()
         self._native.linear(product=product, out=partial_sum)
         self._native.sum_shards(partial_sum=partial_sum, factor=factor, adds=adds, x=x)

@@ -1,4 +1,4 @@
-"""The launches by which other libraries than the native kernel attend prompts, in one program.
+"""The launches of prompts' attention that other libraries compute instead of the native kernel.
 
 They need the prompts' lengths on the host; steps without them, such as graphs, use the native kernel.
 """
@@ -38,7 +38,7 @@ class PromptLibraries:
         max_blocks: Number of columns of the block tables.
 
     Attributes:
-        gathering: Which prompts torch's attention computes; None: none, as far as layers were added.
+        gathering: Which prompts torch's attention computes; None: none of the layers added so far.
     """
 
     def __init__(

@@ -86,7 +86,7 @@ class WeightSource:
         return replace(self, data=data, shape=(len(order), *self.shape[1:]))
 
     def with_order(self, order: npt.NDArray[np.int64]) -> WeightSource:
-        """Return the matrix, of which the data has the columns in this order; floats are sorted."""
+        """Return the matrix whose columns the data has in this order; floats are sorted into their places."""
         if self.format not in WORDS:
             return replace(self, order=order)
         words = self.data.view(WORDS[self.format]).reshape(self.shape)

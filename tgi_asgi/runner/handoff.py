@@ -200,7 +200,7 @@ def _outcome(compute: Callable[[StepPlan], StepResult], plan: StepPlan) -> StepR
 def _end(step: PendingStep, outcome: StepResult | Exception) -> None:
     future = step.future
     if future.get_loop().is_closed():
-        logger.debug("the result of step %s has no taker", step.plan.step_id)
+        logger.debug("nobody waits for the result of step %s", step.plan.step_id)
     elif future.done():  # cancelled by the caller
         return
     elif isinstance(outcome, Exception):

@@ -32,7 +32,8 @@ def spell_out_images(
     """Return messages with a text in place of each image, for a template that writes nothing for images.
 
     Args:
-        part_roles: Roles of which the template takes lists of parts; others' become lines of one text.
+        part_roles: Roles whose content the template takes as a list of parts; that of others becomes lines of
+            one text.
     """
 
     def shown(role: Any, content: Any) -> Any:

@@ -21,7 +21,7 @@ _PERCENT = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?")  # widt
 
 
 def check_width(*values: object) -> None:
-    """Refuse values of which one is a number above `MAX_WIDTH`.
+    """Refuse values if one of them is a number above `MAX_WIDTH`.
 
     Raises:
         SecurityError: if one is.

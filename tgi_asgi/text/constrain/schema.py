@@ -54,7 +54,7 @@ def enforceable(schema: Mapping[str, Any], *, is_strict: bool) -> tuple[dict[str
     schema.
 
     Args:
-        is_strict: Whether to refuse a schema of which a keyword would be left out.
+        is_strict: Whether to refuse a schema if one of its keywords cannot be enforced.
 
     Raises:
         InvalidRequest: if it is strict and not all of it can be enforced, or if no answer can match it.

@@ -72,7 +72,7 @@ class ToolSpec:
 
 
 def freed(specs: Sequence[ToolSpec]) -> list[ToolSpec]:
-    """Return tools of which those that are not strict may have any arguments."""
+    """Return the tools; those that are not strict may then have any arguments."""
     return [replace(spec, is_free=not spec.is_strict) for spec in specs]
 
 

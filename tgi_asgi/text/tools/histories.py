@@ -57,7 +57,7 @@ def with_results_in_order(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 
 def with_single_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """Return messages of which none has several calls; each call's result follows it.
+    """Return messages with at most one call each, which its result follows.
 
         assistant: f, g       assistant: f
         tool: result of f     tool: result of f

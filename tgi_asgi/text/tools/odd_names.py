@@ -22,7 +22,7 @@ class OddNames:
         behind: Text that ends a name.
 
     Attributes:
-        longest_first: These names, of which the first `_MAX_NAMES` that are listed are known.
+        longest_first: The first `_MAX_NAMES` of the listed names that the rule does not read.
     """
 
     def __init__(self, names: Iterable[str], usual: str, *, before: str = "", behind: str) -> None:

@@ -78,7 +78,7 @@ class Forms:
     def not_first(self) -> str:
         """Return the characters, for a regex's class, that begin other values: no text begins with them.
 
-        Blanks may precede them. Where any text is allowed, only types of which not every value is count.
+        Blanks may precede them. Where any text is allowed, only types whose values are restricted count.
         """
         kinds = self._kinds()
         if kinds <= {"null"}:
@@ -211,7 +211,7 @@ def _kinds_of(schema: Any) -> list[str]:
 
 
 def _restricted_kinds(schema: Any) -> set[str]:
-    """Return the types of which a schema does not allow every value, except those of which it lists all."""
+    """Return the types whose values a schema restricts in any other way than by listing them."""
     if not isinstance(schema, Mapping) or _listed(schema) is not None:
         return set()
     rules = schema.keys() - _ANNOTATIONS - {"type"}

@@ -58,7 +58,7 @@ class XmlTags:
         return re.compile(rf"{re.escape(before)}([\w.-]{{1,128}})\s*({follows})")
 
     def _follows(self) -> list[str]:
-        """Return the tags of which one must follow a call's head, without the blanks around them."""
+        """Return the tags that may follow a call's head, as one must, without the blanks around them."""
         _, middle, behind = self.call
         ends = [wrap for wrap in self.wraps if middle.strip()]  # instead of its own end
         return [tag for each in (self.argument[0], behind, *ends) if (tag := each.strip())]
