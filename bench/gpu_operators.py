@@ -196,7 +196,7 @@ def _paged(tokens: int, context: int) -> Callable[[Tensor, Tensor, Tensor, Tenso
     def attend(q: Tensor, table: Tensor, kv: Tensor, out: Tensor) -> None:
         _kernels.attention_prefill(
             q, kv, starts, lengths, table, tokens, 0, HEAD_DIM**-0.5, 0.0, None, None, 1.0, 1.0, out
-        )  # fmt: skip
+        )
 
     return attend
 

@@ -203,7 +203,7 @@ ALLOWED = {"type": "allowed_tools", "mode": "required"}
         ([*TOOLS, SEARCH], {**ALLOWED, "tools": [{"type": "apply_patch"}, SEARCH]}, ["apply_patch"], True),
         ([HOSTED, FUNCTION], {"type": "shell"}, ["f"], False),
     ],
-)  # fmt: skip
+)
 def test_a_choice_names_them_by_their_type(
     given: Any, choice: Any, names: list[str], must_call: bool
 ) -> None:

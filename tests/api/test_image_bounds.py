@@ -32,7 +32,7 @@ from tests.support.vision_app import (
     response,
     source,
     vision_app,
-)  # fmt: skip
+)
 from tgi_asgi.api import images as loading
 from tgi_asgi.app import App
 from tgi_asgi.images.fetch import Fetcher

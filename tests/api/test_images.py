@@ -28,7 +28,7 @@ from tests.support.vision_app import (
     response,
     source,
     vision_app,
-)  # fmt: skip
+)
 from tgi_asgi.settings import Settings
 
 IMAGE_TOKENS = f"[{'<image>' * 4}]"

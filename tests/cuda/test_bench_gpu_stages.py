@@ -29,7 +29,7 @@ from bench import (
     gpu_stages,
     gpu_tests,
     gpu_timing,
-)  # fmt: skip
+)
 from bench.gpu_model import StepKind
 from bench.gpu_timing import Timing
 from tests.cuda import cases

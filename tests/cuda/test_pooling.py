@@ -26,7 +26,7 @@ from tests.support.pooling_models import (
     save_classifier,
     save_embedder,
     states,
-)  # fmt: skip
+)
 from tests.support.pooling_server import pooled_server
 from tests.support.runner_driver import GREEDY, Job, generate
 from tgi_asgi.models.family import Model

@@ -192,7 +192,7 @@ def test_a_sum_that_is_not_added_is_caught() -> None:
         Fault("a half", "codes.cuh", "two.y * 0x1p127f", "two.y * 0x1p126f", "result", "quant_linear.cu"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_fault_in_reading_mxfp4_is_caught(fault: Fault) -> None:
     assert_caught(fault, lambda device: test_quant_linear.check_every_mxfp4(device, torch.bfloat16))
 

@@ -23,7 +23,7 @@ from tests.cuda.emulated_runner import (
     require_emulation,
     save_with_tokenizer,
     spec_of_steps,
-)  # fmt: skip
+)
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
 from tests.support.kv import plain_limits, plain_size
 from tests.support.letters import letters_grammar

@@ -22,7 +22,7 @@ from tests.cuda.emulated_runner import (
     make_device,
     make_runner,
     save_with_tokenizer,
-)  # fmt: skip
+)
 from tests.support.checkpoints import load_model, make_model, save, save_tokenizer
 from tests.support.quantised import save_quantised
 from tests.support.runner_driver import Job, generate

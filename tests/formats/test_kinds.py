@@ -70,7 +70,7 @@ def config_of(architecture: str, **keys: Any) -> dict[str, Any]:
         ({"config.json": {}}, "is not a model that can be served: it has no .safetensors file"),
         ({"weights.safetensors": ""}, "it has no config.json"),
     ],
-)  # fmt: skip
+)
 def test_each_kind_is_called_by_its_name(tmp_path: Path, files: dict[str, Any], reason: str) -> None:
     assert reason in refusal(tmp_path, files)
 

@@ -134,7 +134,7 @@ def test_adapters_in_float32_keep_its_precision(name: str, changes: dict[str, An
         more_families("qwen3_5", of("q_proj", "v_proj", "in_proj_qkv", "in_proj_z", "up_proj")),
         more_families("jamba", of("q_proj", "o_proj", "in_proj", "x_proj", "down_proj")),
     ],
-)  # fmt: skip
+)
 def test_a_family_gives_what_peft_gives_alone_and_among_others(
     name: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:

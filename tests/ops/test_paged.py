@@ -153,7 +153,7 @@ def call(visible_until: Any = None, spec: AttentionSpec | None = None, **changes
         ({"spec": AttentionSpec(1.0, sinks=np.zeros(2, np.float32))}, "`sinks` must have 4 elements"),
         ({"spec": AttentionSpec(1.0, slopes=np.zeros(8, np.float32))}, "`slopes` must have 4 elements"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
     call()
     with pytest.raises(ValueError, match=message):

@@ -78,7 +78,7 @@ MODULE_CASES = (
     NEMOTRON,
     NEMOTRON_EXPERTS,
     FamilyCase("gemma3n", "Gemma3nForCausalLM", _GEMMA3N, (), gguf=("f32", "q8_0")),
-)  # fmt: skip
+)
 
 # Further ones, which `make test-models` runs.
 MORE_MODULE_CASES = (

@@ -136,7 +136,7 @@ def _gemma4(text: Mapping[str, Any]) -> Family:
         {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70},
         {"image_seq_length": 70},
         _GEMMA4_TOKENS,
-    )  # fmt: skip
+    )
 
 
 _INTERNVL: Mapping[str, Any] = {

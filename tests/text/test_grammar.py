@@ -207,7 +207,7 @@ def _chain(length: int) -> dict[str, Any]:
         lambda: sources.choice(["x" * 20] * 50_000),
         lambda: sources.json_schema({"allOf": [{"anyOf": [{"type": "object"}] * 4}] * 12}),
     ],
-)  # fmt: skip
+)
 def test_a_hostile_grammar_is_refused_soon(compiler: GrammarCompiler, make: Any) -> None:
     def run() -> None:
         with pytest.raises(InvalidRequest):

@@ -375,7 +375,7 @@ def test_mistral_s_tekken_is_read(tmp_path: Path) -> None:
             "cannot make one of what there is",
         ),
     ],
-)  # fmt: skip
+)
 def test_without_a_vocabulary_that_can_be_read_the_files_are_named(
     tmp_path: Path, files: dict[str, Any], reason: str
 ) -> None:

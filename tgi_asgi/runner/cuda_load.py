@@ -336,7 +336,7 @@ def _choose_prompt_attention(settings: Settings) -> PromptAttention:
 
 def make_shards(
     files: ModelFiles, settings: Settings, cuts: Sequence[ModelCut], device: Device, spec: CudaStepSpec
-) -> CudaShards:  # fmt: skip
+) -> CudaShards:
     """Start the other shards, which begin to load their parts.
 
     Raises:

@@ -13,7 +13,7 @@ def read_ernie4_5(reader: Reader, architecture: str) -> ModelConfig:
     """Read ERNIE 4.5's configuration; one key decides the biases of all products."""
     reader.defaults(
         rms_norm_eps=1e-5, head_dim=128, num_key_value_heads=2, rope_theta=500000.0, tie_word_embeddings=True
-    )  # fmt: skip
+    )
     sizes = read_sizes(reader)
     return ModelConfig(
         architecture=architecture,

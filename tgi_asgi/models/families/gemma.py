@@ -41,7 +41,7 @@ def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
     reader.ignore("sliding_window_size")  # an earlier name, which 9B's and 27B's files still have
     reader.defaults(
         num_key_value_heads=4, sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
-    )  # fmt: skip
+    )
     common = _read_common(reader)
     window = reader.integer("sliding_window", 4096) or None
     # The first GGUF files lack both caps, which the models have.

@@ -18,7 +18,7 @@ def read_mixtral(reader: Reader, architecture: str) -> ModelConfig:
     """Read Mixtral's configuration."""
     reader.defaults(
         rms_norm_eps=1e-5, rope_theta=1e6, num_experts_per_tok=2, num_local_experts=8, sliding_window=None
-    )  # fmt: skip
+    )
     config = read_mistral(reader, architecture)
     reader.ignore("router_jitter_noise")  # training only
     layers = with_experts(reader, config.layers, read_mixtral_experts(reader), everywhere)

@@ -19,7 +19,7 @@ def read_phi_moe(reader: Reader, architecture: str) -> ModelConfig:
     """Read Phi's configuration; llama.cpp routes by softmax and stores no jitter, so 0.01 is assumed."""
     reader.defaults(
         rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=16, num_experts_per_tok=2, num_key_value_heads=8
-    )  # fmt: skip
+    )
     sizes = read_sizes(reader)
     layers = read_layers(reader, sizes, windows=read_window(reader), edit_rope=_join_magnitudes)
     experts = read_experts(

@@ -95,7 +95,7 @@ class Backend(Protocol):
 
     def pool(
         self, shapes: Sequence[HeadShape], *, num_blocks: int, block_size: int, dtype: ops.KvDtype
-    ) -> Pool:  # fmt: skip
+    ) -> Pool:
         """Return memory for keys and values, with one block table for all layers.
 
         Any device has float32, for self-checks.
@@ -130,7 +130,7 @@ class CpuBackend:
 
     def pool(
         self, shapes: Sequence[HeadShape], *, num_blocks: int, block_size: int, dtype: ops.KvDtype
-    ) -> ops.KvPool:  # fmt: skip
+    ) -> ops.KvPool:
         """Return a pool; see `Backend.pool`."""
         return ops.KvPool(shapes, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
 
@@ -170,7 +170,7 @@ class CudaBackend:
 
     def pool(
         self, shapes: Sequence[HeadShape], *, num_blocks: int, block_size: int, dtype: ops.KvDtype
-    ) -> DeviceKvPool:  # fmt: skip
+    ) -> DeviceKvPool:
         """Return a pool; see `Backend.pool`."""
         kind: torch.dtype = getattr(torch, dtype)
         return DeviceKvPool(

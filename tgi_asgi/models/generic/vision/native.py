@@ -74,7 +74,7 @@ class NativeImages:
         tokens = np.concatenate(seen.places) if seen.places else np.empty(0, np.int64)
         rows = ops.ImageRows(
             tokens, self.levels(seen).numpy(), **self.rotary(parts), visible_until=self._ends(parts)
-        )  # fmt: skip
+        )
         batch.set_images(rows.native, self._traits.pad_token_id)
 
     def levels(self, seen: SeenRows) -> Tensor:
