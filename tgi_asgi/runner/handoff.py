@@ -31,8 +31,7 @@ class PendingStep:
     """A submitted step and the future that waits for its result.
 
     Attributes:
-        place: Which of the places for steps in flight it has, of `MAX_IN_FLIGHT`: no other step that may be
-            on its way has the same.
+        place: Index in [0, `MAX_IN_FLIGHT`) that no other step in flight has.
     """
 
     number: int
