@@ -90,8 +90,8 @@ class Team {
     return members == Members::kAll ? num_members_ : size_.value();
   }
 
-  // All members take part again, because a thread that loads weights joins before the one that runs
-  // steps does, and members that waited for a disk seemed to have no core.
+  // All members take part again: the thread that loads weights joins before the one that runs
+  // steps, and members that waited for the disk meanwhile looked as if they had no core.
   void join() {
     size_ = TeamSize(num_members_);
     last_members_ = num_members_;

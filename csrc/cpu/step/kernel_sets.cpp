@@ -49,10 +49,11 @@ bool is_zen5_or_later() {
   return false;
 }
 
-// On Intel's cores, panels that are prefetched a whole unit ahead come at half to two thirds of the
-// memory's speed while several tokens are computed. Probably a prefetch into L2 takes one of the
-// few places for misses in L1, too, and lines that come into L1 that early are gone when they are
-// read. At 4 KB, a step of four sequences takes 0.76 to 0.90 of the time (bench/README.md).
+// On Intel's cores, panels that are prefetched a whole unit ahead arrive at half to two thirds of
+// the memory's bandwidth while several tokens are computed. Probably a prefetch into L2 also
+// occupies one of the few slots for misses in L1, and lines that reach L1 so early are evicted
+// before they are read. At 4 KB ahead, a step of four sequences takes 0.76 to 0.90 of the time
+// (bench/README.md).
 bool is_intel() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("intel") != 0;
