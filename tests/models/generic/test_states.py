@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.support import architectures
+from tests.support.architecture_table import CONFIG
 from tests.support.generic import batch_of, load_generic, measure, program_of
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
@@ -260,7 +261,7 @@ def test_a_recurrent_layer_may_be_wider_than_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Begin with one token, where RecurrentGemma's own code makes a state as wide as the model."""
-    monkeypatch.setitem(cast(Any, architectures.CONFIG), "recurrent_gemma", {"lru_width": 96})
+    monkeypatch.setitem(cast(Any, CONFIG), "recurrent_gemma", {"lru_width": 96})
     architectures.make("recurrent_gemma", tmp_path)
     expected = architectures.references(tmp_path, IDS[:2])
     with program_of(load_generic(tmp_path), num_sequences=2) as program:
