@@ -397,8 +397,9 @@ async def test_a_template_without_a_system_role_gets_the_tools_with_the_first_me
         answer = await client.post("/v1/chat/completions", json=body)
         assert answer.json()["choices"][0]["finish_reason"] == "tool_calls"
         messages = [{"role": "system", "content": "Be kind."}, *HI]
-        refused = await client.post("/v1/chat/completions", json={**body, "messages": messages})
-    assert (refused.status_code, refused.json()["error"]["message"]) == (400, "No system role")
+        await client.post("/v1/chat/completions", json={**body, "messages": messages})
+    with_system = engine.tokenizer.decode(list(engine.requests[1].prompt_ids), skip_special_tokens=False)
+    assert with_system.endswith("\n\nBe kind.\n\nhi<|im_end|>\n<|im_start|>assistant\n")
     prompt = engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False)
     shown = "hi" if content == "hi" else "h\ni"
     assert "</tools>" in prompt and prompt.endswith(f"\n\n{shown}<|im_end|>\n<|im_start|>assistant\n")

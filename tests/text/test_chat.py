@@ -300,16 +300,77 @@ def test_the_users_successive_messages_are_joined_where_turns_must_alternate(
     messages: list[dict[str, Any]], joined: list[Any]
 ) -> None:
     template, before = ChatTemplate(MISTRAL, SPECIAL), json.dumps(messages)
-    assert not template.accepts_successive_users
     arranged = template.arranged(messages)
     assert [message["content"] for message in arranged if message["role"] == "user"] == joined
     assert json.dumps(messages) == before
 
 
+ALTERNATES = """{%- set turns = namespace(number=0) %}{% for m in messages %}
+{%- if m.role == 'user' or (m.role == 'assistant' and not m.tool_calls) %}
+{%- if (m.role == 'user') != (turns.number % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}
+{%- set turns.number = turns.number + 1 %}{% endif %}
+{%- if m.role == 'system' and not loop.first %}{{ raise_exception('system must be first') }}{% endif %}
+{%- if not (m.role == 'system' and messages[-1].role == 'tool') %}[{{ m.role }}:{{ m.content }}]{% endif %}
+{%- for call in m.tool_calls or () %}({{ call.function.arguments.q }}){% endfor %}{% endfor %}"""
+
+
+def called(query: str, content: str | None = None) -> dict[str, Any]:
+    call = {"id": query, "function": {"name": "f", "arguments": {"q": query}}}
+    return {"role": "assistant", "content": content, "tool_calls": [call]}
+
+
+RESULT = {"role": "tool", "tool_call_id": "a", "content": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "shown"),
+    [
+        (
+            [HELLO, called("a"), RESULT, HELLO],
+            "[user:Hello.][assistant:](a)[tool:ok][assistant:OK.][user:Hello.]",
+        ),
+        ([{"role": "assistant", "content": "Hi."}, HELLO], "[user:][assistant:Hi.][user:Hello.]"),
+        (
+            [HELLO, {"role": "assistant", "content": "Hm."}, called("a", "So."), called("b"), RESULT],
+            "[user:Hello.][assistant:Hm.\n\nSo.](a)(b)[tool:ok]",
+        ),
+        # The template shows no instructions before the results of tools.
+        (
+            [{"role": "system", "content": "S."}, HELLO, HELLO, called("a"), RESULT],
+            "[user:Hello.\n\nS.\n\nHello.][assistant:](a)[tool:ok]",
+        ),
+        ([{"role": "system", "content": "S."}, HELLO], "[system:S.][user:Hello.]"),
+    ],
+)
+def test_turns_are_arranged_where_they_must_alternate(messages: list[dict[str, Any]], shown: str) -> None:
+    template, before = ChatTemplate(ALTERNATES, SPECIAL), json.dumps(messages)
+    assert template.render(messages) == template.render(template.arranged(messages)) == shown
+    assert json.dumps(messages) == before
+    kept = ChatTemplate("{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}", SPECIAL)
+    assert kept.arranged(messages) == messages
+
+
+@pytest.mark.parametrize(
+    ("messages", "content"),
+    [
+        ([SYSTEM, HELLO], "Be  brief.\n\n\nHello."),
+        ([SYSTEM, PARTS], [{"type": "text", "text": "Be  brief.\n\n\n"}, *PARTS["content"]]),
+        ([SYSTEM, ASSISTANT, HELLO], "Be  brief.\n"),
+        ([SYSTEM], "Be  brief.\n"),
+    ],
+)
+def test_instructions_are_the_users_where_the_template_has_no_system_role(
+    messages: list[dict[str, Any]], content: Any
+) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    template = ChatTemplate(refusing + CHATML, SPECIAL)
+    assert template.arranged(messages)[0] == {"role": "user", "content": content}
+
+
 @pytest.mark.parametrize("source", [CHATML, LLAMA3, QWEN])
 def test_the_users_messages_stay_apart_where_the_template_shows_all(source: str) -> None:
     template = ChatTemplate(source, SPECIAL)
-    assert template.accepts_successive_users and template.arranged([USER, USER]) == [USER, USER]
+    assert template.arranged([USER, USER]) == [USER, USER]
 
 
 def test_a_template_may_write_the_date() -> None:
@@ -326,7 +387,7 @@ def test_a_tool_use_template_serves_requests_with_tools_only() -> None:
 
 def test_the_exception_of_a_template_is_the_message() -> None:
     with pytest.raises(TemplateError, match=r"^roles must alternate$"):
-        ChatTemplate(MISTRAL, SPECIAL).render([USER, ASSISTANT, ASSISTANT])
+        ChatTemplate(MISTRAL, SPECIAL).render([{"role": "critic", "content": "Bad."}, USER])
 
 
 @pytest.mark.parametrize(

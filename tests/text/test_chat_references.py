@@ -50,6 +50,16 @@ TAKES_NO_NONE = {
     "processing_llama4.chat_template",
     "unsloth-mistral-Devstral-Small-2507",
 }
+# These refuse a system message or drop it; the user's first message gets its text.
+TAKES_NO_SYSTEM = {
+    "google-gemma-2-2b-it",
+    "llama_chat_format.Llama3VisionAlphaChatHandler",
+    "llama_chat_format.MISTRAL_INSTRUCT_CHAT_TEMPLATE",
+    "llama_chat_format.MIXTRAL_INSTRUCT_CHAT_TEMPLATE",
+    "llama_chat_format.MoondreamChatHandler",
+}
+# This shows it in the user's message that comes last, so not before the result of a tool.
+HIDES_SYSTEM = {"mistralai-Mistral-Nemo-Instruct-2407"}
 
 
 def tool(name: str, description: str, **properties: Any) -> dict[str, Any]:
@@ -182,8 +192,18 @@ def with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return messages
 
 
+def moved_into_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with the instructions at the front moved into the user's message that follows."""
+    if messages[0]["role"] != "system":
+        return messages
+    system, user, *others = messages
+    return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *others]
+
+
 def adapted_messages(messages: list[dict[str, Any]], name: str, source: str) -> list[dict[str, Any]]:
     """Return the messages in the form that this template accepts."""
+    if name in TAKES_NO_SYSTEM or (name in HIDES_SYSTEM and messages[-1]["role"] != "user"):
+        messages = moved_into_user(messages)
     if name in TAKES_TEXT:
         messages = with_text_arguments(messages)
     messages = [
@@ -253,6 +273,34 @@ def test_every_template_gives_the_prompt_or_the_refusal_that_it_gives_in_transfo
     assert different == {}
 
 
+SUNNY = result(1, "weather", "sunny")
+AGENTS: dict[str, list[dict[str, Any]]] = {
+    "several messages of one role": [SYSTEM, USER, THEN, ASSISTANT, {**ASSISTANT, "content": "Two."}, THEN],
+    "an answer first": [SYSTEM, ASSISTANT, THEN],
+    "a reminder after a result": [SYSTEM, USER, CALL, SUNNY, THEN],
+    "a result at the end": [SYSTEM, USER, THEN, CALL, SUNNY],
+    "nothing but instructions": [SYSTEM],
+}
+SIMPLE = {False: [THEN], True: [USER, CALL, SUNNY]}  # by whether there are calls
+
+
+@pytest.mark.parametrize("title", AGENTS)
+def test_every_template_shows_all_that_agents_send(title: str, templates: dict[str, ChatTemplate]) -> None:
+    """Those that refuse simple conversations, or show no results (which are spelled out), do not count."""
+    messages = AGENTS[title]
+    simple = SIMPLE[CALL in messages]
+    num_shown, lost = 0, {}
+    for name, template in templates.items():
+        if simple[-1]["content"] in native_render(template, simple, {})[1]:
+            kind, text = native_render(template, messages, {})
+            contents = {message["content"].strip() for message in messages}
+            missing = {content for content in contents if content not in text}
+            if kind == "refused" or missing:
+                lost[name] = missing or text
+            num_shown += 1
+    assert lost == {} and num_shown > 4
+
+
 def test_no_template_is_listed_without_need(sources: dict[str, str]) -> None:
     messages, options = CONVERSATIONS["a call without content"]
     texts = {
@@ -265,4 +313,4 @@ def test_no_template_is_listed_without_need(sources: dict[str, str]) -> None:
     needed = {
         name for name, (plain, fitted) in texts.items() if plain != fitted and "tool_calls" in sources[name]
     }
-    assert needed == sources.keys() & (TAKES_NO_NONE | TAKES_TEXT)
+    assert needed == sources.keys() & (TAKES_NO_NONE | TAKES_TEXT | HIDES_SYSTEM)

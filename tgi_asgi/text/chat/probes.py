@@ -8,15 +8,22 @@ Templates do not say which messages they accept, and those that drop something r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from tgi_asgi.text.chat.form import MessageForm
 from tgi_asgi.text.chat.message import ChatMessage, ChatTool
 
-USER = {"role": "user", "content": "hi"}
+USER: ChatMessage = {"role": "user", "content": "hi"}
+_WORDS = re.compile(r"PROBE-\d")
 _FUNCTION = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
-_RESULT = {"role": "tool", "tool_call_id": "call00000", "name": "f", "content": "ok"}
+RESULT: ChatMessage = {"role": "tool", "tool_call_id": "call00000", "name": "f", "content": "ok"}
+CALL: ChatMessage = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "call00000", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
 
 
 class Render(Protocol):
@@ -45,12 +52,22 @@ class Probes:
         """Return whether the word PROBE in these messages is shown."""
         return "PROBE" in self._render(messages)
 
+    def shows_all(self, *messages: ChatMessage) -> bool:
+        """Return whether all words PROBE-0, PROBE-1, ... of these messages' contents are shown."""
+        text = self._conversation(messages)
+        words = {word for message in messages for word in _WORDS.findall(message["content"] or "")}
+        return bool(text) and words <= set(_WORDS.findall(text))
+
+    def loses(self, *messages: ChatMessage, unlike: Sequence[ChatMessage]) -> bool:
+        """Return whether these messages are not all shown, although simpler ones are."""
+        return self.shows_all(*unlike) and not self.shows_all(*messages)
+
     def shows_parts(self, role: str) -> bool:
         """Return whether all texts of a role's parts are shown, and not the list itself."""
         parts = [{"type": "text", "text": "FIRST"}, {"type": "text", "text": "SECOND"}]
         message: ChatMessage = {"role": role, "content": parts}
         if role == "tool":
-            text = self._answer(self._arguments, after=[{**_RESULT, **message}])
+            text = self._answer(self._arguments, after=[{**RESULT, **message}])
         else:
             before, after = [USER] * (role == "assistant"), [USER] * (role != "user")
             text = self._render([*before, message, *after])
@@ -65,13 +82,13 @@ class Probes:
     def drops_call(self, *, has_text: bool) -> bool:
         """Return whether an answer is rendered, but not its call."""
         answer = {"role": "assistant", "content": "Let me see." if has_text else None}
-        text = self._history({**answer, "tool_calls": [_call('{"PROBE": 1}')]}, _RESULT)
+        text = self._history({**answer, "tool_calls": [_call('{"PROBE": 1}')]}, RESULT)
         return bool(text) and "PROBE" not in text
 
     def takes_several_calls(self) -> bool:
         """Return whether two calls of one answer are shown, or neither if each is an answer of its own."""
         calls = [{**_call(f'{{"PROBE-{index}": 1}}'), "id": f"call0000{index}"} for index in range(2)]
-        results = [{**_RESULT, "tool_call_id": call["id"]} for call in calls]
+        results = [{**RESULT, "tool_call_id": call["id"]} for call in calls]
         one, two = ({"role": "assistant", "content": None, "tool_calls": [call]} for call in calls)
         together = self._history({**one, "tool_calls": calls}, *results)
         apart = self._history(one, results[0], two, results[1])
@@ -90,7 +107,7 @@ class Probes:
 
     def _shows_call_after(self, content: str | None) -> bool:
         """Return whether a call beside such content is shown when its result and a question follow."""
-        text = self._answer(self._arguments, content, after=[_RESULT, USER])
+        text = self._answer(self._arguments, content, after=[RESULT, USER])
         return "PROBE" in text and "None" not in text
 
     def _takes_one_text(self) -> bool:
@@ -113,8 +130,14 @@ class Probes:
 
     def _history(self, *messages: ChatMessage) -> str:
         """Render a question and what follows, in a request with a tool or, if that fails, without."""
-        chat = [USER, *map(self.form.prepared, self.form.with_arguments(messages))]
-        return self._render(chat, [{"type": "function", "function": _FUNCTION}]) or self._render(chat)
+        return self._conversation([USER, *messages])
+
+    def _conversation(self, messages: Sequence[ChatMessage]) -> str:
+        """Render messages; in a request with a tool if they have calls, unless that fails."""
+        chat = [self.form.prepared(message) for message in self.form.with_arguments(messages)]
+        has_calls = any(message.get("tool_calls") for message in messages)
+        tools = [{"type": "function", "function": _FUNCTION}] if has_calls else None
+        return self._render(chat, tools) or self._render(chat)
 
 
 def _call(arguments: object) -> dict[str, Any]:

@@ -16,15 +16,16 @@ import jinja2.nodes
 from tgi_asgi.errors import ModelLoadError, TemplateError
 from tgi_asgi.formats.files import read_json
 from tgi_asgi.text.chat.message import ChatMessage, ChatTool
-from tgi_asgi.text.chat.probes import USER, Probes
+from tgi_asgi.text.chat.probes import CALL, RESULT, USER, Probes
 from tgi_asgi.text.chat.sandbox import MAX_CHARS, make_environment
-from tgi_asgi.text.chat.system import accepts_scattered, is_scattered, merge_system_messages
-from tgi_asgi.text.chat.time_limit import limited_time
-from tgi_asgi.text.chat.users import (
-    accepts_successive_users,
-    has_successive_users,
-    merge_successive_users,
+from tgi_asgi.text.chat.system import (
+    accepts_scattered,
+    is_scattered,
+    merge_system_messages,
+    move_instructions,
 )
+from tgi_asgi.text.chat.time_limit import limited_time
+from tgi_asgi.text.chat.turns import Turns
 
 _SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space shows whether the template trims content
 # Errors that a template can raise: jinja's own, and those of Python operations on values of the wrong type.
@@ -48,9 +49,8 @@ class ChatTemplate:
             system one.
         accepts_scattered_system: Whether system messages may come anywhere; otherwise `render` joins them
             into one at the front.
-        accepts_successive_users: Whether a message of the user may follow another; otherwise `render` joins
-            them.
-        accepts_system: Whether a system message is shown, not refused or dropped.
+        accepts_system: Whether a system message is shown, not refused or dropped; otherwise `render` moves
+            its text into the user's first message.
         shows_tools: Whether the tools are shown, given as the variable `tools` or in the system message.
         takes_several_calls: Whether an answer may have several calls; otherwise it is refused, or only the
             first is shown.
@@ -77,8 +77,12 @@ class ChatTemplate:
         self._drops_texts = "user" in self.part_roles and not probes.shows(user)
         self.accepts_developer = self.mentions("developer") and probes.shows(developer, USER)
         self.accepts_scattered_system = accepts_scattered(self._probe, has_developer=self.accepts_developer)
-        self.accepts_successive_users = accepts_successive_users(self._probe)
-        self.accepts_system = probes.shows({"role": "system", "content": "PROBE"}, USER)
+        self._turns = Turns(probes)
+        system, question = {"role": "system", "content": "PROBE-0"}, {"role": "user", "content": "PROBE-1"}
+        self.accepts_system = not probes.loses(system, USER, unlike=(question,))
+        self._accepts_lone_system = not probes.loses(system, unlike=(question,))
+        results = (question, CALL, RESULT)
+        self._hides_system = probes.loses(system, *results, unlike=results)
         self.shows_tools = probes.shows_tools()
         self._drops_calls = {has_text: probes.drops_call(has_text=has_text) for has_text in (False, True)}
         self.takes_several_calls = probes.takes_several_calls()
@@ -112,9 +116,12 @@ class ChatTemplate:
         """Return messages in an order that the template accepts; several of one role may become one."""
         if not self.accepts_scattered_system and is_scattered(messages):
             messages = merge_system_messages(messages)
-        if not self.accepts_successive_users and has_successive_users(messages):
-            messages = merge_successive_users(messages)
-        return messages
+        if messages and messages[0]["role"] == "system":
+            if not (self.accepts_system if len(messages) > 1 else self._accepts_lone_system):
+                messages = move_instructions(messages)
+            elif self._hides_system and messages[-1]["role"] not in ("system", "user"):
+                messages = move_instructions(messages, is_last=True)
+        return self._turns.arranged(messages)
 
     def with_arguments(self, messages: list[ChatMessage]) -> list[ChatMessage]:
         """Return messages with the arguments of calls as the template takes them; see `render`."""
@@ -149,8 +156,8 @@ class ChatTemplate:
         those of a call that was cut off, become an empty one, so that the conversation can go on. A call's
         text joins its reasoning if the template refuses both (gpt-oss's). With `continue_final_message` the
         prompt ends right after the last message's content. If the template would refuse or drop system
-        messages that are not a single one at the front, they are joined into one there; if it would refuse or
-        drop a message of the user that follows another, these are joined, too.
+        messages that are not a single one at the front, they are joined into one there, or join a message of
+        the user; turns that it would refuse or drop are arranged as in `Turns.arranged`.
 
         Raises:
             TemplateError: if the template refused the messages, failed on them, or wrote too much.

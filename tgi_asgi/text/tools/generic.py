@@ -9,9 +9,9 @@ import hashlib
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from tgi_asgi.text.chat.message import ChatMessage, ChatTool, message_text
+from tgi_asgi.text.chat.system import with_text_before
 from tgi_asgi.text.surrogates import dumped
 from tgi_asgi.text.tools.formats import GENERIC
 from tgi_asgi.text.tools.histories import with_calls_in_text
@@ -76,11 +76,7 @@ def _with_system_text(messages: list[ChatMessage], text: str, accepts_system: bo
         return [{**first, "content": f"{message_text(first)}\n\n{text}"}, *messages[1:]]
     if accepts_system or first["role"] != "user":
         return [{"role": "system" if accepts_system else "user", "content": text}, *messages]
-    if isinstance(first["content"], list):
-        content: Any = [{"type": "text", "text": f"{text}\n\n"}, *first["content"]]
-    else:
-        content = f"{text}\n\n{first['content']}"
-    return [{**first, "content": content}, *messages[1:]]
+    return [with_text_before(text, first), *messages[1:]]
 
 
 def with_own_tools(
