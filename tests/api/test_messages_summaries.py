@@ -94,7 +94,7 @@ async def test_a_request_for_a_summary_gets_it_as_its_only_block(is_stream: bool
     options: dict[str, Any] = {
         "model": "m", "max_tokens": 50, "messages": [turn("user", "Hi"), turn("assistant", "Ho")],
         "compaction": {"type": "summarize"}, "tools": [{"name": "t", "input_schema": {"type": "object"}}],
-        "tool_choice": {"type": "any"},
+        "tool_choice": {"type": "any"}, "stop_sequences": ["met"],
     }  # fmt: skip
     app = app_of(engine, chat_template=f"{TEMPLATE}{{# <think> </think> #}}")
     async with (
@@ -110,10 +110,11 @@ async def test_a_request_for_a_summary_gets_it_as_its_only_block(is_stream: bool
         assert len(message.content) == 1
         assert (block["type"], block["content"]) == ("compaction", "They met.")
         assert message.stop_reason == "compaction"
+        assert engine.requests[0].stop.stop == ()
         assert asked(engine).endswith(f"assistant: Ho;user: {summary.asking()['content']};")
         # The next request has the block in place of the messages.
         options = {**options, "messages": [turn("assistant", [block]), USER]}
-        del options["compaction"], options["tools"], options["tool_choice"]
+        del options["compaction"], options["tools"], options["tool_choice"], options["stop_sequences"]
         await client.beta.messages.create(**options)
     assert asked(engine) == "user: They met.\nAnd Venus?;"
 

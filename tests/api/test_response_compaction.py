@@ -96,16 +96,17 @@ async def test_a_conversation_is_compacted_without_being_changed() -> None:
     ]
 
 
-async def test_tools_formats_and_thoughts_do_not_get_into_a_summary() -> None:
+async def test_tools_formats_stop_strings_and_thoughts_do_not_get_into_a_summary() -> None:
     engine = ScriptedEngine(say("<think>", "hm", "</think>", "They met."))
     app = app_of(engine, chat_template=THINKING)
     form = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}
     answer = await respond(
-        app, [*HISTORY[:2], TRIGGER], tools=TOOLS, tool_choice="required", text=form, separate_reasoning=False
-    )
+        app, [*HISTORY[:2], TRIGGER], tools=TOOLS, tool_choice="required", text=form, stop="met",
+        separate_reasoning=False,
+    )  # fmt: skip
     assert [item["type"] for item in answer["output"]] == ["compaction"]
     assert answer["tool_choice"] == "required"
-    assert engine.requests[0].grammar is None
+    assert engine.requests[0].grammar is None and engine.requests[0].stop.stop == ()
     await respond(app, [answer["output"][0], {"role": "user", "content": "four"}])
     assert SHOWN in prompts(engine)[1]
 

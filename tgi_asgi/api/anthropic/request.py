@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from tgi_asgi.api import summary
 from tgi_asgi.api.anthropic.documents import document_text, plain_text, result_text, search_text
 from tgi_asgi.api.anthropic.render import MessageRenderer
 from tgi_asgi.api.anthropic.schema import ClientTool, CountRequest, MessagesRequest, Turn
@@ -32,6 +31,7 @@ from tgi_asgi.api.parse import (
 from tgi_asgi.api.prompt_images import Images
 from tgi_asgi.api.prompt_text import leaves_open, thinking_variables
 from tgi_asgi.api.sampling import sampling
+from tgi_asgi.api.summary import summarising
 from tgi_asgi.api.thoughts import unsealed
 from tgi_asgi.api.tools import Tool, choose
 from tgi_asgi.text.chat.message import ChatMessage
@@ -63,9 +63,8 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
         refuse_field("thread", rule, "thread_unsupported_request")
     tools = read_tools(request.tools, request.messages)
     info = context.ready().info
-    conversation = read_conversation(request, tools, context.ready().new_images())
     job = Job(
-        prompt=conversation,
+        prompt=read_conversation(request, tools, context.ready().new_images()),
         sampling=sampling(
             info, info.sampling, temperature=request.temperature, top_p=request.top_p, top_k=request.top_k
         ),
@@ -80,9 +79,7 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
     renderer = MessageRenderer
     if request.compaction is not None:
         renderer = SummaryRenderer
-        conversation.messages.append(summary.asking(request.compaction.instructions))
-        conversation.offers_tools = conversation.is_continued = False
-        job.tools = job.constraint = None
+        job = summarising(job, request.compaction.instructions)
     hides_thoughts = (request.thinking or {}).get("display") == "omitted"
     render = partial(renderer, hides_tokens=request.max_tokens == 0, hides_thoughts=hides_thoughts)
     return Call(jobs=[job], render=render, model=request.model, stream=bool(request.stream))

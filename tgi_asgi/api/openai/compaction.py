@@ -7,6 +7,7 @@ that carries the summary replaces what the assistant and its tools said before i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import orjson
 
@@ -43,11 +44,12 @@ def is_triggered(items: Sequence[Item]) -> bool:
 class SummaryRenderer(ResponseRenderer):
     """Renders an answer that is a summary as one `compaction` item; the reasoning before it is not shown."""
 
-    _texts: list[str]
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._texts: list[str] = []
 
     def _take_together(self, events: Sequence[TokenEvent]) -> None:
         if self._num_generated == 0:
-            self._texts = []
             self._output.append({"type": "compaction", "id": new_id("cmp"), "encrypted_content": ""})
             self._emit_item("added")
         super()._take_together(events)

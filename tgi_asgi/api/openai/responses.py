@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import orjson
 
-from tgi_asgi.api import summary
 from tgi_asgi.api.call import Call, Generation, Renderer
 from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.errors import OPENAI, Dialect
@@ -68,6 +67,7 @@ from tgi_asgi.api.parse import (
     refuse_field,
 )
 from tgi_asgi.api.prompt import chat_prompt
+from tgi_asgi.api.summary import summarising
 from tgi_asgi.api.tokenising import WithImages, after_images
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.settings import MIB
@@ -158,7 +158,10 @@ def _call(
     items = [decode_items([found[i]])[0] if i in found else item for i, item in given]
     earlier = decode_items(history)
     tools = read_tools(request, [*earlier, *items])
+    asks_for_summary = is_triggered(items)
     job = _job(request, earlier, items, tools, context)
+    if asks_for_summary:
+        job = summarising(job)
     is_stored = request.store is not False and context.responses.is_on and not is_compact
     recorders: list[Callable[[dict[str, Any]], None]] = []
     if is_stored:
@@ -173,7 +176,7 @@ def _call(
     kind = ResponseRenderer
     if is_compact:
         kind = CompactionRenderer
-    elif is_triggered(items) and not request.only_prewarms:
+    elif asks_for_summary and not request.only_prewarms:
         kind = SummaryRenderer
 
     def render(generation: Generation) -> Renderer:
@@ -210,15 +213,12 @@ def _job(
     form, (effort_field, effort) = current_settings(request, whole, len(earlier), paths)
     images = served.new_images()
     messages = read_items(whole, len(earlier), images, tools, paths)
-    asks_for_summary = is_triggered(items)
-    if asks_for_summary:
-        messages.append(summary.asking())
     if request.instructions:
         messages.insert(0, {"role": "system", "content": request.instructions})
     conversation = Conversation(
         messages,
         tools=[tool.for_template() for tool in tools] or None,
-        offers_tools=request.tool_choice != "none" and not asks_for_summary,
+        offers_tools=request.tool_choice != "none",
         variables=template_variables(effort, effort_field, request.chat_template_kwargs),
         adds_special_tokens=request.add_special_tokens,
         images=images,
@@ -235,13 +235,13 @@ def _job(
         served.info,
         context.settings,
         logprobs=request.num_logprobs,
-        constraint=None if asks_for_summary else _constraint(request, *form),
+        constraint=_constraint(request, *form),
     )
     return dataclasses.replace(
         job,
         max_tokens=1 if request.only_prewarms else request.max_output_tokens,
-        tools=None if asks_for_summary else choice,
-        reads_reasoning=request.separate_reasoning is not False or asks_for_summary,
+        tools=choice,
+        reads_reasoning=request.separate_reasoning is not False,
         shows_reasoning=request.include_reasoning is not False,
         reasoning_budget=thinking_budget(request),
     )
