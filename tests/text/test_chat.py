@@ -332,8 +332,10 @@ RESULT = {"role": "tool", "tool_call_id": "a", "content": "ok"}
         ([{"role": "assistant", "content": "Hi."}, HELLO], "[user:][assistant:Hi.][user:Hello.]"),
         (
             [HELLO, {"role": "assistant", "content": "Hm."}, called("a", "So."), called("b"), RESULT],
-            "[user:Hello.][assistant:Hm.\n\nSo.](a)(b)[tool:ok]",
+            "[user:Hello.][assistant:Hm.\n\nSo.](a)[assistant:](b)[tool:ok]",
         ),
+        # The client interrupted the tool.
+        ([HELLO, called("a"), HELLO], "[user:Hello.][assistant:](a)[assistant:OK.][user:Hello.]"),
         # The template shows no instructions before the results of tools.
         (
             [{"role": "system", "content": "S."}, HELLO, HELLO, called("a"), RESULT],
@@ -348,6 +350,12 @@ def test_turns_are_arranged_where_they_must_alternate(messages: list[dict[str, A
     assert json.dumps(messages) == before
     kept = ChatTemplate("{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}", SPECIAL)
     assert kept.arranged(messages) == messages
+
+
+def test_a_hundred_thousand_messages_are_joined_at_once() -> None:
+    """Joining them two by two would copy 15 GB."""
+    [joined] = ChatTemplate(MISTRAL, SPECIAL).arranged([{"role": "user", "content": "a"}] * 100_000)
+    assert joined["content"] == "\n\n".join("a" * 100_000)
 
 
 @pytest.mark.parametrize(

@@ -278,10 +278,15 @@ AGENTS: dict[str, list[dict[str, Any]]] = {
     "several messages of one role": [SYSTEM, USER, THEN, ASSISTANT, {**ASSISTANT, "content": "Two."}, THEN],
     "an answer first": [SYSTEM, ASSISTANT, THEN],
     "a reminder after a result": [SYSTEM, USER, CALL, SUNNY, THEN],
+    "a call that was interrupted": [SYSTEM, USER, CALL, THEN],
+    "an empty answer": [SYSTEM, USER, {**ASSISTANT, "content": ""}, THEN],
     "a result at the end": [SYSTEM, USER, THEN, CALL, SUNNY],
     "nothing but instructions": [SYSTEM],
 }
-SIMPLE = {False: [THEN], True: [USER, CALL, SUNNY]}  # by whether there are calls
+SIMPLE: dict[bool, list[dict[str, Any]]] = {
+    False: [THEN],
+    True: [USER, CALL, SUNNY],
+}  # by whether there are calls
 
 
 @pytest.mark.parametrize("title", AGENTS)

@@ -6,6 +6,7 @@ what the user wrote), reminders after the results of tools, and histories whose 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tgi_asgi.text.chat.message import ChatMessage
@@ -15,7 +16,7 @@ _ACKNOWLEDGED = "OK."  # between the result of a tool and the user's next messag
 
 
 class Turns:
-    """Which orders of turns one template shows; it refuses others, or drops some of their messages."""
+    """Which turns one template shows; it refuses others, or drops some of their messages."""
 
     def __init__(self, probes: Probes) -> None:
         user, answer, later = (
@@ -29,6 +30,8 @@ class Turns:
         if probes.loses(user, answer, second, USER, unlike=(user, answer, USER)):
             self._joined_roles.add("assistant")
         self._needs_user_first = probes.loses(answer, later, unlike=(user, answer, later))
+        empty = {**answer, "content": ""}
+        self._drops_empty = probes.loses(user, empty, later, unlike=(user, answer, later))
         history = (user, CALL, RESULT)
         self._needs_answer = probes.loses(*history, later, unlike=history)
 
@@ -41,33 +44,54 @@ class Turns:
         tool: result         assistant: OK.     added
         user: c              user: c
         """
+        if self._drops_empty:
+            messages = [each for each in messages if each["role"] != "assistant" or _has_content(each)]
         arranged: list[ChatMessage] = []
-        for message in messages:
-            role, last = message["role"], arranged[-1]["role"] if arranged else "system"
-            if role == last and role in self._joined_roles:
-                arranged[-1] = _joined(arranged[-1], message)
-                continue
-            if self._needs_user_first and role == "assistant" and last in ("system", "developer"):
+        for message in map(_joined, self._runs(messages)):
+            role, last = message["role"], arranged[-1] if arranged else None
+            if self._needs_user_first and role == "assistant" and _begins_after(last):
                 arranged.append({"role": "user", "content": ""})
-            elif self._needs_answer and role == "user" and last == "tool":
+            elif self._needs_answer and role == "user" and _is_call_or_result(last):
                 arranged.append({"role": "assistant", "content": _ACKNOWLEDGED})
             arranged.append(message)
         return arranged
 
+    def _runs(self, messages: Sequence[ChatMessage]) -> Iterator[list[ChatMessage]]:
+        """Yield messages in lists; each list becomes one message. A message with calls ends its list."""
+        run: list[ChatMessage] = []
+        for message in messages:
+            role = message["role"]
+            last = run[-1] if run else message
+            if run and (role != last["role"] or role not in self._joined_roles or last.get("tool_calls")):
+                yield run
+                run = []
+            run.append(message)
+        if run:
+            yield run
 
-def _joined(first: ChatMessage, second: ChatMessage) -> ChatMessage:
-    """Return two messages of one role as one."""
-    content = _joined_contents(first.get("content") or "", second.get("content") or "")
-    joined = {**first, **second, "content": content}
-    if calls := [*(first.get("tool_calls") or ()), *(second.get("tool_calls") or ())]:
-        joined["tool_calls"] = calls
-    return joined
+
+def _has_content(message: ChatMessage) -> bool:
+    return bool(message.get("content") or message.get("tool_calls"))
 
 
-def _joined_contents(first: str | list[Any], second: str | list[Any]) -> str | list[Any]:
-    if isinstance(first, str) and isinstance(second, str):
-        return "\n\n".join(text for text in (first, second) if text)
-    return [*_parts(first), *_parts(second)]
+def _begins_after(last: ChatMessage | None) -> bool:
+    """Return whether a message is the first one after the instructions, if there are any."""
+    return last is None or last["role"] in ("system", "developer")
+
+
+def _is_call_or_result(message: ChatMessage | None) -> bool:
+    return message is not None and (message["role"] == "tool" or bool(message.get("tool_calls")))
+
+
+def _joined(run: Sequence[ChatMessage]) -> ChatMessage:
+    """Return messages of one role as one."""
+    if len(run) == 1:
+        return run[0]
+    contents = [content for message in run if (content := message.get("content"))]
+    content: str | list[Any] = [part for each in contents for part in _parts(each)]
+    if all(isinstance(each, str) for each in contents):
+        content = "\n\n".join(contents)
+    return {**{key: value for message in run for key, value in message.items()}, "content": content}
 
 
 def _parts(content: str | list[Any]) -> list[Any]:
