@@ -156,6 +156,10 @@ async def test_a_trigger_comes_last(fields: dict[str, Any], param: str) -> None:
         ({"input": "one"}, "model"),
         ({"model": "m"}, "input"),
         ({"model": "m", "input": "one", "stream": True}, "stream"),
+        (
+            {"model": "m", "input": "one", "prompt_cache_options": {"prewarm": True}},
+            "prompt_cache_options.prewarm",
+        ),
         ({"model": "m", "input": [TRIGGER]}, "input"),
         ({"model": "m", "input": [{"type": "message", "role": "critic"}]}, "input[0].role"),
         ({"model": "m", "input": "one", "previous_response_id": "resp_x"}, "previous_response_id"),

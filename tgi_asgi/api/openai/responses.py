@@ -105,6 +105,8 @@ def parse_compaction(body: bytes, exchange: Exchange) -> Callable[[], Call]:
         refuse_field("model", "is required")
     if request.stream:
         refuse_field("stream", "is not supported: a compacted conversation comes as a whole")
+    if request.only_prewarms:
+        refuse_field("prompt_cache_options.prewarm", "is not supported: there would be no summary")
     if is_triggered(items_of(request.input)):
         refuse_field("input", "asks for a summary, as this route does anyway")
     request.input = [*items_of(request.input), TRIGGER]

@@ -87,7 +87,7 @@ def _joined(run: Sequence[ChatMessage]) -> ChatMessage:
     """Return messages of one role as one."""
     if len(run) == 1:
         return run[0]
-    contents = [content for message in run if (content := message.get("content"))]
+    contents = [each for message in run if (each := message.get("content"))]
     content: str | list[Any] = [part for each in contents for part in _parts(each)]
     if all(isinstance(each, str) for each in contents):
         content = "\n\n".join(contents)
