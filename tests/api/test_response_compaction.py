@@ -14,6 +14,8 @@ from tests.api.test_responses import post as stream_of
 from tests.support.scripted_engine import ScriptedEngine, fail_with, say
 from tests.support.tool_app import CALLS, THINKING, app_of, sdk_of
 from tgi_asgi.api import summary
+from tgi_asgi.api.openai.response_input import read_items
+from tgi_asgi.api.thoughts import sealed
 from tgi_asgi.errors import GenerationFailed
 
 TRIGGER = {"type": "compaction_trigger"}
@@ -77,6 +79,15 @@ async def test_what_a_summary_replaces_is_not_shown_again() -> None:
         True, False, False, True, True, True,
     ]  # fmt: skip
     assert ASKED not in later
+
+
+def test_the_last_summary_replaces_the_earlier_ones() -> None:
+    """With thousands of them, too: each in turn would be compared with all messages before it."""
+    user, answer = {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}
+    summaries = [{"type": "compaction", "encrypted_content": sealed(text)} for text in ("old", "They met.")]
+    messages = read_items([user, answer, *[summaries[0]] * 20_000, user, answer, summaries[1], answer])
+    assert [message["content"] for message in messages] == ["one", "one", SHOWN, "two"]
+    assert [message["role"] for message in messages] == ["user", "user", "user", "assistant"]
 
 
 async def test_a_conversation_is_compacted_without_being_changed() -> None:

@@ -1,7 +1,8 @@
 """Answers of `/v1/responses` that are a summary of the conversation instead of its next turn.
 
 A `compaction_trigger` at the end of the input asks for one, and so does `/v1/responses/compact`. The item
-that carries the summary replaces what the assistant and its tools said before it; the user's messages stay.
+that carries the summary replaces earlier ones and what the assistant and its tools said before it; the user's
+messages stay.
 """
 
 from __future__ import annotations

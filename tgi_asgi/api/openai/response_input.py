@@ -39,6 +39,7 @@ _HOSTED = ("_call", "_output", "_list_tools", "_approval_request", "_approval_re
 _UNSEEN = ("additional_tools", "compaction", "program")  # a compaction of OpenAI's can only be read there
 _OMITTED = ("input_image", "input_file")  # named in tool outputs, but not shown
 _SUMMARY = "A summary of the conversation so far:"
+_SUMMARY_ROLE = "summary"  # until it is known which summary is the last
 _CALLS = ("function_call", "custom_tool_call", *CALLS)
 _RESULTS = ("function_call_output", "custom_tool_call_output", SEARCH_OUTPUT, *OUTPUTS)
 
@@ -156,11 +157,12 @@ def read_items(
     for i, item in enumerate(items, -num_before):
         messages.read(item, paths.of(i))
     note_skipped(messages.skipped)
-    add_call_ids(messages.found)
-    for message in messages.found:
+    found = _since_summary(messages.found)
+    add_call_ids(found)
+    for message in found:
         if "reasoning_content" in message:
             message["reasoning_content"] = "\n".join(message["reasoning_content"])
-    return messages.found
+    return found
 
 
 @dataclass(slots=True)
@@ -200,18 +202,13 @@ class _Messages:
                     refuse_field(f"{path}.role", f"must be one of {', '.join(_ROLES)}, got {role[:40]!r}")
                 self._message(role, item.get("content"), f"{path}.content")
             case "compaction" if text := unsealed(item.get("encrypted_content")):
-                self._summary(text)
+                self._message(_SUMMARY_ROLE, f"{_SUMMARY}\n\n{text}", "")
             case "configuration_update" | "compaction_trigger":
                 pass  # `current_settings` and `is_triggered` read them
             case str() if kind in _UNSEEN or kind.endswith(_HOSTED):
                 self.skipped.append(kind)
             case _:
                 refuse_field(f"{path}.type", f"{str(kind)[:40]!r} is not supported", "invalid_value")
-
-    def _summary(self, text: str) -> None:
-        """Add a summary in place of all that the assistant and its tools said before it."""
-        self.found = [message for message in self.found if message["role"] not in ("assistant", "tool")]
-        self._message("user", f"{_SUMMARY}\n\n{text}", "")
 
     def _call(self, call: dict[str, Any]) -> None:
         if not self.found or self.found[-1]["role"] != "assistant":
@@ -244,6 +241,19 @@ class _Messages:
         if texts := [text for text in self.thoughts if text]:
             self.found[-1].setdefault("reasoning_content", []).extend(texts)
         self.thoughts.clear()
+
+
+def _since_summary(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Return messages with the last summary in place of what the assistant and its tools said before it.
+
+    It replaces earlier summaries, too, which the model saw when it wrote this one.
+    """
+    last = max((i for i, message in enumerate(messages) if message["role"] == _SUMMARY_ROLE), default=None)
+    if last is None:
+        return messages
+    replaced = ("assistant", "tool", _SUMMARY_ROLE)
+    kept = [message for message in messages[:last] if message["role"] not in replaced]
+    return [*kept, {**messages[last], "role": "user"}, *messages[last + 1 :]]
 
 
 def _reasoning(item: Item, path: str) -> str:
