@@ -336,6 +336,23 @@ def test_files_must_say_how_an_answer_begins(checkpoint: Checkpoint, tmp_path: P
         assert opened.config.encoder_decoder is not None and opened.config.encoder_decoder.starts == (4, 5)
 
 
+def test_marian_writes_every_token_of_a_vocabulary_that_its_parts_share(tmp_path: Path) -> None:
+    encoder_decoders.make("marian", tmp_path, decoder_vocab_size=200)  # transformers ignores it then
+    pairs = random_pairs()
+    model = load(tmp_path)
+    assert model.config.vocab_size == 320
+    for found, expected in zip(
+        in_steps(model, pairs), encoder_decoders.references(tmp_path, pairs), strict=True
+    ):
+        assert np.abs(found - expected).max() / np.abs(expected).max() < EQUAL
+
+
+def test_a_pair_that_writes_other_tokens_than_it_reads_is_refused(tmp_path: Path) -> None:
+    encoder_decoders.make("marian", tmp_path, decoder_vocab_size=400, share_encoder_decoder_embeddings=False)
+    with pytest.raises(ModelLoadError, match="it reads 320 tokens and writes 400, two vocabularies"):
+        load(tmp_path)
+
+
 def test_adapters_beside_the_base_are_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(ModelLoadError, match="takes no adapters: it is an encoder-decoder"):
         targets_of(load(checkpoint("t5")))

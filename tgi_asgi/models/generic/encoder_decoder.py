@@ -49,7 +49,8 @@ def describe(model: Any, config: Mapping[str, Any], generation: Mapping[str, Any
         generation: The contents of generation_config.json, which precede those of config.json.
 
     Raises:
-        ModelLoadError: if it is of a kind that is not served, or no file says how an answer begins.
+        ModelLoadError: if it is of a kind that is not served, writes other tokens than it reads, or no file
+            says how an answer begins.
     """
     if not getattr(model.config, "is_encoder_decoder", False):
         return None
@@ -63,7 +64,13 @@ def describe(model: Any, config: Mapping[str, Any], generation: Mapping[str, Any
         for key in ("decoder_start_token_id", "forced_bos_token_id", "bos_token_id")
     )
     starts = tuple(each for each in (bos if begin is None else begin, forced) if each is not None)
-    vocab_size = model.get_output_embeddings().weight.shape[0]
+    num_read = model.get_encoder().get_input_embeddings().weight.shape[0]
+    vocab_size = num_written(model)
+    if num_read != vocab_size:
+        raise ModelLoadError(
+            f"{name} cannot be served: it reads {num_read} tokens and writes {vocab_size}, two vocabularies, "
+            "of which a tokenizer.json holds one"
+        )
     if not starts or any(type(each) is not int or not 0 <= each < vocab_size for each in starts):
         raise ModelLoadError(
             f"{name} needs the token that an answer begins with, as `decoder_start_token_id` in "
@@ -73,6 +80,11 @@ def describe(model: Any, config: Mapping[str, Any], generation: Mapping[str, Any
         return EncoderDecoder(starts)
     max_answer = _num_positions(model, "decoder") - len(starts) + 1  # the last token is never computed
     return EncoderDecoder(starts, _num_positions(model, "encoder"), max_answer)
+
+
+def num_written(model: Any) -> int:
+    """Return the number of tokens that a pair can write, which `decoder_vocab_size` need not be (Marian)."""
+    return int(model.get_output_embeddings().weight.shape[0])
 
 
 def cache_columns(model: Any) -> int:

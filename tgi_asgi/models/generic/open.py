@@ -115,7 +115,7 @@ class OpenGeneric:
             reason, numbers = "it is an encoder-decoder", 2 * encoder_decoder.cache_columns(self._model)
         self.config = GenericConfig(
             architecture=type(self._model).__name__,
-            vocab_size=self._num_ids(text),
+            vocab_size=self._num_ids(text) if pair is None else encoder_decoder.num_written(self._model),
             hidden_size=hidden_size,
             vocabulary_sizes=vocabulary_sizes(self._model),
             context_length=context,
