@@ -37,6 +37,7 @@ def changed(checkpoint: Path, folder: Path, **values: Any) -> ModelFiles:
         ("llama", "partial_rotary_factor", 0.5),
         ("gemma3_text", "attn_logit_softcapping", 2.0),
         ("phimoe", "num_experts_per_tok", 1),
+        ("deepseek_v2", "norm_topk_prob", True),
         ("gpt_neox", "rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.2}),  # 3 of 16 dims
     ],
 )
@@ -44,7 +45,7 @@ def test_a_variant_that_no_family_has_is_computed_by_transformers(
     checkpoint: Checkpoint, tmp_path: Path, kind: str, key: str, value: object
 ) -> None:
     files = changed(checkpoint(kind), tmp_path, **{key: value})
-    with pytest.raises(NotInFamily, match=r"partial_rotary|softcap|supported|2 experts|must be even"):
+    with pytest.raises(NotInFamily, match=r"partial_rotary|softcap|supported|2 experts|be even|norm_topk_"):
         OpenModel(files, model_impl="native")
     with OpenModel(files, model_impl="auto") as opened:
         assert opened.is_generic and opened.why_generic

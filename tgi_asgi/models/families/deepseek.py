@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from tgi_asgi.errors import check
 from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config_bounds import check_computed
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.latent_spec import LatentSpec
@@ -43,7 +44,8 @@ def read_deepseek_v2(reader: Reader, architecture: str) -> ModelConfig:
         topk_method="greedy",
     )  # fmt: skip
     reader.require(mlp_bias=False)
-    check(not reader.flag("norm_topk_prob", False), "norm_topk_prob is not supported for softmax routing")
+    is_renormalised = reader.flag("norm_topk_prob", False)
+    check_computed(not is_renormalised, "norm_topk_prob is true, which the code of transformers ignores")
     method, scoring = reader.get("topk_method"), reader.get("scoring_func")
     check(
         method in ("greedy", "group_limited_greedy") and scoring in (None, "softmax"),
