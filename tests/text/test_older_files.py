@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import random
+import sys
 import unicodedata
 from collections.abc import Callable
 from functools import partial
@@ -380,6 +381,17 @@ def test_without_a_vocabulary_that_can_be_read_the_files_are_named(
     tmp_path: Path, files: dict[str, Any], reason: str
 ) -> None:
     assert reason in refusal(checkpoint(tmp_path, "llama", **files))
+
+
+def test_a_file_that_needs_sentencepiece_s_library_says_so(
+    trained: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it, `transformers` asks for tiktoken."""
+    folder = checkpoint(tmp_path, "t5", spiece_model=trained("unigram").read_bytes())
+    assert Tokenizer.from_directory(folder).vocab_size >= 700
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    monkeypatch.setattr(transformers.utils.import_utils, "is_sentencepiece_available", lambda: False)
+    assert "it needs `pip install sentencepiece protobuf`" in refusal(folder)
 
 
 def test_an_empty_tokenizer_is_not_taken_for_one(tmp_path: Path) -> None:

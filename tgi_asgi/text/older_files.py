@@ -22,6 +22,7 @@ from tgi_asgi.text.sentencepiece_vocab import CONTROL, NORMAL, UNUSED, USER_DEFI
 from tgi_asgi.text.tiktoken_file import CLASSES, is_tiktoken, read_tiktoken
 
 _SENTENCEPIECE = "tokenizer.model"
+_SENTENCEPIECES = (_SENTENCEPIECE, "spiece.model", "sentencepiece.bpe.model")
 _CHATGLM = "ChatGLMTokenizer"
 # ChatGLM 2's and 3's tokens, whose ids follow sentencepiece's; those of roles are 3's, whose files list them.
 _CHATGLM_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -48,9 +49,7 @@ _KNOWN = (
     ("tekken.json",),
     ("tiktoken.model",),
     ("qwen.tiktoken",),
-    (_SENTENCEPIECE,),
-    ("spiece.model",),
-    ("sentencepiece.bpe.model",),
+    *((name,) for name in _SENTENCEPIECES),
 )
 VOCABULARIES = ("tokenizer.json", *(names[0] for names in _KNOWN))
 _ADVICE = "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes one"
@@ -247,6 +246,7 @@ def _piece(parts: Mapping[str, str], name: str, segment: int) -> list[str]:
 
 def _of_transformers(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     import transformers
+    from transformers.utils import import_utils as installed
 
     transformers.logging.set_verbosity_error()
     try:
@@ -260,9 +260,14 @@ def _of_transformers(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, A
             raise ValueError(f"{type(made).__name__} finds no vocabulary")
     except Exception as error:  # a configuration can make a `transformers` class raise anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0][:300]
+        has_library = installed.is_sentencepiece_available() and installed.is_protobuf_available()
+        files = (path for name in _SENTENCEPIECES if (path := directory / name).is_file())
+        if not has_library and not all(map(is_tiktoken, files)):
+            reason = "for a file of sentencepiece it needs `pip install sentencepiece protobuf`"
         raise ModelLoadError(
             f"{directory} has no tokenizer.json, and transformers cannot make one of what there is "
-            f"({lines[0][:300]}); {_ADVICE}"
+            f"({reason}); {_ADVICE}"
         ) from error
     named = dict(made.special_tokens_map)
     if (directory / "tekken.json").is_file() and not named:  # the file names none, but its models know these
