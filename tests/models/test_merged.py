@@ -195,6 +195,32 @@ def test_a_vocabulary_that_the_adapter_enlarges(implementation: str, tmp_path: P
     assert run_steps(loaded, ids, expected, steps) <= EXACT
 
 
+@pytest.mark.parametrize(
+    ("config", "is_tied"),
+    [
+        ({"trainable_token_indices": [160, 162]}, True),
+        ({"trainable_token_indices": [160, 162]}, False),
+        ({"trainable_token_indices": {"embed_tokens": [160, 162]}}, True),
+        ({"target_modules": ["v_proj", "embed_tokens"]}, True),
+    ],
+)
+def test_of_an_enlarged_vocabulary_parts_are_trained(
+    config: dict[str, Any], is_tied: bool, tmp_path: Path
+) -> None:
+    """As after `add_tokens`: `peft` then saves whole tables beside what it has trained of them."""
+    base = save_base(tmp_path / "base", tie_word_embeddings=is_tied)
+    changes = {"target_modules": ["v_proj"], **config}
+    adapter = make_adapter(base, tmp_path / "adapter", seed=1, num_tokens=163, **changes)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(163)
+    save(model, tmp_path / "larger")
+    ids = [[1, 162, 5, 161, 160]]
+    expected = peft_logits(tmp_path / "larger", adapter, *ids)
+    with OpenModel(find(adapter)) as opened:
+        loaded: Any = opened.load(ops.Packing(is_exact=True), 256)
+    assert run_steps(loaded, ids, expected, [[(0, 0, 5)]]) <= EXACT
+
+
 def test_the_tokenizer_is_the_adapters_own_and_the_ends_of_answers_the_bases(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", eos_token_id=7)
     adapter = make_adapter(base, tmp_path / "adapter", seed=1)

@@ -21,15 +21,29 @@ ALL_PRODUCTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 _SIZE = 0.08  # standard deviation of the values of both matrices
 
 
-def make_adapter(base: Path, folder: Path, *, seed: int, is_rounded: bool = True, **config: Any) -> Path:
+def make_adapter(
+    base: Path,
+    folder: Path,
+    *,
+    seed: int,
+    is_rounded: bool = True,
+    num_tokens: int | None = None,
+    **config: Any,
+) -> Path:
     """Write an adapter of random values for a checkpoint; `config` goes to `LoraConfig`.
 
     Its magnitudes, if it is DoRA's, and its whole modules differ from the base's, too.
+
+    Args:
+        num_tokens: Size of the vocabulary that the base is given first; `peft` then saves the embeddings.
     """
     torch.manual_seed(seed)
     config = {"r": 4, "lora_alpha": 8, "target_modules": ALL_PRODUCTS, **config}
     with _peft() as peft, torch.no_grad():
-        model = peft.get_peft_model(_open(base), peft.LoraConfig(task_type="CAUSAL_LM", **config))
+        opened = _open(base)
+        if num_tokens is not None:
+            opened.resize_token_embeddings(num_tokens, mean_resizing=False)
+        model = peft.get_peft_model(opened, peft.LoraConfig(task_type="CAUSAL_LM", **config))
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 values = torch.randn(parameter.shape) * _SIZE

@@ -28,7 +28,8 @@ _EMBEDDING_DOWN, _EMBEDDING_UP = ".lora_embedding_A", ".lora_embedding_B"
 # Ends of matrices' names, each with that of the other matrix of the module.
 _OTHERS = {_DOWN: _UP, _UP: _DOWN}
 _MERGED_OTHERS = {**_OTHERS, _EMBEDDING_DOWN: _EMBEDDING_UP, _EMBEDDING_UP: _EMBEDDING_DOWN}
-_ROWS = ".token_adapter.trainable_tokens_delta"
+_TOKENS = ".token_adapter"
+_ROWS = f"{_TOKENS}.trainable_tokens_delta"
 _BASE = ".base_layer"
 _MAGNITUDE = ".lora_magnitude_vector"  # older versions of `peft` append .weight
 # With `bias: all`, peft saves the bias of a whole module (`modules_to_save`) under these names, too.
@@ -208,8 +209,8 @@ def _split(tensors: Mapping[str, SafeTensor]) -> _Parts:
         stem = base_name.removesuffix(".weight")
         if stem.endswith(_MAGNITUDE):
             parts.magnitudes[stem.removesuffix(_MAGNITUDE)] = tensor
-        elif stem.endswith(_BASE):  # what LoRA then changes: an embedding or head, perhaps of another size
-            parts.whole[stem.removesuffix(_BASE) + ".weight"] = tensor
+        elif stem.endswith(_BASE):  # what the adapter then changes: an embedding or head, perhaps resized
+            parts.whole[stem.removesuffix(_BASE).removesuffix(_TOKENS) + ".weight"] = tensor
         elif name.endswith(f"{_BASE}.bias"):  # of a module that LoRA changes
             parts.whole[base_name.removesuffix(f"{_BASE}.bias") + ".bias"] = tensor
         elif name.endswith(_ROWS):

@@ -87,8 +87,9 @@ class PeftConfig:
     def token_ids(self, module: str) -> tuple[int, ...] | None:
         """Return the tokens whose rows an embedding replaces; None if the file has no list of them."""
         given = self._token_ids
-        if isinstance(given, dict):  # by the end of a module's path
-            given = next((ids for end, ids in given.items() if f".{module}".endswith(f".{end}")), None)
+        if isinstance(given, dict):  # by the end of a module's path; a tied head is not in it
+            found = [ids for end, ids in given.items() if f".{module}".endswith(f".{end}")]
+            given = next(iter([*found, *given.values()]), None)
         if not isinstance(given, list) or not all(type(each) is int and each >= 0 for each in given):
             return None
         return tuple(given)

@@ -154,6 +154,9 @@ class MergedCheckpoint(Checkpoint):
         for target in self._adapter.targets:
             name = _name_in(self._base, f"{target.module}.weight")
             if target.is_embedding and name is not None and _is_table(name, _EMBEDDINGS):
+                if name in self._whole:  # saved beside LoRA's matrices, because it is resized
+                    self._whole["lm_head.weight"] = self._whole[name]
+                    return
                 self._copies["lm_head.weight"] = name
         for name, tensor in self._whole.items():
             if not _is_table(name, _EMBEDDINGS):
