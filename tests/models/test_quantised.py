@@ -152,6 +152,7 @@ def test_biases_of_zeros_that_the_model_lacks_are_passed_over(tmp_path: Path, re
     "name",
     [
         "self_attn.k_scale",
+        "self_attn.k_zero_point",
         "self_attn.kv_scale",
         "self_attn.k_proj.output_scale",
         "self_attn.v_proj.v_scale",

@@ -43,12 +43,13 @@ _IN_ORDER = (
     ".in_proj_b.", ".in_proj_a.", ".in_proj_ba.",
 )  # fmt: skip
 # Scales of inputs, which are quantised differently or not at all here, and of queries, keys and values, which
-# only an FP8 cache uses (`kv_scales.py`).
+# only an FP8 cache uses (`kv_scales.py`). compressed-tensors writes zero points beside those of attention.
 UNUSED = (
     "*.input_scale", "*.input_zero_point", "*.input_global_scale", "*.activation_scale", "*.act_scale",
     "*.input_scale_ub", "*_proj.output_scale", "*.k_proj.k_scale", "*.v_proj.v_scale",
     "*.qkv_proj.[kv]_scale",
-    "*.self_attn.[kqv]_scale", "*.self_attn.kv_scale", "*.self_attn.prob_scale",
+    "*.self_attn.[kqv]_scale", "*.self_attn.[kqv]_zero_point", "*.self_attn.kv_scale",
+    "*.self_attn.prob_scale",
 )  # fmt: skip
 
 
