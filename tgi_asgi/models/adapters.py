@@ -260,15 +260,17 @@ def _attention_targets(layer: Layer) -> dict[str, ops.Target]:
 
 def _mlp_targets(layer: Layer) -> dict[str, ops.Target]:
     inner = layer.config.intermediate_size
-    down = ops.Target(layer.down, 0, layer.config.hidden_size)
-    if not isinstance(layer.up, ops.GateUpWeight):
-        return {"mlp.up_proj": ops.Target(layer.up, 0, inner), "mlp.down_proj": down}
-    return {
-        "mlp.gate_proj": ops.Target(layer.up, 0, inner),
-        "mlp.up_proj": ops.Target(layer.up, inner, 2 * inner),
-        "mlp.gate_up_proj": ops.Target(layer.up, 0, 2 * inner),
-        "mlp.down_proj": down,
+    found = {
+        "mlp.up_proj": ops.Target(layer.up, 0, inner),
+        "mlp.down_proj": ops.Target(layer.down, 0, layer.config.hidden_size),
     }
+    if isinstance(layer.up, ops.GateUpWeight):
+        found |= {
+            "mlp.gate_proj": ops.Target(layer.up, 0, inner),
+            "mlp.up_proj": ops.Target(layer.up, inner, 2 * inner),
+            "mlp.gate_up_proj": ops.Target(layer.up, 0, 2 * inner),
+        }
+    return found
 
 
 def _gated_queries(qkv: ops.QkvWeight, gate: ops.LinearWeight, config: ModelConfig) -> ops.Target:
