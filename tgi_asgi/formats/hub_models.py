@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import hub
 from tgi_asgi.formats.config_file import read_config_file
-from tgi_asgi.formats.gguf_names import choose, models_of, projector_of
+from tgi_asgi.formats.gguf_names import GgufModel, choose, models_of, projector_of
 from tgi_asgi.formats.kinds import is_adapter, is_draft_heads, servable_config
 from tgi_asgi.formats.peft_config import ADAPTER_FILES, ADAPTER_WEIGHTS
 from tgi_asgi.formats.quantised import Quantisation
@@ -55,45 +55,66 @@ def fetch_model(
     Raises:
         ModelLoadError: if there is no such repository or no model in it, or it cannot be served or fetched.
     """
-    listing = hub.list_files(repo_id, revision)
-    where = f"the Hub's cache of {repo_id}" if listing.is_cached else repo_id
-    ggufs = models_of(listing.names)
+    repository = _Repository(repo_id, revision, progress, hub.list_files(repo_id, revision))
+    names = repository.listing.names
+    ggufs = models_of(names)
     if quant is not None and not ggufs:
-        raise ModelLoadError(f"{where} has no GGUF file that {quant!r} could name")
-    if ggufs and (quant is not None or not _has_checkpoint(listing)):
-        model = choose(ggufs, quant, where)
-        if quant is None:
-            logger.info("%s: using %s; name REPOSITORY:NAME to use another", where, model.label)
-        if model.num_missing:
-            raise ModelLoadError(f"{where} lacks {model.num_missing} of the parts of {model.files[0]}")
-        projector = projector_of(model.files[0], listing.names) if with_projector else None
-        wanted = [*model.files, *([] if projector is None else [projector])]
-        folder, commit = hub.fetch(
-            repo_id, revision, progress, patterns=_exactly(wanted), is_cached=listing.is_cached
-        )
-        tower = None if projector is None else folder / projector
-        return Fetched("gguf", folder / model.files[0], commit, tower)
-    small = _matching(listing, (*_CONFIGURATION, *(_CODE if with_code else ())))
-    folder, commit = Path(), ""
-    if is_adapter(listing.names):
-        if not set(ADAPTER_FILES) <= listing.names:
-            pickled = "; pickles are never read" if "adapter_model.bin" in listing.names else ""
-            raise ModelLoadError(f"{where} is an adapter without {ADAPTER_WEIGHTS}{pickled}")
-        small += ADAPTER_FILES
-    if small:
-        folder, commit = hub.fetch(
-            repo_id, revision, progress, patterns=_exactly(small), is_cached=listing.is_cached
-        )
-    if is_adapter(listing.names):
-        return Fetched("adapter", folder, commit)
+        raise ModelLoadError(f"{repository.where} has no GGUF file that {quant!r} could name")
+    if ggufs and (quant is not None or not _has_checkpoint(repository.listing)):
+        return _fetch_gguf(repository, ggufs, quant, with_projector=with_projector)
+    small = _matching(repository.listing, (*_CONFIGURATION, *(_CODE if with_code else ())))
+    if is_adapter(names):
+        return _fetch_adapter(repository, small)
+    folder, commit = repository.fetch(small) if small else (Path(), "")
     if "config.json" in small and is_draft_heads(read_config_file(folder)):
         return Fetched("draft heads", folder, commit)
-    Quantisation.from_json(servable_config(repo_id, listing.names, folder))
-    weights = [*_weights(where, listing, folder), *_matching(listing, (_DENSE,))]
-    folder, commit = hub.fetch(
-        repo_id, revision, progress, patterns=_exactly([*small, *weights]), is_cached=listing.is_cached
-    )
-    return Fetched("directory", folder, commit)
+    Quantisation.from_json(servable_config(repo_id, names, folder))
+    weights = [*_weights(repository, folder), *_matching(repository.listing, (_DENSE,))]
+    return Fetched("directory", *repository.fetch([*small, *weights]))
+
+
+class _Repository(NamedTuple):
+    """A repository at a revision, and its files."""
+
+    repo_id: str
+    revision: str | None
+    progress: Progress
+    listing: hub.Listing
+
+    @property
+    def where(self) -> str:
+        """Where its files are, for messages."""
+        return f"the Hub's cache of {self.repo_id}" if self.listing.is_cached else self.repo_id
+
+    def fetch(self, names: Sequence[str]) -> tuple[Path, str]:
+        """Fetch these files; return the snapshot's directory, and its commit."""
+        exactly = [glob.escape(name) for name in names]
+        return hub.fetch(
+            self.repo_id, self.revision, self.progress, patterns=exactly, is_cached=self.listing.is_cached
+        )
+
+
+def _fetch_gguf(
+    repository: _Repository, ggufs: Collection[GgufModel], quant: str | None, *, with_projector: bool
+) -> Fetched:
+    where = repository.where
+    model = choose(ggufs, quant, where)
+    if quant is None:
+        logger.info("%s: using %s; name REPOSITORY:NAME to use another", where, model.label)
+    if model.num_missing:
+        raise ModelLoadError(f"{where} lacks {model.num_missing} of the parts of {model.files[0]}")
+    projector = projector_of(model.files[0], repository.listing.names) if with_projector else None
+    folder, commit = repository.fetch([*model.files, *([] if projector is None else [projector])])
+    tower = None if projector is None else folder / projector
+    return Fetched("gguf", folder / model.files[0], commit, tower)
+
+
+def _fetch_adapter(repository: _Repository, configuration: Sequence[str]) -> Fetched:
+    names = repository.listing.names
+    if not set(ADAPTER_FILES) <= names:
+        pickled = "; pickles are never read" if "adapter_model.bin" in names else ""
+        raise ModelLoadError(f"{repository.where} is an adapter without {ADAPTER_WEIGHTS}{pickled}")
+    return Fetched("adapter", *repository.fetch([*configuration, *ADAPTER_FILES]))
 
 
 def _matching(listing: hub.Listing, patterns: Sequence[str]) -> list[str]:
@@ -110,15 +131,12 @@ def _has_checkpoint(listing: hub.Listing) -> bool:
     return "config.json" in listing.names and bool(weight_names(listing.names))
 
 
-def _weights(where: str, listing: hub.Listing, folder: Path) -> list[str]:
+def _weights(repository: _Repository, folder: Path) -> list[str]:
     """Return the files of a checkpoint, as `Checkpoint.open` chooses them."""
-    weight_map = read_index(folder / INDEX_NAME) if INDEX_NAME in listing.names else None
-    names = choose_files(where, listing.names, weight_map)
-    missing = [name for name in names if name not in listing.names]
+    listed = repository.listing.names
+    weight_map = read_index(folder / INDEX_NAME) if INDEX_NAME in listed else None
+    names = choose_files(repository.where, listed, weight_map)
+    missing = [name for name in names if name not in listed]
     if missing:
-        raise ModelLoadError(f"{where} has no {missing[0]}, which its {INDEX_NAME} names")
+        raise ModelLoadError(f"{repository.where} has no {missing[0]}, which its {INDEX_NAME} names")
     return names
-
-
-def _exactly(names: Sequence[str]) -> list[str]:
-    return [glob.escape(name) for name in names]
