@@ -152,25 +152,18 @@ class XmlArguments:
         self._buffer = ""
         self._num_arguments = 0
         self._out: list[str] = []
-        self._name: str | None = None  # of the argument whose value is being read
-        self._forms = Forms()  # of its value
-        self._kind = ""  # type of its value, if given: "true" for text
+        self._value_end: _ValueEnd | None = None  # of the value that is being read
+        self._forms = Forms()  # of this value
+        self._kind = ""  # its type, if given: "true" for text
         self._is_text: bool | None = None  # None: not yet known whether it is null
-        self._ends: tuple[str, ...] = ()  # possible ends of its value
-        self._num_own = 0  # how many of those are its own, and not what follows it
-        self._first_of_ends: frozenset[str] = frozenset()  # the characters that they begin with
-        self._num_known = 0  # leading characters of the buffered value in which no end begins
-        self._is_empty = True  # whether none of the value has been emitted
-        self._strings = JsonStrings()  # of the value, if it is JSON
-        self._skipped: tuple[int, str] | None = None  # an end in one of them
 
     def push(self, text: str) -> tuple[str, str]:
         """Return the JSON that is certain now, and what follows the call."""
         while text and not self.have_ended:
-            if self._name is not None:
+            if self._value_end is not None:
                 self._buffer += text
                 text = ""
-                if self._read_value():  # what follows the value is still to be read
+                if self._read_value(self._value_end):  # what follows the value is still to be read
                     text, self._buffer = self._buffer, ""
             else:  # one character at a time, so that the output does not depend on how the text was cut
                 self._buffer += text[0]
@@ -201,98 +194,132 @@ class XmlArguments:
         if quote and not is_quoted and quote.startswith(rest):
             return
         self._cut(found.end() + (len(quote) if is_quoted else 0))
-        self._name, self._kind = found[1], found[2]
+        self._kind = found[2]
         self._forms = forms_of(self._listed.schema(found[1]), self._spec.resolve)
         if is_quoted and not quote.isspace():
             self._kind = "true"
         is_undecided = not self._kind and self._forms.may_be_null
         is_text = self._kind == "true" or not (self._kind or self._forms.others)
         self._is_text = None if is_undecided else is_text
-        self._set_ends(self._tags.quotes[1] if is_quoted else "")
-        self._num_known, self._strings, self._skipped = 0, JsonStrings(), None
-        self._is_empty = True
+        self._value_end = _ValueEnd(self._tags, self._listed.names, self._tags.quotes[1] if is_quoted else "")
         head = f"{', ' if self._num_arguments else '{'}{dumped(found[1])}: "
         self._num_arguments += 1
         self._out.append(head + ('"' if self._is_text else ""))
 
-    def _set_ends(self, quote: str) -> None:
-        """Set the texts that end a value: its own end, or the following tags if that is missing."""
-        behind, (before, middle, end) = self._tags.call[2], self._tags.argument
-        tag = middle.partition("%t")[0]
-        line = "\n" if quote != "]]>" else ""
-        names = self._listed.names[:_MAX_FOLLOWING]
-        follows = [f"{line}{before}{name}{tag}" for name in names]
-        follows += [f"{line}{behind}{wrap}" for wrap in self._tags.wraps if wrap not in (behind, "")]
-        follows += [f"{line}{behind}\n{wrap}" for wrap in self._tags.wraps if wrap not in (behind, "")]
-        own = [quote + end] if quote.strip() else sorted({self._tags.line + end, end})
-        self._ends, self._num_own = (*own, *follows), len(own)
-        self._first_of_ends = frozenset(each[0] for each in self._ends)
-
-    def _read_value(self) -> bool:
+    def _read_value(self, value_end: _ValueEnd) -> bool:
         """Read the available part of a value; return True once it has ended."""
-        found = self._find_end()
-        known = self._buffer[: found[0] if found else self._num_known]
+        found = value_end.find(self._buffer, is_json=self._is_text is False)
+        known = self._buffer[: found[0] if found else value_end.num_known]
         if self._is_text is None and not any(each.startswith(known.strip()) for each in NULLS):
             self._is_text = True
             self._out.append('"')
         if found is None:
-            if self._is_text and self._num_known:
-                self._is_empty = False
+            if self._is_text and known:
                 self._out.append(dumped(known)[1:-1])
-                self._cut(self._num_known)
-                self._num_known = 0
+                self._cut(len(known))
+                value_end.drop_known()
             return False
-        self._cut(found[0] + (len(found[1]) if found[1] in self._ends[: self._num_own] else 0))
+        self._cut(found[1])
         self._out.append(dumped(known)[1:] if self._is_text else self._json(known))
-        self._name = None
+        self._value_end = None
         return True
-
-    def _find_end(self) -> tuple[int, str] | None:
-        """Return where the value ends, and the text that ends it; note how far it has been searched."""
-        while True:
-            # A value that is not text stays buffered until it ends, and a tool with many arguments has many
-            # ends: each part is searched once, and only if it contains an end's first character.
-            new = self._buffer[self._num_known :]
-            ends = () if self._first_of_ends.isdisjoint(new) else self._ends
-            found = [(at + self._num_known, end) for end in ends if (at := new.find(end)) >= 0]
-            if not found:
-                self._num_known += len(new) - max((num_held(new, end) for end in ends), default=0)
-                return None
-            at, end = min(found)
-            is_within_line = self._tags.line != "" and end == self._tags.argument[2]
-            if self._is_text is not False and is_within_line and (at or not self._is_empty):
-                is_structure = self._is_followed(at + len(end))
-                if is_structure is None:
-                    self._num_known = at
-                    return None
-                if not is_structure:
-                    self._num_known = at + 1
-                    continue
-            value = self._buffer[:at].strip()
-            if self._is_text is not False or not self._strings.are_open(self._buffer, at):
-                is_torn = self._skipped is not None and as_json(value) is None  # its quotes do not match
-                return self._skipped if is_torn else (at, end)
-            if value[-1] in "]}" and as_json(value) is not None:  # Python's quotes look like an open string
-                return at, end
-            if self._skipped is None:
-                self._skipped = at, end
-                self._ends += (self._tags.call[2],)
-                self._first_of_ends |= {self._tags.call[2][0]}
-            self._num_known = at + 1
-
-    def _is_followed(self, at: int) -> bool | None:
-        """Return whether another argument or the call's end begins at a place; None: not known yet.
-
-        Otherwise an end tag within a line is part of the text, such as a file in XML.
-        """
-        rest = self._buffer[at:].removeprefix(self._tags.line)  # as the grammar says
-        tags = (self._tags.argument[0], self._tags.call[2], *self._tags.wraps)
-        if any(rest.startswith(tag) for tag in tags):
-            return True
-        return None if any(tag.startswith(rest) for tag in tags) else False
 
     def _json(self, value: str) -> str:
         return self._forms.read_json(value) if self._kind else self._forms.read(value)
 
     def _cut(self, size: int) -> None:
         self._buffer = self._buffer[size:]
+
+
+class _ValueEnd:
+    """The search for the end of a value: its own end, or the tags that follow it if that is missing.
+
+    A value that is not text stays buffered until it ends, and a tool with many arguments has many ends: each
+    part is searched once, and only if it contains an end's first character.
+
+    Args:
+        names: The tool's arguments, any of which may follow.
+        quote: Text between the value and its end tag.
+
+    Attributes:
+        num_known: How many characters of the text, at its beginning, are part of the value.
+    """
+
+    def __init__(self, tags: XmlTags, names: Sequence[str], quote: str) -> None:
+        behind, (before, middle, end) = tags.call[2], tags.argument
+        tag = middle.partition("%t")[0]
+        line = "\n" if quote != "]]>" else ""
+        wraps = [wrap for wrap in tags.wraps if wrap not in (behind, "")]
+        follows = [f"{line}{before}{name}{tag}" for name in names[:_MAX_FOLLOWING]]
+        follows += [f"{line}{behind}{blank}{wrap}" for blank in ("", "\n") for wrap in wraps]
+        self._tags = tags
+        self._own = {quote + end} if quote.strip() else {tags.line + end, end}
+        self._ends = {*self._own, *follows}
+        self._first_of_ends = {each[0] for each in self._ends}
+        self._has_begun = False  # whether some of the value is no longer in the text
+        self._strings = JsonStrings()  # of the value, if it is JSON
+        self._skipped: tuple[int, str] | None = None  # an end in one of them
+        self.num_known = 0
+
+    def find(self, text: str, *, is_json: bool) -> tuple[int, int] | None:
+        """Return where the value, with which the text begins, ends, and where the text goes on after it."""
+        found = self._find_behind_json(text) if is_json else self._find_behind_text(text)
+        if found is None:
+            return None
+        at, end = found
+        return at, at + (len(end) if end in self._own else 0)
+
+    def drop_known(self) -> None:
+        """Note that the known characters have been removed from the text."""
+        self.num_known, self._has_begun = 0, True
+
+    def _find_behind_text(self, text: str) -> tuple[int, str] | None:
+        while (found := self._next(text)) is not None:
+            at, end = found
+            is_within_line = self._tags.line != "" and end == self._tags.argument[2]
+            if not is_within_line or not (at or self._has_begun):
+                return found
+            is_structure = self._is_followed(text, at + len(end))
+            if is_structure:
+                return found
+            if is_structure is None:
+                self.num_known = at
+                return None
+            self.num_known = at + 1
+        return None
+
+    def _find_behind_json(self, text: str) -> tuple[int, str] | None:
+        while (found := self._next(text)) is not None:
+            at, _ = found
+            value = text[:at].strip()
+            if not self._strings.are_open(text, at):
+                is_torn = self._skipped is not None and as_json(value) is None  # its quotes do not match
+                return self._skipped if is_torn else found
+            if value[-1] in "]}" and as_json(value) is not None:  # Python's quotes look like an open string
+                return found
+            if self._skipped is None:
+                self._skipped = found
+                self._ends.add(self._tags.call[2])
+                self._first_of_ends.add(self._tags.call[2][0])
+            self.num_known = at + 1
+        return None
+
+    def _next(self, text: str) -> tuple[int, str] | None:
+        """Return the first possible end after the known characters, and where it is."""
+        new = text[self.num_known :]
+        ends = () if self._first_of_ends.isdisjoint(new) else self._ends
+        found = [(at + self.num_known, end) for end in ends if (at := new.find(end)) >= 0]
+        if not found:
+            self.num_known += len(new) - max((num_held(new, end) for end in ends), default=0)
+        return min(found, default=None)
+
+    def _is_followed(self, text: str, at: int) -> bool | None:
+        """Return whether another argument or the call's end begins at a place; None: not known yet.
+
+        Otherwise an end tag within a line is part of the text, such as a file in XML.
+        """
+        rest = text[at:].removeprefix(self._tags.line)  # as the grammar says
+        tags = (self._tags.argument[0], self._tags.call[2], *self._tags.wraps)
+        if any(rest.startswith(tag) for tag in tags):
+            return True
+        return None if any(tag.startswith(rest) for tag in tags) else False
