@@ -100,25 +100,34 @@ class HarmonyParser:
     def _read_header(self, pieces: list[Piece], is_end: bool) -> bool:
         """Read up to a message's text; return False while it has not begun."""
         head = self._held.lstrip()
+        if not head:
+            return False
+        if not any(head.startswith(each) or each.startswith(head) for each in _BEGINS):
+            return self._begin_text()
         at = self._held.find(_MESSAGE, 0, _MAX_HEADER)
-        if not head or not any(head.startswith(each) or each.startswith(head) for each in _BEGINS):
-            if not head:
-                return False
-            self._kind, self._header = Content, ""
+        if at >= 0:
+            self._begin_message(pieces, at + len(_MESSAGE))
             return True
-        if at < 0:
-            if not is_end and len(self._held) < _MAX_HEADER:
-                return False
-            if is_end and (head.startswith(_OPENERS) or self._must_call):  # cut inside a header: not shown
-                self._held = ""
-                return False
-            if not is_end:
-                # Drop the markers: one would end the text and begin the same header, forever.
-                marks = list(_OPENER.finditer(self._held, 0, _MAX_HEADER))
-                self._held = self._held[marks[-1].end() if marks else 0 :]
-            self._kind, self._header = Content, ""
-            return True
-        self._header, self._held = self._held[: at + len(_MESSAGE)], self._held[at + len(_MESSAGE) :]
+        if is_end and (head.startswith(_OPENERS) or self._must_call):  # cut inside a header: not shown
+            self._held = ""
+            return False
+        if is_end:
+            return self._begin_text()
+        if len(self._held) < _MAX_HEADER:
+            return False
+        # Drop the markers: one would end the text and begin the same header, forever.
+        marks = list(_OPENER.finditer(self._held, 0, _MAX_HEADER))
+        self._held = self._held[marks[-1].end() if marks else 0 :]
+        return self._begin_text()
+
+    def _begin_text(self) -> bool:
+        """Begin a message of text without a header."""
+        self._kind, self._header = Content, ""
+        return True
+
+    def _begin_message(self, pieces: list[Piece], size: int) -> None:
+        """Begin a message whose header has this many characters."""
+        self._header, self._held = self._held[:size], self._held[size:]
         channel, recipient = _CHANNEL.search(self._header), _RECIPIENT.search(self._header)
         if recipient is not None and recipient[1] in self._names:
             self._kind, self._name = CallStart, recipient[1]
@@ -128,7 +137,6 @@ class HarmonyParser:
             self._kind = Content
             if recipient is not None and recipient[1] != "assistant":  # a call of an unknown tool: text
                 self._show(pieces, self._header, len(self._held))
-        return True
 
     def _read_body(self, pieces: list[Piece], is_end: bool) -> bool:
         """Emit a message's text; return True once it has ended."""
