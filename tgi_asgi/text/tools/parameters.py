@@ -46,9 +46,9 @@ class Parameters:
         """The names of all arguments that are listed or required, in the order in which they are written."""
         return [*self.properties, *sorted(self.required - self.properties.keys())]
 
-    def schema(self, name: str | None) -> Any:
+    def schema(self, name: str) -> Any:
         """Return an argument's schema; {} if nothing is known of it."""
-        listed = self.properties.get(name or "")
+        listed = self.properties.get(name)
         return listed if listed is not None else self.others or {}
 
 
@@ -60,7 +60,7 @@ def parameters_of(schema: Schema) -> Parameters:
     the schema forbids them. Beside listed arguments they are free only if the schema describes their values:
     a model that begins to invent arguments does not stop.
     """
-    found = _Found(resolver(schema), [_MAX_MEMBERS])
+    found = _Found(resolver(schema), iter(range(_MAX_MEMBERS)))
     found.add(schema)
     others = found.of_others[0] if len(found.of_others) == 1 else {"anyOf": found.of_others}
     if not found.of_others:
@@ -85,9 +85,9 @@ def resolved(schema: Schema, resolve: Resolve) -> Schema:
 class _Found:
     """What has been read so far; see `Parameters`."""
 
-    def __init__(self, resolve: Resolve, left: list[int]) -> None:
+    def __init__(self, resolve: Resolve, left: Iterator[int]) -> None:
         self._resolve = resolve
-        self._left = left  # how many members may still be read, shared by all
+        self._left = left  # one for each member that may still be read, shared by all
         self.properties: dict[str, Any] = {}
         self.required: set[str] = set()
         self.of_others: list[Any] = []
@@ -142,8 +142,7 @@ class _Found:
         """Yield the members of a combination that may describe objects, as long as there are not too many."""
         parts = schema.get(key)
         for part in parts if isinstance(parts, list) else ():
-            self._left[0] -= 1
-            if self._left[0] < 0:
+            if next(self._left, None) is None:
                 self.beyond.add(key)
                 return
             member = resolved(part, self._resolve) if isinstance(part, Mapping) else {"type": None}
