@@ -17,14 +17,18 @@ from tgi_asgi.text.tools.base import (
     ToolFormat,
 )
 from tgi_asgi.text.tools.formats import FORMATS, GENERIC
-from tgi_asgi.text.tools.generic import (
+from tgi_asgi.text.tools.histories import (
+    with_calls_in_text,
+    with_fitting_ids,
+    with_results_in_order,
+    with_single_calls,
+)
+from tgi_asgi.text.tools.prompts import (
     add_tool_prompt,
     spell_out,
-    with_fitting_ids,
     with_listed_tools,
     with_own_tools,
 )
-from tgi_asgi.text.tools.histories import with_calls_in_text, with_results_in_order, with_single_calls
 from tgi_asgi.text.tools.type_names import with_json_types
 
 __all__ = [

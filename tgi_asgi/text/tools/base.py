@@ -212,19 +212,52 @@ def free_name(pattern: str, listed: Iterable[str]) -> str:
     return f"/{pattern}/" + (f" & ~/({names})/" if names else "")
 
 
-_BLANKS = {"%d": "/[0-9]+/", "%s": "/[a-zA-Z0-9]{9}/", "%_": '" "?', "%n": r'"\n"?'}
+def argument_rules(
+    rule: str, keys: Iterable[tuple[str, str, bool]], comma: str, free: str | None = None
+) -> list[str]:
+    """Return rules for arguments in order, some of which are optional.
+
+    `<rule>_first_0` matches all arguments. `<rule>_first_i` matches those from number i on if none came
+    before, `<rule>_more_i` if one did.
+
+    Args:
+        keys: For each argument, the expressions of its beginning and of its value, and whether it is
+            required.
+        comma: Separator between arguments.
+        free: Expression of an argument that is not listed, if there may be such after the others.
+    """
+    rules = []
+    end = 0
+    for index, (head, value, is_required) in enumerate(keys):
+        end = index + 1
+        keyword = f"{head} {value} {rule}_more_{end}"
+        for place, before in (("first", ""), ("more", f"{literal(comma)} ")):
+            skipped = "" if is_required else f" | {rule}_{place}_{end}"
+            rules.append(f"{rule}_{place}_{index}: {before}{keyword}{skipped}")
+    if free is None:
+        return [*rules, f'{rule}_first_{end}: ""', f'{rule}_more_{end}: ""']
+    more = f"({literal(comma)} {rule}_free)*"
+    return [
+        *rules,
+        f"{rule}_free: {free}",
+        f"{rule}_first_{end}: ({rule}_free {more})?",
+        f"{rule}_more_{end}: {more}",
+    ]
+
+
+_PLACEHOLDERS = {"%d": "/[0-9]+/", "%s": "/[a-zA-Z0-9]{9}/", "%_": '" "?', "%n": r'"\n"?'}
 
 
 def marked_expression(text: str, mark: Mark, markers: Sequence[str]) -> str:
     """Return a text as an expression of a grammar, with its markers as `mark` writes them.
 
-    `%d` stands for a number, `%s` for an id, `%_` and `%n` for an optional blank and an optional newline.
+    Its placeholders are `%d` for a number, `%s` for an id, `%_` and `%n` for an optional blank and newline.
     """
     known = sorted(markers, key=len, reverse=True)
     expressions: list[str] = []
     plain = ""
     for part in re.split("|".join(["(%[ds_n]", r"\n", *map(re.escape, known)]) + ")", text):
-        expression = _BLANKS.get(part)
+        expression = _PLACEHOLDERS.get(part)
         if part == "\n":
             # A lexeme of its own: the compiler's lexer never backtracks, and could not tell "\n" before a
             # further call from "\n</calls>" otherwise.
@@ -242,13 +275,16 @@ def marked_expression(text: str, mark: Mark, markers: Sequence[str]) -> str:
 
 
 def plain_text(text: str, number: int = 0) -> str:
-    """Return a format's text with what `marked_expression` allows for its blanks, for a call's number."""
+    """Return a format's text as templates write it; its placeholders are those of `marked_expression`.
+
+    `number` is the call's: the first of an answer is 0.
+    """
     found = {"%d": str(number), "%s": f"call{number:05}", "%_": " ", "%n": "\n"}
-    return re.sub("%[ds_n]", lambda blank: found[blank[0]], text)
+    return re.sub("%[ds_n]", lambda placeholder: found[placeholder[0]], text)
 
 
 def begun_text(text: str) -> str:
-    """Return a format's text without its blanks; "" if it contains an id or a number."""
+    """Return a format's text as templates write it, stripped; "" if it contains an id or a number."""
     return "" if "%d" in text or "%s" in text else plain_text(text).strip()
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, free_name
+from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, argument_rules, free_name
 from tgi_asgi.text.tools.gemma_calls import GemmaCallParser
-from tgi_asgi.text.tools.pythonic_format import argument_rules
 
 _ANY = r"/(.|\n)*/"
 _CALL = "call:"

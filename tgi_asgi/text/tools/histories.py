@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +13,9 @@ from typing import Any
 from tgi_asgi.text.chat.message import ChatMessage
 from tgi_asgi.text.surrogates import parsed
 from tgi_asgi.text.tools.base import ToolFormat
+
+_SHORT_IDS = re.compile(r"id\s*\|\s*length\s*!=\s*9")
+_NAMED_IDS = "<|tool_call_argument_begin|>"
 
 
 def with_calls_in_text(
@@ -86,6 +91,34 @@ def with_single_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     return result
 
 
+def with_fitting_ids(messages: Sequence[ChatMessage], template: str) -> list[ChatMessage]:
+    """Return a history with the ids that the template needs, whichever the client has.
+
+    Mistral's templates refuse ids of other than nine characters. Kimi K2's show a call by its id alone, as
+    `functions.<name>:<number of the call in the conversation>`.
+    """
+    is_short = _SHORT_IDS.search(template) is not None
+    if not is_short and _NAMED_IDS not in template:
+        return list(messages)
+    result = []
+    renamed: dict[str, str] = {}  # of the calls so far: clients may use an id again in a later turn
+    number = 0
+    for message in messages:
+        changed = dict(message)
+        calls = []
+        for call in changed.get("tool_calls") or ():
+            given = call.get("id") or ""
+            renamed[given] = _short(given) if is_short else f"functions.{call['function']['name']}:{number}"
+            calls.append({**call, "id": renamed[given]})
+            number += 1
+        if calls:
+            changed["tool_calls"] = calls
+        if answered := changed.get("tool_call_id"):
+            changed["tool_call_id"] = renamed.get(answered, _short(answered) if is_short else answered)
+        result.append(changed)
+    return result
+
+
 def _named(call: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Return a call's name and arguments; if these are not an object, there are none, as in templates."""
     function = call["function"]
@@ -100,3 +133,10 @@ def _joined(content: Any, calls: str) -> Any:
     if isinstance(content, list):
         return [*content, {"type": "text", "text": f"\n{calls}"}]
     return f"{content}\n{calls}" if content else calls
+
+
+def _short(call_id: str) -> str:
+    """Return an id of nine letters and digits: the given id if it has that form, else a hash of it."""
+    if len(call_id) == 9 and call_id.isascii() and call_id.isalnum():
+        return call_id
+    return hashlib.blake2b(call_id.encode("utf-8", "replace"), digest_size=5).hexdigest()[:9]

@@ -16,6 +16,7 @@ from tgi_asgi.text.tools.base import (
     Mark,
     ToolFormat,
     alternatives,
+    argument_rules,
     bare_rules,
     free_name,
     marked_expression,
@@ -87,36 +88,3 @@ class PythonicFormat(ToolFormat):
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         return PythonicCallParser(tools, self.closers)
-
-
-def argument_rules(
-    rule: str, keys: Iterable[tuple[str, str, bool]], comma: str, free: str | None = None
-) -> list[str]:
-    """Return rules for arguments in order, some of which are optional.
-
-    `<rule>_first_0` matches all arguments. `<rule>_first_i` matches those from number i on if none came
-    before, `<rule>_more_i` if one did.
-
-    Args:
-        keys: For each argument, the expressions of its beginning and of its value, and whether it is
-            required.
-        comma: Separator between arguments.
-        free: Expression of an argument that is not listed, if there may be such after the others.
-    """
-    rules = []
-    end = 0
-    for index, (head, value, is_required) in enumerate(keys):
-        end = index + 1
-        keyword = f"{head} {value} {rule}_more_{end}"
-        for place, before in (("first", ""), ("more", f"{literal(comma)} ")):
-            skipped = "" if is_required else f" | {rule}_{place}_{end}"
-            rules.append(f"{rule}_{place}_{index}: {before}{keyword}{skipped}")
-    if free is None:
-        return [*rules, f'{rule}_first_{end}: ""', f'{rule}_more_{end}: ""']
-    more = f"({literal(comma)} {rule}_free)*"
-    return [
-        *rules,
-        f"{rule}_free: {free}",
-        f"{rule}_first_{end}: ({rule}_free {more})?",
-        f"{rule}_more_{end}: {more}",
-    ]

@@ -1,11 +1,11 @@
-"""Tools for chat templates without tool support: a system prompt, and the history written out as text.
+"""Tools as text in messages, for chat templates that show none, or only calls, or those of a message.
 
-The prompt is the one that Hermes models were trained on, with their format; see docs/structured-outputs.md.
+For templates that show none, text and calls are as Hermes models were trained on
+(docs/structured-outputs.md).
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import re
 from collections.abc import Sequence
@@ -19,8 +19,6 @@ from tgi_asgi.text.tools.histories import with_calls_in_text
 # Where a template looks for tools: in a message, or in the variable `tools`.
 _IN_MESSAGE = re.compile(r"message(\[['\"]tools['\"]\]|\.tools\b)")
 _AS_VARIABLE = re.compile(r"(?<![.\w'\"|])tools\b(?!['\"|])")
-_SHORT_IDS = re.compile(r"id\s*\|\s*length\s*!=\s*9")
-_NAMED_IDS = "<|tool_call_argument_begin|>"
 
 
 def _prompt(tools: Sequence[ChatTool]) -> str:
@@ -99,38 +97,3 @@ def add_tool_prompt(messages: Sequence[ChatMessage], prompt: str) -> list[ChatMe
     content, text = last.get("content") or "", f"\n---\n{prompt}"
     added = content + text if isinstance(content, str) else [*content, {"type": "text", "text": text}]
     return [*before, {**last, "content": added}]
-
-
-def with_fitting_ids(messages: Sequence[ChatMessage], template: str) -> list[ChatMessage]:
-    """Return a history with the ids that the template needs, whichever the client has.
-
-    Mistral's templates refuse ids of other than nine characters. Kimi K2's show a call by its id alone, as
-    `functions.<name>:<number of the call in the conversation>`.
-    """
-    is_short = _SHORT_IDS.search(template) is not None
-    if not is_short and _NAMED_IDS not in template:
-        return list(messages)
-    result = []
-    renamed: dict[str, str] = {}  # of the calls so far: clients may use an id again in a later turn
-    number = 0
-    for message in messages:
-        changed = dict(message)
-        calls = []
-        for call in changed.get("tool_calls") or ():
-            given = call.get("id") or ""
-            renamed[given] = _short(given) if is_short else f"functions.{call['function']['name']}:{number}"
-            calls.append({**call, "id": renamed[given]})
-            number += 1
-        if calls:
-            changed["tool_calls"] = calls
-        if answered := changed.get("tool_call_id"):
-            changed["tool_call_id"] = renamed.get(answered, _short(answered) if is_short else answered)
-        result.append(changed)
-    return result
-
-
-def _short(call_id: str) -> str:
-    """Return an id of nine letters and digits: the given id if it has that form, else a hash of it."""
-    if len(call_id) == 9 and call_id.isascii() and call_id.isalnum():
-        return call_id
-    return hashlib.blake2b(call_id.encode("utf-8", "replace"), digest_size=5).hexdigest()[:9]
