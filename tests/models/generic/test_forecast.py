@@ -15,7 +15,7 @@ from tests.support.generic import MAX_CONTEXT, batch_of, open_generic, program_o
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.generic import rope, states
+from tgi_asgi.models.generic import module_caches, rope
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.generic.modules import GatedMlp, PackedModule
 from tgi_asgi.models.generic.rope import RotaryLookup
@@ -134,7 +134,7 @@ def test_what_the_states_of_a_sequence_take_is_foretold(model_type: str, checkpo
         for start, count in ((0, 9), (9, 1), (10, 10)):
             program.run(batch_of([(0, start, count)], ids), [0])
         kept = cast(Any, program)._states._states[0]
-    tensors = [tensor for state in kept for tensor in states.tensors_of(state.cache)]
+    tensors = [tensor for state in kept for tensor in module_caches.tensors_of(state.cache)]
     assert predicted == sum(4 * tensor.numel() for tensor in tensors) > 0
 
 
@@ -150,5 +150,5 @@ def test_what_a_token_takes_in_a_cache_of_the_model_s_own_is_foretold(
     with program_of(model, num_sequences=1) as program:
         program.run(batch_of([(0, 0, 20)], ids), [0])
         kept = cast(Any, program)._states._states[0][-1].cache
-    tensors = states.tensors_of(kept, with_tokens=True)
+    tensors = module_caches.tensors_of(kept, with_tokens=True)
     assert predicted * 20 == 2 * sum(tensor.nbytes for tensor in tensors) > 0

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tests.support import architectures
 from tests.support.generic import batch_of, load_generic, open_generic, program_of
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.module_caches import copy_cache
 from tgi_asgi.models.generic.open import OpenGeneric
-from tgi_asgi.models.generic.states import copy_cache
 from tgi_asgi.models.generic.zeros import run_on_zeros
 
 Checkpoint = Callable[[str], Path]

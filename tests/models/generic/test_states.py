@@ -19,7 +19,8 @@ from tests.support.generic import batch_of, load_generic, measure, program_of
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic.model import GenericModel
-from tgi_asgi.models.generic.states import RowSpan, SlotStates, copy_layer
+from tgi_asgi.models.generic.module_caches import copy_layer
+from tgi_asgi.models.generic.states import RowSpan, SlotStates
 from tgi_asgi.runner.load import load
 from tgi_asgi.settings import Settings
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgi_asgi.models.generic.states import copy_cache
+from tgi_asgi.models.generic.module_caches import copy_cache
 
 
 @dataclass(slots=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,13 +17,14 @@ from tgi_asgi.models.generation_config import read_generation_config
 from tgi_asgi.models.generic import attention, encoder_decoder, encoder_decoder_check
 from tgi_asgi.models.generic import check as self_check
 from tgi_asgi.models.generic.build import build
-from tgi_asgi.models.generic.classics import adapt
 from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.delta_nets import DeltaNets, are_delta_nets
 from tgi_asgi.models.generic.discover import AttentionLayer, configurations, discover
 from tgi_asgi.models.generic.guards import check_cache_uses, check_servable
+from tgi_asgi.models.generic.inline_attention import adapt_attention
 from tgi_asgi.models.generic.inline_experts import adapt_experts
 from tgi_asgi.models.generic.model import GenericConfig, GenericModel
+from tgi_asgi.models.generic.module_caches import state_bytes
 from tgi_asgi.models.generic.modules import Mode
 from tgi_asgi.models.generic.own_cache import WholeText, cache_name, own_cache, own_sizes
 from tgi_asgi.models.generic.positions import context_length, first_position
@@ -41,7 +42,7 @@ from tgi_asgi.models.generic.rope import (
     table_bytes,
     tabulate,
 )
-from tgi_asgi.models.generic.states import KEPT, state_bytes
+from tgi_asgi.models.generic.states import KEPT
 from tgi_asgi.models.generic.vision import cross_attention
 from tgi_asgi.models.generic.vision.check import check_images, check_processor, is_tested
 from tgi_asgi.models.generic.vision.cross_attention import CrossFeatures
@@ -60,6 +61,21 @@ from tgi_asgi.settings import GivenRope
 from tgi_asgi.types import ImageProcessor
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What a model keeps of a sequence; see the fields of `GenericConfig`.
+
+    Attributes:
+        shared_bytes: Bytes of a state kept for other sequences.
+    """
+
+    layers: Sequence[AttentionLayer] = ()
+    sequential_reason: str = ""
+    own_numbers: int = 0
+    state_bytes: int = 0
+    shared_bytes: int = 0
 
 
 class OpenGeneric:
@@ -82,7 +98,7 @@ class OpenGeneric:
     ) -> None:
         self._model = build(directory, config, trusts_code=trusts_code, rope=rope, vocab_size=vocab_size)
         check_servable(self._model)
-        adapt(self._model)
+        adapt_attention(self._model)
         adapt_experts(self._model, is_gguf=directory is None)
         complete_outputs(self._model)
         cross_attention.adapt(self._model)
@@ -99,35 +115,29 @@ class OpenGeneric:
         embedding: Any = getattr(self._model.get_input_embeddings(), "weight", None)
         check(embedding is not None, f"{type(self._model).__name__} reads no tokens: its encoder embeds none")
         hidden_size = int(embedding.shape[1])
-        state_size = kept_size = 0
         if pair is None:
-            context = context_length(text) - first
-            layers, reason = self._discover(context)
-            numbers = 0
-            if reason:
-                estimate = 2 * int(getattr(text, "num_hidden_layers", 0) or 1) * hidden_size
-                state_size, numbers = own_sizes(self._model) or (0, estimate)
-            elif self._recurrent:
-                each = state_bytes(self._model, cache_name(self._model))
-                state_size, kept_size = KEPT * each, each if can_fork(self._recurrent) else 0
+            context, num_ids = context_length(text) - first, self._num_ids(text)
+            estimate = 2 * int(getattr(text, "num_hidden_layers", 0) or 1) * hidden_size
+            kept = self._kept(context, estimate)
         else:
-            context, layers = encoder_decoder.context_length(pair), []
-            reason, numbers = "it is an encoder-decoder", 2 * encoder_decoder.cache_columns(self._model)
+            context, num_ids = encoder_decoder.context_length(pair), encoder_decoder.num_written(self._model)
+            numbers = 2 * encoder_decoder.cache_columns(self._model)
+            kept = _Kept(sequential_reason="it is an encoder-decoder", own_numbers=numbers)
         self.config = GenericConfig(
             architecture=type(self._model).__name__,
-            vocab_size=self._num_ids(text) if pair is None else encoder_decoder.num_written(self._model),
+            vocab_size=num_ids,
             hidden_size=hidden_size,
             vocabulary_sizes=vocabulary_sizes(self._model),
             context_length=context,
-            layers=tuple(layers),
-            has_states=bool(self._recurrent) or bool(reason),
+            layers=tuple(kept.layers),
+            has_states=bool(self._recurrent) or bool(kept.sequential_reason),
             first_position=first,
-            sequential_reason=reason,
-            own_numbers=numbers,
+            sequential_reason=kept.sequential_reason,
+            own_numbers=kept.own_numbers,
             vision=self._vision,
             is_dynamic=is_dynamic(self._model),
-            other_state_bytes=state_size,
-            other_kept_bytes=kept_size,
+            other_state_bytes=kept.state_bytes,
+            other_kept_bytes=kept.shared_bytes,
             encoder_decoder=pair,
         )
 
@@ -137,6 +147,22 @@ class OpenGeneric:
         if self._vision is None or self._vision.image_token_id < num_logits:
             return num_logits
         return int(self._model.get_input_embeddings().weight.shape[0])
+
+    def _kept(self, context: int, estimate: int) -> _Kept:
+        """Return what a decoder keeps of a sequence.
+
+        Args:
+            estimate: Numbers that each token adds to a cache of the model's own, if they cannot be counted.
+        """
+        layers, reason = self._discover(context)
+        if reason:
+            state_size, numbers = own_sizes(self._model) or (0, estimate)
+            return _Kept(sequential_reason=reason, own_numbers=numbers, state_bytes=state_size)
+        if not self._recurrent:
+            return _Kept(layers)
+        each = state_bytes(self._model, cache_name(self._model))
+        shared = each if can_fork(self._recurrent) else 0
+        return _Kept(layers, state_bytes=KEPT * each, shared_bytes=shared)
 
     def _discover(self, context: int) -> tuple[list[AttentionLayer], str]:
         """Return the attention layers; or none, and why sequences must run one by one."""

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tgi_asgi.models.generic.caller import decoders_of
 from tgi_asgi.models.generic.discover import PROBE_TOKENS, run_with_cache
+from tgi_asgi.models.generic.module_caches import FLOAT_BYTES, copy_cache, empty_cache, tensors_of
 from tgi_asgi.models.generic.source_code import class_source
-from tgi_asgi.models.generic.states import FLOAT_BYTES, KEPT, copy_cache, empty_cache, tensors_of
+from tgi_asgi.models.generic.states import KEPT
 from tgi_asgi.models.generic.zeros import NotProbed
 
 _LISTS = ("state", "mems")  # of tensors: RWKV's, XLNet's

@@ -21,10 +21,11 @@ from tgi_asgi import ops
 from tgi_asgi.models.generic.attention import PagedLayers, running
 from tgi_asgi.models.generic.caller import Caller
 from tgi_asgi.models.generic.delta_nets import NativeStates
+from tgi_asgi.models.generic.module_caches import empty_cache
 from tgi_asgi.models.generic.modules import Head, Mode
 from tgi_asgi.models.generic.own_cache import own_cache
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
-from tgi_asgi.models.generic.states import RowSpan, SlotStates, empty_cache
+from tgi_asgi.models.generic.states import RowSpan, SlotStates
 from tgi_asgi.ops.arrays import Floats
 from tgi_asgi.ops.text_program import TextProgram
 

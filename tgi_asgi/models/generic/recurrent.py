@@ -24,15 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from tgi_asgi.errors import check
+from tgi_asgi.models.generic.module_caches import copy_layer, fork, join_layer, part_layer
 from tgi_asgi.models.generic.source_code import class_source
-from tgi_asgi.models.generic.states import (
-    RowSpan,
-    SequenceState,
-    copy_layer,
-    fork,
-    join_layer,
-    part_layer,
-)
+from tgi_asgi.models.generic.states import RowSpan, SequenceState
 
 _STATE = re.compile(r"\b(update_conv_state|update_recurrent_state|get_linear_cache)\(|\bself\.conv1d_state\b")
 _SINGLE_STEP = "mamba2_selective_state_update"

@@ -172,23 +172,26 @@ class Filler:
         """
         given: set[str] = set()
         for name, target in self._targets.items():
-            if target.converter is None:
-                if len(target.sources) > 1:
-                    raise ModelLoadError(f"{[each for each, _ in target.sources]} all map to {name!r}")
-                source = target.sources[0][0]
-                is_stack = len(self._shapes[name]) == 3 and self._weights.parts(source) == [source]
-                if not (is_stack and place(name, self._slices(name, source))):
-                    self._give(place, name, self._stored(name, source))
-                given.add(name)
-                continue
-            if self._fits_stack(name, target) and place(name, self._matrices(target)):
-                given.add(name)
-                continue
-            for made, tensor in self._convert(name, target).items():
-                self._give(place, made, tensor)
-                given.add(made)
+            given.update(self._fill(place, name, target))
         self._tie(place, given)
         self._check_missing(given)
+
+    def _fill(self, place: Place, name: str, target: _Target) -> Iterable[str]:
+        """Load a target; return the names of the tensors made, as a conversion may make several."""
+        if target.converter is None:
+            if len(target.sources) > 1:
+                raise ModelLoadError(f"{[each for each, _ in target.sources]} all map to {name!r}")
+            source = target.sources[0][0]
+            is_stack = len(self._shapes[name]) == 3 and self._weights.parts(source) == [source]
+            if not (is_stack and place(name, self._slices(name, source))):
+                self._give(place, name, self._stored(name, source))
+            return [name]
+        if self._fits_stack(name, target) and place(name, self._matrices(target)):
+            return [name]
+        converted = self._convert(name, target)
+        for made, tensor in converted.items():
+            self._give(place, made, tensor)
+        return converted
 
     def names(self) -> list[str]:
         """Return the module's tensor names for which the files have a tensor, directly or by tying."""

@@ -22,7 +22,7 @@ from tgi_asgi.models.generic.rules import window_rule
 _PREFIX = "tgi"
 
 
-def adapt(model: Any) -> None:
+def adapt_attention(model: Any) -> None:
     """Redirect a model's inline attention to the interface whenever a native implementation is selected."""
     for module in model.modules():
         kind = type(module)
