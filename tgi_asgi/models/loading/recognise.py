@@ -54,6 +54,12 @@ def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
         return {**config, "architectures": ["ChatGLMForConditionalGeneration"]}
     if kind == "mistral" and "layer_types" in config and names in (None, [], ["MistralForCausalLM"]):
         return {**config, "model_type": "ministral", "architectures": ["MinistralForCausalLM"]}
+    return _with_class_of_type(config, kind)
+
+
+def _with_class_of_type(config: dict[str, Any], kind: Any) -> dict[str, Any]:
+    """Return the config.json of a decoder, naming the class of its type if the one that it names is none."""
+    names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(kind, str) or (names and not (isinstance(name, str) and name.endswith(_CAUSAL))):
         return config
@@ -146,7 +152,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
         "config.json asks for bidirectional attention, which this architecture's native code lacks",
     )
     family, found = _read(find_by_architecture(name), Reader.of_json(config))
-    labels = _num_labels(config) if name.endswith("ForSequenceClassification") else 0
+    labels = _num_labels(config) if name.endswith(CLASSIFIER) else 0
     return family, replace(found, architecture=name, num_labels=labels)
 
 
