@@ -204,16 +204,8 @@ async def _read(
         if event is h11.NEED_DATA:
             http.receive_data(await reader.read(_READ_BYTES))
         elif isinstance(event, h11.Response):
-            headers = dict(event.headers)
-            if event.status_code in _REDIRECTS and b"location" in headers:
-                return _Redirect(headers[b"location"].decode("latin-1"))
-            if event.status_code != 200:
-                _refuse(param, f"its URL was answered with status {event.status_code}")
-            if headers.get(b"content-encoding", b"identity") not in (b"", b"identity"):
-                _refuse(param, "its URL was answered with compressed data")
-            length = headers.get(b"content-length", b"")
-            if length.isdigit():
-                budget.expect(int(length))
+            if (redirect := _read_head(event, param, budget)) is not None:
+                return redirect
         elif isinstance(event, h11.Data):
             budget.consume(len(event.data))
             parts.append(bytes(event.data))
@@ -222,6 +214,21 @@ async def _read(
             return b"".join(parts)
         elif isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
             raise OSError("the connection was closed")
+
+
+def _read_head(response: h11.Response, param: str, budget: DownloadBudget) -> _Redirect | None:
+    """Return the redirect that a response is, if it is one; refuse what is no image's beginning."""
+    headers = dict(response.headers)
+    if response.status_code in _REDIRECTS and b"location" in headers:
+        return _Redirect(headers[b"location"].decode("latin-1"))
+    if response.status_code != 200:
+        _refuse(param, f"its URL was answered with status {response.status_code}")
+    if headers.get(b"content-encoding", b"identity") not in (b"", b"identity"):
+        _refuse(param, "its URL was answered with compressed data")
+    length = headers.get(b"content-length", b"")
+    if length.isdigit():
+        budget.expect(int(length))
+    return None
 
 
 def _ascii(host: str) -> str:

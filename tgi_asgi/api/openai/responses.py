@@ -314,6 +314,11 @@ def _check(request: ResponsesRequest) -> None:
     for name in _NAMES:
         if len(getattr(request, name) or "") > MAX_ECHOED_CHARS:
             refuse_field(name, f"must have at most {MAX_ECHOED_CHARS} characters")
+    _check_echoed(request)
+
+
+def _check_echoed(request: ResponsesRequest) -> None:
+    """Refuse fields that the response could not repeat."""
     size = 0
     for name in _ECHOED:
         try:
