@@ -92,8 +92,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     settings = settings_of([*arguments, "--enable-lora", "true"])
-    files = resolve(settings, lambda stage, done, total: None)
-    model = load(settings, files, lambda stage, done, total: None)
+    files = resolve(settings)
+    model = load(settings, files)
     assert model.adapters is not None
     targets = {name: target.shape for name, target in model.adapters.layout.targets.items()}
     with tempfile.TemporaryDirectory() as scratch:

@@ -198,10 +198,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     settings = settings_of(arguments)
-    files = resolve(settings, lambda stage, done, total: None)
+    files = resolve(settings)
     with OpenModel(files) as opened:
         weight_bytes = opened.weights.num_bytes
-    model = load(settings, files, lambda stage, done, total: None)
+    model = load(settings, files)
     try:
         rows = asyncio.run(measure(Bench(model, weight_bytes, options.repeats), options))
     finally:

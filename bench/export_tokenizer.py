@@ -41,7 +41,7 @@ def write_tokenizer(tokenizer: Tokenizer, chat_template: str | None, directory: 
 
 def export(model_id: str, directory: Path) -> None:
     """Write the tokenizer of a GGUF model, or copy the files of a checkpoint."""
-    files = resolve(Settings(model_id=model_id), lambda stage, done, total: None)
+    files = resolve(Settings(model_id=model_id))
     if files.kind != "gguf":
         directory.mkdir(parents=True, exist_ok=True)
         for name in _FILES:

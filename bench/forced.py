@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
-    with OpenModel(resolve(settings_of(arguments), lambda stage, done, total: None)) as opened:
+    with OpenModel(resolve(settings_of(arguments))) as opened:
         tokenizer, _ = opened.read_text()
         compiler = GrammarCompiler(tokenizer, opened.config.vocab_size)
     rows = [count(compiler, tokenizer, name, is_compact=each) for name in CASES for each in (True, False)]

@@ -128,8 +128,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
     settings = settings_of(arguments)
-    files = resolve(settings, lambda stage, done, total: None)
-    model = load(settings, files, lambda stage, done, total: None)
+    files = resolve(settings)
+    model = load(settings, files)
     try:
         rows = asyncio.run(measure(Bench(model), options))
     finally:

@@ -191,7 +191,7 @@ def report(bench: Bench, shape: Shape, repeats: int, peaks: dict[str, float]) ->
 
 
 def _load(model_id: str, packing: ops.Packing, positions: int) -> tuple[ModelConfig, Decoder]:
-    files = resolve(Settings(model_id=model_id), lambda stage, done, total: None)
+    files = resolve(Settings(model_id=model_id))
     with OpenModel(files) as opened:
         model = opened.load(packing, positions)
         if not isinstance(model, Decoder) or not isinstance(opened.config, ModelConfig):

@@ -89,7 +89,7 @@ def compare(name: str, num_layers: int, options: argparse.Namespace) -> dict[str
         make(path, model, num_layers)
     num_bytes = active_bytes(path, model)
     settings = Settings(model_id=str(path), thread_nice=0, max_batch_total_tokens=4096, max_batch_size=4)
-    loaded = load(settings, ModelFiles(name, None, "gguf", path), lambda stage, done, total: None)
+    loaded = load(settings, ModelFiles(name, None, "gguf", path))
     rounds: list[dict[str, Any]] = []
     try:
         for _ in range(options.rounds):

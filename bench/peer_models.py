@@ -32,7 +32,7 @@ def default_match(options: argparse.Namespace, arguments: Sequence[str], folder:
     second far from it (bench.quality). vLLM's copies are the exact dequantised weights, computed in bfloat16,
     and those rounded to int8.
     """
-    gguf = resolve(Settings(model_id=options.model_id), lambda stage, done, total: None).path
+    gguf = resolve(Settings(model_id=options.model_id)).path
     plan = Plan(options.prompts, options.clients, options.prompt_tokens, options.max_tokens)
     found: list[Contender] = [Ours("ours", gguf, options.threads, arguments)]
     if options.llama_dir:

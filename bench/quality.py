@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, help="keeps the dequantised checkpoint")
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options = parser.parse_args()
-    files = resolve(Settings(model_id=options.model_id), lambda stage, done, total: None)
+    files = resolve(Settings(model_id=options.model_id))
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.work_dir or Path(scratch)
         checkpoint = folder / "checkpoint"

@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=5, help="answers sampled from each accepted schema")
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options, arguments = parser.parse_known_args()
-    with OpenModel(resolve(settings_of(arguments), lambda stage, done, total: None)) as opened:
+    with OpenModel(resolve(settings_of(arguments))) as opened:
         tokenizer, _ = opened.read_text()
         vocab_size = opened.config.vocab_size
     compiler, writer = GrammarCompiler(tokenizer, vocab_size), Writer(tokenizer, vocab_size)

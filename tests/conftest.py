@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def demo_files() -> ModelFiles:
     """Return the demonstration model, fetched on first use as the server fetches it (98 MB, cached)."""
     try:
-        return resolve(Settings(model_id=DEMO_MODEL), lambda stage, done, total: None)
+        return resolve(Settings(model_id=DEMO_MODEL))
     except ModelLoadError as error:
         pytest.skip(f"the demonstration model cannot be fetched: {error}")
 

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int | None], None]
 
 
+def no_progress(stage: str, done: int, total: int | None) -> None:
+    """Take progress that nobody follows."""
+
+
 class FinishReason(enum.Enum):
     """Why a choice ended. Each API spells it differently; `api/` does that."""
 

@@ -79,7 +79,7 @@ def files_of(base: Path) -> ModelFiles:
 
 @contextmanager
 def serving(files: ModelFiles, **changes: Any) -> Iterator[LoadedModel]:
-    loaded = load(replace(SETTINGS, **changes), files, lambda stage, done, total: None)
+    loaded = load(replace(SETTINGS, **changes), files)
     try:
         yield loaded
     finally:

@@ -134,7 +134,7 @@ def test_what_the_kernels_do_not_have_is_refused_by_name(
         ModelLoadError, match=f"{lacking} the GPU kernels do not have yet.*CUDA_VISIBLE_DEVICES="
     ):
         settings = Settings(thread_nice=0, num_threads=1, model_impl="native")
-        load(settings, checkpoint(case), lambda stage, done, total: None)
+        load(settings, checkpoint(case))
 
 
 def test_a_rotary_size_that_the_kernels_refuse_is_refused_at_once(
@@ -145,4 +145,4 @@ def test_a_rotary_size_that_the_kernels_refuse_is_refused_at_once(
     files = save_with_tokenizer(model, tmp_path)
     with pytest.raises(ModelLoadError, match=r"head size 64 with 1 queries .* rotary sizes \[30\]"):
         settings = Settings(thread_nice=0, num_threads=1, model_impl="native")
-        load(settings, files, lambda stage, done, total: None)
+        load(settings, files)

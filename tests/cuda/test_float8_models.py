@@ -48,7 +48,7 @@ def load_files(files: ModelFiles, **changes: Any) -> LoadedModel:
         "thread_nice": 0, "num_threads": 1, "max_batch_size": 2, "max_batch_prefill_tokens": 64,
         "max_total_tokens": 128, "dtype": "bfloat16", "prompt_precision": "fp8",
     }  # fmt: skip
-    return load(Settings(**(given | changes)), files, lambda stage, done, total: None)
+    return load(Settings(**(given | changes)), files)
 
 
 def open_model(directory: Path, kind: str | None, **changes: Any) -> LoadedModel:

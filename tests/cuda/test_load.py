@@ -199,4 +199,4 @@ def test_a_model_that_does_not_fit_is_refused_while_it_is_loaded(
     files = save_with_tokenizer(make_model(**SHAPE), tmp_path)
     monkeypatch.setattr(cuda_quant, "_write", full)
     with pytest.raises(ModelLoadError, match="does not fit the GPU's memory"):
-        load(SMALL, files, lambda stage, done, total: None)
+        load(SMALL, files)

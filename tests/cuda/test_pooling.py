@@ -313,7 +313,7 @@ def loading(
             "max_batch_prefill_tokens": 64, "max_total_tokens": 64,
         }  # fmt: skip
         files = files_of(directory)
-        found = load(Settings(**{**values, **settings}), files, lambda stage, done, total: None)
+        found = load(Settings(**{**values, **settings}), files)
         assert isinstance(found.runner, CudaRunner) and found.info.device == "cuda"
         try:
             yield found, found.runner

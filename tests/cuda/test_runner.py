@@ -298,7 +298,7 @@ async def test_a_model_is_loaded_onto_the_device_that_is_there(
     settings = Settings(
         thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64, max_total_tokens=128
     )
-    loaded = load(settings, files, lambda stage, done, total: None)
+    loaded = load(settings, files)
     try:
         assert (loaded.info.device, loaded.info.dtype) == ("cuda", "bfloat16")
         assert loaded.info.kv_tokens == 2 * 128
@@ -362,7 +362,7 @@ def test_a_sliding_window_bounds_no_sequence(
     reference = make_model("Mistral", sliding_window=40, max_position_embeddings=128, **shape)
     monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device if is_there else None)
     settings = Settings(thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64)
-    loaded = load(settings, save_with_tokenizer(reference, tmp_path), lambda stage, done, total: None)
+    loaded = load(settings, save_with_tokenizer(reference, tmp_path))
     loaded.runner.close()
     assert loaded.info.max_total_tokens == 128
 
@@ -399,7 +399,7 @@ def test_what_the_kernels_do_not_have_is_refused_with_a_way_out(
     monkeypatch.setattr("tgi_asgi.runner.load.find_device", lambda: device)
     with pytest.raises(ModelLoadError, match=f"{message}.*CUDA_VISIBLE_DEVICES="):
         settings = Settings(thread_nice=0, num_threads=1, dtype=dtype, model_impl="native")
-        load(settings, files, lambda stage, done, total: None)
+        load(settings, files)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])

@@ -105,7 +105,7 @@ async def test_the_cache_s_type_is_a_setting(
         thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64, max_total_tokens=128,
         kv_cache_dtype=name,
     )  # fmt: skip
-    loaded = load(settings, files, lambda stage, done, total: None)
+    loaded = load(settings, files)
     try:
         assert loaded.info.kv_bytes == 2 * 128 * 2 * 64 * itemsize
         job = Job(PROMPT, 2)
@@ -138,7 +138,7 @@ async def test_keys_and_values_beyond_fp8_are_kept_by_the_checkpoint_s_scales(
         thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64, max_total_tokens=128,
         kv_cache_dtype="fp8_e4m3fn", dtype="float16",
     )  # fmt: skip
-    loaded = load(settings, files, lambda stage, done, total: None)
+    loaded = load(settings, files)
     try:
         job = Job(PROMPT, 4, SamplingParams(temperature=0.0, logprobs=0))
         await generate(loaded.runner, [job], chunk=7)

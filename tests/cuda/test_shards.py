@@ -70,7 +70,7 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Serve:
             num_shard=num_shard, dtype="float16", num_threads=1, thread_nice=0, max_batch_size=3,
             max_batch_prefill_tokens=32, max_total_tokens=128, **changes,
         )  # fmt: skip
-        loaded = load(settings, files, lambda stage, done, total: None)
+        loaded = load(settings, files)
         try:
             yield loaded
         finally:

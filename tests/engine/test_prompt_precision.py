@@ -30,7 +30,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostRunner]:
     settings = Settings(
         prompt_precision="bfloat16", quantize="q8_0", num_threads=2, thread_nice=0, max_batch_size=16
     )
-    found = load(settings, files, lambda stage, done, total: None).runner
+    found = load(settings, files).runner
     assert isinstance(found, HostRunner) and found.traits.has_prompt_arithmetic
     yield found
     found.close()

@@ -43,7 +43,7 @@ def load_case(files: ModelFiles, **settings: Any) -> LoadedModel:
         "dtype": "float32", "num_threads": 2, "thread_nice": 0, "max_batch_size": 6, "enable_lora": True,
         "max_batch_prefill_tokens": 128, "max_batch_total_tokens": 1024,
     }  # fmt: skip
-    return load(Settings(**given | settings), files, lambda stage, done, total: None)
+    return load(Settings(**given | settings), files)
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Maker:
 def loaded(encoder: MadeEncoder, form: str) -> Iterator[tuple[LoadedModel, EncoderRunner]]:
     dtype = "float32" if form == "f32" else "auto"
     settings = Settings(dtype=dtype, num_threads=2, thread_nice=0, max_batch_prefill_tokens=512)
-    model = load(settings, encoder.file(form), lambda stage, done, total: None)
+    model = load(settings, encoder.file(form))
     assert isinstance(model.runner, EncoderRunner)
     try:
         yield model, model.runner

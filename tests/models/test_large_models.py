@@ -140,7 +140,7 @@ def largest_difference(files: ModelFiles, ids: list[int], expected: torch.Tensor
         max_batch_total_tokens=len(ids),
     )
     job = Job(ids, 0, SamplingParams(temperature=0.0), wants_prompt_logprobs=5)
-    runner = load_module.load(settings, files, lambda stage, done, total: None).runner
+    runner = load_module.load(settings, files).runner
     try:
         asyncio.run(generate(runner, [job], chunk=CHUNK))
     finally:
@@ -199,7 +199,7 @@ def load_with(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> Callable[...,
     def load(files: ModelFiles, **changes: Any) -> ModelInfo:
         options = {"num_threads": 1, "thread_nice": 0, "max_batch_size": 2, "max_batch_prefill_tokens": 64}
         settings = Settings(**{**options, **changes})
-        loaded = load_module.load(settings, files, lambda stage, done, total: None)
+        loaded = load_module.load(settings, files)
         loaded.runner.close()
         return loaded.info
 

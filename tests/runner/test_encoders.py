@@ -33,7 +33,7 @@ PAIRS = (Pooling(PoolingKind.LOGITS, (0,)), Pooling(PoolingKind.LOGITS, (0, 1)))
 @contextmanager
 def loaded(directory: Path, **settings: Any) -> Iterator[tuple[LoadedModel, EncoderRunner]]:
     values = {"dtype": "float32", "num_threads": 2, "thread_nice": 0, "max_batch_prefill_tokens": 512}
-    model = load(Settings(**{**values, **settings}), files_of(directory), lambda stage, done, total: None)
+    model = load(Settings(**{**values, **settings}), files_of(directory))
     assert isinstance(model.runner, EncoderRunner)
     try:
         yield model, model.runner

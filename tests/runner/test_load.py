@@ -32,7 +32,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 
 def load_closed(files: ModelFiles, settings: Settings) -> LoadedModel:
-    loaded = load(settings, files, lambda stage, done, total: None)
+    loaded = load(settings, files)
     loaded.runner.close()
     return loaded
 

@@ -196,7 +196,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def load(files: ModelFiles, **changes: object) -> loading.LoadedModel:
-    loaded = loading.load(settings(**changes), files, lambda stage, done, total: None)
+    loaded = loading.load(settings(**changes), files)
     loaded.runner.close()
     return loaded
 

@@ -32,7 +32,7 @@ SEEDED = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=42)
 @pytest.fixture(scope="module")
 def exact(demo_files: ModelFiles) -> Iterator[LoadedModel]:
     settings = Settings(dtype="float32", max_batch_total_tokens=16384, thread_nice=0)
-    loaded = load(settings, demo_files, lambda stage, done, total: None)
+    loaded = load(settings, demo_files)
     yield loaded
     loaded.runner.close()
 
@@ -100,7 +100,7 @@ async def test_a_request_alone_or_among_others_gives_the_same_tokens(
 async def test_the_default_arithmetic_stays_close_to_the_oracle(demo_files: ModelFiles, scale: Scale) -> None:
     compared = cases(scale).values()
     settings = Settings(max_batch_total_tokens=16384, thread_nice=0)
-    loaded = load(settings, demo_files, lambda stage, done, total: None)
+    loaded = load(settings, demo_files)
     try:
         jobs = [Job(case["prompt_ids"] + case["token_ids"], 0, wants_prompt_logprobs=0) for case in compared]
         await generate(loaded.runner, jobs)

@@ -50,7 +50,7 @@ GREEDY = SamplingParams(temperature=0.0)
 @contextmanager
 def loaded(directory: Path, **settings: Any) -> Iterator[tuple[LoadedModel, HostRunner]]:
     values = {"dtype": "float32", "num_threads": 2, "thread_nice": 0, "max_batch_total_tokens": 2048}
-    model = load(Settings(**{**values, **settings}), files_of(directory), lambda stage, done, total: None)
+    model = load(Settings(**{**values, **settings}), files_of(directory))
     assert isinstance(model.runner, HostRunner)
     try:
         yield model, model.runner

@@ -45,7 +45,7 @@ async def serving(files: ModelFiles, num_shard: int, **changes: Any) -> AsyncIte
     """Load a model in `num_shard` shards, by default in float32, and end them afterwards."""
     settings: dict[str, Any] = {"dtype": "float32", "num_threads": 1, "thread_nice": 0, "max_batch_size": 4}
     settings |= {"enable_lora": True, "max_total_tokens": 256, "num_shard": num_shard}
-    loaded = load(Settings(**{**settings, **changes}), files, lambda stage, done, total: None)
+    loaded = load(Settings(**{**settings, **changes}), files)
     try:
         yield loaded
     finally:

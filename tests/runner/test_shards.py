@@ -37,7 +37,7 @@ async def serving(files: ModelFiles, num_shard: int, **changes: Any) -> AsyncIte
     """Load a model in `num_shard` shards, by default in float32, and end them afterwards."""
     settings: dict[str, Any] = {"dtype": "float32", "num_threads": 1, "thread_nice": 0, "max_batch_size": 4}
     chosen = Settings(num_shard=num_shard, max_total_tokens=256, **{**settings, **changes})
-    loaded = load(chosen, files, lambda stage, done, total: None)
+    loaded = load(chosen, files)
     try:
         yield loaded
     finally:
@@ -221,7 +221,7 @@ def test_what_several_shards_do_not_compute_is_refused_by_name(tmp_path: Path) -
     for (kind, named), changes in refused.items():
         files = save(make_model(kind, **changes), tmp_path)
         with pytest.raises(ModelLoadError, match=f"--num-shard 2: {kind}ForCausalLM has {named}"):
-            load(Settings(num_shard=2), files, lambda stage, done, total: None)
+            load(Settings(num_shard=2), files)
 
 
 def test_too_many_shards_and_the_code_of_transformers_are_refused(tiny: ModelFiles) -> None:
@@ -233,7 +233,7 @@ def test_too_many_shards_and_the_code_of_transformers_are_refused(tiny: ModelFil
         ),
     ):
         with pytest.raises(ModelLoadError, match=message):
-            load(settings, tiny, lambda stage, done, total: None)
+            load(settings, tiny)
 
 
 def test_a_shard_that_cannot_load_ends_the_start_with_its_reason(
@@ -241,4 +241,4 @@ def test_a_shard_that_cannot_load_ends_the_start_with_its_reason(
 ) -> None:
     monkeypatch.setenv("TGI_ISA", "none such")  # only for the shards; this process has its kernels already
     with pytest.raises(ModelLoadError, match="shard 1 of the model has ended"):
-        load(Settings(num_shard=2, dtype="float32"), tiny, lambda stage, done, total: None)
+        load(Settings(num_shard=2, dtype="float32"), tiny)

@@ -35,7 +35,7 @@ def score(
     )
     sampling = SamplingParams(temperature=0.0, logprobs=NUM_BEST)
     job = Job(found.prompt_ids, len(found.token_ids), sampling, wants_prompt_logprobs=NUM_BEST)
-    runner = load(settings, files, lambda stage, done, total: None).runner
+    runner = load(settings, files).runner
     try:
         asyncio.run(generate(runner, [job], chunk=_CHUNK))
     finally:

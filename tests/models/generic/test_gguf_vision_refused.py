@@ -269,14 +269,14 @@ def test_a_file_beside_a_model_ends_no_start_that_succeeds_without_it(
 ) -> None:
     files = replace(model_of("smolvlm").files, is_projector_named=False)
     settings = Settings(thread_nice=0, max_batch_size=4, num_threads=1, num_shard=2)
-    loaded = load(settings, files, lambda stage, done, total: None)
+    loaded = load(settings, files)
     loaded.runner.close()
     assert loaded.shards is not None
     loaded.shards.close()
     assert (loaded.info.implementation, loaded.image_processor) == ("native", None)
     assert "--mmproj none" in caplog.text
     with pytest.raises(ModelLoadError, match="cannot be combined with --mmproj"):
-        load(settings, model_of("smolvlm").files, lambda stage, done, total: None)
+        load(settings, model_of("smolvlm").files)
 
 
 def test_too_large_models_may_fit_without_a_projector(
@@ -284,7 +284,7 @@ def test_too_large_models_may_fit_without_a_projector(
 ) -> None:
     monkeypatch.setattr("tgi_asgi.runner.load.free_memory", lambda: 1 << 16)
     with pytest.raises(ModelLoadError, match=r"weights take .*, or --mmproj none to serve it for text only"):
-        load(Settings(thread_nice=0), model_of("smolvlm").files, lambda stage, done, total: None)
+        load(Settings(thread_nice=0), model_of("smolvlm").files)
 
 
 @pytest.mark.parametrize("name", ["process", "whole"])
