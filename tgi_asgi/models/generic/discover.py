@@ -55,8 +55,7 @@ def discover(model: Any, max_positions: int) -> list[AttentionLayer]:
         ModelLoadError: if the kernels do not support a layer, or positions do not reach it.
     """
     probe = _Probe(min(max_positions, LONGEST))
-    with installed(probe):
-        run_probe(model, probe)
+    run_probe(model, probe)
     if not probe.layers and not probe.problems and _has_no_interface(model):
         raise ModelLoadError(f"{type(model).__name__} writes its attention inline")
     if probe.problems:
@@ -75,7 +74,7 @@ def run_with_cache(model: Any, name: str, make: Callable[[], Any], num_tokens: i
     Raises:
         NotProbed: if it does not run without weights.
     """
-    with installed(_NoProbe()), implementation(model, PROBE, PROBE), torch.no_grad():
+    with _installed(_NoProbe()), implementation(model, PROBE, PROBE), torch.no_grad():
         cache = make()
         try:
             found = run_on_zeros(model, num_tokens, **{name: cache, "use_cache": True})
@@ -97,7 +96,7 @@ class Probe(Protocol):
 
 
 @contextlib.contextmanager
-def installed(probe: Probe) -> Iterator[None]:
+def _installed(probe: Probe) -> Iterator[None]:
     """Install a probe's attention and mask functions, and skip experts, which need values."""
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -116,12 +115,12 @@ def installed(probe: Probe) -> Iterator[None]:
 
 
 def run_probe(model: Any, probe: Probe) -> None:
-    """Run a module with an installed probe.
+    """Run a module with a probe in place of its attention.
 
     Raises:
         ModelLoadError: if it does not run without weights.
     """
-    with implementation(model, PROBE, PROBE), torch.no_grad():
+    with _installed(probe), implementation(model, PROBE, PROBE), torch.no_grad():
         try:
             run_on_zeros(model, PROBE_TOKENS)
         except NotProbed as error:

@@ -17,9 +17,7 @@ from tgi_asgi.models.generic.discover import AttentionLayer
 from tgi_asgi.models.generic.encoder_decoder import EncoderDecoderProgram
 from tgi_asgi.models.generic.invariance import all_products_are_native, applies_sines
 from tgi_asgi.models.generic.program import GenericProgram, SequentialProgram
-from tgi_asgi.models.generic.recurrent import (
-    RecurrentLayers,
-)
+from tgi_asgi.models.generic.recurrent import RecurrentLayers
 from tgi_asgi.models.generic.replace import Replaced
 from tgi_asgi.models.generic.vision.encodings import EncodingCache
 from tgi_asgi.models.generic.vision.program import SequentialVisionProgram, VisionProgram

@@ -39,7 +39,7 @@ class OpenEncoder:
     kind: ClassVar[Literal["encoder"]] = "encoder"
 
     def __init__(self, directory: Path | None, config: Mapping[str, Any], *, trusts_code: bool) -> None:
-        self._is_file = directory is None
+        self._is_gguf = directory is None
         self.architecture = str(config["architectures"][0])
         self._model = _built(directory, config, self.architecture, trusts_code=trusts_code)
         try:
@@ -126,7 +126,7 @@ class OpenEncoder:
         This may match too much: a tensor that the model needs and lacks is refused elsewhere. A GGUF file has
         neither, except for what its `GgufModule` names.
         """
-        if self._is_file:
+        if self._is_gguf:
             return False
         model, base = self._model, self._model.base_model
         prefix, _, rest = name.partition(".")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tgi_asgi.models.generic.rules import MaskFunction
+from tgi_asgi.models.generic.rules import MaskFunction, pairs_seen
 
 _PAIRS = 4096  # random pairs on which a reach is checked
 _DENSE = 48  # first positions of which all pairs are checked: global tokens would be among them
@@ -37,8 +37,8 @@ class Reach:
 def reach_of(sees: MaskFunction, length: int) -> Reach | None:
     """Return the reach of a mask function among positions below `length`; None if it has none."""
     everywhere = torch.arange(length)
-    after = _num_seen(_call(sees, torch.zeros_like(everywhere), everywhere))
-    before = _num_seen(_call(sees, torch.full_like(everywhere, length - 1), everywhere.flip(0)))
+    after = _num_seen(pairs_seen(sees, torch.zeros_like(everywhere), everywhere))
+    before = _num_seen(pairs_seen(sees, torch.full_like(everywhere, length - 1), everywhere.flip(0)))
     found = Reach(None if before == length else before - 1, None if after == length else after - 1)
     generator = torch.Generator().manual_seed(0)
     queries, far, near = (
@@ -50,15 +50,10 @@ def reach_of(sees: MaskFunction, length: int) -> Reach | None:
     queries, keys = torch.cat([queries, queries, begin[:, 0]]), torch.cat([far, near, begin[:, 1]])
     is_seen = queries - keys <= (length if found.before is None else found.before)
     is_seen &= keys - queries <= (length if found.after is None else found.after)
-    return found if torch.equal(is_seen, _call(sees, queries, keys)) else None
+    return found if torch.equal(is_seen, pairs_seen(sees, queries, keys)) else None
 
 
 def _num_seen(seen: torch.Tensor) -> int:
     """Return the number of positions seen before the first one that is not."""
     hidden = (~seen).nonzero()
     return int(hidden[0]) if hidden.numel() else len(seen)
-
-
-def _call(sees: MaskFunction, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    zero = torch.zeros((), dtype=torch.long)
-    return torch.as_tensor(sees(zero, zero, queries, keys), dtype=torch.bool).expand(queries.shape)

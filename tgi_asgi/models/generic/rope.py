@@ -31,10 +31,8 @@ def scale_positions(config: Any, rope: GivenRope) -> None:
     Raises:
         ModelLoadError: if the model has no rotary embedding that can be scaled.
     """
-    given, context = (
-        getattr(config, "rope_parameters", None),
-        getattr(config, "max_position_embeddings", None),
-    )
+    given = getattr(config, "rope_parameters", None)
+    context = getattr(config, "max_position_embeddings", None)
     if not given or type(context) is not int:
         raise ModelLoadError(
             f"--rope-scaling: models of type {config.model_type!r} have no rotary embedding that it can scale"

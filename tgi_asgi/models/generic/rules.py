@@ -56,8 +56,8 @@ def rule_of(sees: MaskFunction, length: int) -> int:
     `length` is at most `LONGEST`.
     """
     everywhere = torch.arange(length)
-    first = _call(sees, everywhere, torch.zeros_like(everywhere))
-    ahead = _call(sees, everywhere[:-1], everywhere[1:])
+    first = pairs_seen(sees, everywhere, torch.zeros_like(everywhere))
+    ahead = pairs_seen(sees, everywhere[:-1], everywhere[1:])
     if bool(ahead.all()) and bool(first.all()):
         return _BIDIRECTIONAL
     hidden = (~first).nonzero()
@@ -68,7 +68,7 @@ def rule_of(sees: MaskFunction, length: int) -> int:
     far = torch.randint(length, (_PAIRS,), generator=generator)
     begin = torch.cartesian_prod(*2 * [torch.arange(min(_DENSE, length))]).reshape(-1, 2)
     queries, keys = torch.cat([queries, queries, begin[:, 0]]), torch.cat([near, far, begin[:, 1]])
-    found = _call(sees, queries, keys)
+    found = pairs_seen(sees, queries, keys)
     for code in (size, -size):
         if torch.equal(found, _sees(code, queries, keys)):
             return _CAUSAL + code
@@ -105,7 +105,8 @@ def _sees(code: int, queries: Tensor, keys: Tensor) -> Tensor:
     return is_seen
 
 
-def _call(sees: MaskFunction, queries: Tensor, keys: Tensor) -> Tensor:
+def pairs_seen(sees: MaskFunction, queries: Tensor, keys: Tensor) -> Tensor:
+    """Return which of these keys the query beside each sees."""
     zero = torch.zeros((), dtype=torch.long)
     found = sees(zero, zero, queries, keys)
     return torch.as_tensor(found, dtype=torch.bool).expand(queries.shape)

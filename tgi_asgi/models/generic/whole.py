@@ -22,7 +22,6 @@ from tgi_asgi.models.generic.attention import by_token, spec_of
 from tgi_asgi.models.generic.backend import Backend
 from tgi_asgi.models.generic.discover import (
     IGNORED,
-    installed,
     require_positions,
     run_probe,
     scale_of,
@@ -59,8 +58,7 @@ def discover_whole(model: Any, max_positions: int) -> list[WholeLayer]:
         ModelLoadError: if the kernels do not support a layer, or positions do not reach it.
     """
     probe = _Probe(min(max_positions, LONGEST))
-    with installed(probe):
-        run_probe(model, probe)
+    run_probe(model, probe)
     name = type(model).__name__
     if probe.problems:
         raise ModelLoadError(f"{name}: {probe.problems[0]}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from tgi_asgi.errors import ModelLoadError, check
@@ -127,4 +126,4 @@ def _open_both(
         weights.close_tower()
         raise
     companions = GgufCompanions(file, vision.tokens)
-    return replace(opened, processor=processor), companions, partial(open_gguf_text, file, weights)
+    return replace(opened, processor=processor), companions, lambda text: open_gguf_text(file, weights)

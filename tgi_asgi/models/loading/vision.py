@@ -167,7 +167,7 @@ def _has_tensors_of(stored: Mapping[str, str], prefix: str, family: Family, conf
     )
 
 
-def open_gguf_text(file: GgufFile, weights: GgufVisionWeights, text: NativeText) -> VisionText | None:
+def open_gguf_text(file: GgufFile, weights: GgufVisionWeights) -> VisionText | None:
     """Return the text model of a GGUF file with a projector beside it; None if no family computes it.
 
     Args:

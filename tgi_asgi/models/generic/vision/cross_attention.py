@@ -155,7 +155,7 @@ class CrossAttention:
     """The decoder's layers of cross-attention, for those rows of a step whose sequences have images.
 
     cross = CrossAttention(decoder)
-    cross.begin(seen, num_tokens, device)      # before a step; without images, the decoder skips the layers
+    cross.begin(seen, num_tokens, device)  # before a step; without images, the decoder skips the layers
     cross.end()
     """
 

@@ -314,9 +314,8 @@ def _attend(
     native = None if is_causal else tower.attention_of(query, key, value, attention_mask, kwargs)
     if native is not None:
         scale = kwargs.get("scaling")
-        pieces = query.split(count, dim=2)
         attend = native.over(key, value, query.shape[3] ** -0.5 if scale is None else float(scale))
-        return torch.cat([tower._multiply(attend, piece) for piece in pieces], dim=1), None
+        return torch.cat([tower._multiply(attend, piece) for piece in query.split(count, dim=2)], dim=1), None
     if is_causal or kwargs.get("position_bias") is not None:  # their masks cover all queries
         count = num_queries
     found = []
