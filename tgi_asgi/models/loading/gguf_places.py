@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,68 +22,52 @@ from tgi_asgi.ops.arrays import Floats
 ReadRows: TypeAlias = Callable[[GgufTensor, int, int, tuple[int, ...]], WeightSource]
 
 
-class Place(Protocol):
-    """Where a weight is."""
+@dataclass(frozen=True)
+class Place(ABC):
+    """Where a weight is.
 
-    @property
-    def tensors(self) -> Sequence[GgufTensor]:
-        """The file's tensors that it is made from."""
+    Attributes:
+        tensors: The file's tensors that it is made from.
+        shape: Its shape in the model.
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape in the model."""
+    tensors: Sequence[GgufTensor]
+    shape: tuple[int, ...]
 
     @property
     def format(self) -> str:
         """The format in which it is read, unless a second scale of NVFP4 has it decoded."""
+        formats = {held_format(info.type) for info in self.tensors}
+        return formats.pop() if len(formats) == 1 else "F32"
 
+    @abstractmethod
     def read(self, rows: ReadRows, shape: tuple[int, ...], start: int, stop: int) -> WeightSource:
         """Return [start, stop) along the first dimension of the weight, which the model gives this shape."""
 
 
-class _OfOneTensor:
-    """A place whose weight keeps the tensor's format."""
-
-    __slots__ = ()
-    info: GgufTensor
-
-    @property
-    def tensors(self) -> Sequence[GgufTensor]:
-        return [self.info]
-
-    @property
-    def format(self) -> str:
-        return held_format(self.info.type)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plain(_OfOneTensor):
+class _Plain(Place):
     """The weight is a tensor."""
 
-    info: GgufTensor
-    shape: tuple[int, ...]
-
     def read(self, rows: ReadRows, shape: tuple[int, ...], start: int, stop: int) -> WeightSource:
-        return rows(self.info, start, stop, (shape[0] if shape else 1, *shape[1:]))
+        return rows(self.tensors[0], start, stop, (shape[0] if shape else 1, *shape[1:]))
 
 
-@dataclass(frozen=True, slots=True)
-class _Slice(_OfOneTensor):
+@dataclass(frozen=True)
+class _Slice(Place):
     """The weight is [first, last) of a tensor's first dimension: some rows, or a matrix of a stack."""
 
-    info: GgufTensor
-    shape: tuple[int, ...]
     first: int
     last: int
 
     def read(self, rows: ReadRows, shape: tuple[int, ...], start: int, stop: int) -> WeightSource:
-        matrix = rows(self.info, self.first, self.last, self.info.shape)
+        (info,) = self.tensors
+        matrix = rows(info, self.first, self.last, info.shape)
         is_whole = not shape or stop - start == shape[0]
         return matrix if is_whole else matrix.rows(start, stop)
 
 
-@dataclass(frozen=True, slots=True)
-class _Ordered(_OfOneTensor):
+@dataclass(frozen=True)
+class _Ordered(Place):
     """The weight is a tensor in another order.
 
     Attributes:
@@ -91,18 +76,17 @@ class _Ordered(_OfOneTensor):
         restore: Undoes a change to the values.
     """
 
-    info: GgufTensor
-    shape: tuple[int, ...]
-    row_order: npt.NDArray[np.int64] | None = None
-    column_order: npt.NDArray[np.int64] | None = None
-    restore: Callable[[Floats], Floats] | None = None
+    row_order: npt.NDArray[np.int64] | None
+    column_order: npt.NDArray[np.int64] | None
+    restore: Callable[[Floats], Floats] | None
 
     @property
     def format(self) -> str:
-        return held_format(self.info.type) if self.restore is None else "F32"
+        return super().format if self.restore is None else "F32"
 
     def read(self, rows: ReadRows, shape: tuple[int, ...], start: int, stop: int) -> WeightSource:
-        source = rows(self.info, 0, self.info.shape[0], self.info.shape)
+        (info,) = self.tensors
+        source = rows(info, 0, info.shape[0], info.shape)
         if self.row_order is not None:
             source = source.in_rows(self.row_order)
         if self.restore is not None:
@@ -112,14 +96,15 @@ class _Ordered(_OfOneTensor):
         return source.rows(start, stop)
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
+@dataclass(frozen=True)
+class _Made(Place):
     """The weight is computed from all values of one tensor or several."""
 
-    tensors: Sequence[GgufTensor]
-    shape: tuple[int, ...]
     make: Callable[..., Floats]
-    format = "F32"
+
+    @property
+    def format(self) -> str:
+        return "F32"
 
     def read(self, rows: ReadRows, shape: tuple[int, ...], start: int, stop: int) -> WeightSource:
         stored = [
@@ -129,31 +114,12 @@ class _Made:
         return ops.from_floats(values.reshape(-1, shape[-1]) if len(shape) > 2 else values)
 
 
-@dataclass(frozen=True, slots=True)
-class _JoinedStacks:
+class _JoinedStacks(Place):
     """The weight is a stack of matrices, whose first rows are in one stack and whose others in a second."""
 
-    tensors: Sequence[GgufTensor]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        first, second = self.tensors
-        count, rows, columns = first.shape
-        return (count, rows + second.shape[1], columns)
-
-    @property
-    def format(self) -> str:
-        formats = {held_format(info.type) for info in self.tensors}
-        return formats.pop() if len(formats) == 1 else "F32"
-
     def read(self, rows: ReadRows, shape: tuple[int, ...], start: int, stop: int) -> WeightSource:
-        return ops.stack_rows(
-            [
-                rows(info, index, index + 1, info.shape)
-                for index in range(start, stop)
-                for info in self.tensors
-            ]
-        )
+        numbers = range(start, stop)
+        return ops.stack_rows([rows(each, n, n + 1, each.shape) for n in numbers for each in self.tensors])
 
 
 def places_of(stored: str, file: GgufFile, module: GgufModule, head_dim: int | None) -> dict[str, Place]:
@@ -179,7 +145,7 @@ def places_of(stored: str, file: GgufFile, module: GgufModule, head_dim: int | N
             raise ModelLoadError(f"tensor {stored!r} must have a multiple of {len(parts)} rows")
         shape = (size, *info.shape[1:])
         return {
-            name: _Slice(info, shape, index * size, (index + 1) * size) for index, name in enumerate(parts)
+            name: _Slice([info], shape, index * size, (index + 1) * size) for index, name in enumerate(parts)
         }
     name = module.name_of(stored)
     if name is None:
@@ -188,7 +154,7 @@ def places_of(stored: str, file: GgufFile, module: GgufModule, head_dim: int | N
         name = stored  # which is refused, as the model has no place for it
     if "*" in name:
         shape, count = info.shape[1:], info.shape[0]
-        return {name.replace("*", str(at)): _Slice(info, shape, at, at + 1) for at in range(count)}
+        return {name.replace("*", str(at)): _Slice([info], shape, at, at + 1) for at in range(count)}
     return {name: _changed(stored, info, module, head_dim)}
 
 
@@ -199,14 +165,14 @@ def _changed(stored: str, info: GgufTensor, module: GgufModule, head_dim: int | 
         row_order = _halves_first(info, head_dim)
     restore, shape = module.restore_of(stored), module.shape_of(stored, info.shape)
     if row_order is not None or column_order is not None:
-        return _Ordered(info, shape, row_order, column_order, restore)
-    return _Plain(info, shape) if restore is None else _Made([info], shape, restore)
+        return _Ordered([info], shape, row_order, column_order, restore)
+    return _Plain([info], shape) if restore is None else _Made([info], shape, restore)
 
 
 def _halves_first(info: GgufTensor, head_dim: int) -> npt.NDArray[np.int64]:
     """Return the order of rows that `join_rotary_halves` gives bytes."""
-    if info.shape[0] % head_dim:
-        raise ModelLoadError(f"tensor {info.name!r} must have whole heads of {head_dim} rows")
+    if head_dim % 2 or info.shape[0] % head_dim:
+        raise ModelLoadError(f"tensor {info.name!r} must have whole heads of {head_dim} rows, in pairs")
     pairs = np.arange(info.shape[0]).reshape(-1, head_dim // 2, 2)
     return pairs.swapaxes(1, 2).reshape(-1)
 
@@ -216,7 +182,8 @@ def _joined(first: GgufTensor, second: GgufTensor) -> Place:
         raise ModelLoadError(
             f"tensors {first.name!r} and {second.name!r} must be stacks of the same matrices"
         )
-    return _JoinedStacks((first, second))
+    num_matrices, num_rows, num_columns = first.shape
+    return _JoinedStacks([first, second], (num_matrices, num_rows + second.shape[1], num_columns))
 
 
 def _is_scale_of_nvfp4(file: GgufFile, stored: str) -> bool:
