@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi import ops
+from tgi_asgi.models.decays import stored_decays
 from tgi_asgi.models.layer_tensors import LayerTensors
 from tgi_asgi.models.recurrent_channels import MambaChannels
 from tgi_asgi.models.recurrent_specs import (
@@ -83,13 +84,12 @@ class Mamba:
         factors = np.repeat(np.array(convolved, np.float32), [width, state, state])
         bias = ops.vector(weights.get("mamba.conv1d.bias", spec.num_channels)) if spec.has_conv_bias else None
         self._conv = ops.ShortConvWeight(taps.reshape(len(factors), -1) * factors[:, None], bias)
-        is_llama_cpp = weights.has("mamba.A")  # GGUF stores A itself, checkpoints its logarithm
-        logs, steps = ("mamba.A", "mamba.dt.bias") if is_llama_cpp else ("mamba.A_log", "mamba.dt_bias")
-        a = ops.vector(weights.get(logs, heads))
+        is_llama_cpp = weights.has("mamba.dt.bias")
+        steps = weights.get("mamba.dt.bias" if is_llama_cpp else "mamba.dt_bias", heads)
         self._scan = ops.SelectiveScanWeight(
-            heads, spec.head_dim, spec.num_groups, spec.state_size, a=a if is_llama_cpp else -np.exp(a),
-            d=ops.vector(weights.get("mamba.D", heads)), dt_bias=ops.vector(weights.get(steps, heads)),
-            dt_limit=spec.dt_limit, dt_scale=steps_factor,
+            heads, spec.head_dim, spec.num_groups, spec.state_size, a=stored_decays(weights, "mamba", heads),
+            d=ops.vector(weights.get("mamba.D", heads)), dt_bias=ops.vector(steps), dt_limit=spec.dt_limit,
+            dt_scale=steps_factor,
         )  # fmt: skip
         groups = (spec.num_groups, width // spec.num_groups) if is_llama_cpp else (width,)
         self._norm = ops.vector(weights.get("mamba.norm.weight", *groups)) if spec.has_norm else None
@@ -125,12 +125,11 @@ class GatedDelta:
         self._steps = ops.router_weight(_steps(weights, spec), arithmetic)
         taps = ops.vector(weights.get("linear_attn.conv1d.weight", spec.num_channels, 1, spec.num_taps))
         self._conv = ops.ShortConvWeight(taps.reshape(spec.num_channels, spec.num_taps))
-        is_llama_cpp = weights.has("linear_attn.A")  # GGUF stores A itself, checkpoints its logarithm
-        a = ops.vector(weights.get("linear_attn.A" if is_llama_cpp else "linear_attn.A_log", heads))
+        is_llama_cpp = weights.has("linear_attn.dt.bias")
         bias = weights.get("linear_attn.dt.bias" if is_llama_cpp else "linear_attn.dt_bias", heads)
         self._rule = ops.DeltaRuleWeight(
-            heads, spec.head_dim, spec.num_key_heads, spec.key_dim, a=a if is_llama_cpp else -np.exp(a),
-            dt_bias=ops.vector(bias), is_tiled=spec.is_tiled,
+            heads, spec.head_dim, spec.num_key_heads, spec.key_dim,
+            a=stored_decays(weights, "linear_attn", heads), dt_bias=ops.vector(bias), is_tiled=spec.is_tiled,
         )  # fmt: skip
         self._norm = np.tile(ops.vector(weights.get("linear_attn.norm.weight", spec.head_dim)), heads)
         self._output = weights.linear("linear_attn.out_proj", hidden, spec.width, has_bias=False)

@@ -5,9 +5,8 @@ Plain Python over the operators, like `layers.py`.
 
 from __future__ import annotations
 
-import numpy as np
-
 from tgi_asgi import ops
+from tgi_asgi.models.decays import stored_decays
 from tgi_asgi.models.layer_tensors import LayerTensors
 from tgi_asgi.models.recurrent_specs import ChannelsSpec
 
@@ -35,9 +34,7 @@ class MambaChannels:
         self._parts = ops.linear_weight(parts, arithmetic if has_norms else arithmetic.for_states())
         self._norms = _norms(weights, spec)
         self._steps = weights.linear("mamba.dt_proj", width, rank, has_bias=True)
-        is_llama_cpp = weights.has("mamba.A")  # GGUF stores A itself, checkpoints its logarithm
-        a = ops.vector(weights.get("mamba.A" if is_llama_cpp else "mamba.A_log", width, size))
-        a = (a if is_llama_cpp else -np.exp(a)).reshape(width, size)
+        a = stored_decays(weights, "mamba", width, size).reshape(width, size)
         self._scan = ops.ChannelScanWeight(a, ops.vector(weights.get("mamba.D", width)))
         self._output = weights.linear("mamba.out_proj", hidden, width, has_bias=has_bias)
         self.targets = {

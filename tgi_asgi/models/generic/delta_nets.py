@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tgi_asgi import ops
+from tgi_asgi.models.decays import decays_of
 from tgi_asgi.ops.state_rows import DeltaNet, StateRows
 
 _NAMES = (
@@ -128,6 +129,6 @@ def _native(module: Any) -> DeltaNet:
 
     rule = ops.DeltaRuleWeight(
         module.num_v_heads, module.head_v_dim, module.num_k_heads, module.head_k_dim,
-        a=-np.exp(array(module.A_log)), dt_bias=array(module.dt_bias),
+        a=decays_of(array(module.A_log)), dt_bias=array(module.dt_bias),
     )  # fmt: skip
     return DeltaNet(ops.ShortConvWeight(array(module.conv1d.weight[:, 0])), rule)
