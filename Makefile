@@ -162,8 +162,12 @@ clean:
 
 # What is missing is said before anything is downloaded.
 $(VENV)/.torch:
-	@$(PYTHON) -c "import sys; found = sys.version_info[:2]; (3, 11) <= found <= (3, 14) or sys.exit( \
-	  '$(PYTHON) is Python %d.%d. Choose one from 3.11 to 3.14: make $(MAKECMDGOALS) PYTHON=python3.12' % found)"
+	@$(PYTHON) -c "import os, sys, sysconfig; found = sys.version_info[:2]; (3, 11) <= found <= (3, 14) or sys.exit( \
+	  '$(PYTHON) is Python %d.%d. Choose one from 3.11 to 3.14: make $(MAKECMDGOALS) PYTHON=python3.12' % found); \
+	  sysconfig.get_config_var('Py_GIL_DISABLED') and sys.exit( \
+	  '$(PYTHON) is free-threaded. Choose one with a GIL: make $(MAKECMDGOALS) PYTHON=python3.12'); \
+	  os.path.exists(sysconfig.get_path('include') + '/Python.h') or sys.exit( \
+	  'The headers of $(PYTHON) are missing. Debian and Ubuntu: apt-get install python3-dev')"
 	@command -v $${CXX:-c++} > /dev/null || { echo >&2 "There is no C++ compiler ($${CXX:-c++}). Debian and Ubuntu:" \
 	  'apt-get install build-essential python3-dev python3-venv'; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -92,6 +92,12 @@ class Build(build_ext):
         builder.run()
 
 
+def _require_gil() -> None:
+    """Exit before pip compiles dependencies: some have no wheels for free-threaded Pythons, and need Rust."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise SystemExit(f"tgi_asgi: {sys.executable} is free-threaded; a Python with a GIL is needed")
+
+
 def _require_compiler() -> None:
     """Exit with a sentence that pip shows last; ninja's own error is above a long traceback."""
     compiler, header = _compiler(), Path(sysconfig.get_paths()["include"], "Python.h")
@@ -286,4 +292,5 @@ def _architectures_here() -> str:
     return ";".join(f"{major}.{minor}{'a' if major == 9 else ''}" for major, minor in sorted(found))
 
 
+_require_gil()
 setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

@@ -96,14 +96,42 @@ def _make(folder: Path, **environ: str) -> str:
     return ended.stderr
 
 
+def _altered_python(path: Path, change: str) -> Path:
+    """Write a program that runs the code after `-c` as a Python on which `change` was run first."""
+    path.write_text(
+        f"#!/bin/sh\nexec {sys.executable} -c '{change}; exec(sys.argv.pop())' \"$2\"\n", encoding="utf-8"
+    )
+    path.chmod(0o755)
+    return path
+
+
+FREE_THREADED = 'import sys, sysconfig; sysconfig.get_config_vars()["Py_GIL_DISABLED"] = 1'
+
+
 def test_make_refuses_another_python_at_once(tmp_path: Path) -> None:
-    old = tmp_path / "python3.10"
-    code = "import sys; sys.version_info = (3, 10, 4); exec(sys.argv.pop())"
-    old.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{code}' \"$2\"\n", encoding="utf-8")
-    old.chmod(0o755)
+    old = _altered_python(tmp_path / "python3.10", "import sys; sys.version_info = (3, 10, 4)")
     assert f"{old} is Python 3.10. Choose one from 3.11 to 3.14: make serve PYTHON=python3.12" in _make(
         tmp_path, PYTHON=str(old)
     )
+
+
+def test_a_free_threaded_python_is_refused_before_dependencies_are_compiled(tmp_path: Path) -> None:
+    """By make before it downloads anything, and by setup.py when pip asks it for the dependencies."""
+    free = _altered_python(tmp_path / "python3.14t", FREE_THREADED)
+    assert f"{free} is free-threaded. Choose one with a GIL: make serve PYTHON=python3.12" in _make(
+        tmp_path, PYTHON=str(free)
+    )
+    asked = f"{FREE_THREADED}; sys.argv = ['setup.py', '--name']; exec(open('setup.py').read())"
+    found = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True)
+    assert found.stderr.startswith(f"tgi_asgi: {sys.executable} is free-threaded")
+
+
+def test_missing_headers_are_named_before_anything_is_downloaded(tmp_path: Path) -> None:
+    bare = _altered_python(
+        tmp_path / "python3", "import sys, sysconfig; sysconfig.get_path = lambda name: sys.prefix"
+    )
+    expected = f"The headers of {bare} are missing. Debian and Ubuntu: apt-get install python3-dev"
+    assert expected in _make(tmp_path, PYTHON=str(bare))
 
 
 def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
