@@ -1,4 +1,4 @@
-# All development tasks. Needs a C++ compiler, make, and Python 3.11 to 3.14 with its headers and venv module.
+# All development tasks. Needs GCC's C++ compiler, make, and Python 3.11 to 3.14 with its headers and venv module.
 #   make serve ARGS="--model-id org/name --port 8080"      make test PYTEST_ARGS="-k stop"
 PYTHON ?= python3
 VENV ?= .venv
@@ -170,6 +170,8 @@ $(VENV)/.torch:
 	  'The headers of $(PYTHON) are missing. Debian and Ubuntu: apt-get install python3-dev')"
 	@command -v $${CXX:-c++} > /dev/null || { echo >&2 "There is no C++ compiler ($${CXX:-c++}). Debian and Ubuntu:" \
 	  'apt-get install build-essential python3-dev python3-venv'; exit 1; }
+	@! $${CXX:-c++} -dM -E -x c++ /dev/null | grep -q __clang__ || { echo >&2 "$${CXX:-c++} is Clang, which the" \
+	  "kernels are not written for. Choose GCC: make $(MAKECMDGOALS) CXX=g++"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) $(TORCH) $(TORCH_FLAGS) || $(PIP_INSTALL) $(TORCH)
 	touch $@

@@ -1,6 +1,6 @@
 """Build the extensions from csrc/ with ninja; everything else is in pyproject.toml.
 
-tgi_asgi._C, the CPU arithmetic, needs a C++ compiler and pybind11, and works with any torch. tgi_asgi._cuda,
+tgi_asgi._C, the CPU arithmetic, needs GCC's g++ and pybind11, and works with any torch. tgi_asgi._cuda,
 the CUDA kernels, is built if torch has CUDA and an nvcc of its version is found; it is tied to that torch.
 
 Environment: MAX_JOBS limits parallel compilers. TGI_KERNEL_SETS=native leaves out the kernels for other
@@ -105,6 +105,12 @@ def _require_compiler() -> None:
         raise SystemExit(f"tgi_asgi: there is no C++ compiler ({compiler}). Debian, Ubuntu: build-essential")
     if not header.exists():
         raise SystemExit(f"tgi_asgi: Python's headers are missing ({header}). Debian, Ubuntu: python3-dev")
+    # Clang ignores `#pragma GCC target`, and then refuses each intrinsic.
+    macros = subprocess.check_output(
+        [*shlex.split(compiler), "-dM", "-E", "-x", "c++", os.devnull], text=True
+    )
+    if "__clang__" in macros:
+        raise SystemExit(f"tgi_asgi: {compiler} is Clang, which the kernels are not written for. Use CXX=g++")
 
 
 def _compiler() -> str:

@@ -134,16 +134,29 @@ def test_missing_headers_are_named_before_anything_is_downloaded(tmp_path: Path)
     assert expected in _make(tmp_path, PYTHON=str(bare))
 
 
-def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
-    """By make before it downloads anything, and by setup.py, whose sentence is the last that pip shows."""
-    assert "There is no C++ compiler (no-such-c++)" in _make(tmp_path, CXX="no-such-c++")
-    folder = str(tmp_path)
+def _build(folder: Path, **environ: str) -> str:
+    """Return the last line of setup.py, which is the last that pip shows, when it cannot build."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder]
+    env = {**os.environ, "TGI_CUDA": "0", **environ}
+    built = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert built.returncode == 1
+    return built.stderr.splitlines()[-1]
+
+
+def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
+    """By make before it downloads anything, and by setup.py."""
+    assert "There is no C++ compiler (no-such-c++)" in _make(tmp_path, CXX="no-such-c++")
     for environ, named in (({"CXX": "no-such-c++"}, "no-such-c++"), ({"CXX": "", "PATH": "/nowhere"}, "c++")):
-        env = {**os.environ, "TGI_CUDA": "0", **environ}
-        built = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        assert built.returncode == 1
-        assert built.stderr.splitlines()[-1].startswith(f"tgi_asgi: there is no C++ compiler ({named})")
+        assert _build(tmp_path, **environ).startswith(f"tgi_asgi: there is no C++ compiler ({named})")
+
+
+def test_clang_is_refused_before_it_refuses_every_intrinsic(tmp_path: Path) -> None:
+    """By make before it downloads anything, and by setup.py."""
+    clang = tmp_path / "clang++"
+    clang.write_text("#!/bin/sh\necho '#define __clang__ 1'\n", encoding="utf-8")
+    clang.chmod(0o755)
+    assert f"{clang} is Clang, which the kernels are not written for" in _make(tmp_path, CXX=str(clang))
+    assert _build(tmp_path, CXX=str(clang)).startswith(f"tgi_asgi: {clang} is Clang")
 
 
 @pytest.fixture(scope="module")
