@@ -309,6 +309,9 @@ void chunk_softmax(const Chunk& chunk, int64_t value_dim, const RowResults& out,
   for (int r = 0; r < Rows; ++r) out.total[r] = S::reduce_add(total[r]);
 }
 
+#pragma GCC diagnostic push
+// GCC 16 unrolls a loop over sub-blocks and warns of values[16]; there are at most 16 of them.
+#pragma GCC diagnostic ignored "-Warray-bounds"
 // Returns what to prefetch while the values of sub-block b are read: later values, and after the
 // last of them the keys that are read next. Null if the softmax loop has already prefetched it, or
 // if nothing further is known.
@@ -317,6 +320,7 @@ inline const uint8_t* next_prefetch(const Chunk& chunk, Precision precision, int
   if (value < chunk.num_blocks) return chunk.values[value];
   return next >= chunk.num_blocks && next < chunk.num_ahead ? chunk.keys[next] : nullptr;
 }
+#pragma GCC diagnostic pop
 
 // Computes dims [first_dim, first_dim + 16 * Vectors) of the sums of weight times value.
 template <class S, Precision precision, int Rows, int Vectors>

@@ -37,8 +37,8 @@ inline void finish_gate_up(const GateUpParams& p, int64_t unit, const UnitOutput
   };
   using F = typename S::F;
   if (p.function.kind == MlpActivation::kSilu && p.clamped.limit == 0) {
-    // Most models: no switch in the loop.
-    fill([](F gate, F up) { return S::mul(silu<S>(gate), up); });
+    // Most models: no switch in the loop. `[&]` as in moments_of.
+    fill([&](F gate, F up) { return S::mul(silu<S>(gate), up); });
   } else {
     fill([&](F gate, F up) { return gated<S>(p, gate, up); });
   }
