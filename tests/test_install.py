@@ -136,7 +136,8 @@ def test_missing_headers_are_named_before_anything_is_downloaded(tmp_path: Path)
 
 def _build(folder: Path, **environ: str) -> str:
     """Return the last line of setup.py, which is the last that pip shows, when it cannot build."""
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder]
+    folders = ["--build-lib", str(folder), "--build-temp", str(folder)]
+    command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
     env = {**os.environ, "TGI_CUDA": "0", **environ}
     built = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert built.returncode == 1
