@@ -208,7 +208,8 @@ def test_a_file_that_is_no_socket_stays(tmp_path: Path) -> None:
 def test_a_path_that_is_too_long_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"path too long.*--uds"):
         listen(Settings(uds=str(tmp_path / ("a" * 200))))
-    with pytest.raises(ModelLoadError, match=r"name too long.*--uds"):
+    # Up to Python 3.13, the file system refuses this one first.
+    with pytest.raises(ModelLoadError, match=r"(name|path) too long.*--uds"):
         listen(Settings(uds=str(tmp_path / ("a" * 300))))
 
 
