@@ -58,7 +58,7 @@ inline Moments moments_of(const float* row, int64_t width, float eps) {
     }
     return S::reduce_add(S::add(even, odd)) / static_cast<float>(width);
   };
-  // `[&]`, because `[]` also makes a function that returns a vector, and GCC 16 warns of its ABI.
+  // `[&]`, because `[]` also makes a function that returns a vector, and GCC warns of its ABI.
   const float mean = sum_of([&](typename S::F x) { return x; }, S::zero());
   const auto each_mean = S::set1(mean);
   const auto square = [&](typename S::F x) {
