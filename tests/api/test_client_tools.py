@@ -33,12 +33,15 @@ DIFF = '@@ def f():\n-    a = "1"\n+    a = "2"\n     return a'
 SHELL = (
     ("shell", {"commands": ["ls", "cat 'a b'"], "timeout_ms": 500, "max_output_length": 9}),
     {"type": "shell_call",
-     "action": {"commands": ["ls", "cat 'a b'"], "timeout_ms": 500, "max_output_length": 9}},
+     "action": {"commands": ["ls", "cat 'a b'"], "timeout_ms": 500, "max_output_length": 9},
+     "environment": {"type": "local"}},
 )  # fmt: skip
 BARE_SHELL = (
     ("shell", {"commands": ["ls"]}),
-    {"type": "shell_call", "action": {"commands": ["ls"]}},
-)
+    {"type": "shell_call",
+     "action": {"commands": ["ls"], "timeout_ms": None, "max_output_length": None},
+     "environment": {"type": "local"}},
+)  # fmt: skip
 LOCAL_SHELL = (
     ("local_shell", {"command": ["ls"], "working_directory": "/", "env": {"A": "1"}, "timeout_ms": 5}),
     {"type": "local_shell_call",

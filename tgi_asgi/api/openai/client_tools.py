@@ -114,6 +114,7 @@ class ClientTool:
         arguments: What the model is asked for.
         result: What an output contains.
         wrap: Returns the field of a call with these arguments.
+        fields: What else its calls contain.
         defaults: Arguments that a call of the history may lack.
     """
 
@@ -124,6 +125,7 @@ class ClientTool:
     arguments: type[Struct]
     result: type[_ShellResult | _LocalShellResult | _PatchResult]
     wrap: Callable[[Fields], Fields] = dict
+    fields: Fields = field(default_factory=dict)
     defaults: Fields = field(default_factory=dict)
 
     def tool(self, index: int, given: Fields) -> Tool:
@@ -137,9 +139,10 @@ class ClientTool:
     def call(self, arguments: str) -> Fields | None:
         """Return a call's type and arguments as the item has them; None if they are cut off or malformed."""
         try:
-            return {"type": f"{self.kind}_call", self.key: self.wrap(self._read(whole_arguments(arguments)))}
+            value = self.wrap(self._read(whole_arguments(arguments)))
         except msgspec.ValidationError:
             return None
+        return {"type": f"{self.kind}_call", self.key: value, **self.fields}
 
     def arguments_of(self, item: Fields, path: str) -> Fields:
         """Return the arguments in a call of the history.
@@ -172,6 +175,10 @@ class ClientTool:
         return read
 
 
+def _wrap_commands(arguments: Fields) -> Fields:
+    return {"timeout_ms": None, "max_output_length": None, **arguments}
+
+
 def _wrap_command(arguments: Fields) -> Fields:
     return {"type": "exec", "env": {}, **arguments}
 
@@ -202,6 +209,8 @@ _TABLE = (
         key="action",
         arguments=_Shell,
         result=_ShellResult,
+        wrap=_wrap_commands,
+        fields={"environment": {"type": "local"}},
     ),
     ClientTool(
         kind="local_shell",
