@@ -314,6 +314,30 @@ async def test_tgi_s_shapes_of_calls() -> None:
     assert all(chunk["delta"]["tool_calls"] is None for chunk in chunks)
 
 
+# Of its SDKs for Python and Node, and of AI SDK.
+MISTRAL_S = (
+    "speakeasy-sdk/python 3.7.0 1 1.0.0 mistralai",
+    "mistral-client-typescript/2.2.1",
+    "ai-sdk/mistral/3",
+)
+
+
+@pytest.mark.parametrize("agent", MISTRAL_S)
+@pytest.mark.parametrize("cut", [0, 1])
+async def test_mistral_s_clients_get_each_call_in_one_delta(agent: str, cut: int) -> None:
+    tokens = CALLS[: len(CALLS) - cut]
+    async with client_of(app_of(ScriptedEngine(say(*tokens)))) as client:
+        body = {"messages": HI, "tools": TOOLS, "stream": True}
+        answer = await client.post("/v1/chat/completions", json=body, headers={"user-agent": agent})
+    chunks = [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: {")]
+    parts = [chunk["choices"][0]["delta"] for chunk in chunks]
+    calls = [call for part in parts for call in part.get("tool_calls") or ()]
+    assert [(call["index"], call["function"]["name"]) for call in calls] == [(0, "weather"), (1, "now")]
+    assert calls[0]["function"]["arguments"] == '{"city": "Paris"}' and all(call["id"] for call in calls)
+    assert "".join(part.get("content") or "" for part in parts) == "Let me see."
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
 @pytest.mark.parametrize("any_tool", ["any", {"type": "function", "function": {"name": "any"}}])
 @pytest.mark.parametrize("name", ["any", "f"])
 async def test_any_means_required_unless_a_tool_has_that_name(name: str, any_tool: object) -> None:

@@ -10,7 +10,7 @@ from tgi_asgi.api.call import Call, Generation, Renderer
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.job import Conversation, Job, ToolChoice
 from tgi_asgi.api.limits import Limits
-from tgi_asgi.api.openai.choice import ChatChoice
+from tgi_asgi.api.openai.choice import ChatChoice, WholeCallsChoice
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import check_common, constraint_of, job_of, thinking_budget
 from tgi_asgi.api.openai.render import CompletionRenderer
@@ -47,13 +47,15 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
     job = chat_job(request, exchange)
     # In TGI's chats, all calls are of functions.
     own = () if is_compat else request.tools or ()
+    is_mistral_s = b"mistral" in (exchange.header(b"user-agent") or b"").lower()
+    kind = WholeCallsChoice if is_mistral_s and not is_compat else ChatChoice
     custom = {entry.custom.name for entry in own if entry.type == "custom" and entry.custom is not None}
 
     def render(generation: Generation) -> Renderer:
         [prepared] = generation.jobs
         names = TokenNames(generation.served.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
         choices = [
-            ChatChoice(
+            kind(
                 prepared.reading,
                 ChatLogprobs(names) if job.sampling.logprobs is not None else None,
                 echo=prepared.prompt.echo,

@@ -245,3 +245,34 @@ class ChatChoice(TextChoice):
         if text:
             kind, field = self._call_form()
             self._calls[-1][kind][field] += text
+
+
+class WholeCallsChoice(ChatChoice):
+    """A choice of a chat whose stream has each call in one delta, as Mistral's own streams do.
+
+    Mistral's clients fail on a delta of a call without its name, or take it for another call.
+    """
+
+    _is_open = False  # whether the last call has not been sent
+
+    def deltas(self, events: Sequence[TokenEvent]) -> list[Fields]:
+        """Return the content of new events, each item for a separate chunk."""
+        made: list[Fields] = []
+        for piece in self._reader.push(events, self.tracker):
+            if isinstance(piece, CallArguments):
+                self._add(self._given(piece.text))
+                continue
+            made += self._ended_call()
+            if isinstance(piece, CallStart):
+                self._start(piece)
+                self._is_open = True
+            else:
+                made += self._deltas(piece)
+        return made if events[-1].finish is None else [*made, *self._ended_call()]
+
+    def _ended_call(self) -> list[Fields]:
+        if not self._is_open:
+            return []
+        self._add(self._rest_of_call())
+        self._is_open = False
+        return [self._call_delta(self._calls[-1])]
