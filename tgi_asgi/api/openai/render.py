@@ -15,7 +15,7 @@ import orjson
 from tgi_asgi.api.answer import Choices, likeliest
 from tgi_asgi.api.call import Generation
 from tgi_asgi.api.errors import OPENAI, TGI_CHUNKS, error_event
-from tgi_asgi.api.openai.choice import ChatChoice, Fields, TextChoice
+from tgi_asgi.api.openai.choice import ChatChoice, Fields, TextChoice, WholeCallsChoice
 from tgi_asgi.api.openai.logprobs import CompletionLogprobs
 from tgi_asgi.api.openai.schema import CommonRequest, StreamOptions
 from tgi_asgi.errors import TgiError
@@ -54,7 +54,10 @@ class CompletionRenderer:
         self._hides_tokens = hides_tokens
         self._shows_ids = bool(request.return_token_ids)
         # TGI ignored the stream_options of completions: the last chunk of each choice has its usage.
-        self._closes_with_usage = is_compat and not isinstance(choices[0], ChatChoice)
+        # Those of Mistral's streams have it, too, and its clients cannot ask for it.
+        is_tgi_s = is_compat and not isinstance(choices[0], ChatChoice)
+        is_mistral_s = isinstance(choices[0], WholeCallsChoice) and not options.include_usage
+        self._closes_with_usage = is_tgi_s or is_mistral_s
         self._includes_usage = bool(options.include_usage) and not self._closes_with_usage
         self._repeats_usage = self._includes_usage and bool(options.continuous_usage_stats)
         self._has_begun = [False] * len(generation.jobs)
