@@ -19,7 +19,8 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.discover import run_with_cache
 from tgi_asgi.models.generic.zeros import NotProbed
 
-FLOAT_BYTES = 4  # Tensors that each update replaces, and never writes into: one for each token.
+FLOAT_BYTES = 4
+# Tensors that each update replaces, and never writes into: one for each token.
 _REPLACED = frozenset({"keys", "values", "indexer_keys", "indexer_position_ids"})
 _CONTAINERS = (Tensor, list, tuple, dict)  # may change in place; others, such as configurations, are shared
 
