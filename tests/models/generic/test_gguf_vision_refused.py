@@ -140,6 +140,10 @@ def test_files_that_contradict_themselves_are_refused(
     check_refused(made, changed(made.files.projector, tmp_path / "mmproj.gguf", metadata, tensors), reason)
 
 
+SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+HEADS_OF_48 = dict.fromkeys(SIZES, 48)  # not 16, as the tensors have
+
+
 @pytest.mark.parametrize(
     ("name", "metadata", "reason"),
     [
@@ -154,6 +158,7 @@ def test_files_that_contradict_themselves_are_refused(
         ("qwen3_5", {"rope.dimension_count": 7}, "rope.dimension_count must be even"),
         ("qwen3_5", {"rope.dimension_sections": [1, 1, 1, 1]}, "must be three parts of 4"),
         ("qwen3_5", {"block_count": 4}, "no tensor for"),
+        ("mistral3", HEADS_OF_48, "must have whole heads of 48 rows, in pairs"),
         ("qwen3_5", {"nextn_predict_layers": 3}, "block_count must be in"),
     ],
 )
