@@ -180,6 +180,28 @@ def test_prompts_in_bfloat16_change_nothing_of_floats(
     assert found.info.fingerprint == plain.info.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("arithmetic", "changes", "is_named"),
+    [
+        ("vdpbf16ps", {}, True),
+        ("vdpbf16ps", {"model_impl": "transformers"}, True),
+        ("fma", {}, False),
+        ("vdpbf16ps", {"dtype": "float32"}, False),
+        ("vdpbf16ps", {"dtype": "bfloat16"}, False),
+        ("vdpbf16ps", {"quantize": "q8_0"}, False),
+    ],
+)
+def test_a_faster_dtype_is_named_for_weights_in_float32(
+    arithmetic: str, changes: dict[str, str], is_named: bool,
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ops, "kernel_set", lambda: ops.KernelSet("some", arithmetic, None))
+    caplog.set_level(logging.INFO)
+    load_closed(files, settings(**changes))
+    named = "products with weights in float32 are computed in float32; --dtype bfloat16 rounds"
+    assert (named in caplog.text) == is_named
+
+
 def test_prompts_in_bfloat16_are_refused_of_models_by_transformers_code(files: ModelFiles) -> None:
     with pytest.raises(ModelLoadError, match="LlamaForCausalLM is computed by transformers' code"):
         load_closed(files, settings(model_impl="transformers", prompt_precision="bfloat16"))

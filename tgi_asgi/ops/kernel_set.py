@@ -26,6 +26,11 @@ class KernelSet:
         """Whether bfloat16 products use AMX's tiles, which multiply faster than any other instruction."""
         return self.arithmetic == "tdpbf16ps"
 
+    @property
+    def has_bfloat16_products(self) -> bool:
+        """Whether an instruction multiplies bfloat16, which is faster than to multiply float32."""
+        return self.arithmetic != "fma"
+
 
 def kernel_set() -> KernelSet:
     """Return the set in use."""

@@ -119,6 +119,7 @@ class Packing:
         keeps_inputs: Whether the inputs of quantised weights stay in float32.
         by_kind: Bytes, by format, of the weights that prompt tokens multiply in another precision than
             generated tokens.
+        num_bytes: Bytes, by format, of all packed weights but the vocabulary's.
     """
 
     is_exact: bool
@@ -128,6 +129,7 @@ class Packing:
     keeps_orders: bool = field(default=True, repr=False)
     keeps_inputs: bool = field(default=False, repr=False)
     by_kind: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
+    num_bytes: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
     arena: _C.Arena = field(default_factory=_C.Arena, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -257,6 +259,8 @@ class Packing:
         precision = self._precision(name, is_vocabulary)
         if precision == BY_KIND:
             self.by_kind[name] += matrix.nbytes
+        if not is_vocabulary:
+            self.num_bytes[name] += matrix.nbytes
         packed_bias = None if bias is None else layout.ordered(bias, order)
         return PackedLinear(matrix, precision, packed_bias, _order_of(sources[0]))
 

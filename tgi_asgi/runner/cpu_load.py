@@ -102,6 +102,8 @@ class OnCpu:
             self.shards.others.wait_ready()
         if self.settings.prompt_precision == "bfloat16":
             prompt_precision.log_effect(self.arithmetic)
+        if self.settings.dtype == "auto":
+            _log_float_products(self.arithmetic)
         return model
 
     def place(self, model: ServedModel, pooling: PoolingFiles) -> Placed:
@@ -165,6 +167,17 @@ class OnCpu:
         """End the other shards, as described in `Placement`."""
         if self.shards is not None:
             self.shards.abandon()
+
+
+def _log_float_products(packing: ops.Packing) -> None:
+    """Name the faster `--dtype`, if most of the weights are multiplied in float32 and this CPU need not."""
+    kept = {name: packing.num_bytes[name] for name in ops.ROUNDED}
+    if ops.kernel_set().has_bfloat16_products and 2 * sum(kept.values()) > packing.num_bytes.total():
+        name = max(kept, key=kept.__getitem__)
+        logger.info(
+            "products with weights in float%s are computed in float32; --dtype bfloat16 rounds these weights "
+            "and computes prompts faster", name.removeprefix("F"),
+        )  # fmt: skip
 
 
 def _check_settings(settings: Settings) -> None:
