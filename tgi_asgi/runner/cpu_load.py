@@ -170,7 +170,7 @@ class OnCpu:
 
 
 def _log_float_products(packing: ops.Packing) -> None:
-    """Name the faster `--dtype`, if most of the weights are multiplied in float32 and this CPU need not."""
+    """Name `--dtype bfloat16` if it is faster here: for weights of which most are multiplied in float32."""
     kept = {name: packing.num_bytes[name] for name in ops.ROUNDED}
     if ops.kernel_set().has_bfloat16_products and 2 * sum(kept.values()) > packing.num_bytes.total():
         name = max(kept, key=kept.__getitem__)

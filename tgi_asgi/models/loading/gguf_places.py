@@ -14,7 +14,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile, GgufTensor
 from tgi_asgi.models.gguf_module import GgufModule
-from tgi_asgi.models.loading.gguf_tensors import held_format
+from tgi_asgi.models.loading.gguf_tensors import held_format, join_rotary_halves
 from tgi_asgi.ops import WeightSource
 from tgi_asgi.ops.arrays import Floats
 
@@ -170,11 +170,10 @@ def _changed(stored: str, info: GgufTensor, module: GgufModule, head_dim: int | 
 
 
 def _halves_first(info: GgufTensor, head_dim: int) -> npt.NDArray[np.int64]:
-    """Return the order of rows that `join_rotary_halves` gives bytes."""
+    """Return the tensor's row of each row of a weight whose rows it stores in rotary pairs."""
     if head_dim % 2 or info.shape[0] % head_dim:
         raise ModelLoadError(f"tensor {info.name!r} must have whole heads of {head_dim} rows, in pairs")
-    pairs = np.arange(info.shape[0]).reshape(-1, head_dim // 2, 2)
-    return pairs.swapaxes(1, 2).reshape(-1)
+    return join_rotary_halves(np.arange(info.shape[0]), info.shape[0], head_dim)
 
 
 def _joined(first: GgufTensor, second: GgufTensor) -> Place:

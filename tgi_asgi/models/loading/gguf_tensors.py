@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,8 @@ from tgi_asgi.formats.gguf_converted import BY_NAME
 from tgi_asgi.formats.small_floats import holds_fp4_scales
 from tgi_asgi.ops import FORMATS, WeightSource, decoded_source
 from tgi_asgi.ops.sources import decode
+
+_Item = TypeVar("_Item", bound=np.generic)
 
 
 class GgufTensors:
@@ -103,11 +106,12 @@ def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-def join_rotary_halves(data: npt.NDArray[np.uint8], num_rows: int, head_dim: int) -> npt.NDArray[np.uint8]:
+def join_rotary_halves(data: npt.NDArray[_Item], num_rows: int, head_dim: int) -> npt.NDArray[_Item]:
     """Undo llama.cpp's permutation of query and key rows; return a copy.
 
     The file stores a head's rows pair by pair (0, d/2, 1, d/2 + 1, ...); the kernels use the checkpoint's
-    order, with the first halves first. Rows consist of whole blocks, so this works on any format's bytes.
+    order, with the first halves first. Rows consist of whole blocks, so this works on any format's bytes, and
+    on the rows' numbers.
     """
     pairs = data.reshape(num_rows // head_dim, head_dim // 2, 2, data.size // num_rows)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)
